@@ -1,0 +1,59 @@
+"""Supervised fine-tuning of robot and text policies; plugins bring the policies and the datasets.
+
+The names in `__all__` are the public surface, with the modules `data.transforms`, `data.normalize`, `data.pipeline` and
+`data.sample`. They load on first use, so that importing the package costs nothing and leaves torch unloaded.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rlinf_core.config.run import RunConfig as RunConfig
+    from rlinf_core.data.sample import Sample as Sample
+    from rlinf_core.datasets import DatasetConfig as DatasetConfig
+    from rlinf_core.datasets import LeRobotDatasetConfig as LeRobotDatasetConfig
+    from rlinf_core.datasets import SampleSource as SampleSource
+    from rlinf_core.errors import PluginError as PluginError
+    from rlinf_core.errors import UserError as UserError
+    from rlinf_core.hookspecs import hookimpl as hookimpl
+    from rlinf_core.logger import Logger as Logger
+    from rlinf_core.logger import LoggerConfig as LoggerConfig
+    from rlinf_core.policy import Policy as Policy
+    from rlinf_core.policy import PolicyConfig as PolicyConfig
+    from rlinf_core.policy import PolicyOutput as PolicyOutput
+    from rlinf_core.policy import ShardUnit as ShardUnit
+    from rlinf_core.trainer import Trainer as Trainer
+    from rlinf_core.trainer import TrainerConfig as TrainerConfig
+
+_HOME = {
+    "DatasetConfig": "datasets",
+    "LeRobotDatasetConfig": "datasets",
+    "SampleSource": "datasets",
+    "PolicyConfig": "policy",
+    "Policy": "policy",
+    "PolicyOutput": "policy",
+    "ShardUnit": "policy",
+    "TrainerConfig": "trainer",
+    "Trainer": "trainer",
+    "LoggerConfig": "logger",
+    "Logger": "logger",
+    "Sample": "data.sample",
+    "RunConfig": "config.run",
+    "hookimpl": "hookspecs",
+    "PluginError": "errors",
+    "UserError": "errors",
+}
+
+__all__ = [  # noqa: PLE0604 - the table above is the one list of public names
+    *_HOME,
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -1,0 +1,45 @@
+"""Core's own plugin, found through core's own entry point: the FSDP2 trainer, the LeRobot reader, two loggers.
+
+Configs and readers are imported when a hook is called, so that loading the plugins costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rlinf_core.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from rlinf_core.datasets import DatasetConfig, SampleSource, Split
+    from rlinf_core.logger import LoggerConfig
+    from rlinf_core.policy import PolicyConfig
+    from rlinf_core.trainer import TrainerConfig
+
+
+@hookimpl
+def rlinf_register_trainers() -> list[type[TrainerConfig]]:
+    """The trainer `fsdp2`."""
+    from rlinf_core.config.fsdp2 import Fsdp2TrainerConfig
+
+    return [Fsdp2TrainerConfig]
+
+
+@hookimpl
+def rlinf_register_loggers() -> list[type[LoggerConfig]]:
+    """The loggers `console` and `jsonl`."""
+    from rlinf_core.training.console import ConsoleLoggerConfig
+    from rlinf_core.training.jsonl import JsonlLoggerConfig
+
+    return [ConsoleLoggerConfig, JsonlLoggerConfig]
+
+
+@hookimpl(trylast=True)
+def rlinf_open_dataset(dataset: DatasetConfig, policy: PolicyConfig, split: Split) -> SampleSource | None:
+    """Open a dataset in LeRobot's layout, unless another plugin has opened it."""
+    from rlinf_core.datasets import LeRobotDatasetConfig
+
+    if not isinstance(dataset, LeRobotDatasetConfig):
+        return None
+    from rlinf_core.data.lerobot import open_lerobot
+
+    return open_lerobot(dataset, policy.chunk_length(), split)

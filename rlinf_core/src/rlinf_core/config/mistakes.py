@@ -1,0 +1,104 @@
+"""Say what is wrong with a config: the place, the mistake, where it was written, and what was probably meant."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+from pydantic import BaseModel
+from pydantic_core import ErrorDetails
+
+from rlinf_core.config.toml import dotted
+from rlinf_core.errors import did_you_mean
+
+Place = tuple[str | int, ...]
+Models = Mapping[str, type[BaseModel]]
+"""The class of each table; the keys of the whole config that are no tables are under `""`."""
+
+COMMAND_LINE = "command line"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A table of the config and where it was written: a file, the command line, somebody's defaults."""
+
+    origin: str
+    table: Mapping[str, Any]
+
+    def reaches(self, place: Place) -> bool:
+        """Whether this layer says something about a place: sets it, a part of it, or the whole that it is a part of."""
+        found: Any = self.table
+        for part in place:
+            if not isinstance(found, Mapping):
+                return True
+            if part not in found:
+                return False
+            found = found[part]
+        return True
+
+
+def value_at(table: Mapping[str, Any], place: Place) -> Any:
+    """The value at a place of a table; None if there is none."""
+    found: Any = table
+    for part in place:
+        if not isinstance(found, Mapping) or part not in found:
+            return None
+        found = found[part]
+    return found
+
+
+def mistake(place: Place, what: str, layers: Sequence[Layer], value: Any = None) -> str:
+    """One line (or more, if `what` has more): `optim.lr: must be larger than 0 [run.toml]`."""
+    origins = _origins(place, layers, value)
+    head, line_end, rest = what.partition("\n")
+    text = f"{dotted(place)}: {head}" if place else head
+    return (f"{text} [{', '.join(origins)}]" if origins else text) + line_end + rest
+
+
+def _origins(place: Place, layers: Sequence[Layer], value: Any) -> list[str]:
+    """A single value was written by the highest layer that has it; a table may be the work of several."""
+    origins = [layer.origin for layer in layers if place and layer.reaches(place)]
+    return origins if isinstance(value, Mapping) else origins[-1:]
+
+
+def explain(error: ErrorDetails, layers: Sequence[Layer], models: Models) -> str:
+    """A pydantic error as a line for people."""
+    place, given = error["loc"], error["input"]
+    match error["type"]:
+        case "extra_forbidden":
+            what = f"unknown key{_near(place, models)}"
+        case "missing":
+            return mistake(place, "is required", layers)
+        case _:
+            what = error["msg"].removeprefix("Value error, ")
+            if not isinstance(given, Mapping | BaseModel):
+                what += f" (got {_short(given)})"
+            is_key = bool(place) and isinstance(place[-1], str)
+            if error["type"] == "string_type" and is_key and _origins(place, layers, given) == [COMMAND_LINE]:
+                what += f"""; for text that looks like TOML write {dotted(place)}='"{given}"'"""
+    return mistake(place, what, layers, given)
+
+
+def is_model(annotation: object) -> TypeGuard[type[BaseModel]]:
+    """Whether a field's annotation is a table's class."""
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _near(place: Place, models: Models) -> str:
+    """Names that a misspelt key may have meant in its own table, else in another (a `[table]` line is missing)."""
+    *above, key = map(str, place)
+    model = models.get(above[0] if above else "")
+    for part in above[1:]:
+        field = model.model_fields.get(part) if model else None
+        model = field.annotation if field and is_model(field.annotation) else None
+    own = did_you_mean(key, model.model_fields) if model else ""
+    others = {name: dotted((table, name)) for table, other in models.items() if table for name in other.model_fields}
+    near = difflib.get_close_matches(key, others, n=1, cutoff=0.8)
+    return own or (f"; did you mean {others[near[0]]!r}?" if near else "")

@@ -1,0 +1,99 @@
+"""The sections of a run's config and the whole, `RunConfig`. Frozen, strict, units at the fields."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, model_validator
+
+from rlinf_core.datasets import DatasetConfig
+from rlinf_core.policy import PolicyConfig
+from rlinf_core.trainer import TrainerConfig
+
+
+class Section(BaseModel):
+    """A table of the config."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class RunnerConfig(Section):
+    """The `[runner]` table: how long to run, what to write and when."""
+
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run; its files live in `<output_dir>/<name>/`."""
+    output_dir: str = "runs"
+    """Folder of all runs."""
+    max_steps: int = Field(default=30_000, ge=1)
+    """Optimizer steps."""
+    save_interval: int = Field(default=1000, ge=0)
+    """Steps between checkpoints; 0: only after the last step, which is always saved."""
+    keep_last: int = Field(default=2, ge=1)
+    """Checkpoints to keep; older ones are removed once a newer one is complete."""
+    val_check_interval: int = Field(default=0, ge=0)
+    """Steps between validations on the held-out episodes, also after the last step; 0: none."""
+    val_samples: int = Field(default=256, ge=1)
+    """Held-out frames a validation looks at, evenly spread; all of them if there are fewer."""
+    resume: Literal["auto", "never"] = "auto"
+    """`auto` continues an unfinished run of this name; `never` refuses if one is there (`--overwrite` removes it)."""
+    loggers: tuple[str, ...] = ()
+    """Loggers beside `console` and `jsonl`, which always run, by their `type`."""
+
+
+class OptimConfig(Section):
+    """The `[optim]` table: AdamW with linear warm-up, cosine decay and clipping by the global norm."""
+
+    lr: float = Field(default=2.5e-5, gt=0)
+    """Peak learning rate, reached after `warmup_steps`."""
+    min_lr: float = Field(default=2.5e-6, ge=0)
+    """Learning rate at the end of the decay and after it."""
+    warmup_steps: int = Field(default=1000, ge=0)
+    """Steps from lr / (warmup_steps + 1) to lr."""
+    decay_steps: int = Field(default=30_000, ge=1)
+    """Step, counted from 0, at which the cosine reaches `min_lr`. It never follows from `runner.max_steps`."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates of the first and second moment."""
+    eps: float = Field(default=1e-8, gt=0)
+    """AdamW's epsilon, outside the root."""
+    weight_decay: float = Field(default=1e-10, ge=0)
+    """Decoupled weight decay, on every parameter (the reference's value)."""
+    clip_grad: float = Field(default=1.0, gt=0)
+    """Largest global gradient norm; larger gradients are divided by norm / clip_grad."""
+
+    @model_validator(mode="after")
+    def _decay_follows_warmup(self) -> OptimConfig:
+        if self.decay_steps <= self.warmup_steps:
+            raise ValueError(f"decay_steps ({self.decay_steps}) must be larger than warmup_steps ({self.warmup_steps})")
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr ({self.min_lr}) must not be larger than lr ({self.lr})")
+        return self
+
+
+class RunConfig(Section):
+    """A whole run, as written to `<run>/config.toml`."""
+
+    seed: int = Field(default=42, ge=0, lt=2**63)
+    """Keys every random draw: data order, noise, initial weights."""
+    runner: RunnerConfig = RunnerConfig()
+    data: SerializeAsAny[DatasetConfig]
+    """The class is the one registered under `data.config_name`."""
+    policy: SerializeAsAny[PolicyConfig]
+    """The class is the one registered under `policy.type`, which the dataset sets."""
+    optim: OptimConfig = OptimConfig()
+    trainer: SerializeAsAny[TrainerConfig]
+    """The class is the one registered under `trainer.type`."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the run's files live."""
+        return Path(self.runner.output_dir) / self.runner.name
+
+    @model_validator(mode="after")
+    def _validation_needs_held_out_episodes(self) -> RunConfig:
+        if self.runner.val_check_interval and not self.data.has_validation:
+            raise ValueError(
+                "runner.val_check_interval is set but no episode is held out: "
+                "set data.validation_fraction or data.validation_episodes"
+            )
+        return self

@@ -1,0 +1,123 @@
+"""Config as text and as tables: reading TOML, `key=value` overrides, layering, writing, comparing.
+
+A *table* is what `tomllib` makes of a document: nested dicts with string keys. Nothing here knows what the keys mean.
+"""
+
+from __future__ import annotations
+
+import datetime
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rlinf_core.errors import UserError
+
+Table = dict[str, Any]
+
+
+def read_toml(source: Path | str) -> Table:
+    """Read a TOML document: a `Path` is a file, a `str` is the document itself.
+
+    Raises:
+        UserError: If the file cannot be read or is not TOML; the message names the file, and line and column.
+    """
+    if isinstance(source, str):
+        return tomllib.loads(source)
+    try:
+        return tomllib.loads(source.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{source}: there is no such file (looked from {Path.cwd()})") from error
+    except OSError as error:
+        raise UserError(f"{source}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source}: not TOML, which is UTF-8 text: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{source}: not valid TOML: {error}") from error
+
+
+def parse_override(text: str) -> Table:
+    """Turn `section.key=value` into a table.
+
+    The value is read as TOML (`1e-4`, `true`, `["a", "b"]`); what is not TOML is a string as it stands, so that names
+    and paths need no quotes. Dates are strings too: no key of a config is a date, but runs are named after one.
+
+    Raises:
+        UserError: If there is no `=`, the key is not a dotted key, or the value is an unfinished list, table or string.
+    """
+    key, equals, value = (part.strip() for part in text.partition("="))
+    if not equals:
+        raise UserError(f"{text!r} is not an override: write section.key=value")
+    try:
+        table = tomllib.loads(f"{key} = 0")
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{text!r} is not an override: {key!r} is not a dotted key, as in section.key=value") from error
+    try:
+        parsed = _parse_value(value)
+    except ValueError as error:
+        raise UserError(f"{text!r}: the value is not TOML ({error}); does the shell need quotes around it?") from error
+    return _with_leaf(table, parsed)
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        document = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        if text.startswith(("[", "{", '"', "'")):
+            raise
+        return text
+    if isinstance(document["value"], datetime.date | datetime.time) or len(document) > 1:
+        return text
+    return document["value"]
+
+
+def _with_leaf(table: Table, leaf: Any) -> Table:
+    """Replace the one value at the bottom of a chain of one-key tables."""
+    return {key: _with_leaf(value, leaf) if isinstance(value, dict) else leaf for key, value in table.items()}
+
+
+def merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> Table:
+    """Lay one table over another: tables merge key by key, any other value replaces what it covers."""
+    merged = dict(low)
+    for key, value in high.items():
+        if isinstance(value, Mapping):
+            below = merged.get(key)
+            merged[key] = merge(below if isinstance(below, Mapping) else {}, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def write_toml(table: Table) -> str:
+    """TOML text of a table. Raises `TypeError` for what TOML cannot say, None above all."""
+    # Reading a config needs no writer: listing, validating and every rank but the first do without it.
+    import tomli_w
+
+    return tomli_w.dumps(table)
+
+
+def diff_tables(old: Table, new: Table) -> list[tuple[str, Any, Any]]:
+    """The leaves that differ, as (dotted key, old, new); None stands for a key that is not there."""
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    keys = [*before, *(key for key in after if key not in before)]
+    return [(dotted(key), before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
+
+
+def _leaves(table: Table, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for key, value in table.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, (*above, key))
+        else:
+            yield (*above, key), value
+
+
+def dotted(path: tuple[str | int, ...]) -> str:
+    """A place in a table as one writes it: `("data", "images", "my.cam")` -> `data.images."my.cam"`, `betas[0]`."""
+    text = ""
+    for part in path:
+        if isinstance(part, int):
+            text += f"[{part}]"
+        else:
+            bare = part.replace("_", "").replace("-", "").isalnum() and part.isascii()
+            text += ("." if text else "") + (part if bare else f'"{part}"')
+    return text

@@ -1,0 +1,1 @@
+"""From rows on disk to batches: reader, transforms, statistics, pipeline and loader."""

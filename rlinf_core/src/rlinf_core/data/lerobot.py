@@ -1,0 +1,244 @@
+"""Rows of a LeRobot v3.0 dataset, read fast.
+
+State and action columns of all frames are held as contiguous arrays, so that a row with its chunk is a slice.
+Pictures are decoded for the requested rows only: video frames grouped by file, parquet pictures one by one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from rlinf_core.data.lerobot_metadata import Metadata, find_root, load_metadata, read_parquet
+from rlinf_core.data.parquet_images import ParquetImages
+from rlinf_core.data.sample import Row
+from rlinf_core.data.splits import held_out_episodes
+from rlinf_core.data.video import VideoReader
+from rlinf_core.datasets import LeRobotDatasetConfig, Split
+from rlinf_core.errors import UserError
+
+INDEX_COLUMNS = ("index", "episode_index", "frame_index", "timestamp", "task_index")
+OPEN_FILES = 128  # Mapped picture files a process; the usual limit of open files is 1024.
+
+
+def open_lerobot(dataset: LeRobotDatasetConfig, chunk_length: int, split: Split) -> LeRobotSource:
+    """Open one split of a dataset; a hub id is downloaded first.
+
+    Args:
+        dataset: Names the folder or hub id, the columns, and the episodes to hold out.
+        chunk_length: Actions a row holds, one a frame starting with its own; 0: no action columns.
+        split: `"train"`, or `"validation"` for the held-out episodes.
+
+    Raises:
+        UserError: The dataset cannot be had, has another format, lacks a column, or nothing is held out.
+    """
+    metadata = load_metadata(dataset.repo_id, find_root(dataset.repo_id, dataset.revision))
+    actions = dataset.actions if chunk_length else ()
+    _check_columns(dataset, metadata)
+    columns, file_stops = _read_columns(metadata, [*INDEX_COLUMNS, *dict.fromkeys((*dataset.state, *actions))])
+    held_out = held_out_episodes(dataset, _task_of_episode(metadata, columns))
+    if split == "validation" and not held_out:
+        raise UserError("no episode is held out: set data.validation_fraction or data.validation_episodes")
+    in_split = np.isin(columns["episode_index"], sorted(held_out), invert=split == "train")
+    return LeRobotSource(
+        metadata,
+        columns,
+        np.flatnonzero(in_split),
+        file_stops,
+        images=tuple(dict.fromkeys(dataset.images.values())),
+        state=tuple(dict.fromkeys(dataset.state)),
+        actions=tuple(dict.fromkeys(actions)),
+        chunk_length=chunk_length,
+    )
+
+
+class LeRobotSource:
+    """The rows of one split; follows `SampleSource`. Copies in other processes open their own files."""
+
+    def __init__(
+        self,
+        metadata: Metadata,
+        columns: dict[str, NDArray[Any]],
+        rows: NDArray[np.int64],
+        file_stops: NDArray[np.int64],
+        *,
+        images: tuple[str, ...],
+        state: tuple[str, ...],
+        actions: tuple[str, ...],
+        chunk_length: int,
+    ) -> None:
+        """Make a source; `open_lerobot` does it from a config.
+
+        Args:
+            metadata: Of the dataset.
+            columns: Number columns of all frames: vectors [N, D], the index columns [N].
+            rows: [n], positions among all frames of the rows of this split.
+            file_stops: [data files], position after the last frame of each.
+            images: Columns of pictures to decode.
+            state: Columns a row holds as vectors.
+            actions: Columns a row holds as chunks.
+            chunk_length: Steps of a chunk.
+        """
+        self._metadata = metadata
+        self._columns = columns
+        self._rows = rows
+        self._state, self._actions = state, actions
+        self._chunk_length = chunk_length
+        self._video_columns = tuple(name for name in images if metadata.features[name]["dtype"] == "video")
+        self._picture_columns = tuple(name for name in images if metadata.features[name]["dtype"] == "image")
+        self._file_stops = file_stops
+        self._episode_of_row = np.searchsorted(metadata.episodes, columns["episode_index"])
+        self._videos = VideoReader()
+        self._pictures: dict[int, ParquetImages] = {}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Row]:
+        """Rows with their pictures: uint8 [height, width, 3] RGB under the names of the image columns."""
+        rows = self.without_images(indices)
+        at = self._rows[np.asarray(indices, np.int64)]
+        for column in self._video_columns:
+            for row, frame in zip(rows, self._video_frames(column, at), strict=True):
+                row[column] = frame
+        for row, position in zip(rows, at.tolist(), strict=True):
+            for column in self._picture_columns:
+                row[column] = self._picture(column, position)
+        return rows
+
+    def without_images(self, indices: Sequence[int]) -> list[Row]:
+        """The same rows without pictures: state vectors [D], action chunks [H, D] and `<column>_is_pad` [H]."""
+        at = self._rows[np.asarray(indices, np.int64)]
+        steps = at[:, np.newaxis] + np.arange(self._chunk_length)
+        stops = self._metadata.stops[self._episode_of_row[at]][:, np.newaxis]
+        is_pad, steps = steps >= stops, np.minimum(steps, stops - 1)
+        gathered = {name: self._columns[name][at] for name in (*INDEX_COLUMNS, *self._state)}
+        gathered |= {name: self._columns[name][steps] for name in self._actions}
+        gathered |= {f"{name}_is_pad": is_pad for name in self._actions}
+        rows: list[Row] = [dict(zip(gathered, values, strict=True)) for values in zip(*gathered.values(), strict=True)]
+        texts = self._metadata.task_texts
+        for row in rows:
+            for name in INDEX_COLUMNS:
+                row[name] = row[name].item()
+            row["task"] = texts[row["task_index"]]
+        return rows
+
+    @property
+    def episodes(self) -> NDArray[np.int64]:
+        """[n], the dataset's own episode number of each row."""
+        episodes: NDArray[np.int64] = self._columns["episode_index"][self._rows]
+        return episodes
+
+    def describe(self, index: int) -> str:
+        """Where a row comes from: dataset, data file, episode and frame."""
+        row = int(self._rows[index])
+        path = self._metadata.data_files[self._file_of(row)].relative_to(self._metadata.root)
+        episode, frame = (int(self._columns[name][row]) for name in ("episode_index", "frame_index"))
+        return f"{self._metadata.name}, {path}, episode {episode}, frame {frame}"
+
+    def fingerprint(self) -> str:
+        """A hash of the columns read, of the rows of this split, their tasks and frame rate."""
+        meta = self._metadata
+        described = (meta.fps, sorted(meta.task_texts.items()), self._state, self._actions, self._chunk_length)
+        digest = hashlib.blake2b(repr(described).encode(), digest_size=16)
+        for name in sorted(self._columns):
+            digest.update(f"{name} {self._columns[name].dtype} {self._columns[name].shape}".encode())
+            digest.update(np.ascontiguousarray(self._columns[name]).data)
+        digest.update(self._rows.data)
+        return digest.hexdigest()
+
+    def _video_frames(self, column: str, at: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
+        """One frame for each position among all frames; a file's frames are asked for together."""
+        meta = self._metadata
+        episodes = self._episode_of_row[at]
+        times = meta.video_starts[column][episodes] + self._columns["timestamp"][at]
+        by_file: dict[Path, list[int]] = {}
+        for i, episode in enumerate(episodes.tolist()):
+            by_file.setdefault(meta.video_files[column][episode], []).append(i)
+        frames: dict[int, NDArray[np.uint8]] = {}
+        for path, places in by_file.items():
+            found = self._videos.frames(path, times[places].tolist(), tolerance=0.5 / meta.fps)
+            frames.update(zip(places, found, strict=True))
+        return [frames[i] for i in range(len(at))]
+
+    def _picture(self, column: str, row: int) -> NDArray[np.uint8]:
+        file = self._file_of(row)
+        if file not in self._pictures:
+            if len(self._pictures) >= OPEN_FILES:
+                self._pictures.pop(next(iter(self._pictures)))
+            self._pictures[file] = ParquetImages(self._metadata.data_files[file], self._picture_columns)
+        start = int(self._file_stops[file - 1]) if file else 0
+        return self._pictures[file].image(column, row - start)
+
+    def _file_of(self, row: int) -> int:
+        return int(np.searchsorted(self._file_stops, row, side="right"))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_pictures": {}}
+
+
+def _check_columns(dataset: LeRobotDatasetConfig, metadata: Metadata) -> None:
+    """Raise `UserError` for the first column in the config that is missing or of the wrong kind."""
+    for camera, column in dataset.images.items():
+        feature = metadata.feature(column, f"data.images.{camera}")
+        if feature["dtype"] not in ("video", "image"):
+            raise UserError(f"data.images.{camera} names {column!r}, which holds {feature['dtype']}, not pictures")
+        described = feature.get("info") or {}
+        if described.get("is_depth_map") or described.get("video.is_depth_map"):
+            raise UserError(
+                f"data.images.{camera} names {column!r}, which holds depth maps; only RGB pictures are read"
+            )
+    for key, names in (("data.state", dataset.state), ("data.actions", dataset.actions)):
+        for column in names:
+            feature = metadata.feature(column, key)
+            if not feature["dtype"].startswith(("float", "int", "uint", "bool")) or len(feature["shape"]) > 1:
+                kind = f"{feature['dtype']} {list(feature['shape'])}"
+                raise UserError(f"{key} names {column!r}, which holds {kind}; a vector of numbers is needed")
+    both = set(dataset.state) & set(dataset.actions)
+    if both:
+        raise UserError(f"{sorted(both)[0]!r} is named in data.state and in data.actions; it can only be one of them")
+
+
+def _read_columns(metadata: Metadata, names: list[str]) -> tuple[dict[str, NDArray[Any]], NDArray[np.int64]]:
+    """Columns of all data files, contiguous, and where each file ends: index columns [N], vectors float32 [N, D]."""
+    tables = [read_parquet(path, names) for path in metadata.data_files]
+    columns = {}
+    for name in names:
+        convert = pa.ChunkedArray.to_numpy if name in INDEX_COLUMNS else _vectors
+        columns[name] = np.concatenate([convert(table[name]) for table in tables])
+    lengths = metadata.stops - metadata.starts
+    complete = np.array_equal(columns["index"], np.arange(metadata.frames)) and np.array_equal(
+        columns["episode_index"], np.repeat(metadata.episodes, lengths)
+    )
+    if not complete:
+        raise UserError(
+            f"{metadata.root}: the {len(columns['index'])} rows of the data files are not the {metadata.frames} frames "
+            "that meta/info.json and meta/episodes list: the dataset is incomplete; download or write it again"
+        )
+    unknown = set(np.unique(columns["task_index"]).tolist()) - metadata.task_texts.keys()
+    if unknown:
+        raise UserError(
+            f"{metadata.root}: frames have the tasks {sorted(unknown)}, which meta/tasks.parquet does not list"
+        )
+    return columns, np.cumsum([len(table) for table in tables])
+
+
+def _vectors(column: pa.ChunkedArray) -> NDArray[np.float32]:
+    """A column of numbers or of equally long lists -> float32 [rows, D]."""
+    array = column.combine_chunks()
+    flat = array
+    while pa.types.is_list(flat.type) or pa.types.is_fixed_size_list(flat.type):
+        flat = flat.flatten()
+    numbers: NDArray[np.float32] = flat.to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
+    return numbers.reshape(len(array), -1)
+
+
+def _task_of_episode(metadata: Metadata, columns: dict[str, NDArray[Any]]) -> dict[int, int]:
+    """Episode number -> the task of its first frame."""
+    return dict(zip(metadata.episodes.tolist(), columns["task_index"][metadata.starts].tolist(), strict=True))

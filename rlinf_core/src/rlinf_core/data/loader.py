@@ -1,0 +1,287 @@
+"""Batches: which rows a step takes, in which order, with which random numbers, decoded in worker processes.
+
+Everything is a pure function of (seed, step): the order of an epoch and the draws of a sample come from counter-based
+generators, so ranks, workers and resumes change nothing (contract 1), and a resumed run needs to know nothing but its
+step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+
+from rlinf_core.data.pipeline import Pipeline
+from rlinf_core.data.sample import Batch, Row, Sample
+from rlinf_core.datasets import SampleSource
+from rlinf_core.errors import UserError
+from rlinf_core.policy import PolicyConfig
+
+# The third word of Philox's counter separates the uses of one key; the first counts blocks of a use.
+ORDER, TRAINING, VALIDATION = range(3)
+
+
+def epoch_order(seed: int, epoch: int, rows: int) -> NDArray[np.int64]:
+    """The order in which an epoch visits the rows: a permutation of `range(rows)`."""
+    return _generator(seed, epoch, ORDER, 0).permutation(rows)
+
+
+def sample_generator(seed: int, epoch: int, position: int) -> np.random.Generator:
+    """The random numbers of the sample at a position of an epoch's order."""
+    return _generator(seed, epoch, TRAINING, position)
+
+
+def _generator(seed: int, epoch: int, use: int, position: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, position, use, 0]))
+
+
+def check_batch(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
+    """How many micro batches each rank computes for a step.
+
+    Raises:
+        UserError: The global batch is no multiple of ranks × micro batch; it names the nearest legal values.
+    """
+    together = world_size * micro_batch_size
+    if global_batch_size % together == 0:
+        return global_batch_size // together
+    below = global_batch_size // together * together
+    way_out = f"set global_batch_size to {' or '.join(str(size) for size in (below, below + together) if size)}"
+    share, rest = divmod(global_batch_size, world_size)
+    if not rest:
+        way_out += f", or micro_batch_size to {max(m for m in range(1, micro_batch_size + 1) if share % m == 0)}"
+    raise UserError(
+        f"trainer.global_batch_size = {global_batch_size} is no multiple of {world_size} ranks x "
+        f"trainer.micro_batch_size = {micro_batch_size}: {way_out}"
+    )
+
+
+def steps_per_epoch(rows: int, global_batch_size: int) -> int:
+    """Steps of an epoch; rows that do not fill a last step are left out of it.
+
+    Raises:
+        UserError: The rows do not fill one step.
+    """
+    if rows < global_batch_size:
+        raise UserError(
+            f"the training split has {rows} rows, fewer than trainer.global_batch_size = {global_batch_size}: "
+            "make the batch smaller"
+        )
+    return rows // global_batch_size
+
+
+@dataclass
+class MicroBatches(Dataset[Any]):
+    """The micro batches of one rank by number: with `a` of them a step, number i is the `i % a`-th of step `i // a`."""
+
+    source: SampleSource
+    pipeline: Pipeline
+    policy: PolicyConfig
+    seed: int
+    global_batch_size: int
+    micro_batch_size: int
+    rank: int
+    world_size: int
+
+    def __post_init__(self) -> None:
+        self.accumulation = check_batch(self.global_batch_size, self.micro_batch_size, self.world_size)
+        self.steps_per_epoch = steps_per_epoch(len(self.source), self.global_batch_size)
+        self._order: tuple[int, NDArray[np.int64]] | None = None
+
+    def __getitem__(self, number: int) -> Batch | UserError:
+        """A collated micro batch; a `UserError` is returned, as raised ones lose their form between processes."""
+        step, micro = divmod(number, self.accumulation)
+        epoch, step = divmod(step, self.steps_per_epoch)
+        start = step * self.global_batch_size + (micro * self.world_size + self.rank) * self.micro_batch_size
+        positions = range(start, start + self.micro_batch_size)
+        indices = self._epoch_order(epoch)[positions.start : positions.stop].tolist()
+        generators = [sample_generator(self.seed, epoch, position) for position in positions]
+        try:
+            rows = read_rows(self.source, indices)
+            samples = encode_rows(self.source, indices, rows, self.pipeline, self.policy, generators)
+            return self.policy.collate(samples)
+        except UserError as e:
+            return e
+
+    def _epoch_order(self, epoch: int) -> NDArray[np.int64]:
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, epoch_order(self.seed, epoch, len(self.source))
+        return self._order[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_order": None}
+
+
+class TrainLoader(DataLoader[Any]):
+    """A `DataLoader` of micro batches that raises the `UserError`s its workers hand over."""
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        """Micro batches, in order."""
+        for batch in super().__iter__():
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+
+
+def build_train_loader(
+    source: SampleSource,
+    pipeline: Pipeline,
+    policy: PolicyConfig,
+    *,
+    seed: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    rank: int,
+    world_size: int,
+    start_step: int,
+    stop_step: int,
+    num_workers: int,
+    pin_memory: bool,
+) -> TrainLoader:
+    """A rank's micro batches of the steps `start_step` to `stop_step - 1`, in the order of use.
+
+    Args:
+        source: Training rows.
+        pipeline: Makes samples of them.
+        policy: Draws each sample's random numbers and collates.
+        seed: Keys order and draws.
+        global_batch_size: Samples a step, over all ranks.
+        micro_batch_size: Samples a batch.
+        rank: This process, from 0.
+        world_size: Number of ranks.
+        start_step: Finished steps of the run, counted over all epochs.
+        stop_step: Steps of the whole run.
+        num_workers: Processes that read ahead; 0: read when asked.
+        pin_memory: Whether batches are put into page-locked memory, for copies to a GPU that do not wait.
+
+    Raises:
+        UserError: The sizes do not divide, the rows do not fill a step, or (while iterating) a row cannot be read.
+    """
+    batches = MicroBatches(source, pipeline, policy, seed, global_batch_size, micro_batch_size, rank, world_size)
+    numbers = range(start_step * batches.accumulation, stop_step * batches.accumulation)
+    return TrainLoader(
+        batches,
+        sampler=numbers,
+        batch_size=None,
+        collate_fn=_as_it_is,
+        num_workers=num_workers,
+        multiprocessing_context=_worker_context() if num_workers else None,
+        persistent_workers=num_workers > 0,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # Else the loader draws from the process's own and shifts its numbers.
+    )
+
+
+def _worker_context() -> Any:
+    """Workers fork from a server that has imported this module and runs no threads: quick to start, and no lock or
+    decoder of the training process comes along.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def read_rows(source: SampleSource, indices: Sequence[int]) -> list[Row]:
+    """Rows with their images; an error names the row that cannot be read."""
+    try:
+        return source.__getitems__(indices)
+    except Exception:
+        for index in indices:
+            with _naming(source, index):
+                source.__getitems__([index])
+        raise
+
+
+def encode_rows(
+    source: SampleSource,
+    indices: Sequence[int],
+    rows: Sequence[Row],
+    pipeline: Pipeline,
+    policy: PolicyConfig,
+    generators: Sequence[np.random.Generator],
+) -> list[Sample]:
+    """Samples with their random numbers; an error names the row it comes from."""
+    samples: list[Any] = []
+    for index, row, generator in zip(indices, rows, generators, strict=True):
+        with _naming(source, index):
+            samples.append(pipeline.encode(row) | policy.draw(generator))
+    return samples
+
+
+@contextlib.contextmanager
+def _naming(source: SampleSource, index: int) -> Iterator[None]:
+    """Say where an error comes from: in the message of a `UserError`, in a note below the traceback of others."""
+    try:
+        yield
+    except UserError as e:
+        raise UserError(f"{e} [{source.describe(index)}]") from e
+    except Exception as e:
+        e.add_note(f"while preparing the row {source.describe(index)}")
+        raise
+
+
+class ValidationRow(NamedTuple):
+    """A held-out row as the policy sees it and as the data have it."""
+
+    row: int
+    """Its index in the source."""
+    sample: Sample
+    """Encoded; `Pipeline.decode` needs it."""
+    target: Sample
+    """In the data's own units: the `actions` that decoded ones are compared with."""
+
+
+class ValidationBatch(NamedTuple):
+    """A micro batch of held-out rows."""
+
+    batch: Batch
+    rows: list[ValidationRow]
+    """The rows of the batch; empty if another rank's or an earlier batch's row only fills it: it must not count."""
+
+
+def build_validation_batches(
+    source: SampleSource,
+    pipeline: Pipeline,
+    policy: PolicyConfig,
+    *,
+    seed: int,
+    val_samples: int,
+    micro_batch_size: int,
+    rank: int,
+    world_size: int,
+) -> Iterator[ValidationBatch]:
+    """A rank's share of the held-out rows that validations look at: the same rows and draws each time.
+
+    Every rank yields equally many batches, as sharded forward passes need all ranks; their sizes differ by one at
+    most. A rank without a row for a batch yields a filling one, whose `rows` are empty.
+
+    Args:
+        source: Held-out rows.
+        pipeline: Makes samples of them.
+        policy: Draws and collates.
+        seed: Keys the draws.
+        val_samples: Rows to look at over all ranks, evenly spread; all of them if there are fewer.
+        micro_batch_size: Largest number of rows a batch.
+        rank: This process, from 0.
+        world_size: Number of ranks.
+    """
+    chosen = np.unique(np.linspace(0, len(source) - 1, min(val_samples, len(source))).round().astype(np.int64))
+    batches = -(-len(chosen) // (world_size * micro_batch_size))
+    for part in np.array_split(chosen[rank::world_size], batches):
+        indices = part.tolist() or [int(chosen[0])]
+        generators = [_generator(seed, 0, VALIDATION, index) for index in indices]
+        rows = read_rows(source, indices)
+        samples = encode_rows(source, indices, rows, pipeline, policy, generators)
+        targets = [pipeline.target(row) for row in rows]
+        counted = [ValidationRow(*row) for row in zip(indices, samples, targets, strict=True)] if part.size else []
+        yield ValidationBatch(policy.collate(samples), counted)

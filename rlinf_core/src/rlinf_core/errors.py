@@ -1,0 +1,21 @@
+"""The errors that are a user's to mend. They are shown as one message without a traceback.
+
+A message names the thing, its owner and the way out. Anything else that is raised is a defect and keeps its traceback.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something the user handed in is wrong: a config, a file, a dataset. The message says which and what to do."""
+
+
+class PluginError(UserError):
+    """A plugin failed or contradicts another. The message names its distribution, version and entry point."""
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """`"; did you mean 'a' or 'b'?"` for the names closest to a misspelt one, or an empty string."""
+    near = difflib.get_close_matches(name, sorted(set(names)), n=3)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""

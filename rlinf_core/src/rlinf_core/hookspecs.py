@@ -1,0 +1,190 @@
+"""Every hook of rlinf_core, in the order in which a run calls them.
+
+A plugin is a module with functions of these names, marked `@hookimpl` and named by an entry point in the group
+`rlinf.plugins`. Arguments are passed by keyword; an implementation may take a subset; arguments are added, never
+removed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pluggy
+
+from rlinf_core.errors import PluginError, did_you_mean
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from rlinf_core.config.run import RunConfig
+    from rlinf_core.datasets import DatasetConfig, SampleSource, Split
+    from rlinf_core.logger import LoggerConfig
+    from rlinf_core.policy import PolicyConfig
+    from rlinf_core.trainer import Trainer, TrainerConfig
+
+PROJECT = "rlinf"
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+@hookspec
+def rlinf_register_policies() -> Iterable[type[PolicyConfig]]:  # type: ignore[empty-body]
+    """Offer policy configs; `[policy] type` selects among them.
+
+    Returns:
+        Config classes. All plugins' results are collected; one `type` from two plugins is an error that names both.
+
+    Called on: every rank, while the config is loaded. Since 0.1.
+    """
+
+
+@hookspec
+def rlinf_register_trainers() -> Iterable[type[TrainerConfig]]:  # type: ignore[empty-body]
+    """Offer trainer configs; `[trainer] type` selects among them.
+
+    Returns:
+        Config classes. All plugins' results are collected; one `type` from two plugins is an error that names both.
+
+    Called on: every rank, while the config is loaded. Since 0.1.
+    """
+
+
+@hookspec
+def rlinf_register_loggers() -> Iterable[type[LoggerConfig]]:  # type: ignore[empty-body]
+    """Offer loggers; `runner.loggers` selects among them by `type`.
+
+    Returns:
+        Config classes. All plugins' results are collected; one `type` from two plugins is an error that names both.
+
+    Called on: every rank, while the config is loaded; only rank 0 builds them. Since 0.1.
+    """
+
+
+@hookspec
+def rlinf_configure(run: RunConfig) -> None:
+    """Look at the complete config before anything is built; raise `UserError` to refuse it.
+
+    Args:
+        run: The frozen config of the run.
+
+    Called on: every rank, once. Since 0.1.
+    """
+
+
+@hookspec(firstresult=True)
+def rlinf_open_dataset(dataset: DatasetConfig, policy: PolicyConfig, split: Split) -> SampleSource | None:
+    """Open the rows of a dataset.
+
+    Args:
+        dataset: The `[data]` section, already validated.
+        policy: Tells how many actions a chunk holds (`policy.chunk_length()`).
+        split: `"train"` or `"validation"`: the held-out episodes are only in the latter.
+
+    Returns:
+        The rows, or None to leave the dataset to another plugin. The first result counts.
+
+    Called on: every rank, once a split. Since 0.1.
+    """
+
+
+@hookspec
+def rlinf_policy_built(policy: nn.Module, run: RunConfig) -> None:
+    """Change the model before it has weights: freeze parameters, replace layers.
+
+    Args:
+        policy: The whole unsharded model on the meta device.
+        run: The frozen config of the run.
+
+    Called on: every rank, once, before sharding. Since 0.1.
+    """
+
+
+@hookspec
+def rlinf_train_started(trainer: Trainer) -> None:
+    """Look at the trainer when weights and position are in place and the first step is next.
+
+    Args:
+        trainer: The trainer; `trainer.run` is the config, `trainer.step` the number of finished steps.
+
+    Called on: every rank, once. Since 0.1.
+    """
+
+
+@hookspec
+def rlinf_step_finished(trainer: Trainer, step: int, metrics: Mapping[str, float]) -> None:
+    """Receive the metrics of an optimizer step.
+
+    Args:
+        trainer: The trainer.
+        step: Number of the step, from 1.
+        metrics: `loss`, `lr`, `grad_norm` (before clipping), `samples_per_second`, `data_wait_share` (0-1), and what
+            the policy adds.
+
+    Called on: rank 0, after every step. Since 0.1.
+    """
+
+
+@hookspec
+def rlinf_validation_finished(trainer: Trainer, step: int, metrics: Mapping[str, float]) -> None:
+    """Receive the metrics of a validation.
+
+    Args:
+        trainer: The trainer.
+        step: Number of finished steps.
+        metrics: `val_loss`; for policies with actions `val_action_mse`, `val_action_mse_mean` and
+            `val_action_mse_repeat` (the data's units, squared).
+
+    Called on: rank 0. Since 0.1.
+    """
+
+
+@hookspec
+def rlinf_checkpoint_saved(trainer: Trainer, step: int, path: Path) -> None:
+    """Learn that a checkpoint is complete on disk.
+
+    Args:
+        trainer: The trainer.
+        step: Number of finished steps.
+        path: The folder of the checkpoint.
+
+    Called on: rank 0. Since 0.1.
+    """
+
+
+@hookspec
+def rlinf_train_finished(trainer: Trainer, error: BaseException | None) -> None:
+    """Learn that the run has ended.
+
+    Args:
+        trainer: The trainer.
+        error: What ended it, or None when all steps are done.
+
+    Called on: every rank, once. Since 0.1.
+    """
+
+
+def check_plugin(manager: pluggy.PluginManager, plugin: object) -> None:
+    """Refuse what pluggy would ignore: a hook that does not exist, one that is not marked, a plugin without any.
+
+    Raises:
+        PluginError: If the plugin holds one of these; the message names it and near names.
+    """
+    specified = {name for name in globals() if name.startswith("rlinf_")}
+    implemented = 0
+    for name in dir(plugin):
+        options = manager.parse_hookimpl_opts(plugin, name)
+        if options is None:
+            item = inspect.getattr_static(plugin, name)
+            own = getattr(item, "__module__", None) == getattr(plugin, "__name__", None)
+            if name.startswith("rlinf_") and inspect.isfunction(item) and own:
+                raise PluginError(f"{name} is named like a hook but is not marked with @hookimpl")
+            continue
+        implemented += 1
+        hook = options.get("specname") or name
+        if hook not in specified and not options.get("optionalhook"):
+            raise PluginError(f"there is no hook {hook!r}{did_you_mean(hook, specified)}")
+    if not implemented:
+        raise PluginError(f"{plugin!r} implements no hook")

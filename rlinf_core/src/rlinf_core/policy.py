@@ -1,0 +1,127 @@
+"""What a policy is to the rest of the project: a config that knows its data, and a module that knows its loss.
+
+Transforms, random draws and collation live on the config, because loader workers must not receive the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from rlinf_core.data.sample import Batch, Sample
+from rlinf_core.data.transforms import Transform
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+class PolicyConfig(BaseModel):
+    """The `[policy]` table. A subclass narrows `type` to a `Literal` of its own and adds fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    run_defaults: ClassVar[Mapping[str, Any]] = {}
+    """Defaults this policy sets for the run, as a TOML table: `{"optim": {"lr": 2.5e-5}}`."""
+    normalization: ClassVar[Literal["mean_std", "quantile", "none"]] = "none"
+    """How `state` and `actions` are normalised before `transforms()`."""
+
+    type: str
+    """Which policy this is."""
+    weights: str = ""
+    """Pretrained weights: a folder or a file. `"random"`: train from the initialisation."""
+
+    def chunk_length(self) -> int:
+        """Number of actions a sample holds; 0 for policies without actions."""
+        return 0
+
+    def transforms(self) -> Sequence[Transform]:
+        """Transforms after normalisation; the inverses run first, in reverse, on the policy's actions."""
+        return ()
+
+    def draw(self, generator: np.random.Generator) -> dict[str, Any]:
+        """The random numbers of one training sample, to be merged into it.
+
+        Args:
+            generator: Keyed to (seed, epoch, position of the sample in the epoch), so that a sample's numbers do not depend
+                on ranks, workers or resumes.
+        """
+        return {}
+
+    def collate(self, samples: Sequence[Sample]) -> Batch:
+        """Stack samples into tensors on the CPU. Images stay uint8."""
+        raise NotImplementedError(f"{type(self).__name__} must define collate()")
+
+    def build(self) -> nn.Module:
+        """Build the module, which follows `Policy`. Called under `torch.device("meta")`: allocate nothing by hand."""
+        raise NotImplementedError(f"{type(self).__name__} must define build()")
+
+    def open_weights(self) -> WeightSource:
+        """Open `weights` for reading; raise `UserError` that names every missing, unexpected or misshapen tensor."""
+        raise NotImplementedError(f"{type(self).__name__} cannot load weights")
+
+
+class WeightSource(Protocol):
+    """Pretrained tensors, read one at a time."""
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The whole tensor of the parameter `name` (the module's own name), on the CPU, in the dtype of the file."""
+        ...
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise `UserError` naming every parameter that is missing, unexpected or of another shape."""
+        ...
+
+
+class PolicyOutput(NamedTuple):
+    """What a forward pass hands to the trainer (contract 4: a sum and a weight)."""
+
+    loss_sum: torch.Tensor
+    """Scalar, float32: the loss summed over the elements that count. The only one with a gradient."""
+    weight: torch.Tensor
+    """Scalar, float32: the number of elements summed. The loss of a step is the quotient over the global batch."""
+    metrics: Mapping[str, torch.Tensor]
+    """Detached scalars, sums over the same elements; the trainer divides them by the same weight."""
+
+
+class ShardUnit(NamedTuple):
+    """A module whose parameters are gathered and released together."""
+
+    module: nn.Module
+    dtype: Literal["compute", "fp32"] = "compute"
+    """`"fp32"`: its parameters are never cast to the compute dtype (NUMERICS: small projections, time features)."""
+
+
+class Policy(Protocol):
+    """A policy is an `nn.Module` with these. It is single-device code: sharding is applied from outside."""
+
+    def forward(self, batch: Batch) -> PolicyOutput:
+        """The training loss of a batch."""
+        ...
+
+    def sample_actions(self, batch: Batch, noise: torch.Tensor) -> torch.Tensor:
+        """Draw action chunks.
+
+        Args:
+            batch: Observations as `collate` makes them; actions in it are ignored.
+            noise: [B, H, A], standard normal, float32.
+
+        Returns:
+            [B, H, A] normalised actions, float32.
+        """
+        ...
+
+    def shard_units(self) -> Iterator[ShardUnit]:
+        """Units in the order of use, inner before outer; parameters in none of them belong to the root unit."""
+        ...
+
+    def initial_value(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+        """The initial value of one whole parameter, float32 on the CPU, from `generator` alone (contract 2)."""
+        ...
+
+    def rebuild_buffers(self) -> None:
+        """Fill buffers that no checkpoint holds; called after the module got real memory."""
+        ...

@@ -1,0 +1,106 @@
+"""Train a policy: `torchrun --nproc-per-node 8 -m rlinf_core.train config.toml [key=value ...]`.
+
+The file reads in the order in which a run happens. Every rank runs it; `python -m rlinf_core.train` is a run of one rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rlinf_core.errors import UserError
+
+if TYPE_CHECKING:
+    from rlinf_core.config.run import RunConfig
+
+EXIT_USER_ERROR = 2
+OTHER_RANKS_WAIT = 5.0
+"""Seconds that a rank other than 0 waits with its message: what all ranks found, rank 0 alone should say."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="torchrun ... -m rlinf_core.train", description=__doc__.splitlines()[0])
+    parser.add_argument("config", help="the run's TOML file")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings over the file: runner.max_steps=100"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="remove the run of the same name and start afresh")
+    args = parser.parse_intermixed_args(arguments)
+    try:
+        train(args.config, args.overrides, overwrite=args.overwrite)
+    except UserError as error:
+        _say_once(error)
+        return EXIT_USER_ERROR
+    return 0
+
+
+def train(config: str, overrides: Sequence[str], *, overwrite: bool = False) -> None:
+    """Train as `config` says, from wherever the run stands.
+
+    Raises:
+        UserError: For everything that is the user's to mend.
+    """
+    from rlinf_core.config.load import load_config
+    from rlinf_core.plugins import get_plugins
+
+    plugins = get_plugins()
+    run = load_config(config, overrides, plugins)
+    plugins.hook.rlinf_configure(run=run)
+
+    from rlinf_core.training.distributed import processes
+    from rlinf_core.training.resume import prepare_folder
+
+    with processes() as group:
+        if group.rank == 0:
+            for failure in plugins.failures:
+                print(f"plugin left out: {failure}", file=sys.stderr, flush=True)
+        start = group.decide(lambda: prepare_folder(run, overwrite=overwrite))
+        if start.finished:
+            if group.rank == 0:
+                print(
+                    f"{run.runner.name} is finished: {start.step} of {run.runner.max_steps} steps are in {run.folder}."
+                )
+            return
+        if group.rank == 0:
+            record_environment(run, group.size)
+        run.trainer.build(run, start=start, group=group, plugins=plugins).train()
+
+
+def record_environment(run: RunConfig, ranks: int) -> None:
+    """Write `environment.json`: what the run was made with."""
+    import json
+    import platform
+    from importlib.metadata import distributions
+
+    import torch
+
+    from rlinf_core.files import write_text
+
+    wanted = ("torch", "numpy", "lerobot", "av", "torchcodec", "safetensors", "pydantic", "pluggy")
+    versions = {d.name: d.version for d in distributions() if d.name in wanted or d.name.startswith("rlinf")}
+    environment = {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "ranks": ranks,
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ["cpu"],
+        "versions": dict(sorted(versions.items())),
+    }
+    write_text(run.folder / "environment.json", json.dumps(environment, indent=1) + "\n")
+
+
+def _say_once(error: UserError) -> None:
+    """Print the message once: rank 0 first, another rank only if rank 0 has not ended the run meanwhile."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:
+        time.sleep(OTHER_RANKS_WAIT)
+    print(f"error: {error}" if not rank else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""What a trainer is to the rest of the project."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from rlinf_core.config.run import RunConfig
+    from rlinf_core.plugins import Plugins
+    from rlinf_core.training.distributed import Processes
+    from rlinf_core.training.resume import Start
+
+
+class TrainerConfig(BaseModel):
+    """The `[trainer]` table. A subclass narrows `type` to a `Literal` of its own and adds fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    type: str
+    """Which trainer this is."""
+    global_batch_size: int = Field(default=32, ge=1)
+    """Samples an optimizer step, over all ranks."""
+    micro_batch_size: int = Field(default=32, ge=1)
+    """Samples a rank computes at a time; `global_batch_size` must be a multiple of ranks × this."""
+
+    def build(self, run: RunConfig, *, start: Start, group: Processes, plugins: Plugins) -> Trainer:
+        """Build the trainer: open data, build the policy, give it its weights. Called on every rank.
+
+        Args:
+            run: The frozen config; this trainer's own table is `run.trainer`.
+            start: Where the run starts: step and checkpoint.
+            group: The running process group.
+            plugins: The loaded plugins, for their hooks and registered classes.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define build()")
+
+
+class Trainer(Protocol):
+    """What hooks and `train.py` see of a trainer."""
+
+    run: RunConfig
+    """The frozen config."""
+    step: int
+    """Number of finished optimizer steps."""
+
+    def train(self) -> None:
+        """Run the remaining steps, validating and saving as configured."""
+        ...

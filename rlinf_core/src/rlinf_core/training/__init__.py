@@ -1,0 +1,1 @@
+"""The FSDP2 trainer and what it is made of."""

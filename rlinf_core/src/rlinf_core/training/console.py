@@ -1,0 +1,138 @@
+"""The console: a line now and then while training, a table and a plot at the end. Torch-free."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rlinf_core.config.run import RunConfig
+from rlinf_core.logger import Logger, LoggerConfig
+from rlinf_core.training.jsonl import FILE, read_rows
+
+SECONDS_BETWEEN_LINES = 5.0
+PLOT_SIZE = (76, 16)
+"""Columns and rows of the plot in characters."""
+
+
+class ConsoleLoggerConfig(LoggerConfig):
+    """Tells a person how the run is doing. Always on."""
+
+    type: Literal["console"] = "console"
+
+    def build(self, run: RunConfig, start_step: int) -> Logger:
+        """Greet with the run's name, size and place."""
+        # torchrun's children write to a pipe; 100 columns hold every line and table.
+        console = Console(width=None if Console().is_terminal else 100, highlight=False)
+        return ConsoleLogger(console, run, start_step)
+
+
+class ConsoleLogger:
+    """Prints the first and last step, and one in between every few seconds."""
+
+    def __init__(self, console: Console, run: RunConfig, start_step: int) -> None:
+        self._console, self._run = console, run
+        self._started, self._start_step = time.monotonic(), start_step
+        self._last_line = float("-inf")
+        where = f"continues at step {start_step}" if start_step else "starts"
+        self._print(
+            f"[bold]{run.runner.name}[/] {where}: {run.policy.type} on {run.data.config_name}, "
+            f"{run.runner.max_steps} steps of {run.trainer.global_batch_size} samples, files in {run.folder}"
+        )
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Print the step if it is time for a line."""
+        now = time.monotonic()
+        if metrics.get("skipped"):
+            self._print(f"[yellow]step {step}: the gradient was not finite, the step was skipped[/]")
+        if now - self._last_line < SECONDS_BETWEEN_LINES and step != self._run.runner.max_steps:
+            return
+        self._last_line = now
+        left = (now - self._started) / (step - self._start_step) * (self._run.runner.max_steps - step)
+        self._print(
+            f"step {step:>{len(str(self._run.runner.max_steps))}}/{self._run.runner.max_steps}"
+            f"  loss [bold]{metrics['loss']:.4f}[/]  lr {metrics['lr']:.2e}  grad norm {metrics['grad_norm']:.3f}"
+            f"  {metrics['samples_per_second']:.1f} samples/s  data wait {metrics['data_wait_share']:.0%}"
+            f"  ETA {_duration(left)}"
+        )
+
+    def validation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Print a validation."""
+        line = f"[cyan]step {step}: held-out loss {metrics['val_loss']:.4f}"
+        if "val_action_mse" in metrics:
+            line += (
+                f", action error² {metrics['val_action_mse']:.4f} (mean action {metrics['val_action_mse_mean']:.4f}, "
+                f"repeated action {metrics['val_action_mse_repeat']:.4f})"
+            )
+        self._print(line + "[/]")
+
+    def message(self, text: str) -> None:
+        """Print a message."""
+        self._console.print(Text(text, style="dim"), soft_wrap=True)
+
+    def close(self, error: BaseException | None) -> None:
+        """Print how the run ended: the table of results and the plot of the loss."""
+        rows = read_rows(self._run.folder / FILE)
+        steps = [row for row in rows if row.get("loss") is not None]
+        if error is not None:
+            last = steps[-1]["step"] if steps else 0
+            self._print(f"[red]{self._run.runner.name} stopped after step {last}: {type(error).__name__}[/]")
+            return
+        self._console.print(result_table(self._run.runner.name, steps, [r for r in rows if "val_loss" in r]))
+        if len(steps) > 1:
+            self._console.print(Text.from_ansi(loss_plot(steps)))
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, soft_wrap=True)
+
+
+def result_table(name: str, steps: Sequence[Mapping[str, Any]], validations: Sequence[Mapping[str, Any]]) -> Table:
+    """Loss at both ends, and the held-out action error beside what a policy that looks at nothing would reach."""
+    table = Table(title=f"{name}: {steps[-1]['step'] if steps else 0} steps", title_justify="left")
+    table.add_column("result")
+    table.add_column("value", justify="right")
+    table.add_column("")
+    if steps:
+        few = min(8, len(steps))
+        first, last = (sum(r["loss"] for r in part) / few for part in (steps[:few], steps[-few:]))
+        table.add_row(f"training loss, first {few} steps", f"{first:.4f}", "")
+        table.add_row(f"training loss, last {few} steps", f"{last:.4f}", f"{last / first:.0%} of the first")
+    if validations:
+        result = validations[-1]
+        table.add_row("held-out loss", f"{result['val_loss']:.4f}", f"at step {result['step']}")
+        if "val_action_mse" in result:
+            baselines = {
+                "always the mean action": result["val_action_mse_mean"],
+                "repeating the last action": result["val_action_mse_repeat"],
+            }
+            best = min(baselines.values())
+            error = result["val_action_mse"]
+            table.add_row(
+                "held-out action error²", f"[bold]{error:.4f}[/]", f"{error / best:.0%} of the better baseline"
+            )
+            for baseline, value in baselines.items():
+                table.add_row(f"  {baseline}", f"{value:.4f}", "")
+    return table
+
+
+def loss_plot(steps: Sequence[Mapping[str, Any]]) -> str:
+    """The loss over steps as text with ANSI colours."""
+    import plotext
+
+    plotext.clear_figure()
+    plotext.theme("clear")
+    plotext.plot_size(*PLOT_SIZE)
+    plotext.title("training loss")
+    plotext.plot([row["step"] for row in steps], [row["loss"] for row in steps], marker="braille")
+    plotext.xlabel("step")
+    return str(plotext.build())
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,75 @@
+"""Sharding a single-device policy with FSDP2, and giving its parameters their values tensor by tensor.
+
+Torch and the standard library only. A policy names its units and their dtype (`Policy.shard_units`); everything else here
+is the same for every policy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+FORWARD_METHODS = ("sample_actions",)
+"""Entry points other than `forward` that must gather parameters too."""
+
+
+def shard(policy: Any, mesh: DeviceMesh, *, compute_dtype: torch.dtype, reshard_after_forward: bool = True) -> None:
+    """Shard a policy in place over a mesh; parameters stay float32, compute units are gathered in `compute_dtype`.
+
+    Inputs are never cast (contract 3): FSDP's default would turn the flow-matching time into bfloat16.
+    """
+
+    def wrap(module: nn.Module, param_dtype: torch.dtype) -> None:
+        precision = MixedPrecisionPolicy(
+            param_dtype=param_dtype, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False
+        )
+        fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard_after_forward)
+
+    for unit in policy.shard_units():
+        wrap(unit.module, compute_dtype if unit.dtype == "compute" else torch.float32)
+    wrap(policy, torch.float32)
+    for method in FORWARD_METHODS:
+        if hasattr(policy, method):
+            register_fsdp_forward_method(policy, method)
+
+
+def materialize(policy: Any, device: torch.device, value: Callable[[str, tuple[int, ...]], torch.Tensor]) -> None:
+    """Give a sharded policy on the meta device memory and values.
+
+    Each rank makes or reads one whole tensor at a time and keeps its slice (contract 2), so that the weights are the same
+    on any number of ranks and no rank holds a second full copy.
+
+    Args:
+        policy: The sharded policy.
+        device: Where the shards live.
+        value: (parameter name, whole shape) -> the whole tensor.
+    """
+    policy.to_empty(device=device)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            whole = value(name, tuple(parameter.shape)).to(dtype=torch.float32, device=device)
+            if isinstance(parameter, DTensor):
+                mesh, placements = parameter.device_mesh, parameter.placements
+                # src_data_rank=None: slice locally, every rank has the whole tensor.
+                whole = distribute_tensor(whole, mesh, placements, src_data_rank=None)
+            parameter.copy_(whole)
+    policy.rebuild_buffers()
+
+
+def parameter_generator(seed: int, name: str) -> torch.Generator:
+    """The random generator of one parameter's initial value."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def layout(parameters: Iterable[tuple[str, nn.Parameter]]) -> str:
+    """A tag of names and shapes; checkpoints of another layout are refused."""
+    text = "\n".join(sorted(f"{name} {tuple(parameter.shape)}" for name, parameter in parameters))
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

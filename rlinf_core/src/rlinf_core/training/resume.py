@@ -1,0 +1,81 @@
+"""Where a run starts: afresh, from its last checkpoint, or not at all because it is finished (contract 9)."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlinf_core.config.load import diff_tables, dump_config, read_toml
+from rlinf_core.config.run import RunConfig
+from rlinf_core.errors import UserError
+from rlinf_core.files import write_text
+from rlinf_core.training.checkpoint import latest, read_position
+
+MAY_CHANGE = frozenset(
+    {
+        "runner.max_steps",
+        "runner.save_interval",
+        "runner.keep_last",
+        "runner.val_check_interval",
+        "runner.val_samples",
+        "runner.resume",
+        "runner.output_dir",
+        "runner.loggers",
+        "data.num_workers",
+        "trainer.micro_batch_size",
+        "trainer.reshard_after_forward",
+    }
+)
+"""Keys that may differ when a run goes on: they do not change the mathematics of a step."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts."""
+
+    step: int = 0
+    """Steps that are already done."""
+    checkpoint: Path | None = None
+    """The checkpoint to continue from; None: from the initial weights."""
+    finished: bool = False
+    """Nothing is left to do."""
+
+
+def prepare_folder(run: RunConfig, *, overwrite: bool) -> Start:
+    """Decide where the run starts and leave its folder ready, with `config.toml` in it. Called on rank 0.
+
+    Raises:
+        UserError: If going on would mix two runs, or overwrite one.
+    """
+    folder, saved = run.folder, run.folder / "config.toml"
+    if folder.exists() and any(folder.iterdir()):
+        if not saved.exists():
+            raise UserError(f"{folder} is not empty and holds no run. Choose another runner.name or runner.output_dir.")
+        if overwrite:
+            shutil.rmtree(folder)
+        elif run.runner.resume == "never":
+            raise UserError(
+                f"{folder} already holds a run and runner.resume is 'never'. "
+                "Give another runner.name, or --overwrite to remove it."
+            )
+    start = Start()
+    if checkpoint := latest(folder):
+        _refuse_other_config(run, saved)
+        step = read_position(checkpoint).step
+        start = Start(step, checkpoint, finished=step >= run.runner.max_steps)
+    if not start.finished:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(saved, dump_config(run))
+    return start
+
+
+def _refuse_other_config(run: RunConfig, saved: Path) -> None:
+    old, new = read_toml(saved), read_toml(dump_config(run))
+    changed = [change for change in diff_tables(old, new) if change[0] not in MAY_CHANGE]
+    if changed:
+        lines = "\n".join(f"  {key}: {before!r} -> {after!r}" for key, before, after in changed)
+        raise UserError(
+            f"{run.folder} holds a run with another config:\n{lines}\n"
+            "Continue it with its own config, give another runner.name, or --overwrite to remove it and start afresh."
+        )

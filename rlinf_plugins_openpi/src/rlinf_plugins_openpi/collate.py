@@ -1,0 +1,72 @@
+"""Samples to a batch of tensors. Runs in loader workers; what no sample of the batch has is not computed.
+
+Leaving out an absent camera or trailing padding tokens changes no output: attention masks them, and rotary positions
+count valid tokens only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rlinf_core import UserError
+from rlinf_plugins_openpi.transforms import CAMERAS, IMAGE_SIZE
+
+Image = NDArray[np.uint8]
+
+TOKEN_STEP = 16
+"""Prompts are padded to a multiple of this many tokens: few lengths, so that compiled code sees few shapes."""
+
+
+def stack(samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Stack samples.
+
+    Args:
+        samples: Encoded samples, all with actions (training) or all without (inference).
+
+    Returns:
+        `images` uint8 [B, C, 224, 224, 3] and `image_mask` bool [B, C]: the cameras that any sample has, in `CAMERAS`'
+        order, black and masked where a sample lacks one; at least one camera.
+        `tokens` int64 [B, T] and `token_mask` bool [B, T]: cut to the longest prompt, rounded up to `TOKEN_STEP`.
+        `state` float32 [B, A]. If the samples have them: `actions` float32 [B, H, A], `actions_is_pad` bool [B, H],
+        `noise` float32 [B, H, A], `time` float32 [B].
+    """
+    images, image_mask = _stack_images([sample.get("images", {}) for sample in samples])
+    token_mask = np.stack([sample["token_mask"] for sample in samples])
+    longest = int(token_mask.sum(axis=1).max())
+    length = min(-(-longest // TOKEN_STEP) * TOKEN_STEP, token_mask.shape[1])
+    batch = {
+        "images": torch.from_numpy(images),
+        "image_mask": torch.from_numpy(image_mask),
+        "tokens": torch.from_numpy(np.stack([sample["tokens"][:length] for sample in samples])),
+        "token_mask": torch.from_numpy(token_mask[:, :length].copy()),
+        "state": _stack_floats(samples, "state"),
+    }
+    batch |= {key: _stack_floats(samples, key) for key in ("actions", "noise", "time") if key in samples[0]}
+    if "actions_is_pad" in samples[0]:
+        batch["actions_is_pad"] = torch.from_numpy(np.stack([sample["actions_is_pad"] for sample in samples]))
+    return batch
+
+
+def _stack_floats(samples: Sequence[Mapping[str, Any]], key: str) -> Tensor:
+    return torch.from_numpy(np.stack([np.asarray(sample[key], dtype=np.float32) for sample in samples]))
+
+
+def _stack_images(images: Sequence[Mapping[str, Image]]) -> tuple[Image, NDArray[np.bool_]]:
+    present = {name for cameras in images for name in cameras}
+    if unknown := sorted(present - set(CAMERAS)):
+        raise UserError(f"the policy has no camera {unknown[0]!r}: the keys of data.images are {', '.join(CAMERAS)}")
+    cameras = [name for name in CAMERAS if name in present] or [CAMERAS[0]]
+    out = np.zeros((len(images), len(cameras), IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
+    mask = np.zeros((len(images), len(cameras)), dtype=np.bool_)
+    for row, sample in enumerate(images):
+        for column, name in enumerate(cameras):
+            if name in sample:
+                out[row, column] = sample[name]
+                mask[row, column] = True
+    return out, mask

@@ -1,0 +1,136 @@
+"""`[policy]` tables of π0 and π0.5: sizes, prompt format and data. Imports no torch; `build` and `collate` do, late."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from rlinf_core import PolicyConfig, Sample, UserError
+from rlinf_core.data.sample import Batch
+from rlinf_core.data.transforms import Transform
+from rlinf_plugins_openpi.dimensions import Pi0Dimensions
+from rlinf_plugins_openpi.tokenizer import SMALL_MODEL, PromptTokenizer, load_processor
+from rlinf_plugins_openpi.transforms import IMAGE_SIZE, PadToActionDim, ResizeWithPad, TokenizePrompt
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from rlinf_core.policy import WeightSource
+
+
+class OpenpiPolicyConfig(PolicyConfig):
+    """What π0 and π0.5 have in common: all but the prompt format, the normalisation and one flag of the model."""
+
+    run_defaults: ClassVar[Mapping[str, Any]] = {
+        "optim": {"lr": 2.5e-5, "min_lr": 2.5e-6, "warmup_steps": 1000, "decay_steps": 30_000}
+    }
+
+    variant: Literal["base", "dummy"] = "base"
+    """`base`: the published sizes, 3.3 billion parameters. `dummy`: the same code in a size that trains on a CPU."""
+    action_dim: int = Field(default=32, ge=1)
+    """Numbers of a state and of an action inside the policy; the data's are filled up with zeros. Published: 32."""
+    action_horizon: int = Field(default=50, ge=1)
+    """Actions in a chunk, one a frame of the dataset. The dataset sets its own default."""
+    max_token_len: int = Field(ge=1)
+    """Tokens of a prompt at most; longer ones are cut."""
+    discrete_state_input: bool
+    """Whether the state stands in the prompt, as integers of 0..255."""
+    tokenizer: str = ""
+    """A sentencepiece model, PaliGemma's for published weights; empty: the small one shipped, for `dummy` only."""
+    num_sampling_steps: int = Field(default=10, ge=1)
+    """Euler steps from noise to actions when the policy acts."""
+
+    @model_validator(mode="after")
+    def _full_size_is_explicit(self) -> OpenpiPolicyConfig:
+        if self.variant == "base" and not self.weights:
+            raise ValueError(
+                'the full-size variant "base" needs policy.weights: a folder or file of pretrained weights, '
+                'or "random" to train 3 billion parameters from scratch'
+            )
+        if self.variant == "base" and not self.tokenizer:
+            raise ValueError(
+                'the full-size variant "base" needs policy.tokenizer: the path of PaliGemma\'s tokenizer.model '
+                "(the small one that is shipped fits variant dummy only)"
+            )
+        return self
+
+    def chunk_length(self) -> int:
+        """Number of actions in a sample."""
+        return self.action_horizon
+
+    def transforms(self) -> Sequence[Transform]:
+        """Resize, tokenise, pad. Raises `UserError` if there is no tokenizer file."""
+        return (
+            ResizeWithPad(IMAGE_SIZE, IMAGE_SIZE),
+            TokenizePrompt(PromptTokenizer(self._tokenizer_path, self.max_token_len), self.discrete_state_input),
+            PadToActionDim(self.action_dim),
+        )
+
+    def draw(self, generator: np.random.Generator) -> dict[str, Any]:
+        """`noise` [H, A], standard normal, and `time` = 0.001 + 0.999 s with s ~ Beta(1.5, 1); both float32."""
+        noise = generator.standard_normal((self.action_horizon, self.action_dim), dtype=np.float32)
+        # Beta(1.5, 1) has the distribution function s^1.5, so a uniform u gives s = u^(2/3).
+        return {"noise": noise, "time": np.float32(0.001 + 0.999 * generator.random() ** (2 / 3))}
+
+    def collate(self, samples: Sequence[Sample]) -> Batch:
+        """Stack samples into CPU tensors; see `collate.stack` for names, shapes and what is left out."""
+        from rlinf_plugins_openpi.collate import stack
+
+        return stack(samples)
+
+    def build(self) -> nn.Module:
+        """Build the model. Raises `UserError` if the tokenizer has more entries than the model's embedding."""
+        from rlinf_plugins_openpi.pi0 import Pi0
+
+        entries = load_processor(self._tokenizer_path).vocab_size()
+        if entries > self.dimensions.vocab_size:
+            raise UserError(
+                f"the tokenizer {self._tokenizer_path!r} has {entries} entries, variant {self.variant} "
+                f"embeds {self.dimensions.vocab_size}: set policy.tokenizer to one that fits"
+                + (", or leave it empty" if self.variant == "dummy" else "")
+            )
+        return Pi0(self.dimensions, num_sampling_steps=self.num_sampling_steps)
+
+    def open_weights(self) -> WeightSource:
+        """Open weights in openpi's PyTorch layout."""
+        from rlinf_plugins_openpi.weights import PublishedWeights
+
+        return PublishedWeights(self.weights, self.dimensions)
+
+    @property
+    def _tokenizer_path(self) -> str:
+        return self.tokenizer or SMALL_MODEL
+
+    @property
+    def dimensions(self) -> Pi0Dimensions:
+        """The sizes of the model."""
+        return Pi0Dimensions.of(
+            self.variant, pi05=self.type == "pi05", action_dim=self.action_dim, action_horizon=self.action_horizon
+        )
+
+
+class Pi0Config(OpenpiPolicyConfig):
+    """π0 (arXiv 2410.24164): the state is a token of its own, actions and time are mixed by an MLP."""
+
+    normalization: ClassVar[Literal["mean_std", "quantile", "none"]] = "mean_std"
+
+    type: Literal["pi0"] = "pi0"
+    max_token_len: int = Field(default=48, ge=1)
+    """Tokens of a prompt at most; longer ones are cut."""
+    discrete_state_input: bool = False
+    """Whether the state stands in the prompt, as integers of 0..255, besides its token."""
+
+
+class Pi05Config(OpenpiPolicyConfig):
+    """π0.5 (arXiv 2504.16054): time conditions the action expert's norms, the state is seen only in the prompt."""
+
+    normalization: ClassVar[Literal["mean_std", "quantile", "none"]] = "quantile"
+
+    type: Literal["pi05"] = "pi05"
+    max_token_len: int = Field(default=200, ge=1)
+    """Tokens of a prompt at most; longer ones are cut."""
+    discrete_state_input: bool = True
+    """Whether the state stands in the prompt, as integers of 0..255. Otherwise the policy does not see the state."""

@@ -1,0 +1,42 @@
+"""LIBERO in the columns of `physical-intelligence/libero`: two cameras, 10 Hz, 256 px.
+
+The state is the end effector's position and axis-angle and two finger positions; the action is the displacement of the
+first six and the gripper's command.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from rlinf_plugins_openpi.datasets import OpenpiDatasetConfig
+
+
+class LiberoConfig(OpenpiDatasetConfig):
+    """The columns."""
+
+    repo_id: str = "physical-intelligence/libero"
+    images: dict[str, str] = {"base_0_rgb": "image", "left_wrist_0_rgb": "wrist_image"}
+    state: tuple[str, ...] = ("state",)
+    actions: tuple[str, ...] = ("actions",)
+    action_width: int = 7
+
+
+class Pi0LiberoConfig(LiberoConfig):
+    """LIBERO for π0, in chunks of 50 actions.
+
+    The actions are displacements already. openpi subtracts the state all the same, and π0's published LIBERO weights
+    were trained so.
+    """
+
+    run_defaults: ClassVar[Mapping[str, Any]] = {"policy": {"type": "pi0", "action_horizon": 50}}
+
+    relative: tuple[bool, ...] = (True,) * 6
+
+
+class Pi05LiberoConfig(LiberoConfig):
+    """LIBERO for π0.5, in chunks of 10 actions and without the state, as openpi and RLinf train it."""
+
+    run_defaults: ClassVar[Mapping[str, Any]] = {
+        "policy": {"type": "pi05", "action_horizon": 10, "discrete_state_input": False}
+    }

@@ -1,0 +1,60 @@
+"""Initial values of π0's parameters, each a function of its name, its shape and a generator.
+
+Torch and the standard library only. The distributions were read off openpi's JAX sources (`models/gemma.py`,
+`models/siglip.py`, `models/pi0.py`) and flax's defaults; `initial_value` says where it departs from them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+TRUNCATED_STD = 0.87962566103423978
+"""Standard deviation of a unit normal cut off at ±2, by which flax corrects truncated draws."""
+
+
+def initial_value(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """The initial value of one parameter.
+
+    - Biases, Gemma's norm weights (used as 1 + weight) and the adaptive norms' Dense are zero, LayerNorm weights one;
+      the biases of SigLIP's MLP are normal(1e-6).
+    - SigLIP's attention and MLP are Glorot-uniform, its positions normal(1/sqrt(width)).
+    - The token embedding is normal(0.01) (flax's default).
+    - All other matrices, the patch embedding among them, are LeCun-normal, truncated at two standard deviations.
+    - So is the image projector, which is zero in the reference (there PaliGemma is always loaded over it): from zero,
+      the image tower would start without a gradient, and RMSNorm would multiply the projector's own by 1/sqrt(1e-6).
+
+    Args:
+        name: The module's own name of the parameter.
+        shape: Its whole shape; matrices are [output, input].
+        generator: The only source of randomness.
+
+    Returns:
+        Float32 tensor on the CPU.
+    """
+    if len(shape) == 1:
+        return _vector(name, shape, generator)
+    if ".dense." in name:
+        return torch.zeros(shape, device="cpu")
+    if name == "embedding.weight":
+        return _normal(shape, 0.01, generator)
+    if name.endswith(".position"):
+        return _normal(shape, shape[-1] ** -0.5, generator)
+    if name.startswith("vision.blocks."):
+        bound = math.sqrt(6.0 / (shape[0] + shape[1]))
+        return torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator)
+    std = math.prod(shape[1:]) ** -0.5 / TRUNCATED_STD
+    value = torch.empty(shape, device="cpu")
+    return torch.nn.init.trunc_normal_(value, std=std, a=-2.0 * std, b=2.0 * std, generator=generator)
+
+
+def _vector(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    if name.endswith((".fc1.bias", ".fc2.bias")):
+        return _normal(shape, 1e-6, generator)
+    layer_norm = name.endswith((".layer_norm1.weight", ".layer_norm2.weight", "vision.head.norm.weight"))
+    return torch.ones(shape, device="cpu") if layer_norm else torch.zeros(shape, device="cpu")
+
+
+def _normal(shape: tuple[int, ...], std: float, generator: torch.Generator) -> torch.Tensor:
+    return torch.empty(shape, device="cpu").normal_(0.0, std, generator=generator)

@@ -1,0 +1,289 @@
+"""π0 and π0.5: a vision-language model and an action expert that turn noise into action chunks by flow matching.
+
+Torch and the standard library only: this is single-device code that runs on a bare CUDA machine; sharding, precision
+and compilation are applied from outside. Axes: B batch, C camera, L text tokens, P prefix tokens (images, then text),
+T suffix tokens, H action horizon, A action width, W VLM width, E expert width.
+
+What differs between the two: π0 has a state token before the actions (in an attention block of its own) and mixes time
+into the action tokens; π0.5 ignores the continuous state and lets time steer the expert's norms.
+
+The reference is openpi's JAX implementation. Noise is at t = 1 and data at t = 0, as there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rlinf_plugins_openpi.gemma import (
+    MASKED_LOGIT,
+    AdaptiveRMSNorm,
+    JointLayer,
+    KeysValues,
+    RMSNorm,
+    TokenContext,
+    TokenEmbedding,
+    rotation,
+)
+from rlinf_plugins_openpi.initialization import initial_value
+from rlinf_plugins_openpi.siglip import SigLIP
+
+if TYPE_CHECKING:
+    from rlinf_plugins_openpi.dimensions import Pi0Dimensions
+
+MIN_PERIOD, MAX_PERIOD = 4e-3, 4.0
+"""Shortest and longest period of the time features; t runs over [0, 1]."""
+
+
+class PolicyOutput(NamedTuple):
+    """`rlinf_core.policy.PolicyOutput`, field for field: that module needs pydantic, this one must not."""
+
+    loss_sum: torch.Tensor
+    weight: torch.Tensor
+    metrics: Mapping[str, torch.Tensor]
+
+
+class ShardUnit(NamedTuple):
+    """`rlinf_core.policy.ShardUnit`, field for field."""
+
+    module: nn.Module
+    dtype: Literal["compute", "fp32"] = "compute"
+
+
+class Prefix(NamedTuple):
+    """What the model has read: image tokens of every camera, then text."""
+
+    tokens: torch.Tensor
+    """[B, P, W] in the compute dtype."""
+    valid: torch.Tensor
+    """Bool [B, P]."""
+
+
+class Suffix(NamedTuple):
+    """What the action expert reads at one flow time."""
+
+    tokens: torch.Tensor
+    """[B, T, E] float32: π0's state token, then the noisy actions."""
+    cond: torch.Tensor | None
+    """[B, E] float32, the condition of π0.5's adaptive norms."""
+
+
+def time_features(time: torch.Tensor, width: int) -> torch.Tensor:
+    """Sines, then cosines, of float32 time [B] at width/2 periods from 0.004 to 4, geometrically spaced: [B, width].
+
+    The angles reach 1570 rad, where float32 steps by 1e-4, so the reference's order of operations counts. XLA turns its
+    division by count - 1 into a product: with that the features agree to 6e-8, with a division only to 6e-5.
+    """
+    count = width // 2
+    fraction = torch.arange(count, dtype=torch.float32, device=time.device) * (1.0 / (count - 1))
+    fraction[-1] = 1.0
+    period = MIN_PERIOD * (MAX_PERIOD / MIN_PERIOD) ** fraction
+    angles = time[:, None] * ((1.0 / period) * 2.0 * math.pi)
+    return torch.cat((angles.sin(), angles.cos()), dim=-1)
+
+
+def euler_times(num_steps: int) -> list[float]:
+    """Flow times at which n Euler steps evaluate the velocity, accumulated in float32 from 1 down to 1/n."""
+    time, times = torch.ones((), dtype=torch.float32, device="cpu"), []
+    step = -1.0 / num_steps
+    while time >= -step / 2:
+        times.append(time.item())
+        time = time + step
+    return times
+
+
+class Pi0(nn.Module):
+    """π0 or π0.5, after `dimensions.pi05`.
+
+    Parameters are whatever memory held until `initial_value` or weights fill them.
+
+    Args:
+        dimensions: All sizes.
+        num_sampling_steps: Default number of Euler steps of `sample_actions`.
+    """
+
+    def __init__(self, dimensions: Pi0Dimensions, *, num_sampling_steps: int = 10) -> None:
+        super().__init__()
+        vlm, expert, action_dim = dimensions.vlm, dimensions.expert, dimensions.action_dim
+        self.dimensions = dimensions
+        self.num_sampling_steps = num_sampling_steps
+        self.vision = SigLIP(dimensions.vision, vlm.width)
+        self.embedding = TokenEmbedding(dimensions.vocab_size, vlm.width)
+        self.layers = nn.ModuleList(JointLayer(vlm, expert, adaptive=dimensions.pi05) for _ in range(vlm.depth))
+        # In the published layout, so kept and exported; no action depends on it.
+        self.vlm_norm = RMSNorm(vlm.width)
+        self.expert_norm = AdaptiveRMSNorm(expert.width) if dimensions.pi05 else RMSNorm(expert.width)
+        self.action_in_proj = nn.Linear(action_dim, expert.width)
+        self.action_out_proj = nn.Linear(expert.width, action_dim)
+        if dimensions.pi05:
+            self.time_mlp_in = nn.Linear(expert.width, expert.width)
+            self.time_mlp_out = nn.Linear(expert.width, expert.width)
+        else:
+            self.state_proj = nn.Linear(action_dim, expert.width)
+            self.action_time_mlp_in = nn.Linear(2 * expert.width, expert.width)
+            self.action_time_mlp_out = nn.Linear(expert.width, expert.width)
+
+    def forward(self, batch: Mapping[str, Any]) -> PolicyOutput:
+        """The flow-matching loss of a batch.
+
+        Args:
+            batch: `images` uint8 [B, C, 224, 224, 3], `image_mask` bool [B, C], `tokens` int [B, L], `token_mask` bool
+                [B, L], `state` [B, A], `actions` [B, H, A], `noise` [B, H, A], `time` [B]; the last four float32.
+
+        Returns:
+            Sum over samples and horizon of the squared error's mean over action dims (padding dims included, as in the
+            reference), and the number B·H of such terms.
+        """
+        loss_BH = self.losses(batch)
+        weight = torch.full((), float(loss_BH.numel()), dtype=torch.float32, device=loss_BH.device)
+        return PolicyOutput(loss_BH.sum(), weight, {})
+
+    def losses(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        """The loss of every action of every chunk, [B, H]."""
+        noise, actions, time = batch["noise"], batch["actions"], batch["time"]
+        t = time[:, None, None]
+        prefix = self.embed_prefix(batch)
+        suffix = self.embed_suffix(batch["state"], t * noise + (1.0 - t) * actions, time)
+        _, suffix_out = self.run(prefix, suffix)
+        return F.mse_loss(self.velocity(suffix_out), noise - actions, reduction="none").mean(-1)
+
+    @torch.no_grad()
+    def sample_actions(
+        self, batch: Mapping[str, Any], noise: torch.Tensor, num_steps: int | None = None
+    ) -> torch.Tensor:
+        """Draw action chunks by Euler integration from t = 1 to 0; the prefix runs once.
+
+        Args:
+            batch: Observations as in `forward`; actions, noise and time in it are ignored.
+            noise: [B, H, A] float32, standard normal.
+            num_steps: Euler steps; None: `num_sampling_steps`.
+
+        Returns:
+            [B, H, A] float32, normalised actions.
+        """
+        steps = self.num_sampling_steps if num_steps is None else num_steps
+        prefix = self.embed_prefix(batch)
+        cache, x_t = self.prefill(prefix), noise
+        for time in euler_times(steps):
+            suffix = self.embed_suffix(batch["state"], x_t, noise.new_full(noise.shape[:1], time))
+            _, suffix_out = self.run(prefix, suffix, cache=cache)
+            x_t = x_t + (-1.0 / steps) * self.velocity(suffix_out)
+        return x_t
+
+    def embed_prefix(self, batch: Mapping[str, Any]) -> Prefix:
+        """Encode images and text. All cameras go through the tower in one call."""
+        images, image_mask = batch["images"], batch["image_mask"]
+        seen = self.vision(images.flatten(0, 1)).unflatten(0, images.shape[:2]).flatten(1, 2)
+        tokens = torch.cat((seen, self.embedding(batch["tokens"])), dim=1)
+        seen_valid = image_mask.repeat_interleave(self.dimensions.vision.num_tokens, dim=1)
+        return Prefix(tokens, torch.cat((seen_valid, batch["token_mask"]), dim=1))
+
+    def embed_suffix(self, state: torch.Tensor, x_t: torch.Tensor, time: torch.Tensor) -> Suffix:
+        """Noisy actions [B, H, A] at flow time [B] (and π0's state [B, A]) as tokens of the action expert."""
+        actions = _linear(self.action_in_proj, x_t)
+        features = time_features(time, actions.shape[-1])
+        if self.dimensions.pi05:
+            hidden = F.silu(_linear(self.time_mlp_in, features))
+            return Suffix(actions, F.silu(self.time_mlp_out(hidden)))
+        features = features.to(actions.dtype)[:, None].expand_as(actions)
+        hidden = F.silu(self.action_time_mlp_in(torch.cat((actions, features), dim=-1)))
+        state_token = _linear(self.state_proj, state)[:, None]
+        return Suffix(torch.cat((state_token, self.action_time_mlp_out(hidden)), dim=1), None)
+
+    def prefill(self, prefix: Prefix) -> list[KeysValues]:
+        """Every layer's keys and values of the prefix."""
+        context, cache = self.prefix_context(prefix), []
+        tokens: torch.Tensor | None = prefix.tokens
+        for index, layer in enumerate(self.layers):
+            tokens, _, kv = layer((tokens, context), None, keys_only=index + 1 == len(self.layers))
+            cache.append(kv)
+        return cache
+
+    def run(
+        self, prefix: Prefix, suffix: Suffix, *, cache: list[KeysValues] | None = None, prefix_out: bool = False
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Both experts over all layers.
+
+        Args:
+            prefix: Tokens and their validity; with a cache only the validity counts.
+            suffix: The action expert's tokens.
+            cache: What `prefill` returned for this prefix.
+            prefix_out: Also finish the prefix in the last layer, which the actions do not need.
+
+        Returns:
+            Prefix outputs [B, P, W] if asked for, and suffix outputs [B, T, E], both after their final norms.
+        """
+        context = self.prefix_context(prefix) if cache is None else None
+        suffix_context = self.suffix_context(prefix, suffix)
+        tokens: torch.Tensor | None = prefix.tokens
+        suffix_tokens = suffix.tokens
+        for index, layer in enumerate(self.layers):
+            source = cache[index] if cache is not None else (tokens, context)
+            keys_only = index + 1 == len(self.layers) and not prefix_out
+            tokens, suffix_tokens, _ = layer(source, (suffix_tokens, suffix_context), suffix.cond, keys_only=keys_only)
+        out = self.vlm_norm(tokens)[0] if prefix_out else None
+        return out, self.expert_norm(suffix_tokens, suffix.cond)[0]
+
+    def velocity(self, suffix_out: torch.Tensor) -> torch.Tensor:
+        """Suffix outputs [B, T, E] -> predicted velocity [B, H, A], float32."""
+        return _linear(self.action_out_proj, suffix_out[:, -self.dimensions.action_horizon :])
+
+    def prefix_context(self, prefix: Prefix) -> TokenContext:
+        """Positions count valid tokens only, so that leaving invalid ones out changes nothing."""
+        positions = prefix.valid.cumsum(1) - 1
+        return TokenContext(
+            rotation(positions, self.dimensions.vlm.head_dim), _bias(prefix.valid[:, None, None], prefix.tokens.dtype)
+        )
+
+    def suffix_context(self, prefix: Prefix, suffix: Suffix) -> TokenContext:
+        """Suffix positions continue after the valid prefix; see `suffix_visible` for who sees whom."""
+        tokens = torch.arange(suffix.tokens.shape[1], device=prefix.valid.device)
+        positions = prefix.valid.sum(1, keepdim=True) + tokens
+        return TokenContext(
+            rotation(positions, self.dimensions.expert.head_dim),
+            _bias(self.suffix_visible(prefix.valid, len(tokens))[:, None], prefix.tokens.dtype),
+        )
+
+    def suffix_visible(self, prefix_valid: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        """Which keys the suffix's queries see, bool [B, T or 1, P+T]; one row where all queries see the same.
+
+        All suffix tokens see the valid prefix. π0.5's see one another; π0's state token does not see the actions.
+        """
+        batch = prefix_valid.shape[0]
+        if self.dimensions.pi05:
+            return torch.cat((prefix_valid, prefix_valid.new_ones(batch, num_tokens)), dim=1)[:, None]
+        own = prefix_valid.new_ones(num_tokens, num_tokens)
+        own[0, 1:] = False
+        rows = prefix_valid[:, None].expand(-1, num_tokens, -1)
+        return torch.cat((rows, own.expand(batch, -1, -1)), dim=2)
+
+    def shard_units(self) -> Iterator[ShardUnit]:
+        """Modules that are gathered together, in the order of use; the small projections are left to the root."""
+        yield ShardUnit(self.vision.patch_embedding, "fp32")
+        yield from map(ShardUnit, self.vision.blocks)
+        yield ShardUnit(self.vision.head)
+        yield ShardUnit(self.embedding)
+        yield from map(ShardUnit, self.layers)
+        yield ShardUnit(self.expert_norm)
+
+    def initial_value(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+        """The initial value of the parameter `name`, float32 on the CPU; see `initialization`."""
+        return initial_value(name, shape, generator)
+
+    def rebuild_buffers(self) -> None:
+        """Nothing to fill: rotary frequencies and time periods are computed where they are used."""
+
+
+def _linear(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """A small projection in its own dtype: float32 by contract, whatever the blocks compute in."""
+    projected: torch.Tensor = linear(x.to(linear.weight.dtype))
+    return projected
+
+
+def _bias(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, MASKED_LOGIT)

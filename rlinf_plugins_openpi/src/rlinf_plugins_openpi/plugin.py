@@ -1,0 +1,10 @@
+"""What this distribution tells rlinf_core, through the entry point `rlinf-plugins-openpi`."""
+
+from rlinf_core import PolicyConfig, hookimpl
+from rlinf_plugins_openpi.config import Pi0Config, Pi05Config
+
+
+@hookimpl
+def rlinf_register_policies() -> list[type[PolicyConfig]]:
+    """Offer π0 and π0.5."""
+    return [Pi0Config, Pi05Config]

@@ -1,0 +1,104 @@
+"""What π0 and π0.5 do to a normalised sample: resize, tokenise, pad. NumPy and PIL only.
+
+The order matters: the prompt is tokenised before the state is padded, because π0.5 can read the state as text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from rlinf_core import Sample, UserError
+from rlinf_core.data.transforms import Transform
+from rlinf_plugins_openpi.tokenizer import PromptTokenizer
+
+CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+"""The policies' cameras, in the order in which the model reads them."""
+
+IMAGE_SIZE = 224
+"""Pixels, both ways: what the image tower's position table is made for."""
+
+
+class OpenpiSample(Sample, total=False):
+    """A sample as the policies' `collate` takes it."""
+
+    tokens: NDArray[np.int64]
+    """[T], prompt ids, filled up with 0."""
+    token_mask: NDArray[np.bool_]
+    """[T], True where there is a token."""
+
+
+@dataclass(frozen=True)
+class ResizeWithPad(Transform):
+    """Fit every camera's image into `height` x `width`: aspect kept, bilinear (antialiased), black around it."""
+
+    height: int
+    width: int
+
+    def __call__(self, sample: Sample) -> Sample:
+        """Images uint8 [any height, any width, 3] -> uint8 [height, width, 3]."""
+        if "images" not in sample:
+            return sample
+        return {**sample, "images": {name: self._resize(name, image) for name, image in sample["images"].items()}}
+
+    def _resize(self, name: str, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+            raise UserError(
+                f"camera {name!r} is {image.dtype} {list(image.shape)}: images are uint8 [height, width, 3]"
+            )
+        height, width = image.shape[:2]
+        if (height, width) == (self.height, self.width):
+            return image
+        # Rounding as openpi's image_tools.resize_with_pad_pil: a pixel more or less would shift the whole image.
+        ratio = max(width / self.width, height / self.height)
+        new_height, new_width = int(height / ratio), int(width / ratio)
+        top, left = (self.height - new_height) // 2, (self.width - new_width) // 2
+        resized = Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BILINEAR)
+        out = np.zeros((self.height, self.width, 3), dtype=np.uint8)
+        out[top : top + new_height, left : left + new_width] = np.asarray(resized)
+        return out
+
+
+@dataclass(frozen=True)
+class TokenizePrompt(Transform):
+    """Turn the prompt into `tokens` and `token_mask`, with the state as text if `discrete_state`."""
+
+    tokenizer: PromptTokenizer
+    discrete_state: bool
+
+    def __call__(self, sample: Sample) -> Sample:
+        """Needs a `state` that is normalised and not yet padded if `discrete_state`, else only the prompt."""
+        if self.discrete_state and "state" not in sample:
+            raise UserError("policy.discrete_state_input is true but the dataset has no state: set it to false")
+        tokens, token_mask = self.tokenizer(sample["prompt"], sample["state"] if self.discrete_state else None)
+        return OpenpiSample(**sample, tokens=tokens, token_mask=token_mask)
+
+
+@dataclass(frozen=True)
+class PadToActionDim(Transform):
+    """Fill `state` and `actions` up with zeros to the width of the policy; without a state it is all zeros.
+
+    The inverse is the identity: unnormalising works at the policy's width, and the dataset knows the robot's.
+    """
+
+    action_dim: int
+
+    def __call__(self, sample: Sample) -> Sample:
+        """State [D] -> [A], actions [H, D] -> [H, A]."""
+        out = sample.copy()
+        out["state"] = self._pad("state", sample.get("state", np.zeros(0, dtype=np.float32)))
+        if "actions" in sample:
+            out["actions"] = self._pad("actions", sample["actions"])
+        return out
+
+    def _pad(self, name: str, vector: NDArray[np.floating]) -> NDArray[np.floating]:
+        missing = self.action_dim - vector.shape[-1]
+        if missing < 0:
+            raise UserError(
+                f"`{name}` has {vector.shape[-1]} numbers, the policy takes {self.action_dim}: "
+                f"name fewer columns in data.{name} (policy.action_dim is fixed for pretrained weights)"
+            )
+        return np.pad(vector, [(0, 0)] * (vector.ndim - 1) + [(0, missing)])

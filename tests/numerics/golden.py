@@ -1,0 +1,58 @@
+"""Where the golden data lies, what is in it, and what a run of the tests found about it.
+
+Tests of an area take a fixture `<area>_case` (`model_case`, `train_case`, …) and run once for every folder found there,
+so that another set of the same layout is tested as it is.
+"""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+GOLDEN = Path(os.environ.get("RLINF_GOLDEN_DIR") or Path(__file__).parents[1] / "golden").resolve()
+
+AREAS = ("model", "train", "optim", "transforms", "resize", "tokenizer", "norm_stats", "augment")
+"""Folders of the golden data; a folder that is not listed here fails a test, so that none is overlooked."""
+
+NOT_YET = {
+    "tokenizer/real_vocab_cases.json": "needs the vocabulary of Gemma, which is not shipped",
+    "resize/jax_*": "the reference model's own resizing of other image sizes, which its transforms never leave to it",
+    "augment": "augmentation of training images",
+    "train/*/watched_params_jax.npz": "only the small projections; moving averages of weights are not there yet",
+}
+"""Parts that are known and not checked: a pattern below the golden folder -> why. Cases without any check are found by
+themselves."""
+
+
+FOLDERS_ARE_CASES = ("model", "train", "transforms")
+
+
+def cases(area: str) -> list[Path]:
+    """The folders of an area, or the area itself where they are not cases."""
+    folder = GOLDEN / area
+    if area in FOLDERS_ARE_CASES:
+        return sorted(path for path in folder.glob("*") if path.is_dir())
+    return [folder] if folder.is_dir() else []
+
+
+def name_of(case: Path) -> str:
+    return case.relative_to(GOLDEN).as_posix()
+
+
+@dataclass
+class Report:
+    """Distances measured in this run."""
+
+    rows: list[tuple[str, str, float, float]] = field(default_factory=list)
+
+    def __call__(self, case: str, quantity: str, distance: float, tolerance: float) -> None:
+        """Keep a distance for the table at the end of the run, and hold it to its tolerance."""
+        self.rows.append((case, quantity, float(distance), tolerance))
+        assert distance <= tolerance, f"{case}: {quantity} is off by {distance:.2e}, allowed {tolerance:.0e}"
+
+    def unchecked(self) -> dict[str, str]:
+        """What lies in the golden folder and was not compared with anything, and why."""
+        missing = {pattern: reason for pattern, reason in NOT_YET.items() if any(GOLDEN.glob(pattern))}
+        for name in (name_of(case) for area in AREAS for case in cases(area)):
+            if not any(f"{checked}/".startswith(f"{name}/") for checked, *_ in self.rows):
+                missing.setdefault(name, "no distance was reported for it in this run")
+        return missing

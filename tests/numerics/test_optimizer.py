@@ -1,0 +1,40 @@
+"""The optimizer step against optax: schedule, clipping, AdamW."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from rlinf_core.training.optim import Optimizer, Schedule
+
+
+def schedules(golden_dir):
+    return json.loads((golden_dir / "optim" / "schedule.json").read_text())
+
+
+def test_learning_rate_is_optax_in_float32(golden_dir, report):
+    for name, case in schedules(golden_dir).items():
+        schedule = Schedule(case["peak_lr"], case["decay_lr"], case["warmup_steps"], case["decay_steps"])
+        ours = np.array([float(schedule.at(torch.tensor(step))) for step in case["steps"]])
+        theirs = np.array(case["lr"])
+        report(f"optim/schedule/{name}", "lr", float(np.max(np.abs(ours / theirs - 1))), 1e-5)
+
+
+@pytest.mark.parametrize("divisor", [1.0, 7.0])
+def test_clipped_adamw_follows_optax(golden_dir, report, divisor):
+    data = np.load(golden_dir / "optim" / "adamw_clip_ema.npz")
+    names = sorted({key.split("/", 1)[1] for key in data if key.startswith("init/")})
+    steps = len({key.split("/")[0] for key in data if key.startswith("grad")})
+    parameters = {name: torch.nn.Parameter(torch.tensor(data[f"init/{name}"])) for name in names}
+    optimizer = Optimizer(
+        parameters.items(), Schedule(1e-2, 1e-3, 3, 12), betas=(0.9, 0.95), eps=1e-8, weight_decay=1e-10, clip_grad=1.0
+    )
+    worst = 0.0
+    for step in range(steps):
+        for name, parameter in parameters.items():
+            parameter.grad = torch.tensor(data[f"grad{step}/{name}"]) * divisor
+        optimizer.step(divisor)
+        for name, parameter in parameters.items():
+            theirs = torch.tensor(data[f"param{step}/{name}"])
+            worst = max(worst, float((parameter.detach() - theirs).abs().max() / theirs.abs().max()))
+    report("optim/adamw_clip", f"parameters (divisor {divisor:g})", worst, 1e-5)

@@ -1,0 +1,86 @@
+"""A recorded run: the model, the optimizer and the schedule together, step by step."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from golden import name_of
+from pi0_case import max_distance, read_batch, read_model
+
+from rlinf_core.training.optim import Optimizer, Schedule
+from rlinf_plugins_openpi.weights import PublishedWeights
+
+FIRST_LOSSES, LOSSES = 1e-4, 5e-4
+GRADIENT_NORM = 1e-3
+UPDATE = 5e-3
+
+
+class Run:
+    """The recorded run repeated: losses, gradient norms, learning rates, and small parameters on the way."""
+
+    def __init__(self, folder):
+        self.name, self.folder = name_of(folder), folder
+        self.curve = json.loads((folder / "curve.json").read_text())
+        self.watched = dict(np.load(folder / "watched_params_jax.npz"))
+        self.model = read_model((folder / self.curve["init"]).parent)
+        self.start = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        arrays, self.log, self.on_the_way = dict(np.load(folder / "batches.npz")), [], {}
+        optimizer = self.optimizer()
+        for step in range(self.curve["steps"]):
+            prefix = f"batch{self.curve['pool_index'][step]}/"
+            batch = read_batch({k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)})
+            draws = {key: torch.from_numpy(arrays[key][step]) for key in ("noise", "time")}
+            output = self.model(batch | draws)
+            output.loss_sum.backward()
+            done = optimizer.step(output.weight)
+            loss = output.loss_sum.detach() / output.weight
+            self.log.append([float(value) for value in (loss, done.grad_norm, done.lr)])
+            self.on_the_way[step + 1] = {name: p.detach().clone() for name, p in self.small_projections()}
+
+    def optimizer(self):
+        settings, schedule = self.curve["optimizer"], self.curve["schedule"]
+        return Optimizer(
+            self.model.named_parameters(),
+            Schedule(schedule["peak_lr"], schedule["decay_lr"], schedule["warmup_steps"], schedule["decay_steps"]),
+            betas=(settings["b1"], settings["b2"]),
+            eps=settings["eps"],
+            weight_decay=settings["weight_decay"],
+            clip_grad=settings["clip_global_norm"],
+        )
+
+    def small_projections(self):
+        return ((name, p) for name, p in self.model.named_parameters() if name.count(".") == 1 and "norm" not in name)
+
+
+@pytest.fixture
+def run(train_case):
+    return Run(train_case)
+
+
+def test_training_follows_the_recorded_run(run, report):
+    ours = np.array(run.log).T
+    theirs = np.array([run.curve[key] for key in ("loss", "grad_norm_before_clip", "lr")])
+    loss, norm, lr = np.abs(ours / theirs - 1)
+    report(run.name, "loss, first 5 steps", loss[:5].max(), FIRST_LOSSES)
+    report(run.name, f"loss, {len(loss)} steps", loss.max(), LOSSES)
+    report(run.name, "gradient norm", norm.max(), GRADIENT_NORM)
+    report(run.name, "learning rate", lr.max(), 1e-6)
+
+    after = PublishedWeights(run.folder / "params_after_torch.safetensors", run.model.dimensions)
+    off = update = 0.0
+    for name, parameter in run.model.named_parameters():
+        if name.startswith("vision.") and name.endswith("k_proj.bias"):
+            continue  # a true gradient of zero: Adam turns its rounding noise into movement
+        theirs_after = after.tensor(name)
+        off += float((parameter.detach() - theirs_after).square().sum())
+        update += float((theirs_after - run.start[name]).square().sum())
+    report(run.name, f"parameter change, {len(loss)} steps", (off / update) ** 0.5, UPDATE)
+
+    for key, value in run.watched.items():
+        when, _, path = key.partition("/")
+        name, _, kind = path.partition("/")
+        if when.startswith("step") and f"{name}.{'weight' if kind == 'kernel' else kind}" in run.start:
+            small = run.on_the_way[int(when.removeprefix("step"))]
+            mine = small[f"{name}.weight"].T if kind == "kernel" else small[f"{name}.{kind}"]
+            report(run.name, key, max_distance(mine, value), UPDATE)

@@ -1,0 +1,104 @@
+"""The small tokenizer that ships, and prompts as the policies read them."""
+
+import importlib.util
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from rlinf_core import UserError
+from rlinf_plugins_openpi.tokenizer import SMALL_MODEL, PromptTokenizer, clean, discretise, load_processor
+
+MAKE_SMALL_TOKENIZER = Path(__file__).parents[1] / "rlinf_plugins_openpi" / "make_small_tokenizer.py"
+
+
+def test_small_model_reads_any_ascii_string():
+    processor = load_processor(SMALL_MODEL)
+    text = "".join(map(chr, range(1, 128)))
+    assert processor.decode(processor.encode(text)) == text
+    assert processor.decode(processor.encode("naïve café — 日本")) == "naïve café — 日本"
+
+
+def test_small_model_follows_gemmas_conventions():
+    processor = load_processor(SMALL_MODEL)
+    assert processor.vocab_size() == 512
+    assert (processor.pad_id(), processor.eos_id(), processor.bos_id(), processor.unk_id()) == (0, 1, 2, 3)
+    assert len(processor.encode("\n")) == 1
+    assert len(processor.encode("255")) == 3
+
+
+def test_small_model_comes_from_its_script():
+    spec = importlib.util.spec_from_file_location("make_small_tokenizer", MAKE_SMALL_TOKENIZER)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    made = sentencepiece.SentencePieceProcessor(model_proto=script.train())
+    shipped = load_processor(SMALL_MODEL)
+    assert [made.id_to_piece(i) for i in range(512)] == [shipped.id_to_piece(i) for i in range(512)]
+
+
+def test_prompt_is_padded_with_zeros_behind_the_mask():
+    tokens, mask = PromptTokenizer(SMALL_MODEL, 48)("push the puck to a goal")
+    count = int(mask.sum())
+    assert (tokens.shape, tokens.dtype, mask.dtype) == ((48,), np.int64, np.bool_)
+    assert mask[:count].all()
+    assert tokens[0] == 2
+    assert not tokens[count:].any()
+    assert load_processor(SMALL_MODEL).decode(tokens[1:count].tolist()) == "push the puck to a goal\n"
+
+
+def test_long_prompt_is_cut():
+    whole, _ = PromptTokenizer(SMALL_MODEL, 64)("turn on the stove")
+    tokens, mask = PromptTokenizer(SMALL_MODEL, 3)("turn on the stove")
+    assert mask.all()
+    assert tokens.tolist() == whole[:3].tolist()
+
+
+def test_state_becomes_part_of_the_prompt():
+    tokens, mask = PromptTokenizer(SMALL_MODEL, 200)("open_it", np.array([-1.0, 0.0, 0.999, 1.7, -1.3]))
+    text = load_processor(SMALL_MODEL).decode(tokens[mask].tolist())
+    assert text == "Task: open it, State: 0 128 255 255 -1;\nAction: "
+
+
+def test_equal_prompts_with_other_states_differ():
+    tokenizer = PromptTokenizer(SMALL_MODEL, 64)
+    first, second = (tokenizer("lift", np.array([value]))[0] for value in (0.1, 0.9))
+    assert (first != second).any()
+    assert (tokenizer("lift")[0] != first).any()
+
+
+def test_tokens_of_one_prompt_do_not_share_memory():
+    tokenizer = PromptTokenizer(SMALL_MODEL, 16)
+    tokenizer("lift")[0][:] = 7
+    assert tokenizer("lift")[0][0] == 2
+
+
+def test_clean_strips_before_it_replaces():
+    assert clean("  pick_up\nit \n") == "pick up it"
+    assert clean("_edge_") == " edge "
+
+
+def test_bins_hold_their_left_edge():
+    below = np.nextafter(0.5, 0)
+    assert discretise(np.array([-1.0, below, 0.5])).tolist() == [0, 191, 192]
+
+
+def test_tokenizer_pickles_small_and_equal():
+    tokenizer = PromptTokenizer(SMALL_MODEL, 32)
+    tokenizer("lift")
+    data = pickle.dumps(tokenizer)
+    assert len(data) < 500
+    assert pickle.loads(data)("lift")[0].tolist() == tokenizer("lift")[0].tolist()
+
+
+def test_missing_model_names_the_key():
+    with pytest.raises(UserError, match=r"nowhere\.model.*policy\.tokenizer"):
+        PromptTokenizer("nowhere.model", 48)
+
+
+def test_file_of_another_kind_is_refused(tmp_path):
+    path = tmp_path / "tokenizer.model"
+    path.write_text("{}")
+    with pytest.raises(UserError, match=r"tokenizer\.model.*as a sentencepiece model"):
+        PromptTokenizer(str(path), 48)("lift")

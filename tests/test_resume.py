@@ -1,0 +1,86 @@
+"""Where a run starts, and what it refuses to mix or overwrite (contract 9)."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+
+from rlinf_core.config.load import load_config
+from rlinf_core.errors import UserError
+from rlinf_core.files import write_text
+from rlinf_core.training.checkpoint import Position
+from rlinf_core.training.resume import prepare_folder
+
+
+@pytest.fixture
+def run(tmp_path):
+    def make(*overrides):
+        settings = [f"runner.output_dir={tmp_path}", "runner.name=r", "runner.max_steps=10", *overrides]
+        return load_config("examples/quickstart.toml", settings)
+
+    return make
+
+
+def checkpoint(run, step):
+    """What a checkpoint leaves as far as starting is concerned."""
+    path = run.folder / "checkpoints" / f"step_{step:09d}"
+    path.mkdir(parents=True)
+    position = Position(step=step, epoch=0, sample=0, rows=1, seed=0, layout="")
+    write_text(path / "state.json", json.dumps(asdict(position)))
+    write_text(run.folder / "latest", path.name)
+
+
+def test_a_new_run_starts_at_zero_and_leaves_its_config(run):
+    start = prepare_folder(run(), overwrite=False)
+    assert (start.step, start.checkpoint, start.finished) == (0, None, False)
+    assert load_config(run().folder / "config.toml") == run()
+
+
+def test_an_unfinished_run_continues(run):
+    prepare_folder(run(), overwrite=False)
+    checkpoint(run(), 4)
+    start = prepare_folder(run(), overwrite=False)
+    assert (start.step, start.checkpoint.name, start.finished) == (4, "step_000000004", False)
+
+
+def test_a_finished_run_is_finished_until_it_gets_more_steps(run):
+    prepare_folder(run(), overwrite=False)
+    checkpoint(run(), 10)
+    assert prepare_folder(run(), overwrite=False).finished
+    assert prepare_folder(run("data.num_workers=0"), overwrite=False).finished
+    assert prepare_folder(run("runner.max_steps=12"), overwrite=False).step == 10
+
+
+@pytest.mark.parametrize("step", [4, 10], ids=["unfinished", "finished"])
+def test_another_config_is_refused_with_the_difference(run, step):
+    prepare_folder(run(), overwrite=False)
+    checkpoint(run(), step)
+    with pytest.raises(UserError, match=r"(?s)another config:\n  optim\.lr: .* -> 0\.5\n.*--overwrite"):
+        prepare_folder(run("optim.lr=0.5"), overwrite=False)
+    assert load_config(run().folder / "config.toml") == run()
+
+
+def test_before_the_first_checkpoint_a_config_may_be_mended(run):
+    prepare_folder(run(), overwrite=False)
+    assert prepare_folder(run("optim.lr=0.5"), overwrite=False).step == 0
+    assert load_config(run().folder / "config.toml") == run("optim.lr=0.5")
+
+
+def test_never_refuses_what_is_there_and_overwrite_removes_it(run):
+    prepare_folder(run(), overwrite=False)
+    checkpoint(run(), 4)
+    with pytest.raises(UserError, match="--overwrite"):
+        prepare_folder(run("runner.resume=never"), overwrite=False)
+    start = prepare_folder(run("runner.resume=never"), overwrite=True)
+    assert (start.step, start.checkpoint) == (0, None)
+    assert not (run().folder / "checkpoints").exists()
+
+
+def test_a_folder_that_holds_no_run_is_never_touched(run):
+    run().folder.mkdir(parents=True)
+    precious = run().folder / "thesis.tex"
+    precious.write_text("x")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="holds no run"):
+            prepare_folder(run(), overwrite=overwrite)
+    assert precious.read_text() == "x"

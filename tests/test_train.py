@@ -1,0 +1,161 @@
+"""A run as users start it: the same on one, two and three ranks, and the same after a kill as without one.
+
+Every run is torchrun on the embedded dataset with the dummy π0.5 in float32. A plugin, installed beside the others, writes
+down the weights at the start and at the end, and can kill the process in the middle.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import distributions
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[1]
+OBSERVER = """
+import os, signal
+from pathlib import Path
+from rlinf_core import hookimpl
+
+def save(trainer, name):
+    from safetensors.torch import save_file
+    whole = {key: p.detach().full_tensor() for key, p in trainer.policy.named_parameters()}
+    if int(os.environ.get("RANK", "0")) == 0:
+        save_file(whole, Path(os.environ["OBSERVED"]) / f"{name}.safetensors")
+
+@hookimpl
+def rlinf_train_started(trainer):
+    save(trainer, f"start_{trainer.step}")
+
+@hookimpl
+def rlinf_step_finished(trainer, step):
+    if step == int(os.environ.get("KILL_AFTER", "0")):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+@hookimpl
+def rlinf_train_finished(trainer, error):
+    if error is None:
+        save(trainer, "end")
+"""
+SETTINGS = [
+    "policy.action_dim=8",
+    "runner.val_check_interval=0",
+    "data.num_workers=0",
+    "trainer.global_batch_size=12",
+    "trainer.micro_batch_size=2",
+    "optim.warmup_steps=0",
+]
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory):
+    site = tmp_path_factory.mktemp("site")
+    distributions.install(site, "observer", plugins={"observer": "observer"}, observer=OBSERVER)
+
+    def launch(ranks, folder, *overrides, name="run", kill_after=0):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(site),
+            "OBSERVED": str(folder / name),
+            "KILL_AFTER": str(kill_after),
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        command += ["-m", "rlinf_core.train", "examples/quickstart.toml", f"runner.output_dir={folder / 'runs'}"]
+        command += [f"runner.name={name}", *SETTINGS, *overrides]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+    return launch
+
+
+def rows(folder, name="run"):
+    return [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder, name="run"):
+    return torch.tensor([row["loss"] for row in rows(folder, name)], dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def by_ranks(launch, tmp_path_factory):
+    """The same four steps on 1, 2 and 3 ranks."""
+    folders = {}
+    for ranks in (1, 2, 3):
+        folders[ranks] = tmp_path_factory.mktemp(f"ranks{ranks}")
+        result = launch(ranks, folders[ranks], "runner.max_steps=4")
+        assert result.returncode == 0, result.stdout + result.stderr
+    return folders
+
+
+def weights(folder, when, name="run"):
+    return load_file(folder / name / f"{when}.safetensors")
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_initial_weights_are_bit_equal_on_any_number_of_ranks(by_ranks, ranks):
+    one, many = weights(by_ranks[1], "start_0"), weights(by_ranks[ranks], "start_0")
+    assert one.keys() == many.keys()
+    assert [name for name in one if not torch.equal(one[name], many[name])] == []
+    assert all(tensor.isfinite().all() for tensor in one.values())
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_losses_and_weights_are_equal_to_rounding_on_any_number_of_ranks(by_ranks, ranks):
+    one, many = losses(by_ranks[1]), losses(by_ranks[ranks])
+    assert len(one) == 4
+    torch.testing.assert_close(many, one, rtol=1e-4, atol=0)
+    start, end, other = (weights(by_ranks[r], when) for r, when in ((1, "start_0"), (1, "end"), (ranks, "end")))
+    # The true gradient of these is zero: Adam turns its rounding noise into movement (NUMERICS).
+    names = [name for name in start if not (name.startswith("vision.") and name.endswith("k_proj.bias"))]
+    off = sum(float((other[name] - end[name]).square().sum()) for name in names) ** 0.5
+    update = sum(float((end[name] - start[name]).square().sum()) for name in names) ** 0.5
+    assert update > 0
+    assert off / update <= 5e-3
+
+
+def test_a_run_writes_what_others_read(by_ranks):
+    folder = by_ranks[2] / "runs" / "run"
+    assert [row["step"] for row in rows(by_ranks[2])] == [1, 2, 3, 4]
+    assert rows(by_ranks[2])[0].keys() >= {"step", "loss", "lr", "grad_norm", "samples_per_second", "data_wait_share"}
+    assert json.loads((folder / "environment.json").read_text())["ranks"] == 2
+    assert json.loads((folder / "norm_stats.json").read_text())["norm_stats"].keys() == {"state", "actions"}
+    assert (folder / "latest").read_text() == "step_000000004"
+    state = json.loads((folder / "checkpoints" / "step_000000004" / "state.json").read_text())
+    assert (state["step"], state["sample"]) == (4, 48)
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(launch, tmp_path):
+    settings = ["runner.max_steps=6", "runner.save_interval=2"]
+    whole = launch(2, tmp_path, *settings, name="whole")
+    assert whole.returncode == 0, whole.stderr
+    killed = launch(2, tmp_path, *settings, name="killed", kill_after=5)
+    assert killed.returncode != 0
+    assert (tmp_path / "runs" / "killed" / "latest").read_text() == "step_000000004"
+    again = launch(2, tmp_path, *settings, name="killed")
+    assert again.returncode == 0, again.stderr
+    assert "continues at step 4" in again.stdout
+    assert [row["step"] for row in rows(tmp_path, "killed")] == [1, 2, 3, 4, 5, 6]
+    assert torch.equal(losses(tmp_path, "killed"), losses(tmp_path, "whole"))
+    one, other = weights(tmp_path, "end", "whole"), weights(tmp_path, "end", "killed")
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+    finished = launch(2, tmp_path, *settings, name="killed")
+    assert finished.returncode == 0
+    assert "killed is finished: 6 of 6 steps" in finished.stdout
+    assert [row["step"] for row in rows(tmp_path, "killed")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_mistake_is_said_once_and_names_the_way_out(launch, tmp_path):
+    result = launch(2, tmp_path, "trainer.global_batch_size=7")
+    assert result.returncode != 0
+    said = [line for line in result.stderr.splitlines() if "global_batch_size = 7" in line]
+    assert len(said) == 1
+    assert "set global_batch_size to 4 or 8" in said[0]
+    assert "Traceback" not in result.stderr.split("torch.distributed.elastic")[0]
+    assert signal.SIGABRT.name not in result.stderr

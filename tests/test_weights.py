@@ -1,0 +1,165 @@
+"""Published weights: one table both ways, read strictly, every complaint named."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from rlinf_core.errors import UserError
+from rlinf_plugins_openpi.dimensions import GemmaDimensions, Pi0Dimensions, VisionDimensions
+from rlinf_plugins_openpi.pi0 import Pi0
+from rlinf_plugins_openpi.weights import (
+    EMBEDDING,
+    EMBEDDING_IN_FILES,
+    PublishedWeights,
+    published_names,
+    save_published,
+)
+
+GEMMA = GemmaDimensions(width=8, depth=1, mlp_dim=8, num_heads=2, num_kv_heads=1, head_dim=4)
+VISION = VisionDimensions(width=8, depth=1, mlp_dim=8, num_heads=2)
+STATE_PROJ = "state_proj.weight"
+
+
+@pytest.fixture(params=[False, True], ids=["pi0", "pi05"])
+def dimensions(request):
+    return Pi0Dimensions(request.param, 4, 3, 16, GEMMA, GEMMA, VISION)
+
+
+@pytest.fixture
+def pi0_dimensions():
+    return Pi0Dimensions(False, 4, 3, 16, GEMMA, GEMMA, VISION)
+
+
+def state_of(dimensions):
+    torch.manual_seed(0)
+    return {name: torch.randn_like(parameter) for name, parameter in Pi0(dimensions).named_parameters()}
+
+
+def shapes_of(dimensions):
+    return {name: tuple(tensor.shape) for name, tensor in state_of(dimensions).items()}
+
+
+@pytest.fixture
+def published(pi0_dimensions):
+    """Published names -> tensors, to be damaged and saved."""
+    names = published_names(pi0_dimensions)
+    return {names[name]: tensor for name, tensor in state_of(pi0_dimensions).items()}
+
+
+def complaint(path, dimensions):
+    with pytest.raises(UserError) as error:
+        PublishedWeights(path, dimensions).check(shapes_of(dimensions))
+    return str(error.value)
+
+
+def test_saved_weights_come_back(tmp_path, dimensions):
+    state = state_of(dimensions)
+    save_published(state, tmp_path / "model.safetensors", dimensions)
+    source = PublishedWeights(tmp_path, dimensions)
+    source.check(shapes_of(dimensions))
+    assert all(torch.equal(source.tensor(name), tensor) for name, tensor in state.items())
+
+
+def test_saved_embedding_is_where_published_files_have_it(tmp_path, pi0_dimensions):
+    file = tmp_path / "model.safetensors"
+    save_published(state_of(pi0_dimensions), file, pi0_dimensions)
+    with safe_open(file, framework="pt") as saved:
+        keys = set(saved.keys())
+        assert EMBEDDING_IN_FILES in keys
+        assert EMBEDDING not in keys
+        assert saved.metadata()[EMBEDDING] == EMBEDDING_IN_FILES
+
+
+def test_incomplete_state_is_not_saved(tmp_path, pi0_dimensions):
+    state = state_of(pi0_dimensions)
+    del state[STATE_PROJ]
+    with pytest.raises(ValueError, match=STATE_PROJ):
+        save_published(state, tmp_path / "model.safetensors", pi0_dimensions)
+
+
+def test_files_keep_their_dtype(tmp_path, published, pi0_dimensions):
+    save_file({key: tensor.bfloat16() for key, tensor in published.items()}, tmp_path / "model.safetensors")
+    assert PublishedWeights(tmp_path, pi0_dimensions).tensor(STATE_PROJ).dtype == torch.bfloat16
+
+
+def test_shards_are_found_through_their_index(tmp_path, published, pi0_dimensions):
+    keys = sorted(published)
+    for number, part in enumerate((keys[::2], keys[1::2])):
+        save_file({key: published[key] for key in part}, tmp_path / f"part-{number}.safetensors")
+    files = {key: f"part-{number}.safetensors" for number in (0, 1) for key in keys[number::2]}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": files}))
+    source = PublishedWeights(tmp_path, pi0_dimensions)
+    source.check(shapes_of(pi0_dimensions))
+    assert torch.equal(source.tensor(STATE_PROJ), published[STATE_PROJ])
+    (tmp_path / "part-1.safetensors").unlink()
+    with pytest.raises(UserError, match=r"names shards that are not there: part-1\.safetensors"):
+        PublishedWeights(tmp_path, pi0_dimensions)
+
+
+def test_every_problem_is_named_at_once(tmp_path, published, pi0_dimensions):
+    file = tmp_path / "some.safetensors"
+    del published["action_out_proj.bias"]
+    published[STATE_PROJ] = torch.zeros(8, 5)
+    published["surprise"] = torch.zeros(2)
+    save_file(published, file)
+    message = complaint(file, pi0_dimensions)
+    assert str(file) in message
+    assert "missing: action_out_proj.bias [4]" in message
+    assert f"wrong shape: {STATE_PROJ} is [8, 5], the model has [8, 4]" in message
+    assert "unexpected: surprise [2]" in message
+
+
+def test_pi05_weights_are_not_pi0_weights(tmp_path, pi0_dimensions):
+    pi05 = Pi0Dimensions(True, 4, 3, 16, GEMMA, GEMMA, VISION)
+    save_published(state_of(pi05), tmp_path / "model.safetensors", pi05)
+    message = complaint(tmp_path, pi0_dimensions)
+    assert f"missing: {STATE_PROJ}" in message
+    assert "unexpected: time_mlp_in.weight" in message
+    assert "policy.type" in message
+
+
+def test_embedding_may_have_either_name_or_both_if_equal(tmp_path, published, pi0_dimensions):
+    file, embedding = tmp_path / "model.safetensors", published.pop(EMBEDDING)
+    for names in ((EMBEDDING,), (EMBEDDING_IN_FILES,), (EMBEDDING, EMBEDDING_IN_FILES)):
+        save_file(published | {name: embedding.clone() for name in names}, file)
+        source = PublishedWeights(file, pi0_dimensions)
+        source.check(shapes_of(pi0_dimensions))
+        assert torch.equal(source.tensor("embedding.weight"), embedding)
+    save_file(published | {EMBEDDING: embedding, EMBEDDING_IN_FILES: embedding + 1}, file)
+    assert f"ambiguous: {EMBEDDING} and {EMBEDDING_IN_FILES}" in complaint(file, pi0_dimensions)
+
+
+def test_an_embedding_of_another_vocabulary_is_named(tmp_path, published, pi0_dimensions):
+    published[EMBEDDING_IN_FILES] = torch.zeros(17, published.pop(EMBEDDING).shape[1])
+    save_file(published, tmp_path / "model.safetensors")
+    assert f"wrong shape: {EMBEDDING_IN_FILES} is [17, 8]" in complaint(tmp_path, pi0_dimensions)
+
+
+def test_the_experts_unused_head_is_let_pass(tmp_path, published, pi0_dimensions):
+    published["paligemma_with_expert.gemma_expert.lm_head.weight"] = torch.zeros(16, 8)
+    save_file(published, tmp_path / "model.safetensors")
+    PublishedWeights(tmp_path, pi0_dimensions).check(shapes_of(pi0_dimensions))
+
+
+def test_nothing_there_says_what_was_looked_for(tmp_path, pi0_dimensions):
+    with pytest.raises(UserError, match=r"there is no file or folder .*absent"):
+        PublishedWeights(tmp_path / "absent", pi0_dimensions)
+    with pytest.raises(UserError, match=r"holds neither model\.safetensors nor model\.safetensors\.index\.json"):
+        PublishedWeights(tmp_path, pi0_dimensions)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
+def test_a_broken_file_is_named(tmp_path, pi0_dimensions, name):
+    (tmp_path / name).write_text("not what it says")
+    with pytest.raises(UserError, match=name):
+        PublishedWeights(tmp_path, pi0_dimensions)
+
+
+def test_names_are_one_to_one(dimensions):
+    names = published_names(dimensions)
+    assert len(set(names.values())) == len(names)
+    assert names.keys() == state_of(dimensions).keys()
