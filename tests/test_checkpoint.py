@@ -8,6 +8,7 @@ import textwrap
 
 import pytest
 import torch
+
 from rlinf_core.errors import UserError
 from rlinf_core.training import checkpoint
 from rlinf_core.training.distributed import processes

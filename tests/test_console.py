@@ -4,6 +4,7 @@ import io
 
 import pytest
 from rich.console import Console
+
 from rlinf_core.training.console import ConsoleLogger, loss_plot, result_table
 
 STEPS = [

@@ -1,6 +1,7 @@
 """The optimizer step's promises that no reference states: skipping, and state that exists from the start."""
 
 import torch
+
 from rlinf_core.training.optim import Optimizer, Schedule
 
 

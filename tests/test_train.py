@@ -1,7 +1,7 @@
 """A run as users start it: the same on one, two and three ranks, and the same after a kill as without one.
 
-Every run is torchrun on the embedded dataset with the dummy π0.5 in float32. A plugin, installed beside the others, writes
-down the weights at the start and at the end, and can kill the process in the middle.
+Every run is torchrun on the embedded dataset with the dummy π0.5 in float32. A plugin, installed beside the others,
+writes down the weights at the start and at the end, and can kill the process in the middle.
 """
 
 import json

@@ -22,8 +22,8 @@ NOT_YET = {
 """Parts that are known and not checked: a pattern below the golden folder -> why. Cases without any check are found by
 themselves."""
 
-
 FOLDERS_ARE_CASES = ("model", "train", "transforms")
+"""Areas in which every folder is a case; the others are one case each."""
 
 
 def cases(area: str) -> list[Path]:

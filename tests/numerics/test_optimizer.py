@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+
 from rlinf_core.training.optim import Optimizer, Schedule
 
 

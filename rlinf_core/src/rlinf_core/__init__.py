@@ -44,9 +44,7 @@ _HOME = {
     "UserError": "errors",
 }
 
-__all__ = [  # noqa: PLE0604 - the table above is the one list of public names
-    *_HOME,
-]
+__all__ = [*_HOME]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,6 @@
 """What a dataset is to the rest of the project: a config that names columns and transforms, and a source of rows.
 
-A `DatasetConfig` subclass is registered by an entry point in the group `rlinf.datasets` and validates the `[data]` table.
+A `DatasetConfig` subclass is registered by an entry point in the group `rlinf.datasets`; it validates `[data]`.
 `LeRobotDatasetConfig` is its form for robot data in LeRobot's layout; `data.lerobot` opens it.
 """
 

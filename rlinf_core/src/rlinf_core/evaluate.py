@@ -1,7 +1,7 @@
 """How good a policy is on held-out episodes: its loss, and the error of the actions it samples in the data's own units.
 
-Two policies that look at nothing are measured beside it: one that always acts the mean action of the training rows, one that
-repeats the robot's last action. A policy that is not clearly better has learned nothing from what it sees.
+Two policies that look at nothing are measured beside it: one that always acts the mean action of the training rows, one
+that repeats the robot's last action. A policy that is not clearly better has learned nothing from what it sees.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from rlinf_core.data.loader import ValidationRow, build_validation_batches
 from rlinf_core.data.pipeline import Pipeline
 from rlinf_core.datasets import SampleSource
 from rlinf_core.training.distributed import Processes
+
+Vectors = NDArray[np.floating]
 
 ROWS_FOR_THE_MEAN = 4096
 """Training rows from which the mean action is taken, evenly spread."""
@@ -45,9 +47,9 @@ class Validation:
         """Validate; every rank calls it and gets the same result.
 
         Returns:
-            `val_loss`; for policies with actions also `val_action_mse`, `val_action_mse_mean` and `val_action_mse_repeat`: the
-            squared error in the data's units, averaged over the numbers of an action and over the steps of a chunk that lie
-            within the episode.
+            `val_loss`; for policies with actions also `val_action_mse`, and for the two baselines `val_action_mse_mean`
+            and `val_action_mse_repeat`: the squared error in the data's units, averaged over the numbers of an action and over the steps of a chunk
+            that lie within the episode.
         """
         policy.eval()
         device = self._group.device
@@ -65,13 +67,12 @@ class Validation:
         ):
             on_device = to_device(batch, device)
             out = policy(on_device)
-            actions = None
             if self._mean is not None:
                 actions = policy.sample_actions(on_device, on_device["noise"]).float().cpu().numpy()
-            if rows:  # Else a batch that only keeps this rank in step with the others.
+                # No rows: the batch only keeps this rank in step with the others, and does not count.
+                errors += sum(self._errors(chunk, row, self._mean) for chunk, row in zip(actions, rows, strict=False))
+            if rows:
                 loss += torch.stack([out.loss_sum, out.weight]).double().cpu()
-                if actions is not None:
-                    errors += sum(self._errors(chunk, row) for chunk, row in zip(actions, rows, strict=True))
         totals = self._group.sum(torch.cat([loss, torch.from_numpy(errors)]).to(device)).tolist()
         metrics = {"val_loss": totals[0] / totals[1]}
         if self._mean is not None:
@@ -79,26 +80,25 @@ class Validation:
             metrics |= {name: total / totals[5] for name, total in zip(names, totals[2:5], strict=True)}
         return metrics
 
-    def _errors(self, actions: NDArray[np.float32], row: ValidationRow) -> NDArray[np.float64]:
+    def _errors(self, actions: Vectors, row: ValidationRow, mean: Vectors) -> Vectors:
         """Summed squared errors of policy, mean action and repeated action, and how many numbers were compared."""
         within = ~row.target["actions_is_pad"]
         target = row.target["actions"][within]
         decoded = self._pipeline.decode(actions, row.sample)[within]
-        guesses = (decoded, self._mean, self._last_action(row.row))
+        guesses = (decoded, mean, self._last_action(row.row, mean))
         return np.array([*(float(np.square(guess - target).sum()) for guess in guesses), target.size])
 
-    def _last_action(self, row: int) -> NDArray[np.floating]:
+    def _last_action(self, row: int, mean: Vectors) -> Vectors:
         """[D], the action before this row; the first row of an episode has none, there the mean action stands in."""
-        assert self._mean is not None
         if row == 0 or self._source.episodes[row - 1] != self._source.episodes[row]:
-            return self._mean
+            return mean
         (before,) = self._source.without_images([row - 1])
-        return self._pipeline.target(before)["actions"][0]
+        last: Vectors = self._pipeline.target(before)["actions"][0]
+        return last
 
 
-def mean_action(source: SampleSource, pipeline: Pipeline) -> NDArray[np.floating]:
+def mean_action(source: SampleSource, pipeline: Pipeline) -> Vectors:
     """[D], the mean over training rows, in the data's own units."""
     indices = np.unique(np.linspace(0, len(source) - 1, min(len(source), ROWS_FOR_THE_MEAN)).astype(np.int64))
     actions = [pipeline.target(row)["actions"][0] for row in source.without_images(indices.tolist())]
-    mean: NDArray[np.floating] = np.mean(actions, axis=0, dtype=np.float64)
-    return mean
+    return np.asarray(np.mean(actions, axis=0, dtype=np.float64))

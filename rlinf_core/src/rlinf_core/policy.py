@@ -46,8 +46,8 @@ class PolicyConfig(BaseModel):
         """The random numbers of one training sample, to be merged into it.
 
         Args:
-            generator: Keyed to (seed, epoch, position of the sample in the epoch), so that a sample's numbers do not depend
-                on ranks, workers or resumes.
+            generator: Keyed to (seed, epoch, position of the sample in the epoch), so that a sample's numbers do not
+                depend on ranks, workers or resumes.
         """
         return {}
 

@@ -1,6 +1,6 @@
 """Train a policy: `torchrun --nproc-per-node 8 -m rlinf_core.train config.toml [key=value ...]`.
 
-The file reads in the order in which a run happens. Every rank runs it; `python -m rlinf_core.train` is a run of one rank.
+The file reads in the order in which a run happens. Every rank runs it; `python -m rlinf_core.train` is a run of one.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ class TrainerConfig(BaseModel):
     global_batch_size: int = Field(default=32, ge=1)
     """Samples an optimizer step, over all ranks."""
     micro_batch_size: int = Field(default=32, ge=1)
-    """Samples a rank computes at a time; `global_batch_size` must be a multiple of ranks × this."""
+    """Samples a rank computes at a time; `global_batch_size` must be a multiple of ranks x this."""
 
     def build(self, run: RunConfig, *, start: Start, group: Processes, plugins: Plugins) -> Trainer:
         """Build the trainer: open data, build the policy, give it its weights. Called on every rank.

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from rlinf_core.errors import UserError
+from rlinf_core import UserError
 
 if TYPE_CHECKING:
     from rlinf_plugins_openpi.dimensions import Pi0Dimensions

@@ -93,11 +93,12 @@ class Normalize(Transform):
     def _restore(self, key: str, x: Vector) -> Vector:
         stats = self.stats[key]
         width = min(x.shape[-1], len(stats.mean))
+        padding: Vector = x[..., width:]
         if self.mode == "mean_std":
             known = x[..., :width] * (stats.std[:width] + EPSILON) + stats.mean[:width]
-            padding = x[..., width:] * np.float64(1.0 + EPSILON)
+            padding = padding * np.float64(1.0 + EPSILON)
         else:
-            low, high, padding = stats.q01[:width], stats.q99[:width], x[..., width:]
+            low, high = stats.q01[:width], stats.q99[:width]
             known = (x[..., :width] + 1.0) / 2.0 * (high - low + EPSILON) + low
         return np.concatenate([known, padding], axis=-1)
 
@@ -155,11 +156,7 @@ class RunningStats:
 
 
 def load_norm_stats(path: Path) -> dict[str, NormStats]:
-    """Read a `norm_stats.json` in openpi's layout.
-
-    Raises:
-        UserError: The file is missing, is no such JSON, or its lists do not fit one another.
-    """
+    """Read a `norm_stats.json` in openpi's layout; `UserError` if it is missing or something else."""
     return _load(path)[0]
 
 

@@ -5,8 +5,9 @@ Axes used in names and docstrings throughout the project:
     B batch   H action horizon (steps of a chunk)   D action or state width of the data   A action width of the policy
     C camera  T tokens   L layers   N frames of a dataset
 
-A *row* is one frame as the dataset stores it, under the dataset's own column names. A *sample* is the same frame under the
-names below, in NumPy, on its way through the transforms. A *batch* is what a policy's `collate` makes of samples: tensors only.
+A *row* is one frame as the dataset stores it, under the dataset's own column names. A *sample* is the same frame under
+the names below, in NumPy, on its way through the transforms. A *batch* is what a policy's `collate` makes of samples:
+tensors only.
 """
 
 from collections.abc import Mapping
@@ -16,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Row = dict[str, Any]
-"""One frame: images uint8 [height, width, 3] RGB, vectors float32 [D], chunks float32 [H, D] with `<column>_is_pad` bool [H],
-`task` str, and the integers `index`, `episode_index`, `frame_index`."""
+"""One frame: images uint8 [height, width, 3] RGB, vectors float32 [D], chunks float32 [H, D] with `<column>_is_pad`
+bool [H], `task` str, and the integers `index`, `episode_index`, `frame_index`."""
 
 Batch = Mapping[str, Any]
 """Tensors (or nested mappings of tensors) with the sample axis first."""

@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict_loader import load as read_shards
+from torch.distributed.checkpoint.state_dict_saver import save as write_shards
 
 from rlinf_core.errors import UserError
 from rlinf_core.files import write_text
@@ -77,7 +78,7 @@ def save(
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     group.wait()
-    dcp.save(dict(tensors), checkpoint_id=aside)
+    write_shards(dict(tensors), checkpoint_id=aside)
     if group.rank == 0:
         write_text(aside / "state.json", json.dumps(asdict(position), indent=1))
         if path.exists():
@@ -101,12 +102,13 @@ def load(path: Path, tensors: Mapping[str, torch.Tensor], *, layout: str, rows: 
     if position.rows != rows:
         raise UserError(
             f"{path} was saved while training on {position.rows} rows, but the training split now has {rows}: "
-            "the dataset has changed, so the run cannot go on where it was. Restore the dataset, or use another runner.name."
+            "the dataset has changed, so the run cannot go on where it was. Restore the dataset, or use another "
+            "runner.name."
         )
     if position.layout != layout:
         raise UserError(
             f"{path} was saved by a model of another layout ({position.layout}; this one is {layout}): "
             "the policy's sizes or the version of its plugin differ."
         )
-    dcp.load(dict(tensors), checkpoint_id=path)
+    read_shards(dict(tensors), checkpoint_id=path)
     return position

@@ -79,7 +79,8 @@ def processes() -> Iterator[Processes]:
     if "RANK" in os.environ:
         dist.init_process_group(backend)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # type: ignore[attr-defined]  # torch's stubs leave it out
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
     group = Processes()
     try:
         yield group

@@ -1,7 +1,7 @@
 """Sharding a single-device policy with FSDP2, and giving its parameters their values tensor by tensor.
 
-Torch and the standard library only. A policy names its units and their dtype (`Policy.shard_units`); everything else here
-is the same for every policy.
+Torch and the standard library only. A policy names its units and their dtype (`Policy.shard_units`); everything else
+here is the same for every policy.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def shard(policy: Any, mesh: DeviceMesh, *, compute_dtype: torch.dtype, reshard_
 def materialize(policy: Any, device: torch.device, value: Callable[[str, tuple[int, ...]], torch.Tensor]) -> None:
     """Give a sharded policy on the meta device memory and values.
 
-    Each rank makes or reads one whole tensor at a time and keeps its slice (contract 2), so that the weights are the same
-    on any number of ranks and no rank holds a second full copy.
+    Each rank makes or reads one whole tensor at a time and keeps its slice (contract 2), so that the weights are the
+    same on any number of ranks and no rank holds a second full copy.
 
     Args:
         policy: The sharded policy.

@@ -1,7 +1,7 @@
 """Core's trainer: the run from open data to the last checkpoint, in the order in which it happens.
 
-The optimizer step is the reference's (`training.optim`), sharding is applied from outside (`training.fsdp`), and nothing here
-knows a policy or a dataset beyond the protocols.
+The optimizer step is the reference's (`training.optim`), sharding is applied from outside (`training.fsdp`), and
+nothing here knows a policy or a dataset beyond the protocols.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from rlinf_core.config.fsdp2 import Fsdp2TrainerConfig
 from rlinf_core.config.run import RunConfig
 from rlinf_core.data.loader import build_train_loader, check_batch, steps_per_epoch
-from rlinf_core.data.pipeline import Pipeline, build_pipeline
+from rlinf_core.data.pipeline import build_pipeline
 from rlinf_core.datasets import SampleSource, Split
 from rlinf_core.errors import UserError
 from rlinf_core.evaluate import Validation, to_device
@@ -94,7 +94,7 @@ class Fsdp2Trainer:
             # Modules with randomness of their own (dropout) draw the same numbers after a resume.
             torch.manual_seed(_key(self.run.seed, self.step, self._group.rank, micro))
             out: PolicyOutput = self.policy(to_device(batch, self._group.device))
-            out.loss_sum.backward()
+            torch.autograd.backward(out.loss_sum)
             names = sorted(out.metrics)
             sums = torch.stack([out.loss_sum.detach(), out.weight, *(out.metrics[name] for name in names)])
             totals = sums if totals is None else totals + sums
@@ -185,7 +185,7 @@ class Fsdp2Trainer:
 
 def open_split(run: RunConfig, plugins: Plugins, split: Split) -> SampleSource:
     """The rows of a split, from the plugin that knows the dataset."""
-    source = plugins.hook.rlinf_open_dataset(dataset=run.data, policy=run.policy, split=split)
+    source: SampleSource | None = plugins.hook.rlinf_open_dataset(dataset=run.data, policy=run.policy, split=split)
     if source is None:
         raise UserError(
             f"No installed plugin opens the dataset {run.data.config_name!r} ({type(run.data).__name__}): "
