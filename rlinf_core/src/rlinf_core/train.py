@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from rlinf_core.config.run import RunConfig
 
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+"""What shells give for Ctrl-C."""
 OTHER_RANKS_WAIT = 5.0
 """Seconds that a rank other than 0 waits with its message: what all ranks found, rank 0 alone should say."""
 
@@ -36,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         _say_once(error)
         return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
     return 0
 
 

@@ -79,12 +79,17 @@ class ConsoleLogger:
         rows = read_rows(self._run.folder / FILE)
         steps = [row for row in rows if row.get("loss") is not None]
         if error is not None:
-            last = steps[-1]["step"] if steps else 0
-            self._print(f"[red]{self._run.runner.name} stopped after step {last}: {type(error).__name__}[/]")
+            self._say_why_it_stopped(error, steps[-1]["step"] if steps else 0)
             return
         self._console.print(result_table(self._run.runner.name, steps, [r for r in rows if "val_loss" in r]))
         if len(steps) > 1:
             self._console.print(Text.from_ansi(loss_plot(steps)))
+
+    def _say_why_it_stopped(self, error: BaseException, step: int) -> None:
+        why = "interrupted" if isinstance(error, KeyboardInterrupt) else f"stopped by {type(error).__name__}"
+        saved = self._run.folder / "latest"
+        way_on = f"the same command continues after {saved.read_text()}" if saved.exists() else "nothing was saved yet"
+        self._print(f"[red]{self._run.runner.name}: {why} after step {step}; {way_on}[/]")
 
     def _print(self, line: str) -> None:
         self._console.print(line, soft_wrap=True)
