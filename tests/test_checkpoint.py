@@ -51,6 +51,29 @@ def test_saving_a_step_again_replaces_it(tmp_path, group):
     assert loaded["w"].tolist() == [2.0, 2.0]
 
 
+def test_checkpoints_after_the_one_that_somebody_went_back_to_are_kept(tmp_path, group):
+    for step in (100, 200, 300):
+        checkpoint.save(tmp_path, position(step), {"w": torch.ones(2)}, group, keep_last=2)
+    (tmp_path / "latest").write_text("step_000000200")
+    checkpoint.save(tmp_path, position(250), {"w": torch.ones(2)}, group, keep_last=1)
+    assert checkpoint.latest(tmp_path).name == "step_000000250"
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_000000250", "step_000000300"]
+
+
+def test_what_a_crash_left_of_a_save_is_removed_by_the_next(tmp_path, group):
+    (tmp_path / "checkpoints" / ".step_000000001.tmp").mkdir(parents=True)
+    checkpoint.save(tmp_path, position(2), {"w": torch.ones(2)}, group, keep_last=1)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_000000002"]
+
+
+def test_a_damaged_state_is_named_with_the_way_out(tmp_path, group):
+    path = checkpoint.save(tmp_path, position(1), {"w": torch.ones(2)}, group, keep_last=1)
+    for text in ("{", "[]", '{"format": 1}'):
+        (path / "state.json").write_text(text)
+        with pytest.raises(UserError, match=r"state\.json is damaged"):
+            checkpoint.read_position(path)
+
+
 def test_a_run_without_checkpoints_has_no_latest(tmp_path):
     assert checkpoint.latest(tmp_path) is None
 

@@ -145,13 +145,34 @@ def test_computed_statistics_are_kept_while_data_transforms_and_horizon_stay(tmp
     assert len(computed) == 4
 
 
-def test_given_statistics_are_used_as_they_are(tmp_path, caplog):
-    given = tmp_path / "given.json"
+def test_given_statistics_are_used_as_they_are_and_kept_with_the_run(tmp_path, caplog):
+    given, path = tmp_path / "given.json", tmp_path / "norm_stats.json"
     save_norm_stats(given, {"state": stats_of(3), "actions": stats_of(2)})
-    stats = prepare_norm_stats(tmp_path / "norm_stats.json", Rows(9), [Repack()], horizon=HORIZON, given=str(given))
+    stats = prepare_norm_stats(path, Rows(9), [Repack()], horizon=HORIZON, given=str(given))
     np.testing.assert_array_equal(stats["state"].mean, stats_of(3).mean)
-    assert not (tmp_path / "norm_stats.json").exists()
+    assert path.read_text() == given.read_text()
     assert not caplog.records
     save_norm_stats(given, stats, "of other data")
-    prepare_norm_stats(tmp_path / "norm_stats.json", Rows(9), [Repack()], horizon=HORIZON, given=str(given))
+    prepare_norm_stats(path, Rows(9), [Repack()], horizon=HORIZON, given=str(given))
     assert "was computed from other rows" in caplog.text
+
+
+def test_a_run_continues_only_on_the_statistics_it_began_with(tmp_path):
+    path = tmp_path / "norm_stats.json"
+    began = prepare_norm_stats(path, Rows(30), [Repack()], horizon=HORIZON)
+    again = prepare_norm_stats(path, Rows(30), [Repack()], horizon=HORIZON, resuming=True)
+    np.testing.assert_array_equal(again["actions"].q99, began["actions"].q99)
+    with pytest.raises(UserError, match="cannot continue"):
+        prepare_norm_stats(path, Rows(30), [Repack(), Shift(scale=2.0)], horizon=HORIZON, resuming=True)
+    path.unlink()
+    with pytest.raises(UserError, match="cannot be read"):
+        prepare_norm_stats(path, Rows(30), [Repack()], horizon=HORIZON, resuming=True)
+
+
+def test_a_run_on_given_statistics_continues_on_them_whatever_became_of_the_file(tmp_path):
+    given, path = tmp_path / "given.json", tmp_path / "norm_stats.json"
+    save_norm_stats(given, {"state": stats_of(3), "actions": stats_of(2)})
+    prepare_norm_stats(path, Rows(9), [Repack()], horizon=HORIZON, given=str(given))
+    given.unlink()
+    stats = prepare_norm_stats(path, Rows(9), [Repack()], horizon=HORIZON, given=str(given), resuming=True)
+    np.testing.assert_array_equal(stats["state"].mean, stats_of(3).mean)

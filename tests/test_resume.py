@@ -9,7 +9,7 @@ from rlinf_core.config.load import load_config
 from rlinf_core.errors import UserError
 from rlinf_core.files import write_text
 from rlinf_core.training.checkpoint import Position
-from rlinf_core.training.resume import prepare_folder
+from rlinf_core.training.resume import prepare_folder, put_back, remove_replaced
 
 
 @pytest.fixture
@@ -60,20 +60,60 @@ def test_another_config_is_refused_with_the_difference(run, step):
     assert load_config(run().folder / "config.toml") == run()
 
 
-def test_before_the_first_checkpoint_a_config_may_be_mended(run):
+def test_before_the_first_step_a_config_may_be_mended(run):
     prepare_folder(run(), overwrite=False)
     assert prepare_folder(run("optim.lr=0.5"), overwrite=False).step == 0
     assert load_config(run().folder / "config.toml") == run("optim.lr=0.5")
 
 
-def test_never_refuses_what_is_there_and_overwrite_removes_it(run):
+def test_steps_without_a_checkpoint_are_not_mixed_with_another_config(run):
     prepare_folder(run(), overwrite=False)
-    checkpoint(run(), 4)
+    write_text(run().folder / "metrics.jsonl", '{"step": 1, "loss": 1.0}\n')
+    assert prepare_folder(run(), overwrite=False).step == 0
+    with pytest.raises(UserError, match=r"optim\.lr"):
+        prepare_folder(run("optim.lr=0.5"), overwrite=False)
+
+
+def test_never_refuses_what_is_there(run):
+    prepare_folder(run(), overwrite=False)
     with pytest.raises(UserError, match="--overwrite"):
         prepare_folder(run("runner.resume=never"), overwrite=False)
+
+
+def test_overwrite_starts_afresh_and_the_old_run_goes_when_the_new_one_is_ready(run):
+    prepare_folder(run(), overwrite=False)
+    checkpoint(run(), 4)
     start = prepare_folder(run("runner.resume=never"), overwrite=True)
     assert (start.step, start.checkpoint) == (0, None)
     assert not (run().folder / "checkpoints").exists()
+    assert (start.replaced / "checkpoints" / "step_000000004").exists()
+    remove_replaced(start)
+    assert [path.name for path in run().folder.parent.iterdir()] == ["r"]
+
+
+def test_a_run_whose_successor_never_came_to_train_is_back_in_its_place(run):
+    prepare_folder(run(), overwrite=False)
+    checkpoint(run(), 4)
+    put_back(run(), prepare_folder(run("optim.lr=0.5"), overwrite=True))
+    assert prepare_folder(run(), overwrite=False).step == 4
+    assert [path.name for path in run().folder.parent.iterdir()] == ["r"]
+
+
+@pytest.mark.parametrize("killed", [1, 2])
+def test_an_overwrite_that_was_killed_before_it_was_ready_has_lost_nothing(run, killed):
+    prepare_folder(run(), overwrite=False)
+    checkpoint(run(), 4)
+    for _ in range(killed):
+        start = prepare_folder(run(), overwrite=True)
+    assert (start.replaced / "checkpoints" / "step_000000004").exists()
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_a_restart_by_torchrun_neither_overwrites_nor_refuses_its_own_run(run, resume):
+    mine = run(f"runner.resume={resume}")
+    prepare_folder(mine, overwrite=True)
+    checkpoint(mine, 4)
+    assert prepare_folder(mine, overwrite=True, restarted=True).step == 4
 
 
 def test_a_folder_that_holds_no_run_is_never_touched(run):

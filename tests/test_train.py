@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 OBSERVER = """
 import os, signal
 from pathlib import Path
-from rlinf_core import hookimpl
+from rlinf_core import UserError, hookimpl
 
 def save(trainer, name):
     from safetensors.torch import save_file
@@ -30,6 +30,9 @@ def save(trainer, name):
 @hookimpl
 def rlinf_train_started(trainer):
     save(trainer, f"start_{trainer.step}")
+
+    if os.environ.get("FAIL_ON_RANK") == os.environ.get("RANK"):
+        raise UserError("this rank's row is damaged")
 
 @hookimpl
 def rlinf_step_finished(trainer, step):
@@ -48,6 +51,7 @@ SETTINGS = [
     "trainer.global_batch_size=12",
     "trainer.micro_batch_size=2",
     "optim.warmup_steps=0",
+    "trainer.min_unit_size=0",  # every unit of the small model is sharded apart, as a large one's are
 ]
 
 
@@ -56,13 +60,14 @@ def launch(tmp_path_factory):
     site = tmp_path_factory.mktemp("site")
     distributions.install(site, "observer", plugins={"observer": "observer"}, observer=OBSERVER)
 
-    def launch(ranks, folder, *overrides, name="run", kill_after=0):
+    def launch(ranks, folder, *overrides, name="run", kill_after=0, fail_on_rank=-1):
         (folder / name).mkdir(parents=True, exist_ok=True)
         environment = {
             **os.environ,
             "PYTHONPATH": str(site),
             "OBSERVED": str(folder / name),
             "KILL_AFTER": str(kill_after),
+            "FAIL_ON_RANK": str(fail_on_rank),
             "OMP_NUM_THREADS": "1",
         }
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
@@ -158,3 +163,9 @@ def test_a_mistake_is_said_once_and_names_the_way_out(launch, tmp_path):
     assert "set global_batch_size to 4 or 8" in said[0]
     # torchrun adds its own report and traceback after ours; none of theirs goes through our code.
     assert "rlinf_core/src" not in result.stderr
+
+
+def test_a_mistake_that_only_one_rank_meets_is_said_too(launch, tmp_path):
+    result = launch(2, tmp_path, fail_on_rank=1)
+    assert result.returncode != 0
+    assert "error on rank 1: this rank's row is damaged" in result.stderr

@@ -6,7 +6,6 @@ that repeats the robot's last action. A policy that is not clearly better has le
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,20 +16,13 @@ from rlinf_core.config.run import RunConfig
 from rlinf_core.data.loader import ValidationRow, build_validation_batches
 from rlinf_core.data.pipeline import Pipeline
 from rlinf_core.datasets import SampleSource
-from rlinf_core.training.distributed import Processes
+from rlinf_core.errors import UserError
+from rlinf_core.training.distributed import Processes, to_device
 
 Vectors = NDArray[np.floating]
 
 ROWS_FOR_THE_MEAN = 4096
 """Training rows from which the mean action is taken, evenly spread."""
-
-
-def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """The batch on a device; copies from page-locked memory do not wait."""
-    return {
-        key: to_device(value, device) if isinstance(value, Mapping) else value.to(device, non_blocking=True)
-        for key, value in batch.items()
-    }
 
 
 class Validation:
@@ -40,6 +32,7 @@ class Validation:
         self, run: RunConfig, pipeline: Pipeline, held_out: SampleSource, training: SampleSource, group: Processes
     ) -> None:
         self._run, self._pipeline, self._source, self._group = run, pipeline, held_out, group
+        self._episodes = held_out.episodes
         self._mean = mean_action(training, pipeline) if run.policy.chunk_length() else None
 
     @torch.no_grad()
@@ -48,8 +41,8 @@ class Validation:
 
         Returns:
             `val_loss`; for policies with actions also `val_action_mse`, and for the two baselines `val_action_mse_mean`
-            and `val_action_mse_repeat`: the squared error in the data's units, averaged over the numbers of an action and over the steps of a chunk
-            that lie within the episode.
+            and `val_action_mse_repeat`: the squared error in the data's units, averaged over the numbers of an action
+            and over the steps of a chunk that lie within the episode.
         """
         policy.eval()
         device = self._group.device
@@ -85,12 +78,17 @@ class Validation:
         within = ~row.target["actions_is_pad"]
         target = row.target["actions"][within]
         decoded = self._pipeline.decode(actions, row.sample)[within]
+        if decoded.shape != target.shape:
+            raise UserError(
+                f"the policy's actions have {decoded.shape[-1]} numbers in the data's units, the dataset's have "
+                f"{target.shape[-1]}: cut them in the dataset's transforms (data.action_width, where it has that key)"
+            )
         guesses = (decoded, mean, self._last_action(row.row, mean))
         return np.array([*(float(np.square(guess - target).sum()) for guess in guesses), target.size])
 
     def _last_action(self, row: int, mean: Vectors) -> Vectors:
         """[D], the action before this row; the first row of an episode has none, there the mean action stands in."""
-        if row == 0 or self._source.episodes[row - 1] != self._source.episodes[row]:
+        if row == 0 or self._episodes[row - 1] != self._episodes[row]:
             return mean
         (before,) = self._source.without_images([row - 1])
         last: Vectors = self._pipeline.target(before)["actions"][0]

@@ -45,6 +45,8 @@ class PolicyConfig(BaseModel):
     def draw(self, generator: np.random.Generator) -> dict[str, Any]:
         """The random numbers of one training sample, to be merged into it.
 
+        A policy with actions draws `noise`, [H, A] standard normal float32: validation samples actions from it.
+
         Args:
             generator: Keyed to (seed, epoch, position of the sample in the epoch), so that a sample's numbers do not
                 depend on ranks, workers or resumes.
@@ -58,6 +60,10 @@ class PolicyConfig(BaseModel):
     def build(self) -> nn.Module:
         """Build the module, which follows `Policy`. Called under `torch.device("meta")`: allocate nothing by hand."""
         raise NotImplementedError(f"{type(self).__name__} must define build()")
+
+    def published_name(self, name: str) -> str:
+        """The name of a parameter in published weights. Initial values are keyed by it: it outlives refactoring."""
+        return name
 
     def open_weights(self) -> WeightSource:
         """Open `weights` for reading; raise `UserError` that names every missing, unexpected or misshapen tensor."""

@@ -57,22 +57,29 @@ def train(config: str, overrides: Sequence[str], *, overwrite: bool = False) -> 
     plugins.hook.rlinf_configure(run=run)
 
     from rlinf_core.training.distributed import processes
-    from rlinf_core.training.resume import prepare_folder
+    from rlinf_core.training.resume import prepare_folder, put_back, remove_replaced
 
-    with processes() as group:
+    with processes(run.trainer.device) as group:
         if group.rank == 0:
             for failure in plugins.failures:
                 print(f"plugin left out: {failure}", file=sys.stderr, flush=True)
-        start = group.decide(lambda: prepare_folder(run, overwrite=overwrite))
+        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        start = group.decide(lambda: prepare_folder(run, overwrite=overwrite, restarted=restarted))
         if start.finished:
             if group.rank == 0:
-                print(
-                    f"{run.runner.name} is finished: {start.step} of {run.runner.max_steps} steps are in {run.folder}."
-                )
+                print(f"{run.runner.name} is finished: its {start.step} steps are in {run.folder}.")
             return
         if group.rank == 0:
             record_environment(run, group.size)
-        run.trainer.build(run, start=start, group=group, plugins=plugins).train()
+        try:
+            trainer = run.trainer.build(run, start=start, group=group, plugins=plugins)
+        except BaseException:
+            if group.rank == 0:
+                put_back(run, start)
+            raise
+        if group.rank == 0:
+            remove_replaced(start)
+        trainer.train()
 
 
 def record_environment(run: RunConfig, ranks: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -24,6 +24,9 @@ class TrainerConfig(BaseModel):
     """Samples an optimizer step, over all ranks."""
     micro_batch_size: int = Field(default=32, ge=1)
     """Samples a rank computes at a time; `global_batch_size` must be a multiple of ranks x this."""
+
+    device: Literal["auto", "cpu"] = "auto"
+    """`auto`: each rank's own CUDA device, or the CPU where there is none; `cpu`: the CPU."""
 
     def build(self, run: RunConfig, *, start: Start, group: Processes, plugins: Plugins) -> Trainer:
         """Build the trainer: open data, build the policy, give it its weights. Called on every rank.

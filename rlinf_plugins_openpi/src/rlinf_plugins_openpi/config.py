@@ -94,6 +94,12 @@ class OpenpiPolicyConfig(PolicyConfig):
             )
         return Pi0(self.dimensions, num_sampling_steps=self.num_sampling_steps)
 
+    def published_name(self, name: str) -> str:
+        """The parameter's name in openpi's PyTorch checkpoints; one that a plugin added keeps its own."""
+        from rlinf_plugins_openpi.weights import published_names
+
+        return published_names(self.dimensions).get(name, name)
+
     def open_weights(self) -> WeightSource:
         """Open weights in openpi's PyTorch layout."""
         from rlinf_plugins_openpi.weights import PublishedWeights

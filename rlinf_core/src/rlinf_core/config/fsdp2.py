@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from pydantic import Field
+
 from rlinf_core.trainer import Trainer, TrainerConfig
 
 if TYPE_CHECKING:
@@ -21,6 +23,8 @@ class Fsdp2TrainerConfig(TrainerConfig):
     """Dtype of matrix products. Master weights, gradient reduction and optimizer states are float32 either way."""
     reshard_after_forward: bool = True
     """Release gathered weights between forward and backward: less memory, one more all-gather a step."""
+    min_unit_size: int = Field(default=1_000_000, ge=0)
+    """Parameters from which a float32 unit of the policy is gathered apart; smaller ones go with the root's."""
 
     def build(self, run: RunConfig, *, start: Start, group: Processes, plugins: Plugins) -> Trainer:
         """Build the FSDP2 trainer on this rank."""

@@ -23,7 +23,7 @@ from rlinf_core.datasets import DatasetConfig
 from rlinf_core.errors import UserError
 from rlinf_core.plugins import Plugins, get_plugins
 
-__all__ = ["diff_configs", "diff_tables", "dump_config", "load_config", "read_toml"]
+__all__ = ["diff_tables", "dump_config", "load_config", "read_toml"]
 
 _CORE_DEFAULTS: Table = {"trainer": {"type": "fsdp2"}}
 
@@ -49,11 +49,6 @@ def load_config(
 def dump_config(run: RunConfig) -> str:
     """TOML text of a whole config; `load_config` makes an equal config of it."""
     return write_toml(_table(run))
-
-
-def diff_configs(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:
-    """The values that differ, as (dotted key, old, new); None stands for a key that is not there."""
-    return diff_tables(_table(old), _table(new))
 
 
 def _table(run: RunConfig) -> Table:

@@ -78,6 +78,8 @@ def find_root(repo_id: str, revision: str) -> Path:
         raise UserError("data.repo_id is not set: name a local folder or the id of a dataset on the hub")
     path = Path(repo_id).expanduser()
     if path.is_dir():
+        if revision:
+            raise UserError(f"data.revision = {revision!r} is for hub ids, but data.repo_id = {repo_id!r} is a folder")
         return path
     if path.is_absolute() or repo_id.startswith((".", "~")) or repo_id.count("/") != 1:
         raise UserError(

@@ -29,6 +29,7 @@ KEYS = ("state", "actions")
 EPSILON = 1e-6  # openpi's, added to the spread.
 BINS = 5000
 ROWS_AT_A_TIME = 4096
+ROWS_WITH_IMAGES = 256  # Decoded, two cameras of 640 x 480 take half a gigabyte.
 Mode = Literal["mean_std", "quantile"]
 Vector = NDArray[np.floating]
 Stats = Mapping[str, "NormStats"]
@@ -207,9 +208,9 @@ def prepare_norm_stats(
     horizon: int,
     given: str = "",
     read_images: bool = False,
+    resuming: bool = False,
 ) -> dict[str, NormStats]:
-    """The statistics of a run: those given, else those at `path` if they fit the data, else computed and written to
-    `path`.
+    """The statistics of a run, which lie at `path` afterwards: those given, or computed.
 
     Args:
         path: `norm_stats.json` in the run's folder.
@@ -219,20 +220,30 @@ def prepare_norm_stats(
         given: `data.norm_stats`. A file that knows it was made of other data is used with a warning: statistics of the
             data a policy was pretrained on are a sound choice.
         read_images: `data.stats_need_images`.
+        resuming: Only what lies at `path` will do.
+
+    Raises:
+        UserError: A file is missing or damaged, or a run would continue with other statistics than it began with.
     """
-    fingerprint = stats_fingerprint(source, transforms, horizon, read_images=read_images)
-    if given:
+    if given and not resuming:
         stats, made_of = _load(Path(given).expanduser())
-        if made_of and made_of != fingerprint:
+        if made_of and made_of != stats_fingerprint(source, transforms, horizon, read_images=read_images):
             logging.getLogger(__name__).warning(
                 "%s was computed from other rows, transforms or another horizon than this run's; it is used as it is",
                 given,
             )
+        save_norm_stats(path, stats, made_of)
         return stats
-    if path.exists():
+    fingerprint = stats_fingerprint(source, transforms, horizon, read_images=read_images)
+    if path.exists() or resuming:
         stats, made_of = _load(path)
-        if made_of == fingerprint:
+        if given or made_of == fingerprint:
             return stats
+        if resuming:
+            raise UserError(
+                f"{path} was computed from other rows, transforms or another horizon than the data have now: the run "
+                "cannot continue on it. Restore the dataset and its plugin, or use another runner.name"
+            )
     stats = compute_norm_stats(source, transforms, read_images=read_images)
     save_norm_stats(path, stats, fingerprint)
     return stats
@@ -252,7 +263,7 @@ def compute_norm_stats(
         UserError: A transform looks at an image and `read_images` is not set.
     """
     running: dict[str, RunningStats] = {}
-    batches = -(-len(source) // ROWS_AT_A_TIME)
+    batches = -(-len(source) // (ROWS_WITH_IMAGES if read_images else ROWS_AT_A_TIME))
     for start in range(batches):
         # Each batch is spread over all rows, so that the first has nearly the range of all: stretching blurs quantiles.
         indices = range(start, len(source), batches)

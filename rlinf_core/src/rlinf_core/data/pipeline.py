@@ -31,11 +31,6 @@ class Pipeline:
     policy: tuple[Transform, ...] = ()
 
     @property
-    def before_normalize(self) -> tuple[Transform, ...]:
-        """What statistics are computed after."""
-        return (self.repack, *self.dataset)
-
-    @property
     def invertible(self) -> tuple[Transform, ...]:
         """Everything after repacking, in the order of encoding."""
         return (*self.dataset, *((self.normalize,) if self.normalize else ()), *self.policy)

@@ -51,17 +51,24 @@ def latest(folder: Path) -> Path | None:
     path = folder / "checkpoints" / pointer.read_text().strip()
     if not (path / "state.json").exists():
         raise UserError(
-            f"{pointer} names {path.name}, which is not in {path.parent}. Restore it, or set runner.resume."
+            f"{pointer} names {path.name}, which is not in {path.parent}. Restore it, write "
+            f"the name of another one into {pointer.name}, or --overwrite to start afresh."
         )
     return path
 
 
 def read_position(path: Path) -> Position:
     """The position of a checkpoint."""
-    state = json.loads((path / "state.json").read_text())
-    if state.get("format") != FORMAT:
-        raise UserError(f"{path} has checkpoint format {state.get('format')}; this version reads {FORMAT}.")
-    return Position(**state)
+    try:
+        state = json.loads((path / "state.json").read_text())
+        if state["format"] != FORMAT:
+            raise UserError(f"{path} has checkpoint format {state['format']}; this version reads {FORMAT}.")
+        return Position(**state)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{path / 'state.json'} is damaged ({error}). Write the name of another checkpoint into "
+            f"{path.parents[1] / 'latest'}, or --overwrite to start afresh."
+        ) from error
 
 
 def save(
@@ -85,7 +92,10 @@ def save(
             shutil.rmtree(path)
         aside.rename(path)
         write_text(folder / "latest", name)
-        complete = sorted(folder.glob("checkpoints/step_*"))
+        for unfinished in folder.glob("checkpoints/.step_*.tmp"):
+            shutil.rmtree(unfinished)
+        # Later ones, left by somebody who set `latest` back, are not this run's to remove.
+        complete = sorted(old for old in folder.glob("checkpoints/step_*") if old.name <= name)
         for old in complete[:-keep_last]:
             shutil.rmtree(old)
     group.wait()

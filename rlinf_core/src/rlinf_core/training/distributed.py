@@ -6,10 +6,10 @@ Works under torchrun, and alone (`python -m rlinf_core.train`), where it makes a
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -23,20 +23,38 @@ SETUP_TIMEOUT = timedelta(hours=12)
 """How long ranks wait for rank 0 to prepare data; collectives in training keep the backend's own, shorter limit."""
 
 
-def device() -> torch.device:
-    """The device of this process: its CUDA device where there is one, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
+def device(wanted: Literal["auto", "cpu"] = "auto") -> torch.device:
+    """The device of this process: its own CUDA device, or the CPU if that is wanted or there is no CUDA device.
+
+    Raises:
+        UserError: More processes on this machine than CUDA devices.
+    """
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    devices, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if processes > devices:
+        raise UserError(
+            f"{processes} processes on this machine but {devices} CUDA devices: start torchrun with --nproc-per-node "
+            f'{devices}, or set trainer.device = "cpu"'
+        )
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch on a device; copies from page-locked memory do not wait."""
+    return {
+        key: to_device(value, device) if isinstance(value, Mapping) else value.to(device, non_blocking=True)
+        for key, value in batch.items()
+    }
 
 
 class Processes:
     """The running process group."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
-        self.device = device()
+        self.device = device
         self._setup = dist.new_group(backend="gloo", timeout=SETUP_TIMEOUT)
 
     def mesh(self) -> DeviceMesh:
@@ -59,6 +77,16 @@ class Processes:
             raise box[0]
         return cast("T", box[0])
 
+    @contextmanager
+    def first_on_each_machine(self) -> Iterator[None]:
+        """One process of each machine goes first; the others follow when all of those are through."""
+        first = os.environ.get("LOCAL_RANK", "0") == "0"
+        if not first:
+            self.wait()
+        yield
+        if first:
+            self.wait()
+
     def wait(self) -> None:
         """Wait until every rank is here."""
         dist.barrier(group=self._setup)
@@ -70,9 +98,13 @@ class Processes:
 
 
 @contextmanager
-def processes() -> Iterator[Processes]:
-    """Join the process group; leave it together, because gloo may abort when one rank leaves early."""
-    here = device()
+def processes(wanted: Literal["auto", "cpu"] = "auto") -> Iterator[Processes]:
+    """Join the process group; leave it together, because gloo may abort when one rank leaves early.
+
+    Args:
+        wanted: See `device`.
+    """
+    here = device(wanted)
     if here.type == "cuda":
         torch.cuda.set_device(here)
     backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
@@ -81,9 +113,13 @@ def processes() -> Iterator[Processes]:
     else:
         store = dist.HashStore()  # type: ignore[attr-defined]  # torch's stubs leave it out
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
-    group = Processes()
+    group = Processes(here)
     try:
         yield group
-        group.wait()
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        # The others may wait in a collective: an orderly end would break or block them before the error is told.
+        if group.size == 1:
+            dist.destroy_process_group()
+        raise
+    group.wait()
+    dist.destroy_process_group()

@@ -25,6 +25,8 @@ MAY_CHANGE = frozenset(
         "data.num_workers",
         "trainer.micro_batch_size",
         "trainer.reshard_after_forward",
+        "trainer.min_unit_size",
+        "trainer.device",
     }
 )
 """Keys that may differ when a run goes on: they do not change the mathematics of a step."""
@@ -40,34 +42,65 @@ class Start:
     """The checkpoint to continue from; None: from the initial weights."""
     finished: bool = False
     """Nothing is left to do."""
+    replaced: Path | None = None
+    """The run that `--overwrite` moved aside; it is removed once its successor is ready to train."""
 
 
-def prepare_folder(run: RunConfig, *, overwrite: bool) -> Start:
+def prepare_folder(run: RunConfig, *, overwrite: bool, restarted: bool = False) -> Start:
     """Decide where the run starts and leave its folder ready, with `config.toml` in it. Called on rank 0.
+
+    Args:
+        run: The run.
+        overwrite: Move a run of this name aside and start afresh.
+        restarted: torchrun started the processes again after a failure, with the same arguments: what is there is this
+            run's own, neither to be overwritten nor to be refused.
 
     Raises:
         UserError: If going on would mix two runs, or overwrite one.
     """
-    folder, saved = run.folder, run.folder / "config.toml"
-    if folder.exists() and any(folder.iterdir()):
+    folder, saved, replaced = run.folder, run.folder / "config.toml", None
+    if folder.exists() and any(folder.iterdir()) and not restarted:
         if not saved.exists():
             raise UserError(f"{folder} is not empty and holds no run. Choose another runner.name or runner.output_dir.")
         if overwrite:
-            shutil.rmtree(folder)
+            replaced = _move_aside(folder)
         elif run.runner.resume == "never":
             raise UserError(
                 f"{folder} already holds a run and runner.resume is 'never'. "
                 "Give another runner.name, or --overwrite to remove it."
             )
-    start = Start()
-    if checkpoint := latest(folder):
+    checkpoint = latest(folder)
+    metrics = folder / "metrics.jsonl"
+    if checkpoint or (metrics.exists() and metrics.stat().st_size):
         _refuse_other_config(run, saved)
-        step = read_position(checkpoint).step
-        start = Start(step, checkpoint, finished=step >= run.runner.max_steps)
+    step = read_position(checkpoint).step if checkpoint else 0
+    start = Start(step, checkpoint, finished=step >= run.runner.max_steps, replaced=replaced)
     if not start.finished:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(saved, dump_config(run))
     return start
+
+
+def _move_aside(folder: Path) -> Path:
+    aside = folder.with_name(f".{folder.name}.replaced")
+    if aside.exists():  # An earlier --overwrite was killed before it was ready: what it left is worth nothing.
+        shutil.rmtree(folder)
+    else:
+        folder.rename(aside)
+    return aside
+
+
+def put_back(run: RunConfig, start: Start) -> None:
+    """Undo `--overwrite`: the successor never came to train. Called on rank 0."""
+    if start.replaced:
+        shutil.rmtree(run.folder)
+        start.replaced.rename(run.folder)
+
+
+def remove_replaced(start: Start) -> None:
+    """Finish `--overwrite`: the successor is ready to train. Called on rank 0."""
+    if start.replaced:
+        shutil.rmtree(start.replaced)
 
 
 def _refuse_other_config(run: RunConfig, saved: Path) -> None:

@@ -6,7 +6,7 @@ nothing here knows a policy or a dataset beyond the protocols.
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -19,12 +19,12 @@ from rlinf_core.data.loader import build_train_loader, check_batch, steps_per_ep
 from rlinf_core.data.pipeline import build_pipeline
 from rlinf_core.datasets import SampleSource, Split
 from rlinf_core.errors import UserError
-from rlinf_core.evaluate import Validation, to_device
+from rlinf_core.evaluate import Validation
 from rlinf_core.plugins import Plugins
-from rlinf_core.policy import PolicyOutput
+from rlinf_core.policy import PolicyOutput, WeightSource
 from rlinf_core.training import checkpoint
-from rlinf_core.training.distributed import Processes
-from rlinf_core.training.fsdp import layout, materialize, parameter_generator, shard
+from rlinf_core.training.distributed import Processes, to_device
+from rlinf_core.training.fsdp import derived_seed, layout, materialize, shard
 from rlinf_core.training.optim import Optimizer, Schedule
 from rlinf_core.training.resume import Start
 from rlinf_core.training.statistics import run_statistics
@@ -42,12 +42,14 @@ class Fsdp2Trainer:
         self.step = start.step
         self._config, self._group, self._plugins = config, group, plugins
         self._micro_batches = check_batch(config.global_batch_size, config.micro_batch_size, group.size)
-        self.source = open_split(run, plugins, "train")
+        with group.first_on_each_machine():  # It may have to download.
+            self.source = open_split(run, plugins, "train")
         self._steps_per_epoch = steps_per_epoch(len(self.source), config.global_batch_size)
-        stats = run_statistics(run, self.source, group)
+        weights = open_weights(run)
+        stats = run_statistics(run, self.source, group, resuming=start.checkpoint is not None)
         self.pipeline = build_pipeline(run.data, run.policy, stats)
         self._validation = self._open_validation()
-        self.policy = build_policy(run, config, group, plugins)
+        self.policy = build_policy(run, config, group, plugins, weights)
         self.optimizer = self._build_optimizer()
         if start.checkpoint:
             tag = layout(self.policy.named_parameters())
@@ -64,9 +66,10 @@ class Fsdp2Trainer:
             error = e
             raise
         finally:
-            for logger in self._loggers:
-                logger.close(error)
-            self._plugins.hook.rlinf_train_finished(trainer=self, error=error)
+            with contextlib.ExitStack() as ending:  # All are told, even if one of them fails.
+                ending.callback(self._plugins.hook.rlinf_train_finished, trainer=self, error=error)
+                for logger in self._loggers:
+                    ending.callback(logger.close, error)
 
     def _train(self) -> None:
         runner = self.run.runner
@@ -92,7 +95,7 @@ class Fsdp2Trainer:
             batch = next(batches)
             waited += time.perf_counter() - asked
             # Modules with randomness of their own (dropout) draw the same numbers after a resume.
-            torch.manual_seed(_key(self.run.seed, self.step, self._group.rank, micro))
+            torch.manual_seed(derived_seed(self.run.seed, self.step, self._group.rank, micro))
             out: PolicyOutput = self.policy(to_device(batch, self._group.device))
             torch.autograd.backward(out.loss_sum)
             names = sorted(out.metrics)
@@ -194,33 +197,40 @@ def open_split(run: RunConfig, plugins: Plugins, split: Split) -> SampleSource:
     return source
 
 
-def build_policy(run: RunConfig, config: Fsdp2TrainerConfig, group: Processes, plugins: Plugins) -> Any:
+def open_weights(run: RunConfig) -> WeightSource | None:
+    """The pretrained weights to start from; None: from the policy's initial values."""
+    return run.policy.open_weights() if run.policy.weights not in ("", "random") else None
+
+
+def build_policy(
+    run: RunConfig, config: Fsdp2TrainerConfig, group: Processes, plugins: Plugins, weights: WeightSource | None
+) -> Any:
     """Build on the meta device, let plugins change it, shard it, and give it its weights (initial or pretrained)."""
     with torch.device("meta"):
         policy: Any = run.policy.build()
     plugins.hook.rlinf_policy_built(policy=policy, run=run)
     shapes = {name: tuple(parameter.shape) for name, parameter in policy.named_parameters()}
-    weights = None
-    if run.policy.weights not in ("", "random"):
-        weights = run.policy.open_weights()
+    if unfilled := sorted(policy.state_dict().keys() - dict(policy.named_parameters(remove_duplicate=False)).keys()):
+        raise UserError(
+            f"the policy {run.policy.type!r} has buffers that checkpoints would have to hold: {', '.join(unfilled)}. "
+            "Register them with persistent=False and fill them in rebuild_buffers, or make them parameters"
+        )
+    if weights is not None:
         weights.check(shapes)
     shard(
         policy,
         group.mesh(),
         compute_dtype=DTYPES[config.param_dtype],
         reshard_after_forward=config.reshard_after_forward,
+        min_unit_size=config.min_unit_size,
     )
 
     def value(name: str, shape: tuple[int, ...]) -> torch.Tensor:
         if weights is not None:
             return weights.tensor(name)
-        return policy.initial_value(name, shape, parameter_generator(run.seed, name))  # type: ignore[no-any-return]
+        generator = torch.Generator().manual_seed(derived_seed(run.seed, run.policy.published_name(name)))
+        initial: torch.Tensor = policy.initial_value(name, shape, generator)
+        return initial
 
     materialize(policy, group.device, value)
     return policy
-
-
-def _key(*parts: int) -> int:
-    """A generator seed from integers."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
