@@ -69,11 +69,16 @@ def test_workers_change_nothing(workers):
             torch.testing.assert_close(ours[key], value, rtol=0, atol=0)
 
 
-def test_a_resume_within_an_epoch_continues_as_if_uninterrupted():
+@pytest.mark.parametrize("start", [2, 3], ids=["at the start of an epoch", "within one"])
+def test_a_resume_continues_as_if_uninterrupted(start):
     whole = batches()
-    for ours, expected in zip(batches(start=3), whole[3 * 6 :], strict=True):
+    for ours, expected in zip(batches(start=start), whole[start * 6 :], strict=True):
         for key, value in expected.items():
             torch.testing.assert_close(ours[key], value, rtol=0, atol=0)
+
+
+def test_a_resume_with_another_micro_batch_takes_the_same_samples():
+    assert steps(2, start=3, micro=3) == {step: seen for step, seen in steps(1).items() if step >= 3}
 
 
 def test_the_loader_leaves_the_random_numbers_of_the_process_alone():

@@ -83,9 +83,10 @@ def prepare_folder(run: RunConfig, *, overwrite: bool, restarted: bool = False) 
 
 def _move_aside(folder: Path) -> Path:
     aside = folder.with_name(f".{folder.name}.replaced")
-    if aside.exists():  # An earlier --overwrite was killed before it was ready: what it left is worth nothing.
-        shutil.rmtree(folder)
+    if aside.exists() and latest(folder) is None:
+        shutil.rmtree(folder)  # An earlier --overwrite was killed before it came to anything; what it replaced is aside.
     else:
+        shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
     return aside
 
