@@ -84,7 +84,7 @@ def prepare_folder(run: RunConfig, *, overwrite: bool, restarted: bool = False) 
 def _move_aside(folder: Path) -> Path:
     aside = folder.with_name(f".{folder.name}.replaced")
     if aside.exists() and latest(folder) is None:
-        shutil.rmtree(folder)  # An earlier --overwrite was killed before it came to anything; what it replaced is aside.
+        shutil.rmtree(folder)  # Left by an --overwrite that was killed; what it replaced is still aside.
     else:
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
