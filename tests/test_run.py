@@ -151,7 +151,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(launch, tmp_path):
 
     finished = launch(2, tmp_path, *settings, name="killed")
     assert finished.returncode == 0
-    assert "killed is finished: 6 of 6 steps" in finished.stdout
+    assert "killed is finished: its 6 steps are in" in finished.stdout
     assert [row["step"] for row in rows(tmp_path, "killed")] == [1, 2, 3, 4, 5, 6]
 
 

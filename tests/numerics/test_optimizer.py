@@ -9,12 +9,8 @@ import torch
 from rlinf_core.training.optim import Optimizer, Schedule
 
 
-def schedules(golden_dir):
-    return json.loads((golden_dir / "optim" / "schedule.json").read_text())
-
-
-def test_learning_rate_is_optax_in_float32(golden_dir, report):
-    for name, case in schedules(golden_dir).items():
+def test_learning_rate_is_optax_in_float32(optim_case, report):
+    for name, case in json.loads((optim_case / "schedule.json").read_text()).items():
         schedule = Schedule(case["peak_lr"], case["decay_lr"], case["warmup_steps"], case["decay_steps"])
         ours = np.array([float(schedule.at(torch.tensor(step))) for step in case["steps"]])
         theirs = np.array(case["lr"])
@@ -22,8 +18,8 @@ def test_learning_rate_is_optax_in_float32(golden_dir, report):
 
 
 @pytest.mark.parametrize("divisor", [1.0, 7.0])
-def test_clipped_adamw_follows_optax(golden_dir, report, divisor):
-    data = np.load(golden_dir / "optim" / "adamw_clip_ema.npz")
+def test_clipped_adamw_follows_optax(optim_case, report, divisor):
+    data = np.load(optim_case / "adamw_clip_ema.npz")
     names = sorted({key.split("/", 1)[1] for key in data if key.startswith("init/")})
     steps = len({key.split("/")[0] for key in data if key.startswith("grad")})
     parameters = {name: torch.nn.Parameter(torch.tensor(data[f"init/{name}"])) for name in names}
