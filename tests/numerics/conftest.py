@@ -18,11 +18,6 @@ def pytest_generate_tests(metafunc):
 
 
 @pytest.fixture
-def golden_dir():
-    return GOLDEN
-
-
-@pytest.fixture
 def report(request):
     """`report(case, quantity, distance, tolerance)`: record a distance and hold it to its tolerance."""
     return request.config.stash[REPORT]

@@ -16,6 +16,7 @@ from rlinf_core.errors import UserError
 
 if TYPE_CHECKING:
     from rlinf_core.config.run import RunConfig
+    from rlinf_core.training.distributed import Processes
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -70,7 +71,7 @@ def train(config: str, overrides: Sequence[str], *, overwrite: bool = False) -> 
                 print(f"{run.runner.name} is finished: its {start.step} steps are in {run.folder}.")
             return
         if group.rank == 0:
-            record_environment(run, group.size)
+            record_environment(run, group)
         try:
             trainer = run.trainer.build(run, start=start, group=group, plugins=plugins)
         except BaseException:
@@ -82,8 +83,8 @@ def train(config: str, overrides: Sequence[str], *, overwrite: bool = False) -> 
         trainer.train()
 
 
-def record_environment(run: RunConfig, ranks: int) -> None:
-    """Write `environment.json`: what the run was made with."""
+def record_environment(run: RunConfig, group: Processes) -> None:
+    """Write `environment.json`: what the run, or its latest continuation, was made with."""
     import json
     import platform
     from importlib.metadata import distributions
@@ -98,11 +99,22 @@ def record_environment(run: RunConfig, ranks: int) -> None:
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "ranks": ranks,
-        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ["cpu"],
+        "commit": _commit(),
+        "ranks": group.size,
+        "device": torch.cuda.get_device_name(group.device) if group.device.type == "cuda" else "cpu",
         "versions": dict(sorted(versions.items())),
     }
     write_text(run.folder / "environment.json", json.dumps(environment, indent=1) + "\n")
+
+
+def _commit() -> str:
+    """The git commit of the current directory; empty where there is none."""
+    import shutil
+    import subprocess
+
+    if not shutil.which("git"):
+        return ""
+    return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
 
 
 def _say_once(error: UserError) -> None:

@@ -14,7 +14,7 @@ from rlinf_core.config.run import RunConfig
 from rlinf_core.logger import Logger, LoggerConfig
 from rlinf_core.training.jsonl import FILE, read_rows
 
-SECONDS_BETWEEN_LINES = 5.0
+SECONDS_BETWEEN_LINES = 10.0
 PLOT_SIZE = (76, 16)
 """Columns and rows of the plot in characters."""
 

@@ -111,7 +111,7 @@ class Fsdp2Trainer:
         return dict(zip(["loss", "lr", "grad_norm", "skipped", *names], values, strict=True)) | {
             "samples_per_second": self._config.global_batch_size / seconds,
             "data_wait_share": waited / seconds,
-            "epoch": self.step / self._steps_per_epoch,
+            "epoch": (self.step + 1) / self._steps_per_epoch,
         }
 
     def _report(self, kind: str, metrics: Mapping[str, float]) -> None:
