@@ -47,6 +47,7 @@ def logger(tmp_path):
         data=Namespace(config_name="toy"),
         policy=Namespace(type="toy"),
         trainer=Namespace(global_batch_size=4),
+        optim=Namespace(warmup_steps=10, decay_steps=30),
     )
     return ConsoleLogger(Console(file=io.StringIO(), width=100, highlight=False), run, 0)
 
@@ -60,6 +61,12 @@ def test_first_and_last_step_are_always_shown(logger):
     assert "step 10/20" not in text
 
 
+def test_a_schedule_that_outlasts_the_run_is_said(logger):
+    assert "the learning rate decays until step 30 (optim.decay_steps), after the end of the run" in (
+        logger._console.file.getvalue()
+    ).replace("\n", " ")
+
+
 def test_a_skipped_step_is_said(logger):
     logger.step(3, STEPS[2] | {"skipped": 1.0, "grad_norm": float("nan")})
     assert "step 3: the gradient was not finite" in logger._console.file.getvalue()
@@ -71,5 +78,5 @@ def test_what_ended_the_run_is_said_with_the_way_on(logger, tmp_path):
     (tmp_path / "latest").write_text("step_000000005")
     logger.close(KeyboardInterrupt())
     said = logger._console.file.getvalue()
-    assert "smoke: stopped by RuntimeError after step 7; nothing was saved yet" in said
+    assert "smoke: stopped by an error after step 7; nothing was saved yet" in said
     assert "smoke: interrupted after step 7; the same command continues after step_000000005" in said

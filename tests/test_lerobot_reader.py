@@ -135,6 +135,14 @@ def test_another_format_version_is_refused_with_the_converter(image_dataset, tmp
         open_lerobot(config(root), 1, "train")
 
 
+def test_a_missing_video_is_found_before_training_starts(video_dataset, tmp_path):
+    root = shutil.copytree(video_dataset.root, tmp_path / "broken")
+    gone = sorted((root / "videos").glob("*/*/*.mp4"))[-1]
+    gone.unlink()
+    with pytest.raises(UserError, match=f"lacks the video files {gone.relative_to(root)}: "):
+        open_lerobot(config(root), 1, "train")
+
+
 def test_incomplete_datasets_are_refused(image_dataset, tmp_path):
     root = shutil.copytree(image_dataset.root, tmp_path / "broken")
     (root / "data/chunk-000/file-002.parquet").unlink()

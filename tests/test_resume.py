@@ -1,6 +1,7 @@
 """Where a run starts, and what it refuses to mix or overwrite (contract 9)."""
 
 import json
+import os
 from dataclasses import asdict
 
 import pytest
@@ -9,7 +10,7 @@ from rlinf_core.config.load import load_config
 from rlinf_core.errors import UserError
 from rlinf_core.files import write_text
 from rlinf_core.training.checkpoint import Position
-from rlinf_core.training.resume import prepare_folder, put_back, remove_replaced
+from rlinf_core.training.resume import hold_folder, prepare_folder, put_back, remove_replaced
 
 
 @pytest.fixture
@@ -106,6 +107,25 @@ def test_an_overwrite_that_was_killed_before_it_was_ready_has_lost_nothing(run, 
     for _ in range(killed):
         start = prepare_folder(run(), overwrite=True)
     assert (start.replaced / "checkpoints" / "step_000000004").exists()
+
+
+def test_two_processes_do_not_write_one_run(run):
+    with hold_folder(run()):
+        with pytest.raises(UserError, match=rf"in use by process {os.getpid()} on "), hold_folder(run()):
+            pass
+        with hold_folder(run("runner.name=other")):
+            pass
+    with hold_folder(run()):
+        pass
+
+
+def test_an_output_folder_that_cannot_be_is_named(run, tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(UserError, match=r"runner\.output_dir = .*file"),
+        hold_folder(run(f"runner.output_dir={tmp_path / 'file'}")),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("resume", ["auto", "never"])

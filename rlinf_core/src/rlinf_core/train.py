@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from rlinf_core.errors import UserError
@@ -58,17 +59,23 @@ def train(config: str, overrides: Sequence[str], *, overwrite: bool = False) -> 
     plugins.hook.rlinf_configure(run=run)
 
     from rlinf_core.training.distributed import processes
-    from rlinf_core.training.resume import prepare_folder, put_back, remove_replaced
+    from rlinf_core.training.resume import Start, hold_folder, prepare_folder, put_back, remove_replaced
 
-    with processes(run.trainer.device) as group:
+    with processes(run.trainer.device) as group, ExitStack() as held:
         if group.rank == 0:
             for failure in plugins.failures:
                 print(f"plugin left out: {failure}", file=sys.stderr, flush=True)
         restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-        start = group.decide(lambda: prepare_folder(run, overwrite=overwrite, restarted=restarted))
+
+        def begin() -> Start:
+            held.enter_context(hold_folder(run))
+            return prepare_folder(run, overwrite=overwrite, restarted=restarted)
+
+        start = group.decide(begin)
         if start.finished:
             if group.rank == 0:
-                print(f"{run.runner.name} is finished: its {start.step} steps are in {run.folder}.")
+                wanted = f"runner.max_steps = {run.runner.max_steps}"
+                print(f"{run.runner.name} is finished: its {start.step} steps are in {run.folder} ({wanted}).")
             return
         if group.rank == 0:
             record_environment(run, group)

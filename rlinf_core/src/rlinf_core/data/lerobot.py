@@ -41,6 +41,7 @@ def open_lerobot(dataset: LeRobotDatasetConfig, chunk_length: int, split: Split)
     metadata = load_metadata(dataset.repo_id, find_root(dataset.repo_id, dataset.revision))
     actions = dataset.actions if chunk_length else ()
     _check_columns(dataset, metadata)
+    _check_videos(dataset, metadata)
     columns, file_stops = _read_columns(metadata, [*INDEX_COLUMNS, *dict.fromkeys((*dataset.state, *actions))])
     held_out = held_out_episodes(dataset, _task_of_episode(metadata, columns))
     if split == "validation" and not held_out:
@@ -203,6 +204,18 @@ def _check_columns(dataset: LeRobotDatasetConfig, metadata: Metadata) -> None:
     both = set(dataset.state) & set(dataset.actions)
     if both:
         raise UserError(f"{sorted(both)[0]!r} is named in data.state and in data.actions; it can only be one of them")
+
+
+def _check_videos(dataset: LeRobotDatasetConfig, metadata: Metadata) -> None:
+    """Raise `UserError` for video files that are not there: better now than in the middle of the first epoch."""
+    columns = [column for column in dataset.images.values() if column in metadata.video_files]
+    missing = [
+        path for path in dict.fromkeys(p for c in columns for p in metadata.video_files[c]) if not path.is_file()
+    ]
+    if missing:
+        named = ", ".join(str(path.relative_to(metadata.root)) for path in missing[:5])
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise UserError(f"{metadata.root} lacks the video files {named}{more}: download or write the dataset again")
 
 
 def _read_columns(metadata: Metadata, names: list[str]) -> tuple[dict[str, NDArray[Any]], NDArray[np.int64]]:

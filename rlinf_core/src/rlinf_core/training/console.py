@@ -44,6 +44,18 @@ class ConsoleLogger:
             f"{run.runner.max_steps} steps of {run.trainer.global_batch_size} samples, files in {run.folder}"
         )
 
+        self._note_the_schedule()
+
+    def _note_the_schedule(self) -> None:
+        optim, last = self._run.optim, self._run.runner.max_steps
+        if optim.warmup_steps >= last:
+            self._print(f"[yellow]note: the warm-up of {optim.warmup_steps} steps (optim.warmup_steps) never ends[/]")
+        elif optim.decay_steps > last:
+            self._print(
+                f"[dim]note: the learning rate decays until step {optim.decay_steps} (optim.decay_steps), "
+                f"after the end of the run[/]"
+            )
+
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Print the step if it is time for a line."""
         now = time.monotonic()
@@ -86,7 +98,7 @@ class ConsoleLogger:
             self._console.print(Text.from_ansi(loss_plot(steps)))
 
     def _say_why_it_stopped(self, error: BaseException, step: int) -> None:
-        why = "interrupted" if isinstance(error, KeyboardInterrupt) else f"stopped by {type(error).__name__}"
+        why = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped by an error"
         saved = self._run.folder / "latest"
         way_on = f"the same command continues after {saved.read_text()}" if saved.exists() else "nothing was saved yet"
         self._print(f"[red]{self._run.runner.name}: {why} after step {step}; {way_on}[/]")

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +49,34 @@ class Start:
     """Nothing is left to do."""
     replaced: Path | None = None
     """The run that `--overwrite` moved aside; it is removed once its successor is ready to train."""
+
+
+@contextmanager
+def hold_folder(run: RunConfig) -> Iterator[None]:
+    """Keep other processes from the run's folder for as long as this one lives. Called on rank 0.
+
+    Raises:
+        UserError: Another process holds it, or the output folder cannot be written to.
+    """
+    path = run.folder.with_name(f".{run.folder.name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    except OSError as error:
+        raise UserError(f"runner.output_dir = {run.runner.output_dir!r} cannot hold the run: {error}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise UserError(
+                f"{run.folder} is in use by {file.read() or 'another process'}. Wait for it, end it, or give another "
+                "runner.name."
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield  # The lock goes with the process, however it ends; the file may stay.
 
 
 def prepare_folder(run: RunConfig, *, overwrite: bool, restarted: bool = False) -> Start:
