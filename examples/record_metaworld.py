@@ -5,10 +5,9 @@ one 224 x 224 camera as H.264 video, a 4-number state, a 4-number action and a t
 the fine-tuning example train on. The constants and `make_env`, `reset`, `render` and `step_held` below define the
 setting; an evaluation has to import them from here, or copy them exactly, to show a policy what it was trained on.
 
-Exact command, from the repository root, with Python 3.12 and nothing else in the environment::
+Exact command, from the repository root (the group `record` brings MetaWorld and MuJoCo)::
 
-    pip install 'lerobot[dataset]==0.6.1' 'torch>=2.11,<2.12' metaworld==3.1.1 'mujoco>=3.3,<3.4' packaging
-    python examples/record_metaworld.py --output examples/data/metaworld_3tasks --episodes-per-task 36 --seed 0
+    uv run --group record python examples/record_metaworld.py --output FOLDER --episodes-per-task 36 --seed 0
 
 No GPU and no display is needed: MuJoCo renders through EGL (Debian: `libegl1 libgl1-mesa-dri`), or through OSMesa
 (Debian: `libosmesa6`) with `MUJOCO_GL=osmesa`. It takes two to three minutes on two cores. The same command gives the
