@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     datasets.add_argument("--details", action="store_true", help="import each format: policy, repository, purpose")
     datasets.add_argument("--json", action="store_true", help="the details as a JSON list")
     datasets.set_defaults(command=list_datasets)
-    plugins = commands.add_parser("plugins", help="list plugins, what they registered (datasets: see there), failures")
+    plugins = commands.add_parser("plugins", help="list plugin modules, what they registered, and what failed")
     plugins.set_defaults(command=list_plugins)
     return parser
 
