@@ -60,12 +60,14 @@ class Validation:
         ):
             on_device = to_device(batch, device)
             out = policy(on_device)
+            actions = None
             if self._mean is not None:
                 actions = policy.sample_actions(on_device, on_device["noise"]).float().cpu().numpy()
-                # No rows: the batch only keeps this rank in step with the others, and does not count.
-                errors += sum(self._errors(chunk, row, self._mean) for chunk, row in zip(actions, rows, strict=False))
-            if rows:
-                loss += torch.stack([out.loss_sum, out.weight]).double().cpu()
+            if not rows:  # The batch only keeps this rank in step with the others, and does not count.
+                continue
+            loss += torch.stack([out.loss_sum, out.weight]).double().cpu()
+            if self._mean is not None and actions is not None:
+                errors += sum(self._errors(chunk, row, self._mean) for chunk, row in zip(actions, rows, strict=True))
         totals = self._group.sum(torch.cat([loss, torch.from_numpy(errors)]).to(device)).tolist()
         metrics = {"val_loss": totals[0] / totals[1]}
         if self._mean is not None:

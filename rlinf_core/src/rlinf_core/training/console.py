@@ -43,7 +43,6 @@ class ConsoleLogger:
             f"[bold]{run.runner.name}[/] {where}: {run.policy.type} on {run.data.config_name}, "
             f"{run.runner.max_steps} steps of {run.trainer.global_batch_size} samples, files in {run.folder}"
         )
-
         self._note_the_schedule()
 
     def _note_the_schedule(self) -> None:
