@@ -49,7 +49,7 @@ def logger(tmp_path):
         trainer=Namespace(global_batch_size=4),
         optim=Namespace(warmup_steps=10, decay_steps=30),
     )
-    return ConsoleLogger(Console(file=io.StringIO(), width=100, highlight=False), run, 0)
+    return ConsoleLogger(Console(file=io.StringIO(), width=100, highlight=False), run, 0, 20)
 
 
 def test_first_and_last_step_are_always_shown(logger):

@@ -5,6 +5,20 @@ A message names the thing, its owner and the way out. Anything else that is rais
 
 import difflib
 from collections.abc import Iterable
+from enum import IntEnum
+
+
+class Exit(IntEnum):
+    """The exit codes of `rlinf` and of a training process (contract 10)."""
+
+    OK = 0
+    """Done, or saved and left because the machine was asked for (SIGTERM)."""
+    DEFECT = 1
+    """A defect, with its traceback."""
+    USER_ERROR = 2
+    """Something the user can mend, with one message."""
+    INTERRUPTED = 130
+    """Ctrl-C, as shells number it; a training run has saved before."""
 
 
 class UserError(Exception):

@@ -8,7 +8,7 @@ removed.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,8 +17,10 @@ import pluggy
 from rlinf_core.errors import PluginError, did_you_mean
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
     from torch import nn
 
+    from rlinf_core.command import Command
     from rlinf_core.config.run import RunConfig
     from rlinf_core.datasets import DatasetConfig, SampleSource, Split
     from rlinf_core.logger import LoggerConfig
@@ -64,6 +66,31 @@ def rlinf_register_loggers() -> Iterable[type[LoggerConfig]]:  # type: ignore[em
 
 
 @hookspec
+def rlinf_register_commands() -> Iterable[Command]:  # type: ignore[empty-body]
+    """Offer subcommands of `rlinf`.
+
+    Returns:
+        Commands; each names a module that is imported when the command is called. All plugins' results are collected;
+        one name from two plugins is an error that names both when it is called. Core's own names come first.
+
+    Called on: the process of `rlinf`, when help or a command that is not core's is asked for. Since 0.1.
+    """
+
+
+@hookspec
+def rlinf_register_options() -> Mapping[str, type[BaseModel]]:  # type: ignore[empty-body]
+    """Offer tables of the config for a plugin's own settings.
+
+    Returns:
+        Name -> pydantic class; the class validates the table `[plugins.<name>]`, and `run.plugin_options(cls)` is the
+        result. It forbids extra keys, and every field has a default. All plugins' results are collected; one name from
+        two plugins is an error that names both when the config has such a table.
+
+    Called on: every rank, while the config is loaded. Since 0.1.
+    """
+
+
+@hookspec
 def rlinf_configure(run: RunConfig) -> None:
     """Look at the complete config before anything is built; raise `UserError` to refuse it.
 
@@ -71,6 +98,21 @@ def rlinf_configure(run: RunConfig) -> None:
         run: The frozen config of the run.
 
     Called on: every rank, once. Since 0.1.
+    """
+
+
+@hookspec(firstresult=True)
+def rlinf_launch(run: RunConfig, arguments: Sequence[str]) -> int | None:
+    """Start the processes of a run where `run.cluster` says, and wait for them.
+
+    Args:
+        run: The frozen config; `run.cluster.launcher` says who is meant.
+        arguments: What each process runs `rlinf_core.train` with: the config's path, `key=value` overrides, options.
+
+    Returns:
+        The exit code of the run, or None if another launcher is meant. The first result counts.
+
+    Called on: the one process of `rlinf launch`, never under torchrun. Since 0.1.
     """
 
 

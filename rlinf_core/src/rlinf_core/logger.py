@@ -19,12 +19,13 @@ class LoggerConfig(BaseModel):
     type: str
     """The name in `runner.loggers`."""
 
-    def build(self, run: RunConfig, start_step: int) -> Logger:
+    def build(self, run: RunConfig, *, start_step: int, stop_step: int) -> Logger:
         """Build the logger on rank 0.
 
         Args:
             run: The frozen config; `run.folder` is where the run's files live.
             start_step: Steps that are already done (a resumed run); rows after it are cut (contract 9).
+            stop_step: The last step of the run, after `runner.max_steps` and `runner.max_epochs`.
         """
         raise NotImplementedError(f"{type(self).__name__} must define build()")
 

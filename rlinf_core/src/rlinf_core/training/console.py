@@ -24,29 +24,29 @@ class ConsoleLoggerConfig(LoggerConfig):
 
     type: Literal["console"] = "console"
 
-    def build(self, run: RunConfig, start_step: int) -> Logger:
+    def build(self, run: RunConfig, *, start_step: int, stop_step: int) -> Logger:
         """Greet with the run's name, size and place."""
         # torchrun's children write to a pipe; 100 columns hold every line and table.
         console = Console(width=None if Console().is_terminal else 100, highlight=False)
-        return ConsoleLogger(console, run, start_step)
+        return ConsoleLogger(console, run, start_step, stop_step)
 
 
 class ConsoleLogger:
     """Prints the first and last step, and one in between every few seconds."""
 
-    def __init__(self, console: Console, run: RunConfig, start_step: int) -> None:
+    def __init__(self, console: Console, run: RunConfig, start_step: int, stop_step: int) -> None:
         self._console, self._run = console, run
-        self._started, self._start_step = time.monotonic(), start_step
+        self._started, self._start_step, self._stop_step = time.monotonic(), start_step, stop_step
         self._last_line = float("-inf")
         where = f"continues at step {start_step}" if start_step else "starts"
         self._print(
             f"[bold]{run.runner.name}[/] {where}: {run.policy.type} on {run.data.config_name}, "
-            f"{run.runner.max_steps} steps of {run.trainer.global_batch_size} samples, files in {run.folder}"
+            f"{stop_step} steps of {run.trainer.global_batch_size} samples, files in {run.folder}"
         )
         self._note_the_schedule()
 
     def _note_the_schedule(self) -> None:
-        optim, last = self._run.optim, self._run.runner.max_steps
+        optim, last = self._run.optim, self._stop_step
         if optim.warmup_steps >= last:
             self._print(f"[yellow]note: the warm-up of {optim.warmup_steps} steps (optim.warmup_steps) never ends[/]")
         elif optim.decay_steps > last:
@@ -60,12 +60,12 @@ class ConsoleLogger:
         now = time.monotonic()
         if metrics.get("skipped"):
             self._print(f"[yellow]step {step}: the gradient was not finite, the step was skipped[/]")
-        if now - self._last_line < SECONDS_BETWEEN_LINES and step != self._run.runner.max_steps:
+        if now - self._last_line < SECONDS_BETWEEN_LINES and step != self._stop_step:
             return
         self._last_line = now
-        left = (now - self._started) / (step - self._start_step) * (self._run.runner.max_steps - step)
+        left = (now - self._started) / (step - self._start_step) * (self._stop_step - step)
         self._print(
-            f"step {step:>{len(str(self._run.runner.max_steps))}}/{self._run.runner.max_steps}"
+            f"step {step:>{len(str(self._stop_step))}}/{self._stop_step}"
             f"  loss [bold]{metrics['loss']:.4f}[/]  lr {metrics['lr']:.2e}  grad norm {metrics['grad_norm']:.3f}"
             f"  {metrics['samples_per_second']:.1f} samples/s  data wait {metrics['data_wait_share']:.0%}"
             f"  ETA {_duration(left)}"

@@ -20,7 +20,7 @@ class JsonlLoggerConfig(LoggerConfig):
 
     type: Literal["jsonl"] = "jsonl"
 
-    def build(self, run: RunConfig, start_step: int) -> Logger:
+    def build(self, run: RunConfig, *, start_step: int, stop_step: int) -> Logger:
         """Open the file, cut back to `start_step`."""
         run.folder.mkdir(parents=True, exist_ok=True)
         path = run.folder / FILE

@@ -183,7 +183,9 @@ class Fsdp2Trainer:
         if self._group.rank != 0:
             return []
         names = dict.fromkeys(("jsonl", "console", *self.run.runner.loggers))
-        return [self._plugins.logger(name)(type=name).build(self.run, start_step) for name in names]
+        stop_step = self.run.runner.max_steps
+        configs = [self._plugins.logger(name)(type=name) for name in names]
+        return [config.build(self.run, start_step=start_step, stop_step=stop_step) for config in configs]
 
 
 def open_split(run: RunConfig, plugins: Plugins, split: Split) -> SampleSource:

@@ -1,0 +1,21 @@
+"""A subcommand of `rlinf`, as core and plugins offer them. Its module is imported when the command is called."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: what help says of it, and where its code is.
+
+    The module has two functions: `add_arguments(parser)` gets an `argparse.ArgumentParser`; `run(options)` gets the
+    parsed namespace and returns an exit code, or None for 0. It raises `UserError` for what the user can mend.
+    """
+
+    name: str
+    """What follows `rlinf` on the command line."""
+    help: str
+    """One line for `rlinf --help`, without a full stop."""
+    module: str
+    """Dotted name of the module."""
