@@ -7,14 +7,11 @@ removed.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pluggy
-
-from rlinf_core.errors import PluginError, did_you_mean
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -206,27 +203,3 @@ def rlinf_train_finished(trainer: Trainer, error: BaseException | None) -> None:
 
     Called on: every rank, once. Since 0.1.
     """
-
-
-def check_plugin(manager: pluggy.PluginManager, plugin: object) -> None:
-    """Refuse what pluggy would ignore: a hook that does not exist, one that is not marked, a plugin without any.
-
-    Raises:
-        PluginError: If the plugin holds one of these; the message names it and near names.
-    """
-    specified = {name for name in globals() if name.startswith("rlinf_")}
-    implemented = 0
-    for name in dir(plugin):
-        options = manager.parse_hookimpl_opts(plugin, name)
-        if options is None:
-            item = inspect.getattr_static(plugin, name)
-            own = getattr(item, "__module__", None) == getattr(plugin, "__name__", None)
-            if name.startswith("rlinf_") and inspect.isfunction(item) and own:
-                raise PluginError(f"{name} is named like a hook but is not marked with @hookimpl")
-            continue
-        implemented += 1
-        hook = options.get("specname") or name
-        if hook not in specified and not options.get("optionalhook"):
-            raise PluginError(f"there is no hook {hook!r}{did_you_mean(hook, specified)}")
-    if not implemented:
-        raise PluginError(f"{plugin!r} implements no hook")

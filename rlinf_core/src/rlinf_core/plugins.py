@@ -14,67 +14,27 @@ import functools
 import os
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 import pluggy
 from pydantic import BaseModel
 
 from rlinf_core import hookspecs
+from rlinf_core.command import Command
 from rlinf_core.datasets import DatasetConfig
 from rlinf_core.errors import PluginError, UserError, did_you_mean
+from rlinf_core.hooks import Hooks, check_plugin
 from rlinf_core.logger import LoggerConfig
+from rlinf_core.owners import Failure, Owner, explain
 from rlinf_core.policy import PolicyConfig
+from rlinf_core.registrations import HOOKS, Kind, Registered
 from rlinf_core.trainer import TrainerConfig
 
 PLUGIN_GROUP = "rlinf.plugins"
 DATASET_GROUP = "rlinf.datasets"
-
-Kind = Literal["policy", "trainer", "logger"]
-_KINDS: Mapping[Kind, tuple[str, type[BaseModel]]] = {
-    "policy": ("rlinf_register_policies", PolicyConfig),
-    "trainer": ("rlinf_register_trainers", TrainerConfig),
-    "logger": ("rlinf_register_loggers", LoggerConfig),
-}
-"""What plugins register: the hook that asks for it, and what the answers derive from."""
-
-
-@dataclass(frozen=True, order=True)
-class Owner:
-    """Who brought something: a distribution, by one of its entry points."""
-
-    distribution: str
-    version: str
-    entry_point: str
-    """As its `pyproject.toml` says it: `name = module:attribute`."""
-
-    def __str__(self) -> str:
-        return f"{self.distribution} {self.version} (entry point '{self.entry_point}')"
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A plugin, or a part of one, that could not be used."""
-
-    owner: Owner
-    doing: str
-    """What was tried: loading the plugin, or calling one of its registration hooks."""
-    cause: Exception
-
-    def __str__(self) -> str:
-        return f"{self.owner}: {self.doing}: {_explain(self.cause)}"
-
-
-@dataclass(frozen=True)
-class Registered:
-    """A config class under the `type` that selects it."""
-
-    kind: Kind
-    name: str
-    config: type[Any]
-    owner: Owner
 
 
 @dataclass(frozen=True)
@@ -100,7 +60,9 @@ class DatasetEntry:
         try:
             found = self.read()
         except Exception as error:
-            raise PluginError(f"dataset {self.name!r} of {self.owner} cannot be loaded: {_explain(error)}") from error
+            raise PluginError(
+                f"dataset {self.name!r} of {self.owner} cannot be loaded: {explain(error, self.owner)}"
+            ) from error
         if not (isinstance(found, type) and issubclass(found, DatasetConfig)):
             raise PluginError(f"dataset {self.name!r} of {self.owner} is {found!r}, not a DatasetConfig")
         return found
@@ -130,6 +92,7 @@ class Plugins:
         self._datasets = [DatasetEntry(e.name, owner, e.load) for owner, e in used if e.group == DATASET_GROUP]
         self._owners: dict[str, Owner] = {}
         self._failures: list[Failure] = []
+        self._registered: dict[Kind, tuple[Registered[Any], ...]] = {}
 
     @classmethod
     def load(cls) -> Plugins:
@@ -142,10 +105,14 @@ class Plugins:
         entry_points = [*found.select(group=PLUGIN_GROUP), *found.select(group=DATASET_GROUP)]
         return cls(entry_points, strict=strict == "1", disabled=disabled)
 
-    @property
-    def hook(self) -> pluggy.HookRelay:
-        """Call a hook in every plugin: `plugins.hook.rlinf_configure(run=run)`."""
-        return self._manager.hook
+    @functools.cached_property
+    def hook(self) -> Hooks:
+        """Call a hook in every plugin: `plugins.hook.rlinf_configure(run=run)`.
+
+        A `UserError` of an implementation is raised as a `PluginError` that names hook and owner (core's own stay as
+        they are); other exceptions carry a note that names them.
+        """
+        return Hooks(self._manager.hook, self._owners)
 
     @property
     def owners(self) -> tuple[Owner, ...]:
@@ -154,43 +121,97 @@ class Plugins:
 
     @property
     def failures(self) -> tuple[Failure, ...]:
-        """Everything that failed while loading the plugins and calling their registration hooks."""
-        _ = self.registered
+        """What has failed so far: loading the plugins, and those registration hooks whose results were asked for."""
+        _ = self._manager
         return tuple(self._failures)
 
+    @property
+    def registered(self) -> tuple[Registered[Any], ...]:
+        """Everything that plugins registered, of every kind; calls all registration hooks."""
+        return tuple(one for kind in HOOKS for one in self.registered_as(kind))
+
+    def registered_as(self, kind: Kind) -> tuple[Registered[Any], ...]:
+        """What plugins registered of one kind, with owners, by name; calls the hook of that kind only."""
+        if kind not in self._registered:
+            self._registered[kind] = tuple(sorted(self._collect(kind), key=lambda one: (one.name, one.owner)))
+        return self._registered[kind]
+
+    def find(self, kind: Kind, name: str) -> Registered[Any]:
+        """The one thing that is registered under a name.
+
+        Raises:
+            UserError: If there is none; the message has near names and the failures that may be why.
+            PluginError: If two plugins registered it; the message names both.
+        """
+        registered = self.registered_as(kind)
+        match [one for one in registered if one.name == name]:
+            case []:
+                failures = [failure for failure in self._failures if failure.hook in ("", HOOKS[kind].name)]
+                raise UserError(self._unknown(HOOKS[kind].noun, name, [one.name for one in registered], failures))
+            case [one]:
+                return one
+            case several:
+                owners = " and by ".join(str(one.owner) for one in several)
+                raise PluginError(
+                    f"{HOOKS[kind].noun} {name!r} is registered by {owners}. "
+                    f"Uninstall one, or leave it out: RLINF_DISABLE_PLUGINS={several[-1].owner.distribution}"
+                )
+
     def policy(self, name: str) -> type[PolicyConfig]:
-        """The policy config of this `type`. Raises `UserError` if there is none, `PluginError` if two."""
-        return self._pick("policy", name)
+        """The policy config of this `type`. Raises as `find` does."""
+        found: type[PolicyConfig] = self.find("policy", name).item
+        return found
 
     def trainer(self, name: str) -> type[TrainerConfig]:
-        """The trainer config of this `type`. Raises `UserError` if there is none, `PluginError` if two."""
-        return self._pick("trainer", name)
+        """The trainer config of this `type`. Raises as `find` does."""
+        found: type[TrainerConfig] = self.find("trainer", name).item
+        return found
 
     def logger(self, name: str) -> type[LoggerConfig]:
-        """The logger config of this `type`. Raises `UserError` if there is none, `PluginError` if two."""
-        return self._pick("logger", name)
+        """The logger config of this `type`. Raises as `find` does."""
+        found: type[LoggerConfig] = self.find("logger", name).item
+        return found
+
+    def options(self, name: str) -> type[BaseModel]:
+        """The class of the table `[plugins.<name>]`. Raises as `find` does."""
+        found: type[BaseModel] = self.find("options", name).item
+        return found
+
+    def command(self, name: str) -> Command:
+        """The subcommand of this name. Raises as `find` does."""
+        found: Command = self.find("command", name).item
+        return found
+
+    def commands(self) -> tuple[Registered[Command], ...]:
+        """Every registered subcommand of `rlinf`, with its owner, by name."""
+        return self.registered_as("command")
 
     def dataset(self, name: str) -> type[DatasetConfig]:
-        """Import the dataset config of this name, and no other.
+        """Import the dataset config of this name, and no other; raises as `find_dataset` and `DatasetEntry.load`."""
+        return self.find_dataset(name).load()
+
+    def find_dataset(self, name: str) -> DatasetEntry:
+        """The one dataset format of a name; imports nothing.
 
         Args:
             name: The name of an entry point, or `distribution:name` when two distributions use one name.
 
         Raises:
             UserError: If there is no such dataset.
-            PluginError: If two distributions offer it, or if it cannot be imported.
+            PluginError: If two distributions offer it.
         """
         distribution, _, short = name.rpartition(":")
         found = [entry for entry in self._datasets if entry.name == short]
         if distribution:
             found = [entry for entry in found if _normalize(entry.owner.distribution) == _normalize(distribution)]
         if not found:
-            raise UserError(self._unknown("dataset", name, [entry.name for entry in self._datasets]))
+            names = [entry.name for entry in self._datasets]
+            raise UserError(self._unknown("dataset", name, names, [one for one in self.failures if not one.hook]))
         if len(found) > 1:
             owners = " and by ".join(str(entry.owner) for entry in found)
             choices = " or ".join(f'config_name = "{entry.qualified_name}"' for entry in found)
             raise PluginError(f"dataset {name!r} is offered by {owners}. Say which: {choices}")
-        return found[0].load()
+        return found[0]
 
     def datasets(self) -> tuple[DatasetEntry, ...]:
         """Every dataset format that the installed distributions announce; imports none of them."""
@@ -204,7 +225,9 @@ class Plugins:
             name = f"{owner.distribution}: {owner.entry_point}"
             try:
                 plugin = entry.load()
-                hookspecs.check_plugin(manager, plugin)
+                if earlier := manager.get_name(plugin):
+                    raise PluginError(f"this plugin is loaded already, for {self._owners[earlier]}")
+                check_plugin(manager, plugin)
                 self._owners[name] = owner
                 manager.register(plugin, name)
             except Exception as error:
@@ -214,52 +237,33 @@ class Plugins:
                 self._fail(owner, "loading the plugin", error)
         return manager
 
-    @functools.cached_property
-    def registered(self) -> tuple[Registered, ...]:
-        """Every policy, trainer and logger that a plugin registered, with its owner."""
-        found = [one for kind, (hook, base) in _KINDS.items() for one in self._collect(kind, hook, base)]
-        return tuple(sorted(found, key=lambda one: (one.kind, one.name, one.owner)))
-
-    def _collect(self, kind: Kind, hook: str, base: type[BaseModel]) -> Iterator[Registered]:
+    def _collect(self, kind: Kind) -> Iterator[Registered[Any]]:
         """Call a hook one implementation at a time, so that every result and every failure has an owner."""
+        hook = HOOKS[kind].name
         for implementation in getattr(self._manager.hook, hook).get_hookimpls():
             owner = self._owners[implementation.plugin_name]
             try:
-                offered = list(implementation.function())
+                items = list(HOOKS[kind].read(implementation.function()))
             except Exception as error:
-                self._fail(owner, f"calling {hook}", error)
+                self._fail(owner, f"calling {hook}", error, hook)
                 continue
-            for config in offered:
-                try:
-                    yield Registered(kind, _type_of(config, base), config, owner)
-                except PluginError as error:
-                    self._fail(owner, f"using what {hook} returned", error)
+            for name, item, mistake in items:
+                if mistake:
+                    self._fail(owner, f"using what {hook} returned", mistake, hook)
+                else:
+                    yield Registered(kind, name, item, owner)
 
-    def _fail(self, owner: Owner, doing: str, cause: Exception) -> None:
-        failure = Failure(owner, doing, cause)
+    def _fail(self, owner: Owner, doing: str, cause: Exception, hook: str = "") -> None:
+        failure = Failure(owner, doing, cause, hook)
         if self._strict:
             raise PluginError(str(failure)) from cause
         self._failures.append(failure)
 
-    def _pick(self, kind: Kind, name: str) -> type[Any]:
-        registered = [one for one in self.registered if one.kind == kind]
-        match [one for one in registered if one.name == name]:
-            case []:
-                raise UserError(self._unknown(kind, name, [one.name for one in registered]))
-            case [one]:
-                return one.config
-            case several:
-                owners = " and by ".join(str(one.owner) for one in several)
-                raise PluginError(
-                    f"{kind} {name!r} is registered by {owners}. "
-                    f"Uninstall one, or leave it out: RLINF_DISABLE_PLUGINS={several[-1].owner.distribution}"
-                )
-
-    def _unknown(self, kind: str, name: str, names: Iterable[str]) -> str:
+    def _unknown(self, noun: str, name: str, names: Iterable[str], failures: Iterable[Failure]) -> str:
         known = sorted(set(names))
-        lines = [f"unknown {kind} {name!r}{did_you_mean(name, known)}"]
-        lines.append(f"there is: {', '.join(known)}" if known else f"no {kind} is installed")
-        lines += [f"failed: {failure}" for failure in self.failures]
+        lines = [f"unknown {noun} {name!r}{did_you_mean(name, known)}"]
+        lines.append(f"there is: {', '.join(known)}" if known else "no installed plugin brings one")
+        lines += [f"failed: {failure}" for failure in failures]
         lines += [f"left out by RLINF_DISABLE_PLUGINS: {distribution}" for distribution in self.blocked]
         if not self._modules and not self.blocked:
             lines.append("no plugin is installed, not even rlinf-core's own: install rlinf-core with pip or uv")
@@ -282,18 +286,3 @@ def _owner(entry: metadata.EntryPoint) -> Owner:
 def _normalize(distribution: str) -> str:
     """The form of a distribution's name that packaging compares (PEP 503)."""
     return re.sub(r"[-_.]+", "-", distribution).lower()
-
-
-def _explain(error: Exception) -> str:
-    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-
-
-def _type_of(config: object, base: type[BaseModel]) -> str:
-    """The name that selects a config class: the one value of its field `type`."""
-    if not (isinstance(config, type) and issubclass(config, base)):
-        raise PluginError(f"expected a subclass of {base.__name__}, found {config!r}")
-    annotation = config.model_fields["type"].annotation
-    names = get_args(annotation) if get_origin(annotation) is Literal else ()
-    if len(names) != 1 or not isinstance(names[0], str):
-        raise PluginError(f'{config.__qualname__} must declare its name as the one value of `type: Literal["name"]`')
-    return names[0]

@@ -2,26 +2,29 @@
 
 Layers, each over the one before (contract 6): core's defaults < the policy's `run_defaults` < the dataset's
 `run_defaults` < the TOML file < the command line. Which classes validate `[data]`, `[policy]` and `[trainer]` follows
-from `data.config_name`, `policy.type` and `trainer.type`. All mistakes are reported together.
+from `data.config_name`, `policy.type` and `trainer.type`; `[plugins.<name>]` belongs to the class that a plugin
+registered under that name. All mistakes are reported together.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError, create_model
 from pydantic_core import ErrorDetails
 
-from rlinf_core.config.mistakes import COMMAND_LINE, Layer, explain, is_model, mistake, value_at
+from rlinf_core.config.mistakes import COMMAND_LINE, Layer, Models, Place, explain, is_model, mistake, value_at
 from rlinf_core.config.run import RunConfig, Section
-from rlinf_core.config.toml import Table, diff_tables, merge, parse_override, read_toml, write_toml
+from rlinf_core.config.toml import Table, diff_tables, dotted, merge, parse_override, read_toml, write_toml
 from rlinf_core.datasets import DatasetConfig
 from rlinf_core.errors import UserError
+from rlinf_core.owners import Owner
 from rlinf_core.plugins import Plugins, get_plugins
+from rlinf_core.registrations import Kind
 
 __all__ = ["diff_tables", "dump_config", "load_config", "read_toml"]
 
@@ -56,6 +59,13 @@ def _table(run: RunConfig) -> Table:
     return run.model_dump(mode="json", exclude_none=True, round_trip=True)
 
 
+class _Chosen(NamedTuple):
+    """The class of a table, and who brought it."""
+
+    model: type[Any]
+    owner: Owner
+
+
 class _Draft:
     """A config on its way to a `RunConfig`, with the mistakes found so far."""
 
@@ -70,69 +80,108 @@ class _Draft:
                 self._mistakes.append(f"{error} [{COMMAND_LINE}]")
         self._layers = [Layer(str(path), read_toml(path)), Layer(COMMAND_LINE, given)]
         """Lowest first."""
-        self._classes: dict[str, type[BaseModel] | None] = {}
-        """The classes of the tables that plugins define; None where it could not be told."""
+        self._chosen: dict[tuple[str, ...], _Chosen | None] = {}
+        """The classes of the tables that plugins define, by place; None where it could not be told."""
 
     def choose_classes(self) -> None:
         """Find the classes of the tables, and lay their defaults below what the user wrote."""
-        data = self._choose(("data", "config_name"), self._plugins.dataset, "is required: a name from `rlinf datasets`")
-        fits = not data or self._check_policy_fits(data)
+        data = self._choose(("data", "config_name"), self._find_dataset, "is required: a name from `rlinf datasets`")
+        fits = not data or self._check_policy_fits(data.model)
         if data:
-            self._lay_below(f"defaults of dataset {self._get('data', 'config_name')!r}", data.run_defaults)
+            self._lay_below(f"defaults of dataset {self._get('data', 'config_name')!r}", data.model.run_defaults)
         policy = None
         if fits and (data or self._get("policy", "type")):
-            policy = self._choose(("policy", "type"), self._plugins.policy, "is required: the dataset does not set it")
+            missing = "is required: the dataset does not set it"
+            policy = self._choose(("policy", "type"), partial(self._find, "policy"), missing)
         if policy:
-            self._lay_below(f"defaults of policy {self._get('policy', 'type')!r}", policy.run_defaults)
+            self._lay_below(f"defaults of policy {self._get('policy', 'type')!r}", policy.model.run_defaults)
         self._lay_below("core's defaults", _CORE_DEFAULTS)
-        trainer = self._choose(("trainer", "type"), self._plugins.trainer, "is required")
-        self._classes = {"data": data, "policy": policy, "trainer": trainer}
+        trainer = self._choose(("trainer", "type"), partial(self._find, "trainer"), "is required")
+        self._chosen = {("data",): data, ("policy",): policy, ("trainer",): trainer}
         self._check_loggers()
+        self._choose_options()
 
     def validate(self) -> RunConfig:
         """Validate every table with its class, and then what holds between tables."""
-        fields: dict[str, Any] = {
-            name: (self._classes.get(name, info.annotation), info) for name, info in RunConfig.model_fields.items()
-        }
-        fields |= {name: (Any, None) for name, cls in self._classes.items() if cls is None}
-        # Apart from RunConfig itself, whose own checks need all tables to be of their classes.
-        tables = self._try(create_model("RunTables", __base__=Section, **fields), self._merged)
-        run = self._try(RunConfig, dict(tables)) if tables and not self._mistakes else None
+        fields: dict[str, Any] = {name: (info.annotation, info) for name, info in RunConfig.model_fields.items()}
+        fields |= {place[0]: (Any, None) for place in (*self._chosen, ("plugins",))}
+        # Apart from RunConfig itself, whose own checks need all tables to be of their classes, and plugin by plugin: a
+        # validator that fails must not be taken for another's.
+        core = self._try(create_model("RunTables", __base__=Section, **fields), self._merged)
+        tables = dict(core) if core else {}
+        tables["plugins"] = {}
+        for place, chosen in self._chosen.items():
+            if chosen:
+                above = tables["plugins"] if len(place) > 1 else tables
+                above[place[-1]] = self._try(chosen.model, self._get(*place), place, chosen.owner)
+        run = None if self._mistakes else self._try(RunConfig, tables)
         if run is None:
             count = f"{len(self._mistakes)} mistake{'s' if len(self._mistakes) > 1 else ''}"
             lines = "".join(f"\n  {text.replace(chr(10), chr(10) + '  ')}" for text in self._mistakes)
             raise UserError(f"{self._path}: {count} in the config:{lines}")
         return run
 
-    def _try[M: BaseModel](self, model: type[M], values: Mapping[str, Any]) -> M | None:
+    def _try[M: BaseModel](
+        self, model: type[M], values: Any, place: tuple[str, ...] = (), owner: Owner | None = None
+    ) -> M | None:
+        """Validate the table at a place; mistakes are noted, a defect of the class is raised with its owner's name."""
+        named = owner if place[:1] == ("plugins",) else None
         try:
             return model.model_validate(values)
         except ValidationError as error:
-            found = [one for one in error.errors(include_url=False) if not self._follows(one)]
-            self._mistakes += [explain(one, self._layers, self._models()) for one in found]
-            return None
+            for one in error.errors(include_url=False):
+                one["loc"] = (*place, *one["loc"])
+                if not self._follows(one):
+                    self._mistakes.append(explain(one, self._layers, self._models(), named))
+        except UserError as error:
+            self._mistakes.append(mistake(place, str(error), self._layers, self._get(*place), owner=named))
+        except Exception as error:
+            error.add_note(f"while {model.__qualname__} of {owner or 'rlinf-core'} validated [{dotted(place)}]")
+            raise
+        return None
 
-    def _models(self) -> dict[str, type[BaseModel]]:
-        """The classes that are known, by table; `""` is the whole."""
-        known: dict[str, Any] = {name: info.annotation for name, info in RunConfig.model_fields.items()} | self._classes
-        return {"": RunConfig} | {name: cls for name, cls in known.items() if is_model(cls)}
+    def _models(self) -> Models:
+        """The classes that are known, by place."""
+        known: dict[Place, Any] = {(name,): info.annotation for name, info in RunConfig.model_fields.items()}
+        known |= {place: chosen.model if chosen else None for place, chosen in self._chosen.items()}
+        return {(): RunConfig} | {place: cls for place, cls in known.items() if is_model(cls)}
 
     def _follows(self, error: ErrorDetails) -> bool:
         """Whether a mistake may follow only from defaults that are missing because a class could not be told."""
         where = error["loc"][:-1] if error["type"] == "missing" else error["loc"]
         inside_table = isinstance(value_at(self._merged, where), dict | None)
         by_default = error["type"] in ("missing", "value_error", "assertion_error")
-        return None in self._classes.values() and by_default and inside_table
+        return None in self._chosen.values() and by_default and inside_table
 
-    def _choose[C](self, place: tuple[str, str], look_up: Callable[[str], type[C]], missing: str) -> type[C] | None:
+    def _choose(self, place: tuple[str, str], find: Callable[[str], _Chosen], missing: str) -> _Chosen | None:
         name = self._get(*place)
         try:
             if isinstance(name, str) and name:
-                return look_up(name)
+                return find(name)
             self._note(place, missing if name in (None, "") else f"must be a name, not {name!r}")
         except UserError as error:
             self._note(place, str(error))
         return None
+
+    def _find(self, kind: Kind, name: str) -> _Chosen:
+        found = self._plugins.find(kind, name)
+        return _Chosen(found.item, found.owner)
+
+    def _find_dataset(self, name: str) -> _Chosen:
+        entry = self._plugins.find_dataset(name)
+        return _Chosen(entry.load(), entry.owner)
+
+    def _choose_options(self) -> None:
+        """Find the class of each `[plugins.<name>]` table."""
+        tables = self._get("plugins")
+        if tables is not None and not isinstance(tables, Mapping):
+            self._note(("plugins",), f"must hold a table for each plugin, [plugins.<name>] (got {tables!r})")
+            return
+        for name in tables or ():
+            try:
+                self._chosen["plugins", name] = self._find("options", name)
+            except UserError as error:
+                self._note(("plugins", name), str(error))
 
     def _check_policy_fits(self, data: type[DatasetConfig]) -> bool:
         own = value_at(data.run_defaults, ("policy", "type"))

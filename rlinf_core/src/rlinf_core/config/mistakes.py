@@ -12,10 +12,11 @@ from pydantic_core import ErrorDetails
 
 from rlinf_core.config.toml import dotted
 from rlinf_core.errors import did_you_mean
+from rlinf_core.owners import Owner
 
 Place = tuple[str | int, ...]
-Models = Mapping[str, type[BaseModel]]
-"""The class of each table; the keys of the whole config that are no tables are under `""`."""
+Models = Mapping[Place, type[BaseModel]]
+"""The class of each table by its place; that of the whole config is under `()`."""
 
 COMMAND_LINE = "command line"
 
@@ -49,12 +50,22 @@ def value_at(table: Mapping[str, Any], place: Place) -> Any:
     return found
 
 
-def mistake(place: Place, what: str, layers: Sequence[Layer], value: Any = None) -> str:
-    """One line (or more, if `what` has more): `optim.lr: must be larger than 0 [run.toml]`."""
-    origins = _origins(place, layers, value)
+def mistake(place: Place, what: str, layers: Sequence[Layer], value: Any = None, *, owner: Owner | None = None) -> str:
+    """One line (or more, if `what` has more): `optim.lr: must be larger than 0 [run.toml]`.
+
+    Args:
+        place: Where in the config.
+        what: What is wrong.
+        layers: Who wrote the config, lowest first.
+        value: What stands there; a table may be the work of several layers.
+        owner: Who says what may stand there, if it is a plugin's own table: `[run.toml; table of acme-arm 1.2]`.
+    """
+    sources = [", ".join(_origins(place, layers, value))]
+    sources += [f"table of {owner.distribution} {owner.version}"] if owner else []
+    bracket = "; ".join(filter(None, sources))
     head, line_end, rest = what.partition("\n")
     text = f"{dotted(place)}: {head}" if place else head
-    return (f"{text} [{', '.join(origins)}]" if origins else text) + line_end + rest
+    return (f"{text} [{bracket}]" if bracket else text) + line_end + rest
 
 
 def _origins(place: Place, layers: Sequence[Layer], value: Any) -> list[str]:
@@ -63,14 +74,14 @@ def _origins(place: Place, layers: Sequence[Layer], value: Any) -> list[str]:
     return origins if isinstance(value, Mapping) else origins[-1:]
 
 
-def explain(error: ErrorDetails, layers: Sequence[Layer], models: Models) -> str:
-    """A pydantic error as a line for people."""
+def explain(error: ErrorDetails, layers: Sequence[Layer], models: Models, owner: Owner | None = None) -> str:
+    """A pydantic error as a line for people; `owner` as in `mistake`."""
     place, given = error["loc"], error["input"]
     match error["type"]:
         case "extra_forbidden":
             what = f"unknown key{_near(place, models)}"
         case "missing":
-            return mistake(place, "is required", layers)
+            return mistake(place, "is required", layers, owner=owner)
         case _:
             what = error["msg"].removeprefix("Value error, ")
             if not isinstance(given, Mapping | BaseModel):
@@ -78,7 +89,7 @@ def explain(error: ErrorDetails, layers: Sequence[Layer], models: Models) -> str
             is_key = bool(place) and isinstance(place[-1], str)
             if error["type"] == "string_type" and is_key and _origins(place, layers, given) == [COMMAND_LINE]:
                 what += f"""; for text that looks like TOML write {dotted(place)}='"{given}"'"""
-    return mistake(place, what, layers, given)
+    return mistake(place, what, layers, given, owner=owner)
 
 
 def is_model(annotation: object) -> TypeGuard[type[BaseModel]]:
@@ -94,11 +105,12 @@ def _short(value: object) -> str:
 def _near(place: Place, models: Models) -> str:
     """Names that a misspelt key may have meant in its own table, else in another (a `[table]` line is missing)."""
     *above, key = map(str, place)
-    model = models.get(above[0] if above else "")
-    for part in above[1:]:
+    table = max((known for known in models if known == tuple(above[: len(known)])), key=len)
+    model: type[BaseModel] | None = models[table]
+    for part in above[len(table) :]:
         field = model.model_fields.get(part) if model else None
         model = field.annotation if field and is_model(field.annotation) else None
     own = did_you_mean(key, model.model_fields) if model else ""
-    others = {name: dotted((table, name)) for table, other in models.items() if table for name in other.model_fields}
+    others = {name: dotted((*place, name)) for place, other in models.items() if place for name in other.model_fields}
     near = difflib.get_close_matches(key, others, n=1, cutoff=0.8)
     return own or (f"; did you mean {others[near[0]]!r}?" if near else "")

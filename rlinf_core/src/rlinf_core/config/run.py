@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, model_validator
+from pydantic import BaseModel, ConfigDict, Field, InstanceOf, SerializeAsAny, model_validator
 
 from rlinf_core.datasets import DatasetConfig
 from rlinf_core.policy import PolicyConfig
@@ -83,11 +83,20 @@ class RunConfig(Section):
     optim: OptimConfig = OptimConfig()
     trainer: SerializeAsAny[TrainerConfig]
     """The class is the one registered under `trainer.type`."""
+    plugins: dict[str, SerializeAsAny[InstanceOf[BaseModel]]] = {}
+    """Plugins' own settings; the class of `[plugins.<name>]` is the one registered under that name."""
 
     @property
     def folder(self) -> Path:
         """Where the run's files live."""
         return Path(self.runner.output_dir) / self.runner.name
+
+    def plugin_options[M: BaseModel](self, cls: type[M]) -> M:
+        """A plugin's own settings: the `[plugins.<name>]` table of this class, or its defaults if there is none."""
+        for table in self.plugins.values():
+            if isinstance(table, cls) and type(table) is cls:
+                return table
+        return cls()
 
     @model_validator(mode="after")
     def _validation_needs_held_out_episodes(self) -> RunConfig:
