@@ -5,14 +5,8 @@ from tiny_lerobot import CAMERAS
 from toy_data import Repack, Rows, ToyPolicy
 
 from rlinf_core.data.lerobot import open_lerobot
-from rlinf_core.data.loader import (
-    build_train_loader,
-    build_validation_batches,
-    check_batch,
-    epoch_order,
-    sample_generator,
-    steps_per_epoch,
-)
+from rlinf_core.data.loader import build_train_loader, build_validation_batches
+from rlinf_core.data.order import check_batch, epoch_order, sample_generator, steps_per_epoch
 from rlinf_core.data.pipeline import Pipeline
 from rlinf_core.datasets import LeRobotDatasetConfig
 from rlinf_core.errors import UserError

@@ -1,9 +1,4 @@
-"""Batches: which rows a step takes, in which order, with which random numbers, decoded in worker processes.
-
-Everything is a pure function of (seed, step): the order of an epoch and the draws of a sample come from counter-based
-generators, so ranks, workers and resumes change nothing (contract 1), and a resumed run needs to know nothing but its
-step.
-"""
+"""Batches of samples, decoded in worker processes; which rows they hold, `data.order` says."""
 
 from __future__ import annotations
 
@@ -18,62 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
+from rlinf_core.data.order import check_batch, epoch_order, sample_generator, steps_per_epoch, validation_generator
 from rlinf_core.data.pipeline import Pipeline
 from rlinf_core.data.sample import Batch, Row, Sample
 from rlinf_core.datasets import SampleSource
 from rlinf_core.errors import UserError
 from rlinf_core.policy import PolicyConfig
-
-# The third word of Philox's counter separates the uses of one key; the first counts blocks of a use.
-ORDER, TRAINING, VALIDATION = range(3)
-
-
-def epoch_order(seed: int, epoch: int, rows: int) -> NDArray[np.int64]:
-    """The order in which an epoch visits the rows: a permutation of `range(rows)`."""
-    return _generator(seed, epoch, ORDER, 0).permutation(rows)
-
-
-def sample_generator(seed: int, epoch: int, position: int) -> np.random.Generator:
-    """The random numbers of the sample at a position of an epoch's order."""
-    return _generator(seed, epoch, TRAINING, position)
-
-
-def _generator(seed: int, epoch: int, use: int, position: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, position, use, 0]))
-
-
-def check_batch(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
-    """How many micro batches each rank computes for a step.
-
-    Raises:
-        UserError: The global batch is no multiple of ranks × micro batch; it names the nearest legal values.
-    """
-    together = world_size * micro_batch_size
-    if global_batch_size % together == 0:
-        return global_batch_size // together
-    below = global_batch_size // together * together
-    way_out = f"set global_batch_size to {' or '.join(str(size) for size in (below, below + together) if size)}"
-    share, rest = divmod(global_batch_size, world_size)
-    if not rest:
-        way_out += f", or micro_batch_size to {max(m for m in range(1, micro_batch_size + 1) if share % m == 0)}"
-    raise UserError(
-        f"trainer.global_batch_size = {global_batch_size} is no multiple of {world_size} ranks x "
-        f"trainer.micro_batch_size = {micro_batch_size}: {way_out}"
-    )
-
-
-def steps_per_epoch(rows: int, global_batch_size: int) -> int:
-    """Steps of an epoch; rows that do not fill a last step are left out of it.
-
-    Raises:
-        UserError: The rows do not fill one step.
-    """
-    if rows < global_batch_size:
-        raise UserError(
-            f"the training split has {rows} rows, fewer than trainer.global_batch_size = {global_batch_size}: "
-            "make the batch smaller"
-        )
-    return rows // global_batch_size
 
 
 @dataclass
@@ -279,7 +224,7 @@ def build_validation_batches(
     batches = -(-len(chosen) // (world_size * micro_batch_size))
     for part in np.array_split(chosen[rank::world_size], batches):
         indices = part.tolist() or [int(chosen[0])]
-        generators = [_generator(seed, 0, VALIDATION, index) for index in indices]
+        generators = [validation_generator(seed, index) for index in indices]
         rows = read_rows(source, indices)
         samples = encode_rows(source, indices, rows, pipeline, policy, generators)
         targets = [pipeline.target(row) for row in rows]

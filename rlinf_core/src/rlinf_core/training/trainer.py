@@ -15,7 +15,8 @@ import torch
 
 from rlinf_core.config.fsdp2 import Fsdp2TrainerConfig
 from rlinf_core.config.run import RunConfig
-from rlinf_core.data.loader import build_train_loader, check_batch, steps_per_epoch
+from rlinf_core.data.loader import build_train_loader
+from rlinf_core.data.order import check_batch, steps_per_epoch
 from rlinf_core.data.pipeline import build_pipeline
 from rlinf_core.datasets import SampleSource, Split
 from rlinf_core.errors import UserError
