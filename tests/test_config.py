@@ -208,7 +208,7 @@ def test_all_mistakes_are_reported_together(mistakes):
         horizn = 2
         [policy.vision]
         widht = 3
-        [cluster]
+        [algorithm]
         num_nodes = 1
         [plugins.toy]
         x = 1
@@ -228,7 +228,7 @@ def test_all_mistakes_are_reported_together(mistakes):
         f"  policy.horizn: unknown key; did you mean 'horizon'? [{file}]",
         f"  policy.vision.widht: unknown key; did you mean 'width'? [{file}]",
         "  trainer.param_dtyp: unknown key; did you mean 'param_dtype'? [command line]",
-        f"  cluster: unknown key [{file}]",
+        f"  algorithm: unknown key [{file}]",
         f"  plugins.toy: unknown plugin table 'toy' [{file}]",
     ]
     assert [line for line in expected if line not in lines] == []

@@ -18,7 +18,8 @@ from pydantic import BaseModel, ValidationError, create_model
 from pydantic_core import ErrorDetails
 
 from rlinf_core.config.mistakes import COMMAND_LINE, Layer, Models, Place, explain, is_model, mistake, value_at
-from rlinf_core.config.run import RunConfig, Section
+from rlinf_core.config.run import RunConfig
+from rlinf_core.config.section import Section
 from rlinf_core.config.toml import Table, diff_tables, dotted, merge, parse_override, read_toml, write_toml
 from rlinf_core.datasets import DatasetConfig
 from rlinf_core.errors import UserError

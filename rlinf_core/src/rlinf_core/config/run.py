@@ -5,17 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, InstanceOf, SerializeAsAny, model_validator
+from pydantic import BaseModel, Field, InstanceOf, SerializeAsAny, model_validator
 
+from rlinf_core.config.cluster import ClusterConfig
+from rlinf_core.config.section import Section
 from rlinf_core.datasets import DatasetConfig
 from rlinf_core.policy import PolicyConfig
 from rlinf_core.trainer import TrainerConfig
-
-
-class Section(BaseModel):
-    """A table of the config."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class RunnerConfig(Section):
@@ -75,6 +71,7 @@ class RunConfig(Section):
 
     seed: int = Field(default=42, ge=0, lt=2**63)
     """Keys every random draw: data order, noise, initial weights."""
+    cluster: ClusterConfig = ClusterConfig()
     runner: RunnerConfig = RunnerConfig()
     data: SerializeAsAny[DatasetConfig]
     """The class is the one registered under `data.config_name`."""
