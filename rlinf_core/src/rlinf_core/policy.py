@@ -6,6 +6,7 @@ Transforms, random draws and collation live on the config, because loader worker
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -13,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from rlinf_core.data.sample import Batch, Sample
 from rlinf_core.data.transforms import Transform
+from rlinf_core.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -64,6 +66,14 @@ class PolicyConfig(BaseModel):
     def published_name(self, name: str) -> str:
         """The name of a parameter in published weights. Initial values are keyed by it: it outlives refactoring."""
         return name
+
+    def check_files(self) -> None:
+        """Raise `UserError` naming every file the policy needs and lacks. Leaves torch unloaded; reads headers at most.
+
+        `rlinf validate` calls it. A policy whose `weights` are no path, or that needs other files, says so here.
+        """
+        if self.weights not in ("", "random") and not Path(self.weights).expanduser().exists():
+            raise UserError(f"policy.weights: there is no file or folder {self.weights}")
 
     def open_weights(self) -> WeightSource:
         """Open `weights` for reading; raise `UserError` that names every missing, unexpected or misshapen tensor."""

@@ -85,6 +85,10 @@ class OpenpiPolicyConfig(PolicyConfig):
         """Build the model. Raises `UserError` if the tokenizer has more entries than the model's embedding."""
         from rlinf_plugins_openpi.pi0 import Pi0
 
+        self._check_vocabulary()
+        return Pi0(self.dimensions, num_sampling_steps=self.num_sampling_steps)
+
+    def _check_vocabulary(self) -> None:
         entries = load_processor(self._tokenizer_path).vocab_size()
         if entries > self.dimensions.vocab_size:
             raise UserError(
@@ -92,7 +96,6 @@ class OpenpiPolicyConfig(PolicyConfig):
                 f"embeds {self.dimensions.vocab_size}: set policy.tokenizer to one that fits"
                 + (", or leave it empty" if self.variant == "dummy" else "")
             )
-        return Pi0(self.dimensions, num_sampling_steps=self.num_sampling_steps)
 
     def published_name(self, name: str) -> str:
         """The parameter's name in openpi's PyTorch checkpoints; one that a plugin added keeps its own."""
@@ -105,6 +108,30 @@ class OpenpiPolicyConfig(PolicyConfig):
         from rlinf_plugins_openpi.weights import PublishedWeights
 
         return PublishedWeights(self.weights, self.dimensions)
+
+    def check_files(self) -> None:
+        """Raise `UserError` for weights that are not there or of another model, and for a tokenizer that does not fit.
+
+        Reads headers only: a damaged tensor, or one of another shape, is found when the run loads it.
+        """
+        problems = []
+        for check in (self._check_weights, self._check_tokenizer):
+            try:
+                check()
+            except UserError as error:
+                problems.append(str(error))
+        if problems:
+            raise UserError("\n".join(problems))
+
+    def _check_weights(self) -> None:
+        from rlinf_plugins_openpi.weights import PublishedWeights
+
+        if self.weights not in ("", "random"):
+            PublishedWeights(self.weights, self.dimensions).check_names()
+
+    def _check_tokenizer(self) -> None:
+        PromptTokenizer(self._tokenizer_path, self.max_token_len)  # Says what to set if there is no such file.
+        self._check_vocabulary()
 
     @property
     def _tokenizer_path(self) -> str:

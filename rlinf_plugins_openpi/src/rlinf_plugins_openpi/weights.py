@@ -1,23 +1,23 @@
 """Published weights: openpi's PyTorch layout on disk, the model's own names in memory, one table between them.
 
 Every relation is one to one and keeps the shape (the modules hold their tensors as published), so the table of names is
-the whole conversion, in both directions.
+the whole conversion, in both directions. Importing this, and comparing names, leaves torch unloaded.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from rlinf_core import UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from rlinf_plugins_openpi.dimensions import Pi0Dimensions
 
 PALIGEMMA = "paligemma_with_expert.paligemma."
@@ -119,10 +119,26 @@ class PublishedWeights:
             shape = self._shape(key)
             if key in expected and shape != tuple(expected[key]):
                 problems.append(f"wrong shape: {key} is {list(shape)}, the model has {list(expected[key])}")
-            elif key not in expected and key not in UNUSED and key != EMBEDDING_IN_FILES:
-                problems.append(f"unexpected: {key} {list(shape)}")
+        problems += [f"unexpected: {key} {list(self._shape(key))}" for key in self._unexpected(expected)]
         if self._embeddings_differ():
             problems.append(f"ambiguous: {EMBEDDING} and {EMBEDDING_IN_FILES} are one parameter but differ")
+        self._refuse(problems)
+
+    def check_names(self) -> None:
+        """Compare the names in the files' headers with the table; reads no tensor, builds no model.
+
+        Raises:
+            UserError: Names every published key that is missing or unexpected.
+        """
+        expected = [self._key(name) for name in self._names]
+        problems = [f"missing: {key}" for key in expected if key not in self._files]
+        self._refuse(problems + [f"unexpected: {key}" for key in self._unexpected(expected)])
+
+    def _unexpected(self, expected: Collection[str]) -> list[str]:
+        known = {*expected, *UNUSED, EMBEDDING_IN_FILES}
+        return [key for key in self._files if key not in known]
+
+    def _refuse(self, problems: Sequence[str]) -> None:
         if problems:
             raise UserError(
                 f"{self.path} does not fit the model ({len(problems)} problems); check policy.type, policy.variant and "
@@ -140,12 +156,14 @@ class PublishedWeights:
         return tensor
 
     def _shape(self, key: str) -> tuple[int, ...]:
-        with safe_open(self._files[key], framework="pt", device="cpu") as file:
+        with safe_open(self._files[key], framework="np") as file:
             return tuple(file.get_slice(key).get_shape())
 
     def _embeddings_differ(self) -> bool:
         if EMBEDDING not in self._files or EMBEDDING_IN_FILES not in self._files:
             return False
+        import torch
+
         return not torch.equal(self._read(EMBEDDING), self._read(EMBEDDING_IN_FILES))
 
 
@@ -170,7 +188,7 @@ def _weight_files(path: Path) -> list[Path]:
 
 def _keys(path: Path) -> list[str]:
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
+        with safe_open(path, framework="np") as file:
             return list(file.keys())
     except SafetensorError as error:
         raise UserError(f"policy.weights: {path} is not a readable safetensors file: {error}") from error
@@ -189,6 +207,8 @@ def save_published(state: Mapping[str, torch.Tensor], path: str | Path, dimensio
     Raises:
         ValueError: `state` does not hold exactly the model's parameters.
     """
+    from safetensors.torch import save_file
+
     names = published_names(dimensions)
     if state.keys() != names.keys():
         raise ValueError(f"not the parameters of this model: {sorted(state.keys() ^ names.keys())}")
