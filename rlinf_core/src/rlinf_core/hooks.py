@@ -44,6 +44,11 @@ class Hooks:
 
         return call
 
+    def owners_of(self, name: str) -> list[Owner]:
+        """Who implements a hook, in the order of calls."""
+        caller: pluggy.HookCaller = getattr(self._relay, name)
+        return [self._owners[implementation.plugin_name] for implementation in reversed(caller.get_hookimpls())]
+
     def _call(self, caller: pluggy.HookCaller, arguments: Mapping[str, Any]) -> Any:
         spec = caller.spec
         assert spec is not None  # `__getattr__` lets only specified hooks through.

@@ -6,6 +6,8 @@ each, which is loaded alone when it is used: listing two hundred datasets import
 
 A plugin that fails costs itself and nobody else. The failure is kept with its owner and cause, and repeated where
 something that this plugin might have brought is missing.
+
+Listing imports nothing that takes long: pydantic and the config classes are loaded when one of them is asked for.
 """
 
 from __future__ import annotations
@@ -17,21 +19,24 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pluggy
-from pydantic import BaseModel
 
 from rlinf_core import hookspecs
-from rlinf_core.command import Command
-from rlinf_core.datasets import DatasetConfig
 from rlinf_core.errors import PluginError, UserError, did_you_mean
 from rlinf_core.hooks import Hooks, check_plugin
-from rlinf_core.logger import LoggerConfig
 from rlinf_core.owners import Failure, Owner, explain
-from rlinf_core.policy import PolicyConfig
-from rlinf_core.registrations import HOOKS, Kind, Registered
-from rlinf_core.trainer import TrainerConfig
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from rlinf_core.command import Command
+    from rlinf_core.datasets import DatasetConfig
+    from rlinf_core.logger import LoggerConfig
+    from rlinf_core.policy import PolicyConfig
+    from rlinf_core.registrations import Kind, Registered
+    from rlinf_core.trainer import TrainerConfig
 
 PLUGIN_GROUP = "rlinf.plugins"
 DATASET_GROUP = "rlinf.datasets"
@@ -57,6 +62,8 @@ class DatasetEntry:
         Raises:
             PluginError: If the import fails or yields something else; the message names the owner and the cause.
         """
+        from rlinf_core.datasets import DatasetConfig
+
         try:
             found = self.read()
         except Exception as error:
@@ -128,6 +135,8 @@ class Plugins:
     @property
     def registered(self) -> tuple[Registered[Any], ...]:
         """Everything that plugins registered, of every kind; calls all registration hooks."""
+        from rlinf_core.registrations import HOOKS
+
         return tuple(one for kind in HOOKS for one in self.registered_as(kind))
 
     def registered_as(self, kind: Kind) -> tuple[Registered[Any], ...]:
@@ -143,6 +152,8 @@ class Plugins:
             UserError: If there is none; the message has near names and the failures that may be why.
             PluginError: If two plugins registered it; the message names both.
         """
+        from rlinf_core.registrations import HOOKS
+
         registered = self.registered_as(kind)
         match [one for one in registered if one.name == name]:
             case []:
@@ -239,6 +250,8 @@ class Plugins:
 
     def _collect(self, kind: Kind) -> Iterator[Registered[Any]]:
         """Call a hook one implementation at a time, so that every result and every failure has an owner."""
+        from rlinf_core.registrations import HOOKS, Registered
+
         hook = HOOKS[kind].name
         for implementation in getattr(self._manager.hook, hook).get_hookimpls():
             owner = self._owners[implementation.plugin_name]

@@ -185,25 +185,34 @@ class LeRobotSource:
 
 
 def _check_columns(dataset: LeRobotDatasetConfig, metadata: Metadata) -> None:
-    """Raise `UserError` for the first column in the config that is missing or of the wrong kind."""
-    for camera, column in dataset.images.items():
-        feature = metadata.feature(column, f"data.images.{camera}")
-        if feature["dtype"] not in ("video", "image"):
-            raise UserError(f"data.images.{camera} names {column!r}, which holds {feature['dtype']}, not pictures")
-        described = feature.get("info") or {}
-        if described.get("is_depth_map") or described.get("video.is_depth_map"):
-            raise UserError(
-                f"data.images.{camera} names {column!r}, which holds depth maps; only RGB pictures are read"
-            )
-    for key, names in (("data.state", dataset.state), ("data.actions", dataset.actions)):
-        for column in names:
-            feature = metadata.feature(column, key)
-            if not feature["dtype"].startswith(("float", "int", "uint", "bool")) or len(feature["shape"]) > 1:
-                kind = f"{feature['dtype']} {list(feature['shape'])}"
-                raise UserError(f"{key} names {column!r}, which holds {kind}; a vector of numbers is needed")
-    both = set(dataset.state) & set(dataset.actions)
-    if both:
-        raise UserError(f"{sorted(both)[0]!r} is named in data.state and in data.actions; it can only be one of them")
+    """Raise `UserError` naming every column in the config that is missing or of the wrong kind."""
+    wanted = [(f"data.images.{camera}", column, _check_pictures) for camera, column in dataset.images.items()]
+    wanted += [("data.state", column, _check_vector) for column in dataset.state]
+    wanted += [("data.actions", column, _check_vector) for column in dataset.actions]
+    problems = []
+    for key, column, check in wanted:
+        try:
+            check(key, column, metadata.feature(column, key))
+        except UserError as error:
+            problems.append(str(error))
+    for column in sorted(set(dataset.state) & set(dataset.actions)):
+        problems.append(f"{column!r} is named in data.state and in data.actions; it can only be one of them")
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _check_pictures(key: str, column: str, feature: dict[str, Any]) -> None:
+    if feature["dtype"] not in ("video", "image"):
+        raise UserError(f"{key} names {column!r}, which holds {feature['dtype']}, not pictures")
+    described = feature.get("info") or {}
+    if described.get("is_depth_map") or described.get("video.is_depth_map"):
+        raise UserError(f"{key} names {column!r}, which holds depth maps; only RGB pictures are read")
+
+
+def _check_vector(key: str, column: str, feature: dict[str, Any]) -> None:
+    if not feature["dtype"].startswith(("float", "int", "uint", "bool")) or len(feature["shape"]) > 1:
+        kind = f"{feature['dtype']} {list(feature['shape'])}"
+        raise UserError(f"{key} names {column!r}, which holds {kind}; a vector of numbers is needed")
 
 
 def _check_videos(dataset: LeRobotDatasetConfig, metadata: Metadata) -> None:

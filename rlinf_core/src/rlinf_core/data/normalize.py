@@ -250,7 +250,7 @@ def prepare_norm_stats(
 
 
 def compute_norm_stats(
-    source: SampleSource, transforms: Sequence[Transform], *, read_images: bool = False
+    source: SampleSource, transforms: Sequence[Transform], *, read_images: bool = False, rows: int | None = None
 ) -> dict[str, NormStats]:
     """Statistics of `state` and `actions` over all rows, after `transforms`; in float64.
 
@@ -258,15 +258,17 @@ def compute_norm_stats(
         source: Training rows; held-out episodes have no part in statistics.
         transforms: Everything before normalisation: repacking and the dataset's transforms.
         read_images: Decode images for transforms that look at them; slow.
+        rows: Look at no more than about so many rows, evenly spread: enough to try the transforms, not to train.
 
     Raises:
         UserError: A transform looks at an image and `read_images` is not set.
     """
     running: dict[str, RunningStats] = {}
-    batches = -(-len(source) // (ROWS_WITH_IMAGES if read_images else ROWS_AT_A_TIME))
+    looked_at = range(0, len(source), max(1, len(source) // rows) if rows else 1)
+    batches = -(-len(looked_at) // (ROWS_WITH_IMAGES if read_images else ROWS_AT_A_TIME))
     for start in range(batches):
         # Each batch is spread over all rows, so that the first has nearly the range of all: stretching blurs quantiles.
-        indices = range(start, len(source), batches)
+        indices = looked_at[start::batches]
         for key, values in _outputs(source, transforms, indices, read_images=read_images).items():
             running.setdefault(key, RunningStats()).update(values)
     return {key: stats.result() for key, stats in running.items()}

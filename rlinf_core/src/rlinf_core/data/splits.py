@@ -1,12 +1,28 @@
-"""Which episodes are held out of training. The choice depends on the dataset alone, so that runs can be compared."""
+"""The rows of a run, in two splits: those for training, and those of the episodes that are held out for validation.
+
+Which episodes are held out depends on the dataset alone, so that runs can be compared.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
 
-from rlinf_core.datasets import DatasetConfig
+from rlinf_core.config.run import RunConfig
+from rlinf_core.datasets import DatasetConfig, SampleSource, Split
 from rlinf_core.errors import UserError
+from rlinf_core.plugins import Plugins
+
+
+def open_split(run: RunConfig, plugins: Plugins, split: Split) -> SampleSource:
+    """The rows of a split, from the plugin that knows the dataset."""
+    source: SampleSource | None = plugins.hook.rlinf_open_dataset(dataset=run.data, policy=run.policy, split=split)
+    if source is None:
+        raise UserError(
+            f"No installed plugin opens the dataset {run.data.config_name!r} ({type(run.data).__name__}): "
+            "its config must derive from LeRobotDatasetConfig, or a plugin must implement rlinf_open_dataset."
+        )
+    return source
 
 
 def held_out_episodes(config: DatasetConfig, tasks: dict[int, int]) -> frozenset[int]:
