@@ -1,15 +1,17 @@
-"""The command `rlinf`: listings, exit codes, and what it does not import."""
+"""The command `rlinf`: its frame, listings, exit codes, and what it does not import."""
 
 import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 from distributions import entry_point, install, repository_plugins
 
 from rlinf_core import DatasetConfig, cli
-from rlinf_core.plugins import DATASET_GROUP, Plugins
+from rlinf_core.errors import Exit
+from rlinf_core.plugins import DATASET_GROUP, PLUGIN_GROUP, Plugins
 
 
 @pytest.fixture
@@ -17,7 +19,7 @@ def rlinf(monkeypatch, capsys):
     """Run the command with these plugins; returns (exit code, stdout, stderr)."""
 
     def rlinf(plugins, *arguments):
-        monkeypatch.setattr(cli, "get_plugins", lambda: plugins)
+        monkeypatch.setattr("rlinf_core.plugins.get_plugins", lambda: plugins)
         code = cli.main(arguments)
         return code, *capsys.readouterr()
 
@@ -90,16 +92,122 @@ def test_one_name_from_two_distributions_is_listed_in_full(rlinf):
 
 
 def test_plugins_shows_who_registered_what_and_what_failed(rlinf):
-    broken = entry_point("rlinf.plugins", "broken", "a_module_that_nobody_has", "lab", "3.1")
-    blocked = entry_point("rlinf.plugins", "quiet", "quiet", "quiet")
-    plugins = Plugins([broken, blocked], disabled=["quiet"])
+    broken = entry_point(PLUGIN_GROUP, "broken", "a_module_that_nobody_has", "lab", "3.1")
+    blocked = entry_point(PLUGIN_GROUP, "quiet", "quiet", "quiet")
+    formats = [entry_point(DATASET_GROUP, name, DatasetConfig, "only-data") for name in ("pick", "place")]
+    plugins = Plugins([broken, blocked, *formats], disabled=["quiet"])
     code, out, _ = rlinf(plugins, "plugins")
     assert code == 0
     assert "failed: lab 3.1 (entry point 'broken = a_module_that_nobody_has')" in out
     assert "left out by RLINF_DISABLE_PLUGINS: quiet" in out
+    assert ["only-data", "1.0", "2"] in [line.split() for line in out.splitlines()]
     code, out, _ = rlinf(repository_plugins(), "plugins")
     assert "trainer fsdp2" in out
     assert "policy pi05" in out
+
+
+def test_plugins_as_json(rlinf):
+    broken = entry_point(PLUGIN_GROUP, "broken", "a_module_that_nobody_has", "lab", "3.1")
+    core = entry_point(PLUGIN_GROUP, "rlinf-core", "rlinf_core.builtin", "rlinf-core", "0.1")
+    formats = [entry_point(DATASET_GROUP, name, DatasetConfig, "only-data") for name in ("pick", "place")]
+    _, out, _ = rlinf(Plugins([broken, core, *formats]), "plugins", "--json")
+    found = json.loads(out)
+    assert [one["distribution"] for one in found["plugins"]] == ["rlinf-core"]
+    assert {"kind": "trainer", "name": "fsdp2"} in found["plugins"][0]["registers"]
+    assert found["datasets"] == [{"distribution": "only-data", "version": "1.0", "count": 2}]
+    assert found["failures"][0].pop("cause").startswith("ModuleNotFoundError: No module named")
+    entry = "broken = a_module_that_nobody_has"
+    assert found["failures"] == [
+        {"distribution": "lab", "version": "3.1", "entry_point": entry, "doing": "loading the plugin"}
+    ]
+    assert found["blocked"] == []
+
+
+ACME = """
+    from rlinf_core import hookimpl
+    from rlinf_core.command import Command
+
+    @hookimpl
+    def rlinf_register_commands():
+        return [
+            Command("serve", "serve a policy", "acme_serve"),
+            Command("fold", "fold laundry", "acme_fold"),
+            Command("plugins", "list something else", "acme_serve"),
+        ]
+"""
+SERVE = """
+    def add_arguments(parser):
+        parser.add_argument("words", nargs="*")
+        parser.add_argument("--end", default="none")
+
+    def run(options):
+        if options.end == "code":
+            return 7
+        if options.end != "none":
+            raise {"ctrl-c": KeyboardInterrupt, "defect": ValueError}[options.end](options.end)
+        print("serving", *options.words)
+"""
+
+
+@pytest.fixture
+def acme(tmp_path, monkeypatch):
+    """A plugin with a command that works and one whose module is not there."""
+    install(tmp_path, "acme", plugins={"acme": "acme_plugin"}, acme_plugin=ACME, acme_serve=SERVE)
+    monkeypatch.syspath_prepend(tmp_path)
+    for module in ("acme_plugin", "acme_serve"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    return Plugins([entry_point(PLUGIN_GROUP, "acme", "acme_plugin", "acme")])
+
+
+def test_help_names_every_command_with_its_owner_and_every_exit_code(rlinf, acme):
+    code, out, _ = rlinf(acme, "--help")
+    lines = [line.strip() for line in out.splitlines()]
+    assert code == 0
+    assert "serve     serve a policy (acme)" in lines
+    assert "plugins   list plugins, what they registered, and what failed" in lines
+    assert "list something else" not in out
+    assert "acme_serve" not in sys.modules
+    for exit_code in Exit:
+        assert any(line.startswith(f"{exit_code:d} ") for line in lines)
+    broken = Plugins([entry_point(PLUGIN_GROUP, "broken", "a_module_that_nobody_has", "lab", "3.1")])
+    assert "failed: lab 3.1 (entry point 'broken = a_module_that_nobody_has')" in rlinf(broken, "--help")[1]
+
+
+def test_a_plugins_command_runs_and_its_options_stand_anywhere(rlinf, acme):
+    assert rlinf(acme, "serve", "a", "--end", "none", "b")[:2] == (0, "serving a b\n")
+    assert rlinf(acme, "serve", "--end=code")[0] == 7
+    with pytest.raises(SystemExit) as caught:
+        rlinf(acme, "serve", "--unknown")
+    assert caught.value.code == Exit.USER_ERROR
+
+
+def test_core_comes_first_and_loads_no_plugin(rlinf, acme):
+    code, out, _ = rlinf(acme, "datasets")
+    assert (code, "acme_plugin" in sys.modules) == (0, False)
+    assert "acme 1.0" not in out
+    assert "acme_plugin" in rlinf(acme, "plugins")[1]
+
+
+def test_a_command_that_cannot_be_imported_names_its_owner(rlinf, acme):
+    code, _, error = rlinf(acme, "fold")
+    assert code == 2
+    assert error.startswith("error: the command 'fold' of acme 1.0 (entry point 'acme = acme_plugin') cannot be")
+    assert "No module named 'acme_fold'" in error
+
+
+def test_unknown_commands_are_told_near_names_and_failures(rlinf):
+    broken = Plugins([entry_point(PLUGIN_GROUP, "broken", "a_module_that_nobody_has", "lab", "3.1")])
+    code, out, error = rlinf(broken, "dataset")
+    assert (code, out) == (2, "")
+    assert error.splitlines()[:2] == [
+        "error: unknown command 'dataset'; did you mean 'datasets'?",
+        "  there is: datasets, launch, plugins, validate",
+    ]
+    assert "  failed: lab 3.1 (entry point" in error
+    assert rlinf(broken)[0] == 2
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--dbug", "datasets"])
+    assert caught.value.code == 2
 
 
 def test_user_errors_are_one_message_and_exit_code_2(tmp_path):
@@ -108,17 +216,65 @@ def test_user_errors_are_one_message_and_exit_code_2(tmp_path):
     assert result.stderr.startswith("error: RLINF_STRICT_PLUGINS is 'maybe'")
     assert "Traceback" not in result.stderr
     result = run_installed(tmp_path, "--debug", "datasets", RLINF_STRICT_PLUGINS="maybe")
+    assert result.returncode == 2
     assert "Traceback" in result.stderr
 
 
-@pytest.mark.parametrize("arguments", [["dataset"], []])
-def test_unknown_commands_exit_with_2(arguments):
-    with pytest.raises(SystemExit) as caught:
-        cli.main(arguments)
-    assert caught.value.code == 2
+def test_ctrl_c_ends_quietly(rlinf, acme):
+    assert rlinf(acme, "serve", "--end=ctrl-c") == (130, "", "")
+
+
+def test_a_defect_keeps_its_traceback_and_exits_with_1(tmp_path):
+    install(tmp_path, "acme", plugins={"acme": "acme_plugin"}, acme_plugin=ACME, acme_serve=SERVE)
+    result = run_installed(tmp_path, "serve", "--end=defect")
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+    assert "ValueError: defect" in result.stderr
+
+
+def test_a_reader_may_leave_early():
+    command = [sys.executable, "-c", "import sys; from rlinf_core.cli import main; sys.exit(main())", "datasets"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 0
+
+
+def test_a_person_reads_tables_and_errors_in_color(monkeypatch, capsys):
+    from rlinf_core.commands import output
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for stream in (sys.stdout, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+    output.print_table(["name", "what"], [["pick[/]", "word " * 10]])
+    output.print_error("no [bold]file[/bold] here")
+    out, error = capsys.readouterr()
+    assert "\x1b[1m" in out
+    assert "pick[/]" in out
+    assert len(out.splitlines()) > 2
+    assert error.endswith("no [bold]file[/bold] here\n")
+    assert "\x1b[1;31m" in error
 
 
 def test_version(tmp_path):
     install(tmp_path, "rlinf-core", version="7.8.9")
     result = run_installed(tmp_path, "--version")
     assert (result.returncode, result.stdout) == (0, "rlinf-core 7.8.9\n")
+
+
+def seconds(code):
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - start
+
+
+def test_listing_takes_a_fraction_of_importing_torch():
+    listing = min(seconds("from rlinf_core.cli import main; main(['datasets'])") for _ in range(3))
+    assert listing < seconds("import torch") / 3
+
+
+def test_importing_the_package_leaves_torch_unloaded():
+    code = "import sys, rlinf_core; rlinf_core.RunConfig, rlinf_core.PolicyConfig; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

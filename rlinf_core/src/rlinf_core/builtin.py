@@ -1,4 +1,5 @@
-"""Core's own plugin, found through core's own entry point: the FSDP2 trainer, the LeRobot reader, two loggers.
+"""Core's own plugin, found through core's own entry point: the FSDP2 trainer, the LeRobot reader, two loggers,
+and torchrun as launcher.
 
 Configs and readers are imported when a hook is called, so that loading the plugins costs nothing.
 """
@@ -10,6 +11,9 @@ from typing import TYPE_CHECKING
 from rlinf_core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rlinf_core.config.run import RunConfig
     from rlinf_core.datasets import DatasetConfig, SampleSource, Split
     from rlinf_core.logger import LoggerConfig
     from rlinf_core.policy import PolicyConfig
@@ -43,3 +47,15 @@ def rlinf_open_dataset(dataset: DatasetConfig, policy: PolicyConfig, split: Spli
     from rlinf_core.data.lerobot import open_lerobot
 
     return open_lerobot(dataset, policy.chunk_length(), split)
+
+
+@hookimpl(trylast=True)
+def rlinf_launch(run: RunConfig, arguments: Sequence[str]) -> int | None:
+    """Start the processes with torchrun, if `cluster.launcher` says so."""
+    from rlinf_core.config.cluster import TORCHRUN
+
+    if run.cluster.launcher != TORCHRUN:
+        return None
+    from rlinf_core.torchrun import launch
+
+    return launch(run, arguments)

@@ -1,111 +1,152 @@
-"""The command `rlinf`: what is installed. `torchrun -m rlinf_core.train` runs the training.
+"""The command `rlinf`: find the subcommand, run it, and turn how it ended into an exit code (`errors.Exit`).
 
-Exit codes: 0; 2 for what is the user's to mend, with one message on stderr. A defect keeps its traceback and exits 1.
+Core's own commands are looked up first, so that `rlinf datasets` loads no plugin; another name, or `--help`, loads them
+all. The module of a command is imported when the command is called.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import sys
-from collections.abc import Callable, Sequence
-from importlib import metadata
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
-from rlinf_core.errors import UserError
-from rlinf_core.plugins import DatasetEntry, get_plugins
+from rlinf_core.command import Command
+from rlinf_core.commands.output import print_error
+from rlinf_core.errors import Exit, PluginError, UserError, did_you_mean
+
+COMMANDS = (
+    Command("launch", "start a run's processes where its config says, and wait for them", "rlinf_core.commands.launch"),
+    Command("validate", "check a run's config, data and files without starting it", "rlinf_core.commands.validate"),
+    Command("datasets", "list the dataset formats that installed packages offer", "rlinf_core.commands.datasets"),
+    Command("plugins", "list plugins, what they registered, and what failed", "rlinf_core.commands.plugins"),
+)
+"""Core's own."""
+
+EXIT_CODES = """\
+exit codes:
+  0    done; a run that SIGTERM asked to leave has saved
+  1    a defect, with its traceback, or a process that was killed
+  2    something to mend, with one message
+  130  Ctrl-C; a run has saved
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit code."""
-    options = _parser().parse_args(arguments)
-    command: Callable[[argparse.Namespace], None] = options.command
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    split = next((i for i, argument in enumerate(given) if not argument.startswith("-")), len(given))
+    parser = _parser()
+    options = parser.parse_args(given[:split])
     try:
-        command(options)
+        code = _run(parser, options, given[split:])
+        sys.stdout.flush()  # Else a closed pipe is noticed only while Python shuts down.
+        return code
     except UserError as error:
         if options.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+            traceback.print_exc()
+        else:
+            print_error(str(error))
+        return Exit.USER_ERROR
+    except KeyboardInterrupt:
+        if options.debug:
+            traceback.print_exc()
+        return Exit.INTERRUPTED
+    except BrokenPipeError:  # Whoever reads has seen enough (`| head`). What is still in the buffer goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return Exit.OK
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="rlinf", description="Fine-tune robot and text policies with supervision.")
+    """What stands before the command."""
+    parser = argparse.ArgumentParser(
+        prog="rlinf",
+        usage="rlinf [-h] [--debug] [--version] COMMAND ...",
+        description="Fine-tune robot and text policies with supervision.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+    )
+    parser.add_argument("-h", "--help", action="store_true", help="show this help, or a command's after its name")
     parser.add_argument("--debug", action="store_true", help="show the traceback of errors that have a message")
-    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    datasets = commands.add_parser("datasets", help="list the dataset formats that installed packages offer")
-    datasets.add_argument("--details", action="store_true", help="import each format: policy, repository, purpose")
-    datasets.add_argument("--json", action="store_true", help="the details as a JSON list")
-    datasets.set_defaults(command=list_datasets)
-    plugins = commands.add_parser("plugins", help="list plugin modules, what they registered, and what failed")
-    plugins.set_defaults(command=list_plugins)
+    parser.add_argument("--version", action="store_true", help="show the version")
     return parser
 
 
-class _Version(argparse.Action):
-    """Reads the metadata only when asked: the command also runs from a source tree that is not installed."""
+def _run(parser: argparse.ArgumentParser, options: argparse.Namespace, rest: Sequence[str]) -> int:
+    if options.help:
+        parser.epilog = f"{_list_commands()}\n\n{EXIT_CODES}"
+        parser.print_help()
+        return Exit.OK
+    if options.version:
+        from importlib import metadata  # The command also runs from a source tree that is not installed.
 
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         print(f"rlinf-core {metadata.version('rlinf-core')}")
-        parser.exit()
+        return Exit.OK
+    if not rest:
+        names = ", ".join(command.name for command in COMMANDS)
+        raise UserError(f"name a command: {names}, or a plugin's; `rlinf --help` describes them")
+    command, module = _find(rest[0])
+    commands_parser = argparse.ArgumentParser(
+        prog=f"rlinf {command.name}",
+        description=command.help[:1].upper() + command.help[1:] + ".",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(commands_parser)
+    code = module.run(_parse(commands_parser, rest[1:]))
+    return Exit.OK if code is None else int(code)
 
 
-def list_datasets(options: argparse.Namespace) -> None:
-    """`rlinf datasets`: from metadata alone, unless details are asked for."""
-    entries = get_plugins().datasets()
-    names = [entry.name for entry in entries]
-    rows = []
-    for entry in entries:
-        name = entry.name if names.count(entry.name) == 1 else entry.qualified_name
-        row = {"name": name, "distribution": entry.owner.distribution, "version": entry.owner.version}
-        rows.append(row | (_details(entry) if options.details or options.json else {}))
-    if options.json:
-        print(json.dumps(rows, indent=2))
-    else:
-        columns = ["name", "distribution", "version"] + ["policy", "repo_id", "description"] * options.details
-        # A format that cannot be imported says why where the others say what they are.
-        rows = [{"description": row.get("error", "")} | row for row in rows]
-        _print_table(columns, [[row.get(key, "") for key in columns] for row in rows])
-
-
-def _details(entry: DatasetEntry) -> dict[str, str]:
+def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
+    """Options may stand between `key=value`s, unless the command has subcommands or takes the rest as it is."""
     try:
-        config = entry.load()
-    except UserError as error:
-        return {"error": str(error)}
-    policy = config.run_defaults.get("policy", {})
-    return {
-        "policy": policy.get("type", ""),
-        "repo_id": config.model_fields["repo_id"].default,
-        "description": (config.__doc__ or "").strip().partition("\n")[0],
-    }
+        return parser.parse_intermixed_args(arguments)
+    except TypeError:
+        return parser.parse_args(arguments)
 
 
-def list_plugins(options: argparse.Namespace) -> None:
-    """`rlinf plugins`: who is there, what each registered, and every failure with its cause."""
+def _find(name: str) -> tuple[Command, Any]:
+    """The command of a name and its module."""
+    for command in COMMANDS:
+        if command.name == name:
+            return command, import_module(command.module)
+    from rlinf_core.plugins import get_plugins
+
     plugins = get_plugins()
-    rows = []
-    for owner in plugins.owners:
-        offers = [f"{one.kind} {one.name}" for one in plugins.registered if one.owner == owner]
-        rows.append([owner.distribution, owner.version, owner.entry_point, ", ".join(offers)])
-    _print_table(["distribution", "version", "entry point", "registers"], rows)
-    for failure in plugins.failures:
-        print(f"failed: {failure}")
-    for distribution in plugins.blocked:
-        print(f"left out by RLINF_DISABLE_PLUGINS: {distribution}")
+    known = sorted({command.name for command in (*COMMANDS, *(one.item for one in plugins.commands()))})
+    if name not in known:
+        lines = [f"unknown command {name!r}{did_you_mean(name, known)}", f"there is: {', '.join(known)}"]
+        lines += [f"failed: {failure}" for failure in plugins.failures]
+        lines += [f"left out by RLINF_DISABLE_PLUGINS: {distribution}" for distribution in plugins.blocked]
+        raise UserError("\n  ".join(lines))
+    found = plugins.find("command", name)
+    try:
+        module = import_module(found.item.module)
+    except ImportError as error:
+        raise PluginError(
+            f"the command {name!r} of {found.owner} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
+    if missing := [part for part in ("add_arguments", "run") if not hasattr(module, part)]:
+        raise PluginError(f"the command {name!r} of {found.owner}: {module.__name__} has no {' and no '.join(missing)}")
+    return found.item, module
 
 
-def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _list_commands() -> str:
+    """All commands with a line each, who brought a plugin's, and what failed."""
+    from rlinf_core.plugins import get_plugins
 
-    table = Table(*columns, box=None, pad_edge=False, header_style="bold")
-    for row in rows:
-        table.add_row(*row)
-    # A pipe has no width: rich would fold names at 80 columns.
-    Console(width=None if sys.stdout.isatty() else 1000, markup=False, highlight=False).print(table)
+    plugins = get_plugins()
+    own = {command.name for command in COMMANDS}
+    rows = [(command.name, command.help) for command in COMMANDS]
+    rows += [
+        (one.name, f"{one.item.help} ({one.owner.distribution})") for one in plugins.commands() if one.name not in own
+    ]
+    width = max(len(name) for name, _ in rows)
+    lines = ["commands:", *(f"  {name.ljust(width)}  {what}" for name, what in rows)]
+    lines += [f"failed: {str(failure).partition(chr(10))[0]}" for failure in plugins.failures]
+    return "\n".join([*lines, "", "`rlinf COMMAND --help` describes a command."])
 
 
 if __name__ == "__main__":

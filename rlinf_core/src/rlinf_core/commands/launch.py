@@ -1,0 +1,30 @@
+"""`rlinf launch`: check the config, then have the run's processes started where `[cluster]` says."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options: those of `rlinf_core.train`."""
+    parser.add_argument("config", help="the run's TOML file")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings over the file: runner.max_steps=100"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="remove the run of the same name and start afresh")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Launch; returns the exit code of the run."""
+    from rlinf_core.config.load import load_config
+    from rlinf_core.plugins import get_plugins
+    from rlinf_core.preflight import nobody_launches
+
+    plugins = get_plugins()
+    config = load_config(options.config, options.overrides, plugins)
+    plugins.hook.rlinf_configure(run=config)
+    arguments = [options.config, *options.overrides, *["--overwrite"] * options.overwrite]
+    code: int | None = plugins.hook.rlinf_launch(run=config, arguments=arguments)
+    if code is None:
+        raise nobody_launches(config, plugins)
+    return code

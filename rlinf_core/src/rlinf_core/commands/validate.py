@@ -1,0 +1,67 @@
+"""`rlinf validate`: everything that can be known of a run without starting it."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from rlinf_core.commands.output import print_json, print_table
+from rlinf_core.errors import Exit, UserError
+
+if TYPE_CHECKING:
+    from rlinf_core.preflight import Report
+
+JSON_KEYS = """\
+Checked are the config, the dataset with its columns and one sample of it, the arithmetic of batches, the files of the
+policy, and the folder of the run. Not checked: what needs a device, and whether pictures can be decoded.
+
+--json prints an object: "ok", "config" (the file), "facts" (an object of numbers and texts; a fact that could not be
+found out is left out) and "findings" (a list of texts, empty if ok). Exit codes: 0 if ok, else 2.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.epilog = JSON_KEYS
+    parser.add_argument("config", help="the run's TOML file")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings over the file: runner.max_steps=100"
+    )
+    parser.add_argument("--ranks", type=_positive, help="processes of the run, where [cluster] does not say how many")
+    parser.add_argument("--json", action="store_true", help="facts and findings as one JSON object")
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of processes")
+    return int(text)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Check, and print facts or findings."""
+    try:
+        report = _check(options)
+    except UserError as error:
+        if not options.json:
+            raise
+        print_json({"ok": False, "config": options.config, "facts": {}, "findings": [str(error)]})
+        return Exit.USER_ERROR
+    ok = not report.findings
+    if options.json:
+        print_json({"ok": ok, "config": options.config, "facts": report.facts, "findings": report.findings})
+        return Exit.OK if ok else Exit.USER_ERROR
+    if not ok:
+        lines = "".join(f"\n  {finding.replace(chr(10), chr(10) + '  ')}" for finding in report.findings)
+        raise UserError(f"{options.config} would not run:{lines}")
+    rows = [[name.replace("_", " "), str(value)] for name, value in report.facts.items()]
+    print_table(["ok", options.config], rows)
+    return Exit.OK
+
+
+def _check(options: argparse.Namespace) -> Report:
+    from rlinf_core.config.load import load_config
+    from rlinf_core.plugins import get_plugins
+    from rlinf_core.preflight import check_run
+
+    plugins = get_plugins()
+    return check_run(load_config(options.config, options.overrides, plugins), plugins, options.ranks)

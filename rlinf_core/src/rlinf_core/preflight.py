@@ -1,0 +1,177 @@
+"""What can be known of a run before it starts: no device is touched and torch stays unloaded.
+
+Every check adds facts, or findings that would end the run; one that fails does not keep the others from looking.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from rlinf_core.config.cluster import TORCHRUN, check_world_size
+from rlinf_core.config.load import diff_tables, dump_config, read_toml
+from rlinf_core.config.run import RunConfig
+from rlinf_core.data.normalize import Stats, compute_norm_stats, load_norm_stats
+from rlinf_core.data.order import check_batch, sample_generator, steps_per_epoch
+from rlinf_core.data.pipeline import build_pipeline
+from rlinf_core.data.splits import open_split
+from rlinf_core.datasets import SampleSource
+from rlinf_core.errors import UserError, did_you_mean
+from rlinf_core.plugins import Plugins
+
+PROBED_ROWS = 64
+"""Rows for the statistics of a trial sample; the run computes its own from all."""
+
+
+@dataclass
+class Report:
+    """What the checks found."""
+
+    facts: dict[str, int | float | str] = field(default_factory=dict)
+    """In the order of checking."""
+    findings: list[str] = field(default_factory=list)
+    """What would end the run, each with its way out."""
+
+    @contextmanager
+    def checking(self) -> Iterator[None]:
+        """Keep what a check refuses as a finding."""
+        try:
+            yield
+        except UserError as error:
+            self.findings.append(str(error))
+
+
+def check_run(run: RunConfig, plugins: Plugins, ranks: int | None = None) -> Report:
+    """Check everything about a run that needs no device.
+
+    Args:
+        run: The config, already valid in itself.
+        plugins: The loaded plugins.
+        ranks: Processes that will take part; None: as many as `[cluster]` places, if it says.
+    """
+    report = Report({"run": str(run.folder)})
+    with report.checking():
+        plugins.hook.rlinf_configure(run=run)
+    train = _check_data(run, plugins, report)
+    _check_batch(run, ranks, report)
+    if train is not None:
+        _check_length(run, len(train), report)
+        _check_sample(run, train, report)
+    with report.checking():
+        report.facts["weights"] = run.policy.weights or "initial values"
+        run.policy.check_files()
+    with report.checking():
+        _check_folder(run, report)
+    with report.checking():
+        _check_launcher(run, plugins, report)
+    report.facts["loggers"] = ", ".join(dict.fromkeys(("console", "jsonl", *run.runner.loggers)))
+    return report
+
+
+def _check_data(run: RunConfig, plugins: Plugins, report: Report) -> SampleSource | None:
+    """Open both splits; the training rows, or None if they cannot be had."""
+    report.facts["dataset"] = run.data.repo_id
+    train = None
+    with report.checking():
+        train = open_split(run, plugins, "train")
+        report.facts["training_rows"] = len(train)
+        report.facts["training_episodes"] = len(np.unique(train.episodes))
+        if run.data.has_validation:
+            held_out = open_split(run, plugins, "validation")
+            report.facts["held_out_rows"] = len(held_out)
+            report.facts["held_out_episodes"] = len(np.unique(held_out.episodes))
+    return train
+
+
+def _check_batch(run: RunConfig, ranks: int | None, report: Report) -> None:
+    """Global batch = ranks x micro batch x accumulation."""
+    whole, micro, nodes = run.trainer.global_batch_size, run.trainer.micro_batch_size, run.cluster.num_nodes
+    report.facts["global_batch_size"] = whole
+    if ranks is not None:
+        with report.checking():
+            check_world_size(run, ranks)
+    elif run.cluster.ranks is not None:
+        ranks = len(run.cluster.ranks)
+    with report.checking():
+        if ranks is not None:
+            report.facts["ranks"] = ranks
+            report.facts["micro_batches_a_step"] = check_batch(whole, micro, ranks)
+        else:
+            most = check_batch(whole, micro, nodes) * nodes
+            fitting = [n for n in range(nodes, most + 1, nodes) if most % n == 0]
+            report.facts["ranks_that_fit"] = ", ".join(map(str, fitting))
+
+
+def _check_length(run: RunConfig, rows: int, report: Report) -> None:
+    """How long an epoch and the run are."""
+    with report.checking():
+        epoch = steps_per_epoch(rows, run.trainer.global_batch_size)
+        report.facts["steps_an_epoch"] = epoch
+        report.facts["steps"] = run.runner.stop_step(epoch)
+        report.facts["epochs"] = round(run.runner.stop_step(epoch) / epoch, 2)
+
+
+def _check_sample(run: RunConfig, train: SampleSource, report: Report) -> None:
+    """Make a sample of the first row as training will, except for its pictures: decoding them may need torch."""
+    stats: Stats | None = None
+    with report.checking():
+        if run.data.norm_stats:
+            stats = load_norm_stats(Path(run.data.norm_stats).expanduser())
+        if run.data.stats_need_images:
+            report.facts["sample"] = "not tried: data.stats_need_images"
+            return
+        if stats is None and run.policy.normalization != "none":
+            transforms = (run.data.repack(), *run.data.transforms())
+            stats = compute_norm_stats(train, transforms, rows=PROBED_ROWS)
+        pipeline = build_pipeline(run.data, run.policy, stats)
+        try:
+            sample = pipeline.encode(train.without_images([0])[0])
+        except UserError as error:
+            raise UserError(f"{error} [{train.describe(0)}]") from error
+        drawn = run.policy.draw(sample_generator(run.seed, 0, 0))
+        shapes = {key: np.shape(value) for key, value in {**sample, **drawn}.items() if np.ndim(value)}
+        report.facts["sample"] = ", ".join(f"{key} {list(shape)}" for key, shape in shapes.items())
+
+
+def _check_folder(run: RunConfig, report: Report) -> None:
+    """Whether a run of this name is there already, and what becomes of it."""
+    folder, saved = run.folder, run.folder / "config.toml"
+    report.facts["starts"] = "at step 0"
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not saved.exists():
+        raise UserError(f"{folder} is not empty and holds no run. Choose another runner.name or runner.output_dir.")
+    if run.runner.resume == "never":
+        raise UserError(
+            f"{folder} already holds a run and runner.resume is 'never'. "
+            "Give another runner.name, or launch with --overwrite to remove it."
+        )
+    latest = folder / "latest"
+    if latest.exists():
+        report.facts["starts"] = f"from checkpoint {latest.read_text().strip()}"
+    # Which of them the run may continue with, the trainer decides: most keys change the mathematics, some do not.
+    if changed := [key for key, _, _ in diff_tables(read_toml(saved), read_toml(dump_config(run)))]:
+        report.facts["differs_from_the_run_there"] = ", ".join(changed)
+
+
+def _check_launcher(run: RunConfig, plugins: Plugins, report: Report) -> None:
+    report.facts["launcher"] = run.cluster.launcher
+    others = [owner for owner in plugins.hook.owners_of("rlinf_launch") if owner.distribution != "rlinf-core"]
+    if run.cluster.launcher != TORCHRUN and not others:
+        raise nobody_launches(run, plugins)
+
+
+def nobody_launches(run: RunConfig, plugins: Plugins) -> UserError:
+    """The error for a `cluster.launcher` that no plugin answers to."""
+    name = run.cluster.launcher
+    lines = [
+        f"no installed plugin launches with cluster.launcher = {name!r}{did_you_mean(name, [TORCHRUN])}",
+        f"install the package that brings it, or leave cluster.launcher out: core brings {TORCHRUN!r}",
+        *(f"failed: {failure}" for failure in plugins.failures),
+        *(f"left out by RLINF_DISABLE_PLUGINS: {distribution}" for distribution in plugins.blocked),
+    ]
+    return UserError("\n  ".join(lines))

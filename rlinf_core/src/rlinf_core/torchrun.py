@@ -1,0 +1,185 @@
+"""Start a run's processes on this machine with torchrun, wait for them, and tell how the run ended.
+
+torchrun works inside this process rather than as another one, so that its own report of thirty lines does not bury the
+one message of the run. Every worker leads a session of its own: Ctrl-C and SIGTERM reach it through torchrun, once, and
+it has 30 seconds to save before it is killed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import uuid
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlinf_core.config.cluster import COMPONENT, ClusterConfig
+from rlinf_core.config.run import RunConfig
+from rlinf_core.data.order import check_batch
+from rlinf_core.ending import FILE
+from rlinf_core.errors import Exit, UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+
+@dataclass(frozen=True)
+class Share:
+    """What this machine has of a run."""
+
+    processes: int
+    devices: tuple[int, ...] = ()
+    """Its accelerators to use, as this machine counts them; empty: all there are."""
+
+
+def share_of_machine(cluster: ClusterConfig, devices: int) -> Share:
+    """What each machine has of the placement; torchrun runs the same on all of them.
+
+    Args:
+        cluster: The `[cluster]` table.
+        devices: Accelerators of this machine (and of every other); 0: train on the CPU.
+
+    Raises:
+        UserError: The placement names an accelerator that is not there, or differs between machines.
+    """
+    ranks, nodes = cluster.ranks, cluster.num_nodes
+    placement = f'cluster.component_placement = {{ {COMPONENT} = "{cluster.component_placement[COMPONENT]}" }}'
+    if ranks is None:
+        return Share(devices or 1)
+    if not devices:
+        if ranks != tuple(range(len(ranks))) or len(ranks) % nodes:
+            machines = f", a multiple of the {nodes} machines" if nodes > 1 else ""
+            raise UserError(
+                f"{placement}: this machine has no accelerators to choose from; on the CPU the ranks only count "
+                f'processes{machines}, from 0: "0-{max(len(ranks), nodes) // nodes * nodes - 1}"'
+            )
+        return Share(len(ranks) // nodes)
+    if ranks[-1] >= devices * nodes:
+        there = f"0-{devices * nodes - 1}" if devices * nodes > 1 else "0"
+        raise UserError(
+            f"{placement} names accelerator {ranks[-1]}, but {nodes} x {devices} are there ({there}): "
+            'write these, or "all"'
+        )
+    on_machine: dict[int, list[int]] = defaultdict(list)
+    for rank in ranks:
+        on_machine[rank // devices].append(rank % devices)
+    if len({tuple(on_machine[node]) for node in range(nodes)}) > 1:
+        parts = "; ".join(f"machine {node}: {on_machine[node] or 'none'}" for node in range(nodes))
+        raise UserError(
+            f"{placement} means different accelerators on different machines, which torchrun cannot start "
+            f"({devices} a machine; {parts}): place equally on each"
+        )
+    here = tuple(on_machine[0])
+    return Share(len(here), here if len(here) < devices else ())
+
+
+def visible_devices(devices: Sequence[int], environment: Mapping[str, str]) -> str:
+    """`CUDA_VISIBLE_DEVICES` for some of the accelerators that this process sees, which may be some already."""
+    named = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return ",".join(named[device].strip() if named else str(device) for device in devices)
+
+
+def launch(run: RunConfig, arguments: Sequence[str]) -> int:
+    """Start the run's processes on this machine and wait for them; returns the exit code of the run.
+
+    Args:
+        run: The config.
+        arguments: Of `rlinf_core.train`.
+
+    Raises:
+        UserError: The placement does not fit this machine, the batch does not divide by the processes, or the machines
+            do not find one another.
+    """
+    import torch
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
+    from torch.distributed.launcher.api import elastic_launch
+
+    share = share_of_machine(run.cluster, 0 if run.trainer.device == "cpu" else torch.cuda.device_count())
+    check_batch(run.trainer.global_batch_size, run.trainer.micro_batch_size, share.processes * run.cluster.num_nodes)
+    if share.devices:
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices(share.devices, os.environ)
+    if share.processes > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # As torchrun does.
+    _quieten()
+    before = _stamp(run.folder / FILE)
+    failed: ChildFailedError | SignalException | None = None
+    try:
+        elastic_launch(_launch_config(run, share), sys.executable)("-u", "-m", "rlinf_core.train", *arguments)
+    except (ChildFailedError, SignalException) as error:
+        failed = error
+    except RendezvousError as error:
+        raise UserError(
+            f"the {run.cluster.num_nodes} machines did not meet at cluster.rdzv_endpoint = "
+            f"{run.cluster.rdzv_endpoint!r} ({error}): run the same command on each, and see that the port of that "
+            "machine can be reached"
+        ) from error
+    told = _read_end(run.folder / FILE) if _stamp(run.folder / FILE) != before else None
+    if isinstance(failed, ChildFailedError):
+        return _explain(failed, told)
+    if told is not None:
+        return told
+    if failed is None:
+        return Exit.OK
+    return Exit.INTERRUPTED if failed.sigval == signal.SIGINT else Exit.DEFECT
+
+
+def _launch_config(run: RunConfig, share: Share) -> Any:
+    from torch.distributed.launcher.api import LaunchConfig
+
+    alone = run.cluster.num_nodes == 1
+    return LaunchConfig(
+        min_nodes=run.cluster.num_nodes,
+        max_nodes=run.cluster.num_nodes,
+        nproc_per_node=share.processes,
+        run_id=uuid.uuid4().hex if alone else run.runner.name,
+        rdzv_backend="c10d",
+        rdzv_endpoint=run.cluster.rdzv_endpoint or "localhost:0",
+        max_restarts=run.cluster.max_restarts,
+    )
+
+
+def _quieten() -> None:
+    """Silence torchrun's log, unless somebody asks for it with LOGLEVEL: what failed, this module says."""
+    if "LOGLEVEL" not in os.environ:
+        logger = logging.getLogger("torch.distributed.elastic")
+        logger.addHandler(logging.NullHandler())
+        logger.propagate = False
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Something that changes whenever the file is written anew."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_mtime_ns, stat.st_ino
+
+
+def _read_end(path: Path) -> int | None:
+    """The exit code that the run left, or None if it left none."""
+    try:
+        return int(json.loads(path.read_text(encoding="utf-8"))["code"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _explain(failed: ChildFailedError, told: int | None) -> int:
+    """The exit code of a run whose processes failed; says what they could not say themselves."""
+    rank, failure = failed.get_first_failure()
+    code = failure.exitcode
+    if code < 0:
+        name = signal.Signals(-code).name
+        why = ", often for lack of memory" if name == "SIGKILL" else ""
+        print(f"error: rank {rank} (process {failure.pid}) was ended by {name}{why}", file=sys.stderr, flush=True)
+        return Exit.DEFECT
+    if told:  # 0 would be another run's end, or a restart's.
+        return told
+    return code if code in (Exit.USER_ERROR, Exit.INTERRUPTED) else Exit.DEFECT
