@@ -133,6 +133,7 @@ ACME = """
             Command("serve", "serve a policy", "acme_serve"),
             Command("fold", "fold laundry", "acme_fold"),
             Command("plugins", "list something else", "acme_serve"),
+            Command("arm", "move the arm", "acme_arm"),
         ]
 """
 SERVE = """
@@ -147,14 +148,21 @@ SERVE = """
             raise {"ctrl-c": KeyboardInterrupt, "defect": ValueError}[options.end](options.end)
         print("serving", *options.words)
 """
+ARM = """
+    def add_arguments(parser):
+        parser.add_subparsers(dest="move").add_parser("up").add_argument("--by", type=int)
+
+    def run(options):
+        print(options.move, options.by)
+"""
 
 
 @pytest.fixture
 def acme(tmp_path, monkeypatch):
     """A plugin with a command that works and one whose module is not there."""
-    install(tmp_path, "acme", plugins={"acme": "acme_plugin"}, acme_plugin=ACME, acme_serve=SERVE)
+    install(tmp_path, "acme", plugins={"acme": "acme_plugin"}, acme_plugin=ACME, acme_serve=SERVE, acme_arm=ARM)
     monkeypatch.syspath_prepend(tmp_path)
-    for module in ("acme_plugin", "acme_serve"):
+    for module in ("acme_plugin", "acme_serve", "acme_arm"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     return Plugins([entry_point(PLUGIN_GROUP, "acme", "acme_plugin", "acme")])
 
@@ -176,6 +184,7 @@ def test_help_names_every_command_with_its_owner_and_every_exit_code(rlinf, acme
 def test_a_plugins_command_runs_and_its_options_stand_anywhere(rlinf, acme):
     assert rlinf(acme, "serve", "a", "--end", "none", "b")[:2] == (0, "serving a b\n")
     assert rlinf(acme, "serve", "--end=code")[0] == 7
+    assert rlinf(acme, "arm", "up", "--by", "3")[1] == "up 3\n"
     with pytest.raises(SystemExit) as caught:
         rlinf(acme, "serve", "--unknown")
     assert caught.value.code == Exit.USER_ERROR
