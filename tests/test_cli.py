@@ -133,7 +133,7 @@ ACME = """
             Command("serve", "serve a policy", "acme_serve"),
             Command("fold", "fold laundry", "acme_fold"),
             Command("plugins", "list something else", "acme_serve"),
-            Command("arm", "move the arm", "acme_arm"),
+            Command("arm", "move the arm", "acme_move"),
         ]
 """
 SERVE = """
@@ -160,9 +160,9 @@ ARM = """
 @pytest.fixture
 def acme(tmp_path, monkeypatch):
     """A plugin with a command that works and one whose module is not there."""
-    install(tmp_path, "acme", plugins={"acme": "acme_plugin"}, acme_plugin=ACME, acme_serve=SERVE, acme_arm=ARM)
+    install(tmp_path, "acme", plugins={"acme": "acme_plugin"}, acme_plugin=ACME, acme_serve=SERVE, acme_move=ARM)
     monkeypatch.syspath_prepend(tmp_path)
-    for module in ("acme_plugin", "acme_serve", "acme_arm"):
+    for module in ("acme_plugin", "acme_serve", "acme_move"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     return Plugins([entry_point(PLUGIN_GROUP, "acme", "acme_plugin", "acme")])
 
