@@ -162,9 +162,9 @@ def acme(tmp_path, monkeypatch):
     """A plugin with a command that works and one whose module is not there."""
     install(tmp_path, "acme", plugins={"acme": "acme_plugin"}, acme_plugin=ACME, acme_serve=SERVE, acme_move=ARM)
     monkeypatch.syspath_prepend(tmp_path)
+    yield Plugins([entry_point(PLUGIN_GROUP, "acme", "acme_plugin", "acme")])
     for module in ("acme_plugin", "acme_serve", "acme_move"):
-        monkeypatch.delitem(sys.modules, module, raising=False)
-    return Plugins([entry_point(PLUGIN_GROUP, "acme", "acme_plugin", "acme")])
+        sys.modules.pop(module, None)
 
 
 def test_help_names_every_command_with_its_owner_and_every_exit_code(rlinf, acme):

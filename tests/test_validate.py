@@ -134,6 +134,8 @@ def test_mistakes_of_the_config_come_first_a_plugins_among_them(findings, tmp_pa
     """
     install(tmp_path, "acme-arm", plugins={"arm": "acme_arm"}, acme_arm=arm)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "acme_arm", None)  # So that the module goes when the test does.
+    del sys.modules["acme_arm"]
     plugins = Plugins([*repository_entry_points(), entry_point(PLUGIN_GROUP, "arm", "acme_arm", "acme-arm")])
     (found,) = findings("optim.lrr=1", "policy.variannt='dummy'", "plugins.arm.sped=2", plugins=plugins)
     assert "3 mistakes in the config" in found
