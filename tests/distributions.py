@@ -47,7 +47,12 @@ def entry_points_of(project):
     ]
 
 
+def repository_entry_points():
+    """The entry points of all distributions of this repository."""
+    projects = ["rlinf_core", "rlinf_plugins_openpi", *(path.parent for path in ROOT.glob("plugins/*/pyproject.toml"))]
+    return [entry for project in projects for entry in entry_points_of(project)]
+
+
 def repository_plugins():
     """The plugins of this repository, whether or not they are installed."""
-    projects = ["rlinf_core", "rlinf_plugins_openpi", *(path.parent for path in ROOT.glob("plugins/*/pyproject.toml"))]
-    return Plugins(entry for project in projects for entry in entry_points_of(project))
+    return Plugins(repository_entry_points())

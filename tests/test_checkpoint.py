@@ -12,6 +12,7 @@ import torch
 from rlinf_core.errors import UserError
 from rlinf_core.training import checkpoint
 from rlinf_core.training.distributed import processes
+from rlinf_core.training.position import FORMAT, Position, latest, read_position
 
 
 @pytest.fixture
@@ -22,14 +23,14 @@ def group(monkeypatch):
 
 
 def position(step, layout="a", rows=10):
-    return checkpoint.Position(step=step, epoch=0, sample=0, rows=rows, seed=0, layout=layout)
+    return Position(step=step, epoch=0, sample=0, rows=rows, seed=0, layout=layout)
 
 
 def test_save_and_load_are_bit_equal_and_keep_the_newest(tmp_path, group):
     for step in (1, 2, 3):
         checkpoint.save(tmp_path, position(step), {"w": torch.full((3, 2), step / 3)}, group, keep_last=2)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_000000002", "step_000000003"]
-    newest = checkpoint.latest(tmp_path)
+    newest = latest(tmp_path)
     loaded = {"w": torch.zeros(3, 2)}
     assert checkpoint.load(newest, loaded, layout="a", rows=10).step == 3
     assert torch.equal(loaded["w"], torch.full((3, 2), 3 / 3))
@@ -56,7 +57,7 @@ def test_checkpoints_after_the_one_that_somebody_went_back_to_are_kept(tmp_path,
         checkpoint.save(tmp_path, position(step), {"w": torch.ones(2)}, group, keep_last=2)
     (tmp_path / "latest").write_text("step_000000200")
     checkpoint.save(tmp_path, position(250), {"w": torch.ones(2)}, group, keep_last=1)
-    assert checkpoint.latest(tmp_path).name == "step_000000250"
+    assert latest(tmp_path).name == "step_000000250"
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_000000250", "step_000000300"]
 
 
@@ -68,20 +69,20 @@ def test_what_a_crash_left_of_a_save_is_removed_by_the_next(tmp_path, group):
 
 def test_a_damaged_state_is_named_with_the_way_out(tmp_path, group):
     path = checkpoint.save(tmp_path, position(1), {"w": torch.ones(2)}, group, keep_last=1)
-    for text in ("{", "[]", '{"format": 1}'):
+    for text in ("{", "[]", f'{{"format": {FORMAT}}}'):
         (path / "state.json").write_text(text)
         with pytest.raises(UserError, match=r"state\.json is damaged"):
-            checkpoint.read_position(path)
+            read_position(path)
 
 
 def test_a_run_without_checkpoints_has_no_latest(tmp_path):
-    assert checkpoint.latest(tmp_path) is None
+    assert latest(tmp_path) is None
 
 
 def test_a_missing_checkpoint_is_named(tmp_path):
     (tmp_path / "latest").write_text("step_000000007")
     with pytest.raises(UserError, match="step_000000007"):
-        checkpoint.latest(tmp_path)
+        latest(tmp_path)
 
 
 def test_a_kill_while_saving_leaves_the_checkpoint_before(tmp_path):
@@ -92,9 +93,10 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(tmp_path):
         from pathlib import Path
         from rlinf_core.training import checkpoint
         from rlinf_core.training.distributed import processes
+        from rlinf_core.training.position import Position
         folder = Path({str(tmp_path)!r})
         def position(step):
-            return checkpoint.Position(step=step, epoch=0, sample=0, rows=1, seed=0, layout="a")
+            return Position(step=step, epoch=0, sample=0, rows=1, seed=0, layout="a")
         with processes() as group:
             checkpoint.save(folder, position(1), {{"w": torch.ones(2)}}, group, keep_last=1)
             checkpoint.write_text = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
@@ -104,6 +106,6 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "RANK"}
     result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert result.returncode == -signal.SIGKILL, result.stderr
-    newest = checkpoint.latest(tmp_path)
+    newest = latest(tmp_path)
     assert newest.name == "step_000000001"
-    assert checkpoint.read_position(newest).step == 1
+    assert read_position(newest).step == 1

@@ -198,7 +198,7 @@ def test_all_mistakes_are_reported_together(mistakes):
         """
         max_stpes = 3
         [runner]
-        max_steps = 0
+        max_steps = -1
         [optim]
         lr = "fast"
         learning_rat = 1
@@ -222,7 +222,7 @@ def test_all_mistakes_are_reported_together(mistakes):
     expected = [
         "  runner.loggers: unknown logger 'nobody' [command line]",
         f"  max_stpes: unknown key; did you mean 'runner.max_steps'? [{file}]",
-        f"  runner.max_steps: Input should be greater than or equal to 1 (got 0) [{file}]",
+        f"  runner.max_steps: Input should be greater than or equal to 0 (got -1) [{file}]",
         f"  optim.learning_rat: unknown key [{file}]",
         f"  data.camera: unknown key; did you mean 'cameras'? [{file}]",
         f"  policy.horizn: unknown key; did you mean 'horizon'? [{file}]",
@@ -323,7 +323,11 @@ def test_no_field_hides_a_value_behind_none():
     """TOML has no null: a field that accepts None but has another default could never be set to None."""
     plugins = repository_plugins()
     assert plugins.failures == ()
-    waiting = [RunConfig, *(one.item for one in plugins.registered if one.kind != "command"), *(e.load() for e in plugins.datasets())]
+    waiting = [
+        RunConfig,
+        *(one.item for one in plugins.registered if one.kind != "command"),
+        *(e.load() for e in plugins.datasets()),
+    ]
     seen = set()
     while waiting:
         model = waiting.pop()

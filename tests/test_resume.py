@@ -9,7 +9,7 @@ import pytest
 from rlinf_core.config.load import load_config
 from rlinf_core.errors import UserError
 from rlinf_core.files import write_text
-from rlinf_core.training.checkpoint import Position
+from rlinf_core.training.position import Position
 from rlinf_core.training.resume import hold_folder, prepare_folder, put_back, remove_replaced
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from distributions import entry_point, install, repository_entry_points, repository_plugins
 from safetensors.numpy import save_file
+from test_resume import checkpoint
 
 from rlinf_core import PolicyConfig, UserError, cli, hookimpl
 from rlinf_core.config.load import dump_config, load_config
@@ -192,14 +193,12 @@ def test_given_statistics_are_read(validate, findings, tmp_path):
 
 
 def test_what_becomes_of_a_run_that_is_there(validate, findings, tmp_path):
-    folder = tmp_path / "quickstart"
-    folder.mkdir()
-    run = load_config(ROOT / QUICKSTART, [f"runner.output_dir={tmp_path}", "optim.lr=1e-3"], repository_plugins())
-    (folder / "config.toml").write_text(dump_config(run))
-    (folder / "latest").write_text("step_000000550")
-    facts = validate()[1]["facts"]
-    assert facts["starts"] == "from checkpoint step_000000550"
-    assert facts["differs_from_the_run_there"] == "optim.lr"
+    run = load_config(ROOT / QUICKSTART, [f"runner.output_dir={tmp_path}"], repository_plugins())
+    checkpoint(run, 550)
+    (run.folder / "config.toml").write_text(dump_config(run))
+    assert validate()[1]["facts"]["starts"] == "from checkpoint step_000000550"
+    assert validate("runner.max_steps=550")[1]["facts"]["starts"] == "from checkpoint step_000000550, finished"
+    assert "optim.lr: 0.0015 -> 0.001" in findings("optim.lr=1e-3")[0]
     assert "runner.resume is 'never'" in findings("runner.resume=never")[0]
 
 

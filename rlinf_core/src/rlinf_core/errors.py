@@ -6,6 +6,7 @@ A message names the thing, its owner and the way out. Anything else that is rais
 import difflib
 from collections.abc import Iterable
 from enum import IntEnum
+from signal import Signals
 
 
 class Exit(IntEnum):
@@ -27,6 +28,20 @@ class UserError(Exception):
 
 class PluginError(UserError):
     """A plugin failed or contradicts another. The message names its distribution, version and entry point."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was asked to stop by a signal, and has saved if it was training; the same command continues it.
+
+    Args:
+        received: SIGINT or SIGTERM.
+        step: Finished optimizer steps.
+    """
+
+    def __init__(self, received: Signals, step: int) -> None:
+        super().__init__(f"stopped by {received.name} after step {step}")
+        self.received = received
+        self.step = step
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:

@@ -6,6 +6,7 @@ that repeats the robot's last action. A policy that is not clearly better has le
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,16 +14,19 @@ import torch
 from numpy.typing import NDArray
 
 from rlinf_core.config.run import RunConfig
-from rlinf_core.data.loader import ValidationRow, build_validation_batches
+from rlinf_core.data.loader import ValidationBatch, ValidationRow, build_validation_batches
 from rlinf_core.data.pipeline import Pipeline
 from rlinf_core.datasets import SampleSource
 from rlinf_core.errors import UserError
 from rlinf_core.training.distributed import Processes, to_device
+from rlinf_core.training.ema import Ema
 
 Vectors = NDArray[np.floating]
 
 ROWS_FOR_THE_MEAN = 4096
 """Training rows from which the mean action is taken, evenly spread."""
+BASELINES = ("val_action_mse_mean", "val_action_mse_repeat")
+"""Results of the two policies that look at nothing."""
 
 
 class Validation:
@@ -35,29 +39,48 @@ class Validation:
         self._episodes = held_out.episodes
         self._mean = mean_action(training, pipeline) if run.policy.chunk_length() else None
 
-    @torch.no_grad()
-    def __call__(self, policy: Any) -> dict[str, float]:
-        """Validate; every rank calls it and gets the same result.
+    @property
+    def results(self) -> tuple[str, ...]:
+        """The names of what a validation results in."""
+        own = ("val_loss",) if self._mean is None else ("val_loss", "val_action_mse")
+        ema = tuple(f"ema_{name}" for name in own) if self._run.optim.ema_decay else ()
+        return own + ema + (() if self._mean is None else BASELINES)
+
+    def __call__(
+        self, policy: Any, ema: Ema | None = None, interrupted: Callable[[], bool] = lambda: False
+    ) -> dict[str, float] | None:
+        """Validate; every rank calls it and gets the same results.
+
+        Args:
+            policy: The sharded policy.
+            ema: If there is one, its weights are measured too.
+            interrupted: Whether to give up; asked before each batch, with the same answer on every rank.
 
         Returns:
             `val_loss`; for policies with actions also `val_action_mse`, and for the two baselines `val_action_mse_mean`
             and `val_action_mse_repeat`: the squared error in the data's units, averaged over the numbers of an action
-            and over the steps of a chunk that lie within the episode.
+            and over the steps of a chunk that lie within the episode. `ema_val_loss` and `ema_val_action_mse` are those
+            of the EMA weights. None if interrupted.
         """
         policy.eval()
+        live = self._measure(policy, interrupted)
+        if live is None or ema is None:
+            return live
+        with ema.in_place_of_weights():
+            averaged = self._measure(policy, interrupted)
+        if averaged is None:
+            return None
+        return live | {f"ema_{name}": value for name, value in averaged.items() if name not in BASELINES}
+
+    @torch.no_grad()
+    def _measure(self, policy: Any, interrupted: Callable[[], bool]) -> dict[str, float] | None:
+        """The results with the weights that the policy has now."""
         device = self._group.device
         loss = torch.zeros(2, dtype=torch.float64)
         errors = np.zeros(4)
-        for batch, rows in build_validation_batches(
-            self._source,
-            self._pipeline,
-            self._run.policy,
-            seed=self._run.seed,
-            val_samples=self._run.runner.val_samples,
-            micro_batch_size=self._run.trainer.micro_batch_size,
-            rank=self._group.rank,
-            world_size=self._group.size,
-        ):
+        for batch, rows in self._batches():
+            if interrupted():
+                return None
             on_device = to_device(batch, device)
             out = policy(on_device)
             actions = None
@@ -69,11 +92,23 @@ class Validation:
             if self._mean is not None and actions is not None:
                 errors += sum(self._errors(chunk, row, self._mean) for chunk, row in zip(actions, rows, strict=True))
         totals = self._group.sum(torch.cat([loss, torch.from_numpy(errors)]).to(device)).tolist()
-        metrics = {"val_loss": totals[0] / totals[1]}
+        results = {"val_loss": totals[0] / totals[1]}
         if self._mean is not None:
-            names = ("val_action_mse", "val_action_mse_mean", "val_action_mse_repeat")
-            metrics |= {name: total / totals[5] for name, total in zip(names, totals[2:5], strict=True)}
-        return metrics
+            names = ("val_action_mse", *BASELINES)
+            results |= {name: total / totals[5] for name, total in zip(names, totals[2:5], strict=True)}
+        return results
+
+    def _batches(self) -> Iterator[ValidationBatch]:
+        return build_validation_batches(
+            self._source,
+            self._pipeline,
+            self._run.policy,
+            seed=self._run.seed,
+            val_samples=self._run.runner.val_samples,
+            micro_batch_size=self._run.trainer.micro_batch_size,
+            rank=self._group.rank,
+            world_size=self._group.size,
+        )
 
     def _errors(self, actions: Vectors, row: ValidationRow, mean: Vectors) -> Vectors:
         """Summed squared errors of policy, mean action and repeated action, and how many numbers were compared."""

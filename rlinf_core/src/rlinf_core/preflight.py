@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 
 from rlinf_core.config.cluster import TORCHRUN, check_world_size
-from rlinf_core.config.load import diff_tables, dump_config, read_toml
 from rlinf_core.config.run import RunConfig
 from rlinf_core.data.normalize import Stats, compute_norm_stats, load_norm_stats
 from rlinf_core.data.order import check_batch, sample_generator, steps_per_epoch
@@ -22,6 +21,7 @@ from rlinf_core.data.splits import open_split
 from rlinf_core.datasets import SampleSource
 from rlinf_core.errors import UserError, did_you_mean
 from rlinf_core.plugins import Plugins
+from rlinf_core.training.resume import find_start
 
 PROBED_ROWS = 64
 """Rows for the statistics of a trial sample; the run computes its own from all."""
@@ -139,23 +139,10 @@ def _check_sample(run: RunConfig, train: SampleSource, report: Report) -> None:
 
 def _check_folder(run: RunConfig, report: Report) -> None:
     """Whether a run of this name is there already, and what becomes of it."""
-    folder, saved = run.folder, run.folder / "config.toml"
+    start = find_start(run)
     report.facts["starts"] = "at step 0"
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    if not saved.exists():
-        raise UserError(f"{folder} is not empty and holds no run. Choose another runner.name or runner.output_dir.")
-    if run.runner.resume == "never":
-        raise UserError(
-            f"{folder} already holds a run and runner.resume is 'never'. "
-            "Give another runner.name, or launch with --overwrite to remove it."
-        )
-    latest = folder / "latest"
-    if latest.exists():
-        report.facts["starts"] = f"from checkpoint {latest.read_text().strip()}"
-    # Which of them the run may continue with, the trainer decides: most keys change the mathematics, some do not.
-    if changed := [key for key, _, _ in diff_tables(read_toml(saved), read_toml(dump_config(run)))]:
-        report.facts["differs_from_the_run_there"] = ", ".join(changed)
+    if start.checkpoint:
+        report.facts["starts"] = f"from checkpoint {start.checkpoint.name}" + ", finished" * start.finished
 
 
 def _check_launcher(run: RunConfig, plugins: Plugins, report: Report) -> None:

@@ -13,17 +13,12 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from rlinf_core.errors import UserError
+from rlinf_core.ending import Ending
+from rlinf_core.errors import Interrupted
 
 if TYPE_CHECKING:
     from rlinf_core.config.run import RunConfig
     from rlinf_core.training.distributed import Processes
-
-EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
-"""What shells give for Ctrl-C."""
-OTHER_RANKS_WAIT = 5.0
-"""Seconds that a rank other than 0 waits with its message: what all ranks found, rank 0 alone should say."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,21 +30,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--overwrite", action="store_true", help="remove the run of the same name and start afresh")
     args = parser.parse_intermixed_args(arguments)
-    try:
-        train(args.config, args.overrides, overwrite=args.overwrite)
-    except UserError as error:
-        _say_once(error)
-        return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    return 0
+    return Ending().follow(lambda ending: train(ending, args.config, args.overrides, overwrite=args.overwrite))
 
 
-def train(config: str, overrides: Sequence[str], *, overwrite: bool = False) -> None:
+def train(ending: Ending, config: str, overrides: Sequence[str], *, overwrite: bool = False) -> None:
     """Train as `config` says, from wherever the run stands.
+
+    Args:
+        ending: Learns whose end it records.
+        config: The run's TOML file.
+        overrides: `section.key=value`, over the file.
+        overwrite: Start afresh where a run of the same name is.
 
     Raises:
         UserError: For everything that is the user's to mend.
+        Interrupted: A signal ended the run early, after saving.
     """
     from rlinf_core.config.load import load_config
     from rlinf_core.plugins import get_plugins
@@ -58,10 +53,12 @@ def train(config: str, overrides: Sequence[str], *, overwrite: bool = False) -> 
     run = load_config(config, overrides, plugins)
     plugins.hook.rlinf_configure(run=run)
 
+    from rlinf_core.config.cluster import check_world_size
     from rlinf_core.training.distributed import processes
     from rlinf_core.training.resume import Start, hold_folder, prepare_folder, put_back, remove_replaced
 
     with processes(run.trainer.device) as group, ExitStack() as held:
+        check_world_size(run, group.size)
         if group.rank == 0:
             for failure in plugins.failures:
                 print(f"plugin left out: {failure}", file=sys.stderr, flush=True)
@@ -72,22 +69,25 @@ def train(config: str, overrides: Sequence[str], *, overwrite: bool = False) -> 
             return prepare_folder(run, overwrite=overwrite, restarted=restarted)
 
         start = group.decide(begin)
+        ending.belongs_to(run.folder, start.step)
         if start.finished:
             if group.rank == 0:
-                wanted = f"runner.max_steps = {run.runner.max_steps}"
-                print(f"{run.runner.name} is finished: its {start.step} steps are in {run.folder} ({wanted}).")
+                limits = "runner.max_steps, runner.max_epochs or runner.early_stop_patience"
+                print(f"{run.runner.name} is finished: its {start.step} steps are in {run.folder} (see {limits}).")
             return
         if group.rank == 0:
             record_environment(run, group)
         try:
-            trainer = run.trainer.build(run, start=start, group=group, plugins=plugins)
+            trainer = ending.trainer = run.trainer.build(run, start=start, group=group, plugins=plugins)
         except BaseException:
             if group.rank == 0:
                 put_back(run, start)
             raise
         if group.rank == 0:
             remove_replaced(start)
-        trainer.train()
+        received = trainer.train()
+    if received:
+        raise Interrupted(received, trainer.step)
 
 
 def record_environment(run: RunConfig, group: Processes) -> None:
@@ -122,14 +122,6 @@ def _commit() -> str:
     if not shutil.which("git"):
         return ""
     return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-
-
-def _say_once(error: UserError) -> None:
-    """Print the message once: rank 0 first, another rank only if rank 0 has not ended the run meanwhile."""
-    rank = int(os.environ.get("RANK", "0"))
-    if rank:
-        time.sleep(OTHER_RANKS_WAIT)
-    print(f"error: {error}" if not rank else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

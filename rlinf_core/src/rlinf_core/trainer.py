@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from signal import Signals
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -48,6 +49,10 @@ class Trainer(Protocol):
     step: int
     """Number of finished optimizer steps."""
 
-    def train(self) -> None:
-        """Run the remaining steps, validating and saving as configured."""
+    def train(self) -> Signals | None:
+        """Run the remaining steps, validating and saving as configured.
+
+        Returns:
+            SIGINT or SIGTERM if that ended the run early, on every rank and after saving; else None.
+        """
         ...

@@ -53,6 +53,7 @@ class ShardUnit(NamedTuple):
 
     module: nn.Module
     dtype: Literal["compute", "fp32"] = "compute"
+    block: bool = False
 
 
 class Prefix(NamedTuple):
@@ -265,10 +266,10 @@ class Pi0(nn.Module):
     def shard_units(self) -> Iterator[ShardUnit]:
         """Modules that are gathered together, in the order of use; the small projections are left to the root."""
         yield ShardUnit(self.vision.patch_embedding, "fp32")
-        yield from map(ShardUnit, self.vision.blocks)
+        yield from (ShardUnit(block, block=True) for block in self.vision.blocks)
         yield ShardUnit(self.vision.head)
         yield ShardUnit(self.embedding)
-        yield from map(ShardUnit, self.layers)
+        yield from (ShardUnit(layer, block=True) for layer in self.layers)
         yield ShardUnit(self.expert_norm)
 
     def initial_value(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rlinf_core.trainer import Trainer, TrainerConfig
 
@@ -25,6 +25,26 @@ class Fsdp2TrainerConfig(TrainerConfig):
     """Release gathered weights between forward and backward: less memory, one more all-gather a step."""
     min_unit_size: int = Field(default=1_000_000, ge=0)
     """Parameters from which a float32 unit of the policy is gathered apart; smaller ones go with the root's."""
+    num_replicas: int = Field(default=1, ge=1)
+    """Hybrid sharding (HSDP): copies of the model, each sharded over ranks / num_replicas neighbouring ranks; one
+    a node keeps all-gathers within the node, for as many times the memory."""
+    reduce_every_micro_batch: bool = False
+    """Reduce gradients after each micro batch, not only after a step's last: no rank keeps whole float32 gradients
+    (4 bytes a parameter) between them, but each micro batch communicates."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What the backward pass of a block computes anew: nothing; everything but matrix products and attention; all."""
+    compile: bool = False
+    """Compile each block with `torch.compile`: a slow first step, faster ones after it."""
+    cpu_offload: bool = False
+    """Keep parameters, gradients and optimizer states in the CPU's memory, where the optimizer then runs."""
+    ema_device: Literal["auto", "cpu"] = "auto"
+    """Where the moving average of `optim.ema_decay` lives: `auto`, beside the parameters; `cpu`, a copy each step."""
+
+    @model_validator(mode="after")
+    def _offloaded_parameters_are_on_the_cpu(self) -> Fsdp2TrainerConfig:
+        if self.cpu_offload and self.ema_device == "cpu":
+            raise ValueError('ema_device = "cpu" says nothing new beside cpu_offload: leave it out')
+        return self
 
     def build(self, run: RunConfig, *, start: Start, group: Processes, plugins: Plugins) -> Trainer:
         """Build the FSDP2 trainer on this rank."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field, InstanceOf, SerializeAsAny, model_validator
 
@@ -21,8 +22,10 @@ class RunnerConfig(Section):
     """Name of the run; its files live in `<output_dir>/<name>/`."""
     output_dir: str = "runs"
     """Folder of all runs."""
-    max_steps: int = Field(default=30_000, ge=1)
-    """Optimizer steps."""
+    max_steps: int = Field(default=30_000, ge=0)
+    """Optimizer steps; 0, which is the default beside `max_epochs`: as many as those epochs have."""
+    max_epochs: int = Field(default=0, ge=0)
+    """Passes over the training rows; 0: no limit. With `max_steps` too, the run ends at whichever comes first."""
     save_interval: int = Field(default=1000, ge=0)
     """Steps between checkpoints; 0: only after the last step, which is always saved."""
     keep_last: int = Field(default=2, ge=1)
@@ -31,10 +34,39 @@ class RunnerConfig(Section):
     """Steps between validations on the held-out episodes, also after the last step; 0: none."""
     val_samples: int = Field(default=256, ge=1)
     """Held-out frames a validation looks at, evenly spread; all of them if there are fewer."""
+    best_metric: str = ""
+    """Result of validation by which checkpoints are compared, smaller is better; empty: the action error where there is
+    one, else the loss, of the EMA weights where there are any."""
+    save_best: bool = False
+    """Save whenever `best_metric` improves, and keep that checkpoint, which the file `best` names, until a better."""
+    early_stop_patience: int = Field(default=0, ge=0)
+    """Validations in a row without improvement after which the run ends; 0: it never ends early."""
+    early_stop_min_delta: float = Field(default=0.0, ge=0.0)
+    """By how much `best_metric` must fall to count as an improvement."""
     resume: Literal["auto", "never"] = "auto"
     """`auto` continues an unfinished run of this name; `never` refuses if one is there (`--overwrite` removes it)."""
     loggers: tuple[str, ...] = ()
     """Loggers beside `console` and `jsonl`, which always run, by their `type`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _epochs_alone_are_enough(cls, table: Any) -> Any:
+        if isinstance(table, Mapping) and table.get("max_epochs") and "max_steps" not in table:
+            return {**table, "max_steps": 0}
+        return table
+
+    @model_validator(mode="after")
+    def _ends(self) -> RunnerConfig:
+        if not self.max_steps and not self.max_epochs:
+            raise ValueError("max_steps and max_epochs are both 0: set one of them, or both")
+        if self.early_stop_min_delta and not self.early_stop_patience:
+            raise ValueError("early_stop_min_delta does nothing without early_stop_patience")
+        return self
+
+    def stop_step(self, steps_per_epoch: int) -> int:
+        """The last step: `max_steps`, or the end of `max_epochs`, whichever comes first."""
+        limits = (self.max_steps, self.max_epochs * steps_per_epoch)
+        return min(limit for limit in limits if limit)
 
 
 class OptimConfig(Section):
@@ -56,6 +88,8 @@ class OptimConfig(Section):
     """Decoupled weight decay, on every parameter (the reference's value)."""
     clip_grad: float = Field(default=1.0, gt=0)
     """Largest global gradient norm; larger gradients are divided by norm / clip_grad."""
+    ema_decay: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Decay rate of an exponential moving average of the weights (float32, 4 bytes a parameter); 0: none is kept."""
 
     @model_validator(mode="after")
     def _decay_follows_warmup(self) -> OptimConfig:
@@ -102,4 +136,11 @@ class RunConfig(Section):
                 "runner.val_check_interval is set but no episode is held out: "
                 "set data.validation_fraction or data.validation_episodes"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _best_needs_validation(self) -> RunConfig:
+        set_ = [key for key in ("save_best", "early_stop_patience", "best_metric") if getattr(self.runner, key)]
+        if set_ and not self.runner.val_check_interval:
+            raise ValueError(f"runner.{set_[0]} needs validations: set runner.val_check_interval")
         return self

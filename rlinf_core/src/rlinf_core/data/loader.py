@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -117,6 +120,7 @@ def build_train_loader(
         collate_fn=_as_it_is,
         num_workers=num_workers,
         multiprocessing_context=_worker_context() if num_workers else None,
+        worker_init_fn=_leave_signals_to_the_run if num_workers else None,
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # Else the loader draws from the process's own and shifts its numbers.
@@ -130,6 +134,25 @@ def _worker_context() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     return context
+
+
+def _leave_signals_to_the_run(_: int) -> None:
+    """Obey the training process only: Ctrl-C and a scheduler's SIGTERM reach the workers as well, but a run that was
+    asked to stop needs them until its step is done.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):
+        return  # macOS has no schedulers that signal whole groups.
+    # Blocked in this thread and in all that it starts, SIGTERM waits for the one thread that asks who sent it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_obey_the_run, daemon=True).start()
+
+
+def _obey_the_run() -> None:
+    run = multiprocessing.parent_process()
+    while run and signal.sigwaitinfo({signal.SIGTERM}).si_pid != run.pid:
+        pass
+    os._exit(1)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -2,7 +2,8 @@
 
 A checkpoint holds the shards that `torch.distributed.checkpoint` writes, under the module's own parameter names, and
 `state.json`: step, position in the data, and a tag of the layout. Because every random draw is keyed by (seed, epoch,
-position), the position is also the state of all random generators. The file `latest` names the newest complete one.
+position), the position is also the state of all random generators. The file `latest` names the newest complete one,
+`best` the one with the best validation, where `runner.save_best` asks for it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -20,66 +21,32 @@ from torch.distributed.checkpoint.state_dict_saver import save as write_shards
 from rlinf_core.errors import UserError
 from rlinf_core.files import write_text
 from rlinf_core.training.distributed import Processes
-
-FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where in the run a checkpoint stands."""
-
-    step: int
-    """Finished optimizer steps."""
-    epoch: int
-    """Passes over the data that are complete."""
-    sample: int
-    """Samples of the current epoch that were consumed, over all ranks."""
-    rows: int
-    """Rows of the training split; with another number the order would be another."""
-    seed: int
-    """The run's seed; with epoch and sample it determines every further draw."""
-    layout: str
-    """Tag of parameter names and shapes."""
-    format: int = FORMAT
-
-
-def latest(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a run, or None."""
-    pointer = folder / "latest"
-    if not pointer.exists():
-        return None
-    path = folder / "checkpoints" / pointer.read_text().strip()
-    if not (path / "state.json").exists():
-        raise UserError(
-            f"{pointer} names {path.name}, which is not in {path.parent}. Restore it, write "
-            f"the name of another one into {pointer.name}, or --overwrite to start afresh."
-        )
-    return path
-
-
-def read_position(path: Path) -> Position:
-    """The position of a checkpoint."""
-    try:
-        state = json.loads((path / "state.json").read_text())
-        if state["format"] != FORMAT:
-            raise UserError(f"{path} has checkpoint format {state['format']}; this version reads {FORMAT}.")
-        return Position(**state)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{path / 'state.json'} is damaged ({error}). Write the name of another checkpoint into "
-            f"{path.parents[1] / 'latest'}, or --overwrite to start afresh."
-        ) from error
+from rlinf_core.training.position import Position, read_position, step_name
 
 
 def save(
-    folder: Path, position: Position, tensors: Mapping[str, torch.Tensor], group: Processes, keep_last: int
+    folder: Path,
+    position: Position,
+    tensors: Mapping[str, torch.Tensor],
+    group: Processes,
+    keep_last: int,
+    *,
+    is_best: bool = False,
 ) -> Path:
     """Save a checkpoint; called on every rank.
+
+    Args:
+        folder: The run's.
+        position: Where the run stands.
+        tensors: What to save.
+        group: All ranks.
+        keep_last: How many of the newest checkpoints stay; the one that the file `best` names stays besides.
+        is_best: The file `best` shall name this one.
 
     Returns:
         The folder of the complete checkpoint.
     """
-    name = f"step_{position.step:09d}"
+    name = step_name(position.step)
     path, aside = folder / "checkpoints" / name, folder / "checkpoints" / f".{name}.tmp"
     if group.rank == 0:
         shutil.rmtree(aside, ignore_errors=True)
@@ -92,12 +59,16 @@ def save(
             shutil.rmtree(path)
         aside.rename(path)
         write_text(folder / "latest", name)
+        if is_best:
+            write_text(folder / "best", name)
         for unfinished in folder.glob("checkpoints/.step_*.tmp"):
             shutil.rmtree(unfinished)
         # Later ones, left by somebody who set `latest` back, are not this run's to remove.
         complete = sorted(old for old in folder.glob("checkpoints/step_*") if old.name <= name)
+        best = (folder / "best").read_text().strip() if (folder / "best").exists() else ""
         for old in complete[:-keep_last]:
-            shutil.rmtree(old)
+            if old.name != best:
+                shutil.rmtree(old)
     group.wait()
     return path
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -73,10 +74,11 @@ class ConsoleLogger:
 
     def validation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Print a validation."""
-        line = f"[cyan]step {step}: held-out loss {metrics['val_loss']:.4f}"
+        line = f"[cyan]step {step}: held-out loss {metrics['val_loss']:.4f}{_of_ema(metrics, 'val_loss')}"
         if "val_action_mse" in metrics:
             line += (
-                f", action error² {metrics['val_action_mse']:.4f} (mean action {metrics['val_action_mse_mean']:.4f}, "
+                f", action error² {metrics['val_action_mse']:.4f}{_of_ema(metrics, 'val_action_mse')} "
+                f"(mean action {metrics['val_action_mse_mean']:.4f}, "
                 f"repeated action {metrics['val_action_mse_repeat']:.4f})"
             )
         self._print(line + "[/]")
@@ -87,10 +89,11 @@ class ConsoleLogger:
 
     def close(self, error: BaseException | None) -> None:
         """Print how the run ended: the table of results and the plot of the loss."""
-        rows = read_rows(self._run.folder / FILE)
-        steps = [row for row in rows if row.get("loss") is not None]
+        # The file has null where there was no number.
+        rows = [{k: math.nan if v is None else v for k, v in row.items()} for row in read_rows(self._run.folder / FILE)]
+        steps = [row for row in rows if math.isfinite(row.get("loss", math.nan))]
         if error is not None:
-            self._say_why_it_stopped(error, steps[-1]["step"] if steps else 0)
+            self._say_why_it_stopped(error, int(steps[-1]["step"]) if steps else 0)
             return
         self._console.print(result_table(self._run.runner.name, steps, [r for r in rows if "val_loss" in r]))
         if len(steps) > 1:
@@ -130,6 +133,9 @@ def result_table(name: str, steps: Sequence[Mapping[str, Any]], validations: Seq
             table.add_row(
                 "held-out action error²", f"[bold]{error:.4f}[/]", f"{error / best:.0%} of the better baseline"
             )
+            if "ema_val_action_mse" in result:
+                ema = result["ema_val_action_mse"]
+                table.add_row("  with EMA weights", f"[bold]{ema:.4f}[/]", f"{ema / best:.0%} of the better baseline")
             for baseline, value in baselines.items():
                 table.add_row(f"  {baseline}", f"{value:.4f}", "")
     return table
@@ -146,6 +152,10 @@ def loss_plot(steps: Sequence[Mapping[str, Any]]) -> str:
     plotext.plot([row["step"] for row in steps], [row["loss"] for row in steps], marker="braille")
     plotext.xlabel("step")
     return str(plotext.build())
+
+
+def _of_ema(metrics: Mapping[str, float], name: str) -> str:
+    return f" (EMA {metrics[f'ema_{name}']:.4f})" if f"ema_{name}" in metrics else ""
 
 
 def _duration(seconds: float) -> str:

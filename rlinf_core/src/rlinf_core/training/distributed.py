@@ -57,9 +57,21 @@ class Processes:
         self.device = device
         self._setup = dist.new_group(backend="gloo", timeout=SETUP_TIMEOUT)
 
-    def mesh(self) -> DeviceMesh:
-        """A one-dimensional mesh over all ranks."""
-        return init_device_mesh(self.device.type, (self.size,), mesh_dim_names=("dp",))
+    def mesh(self, num_replicas: int = 1) -> DeviceMesh:
+        """The ranks as FSDP2 wants them: one dimension that shards, or one that replicates before it.
+
+        Raises:
+            UserError: The ranks cannot be divided into that many replicas.
+        """
+        if self.size % num_replicas:
+            raise UserError(
+                f"trainer.num_replicas = {num_replicas} does not divide the {self.size} ranks: take a divisor, such as "
+                "the number of nodes"
+            )
+        if num_replicas == 1:
+            return init_device_mesh(self.device.type, (self.size,), mesh_dim_names=("shard",))
+        shape = (num_replicas, self.size // num_replicas)
+        return init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
     def decide(self, decision: Callable[[], T]) -> T:
         """Let rank 0 decide (or prepare files) and tell all ranks what came of it.
@@ -86,6 +98,12 @@ class Processes:
         yield
         if first:
             self.wait()
+
+    def any(self, flag: bool) -> bool:
+        """Whether a flag is set on any rank; all ranks get the same answer."""
+        flags = torch.tensor(float(flag))
+        dist.all_reduce(flags, group=self._setup)
+        return bool(flags)
 
     def wait(self) -> None:
         """Wait until every rank is here."""

@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 FORWARD_METHODS = ("sample_actions",)
@@ -27,6 +34,7 @@ def shard(
     compute_dtype: torch.dtype,
     reshard_after_forward: bool = True,
     min_unit_size: int = 0,
+    cpu_offload: bool = False,
 ) -> None:
     """Shard a policy in place over a mesh; parameters stay float32, compute units are gathered in `compute_dtype`.
 
@@ -34,18 +42,26 @@ def shard(
 
     Args:
         policy: A policy whose parameters are on the meta device or hold the same values on every rank.
-        mesh: The ranks.
+        mesh: The ranks; of two dimensions (HSDP), the first replicates and the second shards.
         compute_dtype: Dtype of the matrix products.
         reshard_after_forward: Release a unit's gathered parameters between forward and backward.
         min_unit_size: Smaller units, in parameters, stay with the root where their dtype is the root's, float32:
             gathering a few kilobytes apart saves no memory and costs a round trip.
+        cpu_offload: Keep parameters and gradients in the CPU's memory, page-locked where there is an accelerator.
     """
+    offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if cpu_offload else OffloadPolicy()
 
     def wrap(module: nn.Module, param_dtype: torch.dtype) -> None:
         precision = MixedPrecisionPolicy(
             param_dtype=param_dtype, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False
         )
-        fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard_after_forward)
+        fully_shard(
+            module,
+            mesh=mesh,
+            mp_policy=precision,
+            offload_policy=offload,
+            reshard_after_forward=reshard_after_forward,
+        )
 
     for unit in policy.shard_units():
         dtype = compute_dtype if unit.dtype == "compute" else torch.float32
@@ -58,7 +74,30 @@ def shard(
             register_fsdp_forward_method(policy, method)
 
 
-def materialize(policy: Any, device: torch.device, value: Callable[[str, tuple[int, ...]], torch.Tensor]) -> None:
+def communicate(policy: FSDPModule, *, last: bool, reduce_every_micro_batch: bool, reshard: bool) -> None:
+    """Say what the coming micro batch of a step sends; between micro batches nothing needs to be sent.
+
+    Args:
+        policy: The sharded policy.
+        last: It is the step's last micro batch.
+        reduce_every_micro_batch: Reduce gradients within the shard group each time, so that no rank keeps them whole.
+        reshard: Gathered parameters are released after use; else they stay until the step's end.
+    """
+    policy.set_is_last_backward(last)
+    if reduce_every_micro_batch:
+        policy.set_requires_all_reduce(last)
+    else:
+        policy.set_requires_gradient_sync(last)
+    policy.set_reshard_after_backward(last or reshard)
+
+
+def materialize(
+    policy: Any,
+    device: torch.device,
+    value: Callable[[str, tuple[int, ...]], torch.Tensor],
+    *,
+    buffers_on: torch.device | None = None,
+) -> None:
     """Give a sharded policy on the meta device memory and values.
 
     Each rank makes or reads one whole tensor at a time and keeps its slice (contract 2), so that the weights are the
@@ -68,6 +107,7 @@ def materialize(policy: Any, device: torch.device, value: Callable[[str, tuple[i
         policy: The sharded policy.
         device: Where the shards live.
         value: (parameter name, whole shape) -> the whole tensor.
+        buffers_on: Where buffers live, if elsewhere than the shards.
     """
     policy.to_empty(device=device)
     with torch.no_grad():
@@ -78,6 +118,9 @@ def materialize(policy: Any, device: torch.device, value: Callable[[str, tuple[i
                 # src_data_rank=None: slice locally, every rank has the whole tensor.
                 whole = distribute_tensor(whole, mesh, placements, src_data_rank=None)
             parameter.copy_(whole)
+    for module in policy.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(buffers_on or device))
     policy.rebuild_buffers()
 
 

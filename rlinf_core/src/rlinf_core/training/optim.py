@@ -88,6 +88,8 @@ class Optimizer:
         Args:
             divisor: What turns the stored gradients into those of the mean loss: total weight / data-parallel ranks.
         """
+        if isinstance(divisor, torch.Tensor):
+            divisor = divisor.to(self.applied.device)  # Elsewhere only if the parameters are offloaded to the CPU.
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = _whole(torch.nn.utils.get_total_norm(gradients)) / divisor
         # optax.clip_by_global_norm: divide only when the norm exceeds the bound, and without an epsilon.

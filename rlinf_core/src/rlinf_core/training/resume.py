@@ -15,26 +15,21 @@ from rlinf_core.config.load import diff_tables, dump_config, read_toml
 from rlinf_core.config.run import RunConfig
 from rlinf_core.errors import UserError
 from rlinf_core.files import write_text
-from rlinf_core.training.checkpoint import latest, read_position
+from rlinf_core.training.position import Position, latest, read_position
 
 MAY_CHANGE = frozenset(
     {
-        "runner.max_steps",
-        "runner.save_interval",
-        "runner.keep_last",
-        "runner.val_check_interval",
-        "runner.val_samples",
-        "runner.resume",
-        "runner.output_dir",
-        "runner.loggers",
-        "data.num_workers",
-        "trainer.micro_batch_size",
-        "trainer.reshard_after_forward",
-        "trainer.min_unit_size",
-        "trainer.device",
+        *("cluster", "data.num_workers"),
+        *("runner.max_steps", "runner.max_epochs", "runner.save_interval", "runner.keep_last", "runner.save_best"),
+        *("runner.val_check_interval", "runner.val_samples", "runner.best_metric"),
+        *("runner.early_stop_patience", "runner.early_stop_min_delta"),
+        *("runner.resume", "runner.output_dir", "runner.loggers"),
+        *("trainer.device", "trainer.micro_batch_size", "trainer.min_unit_size", "trainer.num_replicas"),
+        *("trainer.reshard_after_forward", "trainer.reduce_every_micro_batch", "trainer.activation_checkpointing"),
+        *("trainer.compile", "trainer.cpu_offload", "trainer.ema_device"),
     }
 )
-"""Keys that may differ when a run goes on: they do not change the mathematics of a step."""
+"""Keys and tables that may differ when a run goes on: they change a step by no more than rounding."""
 
 
 @dataclass(frozen=True)
@@ -79,25 +74,22 @@ def hold_folder(run: RunConfig) -> Iterator[None]:
         yield  # The lock goes with the process, however it ends; the file may stay.
 
 
-def prepare_folder(run: RunConfig, *, overwrite: bool, restarted: bool = False) -> Start:
-    """Decide where the run starts and leave its folder ready, with `config.toml` in it. Called on rank 0.
+def find_start(run: RunConfig, *, restarted: bool = False) -> Start:
+    """Where the run starts, from what is in its folder; touches nothing.
 
     Args:
         run: The run.
-        overwrite: Move a run of this name aside and start afresh.
         restarted: torchrun started the processes again after a failure, with the same arguments: what is there is this
-            run's own, neither to be overwritten nor to be refused.
+            run's own, which `runner.resume = "never"` does not mean.
 
     Raises:
         UserError: If going on would mix two runs, or overwrite one.
     """
-    folder, saved, replaced = run.folder, run.folder / "config.toml", None
+    folder, saved = run.folder, run.folder / "config.toml"
     if folder.exists() and any(folder.iterdir()) and not restarted:
         if not saved.exists():
             raise UserError(f"{folder} is not empty and holds no run. Choose another runner.name or runner.output_dir.")
-        if overwrite:
-            replaced = _move_aside(folder)
-        elif run.runner.resume == "never":
+        if run.runner.resume == "never":
             raise UserError(
                 f"{folder} already holds a run and runner.resume is 'never'. "
                 "Give another runner.name, or --overwrite to remove it."
@@ -106,12 +98,39 @@ def prepare_folder(run: RunConfig, *, overwrite: bool, restarted: bool = False) 
     metrics = folder / "metrics.jsonl"
     if checkpoint or (metrics.exists() and metrics.stat().st_size):
         _refuse_other_config(run, saved)
-    step = read_position(checkpoint).step if checkpoint else 0
-    start = Start(step, checkpoint, finished=step >= run.runner.max_steps, replaced=replaced)
+    if checkpoint is None:
+        return Start()
+    position = read_position(checkpoint)
+    return Start(position.step, checkpoint, finished=_is_finished(run, position))
+
+
+def prepare_folder(run: RunConfig, *, overwrite: bool, restarted: bool = False) -> Start:
+    """Decide where the run starts and leave its folder ready, with `config.toml` in it. Called on rank 0.
+
+    Args:
+        run: The run.
+        overwrite: Move a run of this name aside and start afresh, unless restarted.
+        restarted: See `find_start`.
+
+    Raises:
+        UserError: If going on would mix two runs, or overwrite one.
+    """
+    if overwrite and not restarted and (run.folder / "config.toml").exists():
+        start = Start(replaced=_move_aside(run.folder))
+    else:
+        start = find_start(run, restarted=restarted)
     if not start.finished:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(saved, dump_config(run))
+        run.folder.mkdir(parents=True, exist_ok=True)
+        write_text(run.folder / "config.toml", dump_config(run))
     return start
+
+
+def _is_finished(run: RunConfig, position: Position) -> bool:
+    """Whether nothing is left to do; raising a limit, or the patience, makes a finished run go on."""
+    runner, best = run.runner, position.best
+    if 0 < runner.early_stop_patience <= best.stale:
+        return True
+    return position.step >= runner.stop_step(position.rows // run.trainer.global_batch_size)
 
 
 def _move_aside(folder: Path) -> Path:
@@ -139,7 +158,7 @@ def remove_replaced(start: Start) -> None:
 
 def _refuse_other_config(run: RunConfig, saved: Path) -> None:
     old, new = read_toml(saved), read_toml(dump_config(run))
-    changed = [change for change in diff_tables(old, new) if change[0] not in MAY_CHANGE]
+    changed = [change for change in diff_tables(old, new) if not {change[0], change[0].split(".")[0]} & MAY_CHANGE]
     if changed:
         lines = "\n".join(f"  {key}: {before!r} -> {after!r}" for key, before, after in changed)
         raise UserError(

@@ -7,7 +7,7 @@ nothing here knows a policy or a dataset beyond the protocols.
 from __future__ import annotations
 
 import contextlib
-import time
+import signal
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,19 +18,22 @@ from rlinf_core.config.run import RunConfig
 from rlinf_core.data.loader import build_train_loader
 from rlinf_core.data.order import check_batch, steps_per_epoch
 from rlinf_core.data.pipeline import build_pipeline
-from rlinf_core.datasets import SampleSource, Split
-from rlinf_core.errors import UserError
+from rlinf_core.data.splits import open_split
+from rlinf_core.errors import Interrupted
 from rlinf_core.evaluate import Validation
 from rlinf_core.plugins import Plugins
-from rlinf_core.policy import PolicyOutput, WeightSource
+from rlinf_core.policy import PolicyOutput
 from rlinf_core.training import checkpoint
+from rlinf_core.training.build import build_loggers, build_policy, open_weights
 from rlinf_core.training.distributed import Processes, to_device
-from rlinf_core.training.fsdp import derived_seed, layout, materialize, shard
+from rlinf_core.training.ema import Ema
+from rlinf_core.training.fsdp import communicate, derived_seed, layout
+from rlinf_core.training.metrics import StepClock, peak_memory_gb
 from rlinf_core.training.optim import Optimizer, Schedule
+from rlinf_core.training.position import Position
 from rlinf_core.training.resume import Start
 from rlinf_core.training.statistics import run_statistics
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+from rlinf_core.training.stopping import Best, StopSignal, best_metric, stop_signals
 
 
 class Fsdp2Trainer:
@@ -46,23 +49,34 @@ class Fsdp2Trainer:
         with group.first_on_each_machine():  # It may have to download.
             self.source = open_split(run, plugins, "train")
         self._steps_per_epoch = steps_per_epoch(len(self.source), config.global_batch_size)
+        self.stop_step = run.runner.stop_step(self._steps_per_epoch)
         weights = open_weights(run)
         stats = run_statistics(run, self.source, group, resuming=start.checkpoint is not None)
         self.pipeline = build_pipeline(run.data, run.policy, stats)
         self._validation = self._open_validation()
         self.policy = build_policy(run, config, group, plugins, weights)
         self.optimizer = self._build_optimizer()
+        self.ema = self._build_ema()
+        self._best = Best()
         if start.checkpoint:
             tag = layout(self.policy.named_parameters())
-            checkpoint.load(start.checkpoint, self._tensors(), layout=tag, rows=len(self.source))
-        self._loggers = self._build_loggers(start.step)
+            position = checkpoint.load(start.checkpoint, self._tensors(), layout=tag, rows=len(self.source))
+            self._best = position.best
+        first = group.rank == 0
+        self._loggers = build_loggers(run, plugins, start_step=start.step, stop_step=self.stop_step) if first else []
 
-    def train(self) -> None:
-        """Run the remaining steps; validate and save as configured and after the last one."""
+    def train(self) -> signal.Signals | None:
+        """Run the remaining steps; validate and save as configured and after the last one.
+
+        Returns:
+            The signal that ended the run early, after saving; None when it has come to its end.
+        """
         error: BaseException | None = None
         try:
             self._plugins.hook.rlinf_train_started(trainer=self)
-            self._train()
+            with stop_signals() as stop:
+                received = self._train(stop)
+            error = Interrupted(received, self.step) if received else None
         except BaseException as e:
             error = e
             raise
@@ -71,49 +85,92 @@ class Fsdp2Trainer:
                 ending.callback(self._plugins.hook.rlinf_train_finished, trainer=self, error=error)
                 for logger in self._loggers:
                     ending.callback(logger.close, error)
+        return received
 
-    def _train(self) -> None:
+    def _train(self, stop: StopSignal) -> signal.Signals | None:
         runner = self.run.runner
         batches = iter(self._open_loader())
-        while self.step < runner.max_steps:
-            metrics = self._train_step(batches)
+        while self.step < self.stop_step and not self._improves_no_more():
+            metrics, stopping = self._train_step(batches, stop)
             self.step += 1
             self._report("step", metrics)
-            last = self.step == runner.max_steps
-            if self._validation and (last or self.step % runner.val_check_interval == 0):
-                self._report("validation", self._validation(self.policy))
-            if last or (runner.save_interval and self.step % runner.save_interval == 0):
-                self._save()
+            last = self.step == self.stop_step
+            improved = False
+            if self._validation and not stopping and (last or self.step % runner.val_check_interval == 0):
+                improved, stopping = self._validate(self._validation, stop)
+            interval = runner.save_interval and self.step % runner.save_interval == 0
+            if last or interval or stopping or improved or self._improves_no_more():
+                self._save(is_best=improved)
+                stopping = self._group.any(stop.received is not None)  # Saving takes time, too.
+            if stopping and self.step < self.stop_step:
+                return self._agree_on(stop)
+        if self._improves_no_more():
+            self._tell(f"step {self.step}: ends early, {self._best.stale} validations without improvement")
+        return None
 
-    def _train_step(self, batches: Iterator[Any]) -> dict[str, float]:
-        """One optimizer step over the global batch; returns its metrics."""
-        started, waited = time.perf_counter(), 0.0
+    def _train_step(self, batches: Iterator[Any], stop: StopSignal) -> tuple[dict[str, float], bool]:
+        """One optimizer step over the global batch: its metrics, and whether any rank was asked to stop."""
+        clock = StepClock(self._group.device)
         self.policy.train()
         totals: torch.Tensor | None = None
         names: list[str] = []
         for micro in range(self._micro_batches):
-            asked = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - asked
+            self._say_what_to_send(last=micro + 1 == self._micro_batches)
+            with clock.time("data_wait"):
+                batch = next(batches)
             # Modules with randomness of their own (dropout) draw the same numbers after a resume.
             torch.manual_seed(derived_seed(self.run.seed, self.step, self._group.rank, micro))
-            out: PolicyOutput = self.policy(to_device(batch, self._group.device))
-            torch.autograd.backward(out.loss_sum)
+            with clock.time("forward"):
+                out: PolicyOutput = self.policy(to_device(batch, self._group.device))
+            with clock.time("backward"):
+                torch.autograd.backward(out.loss_sum)
             names = sorted(out.metrics)
             sums = torch.stack([out.loss_sum.detach(), out.weight, *(out.metrics[name] for name in names)])
             totals = sums if totals is None else totals + sums
         assert totals is not None
-        totals = self._group.sum(totals)
-        # FSDP stored the mean over ranks of the gradients of each rank's sum; the loss is sum / weight (contract 4).
-        result = self.optimizer.step(divisor=totals[1] / self._group.size)
-        means = totals / totals[1]
-        values = torch.stack([means[0], result.lr, result.grad_norm, result.skipped, *means[2:]]).tolist()
-        seconds = time.perf_counter() - started
-        return dict(zip(["loss", "lr", "grad_norm", "skipped", *names], values, strict=True)) | {
-            "samples_per_second": self._config.global_batch_size / seconds,
-            "data_wait_share": waited / seconds,
-            "epoch": (self.step + 1) / self._steps_per_epoch,
-        }
+        # The request to stop travels with the sums: ranks agree on it without communicating more than they do anyway.
+        asked = totals.new_full((1,), float(stop.received is not None))
+        with clock.time("optimizer"):
+            totals = self._group.sum(torch.cat([totals, asked]))
+            # FSDP stored the mean over ranks of each rank's gradients; the loss is sum / weight (contract 4).
+            result = self.optimizer.step(divisor=totals[1] / self._group.size)
+            if self.ema:
+                self.ema.update(result.skipped)
+        optimizer = torch.stack([result.lr, result.grad_norm, result.skipped]).to(totals.device)
+        values = torch.cat([totals[:1] / totals[1], optimizer, totals[2:-1] / totals[1], totals[-1:]]).tolist()
+        metrics = dict(zip(["loss", "lr", "grad_norm", "skipped", *names], values[:-1], strict=True))
+        metrics |= clock.read(self._config.global_batch_size)
+        metrics["peak_memory_gb"] = peak_memory_gb(self._group.device)
+        metrics["epoch"] = (self.step + 1) / self._steps_per_epoch
+        return metrics, values[-1] > 0
+
+    def _say_what_to_send(self, *, last: bool) -> None:
+        if self._micro_batches > 1:
+            communicate(
+                self.policy,
+                last=last,
+                reduce_every_micro_batch=self._config.reduce_every_micro_batch,
+                reshard=self._config.reshard_after_forward,
+            )
+
+    def _validate(self, validation: Validation, stop: StopSignal) -> tuple[bool, bool]:
+        """Validate, unless asked to stop meanwhile: whether the result is the best to be saved, and whether to stop."""
+        results = validation(self.policy, self.ema, lambda: self._group.any(stop.received is not None))
+        if results is None:
+            return False, True
+        self._report("validation", results)
+        runner = self.run.runner
+        value = results[best_metric(runner.best_metric, results)]
+        self._best = self._best.after(self.step, value, runner.early_stop_min_delta)
+        return runner.save_best and self._best.step == self.step, False
+
+    def _improves_no_more(self) -> bool:
+        return 0 < self.run.runner.early_stop_patience <= self._best.stale
+
+    def _agree_on(self, stop: StopSignal) -> signal.Signals:
+        """The signal that stops the run on every rank, though it may have reached only one."""
+        interrupted = self._group.any(stop.received == signal.SIGINT)
+        return signal.SIGINT if interrupted else signal.SIGTERM
 
     def _report(self, kind: str, metrics: Mapping[str, float]) -> None:
         """Tell loggers and observers; rank 0 only."""
@@ -125,27 +182,40 @@ class Fsdp2Trainer:
         notify = hook.rlinf_step_finished if kind == "step" else hook.rlinf_validation_finished
         notify(trainer=self, step=self.step, metrics=metrics)
 
-    def _save(self) -> None:
-        position = checkpoint.Position(
+    def _tell(self, text: str) -> None:
+        for logger in self._loggers:
+            logger.message(text)
+
+    def _save(self, *, is_best: bool) -> None:
+        position = Position(
             step=self.step,
             epoch=self.step // self._steps_per_epoch,
             sample=self.step % self._steps_per_epoch * self._config.global_batch_size,
             rows=len(self.source),
             seed=self.run.seed,
             layout=layout(self.policy.named_parameters()),
+            best=self._best,
         )
         path = checkpoint.save(
-            self.run.folder, position, self._tensors(), self._group, keep_last=self.run.runner.keep_last
+            self.run.folder,
+            position,
+            self._tensors(),
+            self._group,
+            keep_last=self.run.runner.keep_last,
+            is_best=is_best,
         )
+        self._tell(f"step {self.step}: saved {path}" + " (the best validation so far)" * is_best)
         if self._group.rank == 0:
-            for logger in self._loggers:
-                logger.message(f"step {self.step}: saved {path}")
             self._plugins.hook.rlinf_checkpoint_saved(trainer=self, step=self.step, path=path)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Everything a checkpoint holds, in place."""
-        model = {f"model.{name}": parameter.detach() for name, parameter in self.policy.named_parameters()}
-        return model | {f"optim.{name}": tensor for name, tensor in self.optimizer.state_dict().items()}
+        parts: dict[str, Mapping[str, torch.Tensor]] = {
+            "model": {name: parameter.detach() for name, parameter in self.policy.named_parameters()},
+            "optim": self.optimizer.state_dict(),
+            "ema": self.ema.state_dict() if self.ema else {},
+        }
+        return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
 
     def _open_loader(self) -> Any:
         return build_train_loader(
@@ -158,16 +228,19 @@ class Fsdp2Trainer:
             rank=self._group.rank,
             world_size=self._group.size,
             start_step=self.step,
-            stop_step=self.run.runner.max_steps,
+            stop_step=self.stop_step,
             num_workers=self.run.data.num_workers,
             pin_memory=self._group.device.type == "cuda",
         )
 
     def _open_validation(self) -> Validation | None:
-        if not self.run.runner.val_check_interval:
+        runner = self.run.runner
+        if not runner.val_check_interval:
             return None
         held_out = open_split(self.run, self._plugins, "validation")
-        return Validation(self.run, self.pipeline, held_out, self.source, self._group)
+        validation = Validation(self.run, self.pipeline, held_out, self.source, self._group)
+        best_metric(runner.best_metric, validation.results)  # Better refused now than at the first validation.
+        return validation
 
     def _build_optimizer(self) -> Optimizer:
         optim = self.run.optim
@@ -180,60 +253,6 @@ class Fsdp2Trainer:
             clip_grad=optim.clip_grad,
         )
 
-    def _build_loggers(self, start_step: int) -> list[Any]:
-        if self._group.rank != 0:
-            return []
-        names = dict.fromkeys(("jsonl", "console", *self.run.runner.loggers))
-        stop_step = self.run.runner.max_steps
-        configs = [self._plugins.logger(name)(type=name) for name in names]
-        return [config.build(self.run, start_step=start_step, stop_step=stop_step) for config in configs]
-
-
-def open_split(run: RunConfig, plugins: Plugins, split: Split) -> SampleSource:
-    """The rows of a split, from the plugin that knows the dataset."""
-    source: SampleSource | None = plugins.hook.rlinf_open_dataset(dataset=run.data, policy=run.policy, split=split)
-    if source is None:
-        raise UserError(
-            f"No installed plugin opens the dataset {run.data.config_name!r} ({type(run.data).__name__}): "
-            "its config must derive from LeRobotDatasetConfig, or a plugin must implement rlinf_open_dataset."
-        )
-    return source
-
-
-def open_weights(run: RunConfig) -> WeightSource | None:
-    """The pretrained weights to start from; None: from the policy's initial values."""
-    return run.policy.open_weights() if run.policy.weights not in ("", "random") else None
-
-
-def build_policy(
-    run: RunConfig, config: Fsdp2TrainerConfig, group: Processes, plugins: Plugins, weights: WeightSource | None
-) -> Any:
-    """Build on the meta device, let plugins change it, shard it, and give it its weights (initial or pretrained)."""
-    with torch.device("meta"):
-        policy: Any = run.policy.build()
-    plugins.hook.rlinf_policy_built(policy=policy, run=run)
-    shapes = {name: tuple(parameter.shape) for name, parameter in policy.named_parameters()}
-    if unfilled := sorted(policy.state_dict().keys() - dict(policy.named_parameters(remove_duplicate=False)).keys()):
-        raise UserError(
-            f"the policy {run.policy.type!r} has buffers that checkpoints would have to hold: {', '.join(unfilled)}. "
-            "Register them with persistent=False and fill them in rebuild_buffers, or make them parameters"
-        )
-    if weights is not None:
-        weights.check(shapes)
-    shard(
-        policy,
-        group.mesh(),
-        compute_dtype=DTYPES[config.param_dtype],
-        reshard_after_forward=config.reshard_after_forward,
-        min_unit_size=config.min_unit_size,
-    )
-
-    def value(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        if weights is not None:
-            return weights.tensor(name)
-        generator = torch.Generator().manual_seed(derived_seed(run.seed, run.policy.published_name(name)))
-        initial: torch.Tensor = policy.initial_value(name, shape, generator)
-        return initial
-
-    materialize(policy, group.device, value)
-    return policy
+    def _build_ema(self) -> Ema | None:
+        decay, device = self.run.optim.ema_decay, self._config.ema_device
+        return Ema(self.policy, decay, torch.device("cpu") if device == "cpu" else None) if decay else None

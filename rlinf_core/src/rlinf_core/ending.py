@@ -1,0 +1,108 @@
+"""How a training process ends: one message, `exit.json` in the run's folder, and an exit code (contract 10).
+
+torchrun answers 1 whatever its workers answer, so the code that is promised stands in the file. Torch-free.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Literal
+
+from rlinf_core.errors import Exit, Interrupted, UserError
+from rlinf_core.files import write_text
+
+if TYPE_CHECKING:
+    from rlinf_core.trainer import Trainer
+
+FILE = "exit.json"
+OTHER_RANKS_WAIT = 5.0
+"""Seconds that a rank other than 0 waits with its message: what all ranks found, rank 0 alone should say."""
+
+Reason = Literal["finished", "preempted", "interrupted", "mistake", "defect"]
+
+
+class Ending:
+    """What is known of the run when this process ends."""
+
+    def __init__(self) -> None:
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.folder: Path | None = None
+        """The run's folder, once it is known to be this run's."""
+        self.start_step = 0
+        self.trainer: Trainer | None = None
+
+    @property
+    def step(self) -> int:
+        """Finished optimizer steps."""
+        return self.trainer.step if self.trainer else self.start_step
+
+    def belongs_to(self, folder: Path, start_step: int) -> None:
+        """Say where the run is recorded and where it stands; what an earlier process left there is out of date."""
+        self.folder, self.start_step = folder, start_step
+        if self.rank == 0:
+            (folder / FILE).unlink(missing_ok=True)
+
+    def follow(self, main: Callable[[Ending], object]) -> int:
+        """Do what the process is for, and record how that ended; returns the exit code.
+
+        Raises:
+            Exception: A defect, which keeps its traceback; Python then exits with 1.
+        """
+        if _ended_before(restarted=os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"):
+            return Exit.USER_ERROR
+        signal.signal(signal.SIGTERM, self._leave)
+        try:
+            main(self)
+        except UserError as error:
+            self._say_once(error)
+            if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+                _marker().touch()
+            return self._record(Exit.USER_ERROR, "mistake", str(error))
+        except KeyboardInterrupt as error:
+            preempted = isinstance(error, Interrupted) and error.received == signal.SIGTERM
+            said = str(error) or f"interrupted after step {self.step}"
+            return self._record(*((Exit.OK, "preempted") if preempted else (Exit.INTERRUPTED, "interrupted")), said)
+        except BaseException as error:
+            self._record(Exit.DEFECT, "defect", f"{type(error).__name__}: {error}")
+            raise
+        return self._record(Exit.OK, "finished", "")
+
+    def _leave(self, number: int, _: FrameType | None) -> None:
+        """SIGTERM before there is anything to save; a trainer that can save catches the signal itself."""
+        raise Interrupted(signal.Signals(number), self.step)
+
+    def _say_once(self, error: UserError) -> None:
+        """Print the message once: rank 0 first, another rank only if rank 0 has not ended the run meanwhile."""
+        if self.rank:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's, once rank 0 has ended: nothing is left to say.
+            time.sleep(OTHER_RANKS_WAIT)
+        print(f"error on rank {self.rank}: {error}" if self.rank else f"error: {error}", file=sys.stderr, flush=True)
+
+    def _record(self, code: Exit, reason: Reason, message: str) -> int:
+        """Write the file, on rank 0; another rank writes only its mistake, which rank 0's end then follows from."""
+        told = self.folder is not None and (self.rank == 0 or reason == "mistake")
+        if told and self.folder and not (reason == "defect" and (self.folder / FILE).exists()):
+            end: dict[str, Any] = {"code": int(code), "reason": reason, "message": message, "step": self.step}
+            end["time"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+            write_text(self.folder / FILE, json.dumps(end, indent=1) + "\n")
+        return code
+
+
+def _marker() -> Path:
+    """A file that this torchrun's workers on this machine share: a mistake is not mended by starting again."""
+    return Path(tempfile.gettempdir()) / f"rlinf-{os.getuid()}-{os.getppid()}.mistake"
+
+
+def _ended_before(*, restarted: bool) -> bool:
+    """Whether torchrun has started this process again after a mistake; the first start removes stale marks."""
+    if not restarted:
+        _marker().unlink(missing_ok=True)
+    return restarted and _marker().exists()

@@ -1,0 +1,88 @@
+"""What a run is made of besides its rows: its policy with weights, its loggers, each of the plugin that knows it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from rlinf_core.config.fsdp2 import Fsdp2TrainerConfig
+from rlinf_core.config.run import RunConfig
+from rlinf_core.errors import UserError
+from rlinf_core.logger import Logger
+from rlinf_core.plugins import Plugins
+from rlinf_core.policy import ShardUnit, WeightSource
+from rlinf_core.training.blocks import prepare_block
+from rlinf_core.training.distributed import Processes
+from rlinf_core.training.fsdp import derived_seed, materialize, shard
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+ALWAYS_ON = ("jsonl", "console")
+"""Loggers of every run, in the order in which they are told."""
+
+
+def open_weights(run: RunConfig) -> WeightSource | None:
+    """The pretrained weights to start from; None: from the policy's initial values."""
+    return run.policy.open_weights() if run.policy.weights not in ("", "random") else None
+
+
+def build_loggers(run: RunConfig, plugins: Plugins, *, start_step: int, stop_step: int) -> list[Logger]:
+    """The run's loggers; called on rank 0."""
+    names = dict.fromkeys((*ALWAYS_ON, *run.runner.loggers))
+    configs = [plugins.logger(name)(type=name) for name in names]
+    return [config.build(run, start_step=start_step, stop_step=stop_step) for config in configs]
+
+
+def build_policy(
+    run: RunConfig, config: Fsdp2TrainerConfig, group: Processes, plugins: Plugins, weights: WeightSource | None
+) -> Any:
+    """Build on the meta device, let plugins change it, shard it, and give it its weights (initial or pretrained)."""
+    with torch.device("meta"):
+        policy: Any = run.policy.build()
+    plugins.hook.rlinf_policy_built(policy=policy, run=run)
+    _refuse_saved_buffers(run, policy)
+    if weights is not None:
+        weights.check({name: tuple(parameter.shape) for name, parameter in policy.named_parameters()})
+    _prepare_blocks(run, config, policy)
+    shard(
+        policy,
+        group.mesh(config.num_replicas),
+        compute_dtype=DTYPES[config.param_dtype],
+        reshard_after_forward=config.reshard_after_forward,
+        min_unit_size=config.min_unit_size,
+        cpu_offload=config.cpu_offload,
+    )
+
+    def value(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        if weights is not None:
+            return weights.tensor(name)
+        generator = torch.Generator().manual_seed(derived_seed(run.seed, run.policy.published_name(name)))
+        initial: torch.Tensor = policy.initial_value(name, shape, generator)
+        return initial
+
+    home = torch.device("cpu") if config.cpu_offload else group.device
+    materialize(policy, home, value, buffers_on=group.device)
+    return policy
+
+
+def _refuse_saved_buffers(run: RunConfig, policy: Any) -> None:
+    if unfilled := sorted(policy.state_dict().keys() - dict(policy.named_parameters(remove_duplicate=False)).keys()):
+        raise UserError(
+            f"the policy {run.policy.type!r} has buffers that checkpoints would have to hold: {', '.join(unfilled)}. "
+            "Register them with persistent=False and fill them in rebuild_buffers, or make them parameters"
+        )
+
+
+def _prepare_blocks(run: RunConfig, config: Fsdp2TrainerConfig, policy: Any) -> None:
+    """Activation checkpointing, then compilation of what it made, before anything is sharded."""
+    if config.activation_checkpointing == "none" and not config.compile:
+        return
+    units: list[ShardUnit] = list(policy.shard_units())
+    blocks = [unit.module for unit in units if unit.block]
+    if not blocks:
+        raise UserError(
+            f"trainer.activation_checkpointing and trainer.compile work on a policy's blocks, and {run.policy.type!r} "
+            "names none: its shard_units() must say ShardUnit(..., block=True)"
+        )
+    for block in blocks:
+        prepare_block(block, checkpointing=config.activation_checkpointing, compiled=config.compile)

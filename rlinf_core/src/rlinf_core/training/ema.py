@@ -1,0 +1,78 @@
+"""An exponential moving average of the weights: float32, sharded like them, honouring skipped steps.
+
+Torch and the standard library only. The reference is openpi's JAX training loop: after each step the average becomes
+decay · average + (1 - decay) · weights, from the initial weights on and without bias correction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+
+class Ema:
+    """The average of a policy's trainable parameters; frozen ones are their own average and cost nothing.
+
+    Args:
+        policy: The sharded policy, with its initial weights.
+        decay: 0 < decay < 1.
+        device: Where the average lives; None: beside the parameters.
+    """
+
+    def __init__(self, policy: nn.Module, decay: float, device: torch.device | None = None) -> None:
+        self._policy = policy
+        self._decay = decay
+        self._parameters = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+        self._averages: dict[str, torch.Tensor] = {
+            name: p.detach().to(device=device or p.device, copy=True) for name, p in self._parameters.items()
+        }
+
+    @torch.no_grad()
+    def update(self, skipped: torch.Tensor) -> None:
+        """Follow the weights by one step.
+
+        Args:
+            skipped: 1.0 if the step changed nothing, which then is no step here either; else 0.0. Never read on the
+                host unless the average lives on another device.
+        """
+        weight: torch.Tensor | None = None
+        for name, parameter in self._parameters.items():
+            average = _local(self._averages[name])
+            if weight is None or weight.device != average.device:
+                weight = ((1.0 - self._decay) * (1.0 - skipped)).to(average.device)
+            average.lerp_(_local(parameter).to(average.device), weight)
+
+    def state_dict(self) -> Mapping[str, torch.Tensor]:
+        """The averages by parameter name; loading writes into these same tensors."""
+        return self._averages
+
+    @contextmanager
+    def in_place_of_weights(self) -> Iterator[None]:
+        """Let the policy compute with the averages; on leaving, the weights are what they were, to the bit."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for module in self._policy.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # What is still gathered is the other weights.
+        for name, parameter in self._parameters.items():
+            weights, average = _local(parameter), _local(self._averages[name])
+            kept = weights.clone()
+            weights.copy_(average)
+            average.copy_(kept)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's shard, sharing its memory."""
+    shard: torch.Tensor = tensor.detach()
+    return shard.to_local() if isinstance(shard, DTensor) else shard

@@ -1,0 +1,81 @@
+"""When a run ends before its last step: a signal, or validations that no longer improve."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import FrameType
+
+from rlinf_core.errors import UserError, did_you_mean
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+AGAIN = 2.0
+"""Seconds after which a second signal is a person who will not wait. Until then it is the same one: Ctrl-C reaches a
+worker from the terminal and once more from torchrun."""
+
+
+class StopSignal:
+    """Whether this process was asked to stop; ranks then agree on the step after which they do."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._at = 0.0
+
+    def handle(self, number: int, _: FrameType | None) -> None:
+        """Remember the first signal; a later one that is meant gets through at once."""
+        now = time.monotonic()
+        if self.received is None:
+            self.received, self._at = signal.Signals(number), now
+        elif now - self._at > AGAIN:
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def stop_signals() -> Iterator[StopSignal]:
+    """Catch SIGINT and SIGTERM for as long as the run trains, so that it can save before it leaves."""
+    stop = StopSignal()
+    before = {number: signal.signal(number, stop.handle) for number in SIGNALS}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best validation so far, kept in every checkpoint."""
+
+    step: int = 0
+    """Finished steps; 0: there was no validation yet."""
+    value: float | None = None
+    """What `runner.best_metric` was there."""
+    stale: int = 0
+    """Validations since then that were no better."""
+
+    def after(self, step: int, value: float, min_delta: float) -> Best:
+        """What is best after another validation; a value that is not a number is no improvement."""
+        if value < (math.inf if self.value is None else self.value) - min_delta:
+            return Best(step, value)
+        return replace(self, stale=self.stale + 1)
+
+
+DEFAULT_BEST = ("ema_val_action_mse", "val_action_mse", "ema_val_loss", "val_loss")
+
+
+def best_metric(wanted: str, results: Collection[str]) -> str:
+    """The result of validation by which checkpoints are compared.
+
+    Raises:
+        UserError: There is no result of the wanted name.
+    """
+    if wanted and wanted not in results:
+        raise UserError(
+            f"runner.best_metric: validation reports no {wanted!r}{did_you_mean(wanted, results)} "
+            f"(it reports {', '.join(results)})"
+        )
+    return wanted or next(name for name in DEFAULT_BEST if name in results)

@@ -1,0 +1,213 @@
+"""How a run goes, with the toy policy in this process: where it ends, what it validates, saves and keeps."""
+
+import json
+import math
+
+import pytest
+import torch
+import toy_policy
+from distributions import entry_point, repository_entry_points
+
+from rlinf_core.config.load import load_config
+from rlinf_core.errors import UserError
+from rlinf_core.plugins import DATASET_GROUP, PLUGIN_GROUP, Plugins
+from rlinf_core.training.distributed import processes
+from rlinf_core.training.jsonl import read_rows
+from rlinf_core.training.resume import prepare_folder
+from rlinf_core.training.stopping import Best
+
+CONFIG = """
+[data]
+config_name = "toy"
+num_workers = 0
+validation_fraction = 0.1
+[trainer]
+device = "cpu"
+param_dtype = "fp32"
+global_batch_size = 20
+micro_batch_size = 10
+[optim]
+lr = 1e-2
+warmup_steps = 0
+"""
+
+
+@pytest.fixture
+def plugins():
+    toys = [
+        entry_point(PLUGIN_GROUP, "toy", toy_policy, "toy-policy"),
+        entry_point(DATASET_GROUP, "toy", toy_policy.TrainableToyDataset, "toy-policy"),
+    ]
+    return Plugins([*repository_entry_points(), *toys])
+
+
+@pytest.fixture
+def configure(tmp_path, plugins):
+    path = tmp_path / "toy.toml"
+    path.write_text(CONFIG)
+    return lambda *overrides: load_config(path, [f"runner.output_dir={tmp_path}", *overrides], plugins)
+
+
+@pytest.fixture
+def train(configure, plugins, monkeypatch):
+    """Train as `rlinf_core.train` does, from wherever the run stands; returns the trainer, None if it is finished."""
+    monkeypatch.delenv("RANK", raising=False)
+
+    def train(*overrides, results=None):
+        run = configure(*overrides)
+        start = prepare_folder(run, overwrite=False)
+        if start.finished:
+            return None
+        with processes("cpu") as group:
+            trainer = run.trainer.build(run, start=start, group=group, plugins=plugins)
+            if results is not None:
+                measured = iter(results)
+                monkeypatch.setattr(trainer._validation, "_measure", lambda *_: {"val_loss": next(measured)})
+            trainer.train()
+        return trainer
+
+    return train
+
+
+def rows(trainer, key="loss"):
+    return [row for row in read_rows(trainer.run.folder / "metrics.jsonl") if key in row]
+
+
+def checkpoints(trainer):
+    return [int(path.name.removeprefix("step_")) for path in sorted((trainer.run.folder / "checkpoints").iterdir())]
+
+
+def test_epochs_end_a_run(train):
+    """200 rows make 10 steps of 20."""
+    trainer = train("runner.max_epochs=2")
+    assert (trainer.step, trainer.stop_step, rows(trainer)[-1]["epoch"]) == (20, 20, 2.0)
+    assert train("runner.max_epochs=2") is None
+    assert train("runner.max_epochs=3").step == 30
+
+
+def test_whichever_limit_comes_first_ends_a_run(train):
+    assert train("runner.max_epochs=2", "runner.max_steps=3").step == 3
+    assert train("runner.name=b", "runner.max_epochs=1", "runner.max_steps=30").step == 10
+
+
+def test_limits_survive_being_written(configure, tmp_path, plugins):
+    from rlinf_core.config.load import dump_config
+
+    for overrides in (["runner.max_epochs=2"], ["runner.max_epochs=2", "runner.max_steps=5"], []):
+        run = configure(*overrides)
+        (tmp_path / "again.toml").write_text(dump_config(run))
+        assert load_config(tmp_path / "again.toml", [], plugins) == run
+    with pytest.raises(UserError, match="max_steps and max_epochs are both 0"):
+        configure("runner.max_steps=0")
+
+
+def test_validation_measures_live_and_averaged_weights(train):
+    trainer = train("runner.max_steps=6", "runner.val_check_interval=3", "optim.ema_decay=0.9")
+    for row in rows(trainer, "val_loss"):
+        assert row.keys() >= {"val_loss", "val_action_mse", "ema_val_loss", "ema_val_action_mse"}
+        assert row["ema_val_loss"] != row["val_loss"]
+    # Validating in between changes nothing.
+    assert [row["loss"] for row in rows(trainer)] == [
+        row["loss"] for row in rows(train("runner.max_steps=6", "runner.name=without"))
+    ]
+
+
+def test_validation_of_the_average_is_that_of_a_policy_with_these_weights(train):
+    trainer = train("runner.max_steps=4", "runner.val_check_interval=4", "optim.ema_decay=0.5")
+    [row] = rows(trainer, "val_loss")
+    with torch.no_grad():
+        for name, parameter in trainer.policy.named_parameters():
+            parameter.to_local().copy_(trainer.ema.state_dict()[name].to_local())
+    with processes("cpu"):
+        again = trainer._validation._measure(trainer.policy, lambda: False)
+    assert again["val_loss"] == pytest.approx(row["ema_val_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("reshard", ["true", "false"])
+def test_weights_are_the_same_to_the_bit_after_lending_their_place_to_the_average(train, reshard):
+    trainer = train("runner.max_steps=2", "optim.ema_decay=0.5", f"trainer.reshard_after_forward={reshard}")
+    before = {name: p.detach().to_local().clone() for name, p in trainer.policy.named_parameters()}
+    average = {name: t.to_local().clone() for name, t in trainer.ema.state_dict().items()}
+    with trainer.ema.in_place_of_weights():
+        for name, parameter in trainer.policy.named_parameters():
+            assert torch.equal(parameter.detach().to_local(), average[name])
+    for name, parameter in trainer.policy.named_parameters():
+        assert torch.equal(parameter.detach().to_local(), before[name])
+
+
+def test_a_skipped_step_does_not_move_the_average(train):
+    trainer = train("runner.max_steps=2", "optim.ema_decay=0.5")
+    before = {name: t.to_local().clone() for name, t in trainer.ema.state_dict().items()}
+    trainer.ema.update(torch.tensor(1.0))
+    assert all(torch.equal(t.to_local(), before[name]) for name, t in trainer.ema.state_dict().items())
+    trainer.ema.update(torch.tensor(0.0))
+    assert not all(torch.equal(t.to_local(), before[name]) for name, t in trainer.ema.state_dict().items())
+
+
+def test_the_average_is_resumed(train):
+    whole = train("runner.max_steps=6", "optim.ema_decay=0.9")
+    train("runner.name=parts", "runner.max_steps=3", "optim.ema_decay=0.9")
+    parts = train("runner.name=parts", "runner.max_steps=6", "optim.ema_decay=0.9")
+    for name, average in whole.ema.state_dict().items():
+        assert torch.equal(average.to_local(), parts.ema.state_dict()[name].to_local())
+
+
+VALIDATED = ("runner.val_check_interval=2", "runner.save_interval=0", "runner.keep_last=1")
+
+
+def test_the_best_checkpoint_is_saved_named_and_kept(train):
+    results = [3.0, 1.0, 2.0, 1.5]
+    trainer = train("runner.max_steps=8", "runner.save_best=true", *VALIDATED, results=results)
+    assert (trainer.run.folder / "best").read_text() == "step_000000004"
+    assert checkpoints(trainer) == [4, 8]
+    state = json.loads((trainer.run.folder / "checkpoints" / "step_000000008" / "state.json").read_text())
+    assert state["best"] == {"step": 4, "value": 1.0, "stale": 2}
+
+
+def test_a_run_that_improves_no_more_ends_early(train):
+    early = ("runner.max_steps=20", "runner.early_stop_patience=2", *VALIDATED)
+    trainer = train(*early, results=[3.0, 2.0, 2.0, math.nan, 0.0])
+    assert trainer.step == 8
+    assert checkpoints(trainer) == [8]
+    assert train(*early) is None
+    assert train("runner.max_steps=10", *VALIDATED, results=[1.0]).step == 10
+
+
+def test_an_improvement_must_be_large_enough(train):
+    small = ("runner.early_stop_min_delta=0.5", "runner.early_stop_patience=1", "runner.max_steps=20", *VALIDATED)
+    assert train(*small, results=[3.0, 2.4, 2.0]).step == 6
+
+
+def test_the_first_number_is_an_improvement_and_no_number_is_none():
+    best = Best().after(1, math.nan, 0.0)
+    assert (best.step, best.stale) == (0, 1)
+    assert best.after(2, 5.0, 0.0) == Best(2, 5.0, 0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        (["runner.save_best=true"], "runner.save_best needs validations: set runner.val_check_interval"),
+        (["runner.early_stop_min_delta=0.1"], "does nothing without early_stop_patience"),
+        (["trainer.cpu_offload=true", "trainer.ema_device=cpu"], "says nothing new beside cpu_offload"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(configure, overrides, complaint):
+    with pytest.raises(UserError, match=complaint):
+        configure(*overrides)
+
+
+def test_an_unknown_best_metric_is_refused_before_training(train):
+    with pytest.raises(UserError, match=r"no 'val_los'; did you mean 'val_loss'\?"):
+        train("runner.best_metric=val_los", "runner.val_check_interval=2")
+
+
+def test_replicas_that_do_not_divide_the_ranks_are_refused(train):
+    with pytest.raises(UserError, match=r"trainer\.num_replicas = 2 does not divide the 1 ranks"):
+        train("trainer.num_replicas=2")
+
+
+def test_a_policy_without_blocks_cannot_be_checkpointed_or_compiled(train, monkeypatch):
+    monkeypatch.setattr(toy_policy.ToyModule, "shard_units", lambda self: iter(()))
+    with pytest.raises(UserError, match=r"'trainable_toy' names none: its shard_units\(\) must say"):
+        train("trainer.compile=true")
