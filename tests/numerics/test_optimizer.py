@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from rlinf_core.training.ema import Ema
 from rlinf_core.training.optim import Optimizer, Schedule
 
 
@@ -15,6 +16,22 @@ def test_learning_rate_is_optax_in_float32(optim_case, report):
         ours = np.array([float(schedule.at(torch.tensor(step))) for step in case["steps"]])
         theirs = np.array(case["lr"])
         report(f"optim/schedule/{name}", "lr", float(np.max(np.abs(ours / theirs - 1))), 1e-5)
+
+
+@pytest.mark.parametrize("decay", ["0.99", "0.999"])
+def test_the_average_of_the_weights_is_the_references(optim_case, report, decay):
+    data = np.load(optim_case / "adamw_clip_ema.npz")
+    names = sorted({key.split("/", 1)[1] for key in data if key.startswith("init/")})
+    policy = torch.nn.ParameterDict({name: torch.nn.Parameter(torch.tensor(data[f"init/{name}"])) for name in names})
+    ema, worst = Ema(policy, float(decay)), 0.0
+    for step in range(len({key.split("/")[0] for key in data if key.startswith("grad")})):
+        for name, parameter in policy.items():
+            parameter.data.copy_(torch.tensor(data[f"param{step}/{name}"]))
+        ema.update(torch.tensor(0.0))
+        for name, average in ema.state_dict().items():
+            theirs = torch.tensor(data[f"ema{decay}_{step}/{name}"])
+            worst = max(worst, float((average - theirs).abs().max() / theirs.abs().max()))
+    report("optim/ema", f"average ({decay})", worst, 1e-6)
 
 
 @pytest.mark.parametrize("divisor", [1.0, 7.0])

@@ -8,6 +8,7 @@ import torch
 from golden import name_of
 from pi0_case import max_distance, read_batch, read_model
 
+from rlinf_core.training.ema import Ema
 from rlinf_core.training.optim import Optimizer, Schedule
 from rlinf_plugins_openpi.weights import PublishedWeights
 
@@ -26,7 +27,7 @@ class Run:
         self.model = read_model((folder / self.curve["init"]).parent)
         self.start = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         arrays, self.log, self.on_the_way = dict(np.load(folder / "batches.npz")), [], {}
-        optimizer = self.optimizer()
+        optimizer, ema = self.optimizer(), Ema(self.model, self.curve["ema_decay"])
         for step in range(self.curve["steps"]):
             prefix = f"batch{self.curve['pool_index'][step]}/"
             batch = read_batch({k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)})
@@ -34,9 +35,12 @@ class Run:
             output = self.model(batch | draws)
             output.loss_sum.backward()
             done = optimizer.step(output.weight)
+            ema.update(done.skipped)
             loss = output.loss_sum.detach() / output.weight
             self.log.append([float(value) for value in (loss, done.grad_norm, done.lr)])
-            self.on_the_way[step + 1] = {name: p.detach().clone() for name, p in self.small_projections()}
+            now = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+            self.on_the_way[f"step{step + 1}"] = now
+        self.on_the_way["ema_final"] = ema.state_dict()
 
     def optimizer(self):
         settings, schedule = self.curve["optimizer"], self.curve["schedule"]
@@ -49,8 +53,37 @@ class Run:
             clip_grad=settings["clip_global_norm"],
         )
 
-    def small_projections(self):
-        return ((name, p) for name, p in self.model.named_parameters() if name.count(".") == 1 and "norm" not in name)
+
+def in_reference_layout(state, name, head_dim):
+    """Parameters under the reference's name and in its layout: kernels [in, out], layers stacked, heads apart."""
+    layers = sum(key.endswith(".vlm.q_proj.weight") for key in state)
+
+    def stacked(key):
+        return torch.stack([state[f"layers.{index}.{key}"] for index in range(layers)])
+
+    def heads(weight):  # [L, heads · head dim, width] -> [L, heads, width, head dim]
+        return weight.unflatten(1, (-1, head_dim)).transpose(2, 3)
+
+    match name.removeprefix("PaliGemma/").split("/"):
+        case ["img", "head", "kernel"]:
+            return state["vision.head.projector.weight"].T
+        case ["img", "Transformer", "encoder_norm", "scale"]:
+            return state["vision.head.norm.weight"]
+        case ["llm", "final_norm", "scale"]:
+            return state["vlm_norm.weight"]
+        case ["llm", "layers", "attn", "q_einsum_1", "w"]:
+            return heads(stacked("expert.q_proj.weight"))
+        case ["llm", "layers", "attn", "kv_einsum", "w"]:
+            return torch.stack([heads(stacked(f"vlm.{key}_proj.weight")) for key in "kv"], dim=1)
+        case ["llm", "layers", "pre_attention_norm_1", "Dense_0", "kernel"]:
+            return stacked("expert.input_norm.dense.weight").mT
+        case ["llm", "layers", "pre_attention_norm_1", "scale"]:
+            return stacked("expert.input_norm.weight")
+        case [projection, "kernel"]:
+            return state[f"{projection}.weight"].T
+        case [projection, "bias"]:
+            return state[f"{projection}.bias"]
+    raise AssertionError(f"the reference watched {name}, which this test does not know")
 
 
 @pytest.fixture
@@ -78,9 +111,6 @@ def test_training_follows_the_recorded_run(run, report):
     report(run.name, f"parameter change, {len(loss)} steps", (off / update) ** 0.5, UPDATE)
 
     for key, value in run.watched.items():
-        when, _, path = key.partition("/")
-        name, _, kind = path.partition("/")
-        if when.startswith("step") and f"{name}.{'weight' if kind == 'kernel' else kind}" in run.start:
-            small = run.on_the_way[int(when.removeprefix("step"))]
-            mine = small[f"{name}.weight"].T if kind == "kernel" else small[f"{name}.{kind}"]
-            report(run.name, key, max_distance(mine, value), UPDATE)
+        when, _, name = key.partition("/")
+        ours = in_reference_layout(run.on_the_way[when], name, run.model.dimensions.vlm.head_dim)
+        report(run.name, key, max_distance(ours, value), UPDATE)

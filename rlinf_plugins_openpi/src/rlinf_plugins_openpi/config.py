@@ -25,7 +25,7 @@ class OpenpiPolicyConfig(PolicyConfig):
     """What π0 and π0.5 have in common: all but the prompt format, the normalisation and one flag of the model."""
 
     run_defaults: ClassVar[Mapping[str, Any]] = {
-        "optim": {"lr": 2.5e-5, "min_lr": 2.5e-6, "warmup_steps": 1000, "decay_steps": 30_000}
+        "optim": {"lr": 2.5e-5, "min_lr": 2.5e-6, "warmup_steps": 1000, "decay_steps": 30_000, "ema_decay": 0.99}
     }
 
     variant: Literal["base", "dummy"] = "base"
