@@ -6,11 +6,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tiny_lerobot import CAMERAS, FPS
 
 from rlinf_core.data.lerobot import open_lerobot
 from rlinf_core.datasets import LeRobotDatasetConfig
 from rlinf_core.errors import UserError
+from rlinf_core.testing.lerobot import CAMERAS, FPS
 
 HORIZON = 5
 

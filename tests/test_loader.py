@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 import torch
-from tiny_lerobot import CAMERAS
 from toy_data import Repack, Rows, ToyPolicy
 
 from rlinf_core.data.lerobot import open_lerobot
@@ -10,6 +9,7 @@ from rlinf_core.data.order import check_batch, epoch_order, sample_generator, st
 from rlinf_core.data.pipeline import Pipeline
 from rlinf_core.datasets import LeRobotDatasetConfig
 from rlinf_core.errors import UserError
+from rlinf_core.testing.lerobot import CAMERAS
 
 ROWS, GLOBAL = 27, 12  # Two steps an epoch; three rows are left out of each.
 

@@ -8,6 +8,7 @@ import pytest
 import rlinf_core
 
 PUBLIC = [
+    "Command",
     "DatasetConfig",
     "LeRobotDatasetConfig",
     "Logger",
@@ -54,6 +55,6 @@ def test_importing_the_package_costs_nothing():
 
 
 def test_declarative_modules_leave_torch_unloaded():
-    imports = "from rlinf_core import builtin, cli, datasets, hookspecs, logger, plugins, policy, trainer; "
+    imports = "from rlinf_core import builtin, cli, datasets, hookspecs, logger, plugins, policy, testing, trainer; "
     imports += "from rlinf_core.config import fsdp2, load"
     assert loaded_after(imports, "torch", "lerobot", "rich", "tomli_w") == []

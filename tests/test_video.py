@@ -2,10 +2,10 @@ import pickle
 
 import numpy as np
 import pytest
-from tiny_lerobot import CAMERAS, FPS
 
 from rlinf_core.data.video import VideoReader, decoder_name
 from rlinf_core.errors import UserError
+from rlinf_core.testing.lerobot import CAMERAS, FPS
 
 
 @pytest.fixture(scope="module")

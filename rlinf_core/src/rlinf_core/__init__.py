@@ -1,13 +1,15 @@
 """Supervised fine-tuning of robot and text policies; plugins bring the policies and the datasets.
 
-The names in `__all__` are the public surface, with the modules `data.transforms`, `data.normalize`, `data.pipeline` and
-`data.sample`. They load on first use, so that importing the package costs nothing and leaves torch unloaded.
+The names in `__all__` are the public surface, with the modules `data.transforms`, `data.normalize`, `data.pipeline`,
+`data.sample` and, for the tests of plugins, `testing`. They load on first use, so that importing the package costs
+nothing and leaves torch unloaded.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rlinf_core.command import Command as Command
     from rlinf_core.config.run import RunConfig as RunConfig
     from rlinf_core.data.sample import Sample as Sample
     from rlinf_core.datasets import DatasetConfig as DatasetConfig
@@ -37,6 +39,7 @@ _HOME = {
     "Trainer": "trainer",
     "LoggerConfig": "logger",
     "Logger": "logger",
+    "Command": "command",
     "Sample": "data.sample",
     "RunConfig": "config.run",
     "hookimpl": "hookspecs",

@@ -1,0 +1,98 @@
+"""Tiny LeRobot v3.0 datasets, written by lerobot's own writer; a moving square shows which frame a picture is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+FPS = 10
+"""Frames a second."""
+SIZE = 32
+"""Pixels, both ways."""
+TASKS = ("push the block", "open the drawer")
+CAMERAS = ("observation.images.front", "observation.images.wrist")
+VECTORS = {"observation.state": 3, "action": 2}
+
+
+@dataclass(frozen=True)
+class TinyDataset:
+    """What went into a dataset, to compare with what comes out."""
+
+    root: Path
+    vectors: dict[str, list[NDArray[np.float32]]]
+    """Column -> one [frames, width] an episode."""
+    images: list[NDArray[np.uint8]]
+    """One [frames, cameras, SIZE, SIZE, 3] an episode."""
+    tasks: list[str]
+    """One an episode."""
+
+    @property
+    def states(self) -> list[NDArray[np.float32]]:
+        """The column `observation.state`."""
+        return self.vectors["observation.state"]
+
+    @property
+    def actions(self) -> list[NDArray[np.float32]]:
+        """The column `action`."""
+        return self.vectors["action"]
+
+
+def picture(episode: int, frame: int, camera: int) -> NDArray[np.uint8]:
+    """Uint8 [SIZE, SIZE, 3]: a square whose place tells the frame and whose colours tell the episode and the camera."""
+    image = np.full((SIZE, SIZE, 3), ((40 + 60 * camera) % 256, 20 * episode % 240, 90), np.uint8)
+    left = 2 * frame % (SIZE - 8)
+    image[8:16, left : left + 8] = (250, (200 - 100 * camera) % 256, 30 * episode % 240)
+    return image
+
+
+def write_tiny_dataset(
+    root: Path,
+    *,
+    cameras: Sequence[str] = CAMERAS,
+    vectors: Mapping[str, int] = VECTORS,
+    lengths: Sequence[int] = (9, 7, 12, 8),
+    videos: bool = False,
+    seed: int = 0,
+    **create: Any,
+) -> TinyDataset:
+    """Write a dataset of random numbers and small pictures; two tasks alternate by episode. Imports lerobot.
+
+    Args:
+        root: Folder to write; it must not exist.
+        cameras: Columns of pictures.
+        vectors: Columns of numbers with their widths.
+        lengths: Frames of each episode; pictures repeat after 12.
+        videos: Pictures as AV1 video instead of PNG in the data files.
+        seed: Of the numbers.
+        create: Further arguments of `LeRobotDataset.create`.
+    """
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    shape = {"shape": (SIZE, SIZE, 3), "names": ["height", "width", "channels"]}
+    features: dict[str, Any] = {name: {"dtype": "video" if videos else "image"} | shape for name in cameras}
+    features |= {
+        name: {"dtype": "float32", "shape": (width,), "names": [f"{name}{i}" for i in range(width)]}
+        for name, width in vectors.items()
+    }
+    dataset = LeRobotDataset.create("tests/tiny", FPS, features, root=root, use_videos=videos, **create)
+    generator = np.random.default_rng(seed)
+    written = TinyDataset(Path(root), {name: [] for name in vectors}, [], [])
+    for episode, length in enumerate(lengths):
+        frames = {name: generator.normal(size=(length, width)).astype(np.float32) for name, width in vectors.items()}
+        pictures = [[picture(episode, frame, camera) for camera in range(len(cameras))] for frame in range(length)]
+        task = TASKS[episode % 2]
+        for frame in range(length):
+            numbers = {name: values[frame] for name, values in frames.items()}
+            dataset.add_frame(numbers | {"task": task} | dict(zip(cameras, pictures[frame], strict=True)))
+        dataset.save_episode()
+        for name, values in frames.items():
+            written.vectors[name].append(values)
+        written.images.append(np.array(pictures, np.uint8))
+        written.tasks.append(task)
+    dataset.finalize()
+    return written

@@ -1,0 +1,97 @@
+"""`check_policy`: does a policy's config, and the module it builds, keep what trainers rely on?"""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import numpy as np
+
+from rlinf_core.data.sample import Sample
+from rlinf_core.policy import PolicyConfig
+from rlinf_core.registrations import type_of
+from rlinf_core.testing.configs import check_class, check_round_trip, check_run_defaults
+from rlinf_core.testing.findings import Findings, Report
+from rlinf_core.testing.samples import made_up, pipeline_of, same, variants
+
+
+def check_policy(config: PolicyConfig, sample: Sample | None = None) -> Report:
+    """Prove that a policy conforms: its config, its transforms, and the module on the CPU in float32.
+
+    Take a small variant: every parameter is initialised and trained for a step.
+
+    Args:
+        config: The policy.
+        sample: What a dataset's transforms leave, before normalisation; default: one made up, of an arm with a state
+            and actions of 7 numbers, a prompt, and no cameras. Give one if the policy needs something else.
+
+    Returns:
+        What was checked, and what was not and why; `print` shows it.
+
+    Raises:
+        AssertionError: Something does not conform; the message has one line for each finding.
+    """
+    findings = Findings(type(config).__qualname__)
+    check_class(findings, type(config))
+    findings.attempt("`type` is a Literal with one name", lambda: type_of(type(config), PolicyConfig))
+    check_round_trip(findings, config)
+    check_run_defaults(findings, type(config).run_defaults)
+    findings.attempt("the config can be pickled (it travels to workers)", lambda: pickle.loads(pickle.dumps(config)))
+    _check_draw(findings, config)
+    samples = _encode(findings, config, sample)
+    if samples is None:
+        findings.skip("collate and the module: there are no samples")
+        return findings.report()
+
+    from rlinf_core.testing.modules import check_collate, check_module
+
+    if check_collate(findings, config, samples):
+        check_module(findings, config, samples)
+    else:
+        findings.skip("the module: there is no batch")
+    return findings.report()
+
+
+def _generator(key: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=key))
+
+
+def _check_draw(findings: Findings, config: PolicyConfig) -> None:
+    drawn = findings.attempt("draw(generator) can be called", lambda: [config.draw(_generator(1)) for _ in range(2)])
+    if drawn is None:
+        return
+    findings.expect(same(drawn[0], drawn[1]), "draw() is a function of its generator alone (contract 1)")
+    if horizon := config.chunk_length():
+        noise = drawn[0].get("noise")
+        good = isinstance(noise, np.ndarray) and noise.dtype == np.float32 and noise.ndim == 2 and len(noise) == horizon
+        found = f"{noise.dtype} {list(noise.shape)}" if isinstance(noise, np.ndarray) else type(noise).__name__
+        findings.expect(good, f"draw() gives `noise`, float32 [H, A] with H = {horizon}", found)
+
+
+def _encode(findings: Findings, config: PolicyConfig, sample: Sample | None) -> list[Sample] | None:
+    """Three samples as they reach `collate`, with their draws."""
+    given: Any = sample or made_up(config)
+    rule = "transforms take a sample" + ("" if sample else " (a made-up one; give check_policy one that fits, if not)")
+    encoded = findings.attempt(rule, lambda: [pipeline_of(config, given).encode(one) for one in variants(given)])
+    if encoded is None:
+        return None
+    pipeline = pipeline_of(config, given)
+    copied: Any = findings.attempt(
+        "transforms can be pickled (they travel to workers)", lambda: pickle.loads(pickle.dumps(pipeline))
+    )
+    again = findings.expect(same(pipeline.encode(variants(given)[0]), encoded[0]), "transforms do the same each time")
+    if again and copied is not None:
+        findings.expect(same(copied.encode(variants(given)[0]), encoded[0]), "transforms do the same after pickling")
+    observation: Any = {key: value for key, value in given.items() if not key.startswith("actions")}
+    findings.attempt("transforms take a sample without actions (inference)", lambda: pipeline.encode(observation))
+    without = {key: value for key, value in given.items() if key != "images"}
+    findings.attempt("transforms take a sample without images (statistics)", lambda: pipeline.encode(without))
+    drawn = [_draw(config, key) for key in range(len(encoded))]
+    return [{**one, **draw} for one, draw in zip(encoded, drawn, strict=True)]  # type: ignore[typeddict-item]
+
+
+def _draw(config: PolicyConfig, key: int) -> dict[str, Any]:
+    try:
+        return config.draw(_generator(key))
+    except Exception:  # Already a finding of `_check_draw`.
+        return {}
