@@ -25,6 +25,7 @@ PUBLIC = [
     "TrainerConfig",
     "UserError",
     "hookimpl",
+    "load_policy",
 ]
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rlinf_core.errors import PluginError as PluginError
     from rlinf_core.errors import UserError as UserError
     from rlinf_core.hookspecs import hookimpl as hookimpl
+    from rlinf_core.inference import load_policy as load_policy
     from rlinf_core.logger import Logger as Logger
     from rlinf_core.logger import LoggerConfig as LoggerConfig
     from rlinf_core.policy import Policy as Policy
@@ -43,6 +44,7 @@ _HOME = {
     "Sample": "data.sample",
     "RunConfig": "config.run",
     "hookimpl": "hookspecs",
+    "load_policy": "inference",
     "PluginError": "errors",
     "UserError": "errors",
 }

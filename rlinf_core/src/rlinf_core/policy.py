@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from rlinf_core.data.normalize import Stats
+    from rlinf_core.datasets import DatasetConfig
+
 
 class PolicyConfig(BaseModel):
     """The `[policy]` table. A subclass narrows `type` to a `Literal` of its own and adds fields."""
@@ -30,6 +33,8 @@ class PolicyConfig(BaseModel):
     """Defaults this policy sets for the run, as a TOML table: `{"optim": {"lr": 2.5e-5}}`."""
     normalization: ClassVar[Literal["mean_std", "quantile", "none"]] = "none"
     """How `state` and `actions` are normalised before `transforms()`."""
+    export_formats: ClassVar[tuple[str, ...]] = ()
+    """Other projects' layouts that `export` writes."""
 
     type: str
     """Which policy this is."""
@@ -74,6 +79,31 @@ class PolicyConfig(BaseModel):
         """
         if self.weights not in ("", "random") and not Path(self.weights).expanduser().exists():
             raise UserError(f"policy.weights: there is no file or folder {self.weights}")
+
+    def files(self) -> Mapping[str, str]:
+        """Files besides the weights without which the policy cannot act: the field that names it -> its path.
+
+        An exported policy carries copies.
+        """
+        return {}
+
+    def save_weights(self, tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
+        """Write whole tensors, by the module's own names, into a folder that `open_weights` reads."""
+        raise NotImplementedError(f"{type(self).__name__} cannot save weights")
+
+    def export(
+        self, format: str, tensors: Mapping[str, torch.Tensor], folder: Path, data: DatasetConfig, stats: Stats | None
+    ) -> None:
+        """Write the policy as another project's loader reads it.
+
+        Args:
+            format: One of `export_formats`.
+            tensors: Whole tensors on the CPU by the module's own names, in the dtype to write.
+            folder: An empty folder.
+            data: The dataset the policy was trained on.
+            stats: The statistics it was trained with; None for policies that normalise nothing.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define export() for its export_formats")
 
     def open_weights(self) -> WeightSource:
         """Open `weights` for reading; raise `UserError` that names every missing, unexpected or misshapen tensor."""

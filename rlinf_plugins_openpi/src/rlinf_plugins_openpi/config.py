@@ -16,7 +16,9 @@ from rlinf_plugins_openpi.tokenizer import SMALL_MODEL, PromptTokenizer, load_pr
 from rlinf_plugins_openpi.transforms import IMAGE_SIZE, PadToActionDim, ResizeWithPad, TokenizePrompt
 
 if TYPE_CHECKING:
-    from torch import nn
+    from pathlib import Path
+
+    from torch import Tensor, nn
 
     from rlinf_core.policy import WeightSource
 
@@ -102,6 +104,16 @@ class OpenpiPolicyConfig(PolicyConfig):
         from rlinf_plugins_openpi.weights import published_names
 
         return published_names(self.dimensions).get(name, name)
+
+    def files(self) -> Mapping[str, str]:
+        """The tokenizer, unless it is the small one that is shipped."""
+        return {"tokenizer": self.tokenizer} if self.tokenizer else {}
+
+    def save_weights(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
+        """Write `model.safetensors` in openpi's PyTorch layout."""
+        from rlinf_plugins_openpi.weights import save_published
+
+        save_published(tensors, folder / "model.safetensors", self.dimensions)
 
     def open_weights(self) -> WeightSource:
         """Open weights in openpi's PyTorch layout."""

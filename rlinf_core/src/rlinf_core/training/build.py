@@ -33,14 +33,20 @@ def build_loggers(run: RunConfig, plugins: Plugins, *, start_step: int, stop_ste
     return [config.build(run, start_step=start_step, stop_step=stop_step) for config in configs]
 
 
-def build_policy(
-    run: RunConfig, config: Fsdp2TrainerConfig, group: Processes, plugins: Plugins, weights: WeightSource | None
-) -> Any:
-    """Build on the meta device, let plugins change it, shard it, and give it its weights (initial or pretrained)."""
+def build_on_meta(run: RunConfig, plugins: Plugins) -> Any:
+    """The policy without memory, as plugins have changed it."""
     with torch.device("meta"):
         policy: Any = run.policy.build()
     plugins.hook.rlinf_policy_built(policy=policy, run=run)
     _refuse_saved_buffers(run, policy)
+    return policy
+
+
+def build_policy(
+    run: RunConfig, config: Fsdp2TrainerConfig, group: Processes, plugins: Plugins, weights: WeightSource | None
+) -> Any:
+    """Build the policy, shard it, and give it its weights (initial or pretrained)."""
+    policy = build_on_meta(run, plugins)
     if weights is not None:
         weights.check({name: tuple(parameter.shape) for name, parameter in policy.named_parameters()})
     _prepare_blocks(run, config, policy)

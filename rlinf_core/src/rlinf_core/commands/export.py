@@ -1,0 +1,28 @@
+"""`rlinf export`: a run's policy as a folder that one can act with, train on, or hand to another project."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.add_argument("run", help="the run's folder, runs/<name>")
+    parser.add_argument("--output", required=True, help="the folder to write; it must not be there")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--step", type=int, help="the checkpoint after this step; default: the newest")
+    which.add_argument("--best", action="store_true", help="the checkpoint with the best validation")
+    parser.add_argument("--ema", action="store_true", help="the moving average of the weights (optim.ema_decay)")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the file; default: fp32")
+    parser.add_argument("--format", default="rlinf", help="whose loader reads it: rlinf, or a format of the policy's")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Export, and say what."""
+    from rlinf_core.export import Choice, export_run
+    from rlinf_core.plugins import get_plugins
+
+    choice = Choice(options.step, options.best, options.ema, options.dtype, options.format)
+    checkpoint = export_run(Path(options.run), Path(options.output), choice, get_plugins())
+    print(f"{options.output}: {'EMA ' if options.ema else ''}weights of {checkpoint} in {options.dtype}")

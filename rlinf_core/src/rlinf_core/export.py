@@ -1,0 +1,196 @@
+"""From a run's checkpoint to a folder with everything that a policy needs to act.
+
+The folder holds the weights in the layout that the policy's `open_weights` reads, `norm_stats.json`, copies of the
+policy's files (a tokenizer), and `rlinf.json`, which says how data become samples and what the files' hashes are.
+`inference.load_policy` reads it; `policy.weights` may name it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load as read_shards
+
+from rlinf_core.config.load import load_config
+from rlinf_core.config.run import RunConfig
+from rlinf_core.data.normalize import load_norm_stats
+from rlinf_core.errors import UserError, did_you_mean
+from rlinf_core.plugins import Plugins
+from rlinf_core.training.build import DTYPES, build_on_meta
+from rlinf_core.training.fsdp import layout
+from rlinf_core.training.position import latest, read_position, step_name
+
+DESCRIPTION = "rlinf.json"
+STATISTICS = "norm_stats.json"
+FORMAT = 1
+NUMBERS_AT_A_TIME = 2**28
+NATIVE = "rlinf"
+"""The format that this project reads; the others are the policy's."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What of a run to export."""
+
+    step: int | None = None
+    """The checkpoint after this step; None: the newest."""
+    best: bool = False
+    """The checkpoint with the best validation."""
+    ema: bool = False
+    """The moving average of the weights instead of the weights."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Floating-point format of the file."""
+    format: str = NATIVE
+    """Whose loader reads the result."""
+
+
+def export_run(folder: Path, output: Path, choice: Choice, plugins: Plugins) -> Path:
+    """Export a run's policy; nothing is written unless all of it is.
+
+    Args:
+        folder: The run's, `runs/<name>`.
+        output: The folder to make.
+        choice: Which weights, and how.
+        plugins: Where the run's classes come from.
+
+    Returns:
+        The checkpoint that was exported.
+
+    Raises:
+        UserError: There is no such run or checkpoint, or the output is there already.
+    """
+    run = load_config(folder / "config.toml", plugins=plugins)
+    formats = (NATIVE, *run.policy.export_formats)
+    if choice.format not in formats:
+        raise UserError(
+            f"the policy {run.policy.type!r} has no export format {choice.format!r}"
+            f"{did_you_mean(choice.format, formats)} (there is: {', '.join(formats)})"
+        )
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output} is there already: give another --output, or remove it")
+    checkpoint = find_checkpoint(folder, choice)
+    tensors = read_weights(run, checkpoint, choice, plugins)
+    aside = output.with_name(f".{output.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        if choice.format == NATIVE:
+            _write(run, folder, aside, tensors, checkpoint, choice)
+        else:
+            statistics = folder / STATISTICS
+            stats = load_norm_stats(statistics) if statistics.exists() else None
+            run.policy.export(choice.format, tensors, aside, run.data, stats)
+        if output.exists():
+            output.rmdir()
+        aside.rename(output)
+    except OSError as error:
+        raise UserError(f"{output} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return checkpoint
+
+
+def find_checkpoint(folder: Path, choice: Choice) -> Path:
+    """The folder of the chosen checkpoint. Raises `UserError` that lists those that are there."""
+    there = sorted(path.name for path in folder.glob("checkpoints/step_*"))
+    if choice.best:
+        if not (folder / "best").exists():
+            raise UserError(f"{folder} knows no best checkpoint: runner.save_best was not set")
+        name = (folder / "best").read_text().strip()
+    elif choice.step is not None:
+        name = step_name(choice.step)
+    else:
+        newest = latest(folder)
+        name = newest.name if newest else ""
+    if name not in there:
+        steps = ", ".join(str(int(name.removeprefix("step_"))) for name in there) or "none"
+        wanted = f"of step {int(name.removeprefix('step_'))} " if name else ""
+        raise UserError(f"{folder} holds no checkpoint {wanted}(there is: {steps})")
+    return folder / "checkpoints" / name
+
+
+def read_weights(run: RunConfig, checkpoint: Path, choice: Choice, plugins: Plugins) -> dict[str, torch.Tensor]:
+    """Whole tensors of a checkpoint by the module's own names, on the CPU, in the wanted dtype.
+
+    About a gigabyte of float32 is held besides the tensors that are done.
+    """
+    policy = build_on_meta(run, plugins)
+    if (tag := layout(policy.named_parameters())) != (saved := read_position(checkpoint).layout):
+        raise UserError(
+            f"{checkpoint} was saved by a model of another layout ({saved}; this one is {tag}): "
+            "the version of the policy's plugin differs"
+        )
+    reader = FileSystemReader(checkpoint)
+    saved_names = reader.read_metadata().state_dict_metadata
+    if choice.ema and not any(name.startswith("ema.") for name in saved_names):
+        raise UserError(f"{checkpoint} holds no moving average of the weights: optim.ema_decay was 0")
+    tensors: dict[str, torch.Tensor] = {}
+    for part in _parts(policy.named_parameters()):
+        # Frozen parameters are their own average.
+        keys = {
+            name: f"ema.{name}" if choice.ema and f"ema.{name}" in saved_names else f"model.{name}" for name in part
+        }
+        read = {keys[name]: torch.empty(shape, dtype=torch.float32) for name, shape in part.items()}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # That is meant.
+            read_shards(read, storage_reader=reader, no_dist=True)
+        tensors |= {name: read[keys[name]].to(DTYPES[choice.dtype]) for name in part}
+    return tensors
+
+
+def _parts(parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> Iterator[dict[str, torch.Size]]:
+    """Names and shapes, about a gigabyte of float32 at a time."""
+    part: dict[str, torch.Size] = {}
+    for name, parameter in parameters:
+        part[name] = parameter.shape
+        if sum(shape.numel() for shape in part.values()) >= NUMBERS_AT_A_TIME:
+            yield part
+            part = {}
+    if part:
+        yield part
+
+
+def _write(
+    run: RunConfig,
+    folder: Path,
+    output: Path,
+    tensors: Mapping[str, torch.Tensor],
+    checkpoint: Path,
+    choice: Choice,
+) -> None:
+    run.policy.save_weights(tensors, output)
+    if (folder / STATISTICS).exists():
+        shutil.copyfile(folder / STATISTICS, output / STATISTICS)
+    files = {field: Path(path).name for field, path in run.policy.files().items()}
+    for field, path in run.policy.files().items():
+        shutil.copyfile(path, output / files[field])
+    config = run.model_dump(mode="json", exclude_none=True, round_trip=True)
+    versions = {d.name: d.version for d in metadata.distributions() if d.name.startswith(("rlinf", "torch"))}
+    description: dict[str, Any] = {
+        "format": FORMAT,
+        "run": run.runner.name,
+        "step": read_position(checkpoint).step,
+        "weights": "ema" if choice.ema else "live",
+        "dtype": choice.dtype,
+        "policy": config["policy"],
+        "data": config["data"],
+        "files": files,
+        "versions": dict(sorted(versions.items())),
+        "sha256": {path.name: _sha256(path) for path in sorted(output.iterdir())},
+    }
+    (output / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,133 @@
+"""An exported policy at work: observations in the robot's names and units in, actions in the robot's units out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ValidationError
+
+from rlinf_core.data.normalize import load_norm_stats
+from rlinf_core.data.pipeline import Pipeline, build_pipeline
+from rlinf_core.datasets import DatasetConfig
+from rlinf_core.errors import UserError
+from rlinf_core.export import DESCRIPTION, FORMAT, STATISTICS
+from rlinf_core.plugins import Plugins, get_plugins
+from rlinf_core.policy import PolicyConfig
+from rlinf_core.training.build import DTYPES
+from rlinf_core.training.distributed import to_device
+from rlinf_core.training.fsdp import materialize
+
+
+class LoadedPolicy:
+    """A policy with its pipeline, as `load_policy` returns it."""
+
+    def __init__(self, config: PolicyConfig, data: DatasetConfig, pipeline: Pipeline, module: Any) -> None:
+        self.config, self.data, self.pipeline = config, data, pipeline
+        self.module = module
+        self._device = next(module.parameters()).device
+        self._noise = np.random.default_rng()
+
+    def infer(self, observation: Mapping[str, Any], noise: NDArray[np.float32] | None = None) -> NDArray[np.floating]:
+        """A chunk of actions.
+
+        Args:
+            observation: A row as the dataset has them, without actions: images uint8 [height, width, 3] RGB and vectors
+                [D] under the dataset's column names, `task` text.
+            noise: [H, A] standard normal, where sampling starts; None: drawn anew.
+
+        Returns:
+            [H, D] actions in the data's units.
+
+        Raises:
+            UserError: The observation lacks a column; all of them are named.
+        """
+        sample = self._encode(observation)
+        if noise is None:
+            noise = self.config.draw(self._noise)["noise"]
+        batch = to_device(self.config.collate([sample]), self._device)
+        with torch.inference_mode():
+            actions = self.module.sample_actions(batch, torch.from_numpy(noise).to(self._device)[None])
+        return self.pipeline.decode(actions[0].float().cpu().numpy(), sample)
+
+    def _encode(self, observation: Mapping[str, Any]) -> Any:
+        try:
+            return self.pipeline.encode(dict(observation))
+        except KeyError as error:
+            raise UserError(
+                f"the observation lacks {error.args[0]!r}; it has {', '.join(observation) or 'nothing'}. Its names are "
+                f"those of the dataset that the policy was trained on"
+            ) from error
+
+
+def load_policy(
+    folder: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: Literal["fp32", "bf16"] = "fp32",
+    plugins: Plugins | None = None,
+) -> LoadedPolicy:
+    """Load a policy that `rlinf export` wrote.
+
+    Args:
+        folder: The exported folder.
+        device: Where it computes.
+        dtype: Of matrix products; what the policy keeps in float32 stays there.
+        plugins: Where its classes come from; default: the plugins of the environment.
+
+    Raises:
+        UserError: The folder is no exported policy, or its files do not fit together.
+    """
+    folder = Path(folder)
+    plugins = plugins or get_plugins()
+    description = _read_description(folder)
+    data = _validated(plugins.dataset(description["data"]["config_name"]), description["data"], folder)
+    here = {field: str(folder / name) for field, name in description["files"].items()} | {"weights": str(folder)}
+    config = _validated(plugins.policy(description["policy"]["type"]), description["policy"] | here, folder)
+    statistics = folder / STATISTICS
+    pipeline = build_pipeline(data, config, load_norm_stats(statistics) if statistics.exists() else None)
+    with torch.device("meta"):
+        module: Any = config.build()
+    weights = config.open_weights()
+    weights.check({name: tuple(parameter.shape) for name, parameter in module.named_parameters()})
+    materialize(module, torch.device(device), lambda name, _: weights.tensor(name))
+    _compute_in(module, DTYPES[dtype])
+    return LoadedPolicy(config, data, pipeline, module.eval())
+
+
+def _compute_in(module: Any, dtype: torch.dtype) -> None:
+    """Cast what may be cast: the compute units' parameters, but for float32 units within them (contract 3)."""
+    units = list(module.shard_units())
+    wide = {p for unit in units if unit.dtype == "fp32" for p in unit.module.parameters()}
+    for unit in units:
+        for parameter in unit.module.parameters() if unit.dtype == "compute" else ():
+            if parameter not in wide:
+                parameter.data = parameter.data.to(dtype)
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    path = folder / DESCRIPTION
+    try:
+        description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if description["format"] != FORMAT:
+            raise UserError(f"{path} has format {description['format']}, this version reads {FORMAT}")
+        missing = [key for key in ("policy", "data", "files") if not isinstance(description[key], dict)]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} cannot be read ({error}): is this a folder that `rlinf export` wrote?") from error
+    if missing:
+        raise UserError(f"{path}: {', '.join(missing)} must be tables")
+    return description
+
+
+def _validated[C: BaseModel](config: type[C], table: dict[str, Any], folder: Path) -> C:
+    try:
+        return config.model_validate(table)
+    except ValidationError as error:
+        raise UserError(
+            f"{folder / DESCRIPTION} does not fit {config.__name__}, whose version may differ: {error}"
+        ) from error

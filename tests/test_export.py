@@ -1,0 +1,151 @@
+"""`rlinf export` and `load_policy`: what leaves a run acts as the run's own policy did."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlinf_core import UserError, cli
+from rlinf_core.config.load import load_config
+from rlinf_core.data.order import validation_generator
+from rlinf_core.data.splits import open_split
+from rlinf_core.inference import load_policy
+from rlinf_core.plugins import get_plugins
+from rlinf_core.training.distributed import processes
+from rlinf_core.training.resume import prepare_folder
+
+SETTINGS = [
+    *("runner.max_steps=4", "runner.save_interval=2", "runner.val_check_interval=2", "runner.save_best=true"),
+    *("runner.val_samples=6", "trainer.global_batch_size=4", "trainer.micro_batch_size=4", "optim.ema_decay=0.5"),
+    *("data.num_workers=0", "policy.action_dim=8", "optim.warmup_steps=0"),
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of four steps of the dummy π0.5: the trainer, its last weights, and what its last validation acted."""
+    folder = tmp_path_factory.mktemp("runs")
+    run = load_config("examples/quickstart.toml", [f"runner.output_dir={folder}", *SETTINGS])
+    acted = {"live": {}, "ema": {}}
+    with pytest.MonkeyPatch.context() as patch, processes("cpu") as group:
+        patch.delenv("RANK", raising=False)
+        start = prepare_folder(run, overwrite=False)
+        trainer = run.trainer.build(run, start=start, group=group, plugins=get_plugins())
+        measure, errors = trainer._validation._measure, trainer._validation._errors
+        turn = iter(["live", "ema"] * 2)
+
+        def noted_measure(*arguments):
+            trainer.measuring = next(turn)
+            return measure(*arguments)
+
+        def noted_errors(actions, row, mean):
+            acted[trainer.measuring][row.row] = trainer.pipeline.decode(actions, row.sample)
+            return errors(actions, row, mean)
+
+        patch.setattr(trainer._validation, "_measure", noted_measure)
+        patch.setattr(trainer._validation, "_errors", noted_errors)
+        trainer.train()
+        live = {name: p.detach().full_tensor().clone() for name, p in trainer.policy.named_parameters()}
+    return trainer, live, acted
+
+
+@pytest.fixture
+def export(trained, tmp_path, capsys):
+    """Run `rlinf export` on the run; returns the exit code, the folder and what was said."""
+
+    def export(*options, name="policy"):
+        output = tmp_path / name
+        code = cli.main(["export", str(trained[0].run.folder), "--output", str(output), *options])
+        return code, output, "".join(capsys.readouterr())
+
+    return export
+
+
+@pytest.mark.parametrize("weights", ["live", "ema"])
+def test_the_exported_policy_acts_as_the_trainers_validation_did(trained, export, weights):
+    trainer, _, acted = trained
+    code, folder, _ = export(*["--ema"] * (weights == "ema"))
+    assert code == 0
+    policy = load_policy(folder)
+    held_out = open_split(trainer.run, get_plugins(), "validation")
+    assert len(acted[weights]) == 6
+    for row, actions in acted[weights].items():
+        noise = trainer.run.policy.draw(validation_generator(trainer.run.seed, row))["noise"]
+        [observation] = held_out.__getitems__([row])
+        seen = {key: value for key, value in observation.items() if not key.startswith("action")}
+        np.testing.assert_allclose(policy.infer(seen, noise), actions, rtol=1e-5, atol=1e-6)
+
+
+def test_files_and_hashes(trained, export):
+    _, folder, said = export()
+    assert sorted(path.name for path in folder.iterdir()) == ["model.safetensors", "norm_stats.json", "rlinf.json"]
+    description = json.loads((folder / "rlinf.json").read_text())
+    assert (description["step"], description["weights"], description["dtype"]) == (4, "live", "fp32")
+    assert description["sha256"].keys() == {"model.safetensors", "norm_stats.json"}
+    assert "weights of" in said
+
+
+def test_the_file_holds_the_weights_to_the_bit_in_its_own_dtype(trained, export):
+    trainer, live, _ = trained
+    names = {trainer.run.policy.published_name(name): name for name in live}
+    for dtype in ("fp32", "bf16"):
+        stored = load_file(export("--dtype", dtype, name=dtype)[1] / "model.safetensors")
+        for key, tensor in stored.items():
+            own = names.get(key, "embedding.weight")
+            assert torch.equal(tensor, live[own].to(tensor.dtype)), key
+        assert {tensor.dtype for tensor in stored.values()} == {torch.float32 if dtype == "fp32" else torch.bfloat16}
+
+
+def test_an_exported_folder_is_weights_to_start_from(trained, export):
+    trainer, live, _ = trained
+    _, folder, _ = export()
+    weights = trainer.run.policy.model_copy(update={"weights": str(folder)}).open_weights()
+    weights.check({name: tuple(tensor.shape) for name, tensor in live.items()})
+    assert all(torch.equal(weights.tensor(name), tensor) for name, tensor in live.items())
+
+
+def test_a_checkpoint_is_chosen_by_step_or_by_validation(trained, export):
+    trainer, *_ = trained
+    assert json.loads((export("--step", "2")[1] / "rlinf.json").read_text())["step"] == 2
+    best = int((trainer.run.folder / "best").read_text().removeprefix("step_"))
+    assert json.loads((export("--best", name="best")[1] / "rlinf.json").read_text())["step"] == best
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--step", "3"], "holds no checkpoint of step 3 (there is: 2, 4)"),
+        (["--format", "lerobott"], "has no export format 'lerobott'"),
+    ],
+)
+def test_what_is_not_there_is_said_and_nothing_is_written(export, options, complaint):
+    code, folder, said = export(*options)
+    assert code == 2
+    assert complaint in said
+    assert not folder.exists()
+    assert list(folder.parent.iterdir()) == []
+
+
+def test_what_is_there_is_not_overwritten(export, tmp_path):
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "policy" / "thesis.tex").write_text("x")
+    code, _, said = export()
+    assert code == 2
+    assert "is there already: give another --output" in said
+
+
+def test_folders_that_were_not_exported_are_refused(export, tmp_path):
+    with pytest.raises(UserError, match=r"rlinf\.json cannot be read .* is this a folder that `rlinf export` wrote\?"):
+        load_policy(tmp_path)
+    _, folder, _ = export()
+    (folder / "rlinf.json").write_text("[]")
+    with pytest.raises(UserError, match=r"cannot be read"):
+        load_policy(folder)
+
+
+def test_observations_that_lack_something_say_what(trained, export):
+    policy = load_policy(export()[1])
+    with pytest.raises(UserError, match=r"lacks 'observation\.state'; it has task"):
+        policy.infer({"task": "push"})
