@@ -94,7 +94,7 @@ def rlinf_configure(run: RunConfig) -> None:
     Args:
         run: The frozen config of the run.
 
-    Called on: every rank, once. Since 0.1.
+    Called on: every rank, once; also by `rlinf validate` and `rlinf launch`, before there are ranks. Since 0.1.
     """
 
 
@@ -125,7 +125,7 @@ def rlinf_open_dataset(dataset: DatasetConfig, policy: PolicyConfig, split: Spli
     Returns:
         The rows, or None to leave the dataset to another plugin. The first result counts.
 
-    Called on: every rank, once a split. Since 0.1.
+    Called on: every rank, once a split; also by `rlinf validate`. Since 0.1.
     """
 
 
@@ -159,8 +159,10 @@ def rlinf_step_finished(trainer: Trainer, step: int, metrics: Mapping[str, float
     Args:
         trainer: The trainer.
         step: Number of the step, from 1.
-        metrics: `loss`, `lr`, `grad_norm` (before clipping), `samples_per_second`, `data_wait_share` (0-1), and what
-            the policy adds.
+        metrics: Of core's trainer: `loss`, `lr`, `grad_norm` (before clipping), `skipped` (1 if the gradient was not
+            finite), `epoch`, `step_seconds`, `samples_per_second`, the shares of the step's time (0-1)
+            `data_wait_share`, `forward_share`, `backward_share` and `optimizer_share`, `peak_memory_gb`, and what the
+            policy adds. Another trainer reports its own.
 
     Called on: rank 0, after every step. Since 0.1.
     """
@@ -174,7 +176,8 @@ def rlinf_validation_finished(trainer: Trainer, step: int, metrics: Mapping[str,
         trainer: The trainer.
         step: Number of finished steps.
         metrics: `val_loss`; for policies with actions `val_action_mse`, `val_action_mse_mean` and
-            `val_action_mse_repeat` (the data's units, squared).
+            `val_action_mse_repeat` (the data's units, squared); `ema_val_loss` and `ema_val_action_mse` where there
+            are averaged weights.
 
     Called on: rank 0. Since 0.1.
     """
@@ -199,7 +202,7 @@ def rlinf_train_finished(trainer: Trainer, error: BaseException | None) -> None:
 
     Args:
         trainer: The trainer.
-        error: What ended it, or None when all steps are done.
+        error: What ended it (after a signal a `KeyboardInterrupt`), or None when it has come to its end.
 
     Called on: every rank, once. Since 0.1.
     """

@@ -1,0 +1,146 @@
+"""A plugin with every hook, each as short as it can be. `render_hooks.py` quotes it; the tests run it."""
+
+import platform
+import subprocess
+import sys
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel
+
+from rlinf_core import Command, DatasetConfig, LoggerConfig, PolicyConfig, TrainerConfig, UserError, hookimpl
+
+
+class ArmPolicy(PolicyConfig):
+    """A policy of one's own; `rlinf_core.testing.check_policy` says what it still lacks."""
+
+    type: Literal["arm"] = "arm"
+
+
+class CountingTrainer(TrainerConfig):
+    """A trainer of one's own."""
+
+    type: Literal["counting"] = "counting"
+
+
+class SheetLogger(LoggerConfig):
+    """A logger of one's own."""
+
+    type: Literal["sheet"] = "sheet"
+
+
+class ArmOptions(BaseModel):
+    """The table `[plugins.arm]`."""
+
+    model_config = {"frozen": True, "extra": "forbid"}
+
+    freeze: str = "vision."
+    """Parameters whose names begin so are not trained."""
+    largest_loss: float = 1e6
+    """A run with a larger loss has diverged."""
+
+
+class MemoryDataset(DatasetConfig):
+    """Rows that are made up."""
+
+    rows: int = 8
+
+
+class MemoryRows:
+    """The rows of one split."""
+
+    def __init__(self, rows: int) -> None:
+        self.episodes = np.zeros(rows, np.int64)
+
+    def __len__(self):
+        return len(self.episodes)
+
+    def __getitems__(self, indices):
+        return [{"state": np.float32([index])} for index in indices]
+
+    without_images = __getitems__
+
+    def describe(self, index):
+        return f"made-up row {index}"
+
+    def fingerprint(self):
+        return f"made up, {len(self)} rows"
+
+
+@hookimpl
+def rlinf_register_policies():
+    return [ArmPolicy]
+
+
+@hookimpl
+def rlinf_register_trainers():
+    return [CountingTrainer]
+
+
+@hookimpl
+def rlinf_register_loggers():
+    return [SheetLogger]
+
+
+@hookimpl
+def rlinf_register_commands():
+    return [Command(name="arm-rest", help="move the arm to its rest position", module="acme_arm.rest")]
+
+
+@hookimpl
+def rlinf_register_options():
+    return {"arm": ArmOptions}
+
+
+@hookimpl
+def rlinf_configure(run):
+    if run.plugin_options(ArmOptions).freeze and run.policy.weights == "random":
+        raise UserError("plugins.arm.freeze would freeze random weights: set policy.weights, or freeze nothing")
+
+
+@hookimpl
+def rlinf_launch(run, arguments):
+    if run.cluster.launcher != "one-process":
+        return None
+    return subprocess.call([sys.executable, "-m", "rlinf_core.train", *arguments])
+
+
+@hookimpl
+def rlinf_open_dataset(dataset, split):
+    if not isinstance(dataset, MemoryDataset):
+        return None
+    return MemoryRows(dataset.rows if split == "train" else 1)
+
+
+@hookimpl
+def rlinf_policy_built(policy, run):
+    frozen = run.plugin_options(ArmOptions).freeze
+    for name, parameter in policy.named_parameters():
+        if frozen and name.startswith(frozen):
+            parameter.requires_grad_(False)
+
+
+@hookimpl
+def rlinf_train_started(trainer):
+    print(f"{trainer.run.runner.name} trains on {platform.node()} from step {trainer.step}")
+
+
+@hookimpl
+def rlinf_step_finished(trainer, step, metrics):
+    if metrics["loss"] > trainer.run.plugin_options(ArmOptions).largest_loss:
+        raise UserError(f"the run has diverged: its loss is {metrics['loss']:.3g} after step {step}")
+
+
+@hookimpl
+def rlinf_validation_finished(step, metrics):
+    print(f"held-out loss after step {step}: {metrics['val_loss']:.4f}")
+
+
+@hookimpl
+def rlinf_checkpoint_saved(step, path):
+    print(f"to be uploaded: {path}, of step {step}")
+
+
+@hookimpl
+def rlinf_train_finished(trainer, error):
+    print(f"{trainer.run.runner.name} ended after step {trainer.step}: {error or 'done'}")
