@@ -12,6 +12,7 @@ from rlinf_core import PolicyConfig, Sample, UserError
 from rlinf_core.data.sample import Batch
 from rlinf_core.data.transforms import Transform
 from rlinf_plugins_openpi.dimensions import Pi0Dimensions
+from rlinf_plugins_openpi.freezing import Part, is_frozen
 from rlinf_plugins_openpi.tokenizer import SMALL_MODEL, PromptTokenizer, load_processor
 from rlinf_plugins_openpi.transforms import IMAGE_SIZE, PadToActionDim, ResizeWithPad, TokenizePrompt
 
@@ -42,8 +43,17 @@ class OpenpiPolicyConfig(PolicyConfig):
     """Whether the state stands in the prompt, as integers of 0..255."""
     tokenizer: str = ""
     """A sentencepiece model, PaliGemma's for published weights; empty: the small one shipped, for `dummy` only."""
+    freeze: Part = "nothing"
+    """What is not trained: `vision`, the image tower; `vlm`, that and the language model; `all_but_expert`, everything
+    but the action expert's layers."""
     num_sampling_steps: int = Field(default=10, ge=1)
     """Euler steps from noise to actions when the policy acts."""
+
+    @model_validator(mode="after")
+    def _only_trained_weights_are_frozen(self) -> OpenpiPolicyConfig:
+        if self.freeze != "nothing" and self.weights in ("", "random"):
+            raise ValueError(f'freeze = "{self.freeze}" keeps random numbers as they are: set policy.weights')
+        return self
 
     @model_validator(mode="after")
     def _full_size_is_explicit(self) -> OpenpiPolicyConfig:
@@ -88,7 +98,10 @@ class OpenpiPolicyConfig(PolicyConfig):
         from rlinf_plugins_openpi.pi0 import Pi0
 
         self._check_vocabulary()
-        return Pi0(self.dimensions, num_sampling_steps=self.num_sampling_steps)
+        model = Pi0(self.dimensions, num_sampling_steps=self.num_sampling_steps)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not is_frozen(name, self.freeze))
+        return model
 
     def _check_vocabulary(self) -> None:
         entries = load_processor(self._tokenizer_path).vocab_size()

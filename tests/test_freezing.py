@@ -1,0 +1,67 @@
+"""Frozen parts keep their bits and cost nothing; the others train as ever."""
+
+import pytest
+import torch
+
+from rlinf_core import UserError
+from rlinf_core.config.load import load_config
+from rlinf_core.plugins import get_plugins
+from rlinf_core.training.distributed import processes
+from rlinf_core.training.resume import prepare_folder
+from rlinf_plugins_openpi.weights import save_published
+
+TRAINED = {
+    "vision": (".embedding.", ".layers.", ".vlm_norm.", ".expert_norm.", ".action_", ".time_"),
+    "vlm": (".expert.", ".expert_norm.", ".action_", ".time_"),
+    "all_but_expert": (".expert.", ".expert_norm."),
+}
+
+
+@pytest.fixture
+def configure(tmp_path):
+    """The quickstart with given initial weights, two steps."""
+
+    def configure(*overrides):
+        settings = ["runner.max_steps=2", "runner.val_check_interval=0", "trainer.global_batch_size=4"]
+        settings += ["trainer.micro_batch_size=2", f"runner.output_dir={tmp_path}", "optim.warmup_steps=0"]
+        return load_config("examples/quickstart.toml", [*settings, *overrides])
+
+    return configure
+
+
+@pytest.fixture
+def weights(configure, tmp_path):
+    model = configure().policy.build()
+    state = {
+        name: model.initial_value(name, tuple(p.shape), torch.Generator().manual_seed(i))
+        for i, (name, p) in enumerate(model.named_parameters())
+    }
+    (tmp_path / "given").mkdir()
+    save_published(state, tmp_path / "given" / "model.safetensors", model.dimensions)
+    return str(tmp_path / "given"), state
+
+
+@pytest.mark.parametrize("part", TRAINED)
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_a_frozen_part_keeps_its_bits(configure, weights, part, checkpointing, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    folder, start = weights
+    run = configure(
+        f"policy.weights={folder}", f"policy.freeze={part}", f"trainer.activation_checkpointing={checkpointing}"
+    )
+    with processes("cpu") as group:
+        trainer = run.trainer.build(run, start=prepare_folder(run, overwrite=False), group=group, plugins=get_plugins())
+        trainer.train()
+        end = {name: p.detach().full_tensor() for name, p in trainer.policy.named_parameters()}
+    moved = {name for name in end if not torch.equal(end[name], start[name])}
+    trained = {name for name in end if any(piece in f".{name}" for piece in TRAINED[part])}
+    # The last layer's prefix and the final norm do not reach the loss.
+    assert moved <= trained
+    assert {name for name in trained if ".expert." in name} <= moved
+    assert trainer.ema.state_dict().keys() == trained
+    assert {name.split(".", 1)[1] for name in trainer.optimizer.state_dict() if "." in name} == trained
+
+
+def test_freezing_random_numbers_is_refused(configure):
+    with pytest.raises(UserError, match=r"freeze = \"vlm\" keeps random numbers as they are: set policy\.weights"):
+        configure("policy.freeze=vlm")
