@@ -1,6 +1,7 @@
 """What all tests share: no network, a cache of their own, and tiny datasets that lerobot writes once."""
 
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # Read when huggingface_hub is imported.
 
@@ -30,3 +31,14 @@ def image_dataset(tmp_path_factory):
 
     root = tmp_path_factory.mktemp("lerobot") / "image"
     return write_tiny_dataset(root, data_files_size_in_mb=0.0001)
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """A folder on `sys.path`; what was imported from it is forgotten afterwards."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[name]

@@ -28,17 +28,6 @@ DATASET = """
 """
 
 
-@pytest.fixture
-def site(tmp_path, monkeypatch):
-    """A folder on `sys.path`; what was imported from it is forgotten afterwards."""
-    monkeypatch.syspath_prepend(str(tmp_path))
-    before = set(sys.modules)
-    yield tmp_path
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
-            del sys.modules[name]
-
-
 def plugin(*, register=None, **functions):
     """A plugin in memory: `register` becomes `rlinf_register_policies`, other functions keep their names."""
     from rlinf_core import hookimpl
