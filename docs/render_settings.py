@@ -1,0 +1,173 @@
+"""Write docs/settings.md, the table of every key of the config, from the classes that validate them.
+
+python docs/render_settings.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from rlinf_core import DatasetConfig, LeRobotDatasetConfig, PolicyConfig, RunConfig, TrainerConfig
+from rlinf_core.config.cluster import ClusterConfig
+from rlinf_core.config.fsdp2 import Fsdp2TrainerConfig
+from rlinf_core.config.run import OptimConfig, RunnerConfig
+from rlinf_core.config.toml import dotted, write_toml
+from rlinf_plugins_openpi import Pi0Config, Pi05Config
+from rlinf_plugins_openpi.config import OpenpiPolicyConfig
+from rlinf_plugins_openpi.datasets import OpenpiDatasetConfig
+
+PAGE = Path(__file__).with_name("settings.md")
+HEAD = """\
+# Settings
+
+Every key of a run's config. Written by `docs/render_settings.py` from the classes that validate the config: change a
+field's docstring there, not this page. How the keys work together stands in [training.md](training.md).
+
+A key that is not listed is refused, unless the class of a plugin's dataset, policy or trainer adds it. A default here
+is covered by what the policy sets for the run, that by the dataset, then come the TOML file and `key=value` arguments.
+"""
+
+
+class Part(NamedTuple):
+    """A table of the page."""
+
+    heading: str
+    about: str
+    models: Sequence[type[BaseModel]]
+    """Classes whose own fields are listed, in this order; the last is the one that validates."""
+    without: Sequence[type[BaseModel]] = ()
+    """Classes that declare some of these fields anew: those are listed there."""
+
+
+PARTS = (
+    Part("The run", "Above the first table of the file.", [RunConfig]),
+    Part("`[cluster]`", "Read by `rlinf launch`; a run that torchrun starts is held to it.", [ClusterConfig]),
+    Part("`[runner]`", "How long to run, what to write and when.", [RunnerConfig]),
+    Part(
+        "`[data]`",
+        "Of every dataset in LeRobot's layout. `config_name` must be set: it chooses the class and its defaults.",
+        [DatasetConfig, LeRobotDatasetConfig],
+    ),
+    Part("`[data]` of the formats for π0 and π0.5", "Besides the keys above.", [OpenpiDatasetConfig]),
+    Part("`[policy]`", "Of every policy.", [PolicyConfig]),
+    Part(
+        "`[policy]` of `pi0` and `pi05`",
+        "Besides the keys above.",
+        [OpenpiPolicyConfig],
+        without=[Pi0Config, Pi05Config],
+    ),
+    Part("`[policy]` of `pi0`", "Besides the keys above.", [Pi0Config]),
+    Part("`[policy]` of `pi05`", "Besides the keys above.", [Pi05Config]),
+    Part("`[optim]`", "AdamW with linear warm-up, cosine decay and clipping by the global norm.", [OptimConfig]),
+    Part("`[trainer]`", "Of the trainer `fsdp2`.", [TrainerConfig, Fsdp2TrainerConfig]),
+)
+
+
+def render() -> str:
+    """The page's text."""
+    return "\n".join([HEAD, *(line for part in PARTS for line in _part(part))])
+
+
+def _part(part: Part) -> Iterator[str]:
+    yield from (f"## {part.heading}", "", part.about)
+    model = part.models[-1]
+    if sets := [f"`{key} = {value}`" for key, value in _run_defaults(model)]:
+        yield from ("", f"It sets defaults of the run: {', '.join(sets)}.")
+    yield from ("", "| key | type | default | meaning |", "|---|---|---|---|")
+    redeclared = {name for other in part.without for name in vars(other).get("__annotations__", {})}
+    names = dict.fromkeys(name for cls in part.models for name in vars(cls).get("__annotations__", {}))
+    for name in names:
+        if name in model.model_fields and name not in redeclared and not _is_table(model.model_fields[name]):
+            info = model.model_fields[name]
+            cells = [f"`{name}`", _type(info.annotation, info.metadata), _default(info), _meaning(model, name)]
+            yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+    yield ""
+
+
+def _run_defaults(model: type[BaseModel]) -> Iterator[tuple[str, str]]:
+    """What the class itself sets for the run, as dotted keys."""
+    for section, table in vars(model).get("run_defaults", {}).items():
+        for key, value in table.items():
+            yield dotted((section, key)), _toml(value)
+
+
+def _is_table(info: FieldInfo) -> bool:
+    """Whether a field of the run is a table of its own, with a part of its own here."""
+    return isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel)
+
+
+def _type(annotation: Any, metadata: Sequence[Any] = ()) -> str:
+    """A type in words: `integer ≥ 1`, `"auto"` or `"cpu"`, list of strings."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return " or ".join(f"`{_toml(choice)}`" for choice in arguments)
+    if origin is tuple:
+        kind = _PLAIN[arguments[0]].plural
+        return f"list of {kind}" if ... in arguments else f"list of {len(arguments)} {kind}"
+    if origin is dict:
+        return f"table of {_PLAIN[arguments[1]].plural}" if arguments[1] in _PLAIN else "tables"
+    limits = [
+        f"{sign} {_bound(getattr(one, name))}"
+        for one in metadata
+        for name, sign in _SIGNS.items()
+        if hasattr(one, name)
+    ]
+    return f"{_PLAIN[annotation].one} {', '.join(limits)}".strip()
+
+
+class _Plain(NamedTuple):
+    """A type in words."""
+
+    one: str
+    plural: str
+
+
+_PLAIN = {
+    bool: _Plain("true or false", "true or false"),
+    int: _Plain("integer", "integers"),
+    float: _Plain("number", "numbers"),
+    str: _Plain("string", "strings"),
+}
+_SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+
+
+def _bound(number: float) -> str:
+    return "2⁶³" if number == 2**63 else f"{number:g}"
+
+
+def _default(info: FieldInfo) -> str:
+    if info.is_required():
+        return "required"
+    default = info.get_default(call_default_factory=True)
+    return "none" if default is None else f"`{_toml(default)}`"
+
+
+def _toml(value: Any) -> str:
+    """A value on one line, as one writes it in the config."""
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{key} = {_toml(inner)}" for key, inner in value.items()) + " }" if value else "{}"
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    return write_toml({"value": value}).removeprefix("value = ").strip()
+
+
+def _meaning(model: type[BaseModel], name: str) -> str:
+    """The field's docstring, or the one it inherits.
+
+    Raises:
+        LookupError: Nobody says what the key means.
+    """
+    for cls in model.__mro__:
+        info = vars(cls).get("__pydantic_fields__", {}).get(name)
+        if info and info.description:
+            return " ".join(info.description.split())
+    raise LookupError(f"{model.__name__}.{name} has no docstring")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render(), encoding="utf-8")
