@@ -1,9 +1,11 @@
-"""A policy that keeps every rule of `check_policy`, small enough to break one rule at a time."""
+"""A policy and a dataset that keep every rule of `rlinf_core.testing`, to be broken one rule at a time."""
 
+import itertools
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -112,3 +114,36 @@ class OtherDataset(DatasetConfig):
 @hookimpl
 def rlinf_register_policies():
     return [ArmPolicy]
+
+
+def findings(check, *arguments, **options):
+    """The lines of what a check found."""
+    with pytest.raises(AssertionError) as caught:
+        check(*arguments, **options)
+    lines = [line.strip() for line in str(caught.value).splitlines()]
+    return [line for line in lines[1:] if not line.startswith("(not checked")]
+
+
+@dataclass(frozen=True)
+class Stateful(Transform):
+    count = itertools.count()
+
+    def __call__(self, sample):
+        return {**sample, "actions": sample.get("actions", np.zeros(1)) + float(next(Stateful.count))}
+
+
+@dataclass(frozen=True)
+class Needs(Transform):
+    key: str
+
+    def __call__(self, sample):
+        return {**sample, "seen": sample[self.key]}
+
+
+@dataclass(frozen=True)
+class Unpicklable(Transform):
+    def __call__(self, sample):
+        return sample
+
+    def __reduce__(self):
+        raise TypeError("no copy of me")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> TinyDataset:
 
 
 @pytest.fixture
-def tiny_run(tmp_path: Path) -> Callable[..., Path]:
+def tiny_run(tmp_path: Path) -> Iterator[Callable[..., Path]]:
     """Write the config of a two-step run on the CPU: `tiny_run(config_name, repo_id, "policy.width=8")`.
 
     It returns the path of the TOML file; `rlinf_core.train.main([str(path)])` trains, and the run's files are in the
@@ -40,7 +41,9 @@ def tiny_run(tmp_path: Path) -> Callable[..., Path]:
         path.write_text(write_toml(dict(table)), encoding="utf-8")
         return path
 
-    return write
+    before = signal.getsignal(signal.SIGTERM)
+    yield write
+    signal.signal(signal.SIGTERM, before)  # A run in this process has set its own.
 
 
 @pytest.fixture
