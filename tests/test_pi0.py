@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from rlinf_plugins_openpi.augment import normalise, resize_with_pad
 from rlinf_plugins_openpi.dimensions import GemmaDimensions, Pi0Dimensions
 from rlinf_plugins_openpi.gemma import KeysValues, attend
 from rlinf_plugins_openpi.pi0 import Pi0, euler_times
@@ -113,10 +114,16 @@ def test_n_euler_steps_are_n():
     assert all(len(euler_times(steps)) == steps for steps in range(1, 129))
 
 
-def test_images_of_another_size_are_refused():
-    batch = make_batch()
-    with pytest.raises(ValueError, match=r"images must be uint8 \[N, 224, 224, 3\]"):
-        build()(batch | {"images": batch["images"][:, :, :112, :112]})
+def test_images_of_another_size_are_resized_as_the_reference_does():
+    model, batch = build(), make_batch()
+    small = batch["images"][:, :, :112, :80]
+    resized = resize_with_pad(normalise(small), 224, 224)
+    assert torch.equal(model.losses(batch | {"images": small}), model.losses(batch | {"images": resized}))
+
+
+def test_the_image_tower_takes_images_of_its_size():
+    with pytest.raises(ValueError, match=r"images must be uint8, or float32 .*\[N, 224, 224, 3\].*\[2, 112, 224, 3\]"):
+        build().vision(make_batch()["images"][:, 0, :112])
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -188,6 +195,6 @@ def test_model_needs_torch_alone():
 import sys
 for name in ("pydantic", "pluggy", "lerobot", "rlinf_core", "safetensors", "transformers"):
     sys.modules[name] = None
-import rlinf_plugins_openpi.gemma, rlinf_plugins_openpi.siglip, rlinf_plugins_openpi.pi0
+import rlinf_plugins_openpi.gemma, rlinf_plugins_openpi.siglip, rlinf_plugins_openpi.pi0, rlinf_plugins_openpi.augment
 """
     subprocess.run([sys.executable, "-c", code], check=True)

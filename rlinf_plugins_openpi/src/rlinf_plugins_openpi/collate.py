@@ -34,9 +34,10 @@ def stack(samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         order, black and masked where a sample lacks one; at least one camera.
         `tokens` int64 [B, T] and `token_mask` bool [B, T]: cut to the longest prompt, rounded up to `TOKEN_STEP`.
         `state` float32 [B, A]. If the samples have them: `actions` float32 [B, H, A], `actions_is_pad` bool [B, H],
-        `noise` float32 [B, H, A], `time` float32 [B].
+        `noise` float32 [B, H, A], `time` float32 [B]; `crop_and_rotation` float32 [B, G, 3] of the first G cameras,
+        those on no wrist, and `color_jitter` float32 [B, C, 4].
     """
-    images, image_mask = _stack_images([sample.get("images", {}) for sample in samples])
+    cameras, images, image_mask = _stack_images([sample.get("images", {}) for sample in samples])
     token_mask = np.stack([sample["token_mask"] for sample in samples])
     longest = int(token_mask.sum(axis=1).max())
     length = min(-(-longest // TOKEN_STEP) * TOKEN_STEP, token_mask.shape[1])
@@ -50,14 +51,24 @@ def stack(samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     batch |= {key: _stack_floats(samples, key) for key in ("actions", "noise", "time") if key in samples[0]}
     if "actions_is_pad" in samples[0]:
         batch["actions_is_pad"] = torch.from_numpy(np.stack([sample["actions_is_pad"] for sample in samples]))
-    return batch
+    return batch | (_augmentation(samples, cameras) if "color_jitter" in samples[0] else {})
+
+
+def _augmentation(samples: Sequence[Mapping[str, Any]], cameras: Sequence[str]) -> dict[str, Tensor]:
+    """Each camera's numbers: a sample has them for two kinds of cameras, those on no wrist and those on one."""
+    on_wrist = ["wrist" in name for name in cameras]  # the reference tells them by their names, too
+    moving = on_wrist.count(False)
+    return {
+        "crop_and_rotation": _stack_floats(samples, "crop_and_rotation")[:, None].repeat(1, moving, 1),
+        "color_jitter": _stack_floats(samples, "color_jitter")[:, [int(wrist) for wrist in on_wrist]],
+    }
 
 
 def _stack_floats(samples: Sequence[Mapping[str, Any]], key: str) -> Tensor:
     return torch.from_numpy(np.stack([np.asarray(sample[key], dtype=np.float32) for sample in samples]))
 
 
-def _stack_images(images: Sequence[Mapping[str, Image]]) -> tuple[Image, NDArray[np.bool_]]:
+def _stack_images(images: Sequence[Mapping[str, Image]]) -> tuple[list[str], Image, NDArray[np.bool_]]:
     present = {name for cameras in images for name in cameras}
     if unknown := sorted(present - set(CAMERAS)):
         raise UserError(f"the policy has no camera {unknown[0]!r}: the keys of data.images are {', '.join(CAMERAS)}")
@@ -69,4 +80,4 @@ def _stack_images(images: Sequence[Mapping[str, Image]]) -> tuple[Image, NDArray
             if name in sample:
                 out[row, column] = sample[name]
                 mask[row, column] = True
-    return out, mask
+    return cameras, out, mask

@@ -12,6 +12,7 @@ from rlinf_core import PolicyConfig, Sample, UserError
 from rlinf_core.data.sample import Batch
 from rlinf_core.data.transforms import Transform
 from rlinf_plugins_openpi.dimensions import Pi0Dimensions
+from rlinf_plugins_openpi.draws import draw_augmentation, draw_flow
 from rlinf_plugins_openpi.freezing import Part, is_frozen
 from rlinf_plugins_openpi.tokenizer import SMALL_MODEL, PromptTokenizer, load_processor
 from rlinf_plugins_openpi.transforms import IMAGE_SIZE, PadToActionDim, ResizeWithPad, TokenizePrompt
@@ -46,6 +47,9 @@ class OpenpiPolicyConfig(PolicyConfig):
     freeze: Part = "nothing"
     """What is not trained: `vision`, the image tower; `vlm`, that and the language model; `all_but_expert`, everything
     but the action expert's layers."""
+    augment: bool = True
+    """Whether training changes images at random: colours of all cameras, crop and rotation of those on no wrist. Never
+    in validation and when the policy acts."""
     num_sampling_steps: int = Field(default=10, ge=1)
     """Euler steps from noise to actions when the policy acts."""
 
@@ -82,10 +86,9 @@ class OpenpiPolicyConfig(PolicyConfig):
         )
 
     def draw(self, generator: np.random.Generator) -> dict[str, Any]:
-        """`noise` [H, A], standard normal, and `time` = 0.001 + 0.999 s with s ~ Beta(1.5, 1); both float32."""
-        noise = generator.standard_normal((self.action_horizon, self.action_dim), dtype=np.float32)
-        # Beta(1.5, 1) has the distribution function s^1.5, so a uniform u gives s = u^(2/3).
-        return {"noise": noise, "time": np.float32(0.001 + 0.999 * generator.random() ** (2 / 3))}
+        """Noise and flow time, then (with `augment`) how the images are changed; see `draws`."""
+        drawn = draw_flow(generator, self.action_horizon, self.action_dim)
+        return drawn | (draw_augmentation(generator) if self.augment else {})
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """Stack samples into CPU tensors; see `collate.stack` for names, shapes and what is left out."""

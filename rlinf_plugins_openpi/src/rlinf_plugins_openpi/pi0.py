@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from rlinf_plugins_openpi.augment import augment, normalise, resize_with_pad
 from rlinf_plugins_openpi.gemma import (
     MASKED_LOGIT,
     AdaptiveRMSNorm,
@@ -133,8 +134,10 @@ class Pi0(nn.Module):
         """The flow-matching loss of a batch.
 
         Args:
-            batch: `images` uint8 [B, C, 224, 224, 3], `image_mask` bool [B, C], `tokens` int [B, L], `token_mask` bool
-                [B, L], `state` [B, A], `actions` [B, H, A], `noise` [B, H, A], `time` [B]; the last four float32.
+            batch: `images` uint8 [B, C, height, width, 3], resized if they are not the image tower's 224 x 224;
+                `image_mask` bool [B, C], `tokens` int [B, L], `token_mask` bool [B, L]; float32 `state` [B, A],
+                `actions` [B, H, A], `noise` [B, H, A], `time` [B]. In training mode the images are changed if there
+                are the numbers for it: `crop_and_rotation` [B, G, 3] and `color_jitter` [B, C, 4], see `augment`.
 
         Returns:
             Sum over samples and horizon of the squared error's mean over action dims (padding dims included, as in the
@@ -148,7 +151,7 @@ class Pi0(nn.Module):
         """The loss of every action of every chunk, [B, H]."""
         noise, actions, time = batch["noise"], batch["actions"], batch["time"]
         t = time[:, None, None]
-        prefix = self.embed_prefix(batch)
+        prefix = self.embed_prefix(batch, augmented=self.training)
         suffix = self.embed_suffix(batch["state"], t * noise + (1.0 - t) * actions, time)
         _, suffix_out = self.run(prefix, suffix)
         return F.mse_loss(self.velocity(suffix_out), noise - actions, reduction="none").mean(-1)
@@ -176,9 +179,14 @@ class Pi0(nn.Module):
             x_t = x_t + (-1.0 / steps) * self.velocity(suffix_out)
         return x_t
 
-    def embed_prefix(self, batch: Mapping[str, Any]) -> Prefix:
-        """Encode images and text. All cameras go through the tower in one call."""
+    def embed_prefix(self, batch: Mapping[str, Any], *, augmented: bool = False) -> Prefix:
+        """Encode images (changed by the batch's numbers if `augmented`) and text; all cameras in one call."""
         images, image_mask = batch["images"], batch["image_mask"]
+        size = self.dimensions.vision.image_size
+        if images.shape[2:4] != (size, size):
+            images = resize_with_pad(normalise(images), size, size)
+        if augmented and "color_jitter" in batch:
+            images = augment(images, batch["crop_and_rotation"], batch["color_jitter"])
         seen = self.vision(images.flatten(0, 1)).unflatten(0, images.shape[:2]).flatten(1, 2)
         tokens = torch.cat((seen, self.embedding(batch["tokens"])), dim=1)
         seen_valid = image_mask.repeat_interleave(self.dimensions.vision.num_tokens, dim=1)

@@ -30,23 +30,25 @@ class PatchEmbedding(nn.Module):
         self.position = nn.Parameter(torch.empty(dimensions.num_tokens, dimensions.width))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Images uint8 [N, height, width, 3] -> [N, P, D], patches row by row.
+        """Images [N, height, width, 3], uint8 or float32 in [-1, 1] -> [N, P, D], patches row by row.
 
-        A convolution whose stride is its kernel is one matrix product; rearranging is done on bytes, before the
-        conversion to [-1, 1].
+        A convolution whose stride is its kernel is one matrix product; bytes are rearranged before they are converted.
         """
         expected = (self.image_size, self.image_size, 3)
-        if images.dtype != torch.uint8 or images.shape[1:] != expected:
+        if images.dtype not in (torch.uint8, torch.float32) or images.shape[1:] != expected:
             raise ValueError(
-                f"images must be uint8 [N, {', '.join(map(str, expected))}]: {images.dtype} {images.shape}"
+                f"images must be uint8, or float32 in [-1, 1], [N, {', '.join(map(str, expected))}]: "
+                f"{images.dtype} {list(images.shape)}"
             )
         side, size = self.image_size // self.patch_size, self.patch_size
         patches = (
-            images.view(-1, side, size, side, size, 3)
+            images.reshape(-1, side, size, side, size, 3)
             .permute(0, 1, 3, 5, 2, 4)
             .reshape(-1, side * side, 3 * size * size)
         )
-        pixels = patches.to(self.weight.dtype).div_(255.0).mul_(2.0).sub_(1.0)
+        pixels = patches.to(self.weight.dtype)
+        if images.dtype == torch.uint8:
+            pixels = pixels.div_(255.0).mul_(2.0).sub_(1.0)
         return F.linear(pixels, self.weight.flatten(1), self.bias) + self.position
 
 
@@ -104,7 +106,7 @@ class SigLIP(nn.Module):
         self.head = VisionHead(dimensions, output_width)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Images uint8 [N, height, width, 3] -> image tokens [N, P, W]."""
+        """Images [N, height, width, 3], uint8 or float32 in [-1, 1] -> image tokens [N, P, W]."""
         x: torch.Tensor = self.patch_embedding(images)
         for block in self.blocks:
             x = block(x)
