@@ -6,6 +6,7 @@ import arm_policy
 import numpy as np
 import pytest
 from arm_policy import ArmDataset, Needs, OtherDataset, Stateful, Unpicklable, findings
+from distributions import repository_plugins
 
 from rlinf_core.data.transforms import Concatenate, Transform
 from rlinf_core.testing import check_dataset, plugins_in_memory
@@ -41,6 +42,12 @@ def test_a_dataset_of_a_policy_that_needs_weights_is_checked_up_to_there():
 def test_a_class_is_checked_without_its_data(plugins):
     report = check_dataset(ArmDataset, plugins=plugins)
     assert report.not_checked == ("rows: repo_id = '' is not on this machine (pass a config that names a folder)",)
+
+
+@pytest.mark.parametrize("name", [entry.name for entry in repository_plugins().datasets()])
+def test_every_dataset_of_this_repository_conforms(name):
+    plugins = repository_plugins()
+    check_dataset(plugins.dataset(name), plugins=plugins)
 
 
 def test_every_missing_column_is_named(tiny_dataset, plugins):

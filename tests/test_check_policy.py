@@ -12,7 +12,6 @@ from rlinf_core import PolicyOutput, ShardUnit
 from rlinf_core.testing import check_policy
 from rlinf_plugins_openpi import Pi0Config, Pi05Config
 
-
 SMALL = {"variant": "dummy", "action_horizon": 2, "action_dim": 8, "num_sampling_steps": 1}
 
 

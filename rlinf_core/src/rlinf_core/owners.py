@@ -38,8 +38,13 @@ class Failure:
     hook: str = ""
     """The registration hook that failed; empty: loading did."""
 
+    @property
+    def reason(self) -> str:
+        """The cause in words; of a missing module what to install."""
+        return explain(self.cause, self.owner)
+
     def __str__(self) -> str:
-        return f"{self.owner}: {self.doing}: {explain(self.cause, self.owner)}"
+        return f"{self.owner}: {self.doing}: {self.reason}"
 
 
 def explain(cause: Exception, owner: Owner) -> str:
