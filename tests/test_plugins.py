@@ -182,7 +182,7 @@ def test_strict_mode_is_on_or_off(monkeypatch):
 
 
 def test_disabled_distributions_are_out_of_both_groups(site, monkeypatch):
-    monkeypatch.setenv("RLINF_DISABLE_PLUGINS", "Acme.Arm, another")
+    monkeypatch.setenv("RLINF_DISABLE_PLUGINS", "Acme.Arm")
     install(
         site,
         "acme-arm",
@@ -196,6 +196,13 @@ def test_disabled_distributions_are_out_of_both_groups(site, monkeypatch):
     with pytest.raises(UserError, match="left out by RLINF_DISABLE_PLUGINS: acme-arm"):
         plugins.policy("arm")
     assert "acme_arm" not in sys.modules
+
+
+def test_a_disabled_distribution_that_is_not_there_is_a_misspelling(site, monkeypatch):
+    install(site, "acme-arm", datasets={"arm_pick": "acme_arm:Data"})
+    monkeypatch.setenv("RLINF_DISABLE_PLUGINS", "acme-amr")
+    with pytest.raises(UserError, match=r"names 'acme-amr', but no installed .* did you mean 'acme-arm'"):
+        Plugins.load()
 
 
 def test_a_dataset_is_imported_alone(site):

@@ -61,9 +61,8 @@ class LineTrainer(TrainerConfig):
         if group.size > 1:
             raise UserError("the trainer 'line' is for one process")
         rows = plugins.hook.rlinf_open_dataset(dataset=run.data, policy=run.policy, split="train")
-        loggers = [plugins.logger(name)(type=name) for name in ("jsonl", *run.runner.loggers)]
-        built = [one.build(run, start_step=start.step, stop_step=run.runner.max_steps) for one in loggers]
-        return Descent(run, rows, built, plugins.hook, start.step)
+        loggers = plugins.build_loggers(run, start_step=start.step, stop_step=run.runner.max_steps)
+        return Descent(run, rows, loggers, plugins.hook, start.step)
 
 
 class Descent:

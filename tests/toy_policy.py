@@ -38,7 +38,8 @@ class ToyModule(nn.Module):
         return self.leave(x.to(self.leave.weight.dtype)).float().view(-1, *self.shape)
 
     def forward(self, batch):
-        error = (self._actions(batch) + batch["noise"].mean() - batch["actions"]).square().mean((1, 2))
+        shifted = self._actions(batch) + batch["noise"].mean((1, 2), keepdim=True)
+        error = (shifted - batch["actions"]).square().mean((1, 2))
         return PolicyOutput(error.sum(), torch.tensor(float(len(error))), {})
 
     def sample_actions(self, batch, noise):

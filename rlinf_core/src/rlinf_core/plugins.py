@@ -32,14 +32,17 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from rlinf_core.command import Command
+    from rlinf_core.config.run import RunConfig
     from rlinf_core.datasets import DatasetConfig
-    from rlinf_core.logger import LoggerConfig
+    from rlinf_core.logger import Logger, LoggerConfig
     from rlinf_core.policy import PolicyConfig
     from rlinf_core.registrations import Kind, Registered
     from rlinf_core.trainer import TrainerConfig
 
 PLUGIN_GROUP = "rlinf.plugins"
 DATASET_GROUP = "rlinf.datasets"
+ALWAYS_ON = ("jsonl", "console")
+"""Loggers of every run, in the order in which they are told."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,12 @@ class Plugins:
         disabled = [name.strip() for name in os.environ.get("RLINF_DISABLE_PLUGINS", "").split(",") if name.strip()]
         found = metadata.entry_points()
         entry_points = [*found.select(group=PLUGIN_GROUP), *found.select(group=DATASET_GROUP)]
+        there = {_normalize(_owner(entry).distribution) for entry in entry_points}
+        if absent := [name for name in disabled if _normalize(name) not in there]:
+            raise UserError(
+                f"RLINF_DISABLE_PLUGINS names {absent[0]!r}, but no installed plugin package is called so"
+                f"{did_you_mean(_normalize(absent[0]), there)}"
+            )
         return cls(entry_points, strict=strict == "1", disabled=disabled)
 
     @functools.cached_property
@@ -182,6 +191,18 @@ class Plugins:
         """The logger config of this `type`. Raises as `find` does."""
         found: type[LoggerConfig] = self.find("logger", name).item
         return found
+
+    def build_loggers(self, run: RunConfig, *, start_step: int, stop_step: int) -> list[Logger]:
+        """The loggers of a run: those of every run and those in `runner.loggers`. Called on rank 0.
+
+        Args:
+            run: The frozen config.
+            start_step: Steps that are already done.
+            stop_step: The last step of the run.
+        """
+        names = dict.fromkeys((*ALWAYS_ON, *run.runner.loggers))
+        configs = [self.logger(name)(type=name) for name in names]
+        return [config.build(run, start_step=start_step, stop_step=stop_step) for config in configs]
 
     def options(self, name: str) -> type[BaseModel]:
         """The class of the table `[plugins.<name>]`. Raises as `find` does."""

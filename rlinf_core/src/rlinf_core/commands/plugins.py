@@ -53,7 +53,7 @@ def _collect(plugins: Plugins) -> dict[str, list[Any]]:
             "version": one.owner.version,
             "entry_point": one.owner.entry_point,
             "doing": one.doing,
-            "cause": f"{type(one.cause).__name__}: {one.cause}",
+            "cause": one.reason,
         }
         for one in plugins.failures
     ]

@@ -9,7 +9,6 @@ import torch
 from rlinf_core.config.fsdp2 import Fsdp2TrainerConfig
 from rlinf_core.config.run import RunConfig
 from rlinf_core.errors import UserError
-from rlinf_core.logger import Logger
 from rlinf_core.plugins import Plugins
 from rlinf_core.policy import ShardUnit, WeightSource
 from rlinf_core.training.blocks import prepare_block
@@ -17,20 +16,11 @@ from rlinf_core.training.distributed import Processes
 from rlinf_core.training.fsdp import derived_seed, materialize, shard
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-ALWAYS_ON = ("jsonl", "console")
-"""Loggers of every run, in the order in which they are told."""
 
 
 def open_weights(run: RunConfig) -> WeightSource | None:
     """The pretrained weights to start from; None: from the policy's initial values."""
     return run.policy.open_weights() if run.policy.weights not in ("", "random") else None
-
-
-def build_loggers(run: RunConfig, plugins: Plugins, *, start_step: int, stop_step: int) -> list[Logger]:
-    """The run's loggers; called on rank 0."""
-    names = dict.fromkeys((*ALWAYS_ON, *run.runner.loggers))
-    configs = [plugins.logger(name)(type=name) for name in names]
-    return [config.build(run, start_step=start_step, stop_step=stop_step) for config in configs]
 
 
 def build_on_meta(run: RunConfig, plugins: Plugins) -> Any:

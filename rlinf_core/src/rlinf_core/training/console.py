@@ -16,6 +16,14 @@ from rlinf_core.logger import Logger, LoggerConfig
 from rlinf_core.training.jsonl import FILE, read_rows
 
 SECONDS_BETWEEN_LINES = 10.0
+SHOWN = {
+    "loss": "loss [bold]{:.4f}[/]",
+    "lr": "lr {:.2e}",
+    "grad_norm": "grad norm {:.3f}",
+    "samples_per_second": "{:.1f} samples/s",
+    "data_wait_share": "data wait {:.0%}",
+}
+"""Metrics that a line shows, of those that the trainer reports."""
 PLOT_SIZE = (76, 16)
 """Columns and rows of the plot in characters."""
 
@@ -65,16 +73,17 @@ class ConsoleLogger:
             return
         self._last_line = now
         left = (now - self._started) / (step - self._start_step) * (self._stop_step - step)
-        self._print(
-            f"step {step:>{len(str(self._stop_step))}}/{self._stop_step}"
-            f"  loss [bold]{metrics['loss']:.4f}[/]  lr {metrics['lr']:.2e}  grad norm {metrics['grad_norm']:.3f}"
-            f"  {metrics['samples_per_second']:.1f} samples/s  data wait {metrics['data_wait_share']:.0%}"
-            f"  ETA {_duration(left)}"
-        )
+        shown = [form.format(metrics[name]) for name, form in SHOWN.items() if name in metrics]
+        place = f"step {step:>{len(str(self._stop_step))}}/{self._stop_step}"
+        self._print("  ".join([place, *shown, f"ETA {_duration(left)}"]))
 
     def validation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Print a validation."""
-        line = f"[cyan]step {step}: held-out loss {metrics['val_loss']:.4f}{_of_ema(metrics, 'val_loss')}"
+        line = f"[cyan]step {step}:"
+        if "val_loss" in metrics:
+            line += f" held-out loss {metrics['val_loss']:.4f}{_of_ema(metrics, 'val_loss')}"
+        else:  # Of a trainer that measures something else.
+            line += " " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         if "val_action_mse" in metrics:
             line += (
                 f", action error² {metrics['val_action_mse']:.4f}{_of_ema(metrics, 'val_action_mse')} "
