@@ -6,47 +6,35 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tiny_pi0 import PI0, PI05, published_state, shapes_of, state_of
 
 from rlinf_core.errors import UserError
-from rlinf_plugins_openpi.dimensions import GemmaDimensions, Pi0Dimensions, VisionDimensions
-from rlinf_plugins_openpi.pi0 import Pi0
 from rlinf_plugins_openpi.weights import (
     EMBEDDING,
     EMBEDDING_IN_FILES,
+    UNUSED,
     PublishedWeights,
     published_names,
     save_published,
 )
 
-GEMMA = GemmaDimensions(width=8, depth=1, mlp_dim=8, num_heads=2, num_kv_heads=1, head_dim=4)
-VISION = VisionDimensions(width=8, depth=1, mlp_dim=8, num_heads=2)
 STATE_PROJ = "state_proj.weight"
 
 
-@pytest.fixture(params=[False, True], ids=["pi0", "pi05"])
+@pytest.fixture(params=[PI0, PI05], ids=["pi0", "pi05"])
 def dimensions(request):
-    return Pi0Dimensions(request.param, 4, 3, 16, GEMMA, GEMMA, VISION)
+    return request.param
 
 
 @pytest.fixture
 def pi0_dimensions():
-    return Pi0Dimensions(False, 4, 3, 16, GEMMA, GEMMA, VISION)
-
-
-def state_of(dimensions):
-    torch.manual_seed(0)
-    return {name: torch.randn_like(parameter) for name, parameter in Pi0(dimensions).named_parameters()}
-
-
-def shapes_of(dimensions):
-    return {name: tuple(tensor.shape) for name, tensor in state_of(dimensions).items()}
+    return PI0
 
 
 @pytest.fixture
-def published(pi0_dimensions):
+def published():
     """Published names -> tensors, to be damaged and saved."""
-    names = published_names(pi0_dimensions)
-    return {names[name]: tensor for name, tensor in state_of(pi0_dimensions).items()}
+    return published_state(PI0)
 
 
 def complaint(path, dimensions):
@@ -71,6 +59,10 @@ def test_saved_embedding_is_where_published_files_have_it(tmp_path, pi0_dimensio
         assert EMBEDDING_IN_FILES in keys
         assert EMBEDDING not in keys
         assert saved.metadata()[EMBEDDING] == EMBEDDING_IN_FILES
+        assert keys >= UNUSED
+        (head,) = UNUSED
+        assert saved.get_tensor(head).shape == (16, 4)
+        assert not saved.get_tensor(head).any()
 
 
 def test_incomplete_state_is_not_saved(tmp_path, pi0_dimensions):
@@ -103,23 +95,22 @@ def test_shards_are_found_through_their_index(tmp_path, published, pi0_dimension
 def test_every_problem_is_named_at_once(tmp_path, published, pi0_dimensions):
     file = tmp_path / "some.safetensors"
     del published["action_out_proj.bias"]
-    published[STATE_PROJ] = torch.zeros(8, 5)
+    published[STATE_PROJ] = torch.zeros(4, 5)
     published["surprise"] = torch.zeros(2)
     save_file(published, file)
     message = complaint(file, pi0_dimensions)
     assert str(file) in message
     assert "missing: action_out_proj.bias [4]" in message
-    assert f"wrong shape: {STATE_PROJ} is [8, 5], the model has [8, 4]" in message
+    assert f"wrong shape: {STATE_PROJ} is [4, 5], the model has [4, 4]" in message
     assert "unexpected: surprise [2]" in message
 
 
 def test_pi05_weights_are_not_pi0_weights(tmp_path, pi0_dimensions):
-    pi05 = Pi0Dimensions(True, 4, 3, 16, GEMMA, GEMMA, VISION)
-    save_published(state_of(pi05), tmp_path / "model.safetensors", pi05)
+    save_published(state_of(PI05), tmp_path / "model.safetensors", PI05)
     message = complaint(tmp_path, pi0_dimensions)
     assert f"missing: {STATE_PROJ}" in message
     assert "unexpected: time_mlp_in.weight" in message
-    assert "policy.type" in message
+    assert 'this looks like π0.5: set policy.type = "pi05"' in message
 
 
 def test_embedding_may_have_either_name_or_both_if_equal(tmp_path, published, pi0_dimensions):

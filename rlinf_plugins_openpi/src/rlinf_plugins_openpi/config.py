@@ -32,6 +32,9 @@ class OpenpiPolicyConfig(PolicyConfig):
         "optim": {"lr": 2.5e-5, "min_lr": 2.5e-6, "warmup_steps": 1000, "decay_steps": 30_000, "ema_decay": 0.99}
     }
 
+    weights: str = ""
+    """Pretrained weights: a folder, a file, or a model on the hub, `owner/name` with an optional `@revision`; in the
+    layout of openpi's PyTorch files, lerobot's or RLinf's. `"random"`: train from the initialisation."""
     variant: Literal["base", "dummy"] = "base"
     """`base`: the published sizes, 3.3 billion parameters. `dummy`: the same code in a size that trains on a CPU."""
     action_dim: int = Field(default=32, ge=1)
@@ -63,7 +66,7 @@ class OpenpiPolicyConfig(PolicyConfig):
     def _full_size_is_explicit(self) -> OpenpiPolicyConfig:
         if self.variant == "base" and not self.weights:
             raise ValueError(
-                'the full-size variant "base" needs policy.weights: a folder or file of pretrained weights, '
+                'the full-size variant "base" needs policy.weights: a folder, file or hub id of pretrained weights, '
                 'or "random" to train 3 billion parameters from scratch'
             )
         if self.variant == "base" and not self.tokenizer:
@@ -132,15 +135,17 @@ class OpenpiPolicyConfig(PolicyConfig):
         save_published(tensors, folder / "model.safetensors", self.dimensions)
 
     def open_weights(self) -> WeightSource:
-        """Open weights in openpi's PyTorch layout."""
+        """Open weights in any known layout (see `weights.layouts`); those of a hub id are downloaded first."""
         from rlinf_plugins_openpi.weights import PublishedWeights
+        from rlinf_plugins_openpi.weights.hub import find_weights
 
-        return PublishedWeights(self.weights, self.dimensions)
+        return PublishedWeights(find_weights(self.weights), self.dimensions)
 
     def check_files(self) -> None:
         """Raise `UserError` for weights that are not there or of another model, and for a tokenizer that does not fit.
 
-        Reads headers only: a damaged tensor, or one of another shape, is found when the run loads it.
+        Reads headers only: a damaged tensor, or one of another shape, is found when the run loads it; so is what is
+        wrong with a pickle, or with weights that are still on the hub.
         """
         problems = []
         for check in (self._check_weights, self._check_tokenizer):
@@ -152,10 +157,13 @@ class OpenpiPolicyConfig(PolicyConfig):
             raise UserError("\n".join(problems))
 
     def _check_weights(self) -> None:
-        from rlinf_plugins_openpi.weights import PublishedWeights
+        if self.weights in ("", "random"):
+            return
+        from rlinf_plugins_openpi.weights.hub import find_cached_weights
+        from rlinf_plugins_openpi.weights.source import check_names
 
-        if self.weights not in ("", "random"):
-            PublishedWeights(self.weights, self.dimensions).check_names()
+        if path := find_cached_weights(self.weights):  # None: the run will download them.
+            check_names(path, self.dimensions)
 
     def _check_tokenizer(self) -> None:
         PromptTokenizer(self._tokenizer_path, self.max_token_len)  # Says what to set if there is no such file.

@@ -1,6 +1,6 @@
 """What this distribution tells rlinf_core, through the entry point `rlinf-plugins-openpi`."""
 
-from rlinf_core import PolicyConfig, hookimpl
+from rlinf_core import Command, PolicyConfig, hookimpl
 from rlinf_plugins_openpi.config import Pi0Config, Pi05Config
 
 
@@ -8,3 +8,10 @@ from rlinf_plugins_openpi.config import Pi0Config, Pi05Config
 def rlinf_register_policies() -> list[type[PolicyConfig]]:
     """Offer π0 and π0.5."""
     return [Pi0Config, Pi05Config]
+
+
+@hookimpl
+def rlinf_register_commands() -> list[Command]:
+    """Offer `rlinf convert`."""
+    what = "convert π0 or π0.5 weights (JAX, lerobot, RLinf) to openpi's PyTorch layout"
+    return [Command("convert", what, "rlinf_plugins_openpi.weights.convert")]

@@ -1,0 +1,136 @@
+"""`rlinf convert`: weights of π0 or π0.5 from any known layout to openpi's PyTorch layout, tensor by tensor."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from rlinf_core import UserError
+from rlinf_plugins_openpi.dimensions import VARIANTS, Pi0Dimensions
+from rlinf_plugins_openpi.weights.files import SINGLE, TensorFiles, open_files, orbax_folder
+from rlinf_plugins_openpi.weights.hub import find_weights
+from rlinf_plugins_openpi.weights.layouts import FoundLayout, find_layout
+from rlinf_plugins_openpi.weights.names import UNUSED_HEAD
+from rlinf_plugins_openpi.weights.saving import (
+    Entry,
+    published_entries,
+    published_key,
+    write_safetensors,
+)
+from rlinf_plugins_openpi.weights.source import PublishedWeights
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = {"fp32": "F32", "bf16": "BF16"}
+
+WHAT = """\
+SOURCE is a folder with openpi's JAX parameters (`params/`, of a gs://openpi-assets checkpoint), a folder or file of
+PyTorch weights from openpi, lerobot or RLinf, or a model's id on the hub. Its layout is told by its names; what is
+missing, unexpected or misshapen is an error. FOLDER gets model.safetensors, for policy.weights and openpi alike.
+"""
+
+
+class Converted(NamedTuple):
+    """What a conversion made."""
+
+    path: Path
+    layout: FoundLayout
+    """Of the source."""
+    dimensions: Pi0Dimensions
+    tensors: int
+    size: int
+    """Bytes."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.epilog = WHAT
+    parser.add_argument("source", metavar="SOURCE", help="a folder, a file, or owner/name[@revision] on the hub")
+    parser.add_argument("--output", metavar="FOLDER", required=True, help="where model.safetensors is written")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help="of all numbers in the file; default: as in SOURCE")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Convert, and say what came of it."""
+    done = convert(options.source, Path(options.output).expanduser(), options.dtype)
+    kind = "π0.5" if done.dimensions.pi05 else "π0"
+    print(f"{options.source}: {kind} in {done.layout}")
+    print(f"{done.path}: {done.tensors} tensors, {done.size / 1e9:.1f} GB, openpi's PyTorch layout")
+
+
+def convert(source: str, output: Path, dtype: str | None = None) -> Converted:
+    """Write weights in openpi's PyTorch layout.
+
+    Args:
+        source: As the command's SOURCE.
+        output: The folder for `model.safetensors`; made if need be.
+        dtype: `"fp32"` or `"bf16"` for all tensors; None: each keeps its own.
+
+    Raises:
+        UserError: The source does not fit π0 or π0.5 in a known size, or the output is there or does not fit the disk.
+    """
+    path = output / SINGLE
+    if path.exists():
+        raise UserError(f"{path} is already there: name another folder, or delete it")
+    where = find_weights(source)
+    files = _open(where)
+    layout = find_layout(files.shapes, str(where))
+    dimensions = dimensions_of(files, layout, where)
+    weights = PublishedWeights(where, dimensions, files)
+    shapes = _shapes(dimensions)
+    weights.check(shapes)
+    # Parts of one stored tensor one after another: stacked layers are read once.
+    names = sorted(shapes, key=lambda name: weights.slot(name).key)
+    dtypes = {name: DTYPES[dtype] if dtype else files.dtypes[weights.slot(name).key] for name in names}
+    published = published_entries({name: Entry(dtypes[name], shapes[name]) for name in names}, dimensions)
+    output.mkdir(parents=True, exist_ok=True)
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for name in names:
+            yield published_key(name, dimensions), weights.tensor(name)
+
+    write_safetensors(path, published, tensors(), zeros={UNUSED_HEAD})
+    return Converted(path, layout, dimensions, len(published), path.stat().st_size)
+
+
+def _open(path: Path) -> TensorFiles:
+    folder = orbax_folder(path)
+    if folder is None:
+        return open_files(path)
+    from rlinf_plugins_openpi.weights.orbax import OrbaxParameters
+
+    return OrbaxParameters(folder)
+
+
+def dimensions_of(files: TensorFiles, layout: FoundLayout, path: Path) -> Pi0Dimensions:
+    """The sizes of the model whose weights these are, as far as its tensors tell them; the horizon they do not.
+
+    Raises:
+        UserError: Neither π0 nor π0.5, or of a size that no variant has.
+    """
+    any_size = Pi0Dimensions.of("dummy", pi05=True, action_dim=1, action_horizon=1)
+    slots, there = layout.slots(any_size), files.shapes
+    bias = there.get(slots["action_out_proj.bias"].key)
+    if bias is None:
+        raise UserError(f"{path} holds no action_out_proj: it is neither π0 nor π0.5 (π0-FAST is another model)")
+    # The name is not in the table where the embedding has its other one.
+    embedding = there.get(PublishedWeights(path, any_size, files).slot("embedding.weight").key)
+    pi05 = slots["time_mlp_in.bias"].key in there
+    for name, sizes in VARIANTS.items():
+        if embedding == (sizes.vocab_size, sizes.vlm.width):
+            return Pi0Dimensions.of(name, pi05=pi05, action_dim=bias[0], action_horizon=1)
+    known = ", ".join(f"{[sizes.vocab_size, sizes.vlm.width]} ({name})" for name, sizes in VARIANTS.items())
+    raise UserError(f"{path} embeds its vocabulary as {list(embedding or ())}; the variants have {known}")
+
+
+def _shapes(dimensions: Pi0Dimensions) -> dict[str, tuple[int, ...]]:
+    import torch
+
+    from rlinf_plugins_openpi.pi0 import Pi0
+
+    with torch.device("meta"):
+        model = Pi0(dimensions)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

@@ -1,0 +1,174 @@
+"""Files of tensors: what is at a path, the names and shapes in it, and one tensor at a time out of it.
+
+safetensors in one file or in shards with an index, and the pickles that RLinf's trainer writes, of which only plain
+tensors are read. Importing this leaves torch unloaded, and so do names and shapes of safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from safetensors import SafetensorError, safe_open
+
+from rlinf_core import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+FULL_WEIGHTS = tuple(
+    f"{folder}{name}"
+    # RLinf saves `<run>/checkpoints/global_step_N/actor/model_state_dict/full_weights.pt`; early versions misspelt it.
+    for name in ("full_weights.pt", "full_weigths.pt")
+    for folder in ("", "model_state_dict/", "actor/model_state_dict/")
+)
+DTYPES = {"torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
+"""Of numbers that weights are made of: torch's names -> safetensors'."""
+PICKLES = (".pt", ".pth", ".bin")
+
+
+class TensorFiles(Protocol):
+    """Named tensors on disk."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Every tensor's name and shape; nothing else is read."""
+        ...
+
+    @property
+    def dtypes(self) -> Mapping[str, str]:
+        """Every tensor's name and dtype, in safetensors' words: F32, BF16."""
+        ...
+
+    def read(self, key: str) -> torch.Tensor:
+        """A whole tensor on the CPU, in the dtype of the file."""
+        ...
+
+
+class Safetensors:
+    """One safetensors file, or several that make up a whole."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
+        for path in paths:
+            try:
+                with safe_open(path, framework="np") as file:
+                    for key in file.keys():  # noqa: SIM118  # not a mapping
+                        stored = file.get_slice(key)
+                        self.shapes[key], self.dtypes[key] = tuple(stored.get_shape()), stored.get_dtype()
+                        self._paths[key] = path
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{path} is not a readable safetensors file: {error}") from error
+
+    def read(self, key: str) -> torch.Tensor:
+        """See `TensorFiles`. Maps the file for this one tensor, so that pages read before can be given up."""
+        with safe_open(self._paths[key], framework="pt", device="cpu") as file:
+            tensor: torch.Tensor = file.get_tensor(key)
+        return tensor
+
+
+class Pickle:
+    """A `torch.save`d state dict; opened only when something in it is asked for, because that takes torch."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @cached_property
+    def _tensors(self) -> Mapping[str, torch.Tensor]:
+        import torch
+
+        try:
+            # Mapped, so that a tensor is read when it is used. Nothing but tensors and plain containers is unpickled.
+            state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(
+                f"{self.path} is no file of plain tensors written by torch.save (nothing else is unpickled): {reason}"
+            ) from error
+        if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+            what = ", ".join(map(str, list(state)[:5])) if isinstance(state, Mapping) else type(state).__name__
+            raise UserError(f"{self.path} is no state dict, a mapping of names to tensors; it holds: {what}")
+        return state
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """See `TensorFiles`."""
+        return {key: tuple(tensor.shape) for key, tensor in self._tensors.items()}
+
+    @cached_property
+    def dtypes(self) -> dict[str, str]:
+        """See `TensorFiles`."""
+        return {key: DTYPES.get(str(tensor.dtype), str(tensor.dtype)) for key, tensor in self._tensors.items()}
+
+    def read(self, key: str) -> torch.Tensor:
+        """See `TensorFiles`."""
+        return self._tensors[key]
+
+
+def open_files(path: Path) -> TensorFiles:
+    """Open the weights at a path: a file, or a folder as openpi, lerobot or RLinf leave it.
+
+    Raises:
+        UserError: Nothing readable there, or more than one candidate.
+    """
+    files = weight_files(path)
+    return Pickle(files[0]) if files[0].suffix in PICKLES else Safetensors(files)
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files that hold the weights at a path, all of which exist; raises `UserError` as `open_files` does."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"there is no file or folder {path}")
+    pickles = [path / name for name in FULL_WEIGHTS if (path / name).is_file()]
+    tensors = [path / name for name in (SINGLE, INDEX) if (path / name).is_file()]
+    if len(pickles) > 1 or (pickles and tensors):
+        names = ", ".join(str(file.relative_to(path)) for file in (*tensors, *pickles))
+        raise UserError(f"{path} holds more than one set of weights ({names}): name the file that is meant")
+    if pickles:
+        return pickles
+    if not tensors:
+        raise UserError(f"{path} holds neither {SINGLE} nor {INDEX}, nor {FULL_WEIGHTS[0]} of RLinf{_hint(path)}")
+    return tensors[:1] if tensors[0].name == SINGLE else shards(tensors[0])
+
+
+def orbax_folder(path: Path) -> Path | None:
+    """The folder of JAX parameters at a path, if there are any: `path` or its `params/`."""
+    return next((folder for folder in (path, path / "params") if (folder / "manifest.ocdbt").is_file()), None)
+
+
+def _hint(path: Path) -> str:
+    if orbax_folder(path):
+        return f". It holds openpi's JAX parameters: convert them with `rlinf convert {path} --output FOLDER`"
+    if any(path.glob("**/*.distcp")):
+        return ". It holds a sharded training checkpoint: name the weights exported from it"
+    return ""
+
+
+def shards(index: Path) -> list[Path]:
+    """The shards that an index names.
+
+    Raises:
+        UserError: No index, or shards that are not there.
+    """
+    names = shard_names(index)
+    if absent := [name for name in names if not (index.parent / name).is_file()]:
+        raise UserError(f"{index} names shards that are not there: {', '.join(absent)}")
+    return [index.parent / name for name in names]
+
+
+def shard_names(index: Path) -> list[str]:
+    """The file names that an index holds, sorted; raises `UserError` if it is no index."""
+    try:
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{index} is not an index of safetensors shards: {error}") from error

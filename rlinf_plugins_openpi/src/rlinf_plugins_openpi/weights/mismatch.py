@@ -1,0 +1,105 @@
+"""What is wrong with weights that do not fit a model, and what they look like instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlinf_core import UserError
+from rlinf_plugins_openpi.dimensions import VARIANTS
+
+if TYPE_CHECKING:
+    from rlinf_plugins_openpi.dimensions import Pi0Dimensions
+    from rlinf_plugins_openpi.weights.layouts import FoundLayout
+
+LONG = 12
+"""Lists of more lines push their head off a terminal: what matters is said again below them."""
+RL_PARTS = ("value_head.", "noise_head.", "q_head.", "actor_image_encoder.", "critic_image_encoder.", "dsrl_")
+"""What RLinf's reinforcement learning adds to a policy."""
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """All differences between files and a model. False if there are none."""
+
+    path: Path
+    layout: FoundLayout
+    dimensions: Pi0Dimensions
+    """The model's."""
+    there: Mapping[str, Shape]
+    """Every tensor in the files."""
+    missing: Mapping[str, Shape | None] = field(default_factory=dict)
+    """Expected keys -> the shapes they should have, where those are known."""
+    unexpected: Mapping[str, Shape] = field(default_factory=dict)
+    misshapen: Mapping[str, tuple[Shape, Shape]] = field(default_factory=dict)
+    """Keys -> the shape they have, the shape they should have."""
+    not_floats: Mapping[str, str] = field(default_factory=dict)
+    """Keys -> dtypes that no weights have."""
+    ambiguous: tuple[str, str] | None = None
+    """Two names of one parameter that hold different values."""
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.unexpected or self.misshapen or self.not_floats or self.ambiguous)
+
+    def error(self) -> UserError:
+        """The error that names every difference, with a summary on top and, of a long list, below."""
+        counts = f"{len(self.missing)} missing, {len(self.unexpected)} unexpected, {len(self.misshapen)} misshapen"
+        looks = [*self._looks_like()]
+        lines = [
+            f"{self.path} does not fit the model: {counts} (it holds {len(self.there)} tensors in {self.layout})",
+            *looks,
+            "check policy.type, policy.variant and policy.weights:",
+        ]
+        differences = [*self._differences()]
+        lines += [f"  {difference}" for difference in differences]
+        if len(differences) > LONG:
+            lines += [f"{self.path} does not fit the model: {counts}", *looks]
+        return UserError("\n".join(lines))
+
+    def _differences(self) -> Iterator[str]:
+        for key, wanted in self.missing.items():
+            yield f"missing: {key}" + (f" {list(wanted)}" if wanted is not None else "")
+        for key, (has, wanted) in self.misshapen.items():
+            yield f"wrong shape: {key} is {list(has)}, the model has {list(wanted)}"
+        for key, dtype in self.not_floats.items():
+            yield f"wrong dtype: {key} is {dtype}, weights are floating-point numbers"
+        for key, has in self.unexpected.items():
+            yield f"unexpected: {key} {list(has)}"
+        if self.ambiguous:
+            yield f"ambiguous: {self.ambiguous[0]} and {self.ambiguous[1]} are one parameter but differ"
+
+    def _looks_like(self) -> Iterator[str]:
+        """Guesses at what happened, each with the way out."""
+        other = replace(self.dimensions, pi05=not self.dimensions.pi05)
+        if self.missing and self._stored("time_mlp_in.bias" if other.pi05 else "state_proj.bias", other):
+            name, kind = ("π0.5", "pi05") if other.pi05 else ("π0", "pi0")
+            yield f'this looks like {name}: set policy.type = "{kind}"'
+        elif self.missing and not self._stored("action_out_proj.bias", self.dimensions):
+            yield "this looks like another model: it has no action_out_proj (π0-FAST has none)"
+        elif self.missing and not self.unexpected and not self.misshapen:
+            yield "this looks like a part of the weights: is a file missing?"
+        yield from self._other_sizes()
+        if any("lora" in key.lower() for key in self.unexpected):
+            yield "this looks like weights with LoRA adapters beside them: merge them where they were trained"
+        elif parts := sorted({part for part in RL_PARTS for key in self.unexpected if part in key}):
+            yield f"this looks like a reinforcement-learning checkpoint ({', '.join(parts)}…): save the policy alone"
+
+    def _other_sizes(self) -> Iterator[str]:
+        if not self.misshapen:
+            return
+        embedding = self._stored("embedding.weight", self.dimensions)
+        for name, sizes in VARIANTS.items():
+            if embedding == (sizes.vocab_size, sizes.vlm.width) and sizes.vlm != self.dimensions.vlm:
+                yield f'this looks like another size: set policy.variant = "{name}"'
+                return
+        bias = self._stored("action_out_proj.bias", self.dimensions)
+        if bias and bias != (self.dimensions.action_dim,):
+            yield f"this looks like another action width: set policy.action_dim = {bias[0]}"
+
+    def _stored(self, name: str, dimensions: Pi0Dimensions) -> Shape | None:
+        """The shape in the files of a tensor that is stored as it is; None if it is not there."""
+        return self.there.get(self.layout.slots(dimensions)[name].key)

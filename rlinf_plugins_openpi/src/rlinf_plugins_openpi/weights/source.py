@@ -1,0 +1,122 @@
+"""Pretrained weights as the trainer loads them: whichever layout the files have, checked name for name and shape."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlinf_plugins_openpi.weights.files import DTYPES, Pickle, TensorFiles, open_files
+from rlinf_plugins_openpi.weights.layouts import OPENPI, Slot, find_layout
+from rlinf_plugins_openpi.weights.mismatch import Mismatch
+from rlinf_plugins_openpi.weights.names import EMBEDDING, EMBEDDING_IN_FILES, UNUSED_HEAD
+
+if TYPE_CHECKING:
+    import torch
+
+    from rlinf_plugins_openpi.dimensions import Pi0Dimensions
+
+
+def check_names(path: Path, dimensions: Pi0Dimensions) -> None:
+    """Check the names of weights without torch: of safetensors, from their headers. A pickle is not opened.
+
+    Raises:
+        UserError: Nothing readable at `path`, or a name is missing or unexpected.
+    """
+    files = open_files(path)
+    if not isinstance(files, Pickle):
+        PublishedWeights(path, dimensions, files).check_names()
+
+
+class PublishedWeights:
+    """Weights on disk, read one tensor at a time (`rlinf_core.policy.WeightSource`).
+
+    Args:
+        path: A file, or a folder as openpi, lerobot or RLinf leave it (see `files.open_files`).
+        dimensions: Of the model that asks; they decide which names there are.
+        files: The tensors, where they are already open; then `path` is only what errors call them.
+
+    Raises:
+        UserError: Nothing readable at `path`, or tensors in none of the known layouts.
+    """
+
+    def __init__(self, path: str | Path, dimensions: Pi0Dimensions, files: TensorFiles | None = None) -> None:
+        self.path = Path(path)
+        self._dimensions = dimensions
+        self._files = open_files(self.path) if files is None else files
+        self.layout = find_layout(self._files.shapes, str(self.path))
+        self._slots = self.layout.slots(dimensions)
+        # Where openpi's names are used, the embedding has two, and the expert a head that the model has not.
+        own = self.layout.prefix if self.layout.layout is OPENPI else None
+        self._embedding = None if own is None else own + EMBEDDING
+        self._head = None if own is None else own + EMBEDDING_IN_FILES
+        self._unused = None if own is None else own + UNUSED_HEAD
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor of the parameter `name` (the model's own name), whole, on the CPU, in the dtype of the file."""
+        slot = self.slot(name)
+        return slot.take(self._files.read(slot.key))
+
+    def slot(self, name: str) -> Slot:
+        """Where the files hold a parameter, or should."""
+        slot, there = self._slots[name], self._files.shapes
+        if slot.key == self._embedding and self._embedding not in there and self._head in there:
+            return Slot(str(self._head))
+        return slot
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Compare the files with what the model expects; reads no more than their names and shapes.
+
+        Args:
+            shapes: The model's own parameter names -> shapes.
+
+        Raises:
+            UserError: Names every stored tensor that is missing, unexpected or of another shape, and an embedding that
+                is stored under both of its names with different values.
+        """
+        there = self._files.shapes
+        expected = {self.slot(name).key: self.slot(name).stored_shape(shape) for name, shape in shapes.items()}
+        common = [key for key in expected if key in there]
+        mismatch = self._mismatch(
+            missing={key: shape for key, shape in expected.items() if key not in there},
+            expected=expected,
+            misshapen={key: (there[key], expected[key]) for key in common if there[key] != expected[key]},
+            not_floats={key: dtype for key in common if (dtype := self._files.dtypes[key]) not in DTYPES.values()},
+        )
+        if not mismatch and self._embeddings_differ():
+            mismatch = self._mismatch(ambiguous=(str(self._embedding), str(self._head)), expected=expected)
+        if mismatch:
+            raise mismatch.error()
+
+    def check_names(self) -> None:
+        """Compare the names in the files with the table; builds no model.
+
+        Raises:
+            UserError: Names every stored tensor that is missing or unexpected.
+        """
+        expected = dict.fromkeys(self.slot(name).key for name in self._slots)
+        missing = {key: None for key in expected if key not in self._files.shapes}
+        if mismatch := self._mismatch(missing=missing, expected=expected):
+            raise mismatch.error()
+
+    def _mismatch(self, *, expected: Collection[str], **differences: Any) -> Mismatch:
+        """The differences found, and what the files hold beyond the expected."""
+        there, known = self._files.shapes, {*expected, self._unused, self._head}
+        unexpected = {key: shape for key, shape in there.items() if key not in known}
+        return Mismatch(self.path, self.layout, self._dimensions, there, unexpected=unexpected, **differences)
+
+    def _embeddings_differ(self) -> bool:
+        """Whether a published file contradicts itself: there, the two names are one tensor.
+
+        A whole state dict, lerobot's or RLinf's, may hold a head of its own that no loss has seen since it was copied
+        from the embedding; the embedding is what was trained.
+        """
+        head, embedding, there = self._head, self._embedding, self._files.shapes
+        whole_state = bool(self.layout.prefix) or isinstance(self._files, Pickle)
+        if head is None or embedding is None or head not in there or embedding not in there or whole_state:
+            return False
+        if there[head] != there[embedding]:
+            return True
+        import torch
+
+        return not torch.equal(self._files.read(embedding), self._files.read(head))
