@@ -9,6 +9,7 @@ import pytest
 import sentencepiece
 
 from rlinf_core import UserError
+from rlinf_plugins_openpi import Pi05Config
 from rlinf_plugins_openpi.tokenizer import SMALL_MODEL, PromptTokenizer, clean, discretise, load_processor
 
 MAKE_SMALL_TOKENIZER = Path(__file__).parents[1] / "rlinf_plugins_openpi" / "make_small_tokenizer.py"
@@ -72,6 +73,36 @@ def test_tokens_of_one_prompt_do_not_share_memory():
     tokenizer = PromptTokenizer(SMALL_MODEL, 16)
     tokenizer("lift")[0][:] = 7
     assert tokenizer("lift")[0][0] == 2
+
+
+def described(prompts, **fields):
+    policy = Pi05Config(variant="dummy", **fields)
+    tokenise = policy.transforms()[1]
+    samples = [tokenise({"prompt": prompt, "state": np.full(2, state)}) for prompt, state in prompts]
+    return policy.describe(samples)
+
+
+def test_cut_prompts_are_counted_once_each():
+    prompts = [("lift", 0.0), ("turn on the stove", 0.0), ("lift", 0.5)]
+    lengths = [len(PromptTokenizer(SMALL_MODEL, 99).encode(prompt)) for prompt, _ in prompts]
+    (found,) = described(prompts, discrete_state_input=False, max_token_len=lengths[0]).values()
+    assert found.startswith(f"1 of 2 different prompts cut to policy.max_token_len = {lengths[0]}, ")
+    assert f"the longest has {lengths[1]} tokens; in 3 rows" in found
+    (found,) = described(prompts, discrete_state_input=False, max_token_len=lengths[1]).values()
+    assert found.startswith("0 of 2 different prompts")
+
+
+def test_prompts_with_states_are_counted_by_rows():
+    prompts = [("lift", -1.0), ("lift", 0.99)]  # bins of one digit and of three
+    short, long = (len(PromptTokenizer(SMALL_MODEL, 99).encode(p, np.full(2, state))) for p, state in prompts)
+    assert short < long
+    (found,) = described(prompts, max_token_len=short).values()
+    assert found.startswith(f"1 of 2 prompts with their states cut to policy.max_token_len = {short}, ")
+    assert f"the longest has {long} tokens; in 2 rows" in found
+
+
+def test_without_rows_there_is_nothing_to_say():
+    assert described([]) == {}
 
 
 def test_clean_strips_before_it_replaces():

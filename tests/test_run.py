@@ -46,6 +46,7 @@ def rlinf_train_finished(trainer, error):
 """
 SETTINGS = [
     "policy.action_dim=8",
+    "policy.augment=true",  # a sample's images are changed alike on any number of ranks
     "runner.val_check_interval=0",
     "data.num_workers=0",
     "trainer.global_batch_size=12",

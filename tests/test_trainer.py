@@ -77,6 +77,25 @@ def checkpoints(trainer):
     return [int(path.name.removeprefix("step_")) for path in sorted((trainer.run.folder / "checkpoints").iterdir())]
 
 
+def test_a_run_begins_with_what_the_policy_says_of_the_data(train, monkeypatch, capsys):
+    seen = []
+
+    def describe(self, samples):
+        seen.extend(samples)
+        return {"toys": f"{len(seen)} of them"}
+
+    monkeypatch.setattr(toy_policy.TrainableToyPolicy, "describe", describe)
+    train("runner.max_steps=1")
+    out = capsys.readouterr().out
+    assert out.index("toys: 200 of them") < out.index("step 1/1")
+    assert all("camera" not in sample and "noise" not in sample for sample in seen)
+
+
+def test_data_that_need_images_are_not_described(train, monkeypatch):
+    monkeypatch.setattr(toy_policy.TrainableToyPolicy, "describe", lambda *_: pytest.fail("asked"))
+    train("runner.max_steps=1", "data.stats_need_images=true")
+
+
 def test_epochs_end_a_run(train):
     """200 rows make 10 steps of 20."""
     trainer = train("runner.max_epochs=2")

@@ -77,6 +77,7 @@ def test_facts_as_json(validate):
     assert (facts["steps_an_epoch"], facts["steps"], facts["epochs"]) == (50, 1100, 22)
     assert "actions [5, 4]" in facts["sample"]
     assert "noise [5, 4]" in facts["sample"]
+    assert facts["prompts"].startswith("0 of 3 different prompts cut to policy.max_token_len = 200, the longest has 12")
     assert (facts["weights"], facts["starts"], facts["launcher"]) == ("initial values", "at step 0", "torchrun")
     assert facts["loggers"] == "console, jsonl"
 

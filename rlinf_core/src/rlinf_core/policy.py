@@ -5,7 +5,7 @@ Transforms, random draws and collation live on the config, because loader worker
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
@@ -57,6 +57,17 @@ class PolicyConfig(BaseModel):
         Args:
             generator: Keyed to (seed, epoch, position of the sample in the epoch), so that a sample's numbers do not
                 depend on ranks, workers or resumes.
+        """
+        return {}
+
+    def describe(self, samples: Iterable[Sample]) -> Mapping[str, str]:
+        """What a user should know of the data before training: a short name of each fact -> a line of text.
+
+        `rlinf validate` shows the facts, and so does a run when it starts.
+
+        Args:
+            samples: Encoded training rows from all over the data, without images and draws. They are made as they are
+                asked for: a policy with nothing to tell need not look.
         """
         return {}
 

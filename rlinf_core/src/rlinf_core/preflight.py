@@ -17,6 +17,7 @@ from rlinf_core.config.run import RunConfig
 from rlinf_core.data.normalize import Stats, compute_norm_stats, load_norm_stats
 from rlinf_core.data.order import check_batch, sample_generator, steps_per_epoch
 from rlinf_core.data.pipeline import build_pipeline
+from rlinf_core.data.probe import encode_without_images, probe
 from rlinf_core.data.splits import open_split
 from rlinf_core.datasets import SampleSource
 from rlinf_core.errors import UserError, did_you_mean
@@ -128,13 +129,11 @@ def _check_sample(run: RunConfig, train: SampleSource, report: Report) -> None:
             transforms = (run.data.repack(), *run.data.transforms())
             stats = compute_norm_stats(train, transforms, rows=PROBED_ROWS)
         pipeline = build_pipeline(run.data, run.policy, stats)
-        try:
-            sample = pipeline.encode(train.without_images([0])[0])
-        except UserError as error:
-            raise UserError(f"{error} [{train.describe(0)}]") from error
+        (sample,) = encode_without_images(train, pipeline, [0])
         drawn = run.policy.draw(sample_generator(run.seed, 0, 0))
         shapes = {key: np.shape(value) for key, value in {**sample, **drawn}.items() if np.ndim(value)}
         report.facts["sample"] = ", ".join(f"{key} {list(shape)}" for key, shape in shapes.items())
+        report.facts |= run.policy.describe(probe(train, pipeline))
 
 
 def _check_folder(run: RunConfig, report: Report) -> None:

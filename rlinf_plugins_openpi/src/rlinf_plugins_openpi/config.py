@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -15,7 +15,7 @@ from rlinf_plugins_openpi.dimensions import Pi0Dimensions
 from rlinf_plugins_openpi.draws import draw_augmentation, draw_flow
 from rlinf_plugins_openpi.freezing import Part, is_frozen
 from rlinf_plugins_openpi.tokenizer import SMALL_MODEL, PromptTokenizer, load_processor
-from rlinf_plugins_openpi.transforms import IMAGE_SIZE, PadToActionDim, ResizeWithPad, TokenizePrompt
+from rlinf_plugins_openpi.transforms import IMAGE_SIZE, OpenpiSample, PadToActionDim, ResizeWithPad, TokenizePrompt
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -92,6 +92,21 @@ class OpenpiPolicyConfig(PolicyConfig):
         """Noise and flow time, then (with `augment`) how the images are changed; see `draws`."""
         drawn = draw_flow(generator, self.action_horizon, self.action_dim)
         return drawn | (draw_augmentation(generator) if self.augment else {})
+
+    def describe(self, samples: Iterable[Sample]) -> Mapping[str, str]:
+        """How long the prompts are and how many are cut; those of rows, where each row's state is in its prompt."""
+        lengths: dict[object, int] = {}
+        rows = 0
+        for rows, sample in enumerate(cast("Iterable[OpenpiSample]", samples), start=1):
+            lengths[rows if self.discrete_state_input else sample["prompt"]] = sample["prompt_length"]
+        if not lengths:
+            return {}
+        cut = sum(length > self.max_token_len for length in lengths.values())
+        counted = "prompts with their states" if self.discrete_state_input else "different prompts"
+        return {
+            "prompts": f"{cut} of {len(lengths)} {counted} cut to policy.max_token_len = {self.max_token_len}, "
+            f"the longest has {max(lengths.values())} tokens; in {rows} rows from all over the training data"
+        }
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """Stack samples into CPU tensors; see `collate.stack` for names, shapes and what is left out."""

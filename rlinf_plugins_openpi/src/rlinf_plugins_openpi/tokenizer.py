@@ -7,6 +7,7 @@ Source: openpi, `models/tokenizer.py` (PaligemmaTokenizer).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
@@ -56,7 +57,14 @@ class PromptTokenizer:
             Ids [max_length], filled up with 0, and a mask [max_length], True where there is a token. What does not fit
             is cut off at the end.
         """
-        ids = _encode_task(self.path, prompt) if state is None else _encode_task_and_state(self.path, prompt, state)
+        return self.fill(self.encode(prompt, state))
+
+    def encode(self, prompt: str, state: NDArray[np.floating] | None = None) -> tuple[int, ...]:
+        """All ids of a prompt (and of a state [D] within it), however many there are."""
+        return _encode_task(self.path, prompt) if state is None else _encode_task_and_state(self.path, prompt, state)
+
+    def fill(self, ids: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Ids and mask at the fixed length, filled up or cut."""
         count = min(len(ids), self.max_length)
         tokens = np.full(self.max_length, PAD, dtype=np.int64)
         tokens[:count] = ids[:count]

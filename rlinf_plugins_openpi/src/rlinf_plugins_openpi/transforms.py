@@ -29,6 +29,8 @@ class OpenpiSample(Sample, total=False):
     """[T], prompt ids, filled up with 0."""
     token_mask: NDArray[np.bool_]
     """[T], True where there is a token."""
+    prompt_length: int
+    """Tokens of the whole prompt, those that were cut off included."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,9 @@ class TokenizePrompt(Transform):
         """Needs a `state` that is normalised and not yet padded if `discrete_state`, else only the prompt."""
         if self.discrete_state and "state" not in sample:
             raise UserError("policy.discrete_state_input is true but the dataset has no state: set it to false")
-        tokens, token_mask = self.tokenizer(sample["prompt"], sample["state"] if self.discrete_state else None)
-        return OpenpiSample(**sample, tokens=tokens, token_mask=token_mask)
+        ids = self.tokenizer.encode(sample["prompt"], sample["state"] if self.discrete_state else None)
+        tokens, token_mask = self.tokenizer.fill(ids)
+        return OpenpiSample(**sample, tokens=tokens, token_mask=token_mask, prompt_length=len(ids))
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from rlinf_core.config.run import RunConfig
 from rlinf_core.data.loader import build_train_loader
 from rlinf_core.data.order import check_batch, steps_per_epoch
 from rlinf_core.data.pipeline import build_pipeline
+from rlinf_core.data.probe import probe
 from rlinf_core.data.splits import open_split
 from rlinf_core.errors import Interrupted
 from rlinf_core.evaluate import Validation
@@ -64,6 +65,9 @@ class Fsdp2Trainer:
             self._best = position.best
         first = group.rank == 0
         self._loggers = build_loggers(run, plugins, start_step=start.step, stop_step=self.stop_step) if first else []
+        if first and not run.data.stats_need_images:
+            for name, fact in run.policy.describe(probe(self.source, self.pipeline)).items():
+                self._tell(f"{name}: {fact}")
 
     def train(self) -> signal.Signals | None:
         """Run the remaining steps; validate and save as configured and after the last one.
