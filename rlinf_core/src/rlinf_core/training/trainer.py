@@ -25,7 +25,7 @@ from rlinf_core.evaluate import Validation
 from rlinf_core.plugins import Plugins
 from rlinf_core.policy import PolicyOutput
 from rlinf_core.training import checkpoint
-from rlinf_core.training.build import build_loggers, build_policy, open_weights
+from rlinf_core.training.build import build_policy, open_weights
 from rlinf_core.training.distributed import Processes, to_device
 from rlinf_core.training.ema import Ema
 from rlinf_core.training.fsdp import communicate, derived_seed, layout
@@ -64,7 +64,7 @@ class Fsdp2Trainer:
             position = checkpoint.load(start.checkpoint, self._tensors(), layout=tag, rows=len(self.source))
             self._best = position.best
         first = group.rank == 0
-        self._loggers = build_loggers(run, plugins, start_step=start.step, stop_step=self.stop_step) if first else []
+        self._loggers = plugins.build_loggers(run, start_step=start.step, stop_step=self.stop_step) if first else []
         if first and not run.data.stats_need_images:
             for name, fact in run.policy.describe(probe(self.source, self.pipeline)).items():
                 self._tell(f"{name}: {fact}")
