@@ -116,7 +116,7 @@ def test_losses_and_weights_are_equal_to_rounding_on_any_number_of_ranks(by_rank
     assert len(one) == 4
     torch.testing.assert_close(many, one, rtol=1e-4, atol=0)
     start, end, other = (weights(by_ranks[r], when) for r, when in ((1, "start_0"), (1, "end"), (ranks, "end")))
-    # The true gradient of these is zero: Adam turns its rounding noise into movement (NUMERICS).
+    # The true gradient of these is zero: Adam turns its rounding noise into movement (docs/numerics.md).
     names = [name for name in start if not (name.startswith("vision.") and name.endswith("k_proj.bias"))]
     off = sum(float((other[name] - end[name]).square().sum()) for name in names) ** 0.5
     update = sum(float((end[name] - start[name]).square().sum()) for name in names) ** 0.5

@@ -95,7 +95,7 @@ def assert_equal_to_rounding(folder, name):
     torch.testing.assert_close(losses(folder, name), losses(folder, "plain"), rtol=1e-4, atol=0)
     start, end, other = (weights(folder, *which) for which in (("plain", "start"), ("plain", "end"), (name, "end")))
     assert all(torch.equal(start[key], tensor) for key, tensor in weights(folder, name, "start").items())
-    # The true gradient of these is zero: Adam turns its rounding noise into movement (NUMERICS).
+    # The true gradient of these is zero: Adam turns its rounding noise into movement (docs/numerics.md).
     names = [key for key in start if not (key.startswith("vision.") and key.endswith("k_proj.bias"))]
     off = sum(float((other[key] - end[key]).square().sum()) for key in names) ** 0.5
     update = sum(float((end[key] - start[key]).square().sum()) for key in names) ** 0.5

@@ -1,9 +1,14 @@
 """Fixtures of the golden tests, and the table of distances at the end of a run."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from golden import AREAS, GOLDEN, Report, cases, name_of
 
+PAGE = "RLINF_NUMERICS_PAGE"
+"""Environment variable that names a page to write the table to."""
 REPORT = pytest.StashKey[Report]()
 
 
@@ -45,3 +50,16 @@ def pytest_terminal_summary(terminalreporter, config):
         write(f"{case:{width[0]}}  {quantity:{width[1]}}  {distance:8.1e}  {tolerance:9.0e}{verdict}")
     for name, reason in sorted(found.unchecked().items()):
         write(f"not checked: {name}: {reason}")
+    if page := os.environ.get(PAGE):
+        write_page(Path(page), found)
+        write(f"{page} is written")
+
+
+def write_page(page, found):
+    """Replace what follows the mark in a page by the table of this run."""
+    head, mark, _ = page.read_text().partition("<!-- distances -->\n")
+    assert mark, f"{page} has no mark for the table"
+    lines = ["| case | quantity | distance | tolerance |", "|---|---|---:|---:|"]
+    lines += [f"| {case} | {what} | {distance:.1e} | {limit:.0e} |" for case, what, distance, limit in sorted(found.rows)]
+    lines += ["", "Not checked:", "", *(f"- `{name}`: {why}" for name, why in sorted(found.unchecked().items()))]
+    page.write_text(head + mark + "\n" + "\n".join(lines) + "\n")

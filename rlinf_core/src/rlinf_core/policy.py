@@ -149,7 +149,7 @@ class ShardUnit(NamedTuple):
 
     module: nn.Module
     dtype: Literal["compute", "fp32"] = "compute"
-    """`"fp32"`: its parameters are never cast to the compute dtype (NUMERICS: small projections, time features)."""
+    """`"fp32"`: its parameters are never cast to the compute dtype (small projections, time features)."""
     block: bool = False
     """One of the repeated blocks that make up most of the model: activation checkpointing and compilation apply."""
 
