@@ -3,14 +3,25 @@
 import importlib.util
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub
 import numpy as np
 import pytest
 import sentencepiece
+import torch
+from huggingface_hub import constants
 
 from rlinf_core import UserError
 from rlinf_plugins_openpi import Pi05Config
-from rlinf_plugins_openpi.tokenizer import SMALL_MODEL, PromptTokenizer, clean, discretise, load_processor
+from rlinf_plugins_openpi.tokenizer import (
+    SMALL_MODEL,
+    PromptTokenizer,
+    clean,
+    discretise,
+    find_tokenizer,
+    load_processor,
+)
 
 MAKE_SMALL_TOKENIZER = Path(__file__).parents[1] / "rlinf_plugins_openpi" / "make_small_tokenizer.py"
 
@@ -103,6 +114,92 @@ def test_prompts_with_states_are_counted_by_rows():
 
 def test_without_rows_there_is_nothing_to_say():
     assert described([]) == {}
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The hub's local cache, empty, of a machine without a network; returns the folder of a PaliGemma's files in it."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+
+    def fill(repository="google/paligemma-3b-pt-224"):
+        model = tmp_path / "hub" / f"models--{repository.replace('/', '--')}"
+        (model / "refs").mkdir(parents=True)
+        (model / "refs" / "main").write_text("0" * 40)
+        files = model / "snapshots" / ("0" * 40)
+        files.mkdir(parents=True)
+        return files
+
+    return fill
+
+
+def test_a_tokenizer_is_a_file_a_folder_or_of_the_hub(cache, tmp_path):
+    files = cache()
+    for path in (files / "tokenizer.model", tmp_path / "tokenizer.model"):
+        path.write_bytes(Path(SMALL_MODEL).read_bytes())
+    assert find_tokenizer("") == SMALL_MODEL
+    assert find_tokenizer("a/b.model") == "a/b.model"  # missing: said by whoever opens it
+    for text in (str(tmp_path), str(tmp_path / "tokenizer.model")):
+        assert find_tokenizer(text) == str(tmp_path / "tokenizer.model")
+    for text in ("google/paligemma-3b-pt-224", "google/paligemma-3b-pt-224@main"):
+        assert find_tokenizer(text) == str(files / "tokenizer.model")
+    policy = Pi05Config(variant="dummy", tokenizer="google/paligemma-3b-pt-224")
+    policy.check_files()
+    assert policy.transforms()[1].tokenizer.path == policy.files()["tokenizer"] == str(files / "tokenizer.model")
+
+
+def test_a_tokenizer_is_downloaded_alone_and_not_when_it_is_cached(cache, monkeypatch):
+    asked = []
+
+    def download(repository, file, revision=None):
+        asked.append((repository, file, revision))
+        return SMALL_MODEL
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert find_tokenizer("some/gemma@v1") == SMALL_MODEL
+    assert asked == [("some/gemma", "tokenizer.model", "v1")]
+    path = cache("other/gemma") / "tokenizer.model"
+    path.touch()
+    assert find_tokenizer("other/gemma") == str(path)
+    assert len(asked) == 1
+
+
+def test_a_tokenizer_that_cannot_be_had_says_the_ways_out(cache, monkeypatch):
+    with pytest.raises(UserError) as caught:
+        Pi05Config(variant="dummy", tokenizer="google/paligemma-3b-pt-224").transforms()
+    message = str(caught.value)
+    assert message.startswith("policy.tokenizer: 'google/paligemma-3b-pt-224' is no file or folder")
+    for part in ("tokenizer.model of the model", "HF_HUB_OFFLINE", "hf auth login", "hf download google/paligemma"):
+        assert part in message
+    with pytest.raises(UserError, match=r"policy\.tokenizer: there is no file or folder \./nowhere"):
+        find_tokenizer("./nowhere")
+
+    def lacking(repository, file, revision=None):
+        raise huggingface_hub.errors.EntryNotFoundError(file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lacking)
+    with pytest.raises(UserError, match=r"some/model .* holds no tokenizer\.model; google/paligemma-3b-pt-224 does"):
+        find_tokenizer("some/model")
+
+
+def test_the_full_size_reads_paligemmas_tokens(tmp_path):
+    own = tmp_path / "own.model"
+    own.write_bytes(Path(SMALL_MODEL).read_bytes())
+    for weights, tokenizer in (("random", SMALL_MODEL), ("weights", SMALL_MODEL), ("weights", str(own))):
+        policy = Pi05Config(variant="base", weights=weights, tokenizer=tokenizer)
+        with pytest.raises(UserError, match=r"512 entries.*full-size.*google/paligemma-3b-pt-224"):
+            policy.build()
+    with torch.device("meta"):
+        Pi05Config(variant="base", weights="random", tokenizer=str(own)).build()
+
+
+@pytest.mark.parametrize("entries", [256_000, 257_152])
+def test_paligemmas_and_gemmas_entries_fit_the_full_size(entries, monkeypatch):
+    processor = SimpleNamespace(vocab_size=lambda: entries)
+    monkeypatch.setattr("rlinf_plugins_openpi.config.load_processor", lambda _: processor)
+    with torch.device("meta"):
+        Pi05Config(variant="base", weights="weights", tokenizer=SMALL_MODEL).build()
 
 
 def test_clean_strips_before_it_replaces():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import numpy as np
@@ -14,12 +15,10 @@ from rlinf_core.data.transforms import Transform
 from rlinf_plugins_openpi.dimensions import Pi0Dimensions
 from rlinf_plugins_openpi.draws import draw_augmentation, draw_flow
 from rlinf_plugins_openpi.freezing import Part, is_frozen
-from rlinf_plugins_openpi.tokenizer import SMALL_MODEL, PromptTokenizer, load_processor
+from rlinf_plugins_openpi.tokenizer import GEMMA_ENTRIES, SMALL_MODEL, PromptTokenizer, find_tokenizer, load_processor
 from rlinf_plugins_openpi.transforms import IMAGE_SIZE, OpenpiSample, PadToActionDim, ResizeWithPad, TokenizePrompt
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import Tensor, nn
 
     from rlinf_core.policy import WeightSource
@@ -46,13 +45,18 @@ class OpenpiPolicyConfig(PolicyConfig):
     discrete_state_input: bool
     """Whether the state stands in the prompt, as integers of 0..255."""
     tokenizer: str = ""
-    """A sentencepiece model, PaliGemma's for published weights; empty: the small one shipped, for `dummy` only."""
+    """A sentencepiece model, PaliGemma's for published weights: a file, a folder, or a model on the hub, `owner/name`
+    with an optional `@revision` (`google/paligemma-3b-pt-224`). Empty: the small one shipped, for `dummy` only."""
     freeze: Part = "nothing"
     """What is not trained: `vision`, the image tower; `vlm`, that and the language model; `all_but_expert`, everything
     but the action expert's layers."""
     augment: bool = True
     """Whether training changes images at random: colours of all cameras, crop and rotation of those on no wrist. Never
     in validation and when the policy acts."""
+    mask_padded_steps: bool = False
+    """Leave the actions past the end of an episode, which repeat its last one, out of the loss."""
+    mask_padded_dims: bool = False
+    """Leave the numbers that fill the robot's action up to `action_dim` out of the loss."""
     num_sampling_steps: int = Field(default=10, ge=1)
     """Euler steps from noise to actions when the policy acts."""
 
@@ -71,8 +75,8 @@ class OpenpiPolicyConfig(PolicyConfig):
             )
         if self.variant == "base" and not self.tokenizer:
             raise ValueError(
-                'the full-size variant "base" needs policy.tokenizer: the path of PaliGemma\'s tokenizer.model '
-                "(the small one that is shipped fits variant dummy only)"
+                'the full-size variant "base" needs policy.tokenizer: PaliGemma\'s tokenizer.model, by its path or as '
+                "google/paligemma-3b-pt-224 (the small one that is shipped fits variant dummy only)"
             )
         return self
 
@@ -119,16 +123,29 @@ class OpenpiPolicyConfig(PolicyConfig):
         from rlinf_plugins_openpi.pi0 import Pi0
 
         self._check_vocabulary()
-        model = Pi0(self.dimensions, num_sampling_steps=self.num_sampling_steps)
+        model = Pi0(
+            self.dimensions,
+            num_sampling_steps=self.num_sampling_steps,
+            mask_padded_steps=self.mask_padded_steps,
+            mask_padded_dims=self.mask_padded_dims,
+        )
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not is_frozen(name, self.freeze))
         return model
 
     def _check_vocabulary(self) -> None:
-        entries = load_processor(self._tokenizer_path).vocab_size()
+        path = self._tokenizer_path
+        entries = load_processor(path).vocab_size()
+        # Trained weights know PaliGemma's tokens only; what starts from nothing may learn others, if not so few.
+        others_fit = self.variant == "dummy" or (self.weights == "random" and not Path(path).samefile(SMALL_MODEL))
+        if entries < GEMMA_ENTRIES and not others_fit:
+            raise UserError(
+                f"the tokenizer {path!r} has {entries} entries, and the full-size variant reads PaliGemma's, which has "
+                f"over {GEMMA_ENTRIES}: set policy.tokenizer to its path or to google/paligemma-3b-pt-224"
+            )
         if entries > self.dimensions.vocab_size:
             raise UserError(
-                f"the tokenizer {self._tokenizer_path!r} has {entries} entries, variant {self.variant} "
+                f"the tokenizer {path!r} has {entries} entries, variant {self.variant} "
                 f"embeds {self.dimensions.vocab_size}: set policy.tokenizer to one that fits"
                 + (", or leave it empty" if self.variant == "dummy" else "")
             )
@@ -141,7 +158,7 @@ class OpenpiPolicyConfig(PolicyConfig):
 
     def files(self) -> Mapping[str, str]:
         """The tokenizer, unless it is the small one that is shipped."""
-        return {"tokenizer": self.tokenizer} if self.tokenizer else {}
+        return {"tokenizer": self._tokenizer_path} if self.tokenizer else {}
 
     def save_weights(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
         """Write `model.safetensors` in openpi's PyTorch layout."""
@@ -186,7 +203,7 @@ class OpenpiPolicyConfig(PolicyConfig):
 
     @property
     def _tokenizer_path(self) -> str:
-        return self.tokenizer or SMALL_MODEL
+        return find_tokenizer(self.tokenizer)
 
     @property
     def dimensions(self) -> Pi0Dimensions:

@@ -18,9 +18,22 @@ import sentencepiece
 from numpy.typing import NDArray
 
 from rlinf_core import UserError
+from rlinf_plugins_openpi.hub import (
+    NotInRepositoryError,
+    cached_file,
+    download_file,
+    full_name,
+    local_path,
+    parse_hub_id,
+)
 
 SMALL_MODEL = str(files("rlinf_plugins_openpi") / "assets" / "small_tokenizer.model")
 """The tokenizer that is shipped: 512 entries, for models trained from scratch. `make_small_tokenizer.py` made it."""
+
+GEMMA_ENTRIES = 256_000
+"""Entries of Gemma's vocabulary, which PaliGemma's begins with."""
+HUB_FILE = "tokenizer.model"
+"""The sentencepiece model in PaliGemma's repositories on the hub."""
 
 PAD, BOS = 0, 2
 _BIN_EDGES = np.linspace(-1, 1, 257)[:-1]  # the left edge of each of 256 bins over [-1, 1]; exact, multiples of 1/128
@@ -41,7 +54,7 @@ class PromptTokenizer:
         if not Path(self.path).is_file():
             raise UserError(
                 f"there is no tokenizer model at {self.path!r}: set policy.tokenizer to a sentencepiece model "
-                "(paligemma_tokenizer.model for published weights)"
+                "(PaliGemma's for published weights, by its path or as google/paligemma-3b-pt-224)"
             )
 
     def __call__(
@@ -79,6 +92,34 @@ def clean(prompt: str) -> str:
 def discretise(state: NDArray[np.floating]) -> NDArray[np.int64]:
     """Bin numbers [D] of a normalised state: 0..255 over [-1, 1]; -1 below, 255 above. A bin holds its left edge."""
     return np.digitize(state, _BIN_EDGES).astype(np.int64) - 1
+
+
+def find_tokenizer(text: str) -> str:
+    """The local path of the sentencepiece model that `policy.tokenizer` names.
+
+    Args:
+        text: A file, a folder with `tokenizer.model`, or a model on the hub, `owner/name` with an optional `@revision`,
+            whose `tokenizer.model` is downloaded unless the cache has it. Empty: the small one that is shipped.
+
+    Raises:
+        UserError: It cannot be had.
+    """
+    if not text:
+        return SMALL_MODEL
+    if text.endswith(".model"):
+        return str(Path(text).expanduser())
+    path = local_path(text, "policy.tokenizer")
+    if path is not None:
+        return str(path / HUB_FILE if path.is_dir() else path)
+    model, revision = parse_hub_id(text)
+    try:
+        found = cached_file(model, HUB_FILE, revision)
+        return str(found or download_file(model, HUB_FILE, revision, "policy.tokenizer"))
+    except NotInRepositoryError as error:
+        raise UserError(
+            f"policy.tokenizer: the model {full_name(model, revision)} on the hub holds no {HUB_FILE}; "
+            "google/paligemma-3b-pt-224 does"
+        ) from error
 
 
 @lru_cache(maxsize=8)
