@@ -76,6 +76,25 @@ def test_loss_is_a_sum_over_chunks_of_the_mean_over_action_dims():
     torch.testing.assert_close(model.losses(one), losses[:1])
 
 
+def test_padding_may_be_left_out_of_the_loss():
+    """The terms that are left are those of the unmasked loss, and their number is the weight."""
+    model, batch = build(), make_batch(size=2)
+    batch["actions_is_pad"] = torch.tensor([[False] * 5, [False, False, True, True, True]])
+    batch["action_width"] = torch.tensor([8, 3])
+    noise, actions, time = batch["noise"], batch["actions"], batch["time"][:, None, None]
+    suffix = model.embed_suffix(batch["state"], time * noise + (1 - time) * actions, batch["time"])
+    velocity = model.velocity(model.run(model.embed_prefix(batch), suffix)[1])
+    error = (velocity - (noise - actions)).square()
+    model.mask_padded_steps = True
+    steps = model(batch)
+    assert steps.weight == 7
+    torch.testing.assert_close(steps.loss_sum, error[0].mean(-1).sum() + error[1, :2].mean(-1).sum())
+    model.mask_padded_dims = True
+    both = model(batch)
+    assert both.weight == 7
+    torch.testing.assert_close(both.loss_sum, error[0].mean(-1).sum() + error[1, :2, :3].mean(-1).sum())
+
+
 @pytest.mark.parametrize("pi05", [False, True])
 def test_nothing_to_see_is_not_nan(pi05):
     model, batch = build(pi05), make_batch()

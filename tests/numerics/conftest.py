@@ -60,6 +60,8 @@ def write_page(page, found):
     head, mark, _ = page.read_text().partition("<!-- distances -->\n")
     assert mark, f"{page} has no mark for the table"
     lines = ["| case | quantity | distance | tolerance |", "|---|---|---:|---:|"]
-    lines += [f"| {case} | {what} | {distance:.1e} | {limit:.0e} |" for case, what, distance, limit in sorted(found.rows)]
-    lines += ["", "Not checked:", "", *(f"- `{name}`: {why}" for name, why in sorted(found.unchecked().items()))]
+    lines += [
+        f"| {case} | {what} | {distance:.1e} | {limit:.0e} |" for case, what, distance, limit in sorted(found.rows)
+    ]
+    lines += ["", "Not checked:", "", *(f"- {name}: {why}" for name, why in sorted(found.unchecked().items()))]
     page.write_text(head + mark + "\n" + "\n".join(lines) + "\n")

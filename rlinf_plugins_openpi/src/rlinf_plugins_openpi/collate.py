@@ -33,9 +33,10 @@ def stack(samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         `images` uint8 [B, C, 224, 224, 3] and `image_mask` bool [B, C]: the cameras that any sample has, in `CAMERAS`'
         order, black and masked where a sample lacks one; at least one camera.
         `tokens` int64 [B, T] and `token_mask` bool [B, T]: cut to the longest prompt, rounded up to `TOKEN_STEP`.
-        `state` float32 [B, A]. If the samples have them: `actions` float32 [B, H, A], `actions_is_pad` bool [B, H],
-        `noise` float32 [B, H, A], `time` float32 [B]; `crop_and_rotation` float32 [B, G, 3] of the first G cameras,
-        those on no wrist, and `color_jitter` float32 [B, C, 4].
+        `state` float32 [B, A]. If the samples have them: `actions` float32 [B, H, A], `actions_is_pad` bool [B, H] and
+        `action_width` int64 [B], the robot's own share of A; `noise` float32 [B, H, A], `time` float32 [B];
+        `crop_and_rotation` float32 [B, G, 3] of the first G cameras, those on no wrist, and `color_jitter` float32
+        [B, C, 4].
     """
     cameras, images, image_mask = _stack_images([sample.get("images", {}) for sample in samples])
     token_mask = np.stack([sample["token_mask"] for sample in samples])
@@ -51,6 +52,8 @@ def stack(samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     batch |= {key: _stack_floats(samples, key) for key in ("actions", "noise", "time") if key in samples[0]}
     if "actions_is_pad" in samples[0]:
         batch["actions_is_pad"] = torch.from_numpy(np.stack([sample["actions_is_pad"] for sample in samples]))
+    if "action_width" in samples[0]:
+        batch["action_width"] = torch.tensor([sample["action_width"] for sample in samples])
     return batch | (_augmentation(samples, cameras) if "color_jitter" in samples[0] else {})
 
 

@@ -107,13 +107,23 @@ class Pi0(nn.Module):
     Args:
         dimensions: All sizes.
         num_sampling_steps: Default number of Euler steps of `sample_actions`.
+        mask_padded_steps: Leave actions past the end of an episode out of the loss. The reference does not.
+        mask_padded_dims: Leave action dims that the robot does not have out of the loss. The reference does not.
     """
 
-    def __init__(self, dimensions: Pi0Dimensions, *, num_sampling_steps: int = 10) -> None:
+    def __init__(
+        self,
+        dimensions: Pi0Dimensions,
+        *,
+        num_sampling_steps: int = 10,
+        mask_padded_steps: bool = False,
+        mask_padded_dims: bool = False,
+    ) -> None:
         super().__init__()
         vlm, expert, action_dim = dimensions.vlm, dimensions.expert, dimensions.action_dim
         self.dimensions = dimensions
         self.num_sampling_steps = num_sampling_steps
+        self.mask_padded_steps, self.mask_padded_dims = mask_padded_steps, mask_padded_dims
         self.vision = SigLIP(dimensions.vision, vlm.width)
         self.embedding = TokenEmbedding(dimensions.vocab_size, vlm.width)
         self.layers = nn.ModuleList(JointLayer(vlm, expert, adaptive=dimensions.pi05) for _ in range(vlm.depth))
@@ -140,11 +150,16 @@ class Pi0(nn.Module):
                 are the numbers for it: `crop_and_rotation` [B, G, 3] and `color_jitter` [B, C, 4], see `augment`.
 
         Returns:
-            Sum over samples and horizon of the squared error's mean over action dims (padding dims included, as in the
-            reference), and the number B·H of such terms.
+            Sum over samples and horizon of the squared error's mean over action dims, and the number of such terms: B·H
+            and all dims, as in the reference, unless padding is masked.
         """
         loss_BH = self.losses(batch)
-        weight = torch.full((), float(loss_BH.numel()), dtype=torch.float32, device=loss_BH.device)
+        if self.mask_padded_steps:
+            counted_BH = ~batch["actions_is_pad"]
+            loss_BH = loss_BH * counted_BH
+            weight = counted_BH.sum(dtype=torch.float32)
+        else:
+            weight = torch.full((), float(loss_BH.numel()), dtype=torch.float32, device=loss_BH.device)
         return PolicyOutput(loss_BH.sum(), weight, {})
 
     def losses(self, batch: Mapping[str, Any]) -> torch.Tensor:
@@ -154,7 +169,13 @@ class Pi0(nn.Module):
         prefix = self.embed_prefix(batch, augmented=self.training)
         suffix = self.embed_suffix(batch["state"], t * noise + (1.0 - t) * actions, time)
         _, suffix_out = self.run(prefix, suffix)
-        return F.mse_loss(self.velocity(suffix_out), noise - actions, reduction="none").mean(-1)
+        error_BHA = F.mse_loss(self.velocity(suffix_out), noise - actions, reduction="none")
+        if not self.mask_padded_dims:
+            return error_BHA.mean(-1)
+        width_B = batch["action_width"]
+        own_BA = torch.arange(error_BHA.shape[-1], device=width_B.device) < width_B[:, None]
+        own_BH: torch.Tensor = (error_BHA * own_BA[:, None]).sum(-1) / width_B[:, None]
+        return own_BH
 
     @torch.no_grad()
     def sample_actions(

@@ -6,6 +6,7 @@ The order matters: the prompt is tokenised before the state is padded, because Ï
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,8 @@ class OpenpiSample(Sample, total=False):
     """[T], prompt ids, filled up with 0."""
     token_mask: NDArray[np.bool_]
     """[T], True where there is a token."""
+    action_width: int
+    """Numbers of the robot's own action; the policy's is filled up with zeros."""
     prompt_length: int
     """Tokens of the whole prompt, those that were cut off included."""
 
@@ -77,7 +80,9 @@ class TokenizePrompt(Transform):
             raise UserError("policy.discrete_state_input is true but the dataset has no state: set it to false")
         ids = self.tokenizer.encode(sample["prompt"], sample["state"] if self.discrete_state else None)
         tokens, token_mask = self.tokenizer.fill(ids)
-        return OpenpiSample(**sample, tokens=tokens, token_mask=token_mask, prompt_length=len(ids))
+        out = cast("OpenpiSample", sample.copy())
+        out["tokens"], out["token_mask"], out["prompt_length"] = tokens, token_mask, len(ids)
+        return out
 
 
 @dataclass(frozen=True)
@@ -90,10 +95,11 @@ class PadToActionDim(Transform):
     action_dim: int
 
     def __call__(self, sample: Sample) -> Sample:
-        """State [D] -> [A], actions [H, D] -> [H, A]."""
-        out = sample.copy()
+        """State [D] -> [A], actions [H, D] -> [H, A] with `action_width` = D."""
+        out = cast("OpenpiSample", sample.copy())
         out["state"] = self._pad("state", sample.get("state", np.zeros(0, dtype=np.float32)))
         if "actions" in sample:
+            out["action_width"] = sample["actions"].shape[-1]
             out["actions"] = self._pad("actions", sample["actions"])
         return out
 
