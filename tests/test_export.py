@@ -109,6 +109,18 @@ def test_an_exported_folder_is_weights_to_start_from(trained, export):
     assert all(torch.equal(weights.tensor(name), tensor) for name, tensor in live.items())
 
 
+def test_openpi_finds_weights_and_statistics_where_it_looks(trained, export):
+    trainer, live, _ = trained
+    code, folder, _ = export("--format", "openpi")
+    assert code == 0
+    assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()) == [
+        "assets/metaworld_3tasks/norm_stats.json",
+        "model.safetensors",
+    ]
+    weights = trainer.run.policy.model_copy(update={"weights": str(folder)}).open_weights()
+    assert all(torch.equal(weights.tensor(name), tensor) for name, tensor in live.items())
+
+
 def test_a_checkpoint_is_chosen_by_step_or_by_validation(trained, export):
     trainer, *_ = trained
     assert json.loads((export("--step", "2")[1] / "rlinf.json").read_text())["step"] == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
@@ -10,6 +11,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from rlinf_core import PolicyConfig, Sample, UserError
+from rlinf_core.data.normalize import save_norm_stats
 from rlinf_core.data.sample import Batch
 from rlinf_core.data.transforms import Transform
 from rlinf_plugins_openpi.dimensions import Pi0Dimensions
@@ -21,12 +23,15 @@ from rlinf_plugins_openpi.transforms import IMAGE_SIZE, OpenpiSample, PadToActio
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from rlinf_core.data.normalize import Stats
+    from rlinf_core.datasets import DatasetConfig
     from rlinf_core.policy import WeightSource
 
 
 class OpenpiPolicyConfig(PolicyConfig):
     """What π0 and π0.5 have in common: all but the prompt format, the normalisation and one flag of the model."""
 
+    export_formats: ClassVar[tuple[str, ...]] = ("openpi",)
     run_defaults: ClassVar[Mapping[str, Any]] = {
         "optim": {"lr": 2.5e-5, "min_lr": 2.5e-6, "warmup_steps": 1000, "decay_steps": 30_000, "ema_decay": 0.99}
     }
@@ -165,6 +170,17 @@ class OpenpiPolicyConfig(PolicyConfig):
         from rlinf_plugins_openpi.weights import save_published
 
         save_published(tensors, folder / "model.safetensors", self.dimensions)
+
+    def export(
+        self, format: str, tensors: Mapping[str, Tensor], folder: Path, data: DatasetConfig, stats: Stats | None
+    ) -> None:
+        """Write what openpi's `create_trained_policy` reads: weights, and statistics under the dataset's id."""
+        self.save_weights(tensors, folder)
+        if stats is not None:
+            # openpi looks under the asset id of its config, which is the dataset's id unless set otherwise.
+            on_hub = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", data.repo_id) and not Path(data.repo_id).exists()
+            asset = data.repo_id if on_hub else Path(data.repo_id).name
+            save_norm_stats(folder / "assets" / asset / "norm_stats.json", stats)
 
     def open_weights(self) -> WeightSource:
         """Open weights in any known layout (see `weights.layouts`); those of a hub id are downloaded first."""
