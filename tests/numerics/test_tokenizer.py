@@ -1,11 +1,15 @@
 """Prompts and discretised states against the reference's tokenizer, id for id."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 
 from rlinf_plugins_openpi.tokenizer import PromptTokenizer, discretise, load_processor
+
+VOCABULARY = "RLINF_PALIGEMMA_TOKENIZER"
+"""Environment variable with the path of PaliGemma's sentencepiece model."""
 
 
 @pytest.fixture
@@ -29,6 +33,28 @@ def test_prompts_have_the_references_ids(recorded, model, report):
     for mode in sorted({case["mode"] for case in recorded["cases"]}):
         cases = [case for case in recorded["cases"] if case["mode"] == mode]
         report(f"tokenizer/{mode}", f"{len(cases)} prompts", sum(not same(case, model) for case in cases), 0)
+
+
+@pytest.mark.vocabulary
+def test_prompts_have_the_ids_of_the_published_vocabulary(tokenizer_case, report):
+    path = os.environ.get(VOCABULARY)
+    assert path, f"set {VOCABULARY} to the path of PaliGemma's tokenizer.model (in google/paligemma-3b-pt-224)"
+    recorded = json.loads((tokenizer_case / "real_vocab_cases.json").read_text())
+    processor = load_processor(path)
+    assert processor.encode("\n") == [recorded["newline"]]
+    special = (processor.pad_id(), processor.eos_id(), processor.bos_id(), processor.unk_id())
+    assert special == tuple(recorded[name] for name in ("pad", "eos", "bos", "unk"))
+    for mode in sorted({case["mode"] for case in recorded["cases"]}):
+        cases = [case for case in recorded["cases"] if case["mode"] == mode]
+        wrong = sum(not same_ids(case, path) for case in cases)
+        report(f"tokenizer/real_vocab_cases.json/{mode}", f"{len(cases)} prompts", wrong, 0)
+
+
+def same_ids(case, path):
+    """The file has the ids before the padding only."""
+    state = None if case["state"] is None else np.array(case["state"], dtype=np.float32)
+    tokens, mask = PromptTokenizer(path, case["max_len"])(case["prompt"], state)
+    return mask.sum() == case["n_valid"] and tokens[mask].tolist() == case["ids"] and not tokens[~mask].any()
 
 
 def test_newline_and_special_ids(recorded, model):
