@@ -106,6 +106,14 @@ def test_every_problem_is_found_at_once(findings, tmp_path):
     )
 
 
+def test_what_two_checks_meet_is_said_once(findings):
+    (found,) = findings("policy.tokenizer=nowhere.model", "policy.weights=nowhere")
+    assert found.count("no tokenizer model at 'nowhere.model'") == 1
+    assert "policy.weights: there is no file or folder nowhere" in found
+    (found,) = findings("policy.tokenizer=nowhere.model")
+    assert found.startswith("there is no tokenizer model at 'nowhere.model'")
+
+
 def test_problems_are_listed_for_people(validate, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("rlinf_core.plugins.get_plugins", repository_plugins)

@@ -39,11 +39,13 @@ class Report:
 
     @contextmanager
     def checking(self) -> Iterator[None]:
-        """Keep what a check refuses as a finding."""
+        """Keep what a check refuses as a finding, once if two checks meet it."""
         try:
             yield
         except UserError as error:
-            self.findings.append(str(error))
+            found = str(error)
+            if not any(found in finding for finding in self.findings):
+                self.findings = [*(finding for finding in self.findings if finding not in found), found]
 
 
 def check_run(run: RunConfig, plugins: Plugins, ranks: int | None = None) -> Report:
