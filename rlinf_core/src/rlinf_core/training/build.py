@@ -33,9 +33,18 @@ def build_on_meta(run: RunConfig, plugins: Plugins) -> Any:
 
 
 def build_policy(
-    run: RunConfig, config: Fsdp2TrainerConfig, group: Processes, plugins: Plugins, weights: WeightSource | None
+    run: RunConfig,
+    config: Fsdp2TrainerConfig,
+    group: Processes,
+    plugins: Plugins,
+    weights: WeightSource | None,
+    *,
+    filled: bool = True,
 ) -> Any:
-    """Build the policy, shard it, and give it its weights (initial or pretrained)."""
+    """Build the policy, shard it, and give it its weights: pretrained, or (`weights` is None) its initial values.
+
+    Not `filled`, its parameters hold whatever memory held: a checkpoint brings all of them.
+    """
     policy = build_on_meta(run, plugins)
     if weights is not None:
         weights.check({name: tuple(parameter.shape) for name, parameter in policy.named_parameters()})
@@ -57,7 +66,7 @@ def build_policy(
         return initial
 
     home = torch.device("cpu") if config.cpu_offload else group.device
-    materialize(policy, home, value, buffers_on=group.device)
+    materialize(policy, home, value if filled else None, buffers_on=group.device)
     return policy
 
 

@@ -94,7 +94,7 @@ def communicate(policy: FSDPModule, *, last: bool, reduce_every_micro_batch: boo
 def materialize(
     policy: Any,
     device: torch.device,
-    value: Callable[[str, tuple[int, ...]], torch.Tensor],
+    value: Callable[[str, tuple[int, ...]], torch.Tensor] | None,
     *,
     buffers_on: torch.device | None = None,
 ) -> None:
@@ -106,22 +106,27 @@ def materialize(
     Args:
         policy: The sharded policy.
         device: Where the shards live.
-        value: (parameter name, whole shape) -> the whole tensor.
+        value: (parameter name, whole shape) -> the whole tensor; None: leave parameters as memory is.
         buffers_on: Where buffers live, if elsewhere than the shards.
     """
     policy.to_empty(device=device)
-    with torch.no_grad():
-        for name, parameter in policy.named_parameters():
-            whole = value(name, tuple(parameter.shape)).to(dtype=torch.float32, device=device)
-            if isinstance(parameter, DTensor):
-                mesh, placements = parameter.device_mesh, parameter.placements
-                # src_data_rank=None: slice locally, every rank has the whole tensor.
-                whole = distribute_tensor(whole, mesh, placements, src_data_rank=None)
-            parameter.copy_(whole)
+    if value is not None:
+        _fill(policy, device, value)
     for module in policy.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(buffers_on or device))
     policy.rebuild_buffers()
+
+
+@torch.no_grad()
+def _fill(policy: nn.Module, device: torch.device, value: Callable[[str, tuple[int, ...]], torch.Tensor]) -> None:
+    for name, parameter in policy.named_parameters():
+        whole = value(name, tuple(parameter.shape)).to(dtype=torch.float32, device=device)
+        if isinstance(parameter, DTensor):
+            mesh, placements = parameter.device_mesh, parameter.placements
+            # src_data_rank=None: slice locally, every rank has the whole tensor.
+            whole = distribute_tensor(whole, mesh, placements, src_data_rank=None)
+        parameter.copy_(whole)
 
 
 def derived_seed(*parts: object) -> int:

@@ -47,15 +47,15 @@ class Fsdp2Trainer:
         self.step = start.step
         self._config, self._group, self._plugins = config, group, plugins
         self._micro_batches = check_batch(config.global_batch_size, config.micro_batch_size, group.size)
-        with group.first_on_each_machine():  # It may have to download.
+        with group.first_on_each_machine():  # They may have to be downloaded.
             self.source = open_split(run, plugins, "train")
+            weights = None if start.checkpoint else open_weights(run)
         self._steps_per_epoch = steps_per_epoch(len(self.source), config.global_batch_size)
         self.stop_step = run.runner.stop_step(self._steps_per_epoch)
-        weights = open_weights(run)
         stats = run_statistics(run, self.source, group, resuming=start.checkpoint is not None)
         self.pipeline = build_pipeline(run.data, run.policy, stats)
         self._validation = self._open_validation()
-        self.policy = build_policy(run, config, group, plugins, weights)
+        self.policy = build_policy(run, config, group, plugins, weights, filled=start.checkpoint is None)
         self.optimizer = self._build_optimizer()
         self.ema = self._build_ema()
         self._best = Best()
