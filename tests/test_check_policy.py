@@ -108,6 +108,12 @@ BREAKS = [
     ),
     (
         ArmPolicy,
+        "describe",
+        lambda self, samples: {"states": len(list(samples))},
+        "describe() gives names of facts and lines of text; found {'states': 1}",
+    ),
+    (
+        ArmPolicy,
         "transforms",
         lambda self: (Needs("prompt"), Needs("gripper")),
         "transforms take a sample (a made-up one; give check_policy one that fits, if not); "

@@ -86,6 +86,10 @@ def _encode(findings: Findings, config: PolicyConfig, sample: Sample | None) -> 
     findings.attempt("transforms take a sample without actions (inference)", lambda: pipeline.encode(observation))
     without = {key: value for key, value in given.items() if key != "images"}
     findings.attempt("transforms take a sample without images (statistics)", lambda: pipeline.encode(without))
+    facts = findings.attempt("describe() takes samples", lambda: config.describe(pipeline.encode(w) for w in [without]))
+    if facts is not None:
+        texts = all(isinstance(text, str) for fact in facts.items() for text in fact)
+        findings.expect(texts, "describe() gives names of facts and lines of text", facts)
     drawn = [_draw(config, key) for key in range(len(encoded))]
     return [{**one, **draw} for one, draw in zip(encoded, drawn, strict=True)]  # type: ignore[typeddict-item]
 
