@@ -26,7 +26,7 @@ def checkpoint(run, step):
     """What a checkpoint leaves as far as starting is concerned."""
     path = run.folder / "checkpoints" / f"step_{step:09d}"
     path.mkdir(parents=True)
-    position = Position(step=step, epoch=0, sample=0, rows=1, seed=0, layout="")
+    position = Position(step=step, epoch=0, sample=0, rows=1, seed=0, layout="", validated=step)
     write_text(path / "state.json", json.dumps(asdict(position)))
     write_text(run.folder / "latest", path.name)
 
@@ -50,6 +50,15 @@ def test_a_finished_run_is_finished_until_it_gets_more_steps(run):
     assert prepare_folder(run(), overwrite=False).finished
     assert prepare_folder(run("data.num_workers=0"), overwrite=False).finished
     assert prepare_folder(run("runner.max_steps=12"), overwrite=False).step == 10
+
+
+def test_a_run_that_was_stopped_before_its_last_validation_is_not_finished(run):
+    prepare_folder(run(), overwrite=False)
+    checkpoint(run(), 10)
+    state = run().folder / "checkpoints" / "step_000000010" / "state.json"
+    state.write_text(state.read_text().replace('"validated": 10', '"validated": 0'))
+    assert not prepare_folder(run(), overwrite=False).finished
+    assert prepare_folder(run("runner.val_check_interval=0"), overwrite=False).finished
 
 
 @pytest.mark.parametrize("step", [4, 10], ids=["unfinished", "finished"])

@@ -18,7 +18,7 @@ from rlinf_core.training.stopping import AGAIN, StopSignal, stop_signals
 
 ROOT = Path(__file__).parents[1]
 OBSERVER = """
-import os, signal, time
+import os, signal, subprocess, time
 from rlinf_core import UserError, hookimpl
 
 @hookimpl
@@ -35,8 +35,9 @@ def rlinf_policy_built(policy):
 def step(policy, name):
     policy.steps = getattr(policy, "steps", 0) + 1
     if policy.steps == 3:
-        if name == "GROUP":
-            os.killpg(os.getpgid(0), signal.SIGINT)
+        if name.startswith("GROUP"):
+            # From another process, as signals come: workers obey their run.
+            subprocess.run(["kill", "-TERM" if name == "GROUP_TERM" else "-INT", "--", f"-{os.getpgid(0)}"])
         else:
             os.kill(os.getpid(), signal.Signals[name])
 """
@@ -96,6 +97,15 @@ def test_ctrl_c_reaches_workers_too_and_the_run_saves_all_the_same(site, tmp_pat
     step = ending(tmp_path)["step"]
     assert (tmp_path / "run" / "latest").read_text() == f"step_{step:09d}"
     assert "Traceback" not in stopped.stderr
+
+
+def test_a_schedulers_signal_to_every_process_leaves_the_workers_at_work(site, tmp_path):
+    """SIGTERM to the group in the third of ten micro batches, which workers have yet to bring."""
+    micro = ("trainer.micro_batch_size=2", "data.num_workers=1")
+    stopped = train(site, tmp_path, *micro, SIGNAL="GROUP_TERM:0")
+    assert stopped.returncode == 0, stopped.stderr
+    assert (ending(tmp_path)["reason"], ending(tmp_path)["step"]) == ("preempted", 1)
+    assert (tmp_path / "run" / "latest").read_text() == "step_000000001"
 
 
 def test_a_mistake_ends_restarts_and_is_said_once(site, tmp_path):
@@ -165,3 +175,13 @@ def test_a_defect_keeps_its_traceback_and_is_recorded(follow, tmp_path):
         follow(ZeroDivisionError("by zero"))
     end = json.loads((tmp_path / "exit.json").read_text())
     assert (end["code"], end["reason"], end["message"]) == (1, "defect", "ZeroDivisionError: by zero")
+
+
+def test_what_follows_from_another_ranks_mistake_does_not_hide_it(follow, tmp_path, monkeypatch):
+    def main(ending):
+        ending.belongs_to(tmp_path, start_step=0)
+        (tmp_path / "exit.json").write_text('{"code": 2, "reason": "mistake"}')
+        raise Interrupted(signal.SIGTERM, 0)
+
+    assert Ending().follow(main) == 0
+    assert json.loads((tmp_path / "exit.json").read_text())["reason"] == "mistake"

@@ -7,6 +7,7 @@ import pytest
 import torch
 import toy_policy
 from distributions import entry_point, repository_entry_points
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from rlinf_core.config.load import load_config
 from rlinf_core.errors import UserError
@@ -15,6 +16,7 @@ from rlinf_core.training.distributed import processes
 from rlinf_core.training.jsonl import read_rows
 from rlinf_core.training.resume import prepare_folder
 from rlinf_core.training.stopping import Best
+from rlinf_core.training.trainer import Fsdp2Trainer
 
 CONFIG = """
 [data]
@@ -131,8 +133,10 @@ def test_validation_measures_live_and_averaged_weights(train):
     ]
 
 
-def test_validation_of_the_average_is_that_of_a_policy_with_these_weights(train):
-    trainer = train("runner.max_steps=4", "runner.val_check_interval=4", "optim.ema_decay=0.5")
+@pytest.mark.parametrize("reshard", ["true", "false"])
+def test_validation_of_the_average_is_that_of_a_policy_with_these_weights(train, reshard):
+    settings = ("runner.max_steps=4", "runner.val_check_interval=4", "optim.ema_decay=0.5")
+    trainer = train(*settings, f"trainer.reshard_after_forward={reshard}")
     [row] = rows(trainer, "val_loss")
     with torch.no_grad():
         for name, parameter in trainer.policy.named_parameters():
@@ -163,6 +167,34 @@ def test_a_skipped_step_does_not_move_the_average(train):
     assert not all(torch.equal(t.to_local(), before[name]) for name, t in trainer.ema.state_dict().items())
 
 
+def test_what_is_saved_after_a_validation_is_the_float32_masters(train):
+    """Validation leaves units gathered in the compute dtype where nothing releases them."""
+    options = ("trainer.reshard_after_forward=false", "trainer.param_dtype=bf16")
+    trainer = train("runner.max_steps=2", "runner.val_check_interval=2", *options)
+    saved = FileSystemReader(trainer.run.folder / "checkpoints" / "step_000000002").read_metadata().state_dict_metadata
+    dtypes = {name: entry.properties.dtype for name, entry in saved.items() if name.startswith("model.")}
+    assert set(dtypes.values()) == {torch.float32}
+    whole = train("runner.max_steps=4", "runner.name=whole", *options)
+    parts = train("runner.max_steps=4", "runner.val_check_interval=2", *options)
+    for name, parameter in whole.policy.named_parameters():
+        assert torch.equal(
+            parameter.detach().to_local(), dict(parts.policy.named_parameters())[name].detach().to_local()
+        )
+
+
+def test_a_validation_that_a_signal_prevented_is_made_up_for(train, monkeypatch):
+    settings = ("runner.max_steps=4", "runner.val_check_interval=4", "runner.save_best=true")
+    with monkeypatch.context() as patch:
+        patch.setattr(Fsdp2Trainer, "_validate", lambda self, stop: (False, False))
+        assert rows(train(*settings), "val_loss") == []
+    trainer = train(*settings)
+    assert [row["step"] for row in rows(trainer, "val_loss")] == [4]
+    assert (trainer.run.folder / "best").read_text() == "step_000000004"
+    assert train(*settings) is None
+    expected = rows(train("runner.name=whole", *settings), "val_loss")
+    assert rows(trainer, "val_loss")[0]["val_loss"] == expected[0]["val_loss"]
+
+
 def test_the_average_is_resumed(train):
     whole = train("runner.max_steps=6", "optim.ema_decay=0.9")
     train("runner.name=parts", "runner.max_steps=3", "optim.ema_decay=0.9")
@@ -180,7 +212,15 @@ def test_the_best_checkpoint_is_saved_named_and_kept(train):
     assert (trainer.run.folder / "best").read_text() == "step_000000004"
     assert checkpoints(trainer) == [4, 8]
     state = json.loads((trainer.run.folder / "checkpoints" / "step_000000008" / "state.json").read_text())
-    assert state["best"] == {"step": 4, "value": 1.0, "stale": 2}
+    assert state["best"] == {"step": 4, "value": 1.0, "stale": 2, "metric": "val_loss"}
+
+
+def test_a_best_checkpoint_that_is_no_longer_kept_up_has_no_name(train):
+    results = [3.0, 1.0, 2.0, 1.5]
+    train("runner.max_steps=8", "runner.save_best=true", *VALIDATED, results=results)
+    trainer = train("runner.max_steps=10", *VALIDATED, results=[0.5])
+    assert not (trainer.run.folder / "best").exists()
+    assert checkpoints(trainer) == [10]
 
 
 def test_a_run_that_improves_no_more_ends_early(train):
@@ -198,9 +238,17 @@ def test_an_improvement_must_be_large_enough(train):
 
 
 def test_the_first_number_is_an_improvement_and_no_number_is_none():
-    best = Best().after(1, math.nan, 0.0)
+    best = Best().after(1, "loss", math.nan, 0.0)
     assert (best.step, best.stale) == (0, 1)
-    assert best.after(2, 5.0, 0.0) == Best(2, 5.0, 0)
+    assert best.after(2, "loss", 5.0, 0.0) == Best(2, 5.0, 0, "loss")
+
+
+def test_values_of_different_metrics_are_not_compared():
+    best = Best(4, 0.1, 3, "val_loss")
+    assert best.after(6, "val_action_mse", 750.0, 0.0) == Best(6, 750.0, 0, "val_action_mse")
+    assert best.improves_no_more("", 3)
+    assert best.improves_no_more("val_loss", 3)
+    assert not best.improves_no_more("val_action_mse", 3)
 
 
 @pytest.mark.parametrize(
@@ -209,6 +257,7 @@ def test_the_first_number_is_an_improvement_and_no_number_is_none():
         (["runner.save_best=true"], "runner.save_best needs validations: set runner.val_check_interval"),
         (["runner.early_stop_min_delta=0.1"], "does nothing without early_stop_patience"),
         (["trainer.cpu_offload=true", "trainer.ema_device=cpu"], "says nothing new beside cpu_offload"),
+        (["trainer.ema_device=cpu"], "does nothing without optim.ema_decay"),
     ],
 )
 def test_options_that_would_do_nothing_are_refused(configure, overrides, complaint):

@@ -20,6 +20,7 @@ class Block(nn.Module):
         self.down = nn.Linear(2 * WIDTH, WIDTH)
 
     def forward(self, x):
+        x = x.to(self.up.weight.dtype)
         return x + self.down(nn.functional.gelu(self.up(x)))
 
 

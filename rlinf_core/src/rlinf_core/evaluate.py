@@ -20,6 +20,7 @@ from rlinf_core.datasets import SampleSource
 from rlinf_core.errors import UserError
 from rlinf_core.training.distributed import Processes, to_device
 from rlinf_core.training.ema import Ema
+from rlinf_core.training.fsdp import release
 
 Vectors = NDArray[np.floating]
 
@@ -63,14 +64,16 @@ class Validation:
             of the EMA weights. None if interrupted.
         """
         policy.eval()
-        live = self._measure(policy, interrupted)
-        if live is None or ema is None:
-            return live
-        with ema.in_place_of_weights():
-            averaged = self._measure(policy, interrupted)
-        if averaged is None:
-            return None
-        return live | {f"ema_{name}": value for name, value in averaged.items() if name not in BASELINES}
+        try:
+            results = self._measure(policy, interrupted)
+            if results is not None and ema is not None:
+                with ema.in_place_of_weights():
+                    averaged = self._measure(policy, interrupted)
+                own = {f"ema_{name}": value for name, value in (averaged or {}).items() if name not in BASELINES}
+                results = results | own if averaged else None
+            return results
+        finally:
+            release(policy)
 
     @torch.no_grad()
     def _measure(self, policy: Any, interrupted: Callable[[], bool]) -> dict[str, float] | None:

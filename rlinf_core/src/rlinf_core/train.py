@@ -62,7 +62,8 @@ def train(ending: Ending, config: str, overrides: Sequence[str], *, overwrite: b
         if group.rank == 0:
             for failure in plugins.failures:
                 print(f"plugin left out: {failure}", file=sys.stderr, flush=True)
-        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        # torchrun counts failures of the workers of its own machine only.
+        restarted = group.any(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0")
 
         def begin() -> Start:
             held.enter_context(hold_folder(run))
@@ -75,9 +76,9 @@ def train(ending: Ending, config: str, overrides: Sequence[str], *, overwrite: b
                 limits = "runner.max_steps, runner.max_epochs or runner.early_stop_patience"
                 print(f"{run.runner.name} is finished: its {start.step} steps are in {run.folder} (see {limits}).")
             return
-        if group.rank == 0:
-            record_environment(run, group)
         try:
+            if group.rank == 0:
+                record_environment(run, group)
             trainer = ending.trainer = run.trainer.build(run, start=start, group=group, plugins=plugins)
         except BaseException:
             if group.rank == 0:

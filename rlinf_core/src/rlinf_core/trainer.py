@@ -29,6 +29,9 @@ class TrainerConfig(BaseModel):
     device: Literal["auto", "cpu"] = "auto"
     """`auto`: each rank's own CUDA device, or the CPU where there is none; `cpu`: the CPU."""
 
+    def check_run(self, run: RunConfig) -> None:
+        """Refuse what does not fit the rest of the config. Raises `ValueError` that names the keys."""
+
     def build(self, run: RunConfig, *, start: Start, group: Processes, plugins: Plugins) -> Trainer:
         """Build the trainer: open data, build the policy, give it its weights. Called on every rank.
 

@@ -46,6 +46,11 @@ class Fsdp2TrainerConfig(TrainerConfig):
             raise ValueError('ema_device = "cpu" says nothing new beside cpu_offload: leave it out')
         return self
 
+    def check_run(self, run: RunConfig) -> None:
+        """Refuse a place for an average that is not kept."""
+        if self.ema_device != "auto" and not run.optim.ema_decay:
+            raise ValueError(f'trainer.ema_device = "{self.ema_device}" does nothing without optim.ema_decay')
+
     def build(self, run: RunConfig, *, start: Start, group: Processes, plugins: Plugins) -> Trainer:
         """Build the FSDP2 trainer on this rank."""
         from rlinf_core.training.trainer import Fsdp2Trainer

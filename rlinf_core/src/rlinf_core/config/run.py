@@ -139,6 +139,11 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _trainer_agrees(self) -> RunConfig:
+        self.trainer.check_run(self)
+        return self
+
+    @model_validator(mode="after")
     def _best_needs_validation(self) -> RunConfig:
         set_ = [key for key in ("save_best", "early_stop_patience", "best_metric") if getattr(self.runner, key)]
         if set_ and not self.runner.val_check_interval:

@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver, resource_tracker
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -133,6 +134,13 @@ def _worker_context() -> Any:
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
+    # A server that a scheduler's SIGTERM ends takes its workers along; they inherit that they do not hear it.
+    resource_tracker.ensure_running()  # Starting it would let the signal through again.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
 
 
@@ -143,7 +151,7 @@ def _leave_signals_to_the_run(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):
         return  # macOS has no schedulers that signal whole groups.
-    # Blocked in this thread and in all that it starts, SIGTERM waits for the one thread that asks who sent it.
+    # SIGTERM is blocked in this thread and in all that it starts, and waits for the one thread that asks who sent it.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_obey_the_run, daemon=True).start()
 

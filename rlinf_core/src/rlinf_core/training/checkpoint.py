@@ -31,7 +31,7 @@ def save(
     group: Processes,
     keep_last: int,
     *,
-    is_best: bool = False,
+    best: str = "",
 ) -> Path:
     """Save a checkpoint; called on every rank.
 
@@ -40,8 +40,8 @@ def save(
         position: Where the run stands.
         tensors: What to save.
         group: All ranks.
-        keep_last: How many of the newest checkpoints stay; the one that the file `best` names stays besides.
-        is_best: The file `best` shall name this one.
+        keep_last: How many of the newest checkpoints stay.
+        best: The checkpoint that the file `best` shall name, which stays besides; empty: there is none.
 
     Returns:
         The folder of the complete checkpoint.
@@ -58,19 +58,31 @@ def save(
         if path.exists():
             shutil.rmtree(path)
         aside.rename(path)
+        name_best(folder, best)
         write_text(folder / "latest", name)
-        if is_best:
-            write_text(folder / "best", name)
         for unfinished in folder.glob("checkpoints/.step_*.tmp"):
             shutil.rmtree(unfinished)
         # Later ones, left by somebody who set `latest` back, are not this run's to remove.
         complete = sorted(old for old in folder.glob("checkpoints/step_*") if old.name <= name)
-        best = (folder / "best").read_text().strip() if (folder / "best").exists() else ""
         for old in complete[:-keep_last]:
             if old.name != best:
                 shutil.rmtree(old)
     group.wait()
     return path
+
+
+def restate(folder: Path, position: Position, best: str) -> None:
+    """Correct what the checkpoint of a position says of validations: one was made up for. Called on rank 0."""
+    write_text(folder / "checkpoints" / step_name(position.step) / "state.json", json.dumps(asdict(position), indent=1))
+    name_best(folder, best)
+
+
+def name_best(folder: Path, best: str) -> None:
+    """Make the file `best` name a checkpoint, if that is complete, or none."""
+    if best and (folder / "checkpoints" / best / "state.json").exists():
+        write_text(folder / "best", best)
+    else:
+        (folder / "best").unlink(missing_ok=True)
 
 
 def load(path: Path, tensors: Mapping[str, torch.Tensor], *, layout: str, rows: int) -> Position:

@@ -11,8 +11,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+
+from rlinf_core.training.fsdp import release
 
 
 class Ema:
@@ -62,9 +63,7 @@ class Ema:
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        for module in self._policy.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # What is still gathered is the other weights.
+        release(self._policy)  # What is still gathered is the other weights.
         for name, parameter in self._parameters.items():
             weights, average = _local(parameter), _local(self._averages[name])
             kept = weights.clone()

@@ -91,6 +91,13 @@ def communicate(policy: FSDPModule, *, last: bool, reduce_every_micro_batch: boo
     policy.set_reshard_after_backward(last or reshard)
 
 
+def release(policy: nn.Module) -> None:
+    """Release what is still gathered: after a pass without gradients it may stay, and would outlive its shards."""
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def materialize(
     policy: Any,
     device: torch.device,

@@ -9,7 +9,7 @@ from pathlib import Path
 from rlinf_core.errors import UserError
 from rlinf_core.training.stopping import Best
 
-FORMAT = 2
+FORMAT = 3
 NO_BEST = Best()
 
 
@@ -29,6 +29,8 @@ class Position:
     """The run's seed; with epoch and sample it determines every further draw."""
     layout: str
     """Tag of parameter names and shapes."""
+    validated: int = 0
+    """The last step after which there was a validation."""
     best: Best = NO_BEST
     """The best validation so far."""
     format: int = FORMAT

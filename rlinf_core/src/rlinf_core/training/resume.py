@@ -127,9 +127,11 @@ def prepare_folder(run: RunConfig, *, overwrite: bool, restarted: bool = False) 
 
 def _is_finished(run: RunConfig, position: Position) -> bool:
     """Whether nothing is left to do; raising a limit, or the patience, makes a finished run go on."""
-    runner, best = run.runner, position.best
-    if 0 < runner.early_stop_patience <= best.stale:
+    runner = run.runner
+    if position.best.improves_no_more(runner.best_metric, runner.early_stop_patience):
         return True
+    if runner.val_check_interval and position.validated < position.step:
+        return False  # At least the last validation is still to be done.
     return position.step >= runner.stop_step(position.rows // run.trainer.global_batch_size)
 
 

@@ -56,12 +56,20 @@ class Best:
     """What `runner.best_metric` was there."""
     stale: int = 0
     """Validations since then that were no better."""
+    metric: str = ""
+    """Which result was compared."""
 
-    def after(self, step: int, value: float, min_delta: float) -> Best:
+    def after(self, step: int, metric: str, value: float, min_delta: float) -> Best:
         """What is best after another validation; a value that is not a number is no improvement."""
+        if metric != self.metric:
+            return Best(metric=metric).after(step, metric, value, 0.0)
         if value < (math.inf if self.value is None else self.value) - min_delta:
-            return Best(step, value)
+            return Best(step, value, metric=metric)
         return replace(self, stale=self.stale + 1)
+
+    def improves_no_more(self, wanted: str, patience: int) -> bool:
+        """Whether as many validations as `patience` (if it is not 0) were no better, by the wanted metric."""
+        return 0 < patience <= self.stale and wanted in ("", self.metric)
 
 
 DEFAULT_BEST = ("ema_val_action_mse", "val_action_mse", "ema_val_loss", "val_loss")

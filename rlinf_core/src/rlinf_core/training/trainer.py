@@ -31,7 +31,7 @@ from rlinf_core.training.ema import Ema
 from rlinf_core.training.fsdp import communicate, derived_seed, layout
 from rlinf_core.training.metrics import StepClock, peak_memory_gb
 from rlinf_core.training.optim import Optimizer, Schedule
-from rlinf_core.training.position import Position
+from rlinf_core.training.position import Position, step_name
 from rlinf_core.training.resume import Start
 from rlinf_core.training.statistics import run_statistics
 from rlinf_core.training.stopping import Best, StopSignal, best_metric, stop_signals
@@ -58,11 +58,13 @@ class Fsdp2Trainer:
         self.policy = build_policy(run, config, group, plugins, weights, filled=start.checkpoint is None)
         self.optimizer = self._build_optimizer()
         self.ema = self._build_ema()
-        self._best = Best()
+        # Taken now: while parameters are gathered, the policy shows those instead, in the compute dtype.
+        self._parameters = dict(self.policy.named_parameters())
+        self._layout = layout(self._parameters.items())
+        self._best, self._validated = Best(), 0
         if start.checkpoint:
-            tag = layout(self.policy.named_parameters())
-            position = checkpoint.load(start.checkpoint, self._tensors(), layout=tag, rows=len(self.source))
-            self._best = position.best
+            position = checkpoint.load(start.checkpoint, self._tensors(), layout=self._layout, rows=len(self.source))
+            self._best, self._validated = position.best, position.validated
         first = group.rank == 0
         self._loggers = plugins.build_loggers(run, start_step=start.step, stop_step=self.stop_step) if first else []
         if first and not run.data.stats_need_images:
@@ -93,6 +95,8 @@ class Fsdp2Trainer:
 
     def _train(self, stop: StopSignal) -> signal.Signals | None:
         runner = self.run.runner
+        if self._make_up_for_validation(stop):
+            return self._agree_on(stop)
         batches = iter(self._open_loader())
         while self.step < self.stop_step and not self._improves_no_more():
             metrics, stopping = self._train_step(batches, stop)
@@ -100,11 +104,11 @@ class Fsdp2Trainer:
             self._report("step", metrics)
             last = self.step == self.stop_step
             improved = False
-            if self._validation and not stopping and (last or self.step % runner.val_check_interval == 0):
-                improved, stopping = self._validate(self._validation, stop)
+            if not stopping and self._validation_is_due():
+                improved, stopping = self._validate(stop)
             interval = runner.save_interval and self.step % runner.save_interval == 0
             if last or interval or stopping or improved or self._improves_no_more():
-                self._save(is_best=improved)
+                self._save()
                 stopping = self._group.any(stop.received is not None)  # Saving takes time, too.
             if stopping and self.step < self.stop_step:
                 return self._agree_on(stop)
@@ -157,19 +161,36 @@ class Fsdp2Trainer:
                 reshard=self._config.reshard_after_forward,
             )
 
-    def _validate(self, validation: Validation, stop: StopSignal) -> tuple[bool, bool]:
+    def _validation_is_due(self) -> bool:
+        interval = self.run.runner.val_check_interval
+        due = self.step == self.stop_step or (interval > 0 and self.step % interval == 0)
+        return self._validation is not None and due and self._validated < self.step
+
+    def _make_up_for_validation(self, stop: StopSignal) -> bool:
+        """Validate if the run was stopped before it could; returns whether to stop again."""
+        if not self.step or not self._validation_is_due():
+            return False
+        _, stopping = self._validate(stop)
+        if not stopping and self._group.rank == 0:
+            checkpoint.restate(self.run.folder, self._position(), self._best_name())
+        return stopping
+
+    def _validate(self, stop: StopSignal) -> tuple[bool, bool]:
         """Validate, unless asked to stop meanwhile: whether the result is the best to be saved, and whether to stop."""
-        results = validation(self.policy, self.ema, lambda: self._group.any(stop.received is not None))
+        assert self._validation is not None
+        results = self._validation(self.policy, self.ema, lambda: self._group.any(stop.received is not None))
         if results is None:
             return False, True
+        self._validated = self.step
         self._report("validation", results)
         runner = self.run.runner
-        value = results[best_metric(runner.best_metric, results)]
-        self._best = self._best.after(self.step, value, runner.early_stop_min_delta)
+        metric = best_metric(runner.best_metric, results)
+        self._best = self._best.after(self.step, metric, results[metric], runner.early_stop_min_delta)
         return runner.save_best and self._best.step == self.step, False
 
     def _improves_no_more(self) -> bool:
-        return 0 < self.run.runner.early_stop_patience <= self._best.stale
+        runner = self.run.runner
+        return self._best.improves_no_more(runner.best_metric, runner.early_stop_patience)
 
     def _agree_on(self, stop: StopSignal) -> signal.Signals:
         """The signal that stops the run on every rank, though it may have reached only one."""
@@ -190,32 +211,39 @@ class Fsdp2Trainer:
         for logger in self._loggers:
             logger.message(text)
 
-    def _save(self, *, is_best: bool) -> None:
-        position = Position(
+    def _save(self) -> None:
+        best = self._best_name()
+        path = checkpoint.save(
+            self.run.folder,
+            self._position(),
+            self._tensors(),
+            self._group,
+            keep_last=self.run.runner.keep_last,
+            best=best,
+        )
+        self._tell(f"step {self.step}: saved {path}" + " (the best validation so far)" * (best == path.name))
+        if self._group.rank == 0:
+            self._plugins.hook.rlinf_checkpoint_saved(trainer=self, step=self.step, path=path)
+
+    def _best_name(self) -> str:
+        return step_name(self._best.step) if self.run.runner.save_best and self._best.step else ""
+
+    def _position(self) -> Position:
+        return Position(
             step=self.step,
             epoch=self.step // self._steps_per_epoch,
             sample=self.step % self._steps_per_epoch * self._config.global_batch_size,
             rows=len(self.source),
             seed=self.run.seed,
-            layout=layout(self.policy.named_parameters()),
+            layout=self._layout,
+            validated=self._validated,
             best=self._best,
         )
-        path = checkpoint.save(
-            self.run.folder,
-            position,
-            self._tensors(),
-            self._group,
-            keep_last=self.run.runner.keep_last,
-            is_best=is_best,
-        )
-        self._tell(f"step {self.step}: saved {path}" + " (the best validation so far)" * is_best)
-        if self._group.rank == 0:
-            self._plugins.hook.rlinf_checkpoint_saved(trainer=self, step=self.step, path=path)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Everything a checkpoint holds, in place."""
         parts: dict[str, Mapping[str, torch.Tensor]] = {
-            "model": {name: parameter.detach() for name, parameter in self.policy.named_parameters()},
+            "model": {name: parameter.detach() for name, parameter in self._parameters.items()},
             "optim": self.optimizer.state_dict(),
             "ema": self.ema.state_dict() if self.ema else {},
         }
