@@ -162,5 +162,10 @@ def test_folders_that_were_not_exported_are_refused(export, tmp_path):
 
 def test_observations_that_lack_something_say_what(trained, export):
     policy = load_policy(export()[1])
-    with pytest.raises(UserError, match=r"lacks 'observation\.state'; it has task"):
+    with pytest.raises(UserError, match=r"lacks 'observation\.image', 'observation\.state'; it has task"):
         policy.infer({"task": "push"})
+    image, state = np.zeros((64, 64, 3), np.uint8), np.zeros(4, np.float32)
+    with pytest.raises(UserError, match=r"lacks 'observation\.image'.*did you mean 'observation\.img'\?"):
+        policy.infer({"observation.img": image, "observation.state": state, "task": "push"})
+    row = {"observation.image": image, "observation.state": state, "task": "push", "action": np.zeros(4), "index": 3}
+    assert policy.infer(row).shape == (policy.config.chunk_length(), 4)

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -167,7 +168,7 @@ def test_every_end_has_its_code_and_reason(follow, error, code, reason, message)
     got, end, said = follow(error)
     assert got == code
     assert (end["code"], end["reason"], end["message"], end["step"]) == (code, reason, message, 5)
-    assert said == ("error: no such file\n" if code == 2 else "")
+    assert said == ("error: no such file\n" if code == 2 else f"{message}\n" if message else "")
 
 
 def test_a_defect_keeps_its_traceback_and_is_recorded(follow, tmp_path):
@@ -185,3 +186,20 @@ def test_what_follows_from_another_ranks_mistake_does_not_hide_it(follow, tmp_pa
 
     assert Ending().follow(main) == 0
     assert json.loads((tmp_path / "exit.json").read_text())["reason"] == "mistake"
+
+
+def test_a_connection_that_breaks_because_all_are_leaving_is_no_defect(tmp_path, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+
+    def main(ending):
+        ending.belongs_to(tmp_path, start_step=0)
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        raise RuntimeError("Connection closed by peer")
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        assert Ending().follow(main) == 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert json.loads((tmp_path / "exit.json").read_text())["reason"] == "preempted"

@@ -90,6 +90,10 @@ class DatasetConfig(BaseModel):
         """The transform from a row to a sample in the data's own units; it has no inverse."""
         raise NotImplementedError(f"{type(self).__name__} must define repack()")
 
+    def observation_columns(self) -> Sequence[str]:
+        """The columns that an acting policy needs of a row; empty where only `repack` knows."""
+        return ()
+
     def transforms(self) -> Sequence[Transform]:
         """Transforms between repacking and normalisation; the inverses run in reverse on the policy's actions."""
         return ()
@@ -106,6 +110,10 @@ class LeRobotDatasetConfig(DatasetConfig):
     """Columns of the action."""
     default_prompt: str = ""
     """The prompt of every row; empty: the row's own task text."""
+
+    def observation_columns(self) -> Sequence[str]:
+        """Cameras, state, and the task unless there is a default prompt."""
+        return (*self.images.values(), *self.state, *(() if self.default_prompt else ("task",)))
 
     def repack(self) -> Transform:
         """Rename the dataset's columns to a sample's keys."""

@@ -26,6 +26,10 @@ FILE = "exit.json"
 OTHER_RANKS_WAIT = 5.0
 """Seconds that a rank other than 0 waits with its message: what all ranks found, rank 0 alone should say."""
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS_APART = 1.0
+"""Seconds within which a signal that was sent to all ranks reaches the last of them."""
+
 Reason = Literal["finished", "preempted", "interrupted", "mistake", "defect"]
 
 
@@ -58,7 +62,8 @@ class Ending:
         """
         if _ended_before(restarted=os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"):
             return Exit.USER_ERROR
-        signal.signal(signal.SIGTERM, self._leave)
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._leave)
         try:
             main(self)
         except UserError as error:
@@ -67,17 +72,33 @@ class Ending:
                 _marker().touch()
             return self._record(Exit.USER_ERROR, "mistake", str(error))
         except KeyboardInterrupt as error:
-            preempted = isinstance(error, Interrupted) and error.received == signal.SIGTERM
-            said = str(error) or f"interrupted after step {self.step}"
-            return self._record(*((Exit.OK, "preempted") if preempted else (Exit.INTERRUPTED, "interrupted")), said)
+            return self._record_stop(error)
         except BaseException as error:
-            self._record(Exit.DEFECT, "defect", f"{type(error).__name__}: {error}")
+            if stop := self._stop_on_its_way():
+                return self._record_stop(stop)
+            notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+            self._record(Exit.DEFECT, "defect", f"{type(error).__name__}: {error}{notes}")
             raise
         return self._record(Exit.OK, "finished", "")
 
     def _leave(self, number: int, _: FrameType | None) -> None:
-        """SIGTERM before there is anything to save; a trainer that can save catches the signal itself."""
+        """A signal before there is anything to save; a trainer that can save catches the signal itself."""
         raise Interrupted(signal.Signals(number), self.step)
+
+    def _stop_on_its_way(self) -> KeyboardInterrupt | None:
+        """The signal that explains a failure: a rank that was asked to leave first breaks the others' connections."""
+        try:
+            time.sleep(SIGNALS_APART)
+        except KeyboardInterrupt as stop:
+            return stop
+        return None
+
+    def _record_stop(self, stop: KeyboardInterrupt) -> int:
+        preempted = isinstance(stop, Interrupted) and stop.received == signal.SIGTERM
+        said = str(stop) or f"interrupted after step {self.step}"
+        if self.rank == 0 and self.trainer is None:
+            print(said, file=sys.stderr, flush=True)
+        return self._record(*((Exit.OK, "preempted") if preempted else (Exit.INTERRUPTED, "interrupted")), said)
 
     def _say_once(self, error: UserError) -> None:
         """Print the message once: rank 0 first, another rank only if rank 0 has not ended the run meanwhile."""
@@ -88,7 +109,7 @@ class Ending:
 
     def _record(self, code: Exit, reason: Reason, message: str) -> int:
         """Write the file, on rank 0; another rank writes only its mistake."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # The end is near, and must not be lost.
         mistake = reason == "mistake"
         # Whatever else ends while another rank has made a mistake follows from that.

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from rlinf_core.data.normalize import load_norm_stats
 from rlinf_core.data.pipeline import Pipeline, build_pipeline
 from rlinf_core.datasets import DatasetConfig
-from rlinf_core.errors import UserError
+from rlinf_core.errors import UserError, did_you_mean
 from rlinf_core.export import DESCRIPTION, FORMAT, STATISTICS
 from rlinf_core.plugins import Plugins, get_plugins
 from rlinf_core.policy import PolicyConfig
@@ -37,8 +37,8 @@ class LoadedPolicy:
         """A chunk of actions.
 
         Args:
-            observation: A row as the dataset has them, without actions: images uint8 [height, width, 3] RGB and vectors
-                [D] under the dataset's column names, `task` text.
+            observation: A row as the dataset has them: images uint8 [height, width, 3] RGB and vectors [D] under the
+                dataset's column names, `task` text. Actions and other columns are not looked at.
             noise: [H, A] standard normal, where sampling starts; None: drawn anew.
 
         Returns:
@@ -56,12 +56,20 @@ class LoadedPolicy:
         return self.pipeline.decode(actions[0].float().cpu().numpy(), sample)
 
     def _encode(self, observation: Mapping[str, Any]) -> Any:
+        columns = self.data.observation_columns()
+        seen = {column: observation[column] for column in columns or observation if column in observation}
+        # Checked here: a camera that a row lacks is left out in training, but a robot that loses one must hear of it.
+        if missing := [column for column in columns if column not in observation]:
+            hints = did_you_mean(missing[0], observation.keys() - set(columns))
+            raise UserError(
+                f"the observation lacks {', '.join(map(repr, missing))}; it has {', '.join(observation) or 'nothing'}"
+                f"{hints}. Names are those of the dataset that the policy was trained on"
+            )
         try:
-            return self.pipeline.encode(dict(observation))
+            return self.pipeline.encode(seen)
         except KeyError as error:
             raise UserError(
-                f"the observation lacks {error.args[0]!r}; it has {', '.join(observation) or 'nothing'}. Its names are "
-                f"those of the dataset that the policy was trained on"
+                f"the observation lacks {error.args[0]!r}; it has {', '.join(observation) or 'nothing'}"
             ) from error
 
 

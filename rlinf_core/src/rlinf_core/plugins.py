@@ -141,6 +141,11 @@ class Plugins:
         _ = self._manager
         return tuple(self._failures)
 
+    def insist(self) -> None:
+        """Raise a plugin's failure now, if the mode is strict, rather than where something of it is missing."""
+        if self._strict:
+            _ = self.registered
+
     @property
     def registered(self) -> tuple[Registered[Any], ...]:
         """Everything that plugins registered, of every kind; calls all registration hooks."""

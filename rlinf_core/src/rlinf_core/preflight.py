@@ -71,6 +71,8 @@ def check_run(run: RunConfig, plugins: Plugins, ranks: int | None = None) -> Rep
         _check_folder(run, report)
     with report.checking():
         _check_launcher(run, plugins, report)
+    if plugins.failures:
+        report.facts["plugins_left_out"] = "; ".join(map(str, plugins.failures))
     report.facts["loggers"] = ", ".join(dict.fromkeys(("console", "jsonl", *run.runner.loggers)))
     return report
 
@@ -102,6 +104,7 @@ def _check_batch(run: RunConfig, ranks: int | None, report: Report) -> None:
     with report.checking():
         if ranks is not None:
             report.facts["ranks"] = ranks
+            run.trainer.check_ranks(ranks)
             report.facts["micro_batches_a_step"] = check_batch(whole, micro, ranks)
         else:
             most = check_batch(whole, micro, nodes) * nodes

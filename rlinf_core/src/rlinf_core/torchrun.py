@@ -109,6 +109,7 @@ def launch(run: RunConfig, arguments: Sequence[str]) -> int:
     if share.processes > 1:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # As torchrun does.
     _quieten()
+    (run.folder / FILE).unlink(missing_ok=True)  # Of an earlier process; a monitor shall not take it for this one's.
     before = _stamp(run.folder / FILE)
     failed: ChildFailedError | SignalException | None = None
     try:

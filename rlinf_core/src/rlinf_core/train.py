@@ -18,6 +18,7 @@ from rlinf_core.errors import Interrupted
 
 if TYPE_CHECKING:
     from rlinf_core.config.run import RunConfig
+    from rlinf_core.plugins import Plugins
     from rlinf_core.training.distributed import Processes
 
 
@@ -55,7 +56,7 @@ def train(ending: Ending, config: str, overrides: Sequence[str], *, overwrite: b
 
     from rlinf_core.config.cluster import check_world_size
     from rlinf_core.training.distributed import processes
-    from rlinf_core.training.resume import Start, hold_folder, prepare_folder, put_back, remove_replaced
+    from rlinf_core.training.resume import Start, hold_folder, prepare_folder, put_back, remove_replaced, say_finished
 
     with processes(run.trainer.device) as group, ExitStack() as held:
         check_world_size(run, group.size)
@@ -70,15 +71,14 @@ def train(ending: Ending, config: str, overrides: Sequence[str], *, overwrite: b
             return prepare_folder(run, overwrite=overwrite, restarted=restarted)
 
         start = group.decide(begin)
-        ending.belongs_to(run.folder, start.step)
         if start.finished:
             if group.rank == 0:
-                limits = "runner.max_steps, runner.max_epochs or runner.early_stop_patience"
-                print(f"{run.runner.name} is finished: its {start.step} steps are in {run.folder} (see {limits}).")
+                print(say_finished(run, start))
             return
+        ending.belongs_to(run.folder, start.step)
         try:
             if group.rank == 0:
-                record_environment(run, group)
+                record_environment(run, group, plugins)
             trainer = ending.trainer = run.trainer.build(run, start=start, group=group, plugins=plugins)
         except BaseException:
             if group.rank == 0:
@@ -91,7 +91,7 @@ def train(ending: Ending, config: str, overrides: Sequence[str], *, overwrite: b
         raise Interrupted(received, trainer.step)
 
 
-def record_environment(run: RunConfig, group: Processes) -> None:
+def record_environment(run: RunConfig, group: Processes, plugins: Plugins) -> None:
     """Write `environment.json`: what the run, or its latest continuation, was made with."""
     import json
     import platform
@@ -101,8 +101,9 @@ def record_environment(run: RunConfig, group: Processes) -> None:
 
     from rlinf_core.files import write_text
 
-    wanted = ("torch", "numpy", "lerobot", "av", "torchcodec", "safetensors", "pydantic", "pluggy")
-    versions = {d.name: d.version for d in distributions() if d.name in wanted or d.name.startswith("rlinf")}
+    wanted = {"torch", "numpy", "lerobot", "av", "torchcodec", "safetensors", "pydantic", "pluggy"}
+    wanted |= {owner.distribution for owner in (*plugins.owners, *(entry.owner for entry in plugins.datasets()))}
+    versions = {d.name: d.version for d in distributions() if d.name in wanted}
     environment = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "python": platform.python_version(),

@@ -32,6 +32,9 @@ class TrainerConfig(BaseModel):
     def check_run(self, run: RunConfig) -> None:
         """Refuse what does not fit the rest of the config. Raises `ValueError` that names the keys."""
 
+    def check_ranks(self, ranks: int) -> None:
+        """Refuse a number of processes. Raises `UserError` that names the key and the way out."""
+
     def build(self, run: RunConfig, *, start: Start, group: Processes, plugins: Plugins) -> Trainer:
         """Build the trainer: open data, build the policy, give it its weights. Called on every rank.
 

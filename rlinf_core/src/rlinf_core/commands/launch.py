@@ -19,10 +19,14 @@ def run(options: argparse.Namespace) -> int:
     from rlinf_core.config.load import load_config
     from rlinf_core.plugins import get_plugins
     from rlinf_core.preflight import nobody_launches
+    from rlinf_core.training.resume import find_start, say_finished
 
     plugins = get_plugins()
     config = load_config(options.config, options.overrides, plugins)
     plugins.hook.rlinf_configure(run=config)
+    if not options.overwrite and (start := find_start(config)).finished:
+        print(say_finished(config, start))
+        return 0
     arguments = [options.config, *options.overrides, *["--overwrite"] * options.overwrite]
     code: int | None = plugins.hook.rlinf_launch(run=config, arguments=arguments)
     if code is None:

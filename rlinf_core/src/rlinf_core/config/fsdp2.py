@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
+from rlinf_core.errors import UserError
 from rlinf_core.trainer import Trainer, TrainerConfig
 
 if TYPE_CHECKING:
@@ -50,6 +51,14 @@ class Fsdp2TrainerConfig(TrainerConfig):
         """Refuse a place for an average that is not kept."""
         if self.ema_device != "auto" and not run.optim.ema_decay:
             raise ValueError(f'trainer.ema_device = "{self.ema_device}" does nothing without optim.ema_decay')
+
+    def check_ranks(self, ranks: int) -> None:
+        """Replicas are of equal size."""
+        if ranks % self.num_replicas:
+            raise UserError(
+                f"trainer.num_replicas = {self.num_replicas} does not divide the {ranks} ranks: take a divisor, such "
+                "as the number of nodes"
+            )
 
     def build(self, run: RunConfig, *, start: Start, group: Processes, plugins: Plugins) -> Trainer:
         """Build the FSDP2 trainer on this rank."""

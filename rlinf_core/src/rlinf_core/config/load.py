@@ -45,7 +45,9 @@ def load_config(
     Raises:
         UserError: One message that names every mistake.
     """
-    draft = _Draft(Path(path), overrides, plugins or get_plugins())
+    plugins = plugins or get_plugins()
+    plugins.insist()
+    draft = _Draft(Path(path), overrides, plugins)
     draft.choose_classes()
     return draft.validate()
 

@@ -57,7 +57,10 @@ class ConsoleLogger:
     def _note_the_schedule(self) -> None:
         optim, last = self._run.optim, self._stop_step
         if optim.warmup_steps >= last:
-            self._print(f"[yellow]note: the warm-up of {optim.warmup_steps} steps (optim.warmup_steps) never ends[/]")
+            self._print(
+                f"[yellow]note: the warm-up of {optim.warmup_steps} steps (optim.warmup_steps) does not end within "
+                f"this run[/]"
+            )
         elif optim.decay_steps > last:
             self._print(
                 f"[dim]note: the learning rate decays until step {optim.decay_steps} (optim.decay_steps), "

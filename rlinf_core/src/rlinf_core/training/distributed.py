@@ -58,16 +58,7 @@ class Processes:
         self._setup = dist.new_group(backend="gloo", timeout=SETUP_TIMEOUT)
 
     def mesh(self, num_replicas: int = 1) -> DeviceMesh:
-        """The ranks as FSDP2 wants them: one dimension that shards, or one that replicates before it.
-
-        Raises:
-            UserError: The ranks cannot be divided into that many replicas.
-        """
-        if self.size % num_replicas:
-            raise UserError(
-                f"trainer.num_replicas = {num_replicas} does not divide the {self.size} ranks: take a divisor, such as "
-                "the number of nodes"
-            )
+        """The ranks as FSDP2 wants them: one dimension that shards, or one that replicates before it."""
         if num_replicas == 1:
             return init_device_mesh(self.device.type, (self.size,), mesh_dim_names=("shard",))
         shape = (num_replicas, self.size // num_replicas)

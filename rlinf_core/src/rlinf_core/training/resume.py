@@ -104,6 +104,12 @@ def find_start(run: RunConfig, *, restarted: bool = False) -> Start:
     return Start(position.step, checkpoint, finished=_is_finished(run, position))
 
 
+def say_finished(run: RunConfig, start: Start) -> str:
+    """What to tell who starts a finished run."""
+    limits = "runner.max_steps, runner.max_epochs or runner.early_stop_patience"
+    return f"{run.runner.name} is finished: its {start.step} steps are in {run.folder} (see {limits})."
+
+
 def prepare_folder(run: RunConfig, *, overwrite: bool, restarted: bool = False) -> Start:
     """Decide where the run starts and leave its folder ready, with `config.toml` in it. Called on rank 0.
 

@@ -46,6 +46,7 @@ class Fsdp2Trainer:
         self.run = run
         self.step = start.step
         self._config, self._group, self._plugins = config, group, plugins
+        config.check_ranks(group.size)
         self._micro_batches = check_batch(config.global_batch_size, config.micro_batch_size, group.size)
         with group.first_on_each_machine():  # They may have to be downloaded.
             self.source = open_split(run, plugins, "train")
@@ -68,6 +69,8 @@ class Fsdp2Trainer:
         first = group.rank == 0
         self._loggers = plugins.build_loggers(run, start_step=start.step, stop_step=self.stop_step) if first else []
         if first and not run.data.stats_need_images:
+            if config.compile:
+                self._tell("the first step compiles the policy's blocks, which takes minutes")
             for name, fact in run.policy.describe(probe(self.source, self.pipeline)).items():
                 self._tell(f"{name}: {fact}")
 
