@@ -281,7 +281,7 @@ def test_plugin_tables_survive_being_written_and_read(load, tmp_path):
     assert run.plugin_options(type(run.plugins["toy"])).speed == 3.0
     (tmp_path / "again.toml").write_text(dump_config(run))
     assert load_config(tmp_path / "again.toml", [], Plugins.load()) == run
-    assert load() == load_config(tmp_path / "run.toml")
+    assert load() == load_config(tmp_path / "run.toml", [], Plugins.load())
 
 
 def mistakes(load, *arguments):
