@@ -203,3 +203,18 @@ def test_a_connection_that_breaks_because_all_are_leaving_is_no_defect(tmp_path,
         for number, handler in before.items():
             signal.signal(number, handler)
     assert json.loads((tmp_path / "exit.json").read_text())["reason"] == "preempted"
+
+
+def test_another_ranks_defect_is_not_taken_for_a_preemption(follow, tmp_path, monkeypatch):
+    def rank(number, error):
+        def main(ending):
+            ending.folder, ending.rank = tmp_path, number
+            raise error
+
+        return main
+
+    with pytest.raises(ZeroDivisionError):
+        Ending().follow(rank(1, ZeroDivisionError("by zero")))
+    Ending().follow(rank(0, Interrupted(signal.SIGTERM, 3)))
+    end = json.loads((tmp_path / "exit.json").read_text())
+    assert (end["code"], end["reason"]) == (1, "defect")

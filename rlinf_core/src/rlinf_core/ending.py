@@ -108,12 +108,12 @@ class Ending:
         print(f"error on rank {self.rank}: {error}" if self.rank else f"error: {error}", file=sys.stderr, flush=True)
 
     def _record(self, code: Exit, reason: Reason, message: str) -> int:
-        """Write the file, on rank 0; another rank writes only its mistake."""
+        """Write the file, on rank 0; another rank writes only its mistake or defect, from which others' ends follow."""
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # The end is near, and must not be lost.
-        mistake = reason == "mistake"
-        # Whatever else ends while another rank has made a mistake follows from that.
-        if self.folder and (mistake or (self.rank == 0 and not (self.folder / FILE).exists())):
+        # torchrun ends the other ranks with SIGTERM once one has failed: who writes first knows why, a mistake better.
+        first = self.folder is not None and not (self.folder / FILE).exists()
+        if self.folder and (reason == "mistake" or (first and (self.rank == 0 or reason == "defect"))):
             end: dict[str, Any] = {"code": int(code), "reason": reason, "message": message, "step": self.step}
             end["time"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
             write_text(self.folder / FILE, json.dumps(end, indent=1) + "\n")

@@ -113,7 +113,7 @@ class Fsdp2Trainer:
             if last or interval or stopping or improved or self._improves_no_more():
                 self._save()
                 stopping = self._group.any(stop.received is not None)  # Saving takes time, too.
-            if stopping and self.step < self.stop_step:
+            if stopping and (self.step < self.stop_step or self._validation_is_due()):
                 return self._agree_on(stop)
         if self._improves_no_more():
             self._tell(f"step {self.step}: ends early, {self._best.stale} validations without improvement")
