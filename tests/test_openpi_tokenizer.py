@@ -152,7 +152,7 @@ def test_a_tokenizer_is_a_file_a_folder_or_of_the_hub(cache, tmp_path):
 def test_a_tokenizer_is_downloaded_alone_and_not_when_it_is_cached(cache, monkeypatch):
     asked = []
 
-    def download(repository, file, revision=None):
+    def download(repository, file, revision=None, **options):
         asked.append((repository, file, revision))
         return SMALL_MODEL
 
@@ -175,7 +175,7 @@ def test_a_tokenizer_that_cannot_be_had_says_the_ways_out(cache, monkeypatch):
     with pytest.raises(UserError, match=r"policy\.tokenizer: there is no file or folder \./nowhere"):
         find_tokenizer("./nowhere")
 
-    def lacking(repository, file, revision=None):
+    def lacking(repository, file, revision=None, **options):
         raise huggingface_hub.errors.EntryNotFoundError(file)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lacking)

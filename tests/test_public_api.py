@@ -56,6 +56,7 @@ def test_importing_the_package_costs_nothing():
 
 
 def test_declarative_modules_leave_torch_unloaded():
-    imports = "from rlinf_core import builtin, cli, datasets, hookspecs, logger, plugins, policy, testing, trainer; "
+    imports = "from rlinf_core import builtin, cli, datasets, hookspecs, hub, logger, plugins, policy, testing; "
+    imports += "from rlinf_core import trainer; "
     imports += "from rlinf_core.config import fsdp2, load"
-    assert loaded_after(imports, "torch", "lerobot", "rich", "tomli_w") == []
+    assert loaded_after(imports, "torch", "lerobot", "huggingface_hub", "rich", "tomli_w") == []

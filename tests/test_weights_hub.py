@@ -69,7 +69,7 @@ def test_only_the_weights_are_downloaded_and_shards_of_one_commit(tmp_path, monk
     folder.mkdir()
     save_shards(folder)
 
-    def download(repository, file, revision=None):
+    def download(repository, file, revision=None, **options):
         asked.append((repository, file, revision))
         if not (folder / file).exists():
             raise huggingface_hub.errors.EntryNotFoundError(file)

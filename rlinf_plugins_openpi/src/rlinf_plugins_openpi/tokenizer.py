@@ -18,7 +18,7 @@ import sentencepiece
 from numpy.typing import NDArray
 
 from rlinf_core import UserError
-from rlinf_plugins_openpi.hub import (
+from rlinf_core.hub import (
     NotInRepositoryError,
     cached_file,
     download_file,

@@ -1,4 +1,4 @@
-"""Rows of a LeRobot v3.0 dataset, read fast.
+"""Rows of a LeRobot dataset, read fast.
 
 State and action columns of all frames are held as contiguous arrays, so that a row with its chunk is a slice.
 Pictures are decoded for the requested rows only: video frames grouped by file, parquet pictures one by one.
@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
-from rlinf_core.data.lerobot_metadata import Metadata, find_root, load_metadata, read_parquet
+from rlinf_core.data.lerobot_columns import INDEX_COLUMNS, read_columns
+from rlinf_core.data.lerobot_files import find_dataset
+from rlinf_core.data.lerobot_metadata import Metadata, load_metadata
 from rlinf_core.data.parquet_images import ParquetImages
 from rlinf_core.data.sample import Row
 from rlinf_core.data.splits import held_out_episodes
 from rlinf_core.data.video import VideoReader
-from rlinf_core.datasets import LeRobotDatasetConfig, Split
+from rlinf_core.datasets import Crop, LeRobotDatasetConfig, Split
 from rlinf_core.errors import UserError
 
-INDEX_COLUMNS = ("index", "episode_index", "frame_index", "timestamp", "task_index")
 OPEN_FILES = 128  # Mapped picture files a process; the usual limit of open files is 1024.
 
 
@@ -32,17 +32,19 @@ def open_lerobot(dataset: LeRobotDatasetConfig, chunk_length: int, split: Split)
 
     Args:
         dataset: Names the folder or hub id, the columns, and the episodes to hold out.
-        chunk_length: Actions a row holds, one a frame starting with its own; 0: no action columns.
+        chunk_length: Actions a row holds, starting with its own, `dataset.stride` frames apart; 0: no action columns.
         split: `"train"`, or `"validation"` for the held-out episodes.
 
     Raises:
-        UserError: The dataset cannot be had, has another format, lacks a column, or nothing is held out.
+        UserError: The dataset cannot be had, is damaged, has another format, lacks a column, or nothing is held out.
     """
-    metadata = load_metadata(dataset.repo_id, find_root(dataset.repo_id, dataset.revision))
+    place = find_dataset(dataset.repo_id, dataset.revision)
+    metadata = load_metadata(dataset.repo_id, place.root)
     actions = dataset.actions if chunk_length else ()
-    _check_columns(dataset, metadata)
+    check_columns(dataset, metadata)
+    place.fetch(metadata.files(dataset.images.values()))
     _check_videos(dataset, metadata)
-    columns, file_stops = _read_columns(metadata, [*INDEX_COLUMNS, *dict.fromkeys((*dataset.state, *actions))])
+    columns, file_stops = read_columns(metadata, [*INDEX_COLUMNS, *dict.fromkeys((*dataset.state, *actions))])
     held_out = held_out_episodes(dataset, _task_of_episode(metadata, columns))
     if split == "validation" and not held_out:
         raise UserError("no episode is held out: set data.validation_fraction or data.validation_episodes")
@@ -56,6 +58,7 @@ def open_lerobot(dataset: LeRobotDatasetConfig, chunk_length: int, split: Split)
         state=tuple(dict.fromkeys(dataset.state)),
         actions=tuple(dict.fromkeys(actions)),
         chunk_length=chunk_length,
+        stride=dataset.stride,
     )
 
 
@@ -73,6 +76,7 @@ class LeRobotSource:
         state: tuple[str, ...],
         actions: tuple[str, ...],
         chunk_length: int,
+        stride: int = 1,
     ) -> None:
         """Make a source; `open_lerobot` does it from a config.
 
@@ -85,12 +89,13 @@ class LeRobotSource:
             state: Columns a row holds as vectors.
             actions: Columns a row holds as chunks.
             chunk_length: Steps of a chunk.
+            stride: Frames from one step to the next.
         """
         self._metadata = metadata
         self._columns = columns
         self._rows = rows
         self._state, self._actions = state, actions
-        self._chunk_length = chunk_length
+        self._chunk_length, self._stride = chunk_length, stride
         self._video_columns = tuple(name for name in images if metadata.features[name]["dtype"] == "video")
         self._picture_columns = tuple(name for name in images if metadata.features[name]["dtype"] == "image")
         self._file_stops = file_stops
@@ -115,20 +120,24 @@ class LeRobotSource:
 
     def without_images(self, indices: Sequence[int]) -> list[Row]:
         """The same rows without pictures: state vectors [D], action chunks [H, D] and `<column>_is_pad` [H]."""
-        at = self._rows[np.asarray(indices, np.int64)]
-        steps = at[:, np.newaxis] + np.arange(self._chunk_length)
-        stops = self._metadata.stops[self._episode_of_row[at]][:, np.newaxis]
-        is_pad, steps = steps >= stops, np.minimum(steps, stops - 1)
-        gathered = {name: self._columns[name][at] for name in (*INDEX_COLUMNS, *self._state)}
-        gathered |= {name: self._columns[name][steps] for name in self._actions}
-        gathered |= {f"{name}_is_pad": is_pad for name in self._actions}
+        gathered = self.columns(indices)
         rows: list[Row] = [dict(zip(gathered, values, strict=True)) for values in zip(*gathered.values(), strict=True)]
-        texts = self._metadata.task_texts
         for row in rows:
             for name in INDEX_COLUMNS:
                 row[name] = row[name].item()
-            row["task"] = texts[row["task_index"]]
         return rows
+
+    def columns(self, indices: Sequence[int]) -> Row:
+        """The values of `without_images` with rows as their first axis; `task` is a list of texts."""
+        at = self._rows[np.asarray(indices, np.int64)]
+        steps = at[:, np.newaxis] + np.arange(self._chunk_length) * self._stride
+        stops = self._metadata.stops[self._episode_of_row[at]][:, np.newaxis]
+        is_pad, steps = steps >= stops, np.minimum(steps, stops - 1)
+        gathered: Row = {name: self._columns[name][at] for name in (*INDEX_COLUMNS, *self._state)}
+        gathered |= {name: self._columns[name][steps] for name in self._actions}
+        gathered |= {f"{name}_is_pad": is_pad for name in self._actions}
+        texts = self._metadata.task_texts
+        return gathered | {"task": [texts[task] for task in gathered["task_index"].tolist()]}
 
     @property
     def episodes(self) -> NDArray[np.int64]:
@@ -146,7 +155,8 @@ class LeRobotSource:
     def fingerprint(self) -> str:
         """A hash of the columns read, of the rows of this split, their tasks and frame rate."""
         meta = self._metadata
-        described = (meta.fps, sorted(meta.task_texts.items()), self._state, self._actions, self._chunk_length)
+        chunks = self._chunk_length, self._stride
+        described = (meta.fps, sorted(meta.task_texts.items()), self._state, self._actions, *chunks)
         digest = hashlib.blake2b(repr(described).encode(), digest_size=16)
         for name in sorted(self._columns):
             digest.update(f"{name} {self._columns[name].dtype} {self._columns[name].shape}".encode())
@@ -173,7 +183,9 @@ class LeRobotSource:
         if file not in self._pictures:
             if len(self._pictures) >= OPEN_FILES:
                 self._pictures.pop(next(iter(self._pictures)))
-            self._pictures[file] = ParquetImages(self._metadata.data_files[file], self._picture_columns)
+            self._pictures[file] = ParquetImages(
+                self._metadata.data_files[file], self._picture_columns, self._metadata.root
+            )
         start = int(self._file_stops[file - 1]) if file else 0
         return self._pictures[file].image(column, row - start)
 
@@ -184,7 +196,7 @@ class LeRobotSource:
         return self.__dict__ | {"_pictures": {}}
 
 
-def _check_columns(dataset: LeRobotDatasetConfig, metadata: Metadata) -> None:
+def check_columns(dataset: LeRobotDatasetConfig, metadata: Metadata) -> None:
     """Raise `UserError` naming every column in the config that is missing or of the wrong kind."""
     wanted = [(f"data.images.{camera}", column, _check_pictures) for camera, column in dataset.images.items()]
     wanted += [("data.state", column, _check_vector) for column in dataset.state]
@@ -195,6 +207,9 @@ def _check_columns(dataset: LeRobotDatasetConfig, metadata: Metadata) -> None:
             check(key, column, metadata.feature(column, key))
         except UserError as error:
             problems.append(str(error))
+    for camera, crop in dataset.crops.items():
+        feature = metadata.features.get(dataset.images[camera], {})
+        problems += _outside(camera, crop, feature)
     for column in sorted(set(dataset.state) & set(dataset.actions)):
         problems.append(f"{column!r} is named in data.state and in data.actions; it can only be one of them")
     if problems:
@@ -207,6 +222,20 @@ def _check_pictures(key: str, column: str, feature: dict[str, Any]) -> None:
     described = feature.get("info") or {}
     if described.get("is_depth_map") or described.get("video.is_depth_map"):
         raise UserError(f"{key} names {column!r}, which holds depth maps; only RGB pictures are read")
+
+
+def _outside(camera: str, crop: Crop, feature: dict[str, Any]) -> list[str]:
+    """What is wrong with a crop, as far as the metadata tell the size of the pictures."""
+    shape = list(feature.get("shape") or ())
+    if len(shape) != 3:
+        return []
+    height, width = shape[:2] if shape[-1] == 3 else shape[1:]
+    if crop.top + crop.height <= height and crop.left + crop.width <= width:
+        return []
+    return [
+        f"data.crops.{camera} reaches row {crop.top + crop.height} and column {crop.left + crop.width}, but the "
+        f"pictures have {height} rows and {width} columns"
+    ]
 
 
 def _check_vector(key: str, column: str, feature: dict[str, Any]) -> None:
@@ -227,40 +256,8 @@ def _check_videos(dataset: LeRobotDatasetConfig, metadata: Metadata) -> None:
         raise UserError(f"{metadata.root} lacks the video files {named}{more}: download or write the dataset again")
 
 
-def _read_columns(metadata: Metadata, names: list[str]) -> tuple[dict[str, NDArray[Any]], NDArray[np.int64]]:
-    """Columns of all data files, contiguous, and where each file ends: index columns [N], vectors float32 [N, D]."""
-    tables = [read_parquet(path, names) for path in metadata.data_files]
-    columns = {}
-    for name in names:
-        convert = pa.ChunkedArray.to_numpy if name in INDEX_COLUMNS else _vectors
-        columns[name] = np.concatenate([convert(table[name]) for table in tables])
-    lengths = metadata.stops - metadata.starts
-    complete = np.array_equal(columns["index"], np.arange(metadata.frames)) and np.array_equal(
-        columns["episode_index"], np.repeat(metadata.episodes, lengths)
-    )
-    if not complete:
-        raise UserError(
-            f"{metadata.root}: the {len(columns['index'])} rows of the data files are not the {metadata.frames} frames "
-            "that meta/info.json and meta/episodes list: the dataset is incomplete; download or write it again"
-        )
-    unknown = set(np.unique(columns["task_index"]).tolist()) - metadata.task_texts.keys()
-    if unknown:
-        raise UserError(
-            f"{metadata.root}: frames have the tasks {sorted(unknown)}, which meta/tasks.parquet does not list"
-        )
-    return columns, np.cumsum([len(table) for table in tables])
-
-
-def _vectors(column: pa.ChunkedArray) -> NDArray[np.float32]:
-    """A column of numbers or of equally long lists -> float32 [rows, D]."""
-    array = column.combine_chunks()
-    flat = array
-    while pa.types.is_list(flat.type) or pa.types.is_fixed_size_list(flat.type):
-        flat = flat.flatten()
-    numbers: NDArray[np.float32] = flat.to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
-    return numbers.reshape(len(array), -1)
-
-
 def _task_of_episode(metadata: Metadata, columns: dict[str, NDArray[Any]]) -> dict[int, int]:
-    """Episode number -> the task of its first frame."""
-    return dict(zip(metadata.episodes.tolist(), columns["task_index"][metadata.starts].tolist(), strict=True))
+    """Episode number -> the task of its first frame; episodes without frames have none."""
+    filled = metadata.lengths > 0
+    tasks = columns["task_index"][metadata.starts[filled]]
+    return dict(zip(metadata.episodes[filled].tolist(), tasks.tolist(), strict=True))

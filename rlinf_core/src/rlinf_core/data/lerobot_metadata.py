@@ -1,14 +1,13 @@
-"""Where a LeRobot dataset lies and what its metadata say: version, columns, tasks and episodes.
+"""What the metadata of a LeRobot dataset say: columns, tasks, episodes, and which files hold them.
 
-Format v3.0: `meta/info.json`, `meta/tasks.parquet` and `meta/episodes/**.parquet`; many episodes share a data file
-and a video file, so an episode knows its file and the time in it at which it starts. lerobot itself (seconds to
-import) is only needed to download from the hub.
+One `Metadata` serves formats v2.0, v2.1 and v3.0. In v3.0 (`meta/tasks.parquet`, `meta/episodes/**.parquet`) many
+episodes share a data file and a video file, so that an episode knows its file and the time in it at which it starts; in
+v2.x (`meta/tasks.jsonl`, `meta/episodes.jsonl`) each has files of its own, named by its number.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +15,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from rlinf_core.data.lerobot_files import INFO, read_json, read_json_lines, read_parquet
 from rlinf_core.errors import UserError
 
-VERSION = "v3.0"
+VERSIONS = ("v2.0", "v2.1", "v3.0")
+"""The formats that are read."""
+AGAIN = "the dataset is incomplete; download or write it again"
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,11 +32,13 @@ class Metadata:
     name: str
     """What the user calls it: `data.repo_id`."""
     root: Path
+    version: str
+    """The format: one of `VERSIONS`."""
     fps: float
     features: dict[str, dict[str, Any]]
     """Column -> `dtype` (`"video"`, `"image"` or a number's) and `shape`."""
     frames: int
-    """Number of frames of all episodes."""
+    """Number of frames of all episodes, as `meta/info.json` has it."""
     task_texts: dict[int, str]
     """`task_index` -> what the robot is told to do."""
     episodes: NDArray[np.int64]
@@ -46,6 +49,8 @@ class Metadata:
     """Position after the last frame."""
     data_files: tuple[Path, ...]
     """Parquet files in the order of their frames; together they hold all frames."""
+    data_file: NDArray[np.int64]
+    """Which of `data_files` holds the episode."""
     video_files: dict[str, tuple[Path, ...]]
     """Video column -> the file of each episode."""
     video_starts: dict[str, NDArray[np.float64]]
@@ -60,6 +65,21 @@ class Metadata:
             f"{nearest_first(column, self.features)}"
         )
 
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Frames of each episode."""
+        lengths: NDArray[np.int64] = self.stops - self.starts
+        return lengths
+
+    def columns_of(self, dtype: str) -> list[str]:
+        """Columns of a kind: `"video"` or `"image"`."""
+        return [name for name, feature in self.features.items() if feature["dtype"] == dtype]
+
+    def files(self, cameras: Iterable[str]) -> list[Path]:
+        """The data files, and the video files of some cameras."""
+        videos = (path for name in dict.fromkeys(cameras) for path in self.video_files.get(name, ()))
+        return [*self.data_files, *dict.fromkeys(videos)]
+
 
 def nearest_first(name: str, candidates: Iterable[str]) -> str:
     """The candidates as one readable list, those that look like `name` in front."""
@@ -68,107 +88,52 @@ def nearest_first(name: str, candidates: Iterable[str]) -> str:
     return ", ".join([*near, *(other for other in names if other not in near)])
 
 
-def find_root(repo_id: str, revision: str) -> Path:
-    """The local folder of a dataset; a hub id is downloaded into lerobot's cache unless it lies there.
-
-    Raises:
-        UserError: No `repo_id`, no such folder, or the hub does not answer or does not have it.
-    """
-    if not repo_id:
-        raise UserError("data.repo_id is not set: name a local folder or the id of a dataset on the hub")
-    path = Path(repo_id).expanduser()
-    if path.is_dir():
-        if revision:
-            raise UserError(f"data.revision = {revision!r} is for hub ids, but data.repo_id = {repo_id!r} is a folder")
-        return path
-    if path.is_absolute() or repo_id.startswith((".", "~")) or repo_id.count("/") != 1:
-        raise UserError(
-            f"data.repo_id = {repo_id!r} is neither a folder (here: {Path.cwd()}) nor a hub id like 'user/name'"
-        )
-    return _download(repo_id, revision)
-
-
-def _download(repo_id: str, revision: str) -> Path:
-    from httpx import HTTPError
-    from huggingface_hub import snapshot_download
-    from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
-    from lerobot.datasets.utils import BackwardCompatibilityError
-    from lerobot.utils.constants import HF_LEROBOT_HUB_CACHE
-
-    try:
-        metadata = LeRobotDatasetMetadata(repo_id, revision=revision or None)
-        if not metadata.root.is_relative_to(HF_LEROBOT_HUB_CACHE):
-            return Path(metadata.root)
-        root = snapshot_download(
-            repo_id, repo_type="dataset", revision=metadata.revision, cache_dir=HF_LEROBOT_HUB_CACHE
-        )
-    except BackwardCompatibilityError as e:
-        raise UserError(_wrong_version(repo_id, None, "v2.1")) from e
-    except (OSError, HTTPError, RuntimeError, ValueError) as e:  # The hub's own errors are OSErrors and HTTPErrors.
-        raise UserError(
-            f"data.repo_id = {repo_id!r} is no local folder and could not be had from the hub "
-            f"({type(e).__name__}: {str(e).strip().splitlines()[0] if str(e) else 'no reason given'}). "
-            "Check the id and the connection (HF_HUB_OFFLINE must not be set), or copy the dataset and name its folder"
-        ) from e
-    return Path(root)
-
-
-def _wrong_version(name: str, root: Path | None, version: str) -> str:
-    folder = f" --root={root}" if root else ""
-    return (
-        f"{name} has LeRobot format {version}, and {VERSION} is needed. lerobot converts v2.1: "
-        f"python -m lerobot.scripts.convert_dataset_v21_to_v30 --repo-id={name}{folder} --push-to-hub=false"
-    )
-
-
 def load_metadata(name: str, root: Path) -> Metadata:
     """Read the metadata of the dataset in `root`.
 
+    Args:
+        name: What the user calls it.
+        root: Its folder.
+
     Raises:
-        UserError: A file is missing or damaged, or the format is another than v3.0.
+        UserError: A file is missing or damaged, or the format is not one of `VERSIONS`.
     """
     info = _load_info(name, root)
-    table = _read_episodes(root, [key for key, feature in info["features"].items() if feature["dtype"] == "video"])
-    column = {key: table[key].to_numpy() for key in table.column_names}
-    if len(table) != info["total_episodes"]:
+    if info["codebase_version"] == "v3.0":
+        episodes, tasks = _episodes_v3(root, info), _tasks_v3(root)
+    else:
+        episodes, tasks = _episodes_v2(root, info), _tasks_v2(root)
+    numbers: NDArray[np.int64] = episodes["episodes"]
+    if len(numbers) != info["total_episodes"] or len(np.unique(numbers)) != len(numbers):
         raise UserError(
-            f"{root}: meta/info.json counts {info['total_episodes']} episodes, meta/episodes lists {len(table)}: "
-            "the dataset is incomplete; download or write it again"
+            f"{root}: {INFO} counts {info['total_episodes']} episodes, meta/episodes lists {len(np.unique(numbers))}"
+            + f" in {len(numbers)} rows" * (len(np.unique(numbers)) != len(numbers))
+            + f": {AGAIN}"
         )
-    pattern = info["data_path"]
-    files = sorted(set(zip(column["data/chunk_index"].tolist(), column["data/file_index"].tolist(), strict=True)))
-    videos = {key: feature for key, feature in info["features"].items() if feature["dtype"] == "video"}
     return Metadata(
         name=name,
         root=root,
+        version=info["codebase_version"],
         fps=float(info["fps"]),
         features=info["features"],
         frames=int(info["total_frames"]),
-        task_texts=_read_tasks(root),
-        episodes=column["episode_index"],
-        starts=column["dataset_from_index"],
-        stops=column["dataset_to_index"],
-        data_files=tuple(root / pattern.format(chunk_index=chunk, file_index=file) for chunk, file in files),
-        video_files={key: _video_files(root, info["video_path"], key, column) for key in videos},
-        video_starts={key: column[f"videos/{key}/from_timestamp"].astype(np.float64) for key in videos},
+        task_texts=tasks,
+        **episodes,
     )
 
 
 def _load_info(name: str, root: Path) -> dict[str, Any]:
-    path = root / "meta" / "info.json"
+    path = root / INFO
     try:
-        info: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        info: dict[str, Any] = read_json(path)
     except FileNotFoundError as e:
-        raise UserError(f"{root} is not a LeRobot dataset: it has no meta/info.json (data.repo_id = {name!r})") from e
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path} cannot be read: {e}") from e
-    version = info.get("codebase_version", "unknown")
-    if version != VERSION:
-        raise UserError(_wrong_version(name, root, version))
-    needed = {"fps", "features", "total_episodes", "total_frames", "data_path"}
+        raise UserError(f"{root} is not a LeRobot dataset: it has no {INFO} (data.repo_id = {name!r})") from e
+    needed = {"codebase_version", "fps", "features", "total_episodes", "total_frames", "data_path"}
     if any(feature["dtype"] == "video" for feature in info.get("features", {}).values()):
         needed.add("video_path")
-    missing = needed - info.keys()
+    if str(info.get("codebase_version", "v3.0")) not in VERSIONS:
+        raise UserError(_wrong_version(name, root, str(info["codebase_version"])))
+    missing = {key for key in needed if info.get(key) is None}
     if missing:
         raise UserError(
             f"{path} lacks {', '.join(sorted(missing))}: it is damaged; download or write the dataset again"
@@ -176,38 +141,82 @@ def _load_info(name: str, root: Path) -> dict[str, Any]:
     return info
 
 
-def _read_tasks(root: Path) -> dict[int, str]:
-    """The tasks' texts by number. lerobot writes a pandas frame whose index is the text, under whatever name."""
-    table = read_parquet(root / "meta" / "tasks.parquet")
-    text = next(name for name in table.column_names if name != "task_index")
-    return dict(zip(table["task_index"].to_pylist(), table[text].to_pylist(), strict=True))
+def _wrong_version(name: str, root: Path, version: str) -> str:
+    if version.startswith("v1"):
+        way_out = (
+            "lerobot 0.3.3 converts it, from the hub: python -m lerobot.datasets.v2.convert_dataset_v1_to_v2 "
+            f"--repo-id {name}"
+        )
+    else:
+        way_out = "a newer rlinf-core may read it; or write it with lerobot's converter for one of these formats"
+    return f"{name} ({root}) has LeRobot format {version}; {', '.join(VERSIONS)} are read. {way_out}"
 
 
-def _read_episodes(root: Path, video_columns: list[str]) -> pa.Table:
-    """One row an episode, ascending. The statistics that lie beside them are many times larger and stay unread."""
+def _episodes_v3(root: Path, info: dict[str, Any]) -> dict[str, Any]:
+    """Fields of `Metadata`. The statistics that lie beside them are many times larger and stay unread."""
+    videos = [name for name, feature in info["features"].items() if feature["dtype"] == "video"]
     wanted = ["episode_index", "dataset_from_index", "dataset_to_index", "data/chunk_index", "data/file_index"]
-    for key in video_columns:
+    for key in videos:
         wanted += [f"videos/{key}/{part}" for part in ("chunk_index", "file_index", "from_timestamp")]
     paths = sorted((root / "meta" / "episodes").glob("*/*.parquet"))
     if not paths:
-        raise UserError(
-            f"{root} has no meta/episodes/*/*.parquet: the dataset is incomplete; download or write it again"
-        )
-    return pa.concat_tables([read_parquet(path, wanted) for path in paths]).sort_by("episode_index")
+        raise UserError(f"{root} has no meta/episodes/*/*.parquet: {AGAIN}")
+    table = pa.concat_tables([read_parquet(path, wanted) for path in paths]).sort_by("episode_index")
+    column: dict[str, NDArray[Any]] = {key: table[key].to_numpy() for key in table.column_names}
+    places = np.stack([column["data/chunk_index"], column["data/file_index"]], axis=1)
+    files, data_file = np.unique(places, axis=0, return_inverse=True)
+    pattern = info["data_path"]
+    return {
+        "episodes": column["episode_index"],
+        "starts": column["dataset_from_index"],
+        "stops": column["dataset_to_index"],
+        "data_files": tuple(root / pattern.format(chunk_index=chunk, file_index=file) for chunk, file in files),
+        "data_file": data_file.reshape(-1),
+        "video_files": {key: _videos_v3(root, info["video_path"], key, column) for key in videos},
+        "video_starts": {key: column[f"videos/{key}/from_timestamp"].astype(np.float64) for key in videos},
+    }
 
 
-def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """Some columns of one parquet file; `UserError` naming it if it is missing, damaged, or lacks one of them."""
-    try:
-        with pq.ParquetFile(path) as file:
-            missing = [name for name in columns or () if name not in file.schema_arrow.names]
-            if not missing:
-                return file.read(columns=columns)
-    except (OSError, pa.ArrowInvalid) as e:
-        raise UserError(f"{path} cannot be read: {e}. Download or write the dataset again") from e
-    raise UserError(f"{path} lacks the columns {', '.join(missing)}: download, write or convert the dataset again")
-
-
-def _video_files(root: Path, pattern: str, key: str, column: dict[str, NDArray[Any]]) -> tuple[Path, ...]:
+def _videos_v3(root: Path, pattern: str, key: str, column: dict[str, NDArray[Any]]) -> tuple[Path, ...]:
     places = zip(column[f"videos/{key}/chunk_index"], column[f"videos/{key}/file_index"], strict=True)
     return tuple(root / pattern.format(video_key=key, chunk_index=chunk, file_index=file) for chunk, file in places)
+
+
+def _tasks_v3(root: Path) -> dict[int, str]:
+    """The tasks' texts by number. lerobot writes a pandas frame whose index is the text, under whatever name."""
+    table = read_parquet(root / "meta" / "tasks.parquet")
+    text = next((name for name in table.column_names if name != "task_index"), None)
+    if text is None or "task_index" not in table.column_names:
+        raise UserError(f"{root}/meta/tasks.parquet lists no texts by task_index: {AGAIN}")
+    return dict(zip(table["task_index"].to_pylist(), table[text].to_pylist(), strict=True))
+
+
+def _episodes_v2(root: Path, info: dict[str, Any]) -> dict[str, Any]:
+    """Fields of `Metadata`: an episode's files follow from its number, its frames from the lengths before it."""
+    listed = read_json_lines(root / "meta" / "episodes.jsonl", ("episode_index", "length"))
+    listed.sort(key=lambda episode: episode["episode_index"])
+    numbers = [episode["episode_index"] for episode in listed]
+    stops = np.cumsum([episode["length"] for episode in listed], dtype=np.int64)
+    size = int(info.get("chunks_size") or 1000)
+    videos = [name for name, feature in info["features"].items() if feature["dtype"] == "video"]
+
+    def files(pattern: str, key: str = "") -> tuple[Path, ...]:
+        return tuple(
+            root / pattern.format(episode_chunk=number // size, episode_index=number, video_key=key)
+            for number in numbers
+        )
+
+    return {
+        "episodes": np.array(numbers, np.int64),
+        "starts": np.concatenate([np.zeros(1, np.int64), stops])[:-1],
+        "stops": stops,
+        "data_files": files(info["data_path"]),
+        "data_file": np.arange(len(numbers)),
+        "video_files": {key: files(info["video_path"], key) for key in videos},
+        "video_starts": {key: np.zeros(len(numbers)) for key in videos},
+    }
+
+
+def _tasks_v2(root: Path) -> dict[int, str]:
+    tasks = read_json_lines(root / "meta" / "tasks.jsonl", ("task_index", "task"))
+    return {task["task_index"]: task["task"] for task in tasks}

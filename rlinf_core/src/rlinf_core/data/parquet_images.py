@@ -11,9 +11,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,9 +29,19 @@ from rlinf_core.errors import UserError
 class ParquetImages:
     """The pictures of one data file."""
 
-    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+    def __init__(self, path: Path, columns: Sequence[str], root: Path) -> None:
+        """Map the pictures of a file, unpacking them if need be.
+
+        Args:
+            path: The data file.
+            columns: Its columns of pictures.
+            root: The dataset's folder, in which pictures lie that are files of their own.
+
+        Raises:
+            UserError: The file cannot be read, or there is no room to unpack it.
+        """
         self._path = path
-        self._table = _mapped(path, columns)
+        self._table = _mapped(path, columns, root)
 
     def image(self, column: str, row: int) -> NDArray[np.uint8]:
         """The picture of `column` in the file's row `row`, decoded to uint8 [height, width, 3] RGB.
@@ -38,16 +50,61 @@ class ParquetImages:
             UserError: There are no bytes, or they are no picture.
         """
         value = self._table[column][row]
-        if not value.is_valid:
-            raise UserError(
-                f"{self._path}: row {row} of {column!r} holds no picture (only the path of one?): write the dataset "
-                "with embedded images"
-            )
-        try:
-            with Image.open(io.BytesIO(value.as_buffer())) as image:
-                return np.asarray(image.convert("RGB"))
-        except OSError as e:
-            raise UserError(f"{self._path}: the picture in row {row} of {column!r} is damaged: {e}") from e
+        return decode(value.as_buffer() if value.is_valid else None, f"{self._path}: row {row} of {column!r}")
+
+
+def decode(data: Any, what: str) -> NDArray[np.uint8]:
+    """A picture from the bytes of a PNG or JPEG file: uint8 [height, width, 3] RGB; `what` begins error messages.
+
+    Raises:
+        UserError: There are no bytes, or they are no picture.
+    """
+    if data is None:
+        raise UserError(
+            f"{what} holds no picture, and the file that it may name is not in the dataset: write the dataset with "
+            "embedded images"
+        )
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:  # Pillow's, by format.
+        raise UserError(f"{what} holds a damaged picture: {e}. Record, convert or download it again") from e
+
+
+def picture_batches(path: Path, columns: Sequence[str], root: Path) -> Iterator[pa.RecordBatch]:
+    """The bytes of a file's pictures, 64 rows at a time: a `binary` array a column, null where there is none.
+
+    A picture may lie in the column itself, in its field `bytes`, or (in old datasets) in a file of its own, which the
+    field `path` names, relative to the dataset's folder.
+
+    Raises:
+        UserError: The file cannot be read, or lacks a column.
+    """
+    schema = pa.schema([(column, pa.binary()) for column in columns])
+    try:
+        with pq.ParquetFile(path) as file:
+            if missing := [name for name in columns if name not in file.schema_arrow.names]:
+                raise UserError(f"{path} lacks the columns {', '.join(missing)}: write or download the dataset again")
+            for batch in file.iter_batches(batch_size=64, columns=list(columns)):
+                yield pa.record_batch([_bytes_of(batch[column], root) for column in columns], schema=schema)
+    except (OSError, pa.ArrowException) as e:
+        raise UserError(f"{path} cannot be read: {e}. Download or write the dataset again") from e
+
+
+def _bytes_of(column: pa.Array, root: Path) -> pa.Array:
+    if not pa.types.is_struct(column.type):
+        return column.cast(pa.binary()) if pa.types.is_binary(column.type) else pa.nulls(len(column), pa.binary())
+    data = column.field("bytes") if column.type.get_field_index("bytes") >= 0 else pa.nulls(len(column), pa.binary())
+    if not data.null_count or column.type.get_field_index("path") < 0:
+        return data
+    paths = column.field("path").to_pylist()
+    pairs = zip(data.to_pylist(), paths, strict=True)
+    return pa.array([_file_bytes(root, path) if one is None and path else one for one, path in pairs], pa.binary())
+
+
+def _file_bytes(root: Path, path: str) -> bytes | None:
+    file = root / path
+    return file.read_bytes() if file.is_file() else None
 
 
 def cache_folder() -> Path:
@@ -56,14 +113,17 @@ def cache_folder() -> Path:
     return Path(os.environ.get("RLINF_CACHE", default)).expanduser()
 
 
-def _mapped(path: Path, columns: Sequence[str]) -> pa.Table:
+def _mapped(path: Path, columns: Sequence[str], root: Path) -> pa.Table:
     """Map the unpacked columns, unpacking them first if no process has done so yet."""
-    status = path.stat()
+    try:
+        status = path.stat()
+    except OSError as e:
+        raise UserError(f"{path} cannot be read: {e}. Download or write the dataset again") from e
     key = repr((str(path.resolve()), status.st_size, status.st_mtime_ns, tuple(columns)))
     unpacked = cache_folder() / "images" / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.arrow"
     if not unpacked.exists():
         try:
-            _unpack(path, columns, unpacked)
+            _unpack(picture_batches(path, columns, root), unpacked)
         except OSError as e:
             raise UserError(
                 f"the pictures of {path} cannot be unpacked into {unpacked.parent}: {e}. "
@@ -72,15 +132,15 @@ def _mapped(path: Path, columns: Sequence[str]) -> pa.Table:
     return pa.ipc.open_file(pa.memory_map(str(unpacked))).read_all()
 
 
-def _unpack(path: Path, columns: Sequence[str], unpacked: Path) -> None:
+def _unpack(batches: Iterator[pa.RecordBatch], unpacked: Path) -> None:
     """Write aside and rename, so that processes that do it at the same time do not disturb each other."""
     unpacked.parent.mkdir(parents=True, exist_ok=True)
     aside = unpacked.with_suffix(f".{os.getpid()}.tmp")
-    schema = pa.schema([(column, pa.binary()) for column in columns])
     try:
-        with pq.ParquetFile(path) as file, pa.OSFile(str(aside), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-            for batch in file.iter_batches(batch_size=64, columns=list(columns)):
-                writer.write_batch(pa.record_batch([batch[column].field("bytes") for column in columns], schema=schema))
+        first = next(batches)
+        with pa.OSFile(str(aside), "wb") as sink, pa.ipc.new_file(sink, first.schema) as writer:
+            for batch in itertools.chain([first], batches):
+                writer.write_batch(batch)
         aside.replace(unpacked)
     finally:
         with contextlib.suppress(FileNotFoundError):

@@ -14,7 +14,8 @@ import numpy as np
 from pydantic import ValidationError
 
 from rlinf_core.config.toml import merge
-from rlinf_core.data.lerobot_metadata import find_root, load_metadata
+from rlinf_core.data.lerobot_files import find_root
+from rlinf_core.data.lerobot_metadata import load_metadata
 from rlinf_core.data.normalize import Normalize, compute_norm_stats
 from rlinf_core.data.pipeline import Pipeline
 from rlinf_core.data.sample import Row, Sample

@@ -1,14 +1,17 @@
-"""Tiny LeRobot v3.0 datasets, written by lerobot's own writer; a moving square shows which frame a picture is."""
+"""Tiny LeRobot datasets, written by lerobot's own writer; a moving square shows which frame a picture is."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from rlinf_core.testing.lerobot_v2 import write_v2
 
 FPS = 10
 """Frames a second."""
@@ -57,6 +60,7 @@ def write_tiny_dataset(
     vectors: Mapping[str, int] = VECTORS,
     lengths: Sequence[int] = (9, 7, 12, 8),
     videos: bool = False,
+    version: Literal["v2.0", "v2.1", "v3.0"] = "v3.0",
     seed: int = 0,
     **create: Any,
 ) -> TinyDataset:
@@ -68,11 +72,15 @@ def write_tiny_dataset(
         vectors: Columns of numbers with their widths.
         lengths: Frames of each episode; pictures repeat after 12.
         videos: Pictures as AV1 video instead of PNG in the data files.
+        version: Format; of the older ones, lerobot's writer writes none, so that its v3.0 is taken apart.
         seed: Of the numbers.
         create: Further arguments of `LeRobotDataset.create`.
     """
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
+    root, asked = Path(root), Path(root)
+    if version != "v3.0":
+        root = asked.with_name(f"{asked.name}_v30")
     shape = {"shape": (SIZE, SIZE, 3), "names": ["height", "width", "channels"]}
     features: dict[str, Any] = {name: {"dtype": "video" if videos else "image"} | shape for name in cameras}
     features |= {
@@ -81,7 +89,7 @@ def write_tiny_dataset(
     }
     dataset = LeRobotDataset.create("tests/tiny", FPS, features, root=root, use_videos=videos, **create)
     generator = np.random.default_rng(seed)
-    written = TinyDataset(Path(root), {name: [] for name in vectors}, [], [])
+    written = TinyDataset(asked, {name: [] for name in vectors}, [], [])
     for episode, length in enumerate(lengths):
         frames = {name: generator.normal(size=(length, width)).astype(np.float32) for name, width in vectors.items()}
         pictures = [[picture(episode, frame, camera) for camera in range(len(cameras))] for frame in range(length)]
@@ -95,4 +103,7 @@ def write_tiny_dataset(
         written.images.append(np.array(pictures, np.uint8))
         written.tasks.append(task)
     dataset.finalize()
+    if version != "v3.0":
+        write_v2(root, asked, version)
+        shutil.rmtree(root)
     return written

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rlinf_core import UserError
-from rlinf_plugins_openpi.hub import (
+from rlinf_core.hub import (
     NotInRepositoryError,
     cached_file,
     download_file,
