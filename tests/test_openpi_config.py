@@ -98,7 +98,8 @@ def test_draws_follow_the_generator_and_the_config():
 
 @pytest.mark.parametrize("name", DATASETS)
 def test_registered_dataset_sets_up_its_policy(name):
-    dataset = load(DATASETS[name])(config_name=name)
+    settings = {"raw_action_is_delta": True} if name.endswith("custom") else {}
+    dataset = load(DATASETS[name])(config_name=name, **settings)
     policy = dataset.run_defaults["policy"]
     assert policy["type"] == name.partition("_")[0]
     config = {"pi0": Pi0Config, "pi05": Pi05Config}[policy["type"]](variant="dummy", **policy)
@@ -132,7 +133,7 @@ def test_dataset_of_ones_own_needs_only_facts():
 
 
 def test_columns_may_be_set_without_a_class():
-    dataset = Pi0DatasetConfig(images=CAMERAS, state=("a", "b"), actions=("c",))
+    dataset = Pi0DatasetConfig(images=CAMERAS, state=("a", "b"), actions=("c",), raw_action_is_delta=True)
     assert (dataset.run_defaults, dataset.transforms()) == ({"policy": {"type": "pi0"}}, ())
 
 
@@ -142,6 +143,7 @@ def test_columns_may_be_set_without_a_class():
         ({}, "images is empty"),
         ({"images": {"front": "x"}}, "no camera front.*base_0_rgb"),
         ({"images": CAMERAS, "state": (), "relative": (True,)}, "relative actions need a state"),
+        ({"images": CAMERAS}, "how are actions trained.*raw_action_is_delta = true.*gripper.*relative"),
         ({"images": CAMERAS, "action_width": 2, "relative": (True,) * 3}, "3 entries, an action has 2"),
         ({"images": CAMERAS, "camera": "x"}, "camera"),
     ],

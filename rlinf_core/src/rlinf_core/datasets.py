@@ -6,15 +6,16 @@ A `DatasetConfig` subclass is registered by an entry point in the group `rlinf.d
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, Protocol
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from rlinf_core.data.sample import Row
-from rlinf_core.data.transforms import Concatenate, Transform
+from rlinf_core.data.transforms import Box, Concatenate, Transform
 
 Split = Literal["train", "validation"]
 
@@ -48,6 +49,18 @@ class SampleSource(Protocol):
         ...
 
 
+@runtime_checkable
+class ColumnSource(SampleSource, Protocol):
+    """A source that can give many rows at once: statistics then take seconds where they took minutes."""
+
+    def columns(self, indices: Sequence[int]) -> Row:
+        """The values of `without_images` with rows as their first axis: vectors [N, D], chunks [N, H, D], `task` a list.
+
+        Transforms see such a batch in place of a row if their class says that they take it (`Transform.batched`).
+        """
+        ...
+
+
 class DatasetConfig(BaseModel):
     """The `[data]` table. Subclasses add fields; every field may be set in TOML."""
 
@@ -68,6 +81,9 @@ class DatasetConfig(BaseModel):
     """Loader processes a rank; 0 loads in the training process."""
     norm_stats: str = ""
     """A `norm_stats.json` to use; empty: computed from the training rows when the run starts."""
+    norm_floor: float = Field(default=0.0, ge=0.0)
+    """The smallest spread by which a number is divided: standard deviation, or half of q99 - q01; in the data's units.
+    Statistics with less are widened before they are used and kept. 0: none are, as in openpi."""
     stats_need_images: bool = False
     """Whether a transform looks at images to make state or actions, so that statistics must decode them (slow)."""
     validation_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
@@ -86,6 +102,15 @@ class DatasetConfig(BaseModel):
         """Whether any episode is held out."""
         return bool(self.validation_fraction or self.validation_episodes)
 
+    def given_statistics(self) -> str:
+        """The file of statistics to use; empty: computed from the training rows when the run starts."""
+        return self.norm_stats
+
+    @classmethod
+    def facts(cls) -> dict[str, Any]:
+        """What the class knows of its data without opening them, for `rlinf datasets --json`."""
+        return {}
+
     def repack(self) -> Transform:
         """The transform from a row to a sample in the data's own units; it has no inverse."""
         raise NotImplementedError(f"{type(self).__name__} must define repack()")
@@ -99,24 +124,99 @@ class DatasetConfig(BaseModel):
         return ()
 
 
+class Crop(BaseModel):
+    """A part of a camera's image, in pixels from its upper left corner."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    top: int = Field(default=0, ge=0)
+    """Rows cut off above."""
+    left: int = Field(default=0, ge=0)
+    """Columns cut off on the left."""
+    height: int = Field(ge=1)
+    """Rows kept."""
+    width: int = Field(ge=1)
+    """Columns kept."""
+
+    @property
+    def box(self) -> Box:
+        """As the transform takes it."""
+        return Box(self.top, self.left, self.height, self.width)
+
+
 class LeRobotDatasetConfig(DatasetConfig):
     """Robot data in LeRobot's layout: which column is which. Several columns of one kind are concatenated."""
 
     images: dict[str, str] = {}
     """Camera name of the policy -> image column of the dataset."""
+    crops: dict[str, Crop] = {}
+    """Camera name of the policy -> the part of its image that is kept, `{ top, left, height, width }` in pixels."""
     state: tuple[str, ...] = ("observation.state",)
     """Columns of the proprioceptive state."""
     actions: tuple[str, ...] = ("action",)
     """Columns of the action."""
+    stride: int = Field(default=1, ge=1)
+    """Frames from one action of a chunk to the next: 2 makes chunks of every second frame, for a robot that is
+    controlled at half the dataset's rate."""
+    prompt_from_task: bool = True
+    """Whether the prompt is the row's own task text. Otherwise it is `default_prompt`."""
     default_prompt: str = ""
-    """The prompt of every row; empty: the row's own task text."""
+    """The prompt of rows that have no task text, or of all rows if `prompt_from_task` is false."""
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> LeRobotDatasetConfig:
+        if mistakes := self.mistakes():
+            raise ValueError("\n".join(mistakes))
+        return self
+
+    def mistakes(self) -> list[str]:
+        """Everything that is wrong with the fields taken together; a subclass that knows more adds to it.
+
+        Called when a config is made, so that all is reported at once.
+        """
+        return [
+            *_twice("images", self.images.values()),
+            *_twice("state", self.state),
+            *_twice("actions", self.actions),
+            *(f"{name} is named in state and in actions" for name in self.state if name in self.actions),
+            *(
+                f"crops names {name}, which images does not: {', '.join(self.images) or 'there are none'}"
+                for name in self.crops
+                if name not in self.images
+            ),
+            *(
+                ["prompt_from_task = false needs default_prompt, the prompt of every row"]
+                if not self.prompt_from_task and not self.default_prompt
+                else []
+            ),
+        ]
+
+    @classmethod
+    def facts(cls) -> dict[str, Any]:
+        """The columns that its defaults name."""
+        return {key: cls.model_fields[name].get_default() for key, name in _COLUMN_FACTS.items()}
 
     def observation_columns(self) -> Sequence[str]:
-        """Cameras, state, and the task unless there is a default prompt."""
+        """Cameras, state, and the task unless there is a prompt without it."""
         return (*self.images.values(), *self.state, *(() if self.default_prompt else ("task",)))
 
     def repack(self) -> Transform:
-        """Rename the dataset's columns to a sample's keys."""
+        """Rename the dataset's columns to a sample's keys and cut the images."""
         return Concatenate(
-            images=self.images, state=self.state, actions=self.actions, default_prompt=self.default_prompt
+            images=self.images,
+            state=self.state,
+            actions=self.actions,
+            default_prompt=self.default_prompt,
+            prompt_from_task=self.prompt_from_task,
+            crops={name: crop.box for name, crop in self.crops.items()},
         )
+
+
+_COLUMN_FACTS = {"cameras": "images", "state": "state", "actions": "actions"}
+
+
+def _twice(key: str, columns: Iterable[str]) -> list[str]:
+    """What is wrong with a list of columns by itself."""
+    counts = Counter(columns)
+    wrong = [f"{key} names {column!r} {count} times" for column, count in counts.items() if count > 1]
+    return wrong + [f"{key} holds an empty column name"] * ("" in counts)

@@ -57,7 +57,9 @@ class LoadedPolicy:
 
     def _encode(self, observation: Mapping[str, Any]) -> Any:
         columns = self.data.observation_columns()
-        seen = {column: observation[column] for column in columns or observation if column in observation}
+        # The task may be told even where a default prompt would do without.
+        wanted = (*columns, "task") if columns else observation
+        seen = {column: observation[column] for column in wanted if column in observation}
         # Checked here: a camera that a row lacks is left out in training, but a robot that loses one must hear of it.
         if missing := [column for column in columns if column not in observation]:
             hints = did_you_mean(missing[0], observation.keys() - set(columns))

@@ -6,7 +6,7 @@ The order matters: the prompt is tokenised before the state is padded, because Ï
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import ClassVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,14 +92,18 @@ class PadToActionDim(Transform):
     The inverse is the identity: unnormalising works at the policy's width, and the dataset knows the robot's.
     """
 
+    batched: ClassVar[bool] = True
+
     action_dim: int
 
     def __call__(self, sample: Sample) -> Sample:
         """State [D] -> [A], actions [H, D] -> [H, A] with `action_width` = D."""
         out = cast("OpenpiSample", sample.copy())
-        out["state"] = self._pad("state", sample.get("state", np.zeros(0, dtype=np.float32)))
+        axes = sample["actions"].shape[:-2] if "actions" in sample else ()
+        out["state"] = self._pad("state", sample.get("state", np.zeros((*axes, 0), dtype=np.float32)))
         if "actions" in sample:
-            out["action_width"] = sample["actions"].shape[-1]
+            # A dataset that filled its actions up already has said how wide they are.
+            out["action_width"] = out.get("action_width", sample["actions"].shape[-1])
             out["actions"] = self._pad("actions", sample["actions"])
         return out
 

@@ -8,8 +8,9 @@ All of them accept samples without `actions` (inference) and without `images` (s
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,11 @@ from rlinf_core.errors import UserError
 class Transform(ABC):
     """A step of the pipeline."""
 
+    batched: ClassVar[bool] = False
+    """Whether `__call__` of this very class also takes many samples at once, each array with their axis first (no
+    images, `prompt` a list or one text), and makes the same numbers of them. Statistics use it, as it is much faster.
+    A class that overrides `__call__` says it anew."""
+
     @abstractmethod
     def __call__(self, sample: Any) -> Sample:
         """The transformed sample; the argument is left as it is."""
@@ -30,6 +36,25 @@ class Transform(ABC):
         return sample
 
 
+class Box(NamedTuple):
+    """A part of an image, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+    def cut(self, image: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:
+        """[H, W, 3] -> [height, width, 3]; raises `UserError` naming the camera if the image is smaller."""
+        height, width = image.shape[:2]
+        if self.top + self.height > height or self.left + self.width > width:
+            raise UserError(
+                f"data.crops.{name} reaches row {self.top + self.height} and column {self.left + self.width}, but the "
+                f"image has {height} rows and {width} columns: correct it, or record images of the size it is made for"
+            )
+        return image[self.top : self.top + self.height, self.left : self.left + self.width]
+
+
 @dataclass(frozen=True)
 class Concatenate(Transform):
     """Repack a row: rename its columns to a sample's keys, concatenating several columns of one kind.
@@ -37,21 +62,55 @@ class Concatenate(Transform):
     The first step of every pipeline. What comes out is in the data's own units: predictions are compared with it.
     """
 
+    batched = True
+
     images: dict[str, str]
     state: tuple[str, ...]
     actions: tuple[str, ...]
     default_prompt: str = ""
+    prompt_from_task: bool = True
+    """Whether the prompt is the row's task, and `default_prompt` only that of rows without one."""
+    crops: Mapping[str, Box] = field(default_factory=dict)
+    """Camera -> the part of its image that is kept."""
 
     def __call__(self, sample: Row) -> Sample:
         """Row -> sample: state [sum of widths], actions [H, sum of widths]."""
-        out = Sample(images={name: sample[column] for name, column in self.images.items() if column in sample})
+        out = Sample(images={name: self._image(name, sample[c]) for name, c in self.images.items() if c in sample})
         if self.state:
-            out["state"] = np.concatenate([np.atleast_1d(sample[column]) for column in self.state])
+            out["state"] = np.concatenate([np.atleast_1d(sample[column]) for column in self.state], axis=-1)
         if self.actions and self.actions[0] in sample:
             out["actions"] = np.concatenate([np.asarray(sample[column]) for column in self.actions], axis=-1)
             out["actions_is_pad"] = sample[f"{self.actions[0]}_is_pad"]
-        out["prompt"] = self.default_prompt or sample["task"]
+        out["prompt"] = self._prompt(sample)
         return out
+
+    def _image(self, name: str, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return self.crops[name].cut(image, name) if name in self.crops else image
+
+    def _prompt(self, row: Row) -> Any:
+        """The row's prompt; those of a batch."""
+        if not self.prompt_from_task or (self.default_prompt and "task" not in row):
+            return self.default_prompt
+        task = row["task"]
+        return (task or self.default_prompt) if isinstance(task, str) else [one or self.default_prompt for one in task]
+
+
+@dataclass(frozen=True)
+class CheckState(Transform):
+    """Hold the data to the width of the robot's state that its config states; changes nothing."""
+
+    batched = True
+
+    width: int
+
+    def __call__(self, sample: Sample) -> Sample:
+        """The sample as it is; raises `UserError` if `state` is not [width]."""
+        if "state" in sample and sample["state"].shape[-1] != self.width:
+            raise UserError(
+                f"a state of the dataset has {sample['state'].shape[-1]} numbers, its config says {self.width}: "
+                f"correct data.state_width, or name other columns in data.state"
+            )
+        return sample
 
 
 @dataclass(frozen=True)
@@ -61,6 +120,8 @@ class SliceActions(Transform):
     On the way in it only checks that the data are that wide. It stands before `RelativeActions` in a dataset's
     transforms, so that its inverse runs last.
     """
+
+    batched = True
 
     width: int
 
@@ -86,6 +147,8 @@ class RelativeActions(Transform):
     Where the action runs on beyond the mask it stays absolute.
     """
 
+    batched = True
+
     mask: tuple[bool, ...]
 
     def __call__(self, sample: Sample) -> Sample:
@@ -99,11 +162,38 @@ class RelativeActions(Transform):
         return {**sample, "actions": self._shift(sample["actions"], sample["state"], 1)}
 
     def _shift(self, actions: NDArray[np.floating], state: NDArray[np.floating], sign: int) -> NDArray[np.floating]:
-        width = len(self.mask)
+        width = 1 + max((i for i, relative in enumerate(self.mask) if relative), default=-1)
         if width > min(actions.shape[-1], state.shape[-1]):
             raise UserError(
-                f"the mask of relative actions has {width} entries, but an action has {actions.shape[-1]} numbers and "
-                f"the state {state.shape[-1]}: shorten data.relative"
+                f"number {width - 1} of the action is to be relative to that of the state, counted from 0, but an "
+                f"action has {actions.shape[-1]} numbers and the state {state.shape[-1]}: shorten data.relative, or "
+                "name what has no counterpart in data.gripper"
             )
-        offset = np.where(self.mask, state[..., :width], 0)[..., np.newaxis, :]
+        offset = np.where(self.mask[:width], state[..., :width], 0)[..., np.newaxis, :]
         return np.concatenate([actions[..., :width] + sign * offset, actions[..., width:]], axis=-1)
+
+
+@dataclass(frozen=True)
+class RelativeUnless(Transform):
+    """`RelativeActions` for all numbers of the action, however many there are, but for those named in `absolute`."""
+
+    batched = True
+
+    absolute: tuple[int, ...]
+
+    def __call__(self, sample: Sample) -> Sample:
+        """Subtract `state[i]` from `actions[:, i]`; raises `UserError` if `absolute` names a number there is not."""
+        if "actions" not in sample:
+            return sample
+        width = sample["actions"].shape[-1]
+        if missing := [index for index in self.absolute if index >= width]:
+            raise UserError(f"data.gripper names number {missing[0]}, but an action has the numbers 0 to {width - 1}")
+        return RelativeActions(self._mask(width))(sample)
+
+    def inverse(self, sample: Sample) -> Sample:
+        """Add the state again; a policy's padding, for which the state may have no number, stays as it is."""
+        width = min(sample["actions"].shape[-1], sample["state"].shape[-1])
+        return RelativeActions(self._mask(width)).inverse(sample)
+
+    def _mask(self, width: int) -> tuple[bool, ...]:
+        return tuple(index not in self.absolute for index in range(width))

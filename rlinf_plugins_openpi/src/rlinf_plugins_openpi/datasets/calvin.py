@@ -11,9 +11,12 @@ from rlinf_plugins_openpi.datasets import OpenpiDatasetConfig
 class CalvinConfig(OpenpiDatasetConfig):
     """The columns. The actions are already displacements."""
 
+    repo_id: str = "InternRobotics/InternData-Calvin_ABC"
     images: dict[str, str] = {"base_0_rgb": "video.image_base", "left_wrist_0_rgb": "video.image_wrist"}
     state: tuple[str, ...] = ("state.ee_pos", "state.ee_rot", "state.gripper")
     actions: tuple[str, ...] = ("action.delta_ee_pos", "action.delta_ee_rot", "action.gripper")
+    raw_action_is_delta: bool = True
+    state_width: int = 7
     action_width: int = 7
 
 

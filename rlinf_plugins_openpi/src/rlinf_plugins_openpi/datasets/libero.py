@@ -19,6 +19,8 @@ class LiberoConfig(OpenpiDatasetConfig):
     images: dict[str, str] = {"base_0_rgb": "image", "left_wrist_0_rgb": "wrist_image"}
     state: tuple[str, ...] = ("state",)
     actions: tuple[str, ...] = ("actions",)
+    raw_action_is_delta: bool = True
+    state_width: int = 8
     action_width: int = 7
 
 

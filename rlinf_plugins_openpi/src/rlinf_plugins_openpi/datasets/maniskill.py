@@ -13,6 +13,8 @@ class ManiskillConfig(OpenpiDatasetConfig):
 
     images: dict[str, str] = {"base_0_rgb": "observation.images.top"}
     actions: tuple[str, ...] = ("actions",)
+    raw_action_is_delta: bool = True
+    state_width: int = 8
     action_width: int = 7
 
 

@@ -1,0 +1,289 @@
+"""Rotations in the forms that robots record, and in six numbers that a network can learn; transforms between them.
+
+The six numbers are the first two columns of the rotation matrix, one after the other (Zhou et al. 2019, "On the
+Continuity of Rotation Representations in Neural Networks"): unlike angles and quaternions they have no jumps. Any six
+numbers that a policy predicts become a rotation again by Gram-Schmidt.
+
+Angles are radians. Axis letters: see `RotationFormat`. All functions take any leading axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlinf_core.data.sample import Row, Sample
+from rlinf_core.data.transforms import Transform
+from rlinf_core.errors import UserError
+
+RotationFormat = Literal[
+    "quaternion_wxyz",
+    "quaternion_xyzw",
+    "axis_angle",
+    "euler_xyz",
+    "euler_xzy",
+    "euler_yxz",
+    "euler_yzx",
+    "euler_zxy",
+    "euler_zyx",
+    "euler_XYZ",
+    "euler_XZY",
+    "euler_YXZ",
+    "euler_YZX",
+    "euler_ZXY",
+    "euler_ZYX",
+]
+"""How a rotation is recorded. Euler angles in SciPy's notation: `euler_xyz` turns about the fixed axes x, then y, then
+z (roll, pitch, yaw of most robots); `euler_XYZ` about the axes of the turning body."""
+
+_Vector = NDArray[np.floating]
+_DEGENERATE = 1e-8  # Shorter than this, a vector has no direction left in float32 data.
+_GIMBAL_LOCK = 1e-7  # Cosine of the middle angle below which the outer two turn about one axis.
+
+
+@dataclass(frozen=True)
+class RotationsTo6D(Transform):
+    """Replace rotations by six numbers each, the first two columns of the rotation matrix (see `rotations`).
+
+    A rotation keeps its place; what follows moves up. The inverse makes the nearest rotation of any six numbers.
+    """
+
+    batched: ClassVar[bool] = True
+
+    form: RotationFormat
+    state: tuple[int, ...]
+    """First number of each rotation in the state, ascending."""
+    actions: tuple[int, ...]
+    """First number of each rotation in the action, ascending."""
+
+    def __call__(self, sample: Sample) -> Sample:
+        """State [D] -> [D + 3 or 2 a rotation], actions likewise; raises `UserError` if they are too narrow."""
+        return self._changed(sample, self._encode)
+
+    def inverse(self, sample: Sample) -> Sample:
+        """Back to the data's form, written as `from_matrix` says."""
+        return self._changed(sample, self._decode)
+
+    def place(self, index: int) -> int:
+        """Where a number of the data's action, which is none of a rotation, stands among the converted ones."""
+        return index + (6 - numbers_of(self.form)) * sum(start < index for start in self.actions)
+
+    def _changed(self, sample: Sample, change: Callable[..., _Vector]) -> Sample:
+        out = sample.copy()
+        if self.state and "state" in sample:
+            out["state"] = change("state", sample["state"], self.state)
+        if self.actions and "actions" in sample:
+            out["actions"] = change("actions", sample["actions"], self.actions)
+        return out
+
+    def _encode(self, key: str, vector: _Vector, starts: tuple[int, ...]) -> _Vector:
+        width = numbers_of(self.form)
+        if starts[-1] + width > vector.shape[-1]:
+            name = "state_rotations" if key == "state" else "action_rotations"
+            raise UserError(
+                f"data.{name} says that numbers {starts[-1]} to {starts[-1] + width - 1} are a rotation as "
+                f"{self.form}, counted from 0, but `{key}` has {vector.shape[-1]} numbers"
+            )
+        return _replaced(vector, starts, width, lambda x: matrix_to_6d(to_matrix(x, self.form)))
+
+    def _decode(self, key: str, vector: _Vector, starts: tuple[int, ...]) -> _Vector:
+        grown = 6 - numbers_of(self.form)
+        moved = tuple(start + i * grown for i, start in enumerate(starts))
+        return _replaced(vector, moved, 6, lambda x: from_matrix(matrix_from_6d(x), self.form))
+
+
+@dataclass(frozen=True)
+class RelativeRotations(Transform):
+    """Train on rotations relative to the state's: what to turn by about the axes of the state, R_state^T R_action.
+
+    For rotations as six numbers, at the same places in state and action. Composing keeps a rotation a rotation, which
+    subtracting numbers does not.
+    """
+
+    batched: ClassVar[bool] = True
+
+    starts: tuple[int, ...]
+    """First of the six numbers of each rotation, ascending."""
+
+    def __call__(self, sample: Sample) -> Sample:
+        """Actions [H, D] with rotations relative to `state`; nothing to do without actions."""
+        return self._turned(sample, lambda state, action: np.swapaxes(state, -1, -2) @ action)
+
+    def inverse(self, sample: Sample) -> Sample:
+        """Turn on from the state."""
+        return self._turned(sample, lambda state, action: state @ action)
+
+    def _turned(self, sample: Sample, compose: Callable[[_Vector, _Vector], _Vector]) -> Sample:
+        if "actions" not in sample:
+            return sample
+        actions = sample["actions"]
+        for start in self.starts:
+            state = matrix_from_6d(sample["state"][..., np.newaxis, start : start + 6])
+            turned = compose(state, matrix_from_6d(actions[..., start : start + 6]))
+            numbers = matrix_to_6d(turned)
+            actions = np.concatenate([actions[..., :start], numbers, actions[..., start + 6 :]], axis=-1)
+        return {**sample, "actions": actions}
+
+
+@dataclass(frozen=True)
+class NormalForm(Transform):
+    """Repack with `repack`, then write every rotation the one way in which `RotationsTo6D` gives it back.
+
+    One rotation has many names: an angle and the angle plus 2 pi, a quaternion and its negative. Predictions can only
+    be compared with recorded actions if both use the same.
+    """
+
+    batched: ClassVar[bool] = True
+
+    repack: Transform
+    form: RotationFormat
+    state: tuple[int, ...]
+    actions: tuple[int, ...]
+
+    def __call__(self, sample: Row) -> Sample:
+        """Row -> sample, of the widths that `repack` makes."""
+        turn = RotationsTo6D(self.form, self.state, self.actions)
+        return turn.inverse(turn(self.repack(sample)))
+
+
+def numbers_of(form: str) -> int:
+    """Numbers of a rotation in this form."""
+    return 4 if form.startswith("quaternion") else 3
+
+
+def to_matrix(rotation: _Vector, form: str) -> _Vector:
+    """[..., 3 or 4] -> rotation matrices [..., 3, 3] in float64. Quaternions need not have length 1."""
+    rotation = np.asarray(rotation, np.float64)
+    if form == "axis_angle":
+        return _of_quaternion(_axis_angle_to_quaternion(rotation))
+    if form.startswith("quaternion"):
+        return _of_quaternion(rotation if form.endswith("wxyz") else np.roll(rotation, 1, axis=-1))
+    first, second, third = (_about(axis, rotation[..., i]) for i, axis in enumerate(_axes(form)))
+    return first @ second @ third if form[-1].isupper() else third @ second @ first
+
+
+def from_matrix(matrix: _Vector, form: str) -> _Vector:
+    """[..., 3, 3] -> [..., 3 or 4], in one of several ways to write a rotation.
+
+    Angles lie in -pi..pi, the middle one in -pi/2..pi/2, an axis-angle is no longer than pi, a quaternion has w >= 0.
+    In gimbal lock, where only the sum (or difference) of the outer angles says anything, the last of the turns about
+    the body's axes is 0.
+    """
+    if form == "axis_angle":
+        return _quaternion_to_axis_angle(_to_quaternion(matrix))
+    if form.startswith("quaternion"):
+        quaternion = _to_quaternion(matrix)
+        return quaternion if form.endswith("wxyz") else np.roll(quaternion, -1, axis=-1)
+    axes = _axes(form)
+    # Turns about fixed axes are turns about the body's in the other order.
+    angles = _to_intrinsic(matrix, axes if form[-1].isupper() else axes[::-1])
+    return angles if form[-1].isupper() else angles[..., ::-1]
+
+
+def matrix_to_6d(matrix: _Vector) -> _Vector:
+    """[..., 3, 3] -> [..., 6], the first two columns."""
+    return np.concatenate([matrix[..., :, 0], matrix[..., :, 1]], axis=-1)
+
+
+def matrix_from_6d(numbers: _Vector) -> _Vector:
+    """[..., 6] -> [..., 3, 3] by Gram-Schmidt; two directions that are none are replaced by coordinate axes."""
+    numbers = np.asarray(numbers, np.float64)
+    first = _direction(numbers[..., :3], np.broadcast_to([1.0, 0.0, 0.0], numbers[..., :3].shape))
+    rest = numbers[..., 3:] - first * np.sum(first * numbers[..., 3:], axis=-1, keepdims=True)
+    # Where the second lies along the first, the coordinate axis that is furthest from it does as well.
+    axis = np.eye(3)[np.argmin(np.abs(first), axis=-1)]
+    second = _direction(rest, _direction(axis - first * np.sum(first * axis, axis=-1, keepdims=True), axis))
+    return np.stack([first, second, np.cross(first, second)], axis=-1)
+
+
+def _direction(vector: _Vector, otherwise: _Vector) -> _Vector:
+    length = np.linalg.norm(vector, axis=-1, keepdims=True)
+    known = length > _DEGENERATE
+    return np.where(known, vector / np.where(known, length, 1.0), otherwise)
+
+
+def _axes(form: str) -> tuple[int, ...]:
+    return tuple("xyz".index(letter) for letter in form.removeprefix("euler_").lower())
+
+
+def _about(axis: int, angle: _Vector) -> _Vector:
+    """Rotation matrices [..., 3, 3] about a coordinate axis."""
+    one, two = (axis + 1) % 3, (axis + 2) % 3
+    matrix = np.zeros((*angle.shape, 3, 3))
+    matrix[..., axis, axis] = 1.0
+    matrix[..., one, one] = matrix[..., two, two] = np.cos(angle)
+    matrix[..., two, one], matrix[..., one, two] = np.sin(angle), -np.sin(angle)
+    return matrix
+
+
+def _to_intrinsic(matrix: _Vector, axes: tuple[int, ...]) -> _Vector:
+    """Angles [..., 3] of turns about the body's axes i, j, k in this order, all different."""
+    i, j, k = axes
+    sign = 1.0 if (j - i) % 3 == 1 else -1.0
+    # R = R_i(a) R_j(b) R_k(c): row i holds sin b; what is left of the first column and last row holds a and c.
+    cosine = np.hypot(matrix[..., i, i], matrix[..., i, j])
+    middle = np.arctan2(sign * matrix[..., i, k], cosine)
+    locked = cosine < _GIMBAL_LOCK
+    first = np.where(
+        locked,
+        np.arctan2(sign * matrix[..., k, j], matrix[..., j, j]),
+        np.arctan2(-sign * matrix[..., j, k], matrix[..., k, k]),
+    )
+    last = np.where(locked, 0.0, np.arctan2(-sign * matrix[..., i, j], matrix[..., i, i]))
+    return np.stack([first, middle, last], axis=-1)
+
+
+def _of_quaternion(quaternion: _Vector) -> _Vector:
+    """w, x, y, z -> [..., 3, 3]."""
+    w, x, y, z = np.moveaxis(_direction(quaternion, np.broadcast_to([1.0, 0, 0, 0], quaternion.shape)), -1, 0)
+    rows = [
+        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+    ]
+    return np.stack([np.stack(row, axis=-1) for row in rows], axis=-2)
+
+
+def _to_quaternion(matrix: _Vector) -> _Vector:
+    """[..., 3, 3] -> w, x, y, z with w >= 0.
+
+    All four columns below are the quaternion times twice one of its numbers; the longest loses no digits (Shepperd).
+    """
+    m = np.moveaxis(matrix, (-2, -1), (0, 1))
+    trace = m[0, 0] + m[1, 1] + m[2, 2]
+    antisymmetric = [m[2, 1] - m[1, 2], m[0, 2] - m[2, 0], m[1, 0] - m[0, 1]]
+    table = [[1 + trace, *antisymmetric]]
+    for i in range(3):
+        row = [antisymmetric[i], *(m[i, j] + m[j, i] for j in range(3))]
+        row[1 + i] = 1 + 2 * m[i, i] - trace
+        table.append(row)
+    candidates = np.stack([np.stack(row, axis=-1) for row in table], axis=-2)
+    best = np.argmax(np.linalg.norm(candidates, axis=-1), axis=-1)
+    longest = np.take_along_axis(candidates, best[..., np.newaxis, np.newaxis], axis=-2)[..., 0, :]
+    unit: _Vector = longest / np.linalg.norm(longest, axis=-1, keepdims=True)
+    return np.where(unit[..., :1] < 0, -unit, unit)
+
+
+def _axis_angle_to_quaternion(vector: _Vector) -> _Vector:
+    half = np.linalg.norm(vector, axis=-1, keepdims=True) / 2
+    # sin(half) / (2 half), which np.sinc gives without dividing by zero.
+    return np.concatenate([np.cos(half), vector * np.sinc(half / np.pi) / 2], axis=-1)
+
+
+def _quaternion_to_axis_angle(quaternion: _Vector) -> _Vector:
+    length = np.linalg.norm(quaternion[..., 1:], axis=-1, keepdims=True)
+    half = np.arctan2(length, quaternion[..., :1])
+    return quaternion[..., 1:] * 2 / np.sinc(half / np.pi)
+
+
+def _replaced(vector: _Vector, starts: tuple[int, ...], width: int, change: Callable[..., _Vector]) -> _Vector:
+    """The vector [..., D] with `change` of the `width` numbers at each start in their place."""
+    pieces, at = [], 0
+    for start in starts:
+        pieces += [vector[..., at:start], change(vector[..., start : start + width])]
+        at = start + width
+    return np.concatenate([*pieces, vector[..., at:]], axis=-1)

@@ -1,0 +1,25 @@
+"""RLinf's real-world Franka: two cameras; gripper, forces, pose and velocities in a state of 19 numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from rlinf_plugins_openpi.datasets import OpenpiDatasetConfig
+
+
+class Pi0RealworldConfig(OpenpiDatasetConfig):
+    """A real Franka for π0, in chunks of 10 actions, with statistics of 32 numbers as RLinf makes them.
+
+    The actions are already displacements: position, rotation and the gripper's command.
+    """
+
+    run_defaults: ClassVar[Mapping[str, Any]] = {"policy": {"type": "pi0", "action_horizon": 10}}
+
+    images: dict[str, str] = {"base_0_rgb": "image", "left_wrist_0_rgb": "extra_view_image"}
+    state: tuple[str, ...] = ("state",)
+    actions: tuple[str, ...] = ("actions",)
+    raw_action_is_delta: bool = True
+    state_width: int = 19
+    action_width: int = 7
+    padded_width: int = 32
