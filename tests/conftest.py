@@ -1,13 +1,41 @@
-"""What all tests share: no network, a cache of their own, and tiny datasets that lerobot writes once."""
+"""What all tests share: no network, one thread, a cache of their own, and tiny datasets that lerobot writes once."""
 
 import os
 import sys
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # Read when huggingface_hub is imported.
+os.environ["OMP_NUM_THREADS"] = "1"  # Read when torch is; the models are tiny: threads only get in each other's way.
 
 import pytest
+from ranks import Ranks
 
-pytest_plugins = ["rlinf_core.testing"]
+pytest_plugins = ["rlinf_core.testing", "distances"]
+
+MOST_PROCESSES = 4
+"""A process of tests takes a gigabyte, and the longest file decides when more make no difference."""
+LAUNCHING = ("test_trainer_options", "test_run", "test_stopping", "test_launch")
+"""Files whose tests start ranks: the longest, which begin first."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Folders of tests run in as many processes as there are cores, file by file; single files, and what someone
+    watches, in this one. Any `-n` decides otherwise.
+    """
+    option = config.option
+    if hasattr(config, "workerinput") or not config.pluginmanager.hasplugin("xdist"):
+        return
+    watched = option.usepdb or option.capture == "no"
+    heavy = any(f"not {mark}" not in option.markexpr for mark in ("slow", "gpu"))
+    if option.numprocesses is None and not watched and not heavy and any(Path(one).is_dir() for one in config.args):
+        option.numprocesses = min(os.cpu_count() or 1, MOST_PROCESSES)
+    if option.dist == "no":
+        option.dist, option.loadscopereorder = "loadfile", False
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: [*LAUNCHING, item.path.stem].index(item.path.stem))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -31,6 +59,14 @@ def image_dataset(tmp_path_factory):
 
     root = tmp_path_factory.mktemp("lerobot") / "image"
     return write_tiny_dataset(root, data_files_size_in_mb=0.0001)
+
+
+@pytest.fixture(scope="session")
+def start_ranks():
+    """Start the ranks of a run for a fraction of what torchrun costs: `Ranks.start`."""
+    ranks = Ranks()
+    yield ranks.start
+    ranks.close()
 
 
 @pytest.fixture

@@ -1,16 +1,14 @@
-"""Runs under torchrun for test_trainer_options.py: one process group, many runs, each with other trainer options.
+"""Ranks for test_trainer_options.py: one process group, many runs, each with other trainer options.
 
-`torchrun ... tests/option_runs.py FOLDER CONFIG NAME:key=value,... ...`: each named run trains a few steps and leaves
-`FOLDER/NAME/{start,end,ema}.safetensors`, `losses.json`, and what it sent in `sent.json`.
+Arguments are `FOLDER CONFIG NAME:key=value,... ...`: each named run trains a few steps and leaves
+`FOLDER/NAME/{start,end,ema}.safetensors`, `rows.json`, and what it sent in `sent.json`.
 """
 
 import contextlib
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 
-import torch
 import toy_policy
 from distributions import entry_point, repository_entry_points
 from safetensors.torch import save_file
@@ -59,7 +57,8 @@ def train(run, plugins, group, folder):
         (folder / "rows.json").write_text(json.dumps(rows))
 
 
-def main(folder, config, *runs):
+def main(arguments):
+    folder, config, *runs = arguments
     toys = [
         entry_point(PLUGIN_GROUP, "toy", toy_policy, "toy-policy"),
         entry_point(DATASET_GROUP, "toy", toy_policy.TrainableToyDataset, "toy-policy"),
@@ -70,8 +69,3 @@ def main(folder, config, *runs):
             name, _, settings = text.partition(":")
             overrides = [f"runner.output_dir={folder}", f"runner.name={name}", *filter(None, settings.split(","))]
             train(load_config(config, overrides, plugins), plugins, group, Path(folder) / name)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(*sys.argv[1:])

@@ -12,14 +12,6 @@ from rlinf_plugins_openpi.draws import MAX_ANGLE, MAX_BRIGHTNESS, MAX_CONTRAST, 
 SIZE = 24
 
 
-@pytest.fixture(autouse=True)
-def single_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def philox(key):
     return np.random.Generator(np.random.Philox(key))
 

@@ -42,14 +42,6 @@ def make_batch(size=2, cameras=1, text=6, horizon=5, action_dim=8):
     }
 
 
-@pytest.fixture(autouse=True)
-def single_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("pi05", [False, True])
 def test_compute_units_may_be_bfloat16(pi05):
     exact, batch = build(pi05), make_batch()

@@ -24,7 +24,7 @@ from rlinf_core import UserError, hookimpl
 
 @hookimpl
 def rlinf_train_started(trainer):
-    if os.environ.get("FAIL"):
+    if os.environ.get("FAIL_ON_RANK") == os.environ.get("RANK", "0"):
         raise UserError("the robot is not there")
 
 @hookimpl
@@ -76,17 +76,18 @@ def losses(folder, name="run"):
     return [(row["step"], row["loss"]) for row in rows]
 
 
-def test_a_signal_to_one_rank_stops_all_after_saving_and_the_run_goes_on_exactly(site, tmp_path):
-    stopped = train(site, tmp_path, "trainer.micro_batch_size=10", ranks=2, SIGNAL="SIGTERM:1")
+def test_a_signal_to_one_rank_stops_all_after_saving_and_the_run_goes_on_exactly(site, tmp_path, start_ranks):
+    stopped = train(site, tmp_path, ranks=2, SIGNAL="SIGTERM:1")
     assert stopped.returncode == 0, stopped.stderr
     end = ending(tmp_path)
     assert (end["code"], end["reason"], end["step"]) == (Exit.OK, "preempted", 3)
     assert (tmp_path / "run" / "latest").read_text() == "step_000000003"
     assert "interrupted after step 3; the same command continues after step_000000003" in stopped.stdout
-    again = train(site, tmp_path, "trainer.micro_batch_size=10", ranks=2)
+    settings = (site / "toy.toml", f"runner.output_dir={tmp_path}", "runner.max_steps=8")
+    again = start_ranks("rlinf_core.train:main", 2, *settings, paths=[site])
     assert again.returncode == 0, again.stderr
     assert (ending(tmp_path)["reason"], ending(tmp_path)["step"]) == ("finished", 8)
-    whole = train(site, tmp_path, "trainer.micro_batch_size=10", "runner.name=whole", ranks=2)
+    whole = start_ranks("rlinf_core.train:main", 2, *settings, "runner.name=whole", paths=[site])
     assert whole.returncode == 0, whole.stderr
     assert losses(tmp_path) == losses(tmp_path, "whole")
 
@@ -110,11 +111,17 @@ def test_a_schedulers_signal_to_every_process_leaves_the_workers_at_work(site, t
 
 
 def test_a_mistake_ends_restarts_and_is_said_once(site, tmp_path):
-    failed = train(site, tmp_path, restarts=3, FAIL="1")
+    failed = train(site, tmp_path, restarts=3, FAIL_ON_RANK="0")
     assert failed.returncode != 0
     assert failed.stderr.count("the robot is not there") == 1
     assert (ending(tmp_path)["code"], ending(tmp_path)["reason"]) == (Exit.USER_ERROR, "mistake")
     assert "the robot is not there" in ending(tmp_path)["message"]
+
+
+def test_a_mistake_that_only_one_rank_meets_is_said_too(site, tmp_path):
+    failed = train(site, tmp_path, ranks=2, FAIL_ON_RANK="1")
+    assert failed.returncode != 0
+    assert "error on rank 1: the robot is not there" in failed.stderr
 
 
 def test_the_first_signal_is_remembered_and_one_much_later_means_now():

@@ -1,20 +1,15 @@
 """Every option of the trainer gives the plain run to rounding, on four gloo ranks in float32 (contract 1).
 
-The runs of one process group share one torchrun (`option_runs.py`): starting processes costs more than training.
+The runs of one process group share its ranks (`option_runs.py`): starting processes costs more than training.
 """
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from test_run import SETTINGS
 
-ROOT = Path(__file__).parents[1]
 STEPS = 2
 BASE = [*SETTINGS, f"runner.max_steps={STEPS}", "optim.ema_decay=0.0", "policy.augment=false"]
 BASE += ["trainer.global_batch_size=8", "trainer.micro_batch_size=1"]
@@ -54,25 +49,29 @@ TOYS = {
 }
 
 
-def torchrun(folder, config, runs, ranks):
-    named = [f"{name}:{','.join(settings)}" for name, settings in runs.items()]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command += [str(ROOT / "tests" / "option_runs.py"), str(folder), str(config), *named]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
-    return folder
+@pytest.fixture(scope="module")
+def train_all(start_ranks):
+    """Train all named runs into a folder, and give it back."""
+
+    def train_all(folder, config, runs, ranks):
+        named = [f"{name}:{','.join(settings)}" for name, settings in runs.items()]
+        compiled = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
+        result = start_ranks("option_runs:main", ranks, folder, config, *named, **compiled)
+        assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
+        return folder
+
+    return train_all
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, train_all):
     """Plain and with each option: the dummy π0.5 on the embedded dataset, four ranks, two micro batches a step."""
     variants = {name: [*BASE, *settings] for name, settings in ({"plain": []} | VARIANTS).items()}
-    return torchrun(tmp_path_factory.mktemp("options"), "examples/quickstart.toml", variants, ranks=4)
+    return train_all(tmp_path_factory.mktemp("options"), "examples/quickstart.toml", variants, ranks=4)
 
 
 @pytest.fixture(scope="module")
-def toy_runs(tmp_path_factory):
+def toy_runs(tmp_path_factory, train_all):
     """The same with a policy of two small blocks, which compile in seconds."""
     folder = tmp_path_factory.mktemp("toys")
     (folder / "toy.toml").write_text(TOY)
@@ -81,7 +80,7 @@ def toy_runs(tmp_path_factory):
         | TOYS
         | {f"ema{n}": ["optim.ema_decay=0.9", f"runner.max_steps={n}"] for n in range(1, STEPS + 1)}
     )
-    return torchrun(folder, folder / "toy.toml", variants, ranks=2)
+    return train_all(folder, folder / "toy.toml", variants, ranks=2)
 
 
 def weights(folder, name, when):
@@ -121,10 +120,10 @@ def test_an_option_gives_the_plain_run_of_the_toy(toy_runs, name):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_compiled_pi05_gives_the_plain_run(tmp_path):
+def test_compiled_pi05_gives_the_plain_run(tmp_path, train_all):
     compiled = [*BASE, "trainer.compile=true", "trainer.activation_checkpointing=selective"]
     variants = {"plain": BASE, "compiled": compiled}
-    torchrun(tmp_path, "examples/quickstart.toml", variants, ranks=2)
+    train_all(tmp_path, "examples/quickstart.toml", variants, ranks=2)
     assert_equal_to_rounding(tmp_path, "compiled")
 
 

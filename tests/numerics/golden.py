@@ -5,7 +5,7 @@ so that another set of the same layout is tested as it is.
 """
 
 import os
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from pathlib import Path
 
 GOLDEN = Path(os.environ.get("RLINF_GOLDEN_DIR") or Path(__file__).parents[1] / "golden").resolve()
@@ -18,9 +18,6 @@ NOT_YET = {
 }
 """Parts that are known and not always checked: a pattern below the golden folder -> why. Cases without any check are
 found by themselves."""
-
-REASONS = {"transforms": "a dataset format that is not registered yet, or an override that is no setting of ours"}
-"""Why a case of an area may have no check."""
 
 FOLDERS_ARE_CASES = ("model", "train", "transforms")
 """Areas in which every folder is a case; the others are one case each."""
@@ -38,26 +35,15 @@ def name_of(case: Path) -> str:
     return case.relative_to(GOLDEN).as_posix()
 
 
-@dataclass
-class Report:
-    """Distances measured in this run."""
-
-    rows: list[tuple[str, str, float, float]] = field(default_factory=list)
-
-    def __call__(self, case: str, quantity: str, distance: float, tolerance: float) -> None:
-        """Keep a distance for the table at the end of the run, and hold it to its tolerance."""
-        self.rows.append((case, quantity, float(distance), tolerance))
-        assert distance <= tolerance, f"{case}: {quantity} is off by {distance:.2e}, allowed {tolerance:.0e}"
-
-    def unchecked(self) -> dict[str, str]:
-        """What lies in the golden folder and was not compared with anything, and why."""
-        names = [f"{name}/" for name, *_ in self.rows]
-        missing = {
-            pattern: reason
-            for pattern, reason in NOT_YET.items()
-            if any(GOLDEN.glob(pattern)) and not any(name.startswith(f"{pattern}/") for name in names)
-        }
-        for name in (name_of(case) for area in AREAS for case in cases(area)):
-            if not any(checked.startswith(f"{name}/") for checked in names):
-                missing.setdefault(name, REASONS.get(name.split("/")[0], "no distance was reported for it in this run"))
-        return missing
+def unchecked(rows: Iterable[tuple[str, str, float, float]]) -> dict[str, str]:
+    """What lies in the golden folder and was compared with nothing in these rows (case, quantity, ...), and why."""
+    names = [f"{name}/" for name, *_ in rows]
+    missing = {
+        pattern: reason
+        for pattern, reason in NOT_YET.items()
+        if any(GOLDEN.glob(pattern)) and not any(name.startswith(f"{pattern}/") for name in names)
+    }
+    for name in (name_of(case) for area in AREAS for case in cases(area)):
+        if not any(checked.startswith(f"{name}/") for checked in names):
+            missing.setdefault(name, "no distance was reported for it in this run")
+    return missing

@@ -1,0 +1,126 @@
+"""Ranks of a run, forked from one process that has imported torch and this project.
+
+To import them costs each rank four seconds of CPU time, and torchrun two more. Tests start runs this way; where
+torchrun itself matters (restarts, the end of the other ranks when one fails, signals), they start torchrun.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from datetime import timedelta
+from importlib import import_module
+from pathlib import Path
+from subprocess import CompletedProcess
+
+ROOT = Path(__file__).parents[1]
+LIMIT = 900
+"""Seconds that a rank may live: none outlives its test for long, whatever it waits for."""
+PRELOAD = (
+    "torch._inductor.compile_fx",
+    "safetensors.torch",
+    "rlinf_core.builtin",
+    "rlinf_core.train",
+    "rlinf_core.training.trainer",
+    "rlinf_plugins_openpi.pi0",
+    "rlinf_plugins_openpi.plugin",
+)
+"""What runs import, except pyarrow, which starts a thread: a fork with threads may hang."""
+
+
+class Ranks:
+    """A process that forks ranks, started at the first need."""
+
+    def __init__(self):
+        self._server = None
+
+    def start(self, main, ranks, *arguments, paths=(), **environment):
+        """Start ranks, which see each other as under torchrun, and wait for them.
+
+        Args:
+            main: `module:function`, which gets the list of arguments and returns the exit code.
+            ranks: How many.
+            arguments: For `main`.
+            paths: Folders that go in front of `sys.path`.
+            environment: Variables over those that this process had at the first start.
+
+        Returns:
+            What `subprocess.run` gives, with the first exit code that is not 0.
+        """
+        from torch.distributed import TCPStore
+
+        store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+        environment |= {
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_RESTART_COUNT": "0",
+        }
+        job = {"main": main, "ranks": ranks, "arguments": [str(one) for one in arguments]}
+        job |= {"paths": [str(one) for one in paths], "environment": environment}
+        self._server = self._server or serving()
+        try:
+            print(json.dumps(job), file=self._server.stdin, flush=True)
+            answer = json.loads(self._server.stdout.readline())
+        except BaseException:
+            self.close()  # A test that was cut short leaves no ranks behind, and no answer for the next.
+            raise
+        return CompletedProcess((main, *arguments), answer["code"], answer["out"], answer["err"])
+
+    def close(self):
+        if self._server:
+            os.killpg(self._server.pid, signal.SIGKILL)
+            self._server.communicate()
+            self._server = None
+
+
+def serving():
+    command, environment = [sys.executable, __file__], os.environ | {"OMP_NUM_THREADS": "1"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
+
+
+def serve():
+    for name in PRELOAD:
+        import_module(name)
+    for line in sys.stdin:
+        print(json.dumps(launch(**json.loads(line))), flush=True)
+
+
+def launch(main, ranks, arguments, paths, environment):
+    """Fork the ranks and wait for them; once one has failed the others are ended, as torchrun does."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        running, code = set(), 0
+        for rank in range(ranks):
+            pid = os.fork()
+            if not pid:
+                become(rank, ranks, out, err, environment)
+                sys.path[:0] = paths
+                module, _, function = main.partition(":")
+                sys.exit(getattr(import_module(module), function)(arguments))
+            running.add(pid)
+        while running:
+            pid, status = os.wait()
+            running.remove(pid)
+            if status and not code:
+                code = os.waitstatus_to_exitcode(status)
+                for other in running:
+                    os.kill(other, signal.SIGTERM)
+        return {"code": code} | {name: file.seek(0) or file.read() for name, file in (("out", out), ("err", err))}
+
+
+def become(rank, ranks, out, err, environment):
+    """Make this process a rank: what torchrun tells it, and where it writes."""
+    signal.alarm(LIMIT)
+    with open(os.devnull) as nothing:
+        for file, descriptor in ((nothing, 0), (out, 1), (err, 2)):
+            os.dup2(file.fileno(), descriptor)
+    same = ("RANK", "LOCAL_RANK"), ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    os.environ.update(environment)
+    os.environ.update({name: str(number) for names, number in zip(same, (rank, ranks), strict=True) for name in names})
+
+
+if __name__ == "__main__":
+    serve()
