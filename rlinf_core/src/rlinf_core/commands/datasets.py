@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlinf_core.commands.output import print_json, print_table
 from rlinf_core.errors import UserError
@@ -12,8 +12,11 @@ if TYPE_CHECKING:
     from rlinf_core.plugins import DatasetEntry
 
 JSON_KEYS = """\
---json prints a list with an object for each format: "name", "distribution", "version", and either "policy" (the type
-it sets, or ""), "repo_id" and "description", or "error", why its class cannot be imported.
+--json prints a list with an object for each format: "name", "distribution", "version", and either "error", why its
+class cannot be imported, or "policy" (the type it sets, or ""), "action_horizon" (the chunk it sets, or null),
+"repo_id", "description" and what the class knows of its data. Of robot data that is "cameras" (of the policy, with
+their columns), "state" and "actions" (columns); formats for pi0 and pi0.5 add "state_dim" and "action_dim", null where
+they are left to the data.
 """
 
 
@@ -44,7 +47,7 @@ def run(options: argparse.Namespace) -> None:
     print_table(columns, [[row.get(key, "") for key in columns] for row in rows])
 
 
-def _details(entry: DatasetEntry) -> dict[str, str]:
+def _details(entry: DatasetEntry) -> dict[str, Any]:
     try:
         config = entry.load()
     except UserError as error:
@@ -52,6 +55,8 @@ def _details(entry: DatasetEntry) -> dict[str, str]:
     policy = config.run_defaults.get("policy", {})
     return {
         "policy": policy.get("type", ""),
+        "action_horizon": policy.get("action_horizon"),
         "repo_id": config.model_fields["repo_id"].default,
         "description": (config.__doc__ or "").strip().partition("\n")[0],
+        **config.facts(),
     }

@@ -42,7 +42,7 @@ z (roll, pitch, yaw of most robots); `euler_XYZ` about the axes of the turning b
 
 _Vector = NDArray[np.floating]
 _DEGENERATE = 1e-8  # Shorter than this, a vector has no direction left in float32 data.
-_GIMBAL_LOCK = 1e-7  # Cosine of the middle angle below which the outer two turn about one axis.
+_GIMBAL_LOCK = 1e-14  # Cosine of the middle angle below which the outer two turn about one axis.
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,8 @@ def _to_intrinsic(matrix: _Vector, axes: tuple[int, ...]) -> _Vector:
     """Angles [..., 3] of turns about the body's axes i, j, k in this order, all different."""
     i, j, k = axes
     sign = 1.0 if (j - i) % 3 == 1 else -1.0
-    # R = R_i(a) R_j(b) R_k(c): row i holds sin b; what is left of the first column and last row holds a and c.
+    # R = R_i(a) R_j(b) R_k(c): column k holds a and b. Row j of R_i(-a) R is that of R_k(c), whatever a is: read from
+    # there, c makes up for an a that says little near gimbal lock.
     cosine = np.hypot(matrix[..., i, i], matrix[..., i, j])
     middle = np.arctan2(sign * matrix[..., i, k], cosine)
     locked = cosine < _GIMBAL_LOCK
@@ -233,7 +234,11 @@ def _to_intrinsic(matrix: _Vector, axes: tuple[int, ...]) -> _Vector:
         np.arctan2(sign * matrix[..., k, j], matrix[..., j, j]),
         np.arctan2(-sign * matrix[..., j, k], matrix[..., k, k]),
     )
-    last = np.where(locked, 0.0, np.arctan2(-sign * matrix[..., i, j], matrix[..., i, i]))
+    sine, cosine = sign * np.sin(first), np.cos(first)
+    last = np.arctan2(
+        sign * (cosine * matrix[..., j, i] + sine * matrix[..., k, i]),
+        cosine * matrix[..., j, j] + sine * matrix[..., k, j],
+    )
     return np.stack([first, middle, last], axis=-1)
 
 

@@ -28,5 +28,6 @@ class Pi05ManiskillConfig(ManiskillConfig):
     """ManiSkill for π0.5, in chunks of 10 actions and without the state, as RLinf trains it."""
 
     run_defaults: ClassVar[Mapping[str, Any]] = {
-        "policy": {"type": "pi05", "action_horizon": 10, "discrete_state_input": False}
+        "policy": {"type": "pi05", "action_horizon": 10, "discrete_state_input": False},
+        "optim": {"ema_decay": 0.999},
     }
