@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -20,6 +21,7 @@ from rlinf_core.config.toml import dotted, write_toml
 from rlinf_plugins_openpi import Pi0Config, Pi05Config
 from rlinf_plugins_openpi.config import OpenpiPolicyConfig
 from rlinf_plugins_openpi.datasets import OpenpiDatasetConfig
+from rlinf_plugins_openpi.datasets.aloha import AlohaRobotwinConfig
 
 PAGE = Path(__file__).with_name("settings.md")
 HEAD = """\
@@ -54,6 +56,12 @@ PARTS = (
         [DatasetConfig, LeRobotDatasetConfig],
     ),
     Part("`[data]` of the formats for π0 and π0.5", "Besides the keys above.", [OpenpiDatasetConfig]),
+    Part(
+        "`[data]` of `pi0_aloha_robotwin` and `pi05_aloha_robotwin`",
+        "Besides the keys above. [datasets.md](datasets.md) has the defaults of every format.",
+        [AlohaRobotwinConfig],
+        without=[LeRobotDatasetConfig, OpenpiDatasetConfig],
+    ),
     Part("`[policy]`", "Of every policy.", [PolicyConfig]),
     Part(
         "`[policy]` of `pi0` and `pi05`",
@@ -106,11 +114,18 @@ def _type(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return " or ".join(f"`{_toml(choice)}`" for choice in arguments)
+    if origin is Annotated:
+        return _type(arguments[0], arguments[1:])
+    if origin in (Union, UnionType):  # None is what a key has that is not set.
+        return " or ".join(_type(one) for one in arguments if one is not NoneType)
     if origin is tuple:
-        kind = _PLAIN[arguments[0]].plural
+        kind = _plural(arguments[0])
         return f"list of {kind}" if ... in arguments else f"list of {len(arguments)} {kind}"
     if origin is dict:
-        return f"table of {_PLAIN[arguments[1]].plural}" if arguments[1] in _PLAIN else "tables"
+        plural = _plural(arguments[1])
+        return plural if plural.startswith("tables") else f"table of {plural}"
+    if issubclass(annotation, BaseModel):
+        return f"table of {_keys(annotation)}"
     limits = [
         f"{sign} {_bound(getattr(one, name))}"
         for one in metadata
@@ -118,6 +133,21 @@ def _type(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         if hasattr(one, name)
     ]
     return f"{_PLAIN[annotation].one} {', '.join(limits)}".strip()
+
+
+def _plural(annotation: Any) -> str:
+    """Several of a type: `integers`, `integers or strings`."""
+    if get_origin(annotation) is Annotated:
+        return _plural(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return " or ".join(map(_plural, get_args(annotation)))
+    if annotation in _PLAIN:
+        return _PLAIN[annotation].plural
+    return f"tables of {_keys(annotation)}" if annotation.model_fields else "tables"
+
+
+def _keys(model: type[BaseModel]) -> str:
+    return ", ".join(f"`{name}`" for name in model.model_fields)
 
 
 class _Plain(NamedTuple):

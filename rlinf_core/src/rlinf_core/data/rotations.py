@@ -282,7 +282,8 @@ def _axis_angle_to_quaternion(vector: _Vector) -> _Vector:
 def _quaternion_to_axis_angle(quaternion: _Vector) -> _Vector:
     length = np.linalg.norm(quaternion[..., 1:], axis=-1, keepdims=True)
     half = np.arctan2(length, quaternion[..., :1])
-    return quaternion[..., 1:] * 2 / np.sinc(half / np.pi)
+    vector: _Vector = quaternion[..., 1:] * 2 / np.sinc(half / np.pi)
+    return vector
 
 
 def _replaced(vector: _Vector, starts: tuple[int, ...], width: int, change: Callable[..., _Vector]) -> _Vector:

@@ -57,8 +57,9 @@ class AlohaRobotwinConfig(OpenpiDatasetConfig):
     gripper: tuple[int, ...] = GRIPPERS
     state_width: int = 14
     action_width: int = 14
-    adapt_to_pi: bool
-    """Whether joints and grippers are converted to the space that π0 was pretrained in; for data of a real Aloha."""
+    adapt_to_pi: bool = False
+    """Whether joints and grippers are converted to the space that π0 was pretrained in, as data of a real Aloha need
+    it. RLinf does so for π0.5 and not for π0, and so do these formats."""
 
     def transforms(self) -> Sequence[Transform]:
         """The change of space comes first, so that its inverse runs last, on the robot's 14 numbers."""
@@ -69,8 +70,6 @@ class Pi0AlohaRobotwinConfig(AlohaRobotwinConfig):
     """RoboTwin for π0, in chunks of 50 actions, in Aloha's own space."""
 
     run_defaults: ClassVar[Mapping[str, Any]] = {"policy": {"type": "pi0", "action_horizon": 50}}
-
-    adapt_to_pi: bool = False
 
 
 class Pi05AlohaRobotwinConfig(AlohaRobotwinConfig):
