@@ -123,8 +123,6 @@ def test_a_missing_column_is_named_with_near_ones_first(image_dataset):
         open_lerobot(config(image_dataset.root).model_copy(update={"images": {"front": CAMERAS[0][:-1]}}), 1, "train")
     with pytest.raises(UserError, match="holds float32, not pictures"):
         open_lerobot(config(image_dataset.root).model_copy(update={"images": {"front": "action"}}), 1, "train")
-    with pytest.raises(UserError, match="'action' is named in data"):
-        open_lerobot(config(image_dataset.root, state=("action",)), 1, "train")
 
 
 @pytest.mark.parametrize(

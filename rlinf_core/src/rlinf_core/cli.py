@@ -21,6 +21,9 @@ from rlinf_core.errors import Exit, PluginError, UserError, did_you_mean
 COMMANDS = (
     Command("launch", "start a run's processes where its config says, and wait for them", "rlinf_core.commands.launch"),
     Command("validate", "check a run's config, data and files without starting it", "rlinf_core.commands.validate"),
+    Command(
+        "check-dataset", "find what is wrong with the files of a LeRobot dataset", "rlinf_core.commands.check_dataset"
+    ),
     Command("export", "write a run's policy to a folder to act with or to train on", "rlinf_core.commands.export"),
     Command("datasets", "list the dataset formats that installed packages offer", "rlinf_core.commands.datasets"),
     Command("plugins", "list plugins, what they registered, and what failed", "rlinf_core.commands.plugins"),

@@ -210,8 +210,6 @@ def check_columns(dataset: LeRobotDatasetConfig, metadata: Metadata) -> None:
     for camera, crop in dataset.crops.items():
         feature = metadata.features.get(dataset.images[camera], {})
         problems += _outside(camera, crop, feature)
-    for column in sorted(set(dataset.state) & set(dataset.actions)):
-        problems.append(f"{column!r} is named in data.state and in data.actions; it can only be one of them")
     if problems:
         raise UserError("\n".join(problems))
 

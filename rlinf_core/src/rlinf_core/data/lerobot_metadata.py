@@ -37,6 +37,8 @@ class Metadata:
     fps: float
     features: dict[str, dict[str, Any]]
     """Column -> `dtype` (`"video"`, `"image"` or a number's) and `shape`."""
+    total_episodes: int
+    """Number of episodes, as `meta/info.json` has it."""
     frames: int
     """Number of frames of all episodes, as `meta/info.json` has it."""
     task_texts: dict[int, str]
@@ -89,7 +91,7 @@ def nearest_first(name: str, candidates: Iterable[str]) -> str:
 
 
 def load_metadata(name: str, root: Path) -> Metadata:
-    """Read the metadata of the dataset in `root`.
+    """Read the metadata of the dataset in `root`, and refuse such as list other episodes than they count.
 
     Args:
         name: What the user calls it.
@@ -98,24 +100,31 @@ def load_metadata(name: str, root: Path) -> Metadata:
     Raises:
         UserError: A file is missing or damaged, or the format is not one of `VERSIONS`.
     """
+    metadata = read_metadata(name, root)
+    rows, different = len(metadata.episodes), len(np.unique(metadata.episodes))
+    if rows != metadata.total_episodes or rows != different:
+        raise UserError(
+            f"{root}: {INFO} counts {metadata.total_episodes} episodes, meta/episodes lists {different}"
+            + f" in {rows} rows" * (rows != different)
+            + f": {AGAIN}"
+        )
+    return metadata
+
+
+def read_metadata(name: str, root: Path) -> Metadata:
+    """Like `load_metadata`, for a dataset that may be incomplete."""
     info = _load_info(name, root)
     if info["codebase_version"] == "v3.0":
         episodes, tasks = _episodes_v3(root, info), _tasks_v3(root)
     else:
         episodes, tasks = _episodes_v2(root, info), _tasks_v2(root)
-    numbers: NDArray[np.int64] = episodes["episodes"]
-    if len(numbers) != info["total_episodes"] or len(np.unique(numbers)) != len(numbers):
-        raise UserError(
-            f"{root}: {INFO} counts {info['total_episodes']} episodes, meta/episodes lists {len(np.unique(numbers))}"
-            + f" in {len(numbers)} rows" * (len(np.unique(numbers)) != len(numbers))
-            + f": {AGAIN}"
-        )
     return Metadata(
         name=name,
         root=root,
         version=info["codebase_version"],
         fps=float(info["fps"]),
         features=info["features"],
+        total_episodes=int(info["total_episodes"]),
         frames=int(info["total_frames"]),
         task_texts=tasks,
         **episodes,

@@ -167,6 +167,8 @@ class TorchcodecDecoder:
             self._video = VideoDecoder(str(path), dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="approximate")
         except (OSError, RuntimeError, ValueError) as e:
             raise UserError(f"{path} cannot be opened as a video: {e}") from e
+        if not self._video.metadata.num_frames or not self._video.metadata.average_fps:
+            raise UserError(f"{path} cannot be opened as a video: it does not say how many frames it has")
 
     def frames(self, times: Sequence[float], tolerance: float) -> list[NDArray[np.uint8]]:
         """See `Decoder.frames`."""
@@ -175,7 +177,7 @@ class TorchcodecDecoder:
         indices = [min(max(round(time * metadata.average_fps), 0), last) for time in times]
         try:
             found = self._video.get_frames_at(indices=indices)
-        except RuntimeError as e:
+        except (RuntimeError, IndexError, ValueError) as e:
             raise _no_frame(self._path, times[0], tolerance, f"decoding fails: {e}") from e
         for time, pts in zip(times, found.pts_seconds.tolist(), strict=True):
             if abs(time - pts) >= tolerance:

@@ -1,0 +1,139 @@
+"""`rlinf check-dataset`: what is wrong with the files of a LeRobot dataset."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rlinf_core.commands.output import print_json
+from rlinf_core.errors import Exit, UserError
+
+if TYPE_CHECKING:
+    from rlinf_core.data.check import Depth
+    from rlinf_core.data.damage import Damage
+    from rlinf_core.data.lerobot_metadata import Metadata
+    from rlinf_core.datasets import LeRobotDatasetConfig
+
+JSON_KEYS = """\
+Checked are metadata and all numbers; that every picture is there; that first and last frame of every episode can be
+decoded. --fast leaves the pictures out, --full decodes all of them. Of a dataset on the hub, the files that are checked
+are downloaded. docs/lerobot.md tells what each kind of finding means.
+
+--json prints an object: "ok", "dataset", "format", "episodes", "frames", "checked" ("fast", "ends" or "full"), "counts"
+(findings by kind) and "findings", a list of {"kind", "note", "file", "episode", "frame", "message"}, at most 20 of a
+kind, most severe first; a note is no damage. Exit codes: 0 if ok, else 2.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.epilog = JSON_KEYS
+    parser.add_argument(
+        "dataset", help="a folder, owner/name[@revision] on the hub, or a run's TOML file, of which the columns count"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the TOML file")
+    depth = parser.add_mutually_exclusive_group()
+    depth.add_argument("--fast", action="store_true", help="metadata and numbers only")
+    depth.add_argument("--full", action="store_true", help="decode every frame")
+    parser.add_argument("--json", action="store_true", help="the report as one JSON object")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Check, and print the report."""
+    depth: Depth = "fast" if options.fast else "full" if options.full else "ends"
+    config = _config(options)
+    try:
+        report, damage = _check(options.dataset, config, depth)
+    except UserError as error:
+        if not options.json:
+            raise
+        finding = {"kind": "metadata", "note": False, "file": "", "episode": None, "frame": None, "message": str(error)}
+        known = {"ok": False, "dataset": options.dataset, "checked": depth}
+        print_json(known | {"counts": {"metadata": 1}, "findings": [finding]})
+        return Exit.USER_ERROR
+    if options.json:
+        found = [finding.to_json() for kind in damage.by_kind().values() for finding in kind]
+        print_json(report | {"counts": {kind: damage.counts[kind] for kind in damage.by_kind()}, "findings": found})
+    else:
+        _print(report, damage)
+    return Exit.OK if damage.ok else Exit.USER_ERROR
+
+
+def _config(options: argparse.Namespace) -> LeRobotDatasetConfig | None:
+    """The `[data]` table of a TOML file; None where the dataset is named itself."""
+    if not options.dataset.endswith(".toml"):
+        if options.overrides:
+            raise UserError(f"{options.overrides[0]!r}: settings go with a run's TOML file, not with a dataset")
+        return None
+    from rlinf_core.config.load import load_config
+    from rlinf_core.datasets import LeRobotDatasetConfig
+    from rlinf_core.plugins import get_plugins
+
+    data = load_config(options.dataset, options.overrides, get_plugins()).data
+    if not isinstance(data, LeRobotDatasetConfig):
+        raise UserError(
+            f"{options.dataset}: {data.config_name!r} is no format of LeRobot's layout; only such are checked"
+        )
+    return data
+
+
+def _check(name: str, config: LeRobotDatasetConfig | None, depth: Depth) -> tuple[dict[str, Any], Damage]:
+    from rlinf_core.data.check import check_files, number_columns
+    from rlinf_core.data.lerobot import check_columns
+    from rlinf_core.data.lerobot_files import find_dataset
+    from rlinf_core.data.lerobot_metadata import read_metadata
+
+    name = config.repo_id if config else name
+    place = find_dataset(name, config.revision if config else "")
+    metadata = read_metadata(name, place.root)
+    if config:
+        check_columns(config, metadata)
+        cameras, vectors = list(dict.fromkeys(config.images.values())), [*config.state, *config.actions]
+    else:
+        cameras = [*metadata.columns_of("image"), *metadata.columns_of("video")]
+        vectors = number_columns(metadata)
+    place.fetch(metadata.files(() if depth == "fast" else cameras))
+    if depth == "fast" and place.snapshot:
+        cameras = []  # Their files need not be here.
+    with _progress() as progress:
+        damage = check_files(
+            metadata, cameras=cameras, vectors=vectors, depth=depth, local=not place.snapshot, progress=progress
+        )
+    return _facts(metadata, name, depth) | {"ok": damage.ok}, damage
+
+
+def _facts(metadata: Metadata, name: str, depth: Depth) -> dict[str, Any]:
+    episodes, frames = len(metadata.episodes), int(metadata.lengths.sum())
+    facts = {"ok": False, "dataset": name, "format": metadata.version, "episodes": episodes, "frames": frames}
+    return facts | {"checked": depth}
+
+
+def _print(report: dict[str, Any], damage: Damage) -> None:
+    from rlinf_core.data.damage import NOTES
+
+    head = f"{report['dataset']} ({report['format']}, {report['episodes']} episodes, {report['frames']} frames)"
+    damages = sum(count for kind, count in damage.counts.items() if kind not in NOTES)
+    print(f"{head}: {'ok' if damage.ok else f'{damages} findings' if damages > 1 else '1 finding'}")
+    for kind, findings in damage.by_kind().items():
+        print(f"{kind} ({damage.counts[kind]}{', note' * (kind in NOTES)})")
+        for finding in findings:
+            print(f"  {finding}")
+        if more := damage.counts[kind] - len(findings):
+            print(f"  and {more} more")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], object]]:
+    """A bar where somebody looks."""
+    if not sys.stderr.isatty():
+        yield lambda done, all: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("checking files")
+        yield lambda done, all: bar.update(task, completed=done, total=all)

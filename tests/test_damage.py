@@ -1,0 +1,408 @@
+"""A folder of damaged datasets: `rlinf check-dataset` finds each damage, and nothing else, and nothing in good ones;
+training names the same with file, episode and frame.
+"""
+
+import json
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rlinf_core import cli
+from rlinf_core.data.check import check_files, number_columns
+from rlinf_core.data.damage import LISTED, Damage, Finding
+from rlinf_core.data.lerobot import open_lerobot
+from rlinf_core.data.lerobot_metadata import read_metadata
+from rlinf_core.data.loader import read_rows
+from rlinf_core.datasets import LeRobotDatasetConfig
+from rlinf_core.errors import Exit, UserError
+from rlinf_core.testing.lerobot import CAMERAS
+from rlinf_core.testing.lerobot_v2 import write_v2
+
+FRONT, WRIST = CAMERAS
+STATS_V21 = "meta/episodes_stats.jsonl"
+NEW_DATA, OLD_DATA = "data/chunk-000/file-001.parquet", "data/chunk-000/episode_000001.parquet"
+NEW_VIDEO, OLD_VIDEO = f"videos/{FRONT}/chunk-000/file-000.mp4", f"videos/chunk-000/{FRONT}/episode_000001.mp4"
+
+
+@pytest.fixture(scope="module")
+def good(image_dataset, video_dataset, tmp_path_factory):
+    """Name -> folder of a dataset without damage."""
+    root = tmp_path_factory.mktemp("good")
+    found = {"image v3.0": image_dataset.root, "video v3.0": video_dataset.root}
+    for kind in ("image", "video"):
+        for version in ("v2.0", "v2.1"):
+            found[f"{kind} {version}"] = root / kind / version
+            write_v2(found[f"{kind} v3.0"], root / kind / version, version)
+    return found
+
+
+def check(root, depth="ends"):
+    metadata = read_metadata("it", root)
+    cameras = [*metadata.columns_of("image"), *metadata.columns_of("video")]
+    damage = check_files(metadata, cameras=cameras, vectors=number_columns(metadata), depth=depth)
+    return [finding for kind in damage.by_kind().values() for finding in kind]
+
+
+@pytest.mark.parametrize("depth", ["fast", "ends", "full"])
+@pytest.mark.parametrize(
+    "name", [f"{kind} {version}" for kind in ("image", "video") for version in ("v2.0", "v2.1", "v3.0")]
+)
+def test_nothing_is_found_in_good_datasets(name, depth, good):
+    assert check(good[name], depth) == []
+
+
+def remove(file):
+    return lambda root: (root / file).unlink()
+
+
+def cut(file, share):
+    return lambda root: (root / file).write_bytes(
+        (root / file).read_bytes()[: int((root / file).stat().st_size * share)]
+    )
+
+
+def spoil(file, share=0.5, count=40):
+    """Overwrite bytes in the middle of a file."""
+
+    def damage(root):
+        data = bytearray((root / file).read_bytes())
+        at = int(len(data) * share)
+        data[at : at + count] = bytes(255 - byte for byte in data[at : at + count])
+        (root / file).write_bytes(data)
+
+    return damage
+
+
+def edit(file, column, change):
+    """Rewrite a column as `change(list of its values)`; a column of None removes rows that `change(i)` says."""
+
+    def damage(root):
+        table = pq.read_table(root / file)
+        if column is None:
+            table = table.filter(pa.array([not change(i) for i in range(len(table))]))
+        else:
+            values = change(table[column].to_pylist())
+            at = table.column_names.index(column)
+            if values is None:
+                table = table.remove_column(at)
+            else:
+                kind = table.schema.field(column).type
+                fits = not pa.types.is_fixed_size_list(kind) or {len(value) for value in values} == {kind.list_size}
+                table = table.set_column(at, column, pa.array(values, kind if fits else pa.list_(pa.float32())))
+        pq.write_table(table, root / file)
+
+    return damage
+
+
+def at(place, value):
+    return lambda values: [*values[:place], value, *values[place + 1 :]]
+
+
+def info(**changes):
+    def damage(root):
+        path = root / "meta/info.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return damage
+
+
+def shape(column, shape):
+    def damage(root):
+        path = root / "meta/info.json"
+        content = json.loads(path.read_text())
+        content["features"][column]["shape"] = shape
+        path.write_text(json.dumps(content))
+
+    return damage
+
+
+def lines(file, change):
+    def damage(root):
+        found = [json.loads(line) for line in (root / file).read_text().splitlines()]
+        (root / file).write_text("".join(json.dumps(line) + "\n" for line in change(found)))
+
+    return damage
+
+
+def empty_episode(root):
+    lines("meta/episodes.jsonl", lambda found: [*found, {"episode_index": 4, "length": 0, "tasks": []}])(root)
+    info(total_episodes=5)(root)
+    table = pq.read_table(root / OLD_DATA)
+    pq.write_table(table.slice(0, 0), root / "data/chunk-000/episode_000004.parquet")
+
+
+def shorten_video(root):
+    """Keep the first four frames, in a file that is whole."""
+    import av
+
+    (root / OLD_VIDEO).rename(root / "long.mp4")
+    with av.open(str(root / "long.mp4")) as long, av.open(str(root / OLD_VIDEO), "w") as short:
+        stream = short.add_stream_from_template(long.streams.video[0], opaque=True)
+        for packet in list(long.demux(video=0))[:4]:
+            packet.stream = stream
+            short.mux(packet)
+    (root / "long.mp4").unlink()
+
+
+def front_to_back(root):
+    """Move the table of frames to the front, as files that are streamed have it, then lose the end."""
+    import av
+
+    (root / OLD_VIDEO).rename(root / "whole.mp4")
+    with (
+        av.open(str(root / "whole.mp4")) as whole,
+        av.open(str(root / OLD_VIDEO), "w", options={"movflags": "faststart"}) as moved,
+    ):
+        stream = moved.add_stream_from_template(whole.streams.video[0], opaque=True)
+        for packet in whole.demux(video=0):
+            if packet.pts is not None:
+                packet.stream = stream
+                moved.mux(packet)
+    (root / "whole.mp4").unlink()
+    cut(OLD_VIDEO, 0.9)(root)
+
+
+NAN = [float("nan"), 0.0]
+OLD_FILES = [("v2.1", OLD_DATA), ("v3.0", NEW_DATA)]
+CORPUS = {
+    "data file missing": ("image v3.0", remove(NEW_DATA), ("missing_file", NEW_DATA, None, None)),
+    "data file of v2 missing": ("image v2.0", remove(OLD_DATA), ("missing_file", OLD_DATA, None, None)),
+    "video missing": ("video v3.0", remove(NEW_VIDEO), ("missing_file", NEW_VIDEO, None, None)),
+    "footer corrupt": ("image v3.0", cut(NEW_DATA, 0.7), ("unreadable_file", NEW_DATA, None, None)),
+    "column missing": (
+        "image v2.1",
+        edit(OLD_DATA, "action", lambda _: None),
+        ("missing_column", OLD_DATA, None, None),
+    ),
+    "a row missing": ("video v2.1", edit(OLD_DATA, None, lambda i: i == 6), ("wrong_count", OLD_DATA, 1, None)),
+    "frames miscounted": ("image v3.0", info(total_frames=35), ("wrong_count", "meta/info.json", None, None)),
+    "episodes miscounted": ("image v2.1", info(total_episodes=5), ("wrong_count", "meta/info.json", None, None)),
+    "index with a gap": ("image v2.0", edit(OLD_DATA, "index", at(4, 99)), ("wrong_index", OLD_DATA, 1, 4)),
+    "frame twice": ("image v3.0", edit(NEW_DATA, "frame_index", at(5, 4)), ("wrong_index", NEW_DATA, 1, 5)),
+    "NaN in actions": ("image v3.0", edit(NEW_DATA, "action", at(3, NAN)), ("not_finite", NEW_DATA, 1, 3)),
+    "infinite state": (
+        "video v2.1",
+        edit(OLD_DATA, "observation.state", at(6, [0.0, -np.inf, 0.0])),
+        ("not_finite", OLD_DATA, 1, 6),
+    ),
+    "another width": (
+        "image v2.1",
+        edit(OLD_DATA, "action", lambda values: [[*value, 0.0] for value in values]),
+        ("wrong_shape", OLD_DATA, None, None),
+    ),
+    "ragged": ("image v2.1", edit(OLD_DATA, "action", at(2, [1.0])), ("wrong_shape", OLD_DATA, None, None)),
+    "time jumps": ("image v3.0", edit(NEW_DATA, "timestamp", at(2, 7.0)), ("wrong_timestamp", NEW_DATA, 1, 2)),
+    "time at another rate": (
+        "video v2.0",
+        edit(OLD_DATA, "timestamp", lambda values: [2 * value for value in values]),
+        ("wrong_timestamp", OLD_DATA, 1, 1),
+    ),
+    "unknown task": ("image v2.1", edit(OLD_DATA, "task_index", at(4, 7)), ("unknown_task", OLD_DATA, 1, 4)),
+    "empty episode": ("image v2.1", empty_episode, ("empty_episode", "meta/episodes.jsonl", 4, None)),
+    "video truncated": ("video v2.1", cut(OLD_VIDEO, 0.6), ("damaged_video", OLD_VIDEO, 1, None)),
+    "image undecodable": (
+        "image v3.0",
+        edit(NEW_DATA, FRONT, lambda v: [{**v[0], "bytes": v[0]["bytes"][:60]}, *v[1:]]),
+        ("damaged_image", NEW_DATA, 1, 0),
+    ),
+    "image gone": (
+        "image v2.1",
+        edit(OLD_DATA, FRONT, at(3, {"bytes": None, "path": "images/gone.png"})),
+        ("damaged_image", OLD_DATA, 1, 3),
+    ),
+    "image of another size": (
+        "image v2.1",
+        shape(WRIST, [48, 32, 3]),
+        ("wrong_shape", OLD_DATA[:-9] + "0.parquet", 0, 0),
+    ),
+    "no statistics": ("image v2.1", remove(STATS_V21), ("no_statistics", STATS_V21, None, None)),
+    "statistics of v3 gone": (
+        "video v3.0",
+        remove("meta/stats.json"),
+        ("no_statistics", "meta/stats.json", None, None),
+    ),
+    "file of no episode": (
+        "image v2.1",
+        lambda root: shutil.copy(root / OLD_DATA, root / "data/chunk-000/episode_000009.parquet"),
+        ("unlisted_file", "data/chunk-000/episode_000009.parquet", None, None),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def damaged(good, tmp_path_factory):
+    """Name -> folder of a dataset with one damage."""
+    root = tmp_path_factory.mktemp("damaged")
+    for name, (base, damage, _) in CORPUS.items():
+        shutil.copytree(good[base], root / name)
+        damage(root / name)
+    return root
+
+
+@pytest.mark.parametrize("name", CORPUS)
+def test_each_damage_is_found_where_it_is(name, damaged):
+    *_, (kind, file, episode, frame) = CORPUS[name]
+    found = check(damaged / name)
+    first = found[0]
+    assert (first.kind, first.file, first.episode, first.frame) == (kind, file, episode, frame)
+    # An image of another size is one in every episode.
+    assert {(one.kind, one.message.split()[0]) for one in found} == {(kind, first.message.split()[0])}
+    assert len(found) == (4 if name == "image of another size" else 1)
+
+
+def test_a_video_with_too_few_frames_names_the_first_frame_that_is_not_there(good, tmp_path):
+    root = shutil.copytree(good["video v2.1"], tmp_path / "short")
+    shorten_video(root)
+    count, end = check(root)
+    assert (count.kind, count.message) == ("wrong_count", "has 4 frames, its episodes have 7")
+    assert (end.kind, end.episode, end.frame) == ("damaged_video", 1, 6)
+    count, end = check(root, "full")
+    assert (end.kind, end.episode, end.frame) == ("damaged_video", 1, 4)
+    assert end.message == "the file has no frame there (3 frames of the episode)"
+
+
+def test_a_video_that_only_claims_its_frames_is_found(good, tmp_path):
+    root = shutil.copytree(good["video v2.1"], tmp_path / "claims")
+    front_to_back(root)
+    for depth in ("ends", "full"):
+        found = check(root, depth)
+        assert {(one.kind, one.file, one.episode) for one in found} == {("damaged_video", OLD_VIDEO, 1)}
+
+
+def test_what_lies_between_first_and_last_frame_is_found_when_everything_is_decoded(good, tmp_path):
+    root = shutil.copytree(good["image v3.0"], tmp_path / "between")
+    edit(NEW_DATA, WRIST, lambda v: [*v[:3], {**v[3], "bytes": b"no picture"}, *v[4:]])(root)
+    assert check(root) == []
+    [found] = check(root, "full")
+    assert (found.kind, found.episode, found.frame) == ("damaged_image", 1, 3)
+    assert found.message.startswith(f"{WRIST!r} holds a damaged picture: cannot identify image file")
+
+
+def test_pages_of_a_data_file_that_are_damaged_are_found(good, tmp_path):
+    """The footer is whole; what it points to is not."""
+    root = shutil.copytree(good["image v2.1"], tmp_path / "pages")
+    table = pq.read_table(root / OLD_DATA)
+    pq.write_table(table, root / OLD_DATA, compression="zstd", use_dictionary=False)
+    spoil(OLD_DATA, share=0.9, count=2000)(root)
+    kinds = {(one.kind, one.file) for one in check(root)}
+    assert ("unreadable_file", OLD_DATA) in kinds
+
+
+def test_times_in_float32_of_long_episodes_are_right(good, tmp_path):
+    from rlinf_core.data.check_numbers import _check_times
+
+    frame = np.arange(400_000.0)
+    time = (frame / 30).astype(np.float32).astype(np.float64)
+    metadata = read_metadata("it", good["image v2.1"])
+    object.__setattr__(metadata, "fps", 30.0)
+    assert list(_check_times(metadata, "f", time, frame, np.zeros_like(frame), frame)) == []
+
+
+def test_damages_of_a_kind_are_counted_and_some_listed():
+    damage = Damage()
+    damage.add(Finding("not_finite", "NaN", f"{i:03}.parquet", i) for i in range(100))
+    damage.add([Finding("missing_file", "gone", "z.parquet"), Finding("no_statistics", "none")])
+    assert list(damage.by_kind()) == ["missing_file", "not_finite", "no_statistics"]
+    assert len(damage.by_kind()["not_finite"]) == LISTED
+    assert damage.counts["not_finite"] == 100
+    assert not damage.ok
+    notes = Damage()
+    notes.add([Finding("spare_frames", "two")])
+    assert notes.ok
+
+
+def rlinf(capsys, *words):
+    code = cli.main(["check-dataset", *map(str, words)])
+    return code, capsys.readouterr()
+
+
+def test_the_command_reports_and_its_exit_code_says_whether_there_is_damage(good, damaged, capsys):
+    code, told = rlinf(capsys, good["video v2.1"])
+    assert (code, told.out) == (Exit.OK, f"{good['video v2.1']} (v2.1, 4 episodes, 36 frames): ok\n")
+    code, told = rlinf(capsys, damaged / "NaN in actions", "--fast")
+    assert code == Exit.USER_ERROR
+    assert told.out.splitlines()[0].endswith("(v3.0, 4 episodes, 36 frames): 1 finding")
+    assert told.out.splitlines()[1:] == [
+        "not_finite (1)",
+        f"  {NEW_DATA}, episode 1, frame 3: 'action' holds NaN or infinity in 1 frame of the episode",
+    ]
+    code, told = rlinf(capsys, damaged / "no statistics")
+    assert code == Exit.OK
+    assert "no_statistics (1, note)" in told.out
+    code, told = rlinf(capsys, damaged / "video truncated", "--json")
+    report = json.loads(told.out)
+    assert (code, report["ok"], report["counts"]) == (Exit.USER_ERROR, False, {"damaged_video": 1})
+    assert report["findings"][0]["file"] == OLD_VIDEO
+    assert report["checked"] == "ends"
+
+
+def test_a_dataset_that_cannot_be_opened_is_a_finding_too(tmp_path, capsys):
+    code, told = rlinf(capsys, tmp_path, "--json")
+    assert code == Exit.USER_ERROR
+    assert "is not a LeRobot dataset" in json.loads(told.out)["findings"][0]["message"]
+    code, told = rlinf(capsys, tmp_path, "a.b=1")
+    assert "settings go with a run's TOML file" in told.err
+
+
+def test_of_a_config_only_its_columns_count(good, tiny_run, tmp_path, capsys):
+    root = shutil.copytree(good["video v2.1"], tmp_path / "part")
+    (root / OLD_VIDEO.replace(FRONT, WRIST)).unlink()
+    settings = [f'data.images={{base_0_rgb="{FRONT}"}}', 'data.state=["observation.state"]', 'data.actions=["action"]']
+    settings += ["policy.variant=dummy", "policy.weights=random"]
+    path = tiny_run("pi05_metaworld", root, *settings)
+    assert rlinf(capsys, path)[0] == Exit.OK
+    code, told = rlinf(capsys, path, f'data.images={{base_0_rgb="{WRIST}"}}')
+    assert code == Exit.USER_ERROR
+    assert "missing_file (1)" in told.out
+    code, told = rlinf(capsys, path, 'data.state=["observation.stat"]')
+    assert "data.state names 'observation.stat'" in told.err
+
+
+UNTRAINABLE = {
+    "data file missing": rf"{NEW_DATA} cannot be read",
+    "data file of v2 missing": rf"{OLD_DATA} cannot be read",
+    "video missing": rf"lacks the video files {NEW_VIDEO}",
+    "footer corrupt": rf"{NEW_DATA} cannot be read",
+    "column missing": rf"{OLD_DATA} lacks the columns action",
+    "a row missing": rf"{OLD_DATA} has 6 rows, and the episodes .* have 7 frames",
+    "frames miscounted": "have 36 rows, and meta/info.json counts 35",
+    "episodes miscounted": "counts 5 episodes, meta/episodes lists 4",
+    "index with a gap": rf"{OLD_DATA}, episode 1, frame 4, has index 99 where 13 belongs",
+    "NaN in actions": rf"'action' holds NaN .* 1 frames of 1 episodes \(1\), first in .*{NEW_DATA}, episode 1, frame 3",
+    "infinite state": rf"'observation\.state' holds NaN .*{OLD_DATA}, episode 1, frame 6: .*rlinf check-dataset ",
+    "another width": rf"{OLD_DATA}: 'action' holds 3 numbers in row 0, and meta/info.json says 2",
+    "ragged": rf"{OLD_DATA}: 'action' holds 1 numbers in row 2, and meta/info.json says 2",
+    "unknown task": rf"{OLD_DATA}, episode 1, frame 4, has the task 7, which meta/tasks.jsonl does not list",
+    "time at another rate": rf"{OLD_VIDEO} has no frame within .*{OLD_DATA}, episode 1, frame",
+    "video truncated": rf"{OLD_VIDEO} cannot be opened as a video.*{OLD_DATA}, episode 1, frame 0\]",
+    "image undecodable": rf"{NEW_DATA}: row 0 of '{FRONT}' holds a damaged picture.*{NEW_DATA}, episode 1, frame 0\]",
+    "image gone": rf"{OLD_DATA}: row 3 of '{FRONT}' holds no picture.*{OLD_DATA}, episode 1, frame 3\]",
+}
+
+
+def read_all(config):
+    source = open_lerobot(config, 3, "train")
+    return read_rows(source, range(len(source)))
+
+
+@pytest.mark.parametrize("name", UNTRAINABLE)
+def test_training_names_the_damage_with_file_episode_and_frame(name, damaged):
+    config = LeRobotDatasetConfig(repo_id=str(damaged / name), images={"front": FRONT, "wrist": WRIST})
+    with pytest.raises(UserError, match=UNTRAINABLE[name]):
+        read_all(config)
+
+
+def test_training_names_the_frame_at_which_a_video_ends(good, tmp_path):
+    root = shutil.copytree(good["video v2.1"], tmp_path / "short")
+    shorten_video(root)
+    config = LeRobotDatasetConfig(repo_id=str(root), images={"front": FRONT})
+    with pytest.raises(UserError, match=rf"{OLD_VIDEO} has no frame within .*{OLD_DATA}, episode 1, frame 4\]"):
+        read_all(config)
+
+
+def test_an_episode_without_frames_does_not_stop_training(damaged):
+    config = LeRobotDatasetConfig(repo_id=str(damaged / "empty episode"), validation_fraction=0.5)
+    assert len(open_lerobot(config, 1, "train")) + len(open_lerobot(config, 1, "validation")) == 36
