@@ -42,10 +42,12 @@ class Validation:
 
     @property
     def results(self) -> tuple[str, ...]:
-        """The names of what a validation results in."""
-        own = ("val_loss",) if self._mean is None else ("val_loss", "val_action_mse")
-        ema = tuple(f"ema_{name}" for name in own) if self._run.optim.ema_decay else ()
-        return own + ema + (() if self._mean is None else BASELINES)
+        """The names of what a validation results in and of which smaller is better."""
+        policy = self._run.policy
+        own = ["val_loss", *(f"val_{name}" for name in policy.validation_metrics.keys() - policy.larger_is_better)]
+        own += [] if self._mean is None else ["val_action_mse"]
+        ema = [f"ema_{name}" for name in own] if self._run.optim.ema_decay else []
+        return (*own, *ema, *(() if self._mean is None else BASELINES))
 
     def __call__(
         self, policy: Any, ema: Ema | None = None, interrupted: Callable[[], bool] = lambda: False
@@ -58,10 +60,10 @@ class Validation:
             interrupted: Whether to give up; asked before each batch, with the same answer on every rank.
 
         Returns:
-            `val_loss`; for policies with actions also `val_action_mse`, and for the two baselines `val_action_mse_mean`
-            and `val_action_mse_repeat`: the squared error in the data's units, averaged over the numbers of an action
-            and over the steps of a chunk that lie within the episode. `ema_val_loss` and `ema_val_action_mse` are those
-            of the EMA weights. None if interrupted.
+            `val_loss`, and `val_<name>` of the policy's `validation_metrics`; for policies with actions also
+            `val_action_mse`, and for the two baselines `val_action_mse_mean` and `val_action_mse_repeat`: the squared
+            error in the data's units, averaged over the numbers of an action and over the steps of a chunk that lie
+            within the episode. `ema_val_loss` and so on are those of the EMA weights. None if interrupted.
         """
         policy.eval()
         try:
@@ -80,37 +82,61 @@ class Validation:
         """The results with the weights that the policy has now."""
         device = self._group.device
         loss = torch.zeros(2, dtype=torch.float64)
+        own: dict[str, float] = {}
         errors = np.zeros(4)
         for batch, rows in self._batches():
             if interrupted():
                 return None
             on_device = to_device(batch, device)
             out = policy(on_device)
+            own = own or dict.fromkeys(sorted(out.metrics), 0.0)  # A filling batch has the same names.
             actions = None
             if self._mean is not None:
                 actions = policy.sample_actions(on_device, on_device["noise"]).float().cpu().numpy()
             if not rows:  # The batch only keeps this rank in step with the others, and does not count.
                 continue
             loss += torch.stack([out.loss_sum, out.weight]).double().cpu()
+            own = {name: total + float(out.metrics[name]) for name, total in own.items()}
             if self._mean is not None and actions is not None:
                 errors += sum(self._errors(chunk, row, self._mean) for chunk, row in zip(actions, rows, strict=True))
-        totals = self._group.sum(torch.cat([loss, torch.from_numpy(errors)]).to(device)).tolist()
-        results = {"val_loss": totals[0] / totals[1]}
+        sums = torch.cat([loss, torch.from_numpy(errors), torch.tensor([*own.values()], dtype=torch.float64)])
+        totals = self._group.sum(sums.to(device)).tolist()
+        means = {"loss": totals[0] / totals[1]}
+        results = {"val_loss": means["loss"]}
+        means |= {name: total / totals[1] for name, total in zip(own, totals[6:], strict=True)}
+        results |= {f"val_{name}": value(means) for name, value in self._run.policy.validation_metrics.items()}
         if self._mean is not None:
             names = ("val_action_mse", *BASELINES)
             results |= {name: total / totals[5] for name, total in zip(names, totals[2:5], strict=True)}
         return results
 
+    def demonstrate(self, policy: Any) -> list[str]:
+        """What the policy says of the held-out samples it asks for (`PolicyConfig.shown`), the same on every rank."""
+        if not (count := self._run.policy.shown()):
+            return []
+        # Without regard to ranks: all of them compute the same.
+        batches = self._batches_of(count, micro_batch_size=count, rank=0, world_size=1)
+        policy.eval()
+        try:
+            with torch.no_grad():
+                return [
+                    text for batch, _ in batches for text in policy.demonstrate(to_device(batch, self._group.device))
+                ]
+        finally:
+            release(policy)
+
     def _batches(self) -> Iterator[ValidationBatch]:
-        return build_validation_batches(
-            self._source,
-            self._pipeline,
-            self._run.policy,
-            seed=self._run.seed,
-            val_samples=self._run.runner.val_samples,
+        return self._batches_of(
+            self._run.runner.val_samples,
             micro_batch_size=self._run.trainer.micro_batch_size,
             rank=self._group.rank,
             world_size=self._group.size,
+        )
+
+    def _batches_of(self, samples: int, **share: int) -> Iterator[ValidationBatch]:
+        run = self._run
+        return build_validation_batches(
+            self._source, self._pipeline, run.policy, seed=run.seed, val_samples=samples, **share
         )
 
     def _errors(self, actions: Vectors, row: ValidationRow, mean: Vectors) -> Vectors:

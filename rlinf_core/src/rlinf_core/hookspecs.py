@@ -175,9 +175,9 @@ def rlinf_validation_finished(trainer: Trainer, step: int, metrics: Mapping[str,
     Args:
         trainer: The trainer.
         step: Number of finished steps.
-        metrics: `val_loss`; for policies with actions `val_action_mse`, `val_action_mse_mean` and
-            `val_action_mse_repeat` (the data's units, squared); `ema_val_loss` and `ema_val_action_mse` where there
-            are averaged weights.
+        metrics: `val_loss`, and `val_<name>` of the policy's `validation_metrics`; for policies with actions
+            `val_action_mse`, `val_action_mse_mean` and `val_action_mse_repeat` (the data's units, squared);
+            `ema_val_loss` and so on where there are averaged weights.
 
     Called on: rank 0. Since 0.1.
     """

@@ -5,7 +5,7 @@ Transforms, random draws and collation live on the config, because loader worker
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
@@ -35,6 +35,13 @@ class PolicyConfig(BaseModel):
     """How `state` and `actions` are normalised before `transforms()`."""
     export_formats: ClassVar[tuple[str, ...]] = ()
     """Other projects' layouts that `export` writes."""
+    not_here: ClassVar[Mapping[str, str]] = {}
+    """Types that people look for and that this policy's plugin does not bring -> what there is instead."""
+    validation_metrics: ClassVar[Mapping[str, Callable[[Mapping[str, float]], float]]] = {}
+    """What a validation reports besides its loss: name -> its value, of the held-out means of `loss` and of the
+    policy's own metrics (`PolicyOutput.metrics`). Reported as `val_<name>`, and as `ema_val_<name>` of EMA weights."""
+    larger_is_better: ClassVar[frozenset[str]] = frozenset()
+    """Those of them that improve by growing. `runner.best_metric` takes the others only."""
 
     type: str
     """Which policy this is."""
@@ -70,6 +77,10 @@ class PolicyConfig(BaseModel):
                 asked for: a policy with nothing to tell need not look.
         """
         return {}
+
+    def shown(self) -> int:
+        """How many held-out samples `Policy.demonstrate` gets after each validation; 0: it is not called."""
+        return 0
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """Stack samples into tensors on the CPU. Images stay uint8."""
@@ -142,6 +153,9 @@ class PolicyOutput(NamedTuple):
     """Scalar, float32: the number of elements summed. The loss of a step is the quotient over the global batch."""
     metrics: Mapping[str, torch.Tensor]
     """Detached scalars, sums over the same elements; the trainer divides them by the same weight."""
+    sample_losses: torch.Tensor | None = None
+    """Detached, [B, 2], float32: what each sample adds to `loss_sum` and to `weight`. In a mixture of datasets the loss
+    of each source is made of it; None: it is not reported."""
 
 
 class ShardUnit(NamedTuple):
@@ -170,6 +184,14 @@ class Policy(Protocol):
 
         Returns:
             [B, H, A] normalised actions, float32.
+        """
+        ...
+
+    def demonstrate(self, batch: Batch) -> Sequence[str]:
+        """Show to a person what the policy does with held-out samples, a line each; the run's loggers print them.
+
+        Only of policies whose config's `shown()` is not 0. Every rank is called with the same batch and must call
+        sharded modules equally often, whatever the numbers are.
         """
         ...
 

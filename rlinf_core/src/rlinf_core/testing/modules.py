@@ -13,7 +13,7 @@ from torch import nn
 from rlinf_core.data.sample import Sample
 from rlinf_core.policy import PolicyConfig
 from rlinf_core.testing.findings import Findings
-from rlinf_core.training.fsdp import derived_seed
+from rlinf_core.training.fsdp import allocate, derived_seed
 
 SEED = 0
 RTOL = 1e-4
@@ -47,6 +47,7 @@ def check_module(findings: Findings, config: PolicyConfig, samples: Sequence[Sam
     if module is None:
         return
     needed = ["shard_units", "initial_value", "rebuild_buffers"] + ["sample_actions"] * bool(config.chunk_length())
+    needed += ["demonstrate"] * bool(config.shown())
     missing = [name for name in needed if not callable(getattr(module, name, None))]
     if not findings.expect(not missing, "the module follows Policy", f"no {', '.join(missing)}"):
         return
@@ -56,6 +57,8 @@ def check_module(findings: Findings, config: PolicyConfig, samples: Sequence[Sam
         _check_loss(findings, config, module, samples)
         if config.chunk_length():
             _check_actions(findings, module, config.collate(samples))
+        if config.shown():
+            _check_demonstration(findings, module, config.collate(samples))
 
 
 def _build(config: PolicyConfig) -> Any:
@@ -119,7 +122,7 @@ def _give_values(findings: Findings, config: PolicyConfig, module: Any) -> bool:
 
 
 def _fill(findings: Findings, module: Any, values: Mapping[str, torch.Tensor]) -> bool:
-    module.to_empty(device="cpu")
+    allocate(module, torch.device("cpu"))
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             parameter.copy_(values[name])
@@ -134,7 +137,7 @@ def _fill(findings: Findings, module: Any, values: Mapping[str, torch.Tensor]) -
 def _check_loss(findings: Findings, config: PolicyConfig, module: Any, samples: Sequence[Sample]) -> None:
     module.train()
     out = findings.attempt("forward() gives a loss", lambda: module(config.collate(samples)))
-    if out is None or not _check_output(findings, out):
+    if out is None or not _check_output(findings, config, out):
         return
     if findings.attempt("the loss has gradients", lambda: _backward(out.loss_sum)):
         gradients = {name: p.grad for name, p in module.named_parameters() if p.requires_grad}
@@ -175,7 +178,7 @@ def _backward(loss: torch.Tensor) -> bool:
     return True
 
 
-def _check_output(findings: Findings, out: Any) -> bool:
+def _check_output(findings: Findings, config: PolicyConfig, out: Any) -> bool:
     """The form of a `PolicyOutput`."""
     fields = ("loss_sum", "weight", "metrics")
     if not findings.expect(
@@ -193,10 +196,22 @@ def _check_output(findings: Findings, out: Any) -> bool:
         k for k, v in out.metrics.items() if not (isinstance(v, torch.Tensor) and v.ndim == 0 and not v.requires_grad)
     ]
     findings.expect(not loose, "metrics are detached scalars", ", ".join(loose))
+    _check_validation_metrics(findings, config, out.metrics)
     if all(good):
         findings.expect(bool(loss.isfinite()), "the loss is finite", float(loss.detach()))
         findings.expect(float(weight) > 0, "the weight is positive", float(weight))
     return all(good)
+
+
+def _check_validation_metrics(findings: Findings, config: PolicyConfig, metrics: Mapping[str, Any]) -> None:
+    """They are functions of the loss and the policy's own metrics."""
+    means = dict.fromkeys(("loss", *metrics), 0.5)
+    for name, value in config.validation_metrics.items():
+        rule = f"validation_metrics[{name!r}] is a number, made of the loss and of metrics that forward() gives"
+        result = findings.attempt(rule, partial(value, means))
+        findings.expect(result is None or isinstance(result, float), rule, result)
+    strange = sorted(config.larger_is_better - config.validation_metrics.keys())
+    findings.expect(not strange, "larger_is_better names validation_metrics", ", ".join(strange))
 
 
 def _check_sums(findings: Findings, config: PolicyConfig, module: Any, samples: Sequence[Sample]) -> None:
@@ -240,6 +255,20 @@ def _check_actions(findings: Findings, module: Any, batch: Mapping[str, Any]) ->
         if findings.expect(torch.equal(actions, act(batch)), rule) and "actions" in batch:
             blind = act({**batch, "actions": torch.zeros_like(batch["actions"])})
             findings.expect(torch.equal(actions, blind), "sample_actions() ignores the actions in the batch")
+
+
+def _check_demonstration(findings: Findings, module: Any, batch: Mapping[str, Any]) -> None:
+    """What a person reads after a validation."""
+    module.eval()
+
+    def texts() -> list[str]:
+        with torch.no_grad():
+            return list(module.demonstrate(batch))
+
+    shown = findings.attempt("demonstrate() works", texts)
+    if shown is not None:
+        findings.expect(all(isinstance(text, str) for text in shown), "demonstrate() gives lines of text", shown)
+        findings.expect(shown == texts(), "demonstrate() shows the same each time, as ranks must stay in step")
 
 
 def _leaves(batch: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:

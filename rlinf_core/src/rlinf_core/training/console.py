@@ -87,6 +87,9 @@ class ConsoleLogger:
             line += f" held-out loss {metrics['val_loss']:.4f}{_of_ema(metrics, 'val_loss')}"
         else:  # Of a trainer that measures something else.
             line += " " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        line += "".join(
+            f", {_words(name)} {metrics[name]:.4g}{_of_ema(metrics, name)}" for name in _of_the_policy(metrics)
+        )
         if "val_action_mse" in metrics:
             line += (
                 f", action error² {metrics['val_action_mse']:.4f}{_of_ema(metrics, 'val_action_mse')} "
@@ -135,6 +138,9 @@ def result_table(name: str, steps: Sequence[Mapping[str, Any]], validations: Seq
     if validations:
         result = validations[-1]
         table.add_row("held-out loss", f"{result['val_loss']:.4f}", f"at step {result['step']}")
+        for name in _of_the_policy(result):
+            before = f"{validations[0][name]:.4g} at step {validations[0]['step']}" if len(validations) > 1 else ""
+            table.add_row(f"held-out {_words(name)}", f"[bold]{result[name]:.4g}[/]", before)
         if "val_action_mse" in result:
             baselines = {
                 "always the mean action": result["val_action_mse_mean"],
@@ -164,6 +170,15 @@ def loss_plot(steps: Sequence[Mapping[str, Any]]) -> str:
     plotext.plot([row["step"] for row in steps], [row["loss"] for row in steps], marker="braille")
     plotext.xlabel("step")
     return str(plotext.build())
+
+
+def _of_the_policy(metrics: Mapping[str, float]) -> list[str]:
+    """The results that a policy adds to those that core knows."""
+    return [n for n in metrics if n.startswith("val_") and n != "val_loss" and not n.startswith("val_action_mse")]
+
+
+def _words(name: str) -> str:
+    return name.removeprefix("val_").replace("_", " ")
 
 
 def _of_ema(metrics: Mapping[str, float], name: str) -> str:

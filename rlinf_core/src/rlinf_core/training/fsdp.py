@@ -23,7 +23,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-FORWARD_METHODS = ("sample_actions",)
+FORWARD_METHODS = ("sample_actions", "demonstrate")
 """Entry points other than `forward` that must gather parameters too."""
 
 
@@ -116,13 +116,25 @@ def materialize(
         value: (parameter name, whole shape) -> the whole tensor; None: leave parameters as memory is.
         buffers_on: Where buffers live, if elsewhere than the shards.
     """
-    policy.to_empty(device=device)
+    allocate(policy, device)
     if value is not None:
         _fill(policy, device, value)
     for module in policy.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(buffers_on or device))
     policy.rebuild_buffers()
+
+
+def allocate(policy: nn.Module, device: torch.device) -> None:
+    """Give a module on the meta device memory; a parameter that several modules share stays one."""
+    homes: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for module in policy.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            homes.setdefault(parameter, []).append((module, name))
+    policy.to_empty(device=device)  # Makes a parameter of its own for each home.
+    for (first, its_name), *others in homes.values():
+        for module, name in others:
+            setattr(module, name, getattr(first, its_name))
 
 
 @torch.no_grad()

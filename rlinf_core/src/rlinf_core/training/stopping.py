@@ -83,7 +83,7 @@ def best_metric(wanted: str, results: Collection[str]) -> str:
     """
     if wanted and wanted not in results:
         raise UserError(
-            f"runner.best_metric: validation reports no {wanted!r}{did_you_mean(wanted, results)} "
-            f"(it reports {', '.join(results)})"
+            f"runner.best_metric: validation reports no {wanted!r} of which smaller is better"
+            f"{did_you_mean(wanted, results)} (it reports {', '.join(results)})"
         )
     return wanted or next(name for name in DEFAULT_BEST if name in results)
