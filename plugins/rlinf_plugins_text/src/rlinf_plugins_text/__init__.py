@@ -1,0 +1,25 @@
+"""Text SFT for rlinf_core: causal language models of transformers, and the data they are tuned on.
+
+The names in `__all__` load on first use, so that importing the package costs nothing and leaves torch unloaded.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rlinf_plugins_text.config import TextPolicyConfig as TextPolicyConfig
+    from rlinf_plugins_text.dataset import TextDatasetConfig as TextDatasetConfig
+
+_HOME = {"TextPolicyConfig": "config", "TextDatasetConfig": "dataset"}
+
+__all__ = [*_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -1,0 +1,133 @@
+"""Chat templates: from messages to text, and which parts of the text the assistant says. Imports no torch.
+
+Templates are Jinja as transformers renders it. What the assistant says is what the template marks by
+`{% generation %}`; in a template without marks it is what is added to the text of the messages before, which must not
+change then.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.runtime import Macro
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from rlinf_core import UserError
+
+Message = Mapping[str, Any]
+Span = tuple[int, int]
+"""First character and the one after the last."""
+
+CHATML = """\
+{%- for message in messages %}
+{{- '<|im_start|>' + message.role + '\\n' }}
+{%- if message.role == 'assistant' %}
+{%- generation %}{{- message.content + '<|im_end|>' }}{%- endgeneration %}
+{%- else %}
+{{- message.content + '<|im_end|>' }}
+{%- endif %}
+{{- '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
+"""
+"""The template that `policy.chat_template = "chatml"` means: Qwen's without its thoughts."""
+OPEN, CLOSE = "\ue0f0\ue0f1", "\ue0f1\ue0f0"
+"""What marks the assistant's words while a template is rendered: characters for private use."""
+WAY_OUT = 'set policy.chat_template to "chatml", or to a template that marks them by {% generation %}'
+
+
+class ChatTemplate:
+    """A compiled template.
+
+    Args:
+        source: Jinja.
+        special_tokens: The tokenizer's, by the names that templates use (`bos_token`, ...).
+    """
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+        )
+        environment.filters["tojson"] = _tojson
+        environment.globals["raise_exception"] = _refuse
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise UserError(f"policy.chat_template is no template: {error}") from error
+        self._special_tokens = dict(special_tokens)
+        self._marks = re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source) is not None
+
+    def render(self, messages: Sequence[Message], *, ask: bool = False) -> str:
+        """The text of messages; with `ask`, up to where the assistant is to speak."""
+        return self._render(messages, ask).replace(OPEN, "").replace(CLOSE, "")
+
+    def spans(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
+        """The text of messages, and which parts of it the assistant says, each with what ends it.
+
+        Raises:
+            UserError: Without marks, a message's text depends on those that follow.
+        """
+        return self._marked(messages) if self._marks else self._added(messages)
+
+    def _marked(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
+        text, spans = "", []
+        for part in self._render(messages, False).split(OPEN):
+            said, end, rest = part.partition(CLOSE)
+            if end:
+                spans.append((len(text), len(text) + len(said)))
+            text += said + rest
+        return text, spans
+
+    def _added(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
+        text, spans = self.render(messages), []
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self.render(messages[:number], ask=True)
+            after = self.render(messages[: number + 1])
+            if not (after.startswith(before) and text.startswith(after)):
+                raise UserError(
+                    f"what the assistant says cannot be told from the rest: the text of message {number} in the chat "
+                    f"template depends on other messages; {WAY_OUT}"
+                )
+            spans.append((len(before), len(after)))
+        return text, spans
+
+    def _render(self, messages: Sequence[Message], ask: bool) -> str:
+        try:
+            return self._template.render(messages=messages, add_generation_prompt=ask, **self._special_tokens)
+        except (jinja2.TemplateError, TypeError) as error:  # A template adds what is no text, for one.
+            raise UserError(f"the chat template refuses the messages: {error}") from error
+
+
+class _Generation(Extension):
+    """The tag `{% generation %} ... {% endgeneration %}`."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        """The body, to be put between marks."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_say"), [], [], body).set_lineno(line)
+
+    def _say(self, caller: Macro) -> str:
+        return f"{OPEN}{caller()}{CLOSE}"
+
+
+def _tojson(value: Any, **options: Any) -> str:
+    """Unlike Jinja's own, this leaves HTML characters as they are."""
+    return json.dumps(value, **({"ensure_ascii": False} | options))
+
+
+def _refuse(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)

@@ -1,0 +1,33 @@
+"""What this distribution tells rlinf_core, through the entry point `rlinf-plugins-text`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rlinf_core import DatasetConfig, PolicyConfig, SampleSource, UserError, hookimpl
+from rlinf_plugins_text.config import TextPolicyConfig
+from rlinf_plugins_text.dataset import TextDatasetConfig
+
+if TYPE_CHECKING:
+    from rlinf_core.datasets import Split
+
+if TYPE_CHECKING:
+    pass
+
+
+@hookimpl
+def rlinf_register_policies() -> list[type[PolicyConfig]]:
+    """Offer the policy `text`."""
+    return [TextPolicyConfig]
+
+
+@hookimpl
+def rlinf_open_dataset(dataset: DatasetConfig, policy: PolicyConfig, split: Split) -> SampleSource | None:
+    """Open text as rows of tokens."""
+    if not isinstance(dataset, TextDatasetConfig):
+        return None
+    if not isinstance(policy, TextPolicyConfig):
+        raise UserError(f"the dataset {dataset.config_name!r} holds tokens for the policy 'text', not {policy.type!r}")
+    from rlinf_plugins_text.source import open_text
+
+    return open_text(dataset, policy, split)

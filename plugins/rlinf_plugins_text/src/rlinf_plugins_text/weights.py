@@ -1,0 +1,166 @@
+"""Weights in the files of transformers: read tensor by tensor, and written as a folder that `from_pretrained` loads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from rlinf_core import UserError
+from rlinf_plugins_text.folder import CONFIG, GENERATION, INDEX, SINGLE, weight_files
+from rlinf_plugins_text.tokenizer import FILES, TextTokenizer
+
+PREFIX = "model."
+"""What files of a model without its head lack in every name."""
+SHARD_BYTES = 5 * 2**30
+LISTED = 8
+
+
+class PublishedWeights:
+    """The safetensors of a folder; see `rlinf_core.policy.WeightSource`.
+
+    Args:
+        folder: Holds the files.
+        published_name: From the module's own name of a parameter to the files'.
+    """
+
+    def __init__(self, folder: Path, published_name: Callable[[str], str]) -> None:
+        self._folder, self._published_name = folder, published_name
+        self._open = ExitStack()
+        self._files: dict[str, Any] = {}
+        for path in weight_files(folder, str(folder)):
+            try:
+                file = self._open.enter_context(safe_open(path, framework="pt"))
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"policy.weights: {path} cannot be read: {error}") from error
+            self._files |= dict.fromkeys(file.keys(), file)
+        # Files of the model without its head leave the prefix out.
+        self._prefix = "" if any(name.startswith(PREFIX) for name in self._files) else PREFIX
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The whole tensor of a parameter, in the dtype of the file."""
+        key = self._key(name)
+        tensor: torch.Tensor = self._files[key].get_tensor(key)
+        return tensor
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise `UserError` naming every parameter that is missing, unexpected or of another shape."""
+        wanted = {self._key(name): shape for name, shape in shapes.items()}
+        missing = sorted(wanted.keys() - self._files.keys())
+        # A head that is the embedding is written twice by some; so are buffers that the model computes.
+        surplus = [
+            name for name in self._files if name not in wanted and not name.endswith((".inv_freq", ".masked_bias"))
+        ]
+        surplus = sorted(name for name in surplus if not self._is_tied_head(name, wanted))
+        other = [
+            f"{name} is {found}, not {shape}"
+            for name, shape in sorted(wanted.items())
+            if name in self._files and (found := tuple(self._files[name].get_slice(name).get_shape())) != shape
+        ]
+        problems = [_listed("lacks", missing), _listed("has, without use for it,", surplus), _listed("differs:", other)]
+        if any(problems):
+            raise UserError(
+                f"policy.weights: {self._folder} does not fit its {CONFIG}: it {'; it '.join(filter(None, problems))}"
+            )
+
+    def _key(self, name: str) -> str:
+        published = self._published_name(name)
+        return published if published in self._files else published.removeprefix(self._prefix or "\0")
+
+    def _is_tied_head(self, name: str, wanted: Mapping[str, Any]) -> bool:
+        if name != "lm_head.weight":
+            return False
+        embedding = next((one for one in wanted if one.endswith(("embed_tokens.weight", "wte.weight"))), None)
+        if embedding not in self._files:
+            return False
+        tensors = [self._files[one].get_tensor(one) for one in (name, embedding)]
+        return torch.equal(*tensors)
+
+
+def save_folder(
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor],
+    table: Mapping[str, Any],
+    tokenizer: TextTokenizer,
+    source: Path | None,
+) -> None:
+    """Write weights, config and tokenizer.
+
+    Args:
+        folder: Where to.
+        tensors: Published name -> whole tensor.
+        table: The model's `config.json`.
+        tokenizer: Whose files are copied, with the chat template that was trained with.
+        source: The folder of the pretrained weights, whose settings of generation are kept.
+    """
+    _save_tensors(folder, tensors)
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    kept = {key: value for key, value in table.items() if key not in ("torch_dtype", "dtype", "transformers_version")}
+    config = model_config(kept)
+    (folder / CONFIG).write_text(
+        json.dumps(config.to_diff_dict() | {"architectures": _class(config), "dtype": dtype}, indent=2) + "\n"
+    )
+    if source is not None and (source / GENERATION).exists():
+        shutil.copyfile(source / GENERATION, folder / GENERATION)
+    for name in FILES:
+        if (tokenizer.folder / name).exists():
+            shutil.copyfile(tokenizer.folder / name, folder / name)
+    if tokenizer.template_source:
+        (folder / "chat_template.jinja").write_text(tokenizer.template_source, encoding="utf-8")
+
+
+def model_config(table: Mapping[str, Any]) -> Any:
+    """The config object of transformers.
+
+    Raises:
+        UserError: It knows no such architecture, or refuses a value.
+    """
+    from transformers import AutoConfig
+
+    rest = {key: value for key, value in table.items() if key != "model_type"}
+    try:
+        return AutoConfig.for_model(table.get("model_type", ""), **rest)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"the model's {CONFIG} (policy.weights, policy.config): {error}") from error
+
+
+def _class(config: Any) -> list[str]:
+    from transformers import AutoModelForCausalLM
+
+    mapping: Any = AutoModelForCausalLM._model_mapping
+    return [mapping[type(config)].__name__]
+
+
+def _save_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """One file, or several of five gigabytes with an index."""
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if size and size + tensor.nbytes > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor.contiguous()
+        size += tensor.nbytes
+    if len(shards) == 1:
+        save_file(shards[0], folder / SINGLE, metadata={"format": "pt"})
+        return
+    places: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(shard, file)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _listed(what: str, names: list[str]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return f"{what} {', '.join(names[:LISTED])}{more}" if names else ""
