@@ -12,6 +12,10 @@ def rlinf_register_policies() -> list[type[PolicyConfig]]:
 
 @hookimpl
 def rlinf_register_commands() -> list[Command]:
-    """Offer `rlinf convert`."""
-    what = "convert π0 or π0.5 weights (JAX, lerobot, RLinf) to openpi's PyTorch layout"
-    return [Command("convert", what, "rlinf_plugins_openpi.weights.convert")]
+    """Offer `rlinf convert` and `rlinf new-plugin`."""
+    convert = "convert π0 or π0.5 weights (JAX, lerobot, RLinf) to openpi's PyTorch layout"
+    new_plugin = "write a package with a format for a dataset of your own"
+    return [
+        Command("convert", convert, "rlinf_plugins_openpi.weights.convert"),
+        Command("new-plugin", new_plugin, "rlinf_plugins_openpi.new_plugin"),
+    ]
