@@ -7,8 +7,8 @@ import pytest
 import torch
 from toy_data import HORIZON, Rows, ToyDataset, ToyPolicy
 
-from rlinf_core.data.normalize import compute_norm_stats
 from rlinf_core.data.pipeline import build_pipeline
+from rlinf_core.data.statistics import compute_norm_stats
 from rlinf_core.evaluate import Validation, mean_action
 from rlinf_core.policy import PolicyOutput
 

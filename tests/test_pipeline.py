@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from toy_data import HORIZON, Repack, Rows, Shift, ToyDataset, ToyPolicy
 
-from rlinf_core.data.normalize import compute_norm_stats
 from rlinf_core.data.pipeline import Pipeline, build_pipeline
+from rlinf_core.data.statistics import compute_norm_stats
 from rlinf_core.errors import UserError
 
 

@@ -201,6 +201,24 @@ def test_given_statistics_are_read(validate, findings, tmp_path):
     assert validate("data.stats_need_images=true")[1]["facts"]["sample"] == "not tried: data.stats_need_images"
 
 
+def test_the_doctors_findings_are_told(validate, findings, tmp_path):
+    vector = {"mean": [0.0] * 4, "std": [1.0] * 4, "q01": [-1.0] * 4, "q99": [1.0] * 4}
+    path = tmp_path / "norm_stats.json"
+    path.write_text(json.dumps({"norm_stats": {"state": vector | {"q99": [1.0, 1.0, 1.0, -1.0]}, "actions": vector}}))
+    code, found = validate(f"data.norm_stats={path}")
+    assert (code, found["findings"]) == (0, [])
+    (warning,) = [text for text in found["warnings"] if text.startswith("no-spread: state [3]: ")]
+    assert "data.norm_floor = " in warning
+    wrong = vector | {"q99": [1.0, 1.0, 1.0, -2.0]}
+    path.write_text(json.dumps({"norm_stats": {"state": wrong, "actions": vector}}))
+    assert "negative-spread: state [3]: q99 is smaller than q01" in findings(f"data.norm_stats={path}")[0]
+
+
+def test_the_splits_are_told_in_a_line(validate):
+    data = validate("data.tasks=['Push the puck to a goal',0]", "data.episodes=['0-49']")[1]["facts"]["data"]
+    assert data == "28 episodes of 2 tasks, 460 rows; held out: 5 episodes of 2 tasks, 80 rows"
+
+
 def test_what_becomes_of_a_run_that_is_there(validate, findings, tmp_path):
     run = load_config(ROOT / QUICKSTART, [f"runner.output_dir={tmp_path}"], repository_plugins())
     checkpoint(run, 550)

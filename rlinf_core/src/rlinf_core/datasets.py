@@ -7,8 +7,8 @@ A `DatasetConfig` subclass is registered by an entry point in the group `rlinf.d
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,8 @@ from rlinf_core.data.sample import Row
 from rlinf_core.data.transforms import Box, Concatenate, Transform
 
 Split = Literal["train", "validation"]
+EpisodeRange = Annotated[str, Field(pattern=r"^\d+-\d+$")]
+"""`"10-99"`: the first and the last episode."""
 
 
 class SampleSource(Protocol):
@@ -54,7 +56,7 @@ class ColumnSource(SampleSource, Protocol):
     """A source that can give many rows at once: statistics then take seconds where they took minutes."""
 
     def columns(self, indices: Sequence[int]) -> Row:
-        """The values of `without_images` with rows as their first axis: vectors [N, D], chunks [N, H, D], `task` a list.
+        """Values of `without_images` with rows as their first axis: vectors [N, D], chunks [N, H, D], `task` a list.
 
         Transforms see such a batch in place of a row if their class says that they take it (`Transform.batched`).
         """
@@ -162,6 +164,29 @@ class LeRobotDatasetConfig(DatasetConfig):
     """Whether the prompt is the row's own task text. Otherwise it is `default_prompt`."""
     default_prompt: str = ""
     """The prompt of rows that have no task text, or of all rows if `prompt_from_task` is false."""
+    episodes: tuple[int | EpisodeRange, ...] = ()
+    """Episodes to use, numbers and ranges: `[7, "10-99"]` is 7 and 10 to 99. Empty: all."""
+    exclude_episodes: tuple[int | EpisodeRange, ...] = ()
+    """Episodes to leave out, in the same form."""
+    tasks: tuple[int | str, ...] = ()
+    """Use episodes of these tasks only: texts, or numbers of the dataset (`task_index`). An episode's task is that of
+    its first frame."""
+    min_episode_length: int = Field(default=0, ge=0)
+    """Leave out episodes of fewer frames."""
+    max_episode_length: int = Field(default=0, ge=0)
+    """Leave out episodes of more frames; 0: no limit."""
+    quality_column: str = ""
+    """A number or a truth value of each episode (a column of `meta/episodes`), or of each frame, which counts by its
+    mean over the episode."""
+    min_quality: float = 1.0
+    """Leave out episodes with less in `quality_column`. Truth values count 0 and 1."""
+    validation_tasks: tuple[int | str, ...] = ()
+    """Hold out all episodes of these tasks, instead of a share: how the policy does on tasks it has not seen."""
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether any episode is held out."""
+        return super().has_validation or bool(self.validation_tasks)
 
     @model_validator(mode="after")
     def _makes_sense(self) -> LeRobotDatasetConfig:
@@ -178,7 +203,7 @@ class LeRobotDatasetConfig(DatasetConfig):
             *_twice("images", self.images.values()),
             *_twice("state", self.state),
             *_twice("actions", self.actions),
-            *(f"{name} is named in state and in actions" for name in self.state if name in self.actions),
+            *(f"{name!r} is named in state and in actions" for name in self.state if name in self.actions),
             *(
                 f"crops names {name}, which images does not: {', '.join(self.images) or 'there are none'}"
                 for name in self.crops
@@ -189,7 +214,17 @@ class LeRobotDatasetConfig(DatasetConfig):
                 if not self.prompt_from_task and not self.default_prompt
                 else []
             ),
+            *self._wrong_subset(),
         ]
+
+    def _wrong_subset(self) -> Iterator[str]:
+        """What is wrong with the choice of episodes."""
+        if self.validation_tasks and super().has_validation:
+            yield "set one of validation_tasks, validation_fraction and validation_episodes"
+        if self.min_quality != 1.0 and not self.quality_column:
+            yield "min_quality needs quality_column, which names what it is compared with"
+        if self.max_episode_length and self.max_episode_length < self.min_episode_length:
+            yield f"max_episode_length {self.max_episode_length} is less than min_episode_length"
 
     @classmethod
     def facts(cls) -> dict[str, Any]:

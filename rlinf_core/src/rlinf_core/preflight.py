@@ -14,18 +14,19 @@ import numpy as np
 
 from rlinf_core.config.cluster import TORCHRUN, check_world_size
 from rlinf_core.config.run import RunConfig
-from rlinf_core.data.normalize import Stats, compute_norm_stats, load_norm_stats
+from rlinf_core.data.normalize import Stats, load_norm_stats
 from rlinf_core.data.order import check_batch, sample_generator, steps_per_epoch
 from rlinf_core.data.pipeline import build_pipeline
 from rlinf_core.data.probe import encode_without_images, probe
-from rlinf_core.data.splits import open_split
+from rlinf_core.data.splits import describe_splits, open_split
 from rlinf_core.datasets import SampleSource
 from rlinf_core.errors import UserError, did_you_mean
 from rlinf_core.plugins import Plugins
 from rlinf_core.training.resume import find_start
+from rlinf_core.training.statistics import diagnose
 
-PROBED_ROWS = 64
-"""Rows for the statistics of a trial sample; the run computes its own from all."""
+SURVEYED_ROWS = 65_536
+"""Rows from which statistics are examined; the run looks at all."""
 
 
 @dataclass
@@ -36,6 +37,8 @@ class Report:
     """In the order of checking."""
     findings: list[str] = field(default_factory=list)
     """What would end the run, each with its way out."""
+    warnings: list[str] = field(default_factory=list)
+    """What may spoil it, each with its way out."""
 
     @contextmanager
     def checking(self) -> Iterator[None]:
@@ -85,10 +88,12 @@ def _check_data(run: RunConfig, plugins: Plugins, report: Report) -> SampleSourc
         train = open_split(run, plugins, "train")
         report.facts["training_rows"] = len(train)
         report.facts["training_episodes"] = len(np.unique(train.episodes))
+        held_out = None
         if run.data.has_validation:
             held_out = open_split(run, plugins, "validation")
             report.facts["held_out_rows"] = len(held_out)
             report.facts["held_out_episodes"] = len(np.unique(held_out.episodes))
+        report.facts["data"] = describe_splits(train, held_out)
     return train
 
 
@@ -125,14 +130,16 @@ def _check_sample(run: RunConfig, train: SampleSource, report: Report) -> None:
     """Make a sample of the first row as training will, except for its pictures: decoding them may need torch."""
     stats: Stats | None = None
     with report.checking():
-        if run.data.norm_stats:
-            stats = load_norm_stats(Path(run.data.norm_stats).expanduser())
         if run.data.stats_need_images:
+            if given := run.data.given_statistics():
+                load_norm_stats(Path(given).expanduser())
             report.facts["sample"] = "not tried: data.stats_need_images"
             return
-        if stats is None and run.policy.normalization != "none":
-            transforms = (run.data.repack(), *run.data.transforms())
-            stats = compute_norm_stats(train, transforms, rows=PROBED_ROWS)
+        if run.policy.normalization != "none":
+            diagnosis = diagnose(run, train, rows=SURVEYED_ROWS)
+            report.warnings += [str(finding) for finding in diagnosis.findings if finding.severity == "warning"]
+            diagnosis.refuse()
+            stats = diagnosis.stats
         pipeline = build_pipeline(run.data, run.policy, stats)
         (sample,) = encode_without_images(train, pipeline, [0])
         drawn = run.policy.draw(sample_generator(run.seed, 0, 0))

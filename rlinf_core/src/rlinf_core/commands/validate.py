@@ -16,7 +16,8 @@ Checked are the config, the dataset with its columns and one sample of it, the a
 policy, and the folder of the run. Not checked: what needs a device, and whether pictures can be decoded.
 
 --json prints an object: "ok", "config" (the file), "facts" (an object of numbers and texts; a fact that could not be
-found out is left out) and "findings" (a list of texts, empty if ok). Exit codes: 0 if ok, else 2.
+found out is left out), "findings" (a list of texts, empty if ok) and "warnings" (a list of texts: what may spoil the
+run). Exit codes: 0 if ok, else 2.
 """
 
 
@@ -44,17 +45,20 @@ def run(options: argparse.Namespace) -> int:
     except UserError as error:
         if not options.json:
             raise
-        print_json({"ok": False, "config": options.config, "facts": {}, "findings": [str(error)]})
+        print_json({"ok": False, "config": options.config, "facts": {}, "findings": [str(error)], "warnings": []})
         return Exit.USER_ERROR
     ok = not report.findings
     if options.json:
-        print_json({"ok": ok, "config": options.config, "facts": report.facts, "findings": report.findings})
+        told = {"facts": report.facts, "findings": report.findings, "warnings": report.warnings}
+        print_json({"ok": ok, "config": options.config} | told)
         return Exit.OK if ok else Exit.USER_ERROR
     if not ok:
         lines = "".join(f"\n  {finding.replace(chr(10), chr(10) + '  ')}" for finding in report.findings)
         raise UserError(f"{options.config} would not run:{lines}")
     rows = [[name.replace("_", " "), str(value)] for name, value in report.facts.items()]
     print_table(["ok", options.config], rows)
+    for warning in report.warnings:
+        print(f"warning: {warning}")
     return Exit.OK
 
 

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rlinf_core.data.lerobot_columns import INDEX_COLUMNS, read_columns
+from rlinf_core.data.lerobot_columns import INDEX_COLUMNS, check_finite, read_columns
 from rlinf_core.data.lerobot_files import find_dataset
 from rlinf_core.data.lerobot_metadata import Metadata, load_metadata
+from rlinf_core.data.lerobot_quality import episode_quality
 from rlinf_core.data.parquet_images import ParquetImages
 from rlinf_core.data.sample import Row
-from rlinf_core.data.splits import held_out_episodes
+from rlinf_core.data.splits import EpisodeTable, split_episodes
 from rlinf_core.data.video import VideoReader
 from rlinf_core.datasets import Crop, LeRobotDatasetConfig, Split
 from rlinf_core.errors import UserError
@@ -45,10 +46,13 @@ def open_lerobot(dataset: LeRobotDatasetConfig, chunk_length: int, split: Split)
     place.fetch(metadata.files(dataset.images.values()))
     _check_videos(dataset, metadata)
     columns, file_stops = read_columns(metadata, [*INDEX_COLUMNS, *dict.fromkeys((*dataset.state, *actions))])
-    held_out = held_out_episodes(dataset, _task_of_episode(metadata, columns))
+    training, held_out = split_episodes(dataset, _episode_table(dataset, metadata, columns))
     if split == "validation" and not held_out:
-        raise UserError("no episode is held out: set data.validation_fraction or data.validation_episodes")
-    in_split = np.isin(columns["episode_index"], sorted(held_out), invert=split == "train")
+        raise UserError(
+            "no episode is held out: set data.validation_fraction, data.validation_episodes or data.validation_tasks"
+        )
+    in_split = np.isin(columns["episode_index"], sorted(training if split == "train" else held_out))
+    check_finite(metadata, columns, in_split)
     return LeRobotSource(
         metadata,
         columns,
@@ -254,8 +258,14 @@ def _check_videos(dataset: LeRobotDatasetConfig, metadata: Metadata) -> None:
         raise UserError(f"{metadata.root} lacks the video files {named}{more}: download or write the dataset again")
 
 
-def _task_of_episode(metadata: Metadata, columns: dict[str, NDArray[Any]]) -> dict[int, int]:
-    """Episode number -> the task of its first frame; episodes without frames have none."""
+def _episode_table(dataset: LeRobotDatasetConfig, metadata: Metadata, columns: dict[str, NDArray[Any]]) -> EpisodeTable:
+    """What episodes are chosen by; those without frames are left out."""
     filled = metadata.lengths > 0
-    tasks = columns["task_index"][metadata.starts[filled]]
-    return dict(zip(metadata.episodes[filled].tolist(), tasks.tolist(), strict=True))
+    quality = episode_quality(metadata, dataset.quality_column)[filled] if dataset.quality_column else None
+    return EpisodeTable(
+        numbers=metadata.episodes[filled],
+        lengths=metadata.lengths[filled],
+        tasks=columns["task_index"][metadata.starts[filled]],
+        task_texts=metadata.task_texts,
+        quality=quality,
+    )

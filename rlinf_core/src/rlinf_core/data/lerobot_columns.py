@@ -35,8 +35,8 @@ def read_columns(metadata: Metadata, names: Sequence[str]) -> tuple[dict[str, ND
         Index columns [N] and vectors float32 [N, D]; [data files], the position after the last frame of each.
 
     Raises:
-        UserError: A file cannot be read or has other frames than the metadata say, a vector is not as wide as they say,
-            or a number is NaN or infinite.
+        UserError: A file cannot be read or has other frames than the metadata say, or a vector is not as wide as they
+            say.
     """
     vectors = {name: width_of(metadata.features[name]) for name in names if name not in INDEX_COLUMNS}
 
@@ -57,8 +57,6 @@ def read_columns(metadata: Metadata, names: Sequence[str]) -> tuple[dict[str, ND
     lengths = np.array([len(file["index"]) for file in files], np.int64)
     columns = {name: np.concatenate([file[name] for file in files]) for name in names}
     _check_frames(metadata, lengths, columns)
-    for name in vectors:
-        _check_finite(metadata, name, columns)
     return columns, np.cumsum(lengths)
 
 
@@ -141,19 +139,25 @@ def _check_frames(metadata: Metadata, lengths: NDArray[np.int64], columns: dict[
         )
 
 
-def _check_finite(metadata: Metadata, name: str, columns: dict[str, NDArray[Any]]) -> None:
-    """Raise `UserError` for NaN or infinity: no policy learns from them, and one spoils the statistics of all."""
-    finite = np.isfinite(columns[name]).all(axis=1)
-    if finite.all():
-        return
-    rows = np.flatnonzero(~finite)
-    episodes = np.unique(columns["episode_index"][rows]).tolist()
-    named = ", ".join(map(str, episodes[:10])) + ", ..." * (len(episodes) > 10)
-    raise UserError(
-        f"{name!r} holds NaN or infinity in {len(rows)} frames of {len(episodes)} episodes ({named}), first in "
-        f"{frame_at(metadata, int(rows[0]))}: mend these frames or remove their episodes from the dataset; "
-        f"`rlinf check-dataset {metadata.name}` lists them"
-    )
+def check_finite(metadata: Metadata, columns: Mapping[str, NDArray[Any]], used: NDArray[np.bool_]) -> None:
+    """Raise `UserError` for NaN or infinity: no policy learns from them, and one spoils the statistics of all.
+
+    Args:
+        metadata: Of the dataset.
+        columns: As `read_columns` returns them.
+        used: [N], the frames that matter: episodes that are left out may hold anything.
+    """
+    for name in columns.keys() - set(INDEX_COLUMNS):
+        rows = np.flatnonzero(used & ~np.isfinite(columns[name]).all(axis=1))
+        if not len(rows):
+            continue
+        episodes = np.unique(columns["episode_index"][rows]).tolist()
+        named = ", ".join(map(str, episodes[:10])) + ", ..." * (len(episodes) > 10)
+        raise UserError(
+            f"{name!r} holds NaN or infinity in {len(rows)} frames of {len(episodes)} episodes ({named}), first in "
+            f"{frame_at(metadata, int(rows[0]))}: mend these frames, or leave the episodes out with "
+            f"data.exclude_episodes; `rlinf check-dataset {metadata.name}` lists them"
+        )
 
 
 def frame_at(metadata: Metadata, row: int) -> str:

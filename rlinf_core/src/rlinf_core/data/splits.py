@@ -1,16 +1,22 @@
 """The rows of a run, in two splits: those for training, and those of the episodes that are held out for validation.
 
-Which episodes are held out depends on the dataset alone, so that runs can be compared.
+First the config chooses episodes by number, task, length and quality; of those, some are held out. Which they are
+depends on the dataset and that choice alone, so that runs can be compared.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from rlinf_core.config.run import RunConfig
-from rlinf_core.datasets import DatasetConfig, SampleSource, Split
-from rlinf_core.errors import UserError
+from rlinf_core.datasets import ColumnSource, DatasetConfig, LeRobotDatasetConfig, SampleSource, Split
+from rlinf_core.errors import UserError, did_you_mean
 from rlinf_core.plugins import Plugins
 
 
@@ -23,6 +29,111 @@ def open_split(run: RunConfig, plugins: Plugins, split: Split) -> SampleSource:
             "its config must derive from LeRobotDatasetConfig, or a plugin must implement rlinf_open_dataset."
         )
     return source
+
+
+def describe_splits(train: SampleSource, held_out: SampleSource | None) -> str:
+    """What a run uses, in a line: `92 episodes of 3 tasks, 1607 rows; 16 held out, of 3 tasks`."""
+    text = f"{_counted(train)}, {len(train)} rows"
+    return text if held_out is None else f"{text}; held out: {_counted(held_out)}, {len(held_out)} rows"
+
+
+def _counted(source: SampleSource) -> str:
+    first = np.unique(source.episodes, return_index=True)[1]
+    text = f"{len(first)} episode{'s' * (len(first) != 1)}"
+    if isinstance(source, ColumnSource) and "task" in (columns := source.columns(first.tolist())):
+        tasks = len(set(columns["task"]))
+        text += f" of {tasks} task{'s' * (tasks != 1)}"
+    return text
+
+
+@dataclass(frozen=True, eq=False)
+class EpisodeTable:
+    """What a choice of episodes goes by; arrays are [E]."""
+
+    numbers: NDArray[np.int64]
+    """The dataset's own."""
+    lengths: NDArray[np.int64]
+    """Frames."""
+    tasks: NDArray[np.int64]
+    """Number of the first frame's task."""
+    task_texts: dict[int, str]
+    quality: NDArray[np.float64] | None = None
+    """`data.quality_column`."""
+
+
+def split_episodes(config: LeRobotDatasetConfig, table: EpisodeTable) -> tuple[frozenset[int], frozenset[int]]:
+    """The episodes to train on, and those that are held out.
+
+    Raises:
+        UserError: The config names an episode or a task that the dataset does not have, or nothing would be left.
+    """
+    chosen = np.ones(len(table.numbers), np.bool_)
+    narrowed: list[str] = []
+    if config.episodes:
+        chosen &= np.isin(table.numbers, _numbers("data.episodes", config, config.episodes, table))
+        narrowed.append("episodes")
+    if config.exclude_episodes:
+        chosen &= ~np.isin(table.numbers, _numbers("data.exclude_episodes", config, config.exclude_episodes, table))
+        narrowed.append("exclude_episodes")
+    if config.tasks:
+        chosen &= np.isin(table.tasks, _tasks("data.tasks", config, config.tasks, table))
+        narrowed.append("tasks")
+    if config.min_episode_length:
+        chosen &= table.lengths >= config.min_episode_length
+        narrowed.append("min_episode_length")
+    if config.max_episode_length:
+        chosen &= table.lengths <= config.max_episode_length
+        narrowed.append("max_episode_length")
+    if config.quality_column and table.quality is not None:
+        chosen &= table.quality >= config.min_quality
+        narrowed.append(f"quality_column (from {table.quality.min():g} to {table.quality.max():g})")
+    if not chosen.any():
+        raise UserError(
+            f"no episode of {config.repo_id} is left: of its {len(chosen)}, of {table.lengths.min()} to "
+            f"{table.lengths.max()} frames, none passes data." + ", data.".join(narrowed)
+        )
+    task_of = dict(zip(table.numbers[chosen].tolist(), table.tasks[chosen].tolist(), strict=True))
+    if config.validation_tasks:
+        wanted = _tasks("data.validation_tasks", config, config.validation_tasks, table)
+        held_out = frozenset(episode for episode, task in task_of.items() if task in wanted)
+        if len(held_out) in (0, len(task_of)):
+            which = "every episode" if held_out else "no episode"
+            raise UserError(f"data.validation_tasks holds out {which} of those that are used: name other tasks")
+    else:
+        held_out = held_out_episodes(config, task_of)
+    return frozenset(task_of) - held_out, held_out
+
+
+def _numbers(key: str, config: DatasetConfig, named: Sequence[int | str], table: EpisodeTable) -> list[int]:
+    """Episode numbers of a list of numbers and ranges."""
+    numbers: list[int] = []
+    there = set(table.numbers.tolist())
+    for one in named:
+        first, last = (one, one) if isinstance(one, int) else map(int, one.split("-"))
+        if first > last or first not in there or last not in there:
+            raise UserError(
+                f"{key} names {one}, but the episodes of {config.repo_id} are {min(there)} to {max(there)}"
+                + ", with gaps" * (len(there) != max(there) - min(there) + 1)
+            )
+        numbers += range(first, last + 1)
+    return numbers
+
+
+def _tasks(key: str, config: DatasetConfig, named: Sequence[int | str], table: EpisodeTable) -> list[int]:
+    """Task numbers of a list of texts and numbers."""
+    number_of = {text: number for number, text in table.task_texts.items()}
+    found = []
+    for one in named:
+        number = one if isinstance(one, int) else number_of.get(one)
+        if number not in table.task_texts:
+            listed = ", ".join(f"{number} {text!r}" for number, text in list(table.task_texts.items())[:10])
+            near = did_you_mean(one, number_of) if isinstance(one, str) else ""
+            raise UserError(
+                f"{key} names {one!r}, which is no task of {config.repo_id}{near}; it has {len(number_of)}: {listed}"
+                + ", ..." * (len(number_of) > 10)
+            )
+        found.append(int(number))
+    return found
 
 
 def held_out_episodes(config: DatasetConfig, tasks: dict[int, int]) -> frozenset[int]:
@@ -39,8 +150,8 @@ def held_out_episodes(config: DatasetConfig, tasks: dict[int, int]) -> frozenset
         unknown = sorted(set(config.validation_episodes) - tasks.keys())
         if unknown:
             raise UserError(
-                f"data.validation_episodes names {unknown}, but the episodes of {config.repo_id} are "
-                f"{min(tasks)} to {max(tasks)}"
+                f"data.validation_episodes names {unknown}, but the episodes used of {config.repo_id} are "
+                f"{len(tasks)} from {min(tasks)} to {max(tasks)}"
             )
         if set(config.validation_episodes) == tasks.keys():
             raise UserError(

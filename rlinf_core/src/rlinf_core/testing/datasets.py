@@ -16,9 +16,10 @@ from pydantic import ValidationError
 from rlinf_core.config.toml import merge
 from rlinf_core.data.lerobot_files import find_root
 from rlinf_core.data.lerobot_metadata import load_metadata
-from rlinf_core.data.normalize import Normalize, compute_norm_stats
+from rlinf_core.data.normalize import Normalize
 from rlinf_core.data.pipeline import Pipeline
 from rlinf_core.data.sample import Row, Sample
+from rlinf_core.data.statistics import compute_norm_stats
 from rlinf_core.datasets import DatasetConfig, LeRobotDatasetConfig, SampleSource
 from rlinf_core.errors import UserError
 from rlinf_core.plugins import Plugins, get_plugins

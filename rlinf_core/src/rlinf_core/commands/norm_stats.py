@@ -1,0 +1,248 @@
+"""`rlinf norm-stats`: compute, show, compare and import normalisation statistics, and what is wrong with them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlinf_core.commands.output import print_json, print_table
+from rlinf_core.errors import Exit, UserError
+
+if TYPE_CHECKING:
+    from rlinf_core.config.run import RunConfig
+    from rlinf_core.data.normalize import NormStats
+    from rlinf_core.training.statistics import Diagnosis
+
+STATISTICS = ("mean", "std", "q01", "q99")
+SHOWN_DIFFERENCES = 20
+
+EPILOG = """\
+With a config: the statistics that its run would begin with, computed or data.norm_stats, and what is wrong with them.
+
+--json prints an object: "made_of" (what a file tells of its origin), "statistics" ("state" and "actions", each with a
+list "mean", "std", "q01", "q99"; with a config also "min", "max", "share_beyond_5", "largest_normalized" and
+"worst_episode"), with a config "normalization" and "findings" ([{"id", "severity", "key", "dimensions", "message",
+"way_out"}]); with --diff a list of {"key", "dimension", "statistic", "a", "b", "spreads"}.
+Exit codes: 0, or 2 if a finding is an error.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.epilog = EPILOG
+    parser.add_argument("config", nargs="?", help="a run's TOML file")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings over the file: data.norm_floor=0.01"
+    )
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--show", metavar="FILE", help="show a norm_stats.json")
+    instead.add_argument("--diff", nargs=2, metavar=("A", "B"), help="compare two, in units of A's spread")
+    instead.add_argument(
+        "--import", dest="imported", metavar="FILE", help="read another project's file, see --from; needs --output"
+    )
+    parser.add_argument(
+        "--from",
+        dest="project",
+        choices=("openpi", "lerobot"),
+        help="whose file: openpi's norm_stats.json; lerobot's meta/stats.json or a policy's normalizer .safetensors, "
+        "of the columns that a config names, else observation.state and action",
+    )
+    parser.add_argument("--output", metavar="FILE", help="the norm_stats.json to write")
+    parser.add_argument("--json", action="store_true", help="everything as one JSON document")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do one of the four."""
+    if bool(options.imported) != bool(options.project):
+        raise UserError("--import FILE and --from openpi|lerobot go together")
+    if options.imported:
+        _import(options)
+    elif options.diff:
+        _diff(*map(Path, options.diff), as_json=options.json)
+    elif options.show:
+        _show(Path(options.show), as_json=options.json)
+    elif not options.config:
+        raise UserError("name a config, or one of --show FILE, --diff A B, --import FILE --from openpi|lerobot")
+    else:
+        return _compute(options)
+    return Exit.OK
+
+
+def _load(options: argparse.Namespace) -> RunConfig:
+    from rlinf_core.config.load import load_config
+    from rlinf_core.plugins import get_plugins
+
+    return load_config(options.config, options.overrides, get_plugins())
+
+
+def _compute(options: argparse.Namespace) -> int:
+    from rlinf_core.data.normalize import save_norm_stats
+    from rlinf_core.data.splits import open_split
+    from rlinf_core.plugins import get_plugins
+    from rlinf_core.training.statistics import diagnose
+
+    run = _load(options)
+    diagnosis = diagnose(run, open_split(run, get_plugins(), "train"))
+    errors = any(finding.severity == "error" for finding in diagnosis.findings)
+    tables = _diagnosed(diagnosis)
+    if options.json:
+        findings = [asdict(finding) for finding in diagnosis.findings]
+        print_json(_document(asdict(diagnosis.origin), tables, normalization=diagnosis.mode, findings=findings))
+    else:
+        _print(tables)
+        for finding in diagnosis.findings:
+            print(f"{finding.severity}: {finding}")
+    if options.output and not errors:
+        save_norm_stats(Path(options.output), diagnosis.stats, diagnosis.origin)
+        _say(f"{options.output}: written", options)
+    return Exit.USER_ERROR if errors else Exit.OK
+
+
+def _diagnosed(diagnosis: Diagnosis) -> dict[str, dict[str, list[Any]]]:
+    """Statistics with what the data make of them, as lists by name."""
+    from rlinf_core.data.doctor import normalized_extremes, share_beyond
+
+    broken = {finding.key for finding in diagnosis.findings if finding.severity == "error"}
+    tables = {key: _lists(stats) for key, stats in diagnosis.stats.items()}
+    for key, data in diagnosis.surveyed.items():
+        if key not in tables or key in broken:
+            continue
+        extremes = normalized_extremes(key, diagnosis.stats, data, diagnosis.mode)
+        tables[key] |= {
+            "min": data.running.low.tolist(),
+            "max": data.running.high.tolist(),
+            "share_beyond_5": share_beyond(key, diagnosis.stats, data, diagnosis.mode).tolist(),
+            "largest_normalized": extremes.max(axis=0).tolist(),
+            "worst_episode": data.episodes[extremes.argmax(axis=0)].tolist(),
+        }
+    return tables
+
+
+def _show(path: Path, *, as_json: bool) -> None:
+    from rlinf_core.data.normalize import load_with_origin
+
+    stats, origin = load_with_origin(path)
+    tables = {key: _lists(value) for key, value in stats.items()}
+    if as_json:
+        print_json(_document(asdict(origin), tables))
+        return
+    _print(tables)
+    for name, value in asdict(origin).items():
+        if value:
+            print(f"{name.replace('_', ' ')}: {value}")
+
+
+def _diff(a: Path, b: Path, *, as_json: bool) -> None:
+    from rlinf_core.data.normalize import load_norm_stats
+
+    both = load_norm_stats(a), load_norm_stats(b)
+    if both[0].keys() != both[1].keys():
+        raise UserError(f"{a} has {', '.join(both[0])}, {b} has {', '.join(both[1])}")
+    rows = [row for key in both[0] for row in _differences(key, both[0][key], both[1][key])]
+    rows.sort(key=lambda row: -abs(row["spreads"] or 0.0))
+    if as_json:
+        print_json(rows)
+        return
+    columns = ["key", "dimension", "statistic", "a", "b", "spreads"]
+    print_table(columns, [[_text(row[column]) for column in columns] for row in rows[:SHOWN_DIFFERENCES]])
+    if not rows:
+        print("no difference")
+    elif len(rows) > SHOWN_DIFFERENCES:
+        print(f"and {len(rows) - SHOWN_DIFFERENCES} smaller ones")
+    for key in both[0]:
+        widths = len(both[0][key].mean), len(both[1][key].mean)
+        if widths[0] != widths[1]:
+            print(f"{key}: A has {widths[0]} numbers, B {widths[1]}; compared are those that both have")
+
+
+def _differences(key: str, a: NormStats, b: NormStats) -> list[dict[str, Any]]:
+    """Every statistic that differs, in units of A's standard deviation; None where one file lacks it."""
+    from rlinf_core.data.normalize import EPSILON
+
+    rows = []
+    for dimension in range(min(len(a.mean), len(b.mean))):
+        for name in STATISTICS:
+            x, y = (float(getattr(stats, name)[dimension]) for stats in (a, b))
+            if x != y and not (x != x and y != y):  # NaN: a quantile that neither has.
+                spreads = (y - x) / (float(a.std[dimension]) + EPSILON) if x == x and y == y else None
+                row = {"key": key, "dimension": dimension, "statistic": name, "a": _known(x), "b": _known(y)}
+                rows.append(row | {"spreads": spreads})
+    return rows
+
+
+def _import(options: argparse.Namespace) -> None:
+    from rlinf_core.data.foreign_stats import LEROBOT_COLUMNS, read_lerobot, read_openpi
+    from rlinf_core.data.normalize import Origin, save_norm_stats
+
+    if not options.output:
+        raise UserError("--import needs --output FILE, the norm_stats.json to write")
+    path = Path(options.imported)
+    columns: Mapping[str, Any] = LEROBOT_COLUMNS
+    if options.config:
+        columns = _columns(_load(options), options.project)
+    stats = read_openpi(path) if options.project == "openpi" else read_lerobot(path, columns)
+    save_norm_stats(Path(options.output), stats, Origin(dataset=f"{options.project}: {path}"))
+    if any(value != value for one in stats.values() for value in one.q01):
+        _say(f"{path} holds no quantiles: the statistics serve policies that normalise by mean_std only", options)
+    elif options.project == "lerobot" and path.suffix == ".json":
+        _say("lerobot's quantiles are means of the episodes' quantiles, narrower than those of all frames", options)
+    tables = {key: _lists(value) for key, value in stats.items()}
+    if options.json:
+        print_json(_document(asdict(Origin(dataset=f"{options.project}: {path}")), tables))
+    else:
+        _print(tables)
+        print(f"{options.output}: written")
+
+
+def _columns(run: RunConfig, project: str) -> dict[str, Any]:
+    """The columns whose statistics lerobot's file holds, if they are those that the policy sees."""
+    from rlinf_core.data.transforms import RelativeActions
+    from rlinf_core.datasets import LeRobotDatasetConfig
+
+    if project != "lerobot" or not isinstance(run.data, LeRobotDatasetConfig):
+        raise UserError("a config says which columns of lerobot's file to take: leave it out otherwise")
+    if any(isinstance(transform, RelativeActions) for transform in run.data.transforms()):
+        raise UserError(
+            "the config trains on actions relative to the state, and lerobot's statistics are of those recorded: "
+            "leave data.norm_stats empty to compute them"
+        )
+    return {"state": run.data.state, "actions": run.data.actions}
+
+
+def _say(text: str, options: argparse.Namespace) -> None:
+    """A line for people, which --json leaves out of its document."""
+    if not options.json:
+        print(text)
+
+
+def _document(made_of: dict[str, Any], tables: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    known = {name: value for name, value in made_of.items() if value}
+    return {"made_of": known, "statistics": tables} | more
+
+
+def _lists(stats: NormStats) -> dict[str, list[Any]]:
+    return {name: [_known(value) for value in getattr(stats, name).tolist()] for name in STATISTICS}
+
+
+def _known(value: float) -> float | None:
+    """NaN stands for a quantile that a file lacks, and is no JSON."""
+    return value if value == value else None
+
+
+def _print(tables: Mapping[str, dict[str, list[Any]]]) -> None:
+    names = list(dict.fromkeys(name for table in tables.values() for name in table))
+    rows = []
+    for key, table in tables.items():
+        for dimension in range(len(table["mean"])):
+            cells = [table[name][dimension] if dimension < len(table.get(name, ())) else None for name in names]
+            rows.append([f"{key}[{dimension}]", *map(_text, cells)])
+    print_table(["", *(name.replace("_", " ") for name in names)], rows)
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
