@@ -47,7 +47,9 @@ def test_a_class_is_checked_without_its_data(plugins):
 @pytest.mark.parametrize("name", [entry.name for entry in repository_plugins().datasets()])
 def test_every_dataset_of_this_repository_conforms(name):
     plugins = repository_plugins()
-    check_dataset(plugins.dataset(name), plugins=plugins)
+    found = plugins.dataset(name)
+    # A format of one's own leaves it to the user how actions are trained.
+    check_dataset(found(raw_action_is_delta=True) if name.endswith("_custom") else found, plugins=plugins)
 
 
 def test_every_missing_column_is_named(tiny_dataset, plugins):

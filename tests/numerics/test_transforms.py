@@ -39,6 +39,13 @@ def nested(value, meta):
     return {} if value is None else translated(value, meta)
 
 
+def not_ours(value, meta):
+    """What no setting of ours does may be said only where it is off."""
+    if value:
+        raise LookupError(f"{meta['config']} has an override that we cannot follow: {value!r}")
+    return {}
+
+
 def under(name):
     """A setting of ours; TOML has no null, so that None is its default."""
     return lambda value, meta: {} if value is None else {name: value}
@@ -54,6 +61,8 @@ OVERRIDES = {
     "action_train_with_rotation_6d": nothing,  # RLinf hands it on and nobody reads it; ours really converts
     "repo_id": under("repo_id"),
     "assets": nothing,  # where the statistics lie: these tests take those beside the case
+    "norm_stats_path": nothing,  # the same in later versions
+    "use_direct_resize": not_ours,  # later versions may stretch LIBERO's images, which are square: padding adds nothing
     "action_horizon": under("action_horizon"),
     "action_dim": under("action_dim"),
     "max_token_len": under("max_token_len"),
@@ -204,6 +213,8 @@ def test_every_format_has_a_case_but_the_one_without_a_reference():
 def test_an_override_without_a_translation_is_an_error():
     with pytest.raises(LookupError, match="use_magic"):
         translated({"use_magic": True}, {"config": "pi0_libero"})
+    with pytest.raises(LookupError, match="cannot follow"):
+        translated({"use_direct_resize": True}, {"config": "pi0_libero"})
 
 
 SIX = (True,) * 6 + (False,)
