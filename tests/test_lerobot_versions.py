@@ -142,14 +142,20 @@ def test_pictures_may_be_files_or_plain_bytes(kind, older, tmp_path):
         ("meta/episodes.jsonl", '{"episode_index": 0}\n', "line 1, is no JSON object with episode_index, length"),
         ("meta/episodes.jsonl", '{"episode_index": 0, "length": 9}\n', "counts 4 episodes, meta/episodes lists 1"),
         ("meta/tasks.jsonl", None, r"tasks\.jsonl cannot be read"),
-        ("meta/info.json", '{"codebase_version": "v2.1"}', "lacks data_path, features, fps, total_episodes, total_fr"),
+        ("meta/info.json", '{"codebase_version": "v2.1"}', "damaged: fps: Field required; features: "),
         ("meta/info.json", '{"codebase', r"info\.json cannot be read"),
+        ("meta/info.json", "[]", r"info\.json is damaged: the whole: Input should be a valid dictionary"),
+        ("meta/info.json", ('"dtype": "image"', '"type": "image"'), r"features\.observation\.images.*has no dtype"),
+        ("meta/info.json", ("episode_index:", "episode:"), r"the path 'data/.*asks for more than episode_chunk, "),
+        ("meta/episodes.jsonl", ('"length": 9', '"length": "9"'), "a length is no whole number"),
     ],
 )
 def test_damaged_metadata_are_named(file, content, message, older, tmp_path):
     root = shutil.copytree(older["image", "v2.1"], tmp_path / "damaged")
     if content is None:
         (root / file).unlink()
+    elif isinstance(content, tuple):
+        (root / file).write_text((root / file).read_text().replace(*content))
     else:
         (root / file).write_text(content)
     with pytest.raises(UserError, match=message):
@@ -187,6 +193,21 @@ def test_of_a_dataset_on_the_hub_only_the_cameras_in_use_are_downloaded(
     assert_same_rows(rows_of("lab/arm@v2", cameras=CAMERAS[:1])[:1], rows[:1])
     with pytest.raises(UserError, match=r"data\.repo_id: 'lab/arm' .*wrist.* does not answer"):
         rows_of("lab/arm@v2")
+
+
+def test_only_the_videos_of_the_episodes_in_use_are_downloaded_or_missed(older, empty_cache, monkeypatch, tmp_path):
+    root = shutil.copytree(older["video", "v2.1"], tmp_path / "part")
+    for path in root.glob("videos/*/*/episode_000003.mp4"):
+        path.unlink()
+    fields = {"exclude_episodes": (3,), "validation_episodes": (1,)}
+    with serve(root) as server:
+        point_to(monkeypatch, server.address)
+        rows = rows_of("lab/arm", **fields)
+        videos = {path.rpartition("/")[2] for path in server.got() if path.startswith("videos")}
+    assert videos == {f"episode_00000{episode}.mp4" for episode in (0, 1, 2)}
+    assert_same_rows(rows, rows_of(root, **fields))
+    with pytest.raises(UserError, match=r"lacks the video files .*episode_000003\.mp4"):
+        rows_of(root)
 
 
 def test_what_lerobot_recorded_here_needs_no_hub(empty_cache, image_dataset):

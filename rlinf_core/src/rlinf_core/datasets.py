@@ -76,7 +76,7 @@ class DatasetConfig(BaseModel):
     config_name: str = ""
     """The registered name of this format, from `rlinf datasets`; `distribution:name` when two packages use one name."""
     repo_id: str = ""
-    """A local folder, or the id of a dataset on the hub."""
+    """A local folder, or the id of a dataset on the hub, `owner/name` with an optional `@revision`."""
     revision: str = ""
     """Branch, tag or commit on the hub; empty: the hub's default."""
     num_workers: int = Field(default=2, ge=0)

@@ -44,9 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Check, and print the report."""
     depth: Depth = "fast" if options.fast else "full" if options.full else "ends"
-    config = _config(options)
     try:
-        report, damage = _check(options.dataset, config, depth)
+        report, damage = _check(options.dataset, _config(options), depth)
     except UserError as error:
         if not options.json:
             raise

@@ -29,7 +29,7 @@ OPEN_FILES = 128  # Mapped picture files a process; the usual limit of open file
 
 
 def open_lerobot(dataset: LeRobotDatasetConfig, chunk_length: int, split: Split) -> LeRobotSource:
-    """Open one split of a dataset; a hub id is downloaded first.
+    """Open one split of a dataset; of one on the hub, the files that the config needs are downloaded first.
 
     Args:
         dataset: Names the folder or hub id, the columns, and the episodes to hold out.
@@ -43,14 +43,16 @@ def open_lerobot(dataset: LeRobotDatasetConfig, chunk_length: int, split: Split)
     metadata = load_metadata(dataset.repo_id, place.root)
     actions = dataset.actions if chunk_length else ()
     check_columns(dataset, metadata)
-    place.fetch(metadata.files(dataset.images.values()))
-    _check_videos(dataset, metadata)
+    place.fetch(metadata.data_files)
     columns, file_stops = read_columns(metadata, [*INDEX_COLUMNS, *dict.fromkeys((*dataset.state, *actions))])
     training, held_out = split_episodes(dataset, _episode_table(dataset, metadata, columns))
     if split == "validation" and not held_out:
         raise UserError(
             "no episode is held out: set data.validation_fraction, data.validation_episodes or data.validation_tasks"
         )
+    videos = metadata.videos(dataset.images.values(), training | held_out)
+    place.fetch(videos)
+    _check_videos(metadata, videos)
     in_split = np.isin(columns["episode_index"], sorted(training if split == "train" else held_out))
     check_finite(metadata, columns, in_split)
     return LeRobotSource(
@@ -246,12 +248,9 @@ def _check_vector(key: str, column: str, feature: dict[str, Any]) -> None:
         raise UserError(f"{key} names {column!r}, which holds {kind}; a vector of numbers is needed")
 
 
-def _check_videos(dataset: LeRobotDatasetConfig, metadata: Metadata) -> None:
+def _check_videos(metadata: Metadata, videos: Sequence[Path]) -> None:
     """Raise `UserError` for video files that are not there: better now than in the middle of the first epoch."""
-    columns = [column for column in dataset.images.values() if column in metadata.video_files]
-    missing = [
-        path for path in dict.fromkeys(p for c in columns for p in metadata.video_files[c]) if not path.is_file()
-    ]
+    missing = [path for path in videos if not path.is_file()]
     if missing:
         named = ", ".join(str(path.relative_to(metadata.root)) for path in missing[:5])
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""

@@ -8,14 +8,16 @@ v2.x (`meta/tasks.jsonl`, `meta/episodes.jsonl`) each has files of its own, name
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from itertools import chain, compress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from rlinf_core.data.lerobot_files import INFO, read_json, read_json_lines, read_parquet
 from rlinf_core.errors import UserError
@@ -77,10 +79,15 @@ class Metadata:
         """Columns of a kind: `"video"` or `"image"`."""
         return [name for name, feature in self.features.items() if feature["dtype"] == dtype]
 
+    def videos(self, cameras: Iterable[str], episodes: Collection[int] | None = None) -> list[Path]:
+        """The video files of some cameras, of some episodes or (None) all."""
+        used = [episodes is None or episode in episodes for episode in self.episodes.tolist()]
+        named = (compress(self.video_files.get(name, ()), used) for name in dict.fromkeys(cameras))
+        return list(dict.fromkeys(chain.from_iterable(named)))
+
     def files(self, cameras: Iterable[str]) -> list[Path]:
         """The data files, and the video files of some cameras."""
-        videos = (path for name in dict.fromkeys(cameras) for path in self.video_files.get(name, ()))
-        return [*self.data_files, *dict.fromkeys(videos)]
+        return [*self.data_files, *self.videos(cameras)]
 
 
 def nearest_first(name: str, candidates: Iterable[str]) -> str:
@@ -114,39 +121,70 @@ def load_metadata(name: str, root: Path) -> Metadata:
 def read_metadata(name: str, root: Path) -> Metadata:
     """Like `load_metadata`, for a dataset that may be incomplete."""
     info = _load_info(name, root)
-    if info["codebase_version"] == "v3.0":
+    if info.codebase_version == "v3.0":
         episodes, tasks = _episodes_v3(root, info), _tasks_v3(root)
     else:
         episodes, tasks = _episodes_v2(root, info), _tasks_v2(root)
     return Metadata(
         name=name,
         root=root,
-        version=info["codebase_version"],
-        fps=float(info["fps"]),
-        features=info["features"],
-        total_episodes=int(info["total_episodes"]),
-        frames=int(info["total_frames"]),
+        version=info.codebase_version,
+        fps=info.fps,
+        features=info.features,
+        total_episodes=info.total_episodes,
+        frames=info.total_frames,
         task_texts=tasks,
         **episodes,
     )
 
 
-def _load_info(name: str, root: Path) -> dict[str, Any]:
+def _has_dtype(feature: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(feature.get("dtype"), str):
+        raise ValueError("has no dtype")
+    return feature
+
+
+class _Info(BaseModel):
+    """What is read of `meta/info.json`."""
+
+    codebase_version: str
+    fps: float = Field(gt=0)
+    features: dict[str, Annotated[dict[str, Any], AfterValidator(_has_dtype)]]
+    total_episodes: int
+    total_frames: int
+    data_path: str
+    video_path: str | None = None
+    chunks_size: int = Field(default=1000, gt=0)
+
+    @property
+    def videos(self) -> list[str]:
+        """Columns of videos."""
+        return [name for name, feature in self.features.items() if feature["dtype"] == "video"]
+
+    def file(self, root: Path, pattern: str | None, **numbers: Any) -> Path:
+        """The path that `data_path` or `video_path` makes of numbers."""
+        try:
+            return root / str(pattern).format(**numbers)
+        except (LookupError, ValueError) as error:
+            raise UserError(f"{root / INFO}: the path {pattern!r} asks for more than {', '.join(numbers)}") from error
+
+
+def _load_info(name: str, root: Path) -> _Info:
     path = root / INFO
     try:
-        info: dict[str, Any] = read_json(path)
+        content = read_json(path)
     except FileNotFoundError as e:
         raise UserError(f"{root} is not a LeRobot dataset: it has no {INFO} (data.repo_id = {name!r})") from e
-    needed = {"codebase_version", "fps", "features", "total_episodes", "total_frames", "data_path"}
-    if any(feature["dtype"] == "video" for feature in info.get("features", {}).values()):
-        needed.add("video_path")
-    if str(info.get("codebase_version", "v3.0")) not in VERSIONS:
-        raise UserError(_wrong_version(name, root, str(info["codebase_version"])))
-    missing = {key for key in needed if info.get(key) is None}
-    if missing:
-        raise UserError(
-            f"{path} lacks {', '.join(sorted(missing))}: it is damaged; download or write the dataset again"
-        )
+    version = content.get("codebase_version") if isinstance(content, dict) else None
+    if version is not None and version not in VERSIONS:
+        raise UserError(_wrong_version(name, root, str(version)))
+    try:
+        info = _Info.model_validate(content)
+    except ValidationError as e:
+        wrong = "; ".join(f"{'.'.join(map(str, one['loc'])) or 'the whole'}: {one['msg']}" for one in e.errors())
+        raise UserError(f"{path} is damaged: {wrong}. Download or write the dataset again") from e
+    if info.videos and not info.video_path:
+        raise UserError(f"{path} has columns of videos and no video_path: download or write the dataset again")
     return info
 
 
@@ -161,11 +199,10 @@ def _wrong_version(name: str, root: Path, version: str) -> str:
     return f"{name} ({root}) has LeRobot format {version}; {', '.join(VERSIONS)} are read. {way_out}"
 
 
-def _episodes_v3(root: Path, info: dict[str, Any]) -> dict[str, Any]:
+def _episodes_v3(root: Path, info: _Info) -> dict[str, Any]:
     """Fields of `Metadata`. The statistics that lie beside them are many times larger and stay unread."""
-    videos = [name for name, feature in info["features"].items() if feature["dtype"] == "video"]
     wanted = ["episode_index", "dataset_from_index", "dataset_to_index", "data/chunk_index", "data/file_index"]
-    for key in videos:
+    for key in info.videos:
         wanted += [f"videos/{key}/{part}" for part in ("chunk_index", "file_index", "from_timestamp")]
     paths = sorted((root / "meta" / "episodes").glob("*/*.parquet"))
     if not paths:
@@ -174,21 +211,25 @@ def _episodes_v3(root: Path, info: dict[str, Any]) -> dict[str, Any]:
     column: dict[str, NDArray[Any]] = {key: table[key].to_numpy() for key in table.column_names}
     places = np.stack([column["data/chunk_index"], column["data/file_index"]], axis=1)
     files, data_file = np.unique(places, axis=0, return_inverse=True)
-    pattern = info["data_path"]
+
+    def videos(key: str) -> tuple[Path, ...]:
+        places = zip(column[f"videos/{key}/chunk_index"], column[f"videos/{key}/file_index"], strict=True)
+        return tuple(
+            info.file(root, info.video_path, video_key=key, chunk_index=chunk, file_index=file)
+            for chunk, file in places
+        )
+
     return {
         "episodes": column["episode_index"],
         "starts": column["dataset_from_index"],
         "stops": column["dataset_to_index"],
-        "data_files": tuple(root / pattern.format(chunk_index=chunk, file_index=file) for chunk, file in files),
+        "data_files": tuple(
+            info.file(root, info.data_path, chunk_index=chunk, file_index=file) for chunk, file in files
+        ),
         "data_file": data_file.reshape(-1),
-        "video_files": {key: _videos_v3(root, info["video_path"], key, column) for key in videos},
-        "video_starts": {key: column[f"videos/{key}/from_timestamp"].astype(np.float64) for key in videos},
+        "video_files": {key: videos(key) for key in info.videos},
+        "video_starts": {key: column[f"videos/{key}/from_timestamp"].astype(np.float64) for key in info.videos},
     }
-
-
-def _videos_v3(root: Path, pattern: str, key: str, column: dict[str, NDArray[Any]]) -> tuple[Path, ...]:
-    places = zip(column[f"videos/{key}/chunk_index"], column[f"videos/{key}/file_index"], strict=True)
-    return tuple(root / pattern.format(video_key=key, chunk_index=chunk, file_index=file) for chunk, file in places)
 
 
 def _tasks_v3(root: Path) -> dict[int, str]:
@@ -200,18 +241,19 @@ def _tasks_v3(root: Path) -> dict[int, str]:
     return dict(zip(table["task_index"].to_pylist(), table[text].to_pylist(), strict=True))
 
 
-def _episodes_v2(root: Path, info: dict[str, Any]) -> dict[str, Any]:
+def _episodes_v2(root: Path, info: _Info) -> dict[str, Any]:
     """Fields of `Metadata`: an episode's files follow from its number, its frames from the lengths before it."""
-    listed = read_json_lines(root / "meta" / "episodes.jsonl", ("episode_index", "length"))
-    listed.sort(key=lambda episode: episode["episode_index"])
-    numbers = [episode["episode_index"] for episode in listed]
-    stops = np.cumsum([episode["length"] for episode in listed], dtype=np.int64)
-    size = int(info.get("chunks_size") or 1000)
-    videos = [name for name, feature in info["features"].items() if feature["dtype"] == "video"]
+    path = root / "meta" / "episodes.jsonl"
+    listed = [(one["episode_index"], one["length"]) for one in read_json_lines(path, ("episode_index", "length"))]
+    if not all(isinstance(number, int) for episode in listed for number in episode):
+        raise UserError(f"{path}: an episode_index or a length is no whole number: {AGAIN}")
+    listed.sort()
+    numbers = [episode for episode, _ in listed]
+    stops = np.cumsum([length for _, length in listed], dtype=np.int64)
 
-    def files(pattern: str, key: str = "") -> tuple[Path, ...]:
+    def files(pattern: str | None, key: str = "") -> tuple[Path, ...]:
         return tuple(
-            root / pattern.format(episode_chunk=number // size, episode_index=number, video_key=key)
+            info.file(root, pattern, episode_chunk=number // info.chunks_size, episode_index=number, video_key=key)
             for number in numbers
         )
 
@@ -219,10 +261,10 @@ def _episodes_v2(root: Path, info: dict[str, Any]) -> dict[str, Any]:
         "episodes": np.array(numbers, np.int64),
         "starts": np.concatenate([np.zeros(1, np.int64), stops])[:-1],
         "stops": stops,
-        "data_files": files(info["data_path"]),
+        "data_files": files(info.data_path),
         "data_file": np.arange(len(numbers)),
-        "video_files": {key: files(info["video_path"], key) for key in videos},
-        "video_starts": {key: np.zeros(len(numbers)) for key in videos},
+        "video_files": {key: files(info.video_path, key) for key in info.videos},
+        "video_starts": {key: np.zeros(len(numbers)) for key in info.videos},
     }
 
 
