@@ -14,6 +14,7 @@ from rlinf_core import PolicyConfig, Sample, UserError
 from rlinf_core.data.normalize import save_norm_stats
 from rlinf_core.data.sample import Batch
 from rlinf_core.data.transforms import Transform
+from rlinf_plugins_openpi.datasets.assets import asset_name
 from rlinf_plugins_openpi.dimensions import Pi0Dimensions
 from rlinf_plugins_openpi.draws import draw_augmentation, draw_flow
 from rlinf_plugins_openpi.freezing import Part, is_frozen
@@ -28,10 +29,22 @@ if TYPE_CHECKING:
     from rlinf_core.policy import WeightSource
 
 
+NO_LORA = (
+    "there is no LoRA here. All weights are trained, or fewer with "
+    'policy.freeze = "vision", "vlm" or "all_but_expert", which takes the least memory'
+)
+_ADAPTERS = re.compile("lora|peft|adapter", re.IGNORECASE)
+
+
 class OpenpiPolicyConfig(PolicyConfig):
     """What π0 and π0.5 have in common: all but the prompt format, the normalisation and one flag of the model."""
 
-    export_formats: ClassVar[tuple[str, ...]] = ("openpi",)
+    export_formats: ClassVar[tuple[str, ...]] = ("openpi", "lerobot")
+    not_here: ClassVar[Mapping[str, str]] = {
+        "pi0_lora": NO_LORA,
+        "pi05_lora": NO_LORA,
+        "pi0_fast": "π0-FAST is another model, which predicts actions as tokens; there are pi0 and pi05",
+    }
     run_defaults: ClassVar[Mapping[str, Any]] = {
         "optim": {"lr": 2.5e-5, "min_lr": 2.5e-6, "warmup_steps": 1000, "decay_steps": 30_000, "ema_decay": 0.99}
     }
@@ -64,6 +77,17 @@ class OpenpiPolicyConfig(PolicyConfig):
     """Leave the numbers that fill the robot's action up to `action_dim` out of the loss."""
     num_sampling_steps: int = Field(default=10, ge=1)
     """Euler steps from noise to actions when the policy acts."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_adapters(cls, table: Any) -> Any:
+        """What others call it: `lora_rank`, a table `[policy.lora]`, `use_peft`, openpi's variant `gemma_2b_lora`."""
+        if isinstance(table, Mapping):
+            variants = [key for key, value in table.items() if "variant" in key and _ADAPTERS.search(str(value))]
+            named = [key for key in table if _ADAPTERS.search(key)]
+            if asked := sorted({*variants, *named}):
+                raise ValueError(f"{', '.join(map(repr, asked))} asks for LoRA, and {NO_LORA}")
+        return table
 
     @model_validator(mode="after")
     def _only_trained_weights_are_frozen(self) -> OpenpiPolicyConfig:
@@ -141,8 +165,13 @@ class OpenpiPolicyConfig(PolicyConfig):
     def _check_vocabulary(self) -> None:
         path = self._tokenizer_path
         entries = load_processor(path).vocab_size()
-        # Trained weights know PaliGemma's tokens only; what starts from nothing may learn others, if not so few.
-        others_fit = self.variant == "dummy" or (self.weights == "random" and not Path(path).samefile(SMALL_MODEL))
+        # Published weights know PaliGemma's tokens only. What starts from nothing may learn others, if not so few, and
+        # what was exported knows those of the tokenizer beside it.
+        others_fit = (
+            self.variant == "dummy"
+            or (self.weights == "random" and not Path(path).samefile(SMALL_MODEL))
+            or Path(path).parent == Path(self.weights)
+        )
         if entries < GEMMA_ENTRIES and not others_fit:
             raise UserError(
                 f"the tokenizer {path!r} has {entries} entries, and the full-size variant reads PaliGemma's, which has "
@@ -174,13 +203,24 @@ class OpenpiPolicyConfig(PolicyConfig):
     def export(
         self, format: str, tensors: Mapping[str, Tensor], folder: Path, data: DatasetConfig, stats: Stats | None
     ) -> None:
-        """Write what openpi's `create_trained_policy` reads: weights, and statistics under the dataset's id."""
+        """Write what others' loaders read.
+
+        `openpi`: weights and statistics under the dataset's id, for `create_trained_policy`. `lerobot`: see
+        `lerobot_export`.
+
+        Raises:
+            UserError: lerobot has no place for something that the policy or its dataset does.
+        """
+        if format == "lerobot":
+            from rlinf_plugins_openpi.lerobot_export import export_lerobot
+
+            assert stats is not None  # Both policies normalise, so the run has some.
+            export_lerobot(self, tensors, folder, data, stats)
+            return
         self.save_weights(tensors, folder)
         if stats is not None:
             # openpi looks under the asset id of its config, which is the dataset's id unless set otherwise.
-            on_hub = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", data.repo_id) and not Path(data.repo_id).exists()
-            asset = data.repo_id if on_hub else Path(data.repo_id).name
-            save_norm_stats(folder / "assets" / asset / "norm_stats.json", stats)
+            save_norm_stats(folder / "assets" / asset_name(data.repo_id) / "norm_stats.json", stats)
 
     def open_weights(self) -> WeightSource:
         """Open weights in any known layout (see `weights.layouts`); those of a hub id are downloaded first."""
