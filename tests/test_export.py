@@ -1,6 +1,7 @@
 """`rlinf export` and `load_policy`: what leaves a run acts as the run's own policy did."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def trained(tmp_path_factory):
             return measure(*arguments)
 
         def noted_errors(actions, row, mean):
-            acted[trainer.measuring][row.row] = trainer.pipeline.decode(actions, row.sample)
+            acted[trainer.measuring][row.row] = trainer.sources[0].pipeline.decode(actions, row.sample)
             return errors(actions, row, mean)
 
         patch.setattr(trainer._validation, "_measure", noted_measure)
@@ -158,6 +159,20 @@ def test_folders_that_were_not_exported_are_refused(export, tmp_path):
     (folder / "rlinf.json").write_text("[]")
     with pytest.raises(UserError, match=r"cannot be read"):
         load_policy(folder)
+
+
+def test_folders_for_others_are_recognised(trained, export, tmp_path):
+    _, folder, _ = export("--format", "openpi")
+    with pytest.raises(UserError, match=r"in openpi's format.* Export the run once more without --format"):
+        load_policy(folder)
+    shutil.rmtree(folder / "assets")
+    with pytest.raises(UserError, match=r"policy holds weights alone.*policy\.weights may name the folder"):
+        load_policy(folder)
+    (folder / "policy_preprocessor.json").touch()
+    with pytest.raises(UserError, match=r"in lerobot's format"):
+        load_policy(folder)
+    with pytest.raises(UserError, match=r"holds a run, not a policy: make one of it with `rlinf export "):
+        load_policy(trained[0].run.folder)
 
 
 def test_observations_that_lack_something_say_what(trained, export):

@@ -23,6 +23,13 @@ from rlinf_core.training.build import DTYPES
 from rlinf_core.training.distributed import to_device
 from rlinf_core.training.fsdp import materialize
 
+ELSEWHERE = {
+    "a policy in lerobot's format": "policy_preprocessor.json",
+    "a policy in openpi's format": "assets/**/norm_stats.json",
+    "weights alone": "*.safetensors*",
+}
+"""What a folder without `rlinf.json` may hold -> a file that tells."""
+
 
 class LoadedPolicy:
     """A policy with its pipeline, as `load_policy` returns it."""
@@ -122,6 +129,8 @@ def _compute_in(module: Any, dtype: torch.dtype) -> None:
 
 def _read_description(folder: Path) -> dict[str, Any]:
     path = folder / DESCRIPTION
+    if folder.is_dir() and not path.exists() and (what := _without_description(folder)):
+        raise UserError(f"{folder} holds {what}")
     try:
         description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if description["format"] != FORMAT:
@@ -132,6 +141,19 @@ def _read_description(folder: Path) -> dict[str, Any]:
     if missing:
         raise UserError(f"{path}: {', '.join(missing)} must be tables")
     return description
+
+
+def _without_description(folder: Path) -> str:
+    """What a folder without `rlinf.json` is, and the way out; empty if it is nothing known."""
+    if (folder / "checkpoints").is_dir():
+        return f"a run, not a policy: make one of it with `rlinf export {folder} --output FOLDER`, and load that"
+    kind = next((name for name, mark in ELSEWHERE.items() if any(folder.glob(mark))), "")
+    if not kind:
+        return ""
+    return (
+        f"{kind}, without the {DESCRIPTION} that says how an observation becomes a sample: it cannot act here. Export "
+        "the run once more without --format; or train from these weights: policy.weights may name the folder"
+    )
 
 
 def _validated[C: BaseModel](config: type[C], table: dict[str, Any], folder: Path) -> C:
