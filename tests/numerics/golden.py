@@ -43,6 +43,7 @@ def unchecked(rows: Iterable[tuple[str, str, float, float]]) -> dict[str, str]:
         for pattern, reason in NOT_YET.items()
         if any(GOLDEN.glob(pattern)) and not any(name.startswith(f"{pattern}/") for name in names)
     }
+    missing |= {area: "the set has nothing of it" for area in AREAS if not cases(area)}
     for name in (name_of(case) for area in AREAS for case in cases(area)):
         if not any(checked.startswith(f"{name}/") for checked in names):
             missing.setdefault(name, "no distance was reported for it in this run")

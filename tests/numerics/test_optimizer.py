@@ -18,9 +18,16 @@ def test_learning_rate_is_optax_in_float32(optim_case, report):
         report(f"optim/schedule/{name}", "lr", float(np.max(np.abs(ours / theirs - 1))), 1e-5)
 
 
-@pytest.mark.parametrize("decay", ["0.99", "0.999"])
-def test_the_average_of_the_weights_is_the_references(optim_case, report, decay):
+def test_the_average_of_the_weights_is_the_references(optim_case, report):
     data = np.load(optim_case / "adamw_clip_ema.npz")
+    decays = sorted({key.removeprefix("ema").partition("_")[0] for key in data if key.startswith("ema")})
+    assert decays
+    for decay in decays:
+        report("optim/ema", f"average ({decay})", average_distance(data, decay), 1e-6)
+
+
+def average_distance(data, decay):
+    """How far averages of the recorded parameters are from the recorded averages."""
     names = sorted({key.split("/", 1)[1] for key in data if key.startswith("init/")})
     policy = torch.nn.ParameterDict({name: torch.nn.Parameter(torch.tensor(data[f"init/{name}"])) for name in names})
     ema, worst = Ema(policy, float(decay)), 0.0
@@ -31,7 +38,7 @@ def test_the_average_of_the_weights_is_the_references(optim_case, report, decay)
         for name, average in ema.state_dict().items():
             theirs = torch.tensor(data[f"ema{decay}_{step}/{name}"])
             worst = max(worst, float((average - theirs).abs().max() / theirs.abs().max()))
-    report("optim/ema", f"average ({decay})", worst, 1e-6)
+    return worst
 
 
 @pytest.mark.parametrize("divisor", [1.0, 7.0])
@@ -40,6 +47,7 @@ def test_clipped_adamw_follows_optax(optim_case, report, divisor):
     names = sorted({key.split("/", 1)[1] for key in data if key.startswith("init/")})
     steps = len({key.split("/")[0] for key in data if key.startswith("grad")})
     parameters = {name: torch.nn.Parameter(torch.tensor(data[f"init/{name}"])) for name in names}
+    # The file does not say how it was made; section 5 of the set's README does.
     optimizer = Optimizer(
         parameters.items(), Schedule(1e-2, 1e-3, 3, 12), betas=(0.9, 0.95), eps=1e-8, weight_decay=1e-10, clip_grad=1.0
     )

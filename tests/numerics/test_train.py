@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 from golden import name_of
-from pi0_case import max_distance, read_batch, read_model
+from pi0_case import read_batch, read_model
 
 from rlinf_core.training.ema import Ema
 from rlinf_core.training.optim import Optimizer, Schedule
 from rlinf_plugins_openpi.weights import PublishedWeights
+from rlinf_plugins_openpi.weights.layouts import JAX
 
 FIRST_LOSSES, LOSSES = 1e-4, 5e-4
 GRADIENT_NORM = 1e-3
@@ -54,36 +55,14 @@ class Run:
         )
 
 
-def in_reference_layout(state, name, head_dim):
-    """Parameters under the reference's name and in its layout: kernels [in, out], layers stacked, heads apart."""
-    layers = sum(key.endswith(".vlm.q_proj.weight") for key in state)
-
-    def stacked(key):
-        return torch.stack([state[f"layers.{index}.{key}"] for index in range(layers)])
-
-    def heads(weight):  # [L, heads · head dim, width] -> [L, heads, width, head dim]
-        return weight.unflatten(1, (-1, head_dim)).transpose(2, 3)
-
-    match name.removeprefix("PaliGemma/").split("/"):
-        case ["img", "head", "kernel"]:
-            return state["vision.head.projector.weight"].T
-        case ["img", "Transformer", "encoder_norm", "scale"]:
-            return state["vision.head.norm.weight"]
-        case ["llm", "final_norm", "scale"]:
-            return state["vlm_norm.weight"]
-        case ["llm", "layers", "attn", "q_einsum_1", "w"]:
-            return heads(stacked("expert.q_proj.weight"))
-        case ["llm", "layers", "attn", "kv_einsum", "w"]:
-            return torch.stack([heads(stacked(f"vlm.{key}_proj.weight")) for key in "kv"], dim=1)
-        case ["llm", "layers", "pre_attention_norm_1", "Dense_0", "kernel"]:
-            return stacked("expert.input_norm.dense.weight").mT
-        case ["llm", "layers", "pre_attention_norm_1", "scale"]:
-            return stacked("expert.input_norm.weight")
-        case [projection, "kernel"]:
-            return state[f"{projection}.weight"].T
-        case [projection, "bias"]:
-            return state[f"{projection}.bias"]
-    raise AssertionError(f"the reference watched {name}, which this test does not know")
+def distance_under_the_references_name(state, name, theirs, dimensions):
+    """max|difference| / max|reference| of all our parameters that the reference keeps under one name."""
+    slots = {own: slot for own, slot in JAX.slots(dimensions).items() if slot.key == name}
+    assert slots, f"the reference watched {name}, which is no parameter of its model"
+    theirs = torch.from_numpy(np.asarray(theirs))
+    assert all(slot.stored_shape(state[own].shape) == theirs.shape for own, slot in slots.items())
+    off = max(float((state[own] - slot.take(theirs)).abs().max()) for own, slot in slots.items())
+    return off / float(theirs.abs().max())
 
 
 @pytest.fixture
@@ -112,5 +91,5 @@ def test_training_follows_the_recorded_run(run, report):
 
     for key, value in run.watched.items():
         when, _, name = key.partition("/")
-        ours = in_reference_layout(run.on_the_way[when], name, run.model.dimensions.vlm.head_dim)
-        report(run.name, key, max_distance(ours, value), UPDATE)
+        now = run.on_the_way[when]
+        report(run.name, key, distance_under_the_references_name(now, name, value, run.model.dimensions), UPDATE)

@@ -1,0 +1,111 @@
+"""lerobot's own π0 and π0.5 modules with the same random weights: a second opinion, from another port of the reference.
+
+They compute in the same float32; where they differ by more than rounding, docs/numerics.md says why.
+"""
+
+import numpy as np
+import pytest
+import torch
+from tiny_lerobot import build, tiny_dimensions
+
+from rlinf_plugins_openpi import pi0
+from rlinf_plugins_openpi.pi0 import Pi0
+from rlinf_plugins_openpi.weights import EMBEDDING, EMBEDDING_IN_FILES, published_names
+
+pytest.importorskip("transformers", reason="lerobot's policies need it: uv sync --group test")
+
+PEERS = "peers"
+FLOAT32 = 1e-5
+FLOAT64_TIME = 2e-4
+"""lerobot computes the angles of the time features in float64, the reference in float32 (up to 1570 rad): the features
+differ by 1e-4, and what follows by as much."""
+CAMERAS, TEXT, BATCH = 2, 9, 3
+
+
+@pytest.fixture(params=[False, True], ids=["pi0", "pi05"])
+def pair(request):
+    """Ours and lerobot's with equal weights."""
+    size = tiny_dimensions(pi05=request.param)
+    theirs = build(size)
+    ours, generator = Pi0(size), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    names = published_names(size)
+    state = theirs.state_dict() | {names[name]: value.detach() for name, value in ours.named_parameters()}
+    state[EMBEDDING_IN_FILES] = state[EMBEDDING]
+    theirs.load_state_dict(state, strict=True)
+    return ours, theirs
+
+
+def batch_of(size):
+    """Observations of which one lacks the second camera and none has all the text there is room for."""
+    generator = torch.Generator().manual_seed(2)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    pixels = size.vision.image_size
+    return {
+        "images": torch.randint(0, 256, (BATCH, CAMERAS, pixels, pixels, 3), generator=generator, dtype=torch.uint8),
+        "image_mask": torch.tensor([[True, True], [True, False], [True, True]]),
+        "tokens": torch.randint(0, size.vocab_size, (BATCH, TEXT), generator=generator),
+        "token_mask": torch.arange(TEXT) < torch.tensor([[7], [4], [8]]),
+        "state": normal(BATCH, size.action_dim),
+        "actions": normal(BATCH, size.action_horizon, size.action_dim),
+        "noise": normal(BATCH, size.action_horizon, size.action_dim),
+        "time": torch.tensor([0.9, 0.5, 0.013]),
+    }
+
+
+def theirs_of(batch, ours):
+    """The batch as lerobot's modules take it: pictures on [-1, 1], one after another, channels first."""
+    images = [image / 255 * 2 - 1 for image in batch["images"].permute(1, 0, 4, 2, 3).float()]
+    prefix = (images, list(batch["image_mask"].T), batch["tokens"], batch["token_mask"])
+    return prefix if ours.dimensions.pi05 else (*prefix, batch["state"])
+
+
+def in_float64(time, width):
+    """lerobot's time features, for both: then nothing but rounding is left between the two."""
+    fraction = torch.linspace(0.0, 1.0, width // 2, dtype=torch.float64)
+    period = pi0.MIN_PERIOD * (pi0.MAX_PERIOD / pi0.MIN_PERIOD) ** fraction
+    angles = (1.0 / period * 2 * np.pi)[None] * time[:, None]
+    return torch.cat([angles.sin(), angles.cos()], dim=1).float()
+
+
+def distance(ours, theirs):
+    return float((ours.detach() - theirs.detach()).abs().max() / theirs.detach().abs().max())
+
+
+@pytest.mark.parametrize(("time", "tolerance"), [("as it is", FLOAT64_TIME), ("in float64 too", FLOAT32)])
+def test_losses_and_gradients_are_lerobots(pair, report, monkeypatch, time, tolerance):
+    ours, theirs = pair
+    if tolerance == FLOAT32:
+        monkeypatch.setattr(pi0, "time_features", in_float64)
+    batch = batch_of(ours.dimensions)
+    case = f"{PEERS}/lerobot/{'pi05' if ours.dimensions.pi05 else 'pi0'} (time features {time})"
+    losses = theirs.forward(*theirs_of(batch, ours), batch["actions"], batch["noise"], batch["time"]).mean(-1)
+    own = ours.losses(batch)
+    report(case, "loss of every action", distance(own, losses), tolerance)
+    own.mean().backward()
+    losses.mean().backward()
+    gradients = dict(theirs.named_parameters())
+    names = published_names(ours.dimensions)
+    # The true gradient of a key's bias is zero: both are rounding noise.
+    compared = [(name, p) for name, p in ours.named_parameters() if not name.endswith("k_proj.bias")]
+    assert {name for name, p in compared if p.grad is None} == {
+        name for name, _ in compared if gradients[names[name]].grad is None or not gradients[names[name]].grad.any()
+    }
+    pairs = [(p.grad, gradients[names[name]].grad) for name, p in compared if p.grad is not None]
+    apart = sum(float((a - b).square().sum()) for a, b in pairs) / sum(float(b.square().sum()) for _, b in pairs)
+    report(case, "gradient", apart**0.5, tolerance)
+
+
+@pytest.mark.parametrize("steps", [1, 10])
+def test_samples_are_lerobots(pair, report, steps):
+    ours, theirs = pair
+    batch = batch_of(ours.dimensions)
+    case = f"{PEERS}/lerobot/{'pi05' if ours.dimensions.pi05 else 'pi0'} (time features as it is)"
+    wanted = theirs.sample_actions(*theirs_of(batch, ours), noise=batch["noise"], num_steps=steps)
+    own = ours.sample_actions(batch, batch["noise"], num_steps=steps)
+    report(case, f"sample_actions/steps{steps}", distance(own, wanted), FLOAT64_TIME)
