@@ -172,7 +172,9 @@ class Plugins:
         match [one for one in registered if one.name == name]:
             case []:
                 failures = [failure for failure in self._failures if failure.hook in ("", HOOKS[kind].name)]
-                raise UserError(self._unknown(HOOKS[kind].noun, name, [one.name for one in registered], failures))
+                instead = self.instead_of(name) if kind == "policy" else ""
+                names = [one.name for one in registered]
+                raise UserError(self._unknown(HOOKS[kind].noun, name, names, failures, instead))
             case [one]:
                 return one
             case several:
@@ -186,6 +188,11 @@ class Plugins:
         """The policy config of this `type`. Raises as `find` does."""
         found: type[PolicyConfig] = self.find("policy", name).item
         return found
+
+    def instead_of(self, policy: str) -> str:
+        """What a registered policy says there is in place of a type that is not there; empty if none knows it."""
+        said = (one.item.not_here.get(policy, "") for one in self.registered_as("policy"))
+        return next(filter(None, said), "")
 
     def trainer(self, name: str) -> type[TrainerConfig]:
         """The trainer config of this `type`. Raises as `find` does."""
@@ -298,9 +305,11 @@ class Plugins:
             raise PluginError(str(failure)) from cause
         self._failures.append(failure)
 
-    def _unknown(self, noun: str, name: str, names: Iterable[str], failures: Iterable[Failure]) -> str:
+    def _unknown(
+        self, noun: str, name: str, names: Iterable[str], failures: Iterable[Failure], instead: str = ""
+    ) -> str:
         known = sorted(set(names))
-        lines = [f"unknown {noun} {name!r}{did_you_mean(name, known)}"]
+        lines = [f"unknown {noun} {name!r}" + (f": {instead}" if instead else did_you_mean(name, known))]
         lines.append(f"there is: {', '.join(known)}" if known else "no installed plugin brings one")
         lines += [f"failed: {failure}" for failure in failures]
         lines += [f"left out by RLINF_DISABLE_PLUGINS: {distribution}" for distribution in self.blocked]

@@ -193,7 +193,12 @@ class _Draft:
         if given is None or not fitting or given in fitting:
             return True
         name = self._get("data", "config_name")
-        self._note(("policy", "type"), f"{given!r} does not fit dataset {name!r}, which is for {' or '.join(fitting)}")
+        instead = self._plugins.instead_of(given) if isinstance(given, str) else ""
+        self._note(
+            ("policy", "type"),
+            f"{given!r} does not fit dataset {name!r}, which is for {' or '.join(fitting)}"
+            + (f": {instead}" if instead else ""),
+        )
         return False
 
     def _check_loggers(self) -> None:
