@@ -1,6 +1,8 @@
 """What all tests share: no network, one thread, a cache of their own, and tiny datasets that lerobot writes once."""
 
+import fcntl
 import os
+import pickle
 import sys
 from pathlib import Path
 
@@ -8,6 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # Read when huggingface_hub is imported.
 os.environ["OMP_NUM_THREADS"] = "1"  # Read when torch is; the models are tiny: threads only get in each other's way.
 
 import pytest
+from distributions import install
 from ranks import Ranks
 
 pytest_plugins = ["rlinf_core.testing", "distances"]
@@ -44,21 +47,45 @@ def _own_cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def video_dataset(tmp_path_factory):
-    """Four episodes of two tasks, two cameras as AV1 video, two episodes a video file and one a data file."""
-    from rlinf_core.testing import write_tiny_dataset
+def write_once(tmp_path_factory):
+    """`write_once(name, **options)`: a tiny dataset that the first process to ask for it writes for all."""
 
-    root = tmp_path_factory.mktemp("lerobot") / "video"
-    return write_tiny_dataset(root, videos=True, data_files_size_in_mb=0.0001, video_files_size_in_mb=0.003)
+    def write_once(name, **options):
+        from rlinf_core.testing import write_tiny_dataset
+
+        base = tmp_path_factory.getbasetemp()
+        folder = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # A process of several has its own.
+        known = folder / f"{name}.pickle"
+        with (folder / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not known.exists():
+                known.write_bytes(pickle.dumps(write_tiny_dataset(folder / name, **options)))
+        return pickle.loads(known.read_bytes())
+
+    return write_once
 
 
 @pytest.fixture(scope="session")
-def image_dataset(tmp_path_factory):
-    """The same episodes with PNG pictures in the parquet columns, in several files."""
-    from rlinf_core.testing import write_tiny_dataset
+def video_dataset(write_once):
+    """Four episodes of two tasks, two cameras as AV1 video, two episodes a video file and one a data file."""
+    return write_once("video", videos=True, data_files_size_in_mb=0.0001, video_files_size_in_mb=0.003)
 
-    root = tmp_path_factory.mktemp("lerobot") / "image"
-    return write_tiny_dataset(root, data_files_size_in_mb=0.0001)
+
+@pytest.fixture(scope="session")
+def image_dataset(write_once):
+    """The same episodes with PNG pictures in the parquet columns, in several files."""
+    return write_once("image", data_files_size_in_mb=0.0001)
+
+
+@pytest.fixture(scope="session")
+def toy_site(tmp_path_factory):
+    """A folder for `PYTHONPATH` with the toy policy as an installed plugin, and the config `toy.toml` of its runs."""
+    from toy_policy import CONFIG
+
+    site = tmp_path_factory.mktemp("site")
+    install(site, "toy", plugins={"toy": "toy_policy"}, datasets={"toy": "toy_policy:TrainableToyDataset"})
+    (site / "toy.toml").write_text(CONFIG)
+    return site
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from distributions import entry_point, repository_entry_points, repository_plugins
-from test_run import SETTINGS
 
 from rlinf_core import UserError, cli, hookimpl, torchrun
 from rlinf_core.config.load import load_config
@@ -182,25 +181,28 @@ def test_placed_accelerators_are_the_visible_ones(monkeypatch, tmp_path):
     assert seen == {"processes": 2, "devices": "5,7"}
 
 
-def arguments(folder, *overrides):
-    return [*SETTINGS, f"runner.output_dir={folder}", "cluster.component_placement.actor=0-1", *overrides]
+@pytest.fixture
+def toy(toy_site, tmp_path):
+    """What starts a process that launches runs of the toy policy: the beginning of its command, and its environment."""
+    command = [*COMMAND[:-1], str(toy_site / "toy.toml"), f"runner.output_dir={tmp_path}", "runner.name=toy"]
+    return command, os.environ | {"PYTHONPATH": os.pathsep.join([str(toy_site), str(ROOT / "tests")])}
 
 
-def test_a_run_on_two_processes(tmp_path):
-    result = subprocess.run(
-        [*COMMAND, *arguments(tmp_path, "runner.max_steps=2")], cwd=ROOT, capture_output=True, text=True
-    )
+def test_a_run_on_two_processes(toy, tmp_path):
+    command, environment = toy
+    command += ["cluster.component_placement.actor=0-1", "runner.max_steps=2"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "step 2: saved" in result.stdout
-    assert json.loads((tmp_path / "quickstart" / "environment.json").read_text())["ranks"] == 2
-    assert json.loads((tmp_path / "quickstart" / "exit.json").read_text())["code"] == 0
+    assert json.loads((tmp_path / "toy" / "environment.json").read_text())["ranks"] == 2
+    assert json.loads((tmp_path / "toy" / "exit.json").read_text())["code"] == 0
 
 
 def test_a_mistake_in_a_worker_is_one_message(tmp_path):
     (tmp_path / "quickstart").mkdir()
     (tmp_path / "quickstart" / "notes.txt").touch()
     result = subprocess.run(
-        [*COMMAND, *arguments(tmp_path, "cluster.component_placement.actor=0")],
+        [*COMMAND, f"runner.output_dir={tmp_path}", "cluster.component_placement.actor=0"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -211,14 +213,16 @@ def test_a_mistake_in_a_worker_is_one_message(tmp_path):
     assert "torch.distributed" not in result.stderr
 
 
-def test_ctrl_c_reaches_the_workers_which_save(tmp_path):
-    command = [*COMMAND, *arguments(tmp_path, "cluster.component_placement.actor=0")]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+def test_ctrl_c_reaches_the_workers_which_save(toy, tmp_path):
+    command, environment = toy
+    command += ["cluster.component_placement.actor=0"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
         for line in process.stdout:
             if line.startswith("step "):
                 process.send_signal(signal.SIGINT)
                 break
         out, error = process.communicate(timeout=90)
     assert process.returncode == 130, out + error
-    assert (tmp_path / "quickstart" / "latest").read_text().startswith("step_")
+    assert (tmp_path / "toy" / "latest").read_text().startswith("step_")
     assert "Traceback" not in error

@@ -45,6 +45,7 @@ SETTINGS = [
     "policy.action_dim=8",
     "policy.augment=true",  # a sample's images are changed alike on any number of ranks
     "runner.val_check_interval=0",
+    "data.validation_fraction=0.8",  # a run begins with a look at all rows for training
     "data.num_workers=0",
     "trainer.global_batch_size=12",
     "trainer.micro_batch_size=2",

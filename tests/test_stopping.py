@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 from distributions import install
-from test_trainer import CONFIG
 
 from rlinf_core.ending import Ending
 from rlinf_core.errors import Exit, Interrupted, UserError
@@ -45,22 +44,22 @@ def step(policy, name):
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    site = tmp_path_factory.mktemp("site")
-    install(site, "toy", plugins={"toy": "toy_policy"}, datasets={"toy": "toy_policy:TrainableToyDataset"})
-    install(site, "observer", plugins={"observer": "stop_observer"}, stop_observer=OBSERVER)
-    (site / "toy.toml").write_text(CONFIG)
-    return site
+def site(toy_site, tmp_path_factory):
+    """Paths for Python: the toy policy, and an observer that fails and sends signals as the environment says."""
+    site = tmp_path_factory.mktemp("observer")
+    install(site, "observer", plugins={"observer": "observer"}, observer=OBSERVER)
+    return toy_site, site
 
 
 def train(site, folder, *overrides, ranks=1, restarts=0, **environment):
     """Train the toy policy in a session of its own; returns the finished process."""
+    config = site[0] / "toy.toml"
     command = [sys.executable, "-m", "rlinf_core.train"]
     if ranks > 1 or restarts:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         command = [*torchrun, f"--max-restarts={restarts}", *command[1:]]
-    command += [str(site / "toy.toml"), f"runner.output_dir={folder}", "runner.max_steps=8", *overrides]
-    paths = {"PYTHONPATH": os.pathsep.join([str(site), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
+    command += [str(config), f"runner.output_dir={folder}", "runner.max_steps=8", *overrides]
+    paths = {"PYTHONPATH": os.pathsep.join(map(str, [*site, ROOT / "tests"])), "OMP_NUM_THREADS": "1"}
     inherited = {key: value for key, value in os.environ.items() if key != "RANK"}
     return subprocess.run(
         command, env=inherited | paths | environment, capture_output=True, text=True, start_new_session=True
@@ -83,11 +82,11 @@ def test_a_signal_to_one_rank_stops_all_after_saving_and_the_run_goes_on_exactly
     assert (end["code"], end["reason"], end["step"]) == (Exit.OK, "preempted", 3)
     assert (tmp_path / "run" / "latest").read_text() == "step_000000003"
     assert "interrupted after step 3; the same command continues after step_000000003" in stopped.stdout
-    settings = (site / "toy.toml", f"runner.output_dir={tmp_path}", "runner.max_steps=8")
-    again = start_ranks("rlinf_core.train:main", 2, *settings, paths=[site])
+    settings = (site[0] / "toy.toml", f"runner.output_dir={tmp_path}", "runner.max_steps=8")
+    again = start_ranks("rlinf_core.train:main", 2, *settings, paths=site)
     assert again.returncode == 0, again.stderr
     assert (ending(tmp_path)["reason"], ending(tmp_path)["step"]) == ("finished", 8)
-    whole = start_ranks("rlinf_core.train:main", 2, *settings, "runner.name=whole", paths=[site])
+    whole = start_ranks("rlinf_core.train:main", 2, *settings, "runner.name=whole", paths=site)
     assert whole.returncode == 0, whole.stderr
     assert losses(tmp_path) == losses(tmp_path, "whole")
 

@@ -18,21 +18,6 @@ from rlinf_core.training.resume import prepare_folder
 from rlinf_core.training.stopping import Best
 from rlinf_core.training.trainer import Fsdp2Trainer
 
-CONFIG = """
-[data]
-config_name = "toy"
-num_workers = 0
-validation_fraction = 0.1
-[trainer]
-device = "cpu"
-param_dtype = "fp32"
-global_batch_size = 20
-micro_batch_size = 10
-[optim]
-lr = 1e-2
-warmup_steps = 0
-"""
-
 
 @pytest.fixture
 def plugins():
@@ -46,7 +31,7 @@ def plugins():
 @pytest.fixture
 def configure(tmp_path, plugins):
     path = tmp_path / "toy.toml"
-    path.write_text(CONFIG)
+    path.write_text(toy_policy.CONFIG)
     return lambda *overrides: load_config(path, [f"runner.output_dir={tmp_path}", *overrides], plugins)
 
 

@@ -10,6 +10,20 @@ from toy_data import HORIZON, Repack, Rows, ToyDataset, ToyPolicy
 
 from rlinf_core import PolicyOutput, ShardUnit, hookimpl
 
+CONFIG = """
+[data]
+config_name = "toy"
+num_workers = 0
+validation_fraction = 0.1
+[trainer]
+device = "cpu"
+param_dtype = "fp32"
+global_batch_size = 20
+micro_batch_size = 10
+[optim]
+lr = 1e-2
+warmup_steps = 0
+"""
 WIDTH = 16
 
 
