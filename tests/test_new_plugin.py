@@ -8,6 +8,9 @@ import tomllib
 
 import pytest
 from distributions import entry_point, repository_entry_points
+from fake_hub import serve
+from huggingface_hub import constants
+from test_hub import point_to
 
 from rlinf_core import UserError, cli, train
 from rlinf_core.config.load import load_config
@@ -174,7 +177,7 @@ def test_what_is_written_conforms_and_trains(policy, absolute, installed, tmp_pa
     assert (config.policy.type, config.policy.action_horizon) == (policy, 10)
     if policy == "pi05":
         assert train.main([str(folder / "train.toml")]) == 0
-        assert len((tmp_path / "runs" / "arm_pick" / "metrics.jsonl").read_text().splitlines()) == 2
+        assert len((tmp_path / "runs" / "arm_pick_try" / "metrics.jsonl").read_text().splitlines()) == 2
 
 
 def test_the_file_says_which_number_is_which_and_what_to_check(tmp_path):
@@ -224,9 +227,20 @@ def test_nothing_is_overwritten_and_nothing_is_left_half_written(tmp_path, monke
     assert [path.name for path in tmp_path.iterdir()] == ["p"]
 
 
+def test_of_a_dataset_on_the_hub_only_the_metadata_are_downloaded(absolute, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with serve(absolute) as hub:
+        point_to(monkeypatch, hub.address)
+        write_package("arm-pick", "lab/arm", "pi05", tmp_path / "p")
+    assert {path.partition("/")[0] for path in hub.got()} == {"meta"}
+    assert 'repo_id: str = "lab/arm"' in (tmp_path / "p" / "arm_pick.py").read_text()
+    assert tomllib.loads((tmp_path / "p" / "train.toml").read_text())["data"]["repo_id"] == "lab/arm"
+
+
 @pytest.mark.parametrize("dataset", ["no/such/folder", "{empty}", "lab/arm"])
 def test_what_is_no_dataset_is_one_message(dataset, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     dataset = dataset.format(empty=tmp_path)
     assert cli.main(["new-plugin", "arm-pick", "--from", dataset, "--output", str(tmp_path / "p")]) == 2
     [line] = capsys.readouterr().err.splitlines()

@@ -147,7 +147,10 @@ def test_what_is_installed_from_wheels_is_listed_without_the_sources(wheels, tmp
 @needs_uv
 @pytest.mark.slow
 def test_three_wheels_train_in_a_clean_environment(wheels, tmp_path):
-    """The example's format, then one that TOML alone describes; one process, since loading torch takes longest."""
+    """The example's format, one that TOML alone describes, and one that `rlinf new-plugin` writes.
+
+    They train in one process: loading torch takes longest.
+    """
     frozen = uv("pip", "freeze", "--python", sys.executable).splitlines()
     versions = [line for line in frozen if "==" in line and not line.startswith("-e")]
     (tmp_path / "versions.txt").write_text("\n".join(versions))
@@ -159,8 +162,11 @@ def test_three_wheels_train_in_a_clean_environment(wheels, tmp_path):
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     shutil.rmtree(tmp_path / "examples" / "custom_dataset")
     (tmp_path / "toml_only.toml").write_text(TOML_ONLY)
-    code = "import sys; from rlinf_core.train import main; sys.exit(main(sys.argv[1:2]) or main(sys.argv[2:3]))"
-    run_python(python, "-c", code, EXAMPLE / "train.toml", "toml_only.toml", path=tmp_path)
-    for name in ("sawyer_table", "toml_only"):
+    new_plugin = ("new-plugin", "sawyer-pick", "--from", "examples/data/metaworld_3tasks")
+    run_python(python, "-m", "rlinf_core.cli", *new_plugin, path=tmp_path)
+    uv("pip", "install", "--python", python, "--no-deps", "--editable", tmp_path / "sawyer-pick")
+    code = "import sys; from rlinf_core.train import main; sys.exit(any(main([config]) for config in sys.argv[1:]))"
+    run_python(python, "-c", code, EXAMPLE / "train.toml", "toml_only.toml", "sawyer-pick/train.toml", path=tmp_path)
+    for name in ("sawyer_table", "toml_only", "sawyer_pick_try"):
         lines = (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines] == [1, 2]

@@ -176,10 +176,10 @@ def _project(form: Format) -> str:
 def _config(form: Format) -> str:
     return dedent(f"""\
         # A first try: two steps on the CPU with a small model. To train in earnest, delete [trainer]'s lines and the
-        # variant, take the lines that are commented out, and set max_steps.
+        # variant, take the lines that are commented out, and set name and max_steps.
 
         [runner]
-        name = "{form.module}"
+        name = "{form.module}_try"
         max_steps = 2
         # save_interval = 1000
         # val_check_interval = 1000
