@@ -89,6 +89,19 @@ def test_splits_are_disjoint_complete_and_deterministic(image_dataset):
     np.testing.assert_array_equal(held_out.episodes, again.episodes)
 
 
+def test_splits_share_what_is_read_while_the_files_are_the_same(image_dataset, tmp_path):
+    root = shutil.copytree(image_dataset.root, tmp_path / "shared")
+    dataset = config(root, validation_episodes=(1,))
+    train, held_out = (open_lerobot(dataset, HORIZON, split) for split in ("train", "validation"))
+    assert train._columns is held_out._columns
+    path = root / "data/chunk-000/file-001.parquet"
+    table = pq.read_table(path)
+    at = table.column_names.index("action")
+    pq.write_table(table.set_column(at, "action", pa.array([[5.0, 5.0]] * 7, pa.list_(pa.float32(), 2))), path)
+    assert open_lerobot(dataset, HORIZON, "validation").without_images([0])[0]["action"].max() == 5
+    np.testing.assert_array_equal(held_out.without_images([0])[0]["action"][0], image_dataset.actions[1][0])
+
+
 def test_named_episodes_are_held_out(image_dataset):
     dataset = config(image_dataset.root, validation_episodes=(1,))
     assert set(open_lerobot(dataset, 1, "validation").episodes) == {1}

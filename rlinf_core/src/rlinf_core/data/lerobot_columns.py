@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import pyarrow as pa
@@ -24,8 +25,16 @@ READERS = 8
 """Files that are read at the same time."""
 
 
-def read_columns(metadata: Metadata, names: Sequence[str]) -> tuple[dict[str, NDArray[Any]], NDArray[np.int64]]:
-    """Columns of all data files, contiguous, and where each file ends.
+class Columns(dict[str, NDArray[Any]]):
+    """Column -> its values in all frames; read-only, as both splits of a dataset share them."""
+
+
+_in_use: WeakValueDictionary[object, Columns] = WeakValueDictionary()
+"""Those that some source of this process holds, by the state of their files."""
+
+
+def read_columns(metadata: Metadata, names: Sequence[str]) -> tuple[Columns, NDArray[np.int64]]:
+    """Columns of all data files, contiguous, and where each file ends. Files are read once for all splits.
 
     Args:
         metadata: Of the dataset.
@@ -38,6 +47,30 @@ def read_columns(metadata: Metadata, names: Sequence[str]) -> tuple[dict[str, ND
         UserError: A file cannot be read or has other frames than the metadata say, or a vector is not as wide as they
             say.
     """
+    # Where each file ends follows from the metadata, which the files are held to.
+    stops = np.cumsum(np.bincount(metadata.data_file, metadata.lengths, len(metadata.data_files)).astype(np.int64))
+    state = _state(metadata, names)
+    columns = _in_use.get(state) if state else None
+    if columns is None:
+        columns = _read_files(metadata, names)
+        if state:
+            _in_use[state] = columns
+    return columns, stops
+
+
+def _state(metadata: Metadata, names: Sequence[str]) -> object:
+    """What the result depends on; None where a file is missing."""
+    try:
+        statuses = [path.stat() for path in metadata.data_files]
+    except OSError:
+        return None
+    files = tuple((status.st_ino, status.st_size, status.st_mtime_ns) for status in statuses)
+    described = (metadata.root.resolve(), metadata.frames, metadata.lengths.tobytes(), metadata.episodes.tobytes())
+    widths = tuple(width_of(metadata.features.get(name, {})) for name in names)
+    return (*described, tuple(metadata.task_texts), tuple(names), widths, files)
+
+
+def _read_files(metadata: Metadata, names: Sequence[str]) -> Columns:
     vectors = {name: width_of(metadata.features[name]) for name in names if name not in INDEX_COLUMNS}
 
     def read(path: Path) -> dict[str, NDArray[Any]]:
@@ -55,9 +88,11 @@ def read_columns(metadata: Metadata, names: Sequence[str]) -> tuple[dict[str, ND
         finally:
             pool.shutdown(cancel_futures=True)
     lengths = np.array([len(file["index"]) for file in files], np.int64)
-    columns = {name: np.concatenate([file[name] for file in files]) for name in names}
+    columns = Columns((name, np.concatenate([file[name] for file in files])) for name in names)
     _check_frames(metadata, lengths, columns)
-    return columns, np.cumsum(lengths)
+    for values in columns.values():
+        values.flags.writeable = False
+    return columns
 
 
 def width_of(feature: Mapping[str, Any]) -> int:
