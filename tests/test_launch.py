@@ -222,7 +222,7 @@ def test_ctrl_c_reaches_the_workers_which_save(toy, tmp_path):
             if line.startswith("step "):
                 process.send_signal(signal.SIGINT)
                 break
-        out, error = process.communicate(timeout=90)
+        out, error = process.communicate(timeout=240)
     assert process.returncode == 130, out + error
     assert (tmp_path / "toy" / "latest").read_text().startswith("step_")
     assert "Traceback" not in error
