@@ -102,6 +102,16 @@ class Cut(Transform):
         return sample
 
 
+@dataclass(frozen=True)
+class Center(Transform):
+    """Says that it takes many rows at once, and mixes them up."""
+
+    batched = True
+
+    def __call__(self, sample):
+        return {**sample, "state": sample["state"] - sample["state"].mean()}
+
+
 class Reversed(Concatenate):
     """Repacks images in another form."""
 
@@ -142,6 +152,11 @@ DATASET_BREAKS = [
     ),
     ("repack", lambda self: repack_as(Erase)(self), "repack and transforms change no array in place"),
     ("transforms", lambda self: (Jitter(),), "one row is the same each time"),
+    (
+        "transforms",
+        lambda self: (Center(),),
+        "transforms that say `batched` make the same numbers of many rows as of each",
+    ),
     (
         "transforms",
         lambda self: (Unpicklable(),),

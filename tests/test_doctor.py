@@ -13,7 +13,7 @@ from rlinf_core.data.doctor import compare_origins, examine
 from rlinf_core.data.normalize import Normalize, NormStats, Origin, save_norm_stats
 from rlinf_core.data.splits import open_split
 from rlinf_core.data.statistics import survey
-from rlinf_core.data.transforms import Concatenate, RelativeActions
+from rlinf_core.data.transforms import Concatenate, RelativeActions, RelativeUnless
 from rlinf_core.errors import UserError
 from rlinf_core.testing import write_tiny_dataset
 from rlinf_core.training.statistics import diagnose
@@ -225,7 +225,9 @@ RELATIVE = RelativeActions((True, True, True))
     [
         ("positions", [REPACK], [("actions-look-absolute", (0, 1, 2))]),
         ("positions", [REPACK, RELATIVE], []),
+        ("positions", [REPACK, RelativeUnless((3,))], []),
         ("displacements", [REPACK], []),
+        ("displacements", [REPACK, RelativeUnless((3,))], [("actions-look-relative", (0, 1, 2))]),
         ("displacements", [REPACK, RELATIVE], [("actions-look-relative", (0, 1, 2))]),
     ],
 )

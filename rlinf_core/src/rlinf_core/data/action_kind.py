@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from rlinf_core.data.doctor import Finding
 from rlinf_core.data.normalize import Vector
 from rlinf_core.data.statistics import outputs
-from rlinf_core.data.transforms import RelativeActions, RelativeUnless, Transform
+from rlinf_core.data.transforms import Transform
 from rlinf_core.datasets import SampleSource
 
 PAIRS = 2048
 """Pairs of successive rows that are looked at."""
+FEWEST = 16
 
 Flags = NDArray[np.bool_]
 
@@ -30,29 +31,27 @@ def examine_actions(source: SampleSource, transforms: Sequence[Transform]) -> li
         source: Training rows.
         transforms: Repacking first, then the dataset's.
     """
-    repack, *others = transforms
-    position, displacement = kinds_of_action(source, repack)
-    width = len(position)
-    masked = np.zeros(width, np.bool_)
-    for transform in others:
-        if isinstance(transform, RelativeActions | RelativeUnless):
-            masked |= np.array(transform.mask_of(width), np.bool_)
+    rows = _pairs(source)
+    if not len(rows):
+        return []
+    position, displacement = kinds_of_action(source, transforms[0], rows)
+    as_recorded, relative = _treatment(source, transforms, rows, len(position))
     findings = []
-    told = position | displacement
-    if not masked.any() and 2 * position.sum() > width:
+    told = position & as_recorded
+    if not relative.any() and 2 * told.sum() > len(position):
         findings.append(
             Finding(
                 "actions-look-absolute",
                 "warning",
                 "actions",
-                tuple(np.flatnonzero(position).tolist()),
+                tuple(np.flatnonzero(told).tolist()),
                 "they are trained as they are, and each is nearly the state of the next frame: positions, which "
                 "policies learn better as distances to the state",
                 "Let the dataset make them relative to the state, if absolute ones are not meant",
             )
         )
-    wrong = masked & displacement
-    if wrong.any() and 2 * wrong.sum() >= (masked & told).sum():
+    wrong = relative & displacement
+    if wrong.sum() > (relative & position).sum():
         findings.append(
             Finding(
                 "actions-look-relative",
@@ -67,18 +66,18 @@ def examine_actions(source: SampleSource, transforms: Sequence[Transform]) -> li
     return findings
 
 
-def kinds_of_action(source: SampleSource, repack: Transform) -> tuple[Flags, Flags]:
+def kinds_of_action(source: SampleSource, repack: Transform, rows: NDArray[np.int64]) -> tuple[Flags, Flags]:
     """Which numbers of the action look like positions, and which like displacements of the same number of the state.
+
+    Args:
+        source: Training rows.
+        repack: Makes samples of rows, in the data's own units.
+        rows: Of which each is followed by one of the same episode.
 
     Returns:
         Two [width], where width is that of the narrower of both; numbers that tell nothing are in neither.
     """
-    episodes = source.episodes
-    rows = np.flatnonzero(episodes[1:] == episodes[:-1])
     none = np.zeros(0, np.bool_)
-    if len(rows) < 16:
-        return none, none
-    rows = rows[np.unique(np.linspace(0, len(rows) - 1, PAIRS).astype(np.int64))]
     here = outputs(source, [repack], rows.tolist())
     after = outputs(source, [repack], (rows + 1).tolist())
     if "state" not in here or "actions" not in here:
@@ -93,6 +92,36 @@ def kinds_of_action(source: SampleSource, repack: Transform) -> tuple[Flags, Fla
     position = moves & (with_state > 0.95) & (distance < 0.2 * spread)
     displacement = moves & (np.abs(with_state) < 0.5) & (with_change > 0.4) & (distance > 0.2 * spread)
     return position, displacement
+
+
+def _pairs(source: SampleSource) -> NDArray[np.int64]:
+    """Rows that are followed by one of the same episode, from all over the data; none if there are too few to tell."""
+    episodes = source.episodes
+    rows = np.flatnonzero(episodes[1:] == episodes[:-1])
+    if len(rows) < FEWEST:
+        return np.zeros(0, np.int64)
+    return np.asarray(rows[np.unique(np.linspace(0, len(rows) - 1, PAIRS).astype(np.int64))])
+
+
+def _treatment(
+    source: SampleSource, transforms: Sequence[Transform], rows: NDArray[np.int64], width: int
+) -> tuple[Flags, Flags]:
+    """Which numbers of the action the transforms leave as recorded, and from which they take the state's; two [width].
+
+    By what they do, not by their class: a package may bring transforms of its own.
+    """
+    before = outputs(source, transforms[:1], rows.tolist())
+    after = outputs(source, transforms, rows.tolist())
+    flags = np.zeros(width, np.bool_), np.zeros(width, np.bool_)
+    if not width or "actions" not in after:
+        return flags
+    both = min(width, after["actions"].shape[-1])
+    recorded, made = before["actions"][:, 0, :both], after["actions"][:, 0, :both]
+    state = before["state"][:, :both]
+    rounding = 1e-4 * (np.abs(recorded).max(axis=0) + np.abs(state).max(axis=0))
+    flags[0][:both] = (np.abs(recorded - made) <= rounding).all(axis=0)
+    flags[1][:both] = (np.abs(recorded - state - made) <= rounding).all(axis=0) & ~flags[0][:both]
+    return flags
 
 
 def _correlation(a: Vector, b: Vector) -> Vector:

@@ -19,8 +19,9 @@ from rlinf_core.data.lerobot_metadata import load_metadata
 from rlinf_core.data.normalize import Normalize
 from rlinf_core.data.pipeline import Pipeline
 from rlinf_core.data.sample import Row, Sample
-from rlinf_core.data.statistics import compute_norm_stats
-from rlinf_core.datasets import DatasetConfig, LeRobotDatasetConfig, SampleSource
+from rlinf_core.data.statistics import compute_norm_stats, outputs, takes_batches
+from rlinf_core.data.transforms import Transform
+from rlinf_core.datasets import ColumnSource, DatasetConfig, LeRobotDatasetConfig, SampleSource
 from rlinf_core.errors import UserError
 from rlinf_core.plugins import Plugins, get_plugins
 from rlinf_core.policy import PolicyConfig
@@ -126,6 +127,7 @@ def _check_rows(
     if read is None or steps is None:
         return
     repack, *transforms = steps
+    _check_batches(findings, whole, source, steps)
     normalize = None
     if policy.normalization != "none":
         rule = "statistics can be computed, without images unless stats_need_images is set"
@@ -158,6 +160,19 @@ def _check_columns(findings: Findings, dataset: LeRobotDatasetConfig, policy: Po
         for column in columns:
             findings.attempt(f"{key} names columns of the dataset", partial(metadata.feature, column, key))
     return len(findings.broken) == before
+
+
+def _check_batches(findings: Findings, whole: SampleSource, source: _Some, steps: Sequence[Transform]) -> None:
+    """Statistics hand many rows at once to transforms that say they take them."""
+    if not isinstance(whole, ColumnSource) or not all(map(takes_batches, steps)):
+        return
+    rule = "transforms that say `batched` make the same numbers of many rows as of each"
+    both = findings.attempt(
+        rule, lambda: (outputs(source, steps, range(len(source))), outputs(whole, steps, source.indices))
+    )
+    if both is not None:
+        one_by_one, at_once = both
+        findings.expect(all(np.array_equal(one_by_one[key], at_once.get(key)) for key in one_by_one), rule)
 
 
 def _check_inference(findings: Findings, pipeline: Pipeline, row: Row) -> None:
