@@ -11,7 +11,7 @@ from rlinf_plugins_openpi.proposal import Proposal, Vector
 
 _TO_FIND_OUT = (
     "To find out: look at the action while the robot stands still. Near 0 in every number, it is a displacement "
-    "(True); near the state, it is a position to reach (False)."
+    "(True); near the state, it is a position to reach (False). `rlinf norm-stats train.toml` looks too, and warns."
 )
 
 
@@ -234,6 +234,7 @@ def _readme(form: Format) -> str:
         ```bash
         pip install -e .            # from this folder
         pytest
+        rlinf norm-stats train.toml # what numbers are divided by; warns if actions are not what the format says
         rlinf launch train.toml     # two steps on the CPU; the file tells how to train in earnest
         ```
         """)
