@@ -161,10 +161,6 @@ class RelativeActions(Transform):
         """Add the state again; `sample` holds it in the data's units."""
         return {**sample, "actions": self._shift(sample["actions"], sample["state"], 1)}
 
-    def mask_of(self, width: int) -> tuple[bool, ...]:
-        """Which of `width` numbers are relative."""
-        return (*self.mask[:width], *(False,) * (width - len(self.mask)))
-
     def _shift(self, actions: NDArray[np.floating], state: NDArray[np.floating], sign: int) -> NDArray[np.floating]:
         width = 1 + max((i for i, relative in enumerate(self.mask) if relative), default=-1)
         if width > min(actions.shape[-1], state.shape[-1]):
@@ -192,13 +188,12 @@ class RelativeUnless(Transform):
         width = sample["actions"].shape[-1]
         if missing := [index for index in self.absolute if index >= width]:
             raise UserError(f"data.gripper names number {missing[0]}, but an action has the numbers 0 to {width - 1}")
-        return RelativeActions(self.mask_of(width))(sample)
+        return RelativeActions(self._mask(width))(sample)
 
     def inverse(self, sample: Sample) -> Sample:
         """Add the state again; a policy's padding, for which the state may have no number, stays as it is."""
         width = min(sample["actions"].shape[-1], sample["state"].shape[-1])
-        return RelativeActions(self.mask_of(width)).inverse(sample)
+        return RelativeActions(self._mask(width)).inverse(sample)
 
-    def mask_of(self, width: int) -> tuple[bool, ...]:
-        """Which of `width` numbers are relative."""
+    def _mask(self, width: int) -> tuple[bool, ...]:
         return tuple(index not in self.absolute for index in range(width))
