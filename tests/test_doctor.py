@@ -137,6 +137,18 @@ def test_each_damage_is_found_by_name(name, mode, damage, key, dimensions, sever
     assert found.way_out
 
 
+def test_the_way_out_depends_on_how_many_episodes_are_far_out():
+    source = healthy()
+    outlier(source)
+    stats, surveyed = own(source)
+    (one,) = [finding for finding in examine(stats, surveyed, "quantile") if finding.id == "beyond-5"]
+    assert "data.exclude_episodes" in one.way_out
+    stats, surveyed = own(healthy())
+    tight = change(stats, "actions", std=(0, 0.015))
+    (all_,) = [finding for finding in examine(tight, surveyed, "mean_std") if finding.dimensions == (0,)]
+    assert (all_.id, "leave data.norm_stats empty" in all_.way_out) == ("beyond-5", True)
+
+
 def test_statistics_that_miss_a_vector_or_numbers_of_it_are_errors():
     stats, surveyed = own(healthy())
     (found,) = examine({"actions": stats["actions"]}, surveyed, "mean_std")

@@ -130,6 +130,10 @@ def _examine(key: str, stats: Stats, surveyed: Mapping[str, Survey], mode: Mode)
     if far.any():
         message = f"up to {share[far].max():.2%} of the numbers lie beyond ±{FAR:g}; {_far(far, extremes, data)}"
         way_out = "Look at that episode; data.exclude_episodes leaves it out"
+        if (common & far).any():
+            way_out = (
+                "Statistics of these very data fit better (leave data.norm_stats empty), or a larger data.norm_floor"
+            )
         yield Finding("beyond-5", "warning", key, _where(far), message, way_out)
     yield from _of_other_data(key, stats[key], data, mode, moving & ~none)
 

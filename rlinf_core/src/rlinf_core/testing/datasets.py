@@ -172,7 +172,9 @@ def _check_batches(findings: Findings, whole: SampleSource, source: _Some, steps
     )
     if both is not None:
         one_by_one, at_once = both
-        findings.expect(all(np.array_equal(one_by_one[key], at_once.get(key)) for key in one_by_one), rule)
+        findings.expect(
+            all(key in at_once and np.array_equal(at_once[key], one_by_one[key]) for key in one_by_one), rule
+        )
 
 
 def _check_inference(findings: Findings, pipeline: Pipeline, row: Row) -> None:
