@@ -5,6 +5,7 @@ from toy_data import Repack, Rows, ToyPolicy
 
 from rlinf_core.data.lerobot import open_lerobot
 from rlinf_core.data.loader import build_train_loader, build_validation_batches
+from rlinf_core.data.mixture import Source
 from rlinf_core.data.order import check_batch, epoch_order, sample_generator, steps_per_epoch
 from rlinf_core.data.pipeline import Pipeline
 from rlinf_core.datasets import LeRobotDatasetConfig
@@ -17,8 +18,7 @@ ROWS, GLOBAL = 27, 12  # Two steps an epoch; three rows are left out of each.
 def batches(source=None, *, rank=0, ranks=1, micro=2, workers=0, start=0, stop=5, seed=3, pipeline=None):
     return list(
         build_train_loader(
-            source or Rows(ROWS),
-            pipeline or Pipeline(Repack()),
+            [Source(source or Rows(ROWS), pipeline or Pipeline(Repack()))],
             ToyPolicy(),
             seed=seed,
             global_batch_size=GLOBAL,

@@ -55,7 +55,8 @@ class ToyModule(nn.Module):
     def forward(self, batch):
         shifted = self._actions(batch) + batch["noise"].mean((1, 2), keepdim=True)
         error = (shifted - batch["actions"]).square().mean((1, 2))
-        return PolicyOutput(error.sum(), torch.tensor(float(len(error))), {})
+        each = torch.stack((error.detach(), torch.ones_like(error)), dim=1)
+        return PolicyOutput(error.sum(), torch.tensor(float(len(error))), {}, each)
 
     def sample_actions(self, batch, noise):
         return self._actions(batch)

@@ -1,8 +1,8 @@
 """From a run's checkpoint to a folder with everything that a policy needs to act.
 
-The folder holds the weights in the layout that the policy's `open_weights` reads, `norm_stats.json`, copies of the
-policy's files (a tokenizer), and `rlinf.json`, which says how data become samples and what the files' hashes are.
-`inference.load_policy` reads it; `policy.weights` may name it.
+The folder holds the weights in the layout that the policy's `open_weights` reads, `norm_stats.json` (of a mixture
+`norm_stats/<source>.json`), copies of the policy's files (a tokenizer), and `rlinf.json`, which says how data become
+samples and what the files' hashes are. `inference.load_policy` reads it; `policy.weights` may name it.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from torch.distributed.checkpoint.state_dict_loader import load as read_shards
 
 from rlinf_core.config.load import load_config
 from rlinf_core.config.run import RunConfig
-from rlinf_core.data.normalize import load_norm_stats
+from rlinf_core.data.normalize import Stats, load_norm_stats
 from rlinf_core.errors import UserError, did_you_mean
 from rlinf_core.plugins import Plugins
+from rlinf_core.policy import TrainedOn
 from rlinf_core.training.build import DTYPES, build_on_meta
 from rlinf_core.training.fsdp import layout
 from rlinf_core.training.position import latest, read_position, step_name
@@ -52,6 +53,8 @@ class Choice:
     """Floating-point format of the file."""
     format: str = NATIVE
     """Whose loader reads the result."""
+    source: str = ""
+    """The dataset of a mixture for which the policy is to act; empty: all, the one who loads it says which."""
 
 
 def export_run(folder: Path, output: Path, choice: Choice, plugins: Plugins) -> Path:
@@ -70,6 +73,7 @@ def export_run(folder: Path, output: Path, choice: Choice, plugins: Plugins) -> 
         UserError: There is no such run or checkpoint, or the output is there already.
     """
     run = load_config(folder / "config.toml", plugins=plugins)
+    sources = (run.source(choice.source),) if choice.source else run.sources
     formats = (NATIVE, *run.policy.export_formats)
     if choice.format not in formats:
         raise UserError(
@@ -87,9 +91,8 @@ def export_run(folder: Path, output: Path, choice: Choice, plugins: Plugins) -> 
         if choice.format == NATIVE:
             _write(run, folder, aside, tensors, checkpoint, choice)
         else:
-            statistics = folder / STATISTICS
-            stats = load_norm_stats(statistics) if statistics.exists() else None
-            run.policy.export(choice.format, tensors, aside, run.data, stats)
+            trained_on = [TrainedOn(s.name, s.run.data, _statistics(folder / s.statistics)) for s in sources]
+            run.policy.export(choice.format, tensors, aside, trained_on)
         if output.exists():
             output.rmdir()
         aside.rename(output)
@@ -98,6 +101,10 @@ def export_run(folder: Path, output: Path, choice: Choice, plugins: Plugins) -> 
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return checkpoint
+
+
+def _statistics(path: Path) -> Stats | None:
+    return load_norm_stats(path) if path.exists() else None
 
 
 def find_checkpoint(folder: Path, choice: Choice) -> Path:
@@ -169,8 +176,15 @@ def _write(
     choice: Choice,
 ) -> None:
     run.policy.save_weights(tensors, output)
-    if (folder / STATISTICS).exists():
-        shutil.copyfile(folder / STATISTICS, output / STATISTICS)
+    if choice.source:
+        source = run.source(choice.source)
+        run, statistics = source.run, {source.statistics: STATISTICS}
+    else:
+        statistics = {source.statistics: source.statistics for source in run.sources}
+    for there, here in statistics.items():
+        if (folder / there).exists():
+            (output / here).parent.mkdir(exist_ok=True)
+            shutil.copyfile(folder / there, output / here)
     files = {field: Path(path).name for field, path in run.policy.files().items()}
     for field, path in run.policy.files().items():
         shutil.copyfile(path, output / files[field])
@@ -186,7 +200,9 @@ def _write(
         "data": config["data"],
         "files": files,
         "versions": dict(sorted(versions.items())),
-        "sha256": {path.name: _sha256(path) for path in sorted(output.iterdir())},
+        "sha256": {
+            path.relative_to(output).as_posix(): _sha256(path) for path in sorted(output.rglob("*")) if path.is_file()
+        },
     }
     (output / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
 

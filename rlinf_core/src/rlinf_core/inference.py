@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
+from rlinf_core.config.mixture import MixtureShare
+from rlinf_core.config.run import no_source
 from rlinf_core.data.normalize import load_norm_stats
 from rlinf_core.data.pipeline import Pipeline, build_pipeline
 from rlinf_core.datasets import DatasetConfig
@@ -88,6 +90,7 @@ def load_policy(
     device: str | torch.device = "cpu",
     dtype: Literal["fp32", "bf16"] = "fp32",
     plugins: Plugins | None = None,
+    source: str = "",
 ) -> LoadedPolicy:
     """Load a policy that `rlinf export` wrote.
 
@@ -96,6 +99,7 @@ def load_policy(
         device: Where it computes.
         dtype: Of matrix products; what the policy keeps in float32 stays there.
         plugins: Where its classes come from; default: the plugins of the environment.
+        source: The dataset of a mixture as which it acts: whose observations it is shown, whose actions it gives.
 
     Raises:
         UserError: The folder is no exported policy, or its files do not fit together.
@@ -103,10 +107,10 @@ def load_policy(
     folder = Path(folder)
     plugins = plugins or get_plugins()
     description = _read_description(folder)
-    data = _validated(plugins.dataset(description["data"]["config_name"]), description["data"], folder)
+    table, statistics = _choose_source(description["data"], folder, source)
+    data = _validated(plugins.dataset(table["config_name"]), table, folder)
     here = {field: str(folder / name) for field, name in description["files"].items()} | {"weights": str(folder)}
     config = _validated(plugins.policy(description["policy"]["type"]), description["policy"] | here, folder)
-    statistics = folder / STATISTICS
     pipeline = build_pipeline(data, config, load_norm_stats(statistics) if statistics.exists() else None)
     with torch.device("meta"):
         module: Any = config.build()
@@ -115,6 +119,19 @@ def load_policy(
     materialize(module, torch.device(device), lambda name, _: weights.tensor(name))
     _compute_in(module, DTYPES[dtype])
     return LoadedPolicy(config, data, pipeline, module.eval())
+
+
+def _choose_source(table: dict[str, Any], folder: Path, name: str) -> tuple[dict[str, Any], Path]:
+    """The table of the dataset as which the policy acts, and where its statistics lie."""
+    entries = {entry["name"]: entry for entry in table.get("mixture", ())}
+    if not entries and not name:
+        return table, folder / STATISTICS
+    if not name and len(entries) == 1:
+        (name,) = entries
+    if name not in entries:
+        raise UserError(f"{folder}: {no_source(name, list(entries), 'in load_policy(..., source=...)')}")
+    own = {key: value for key, value in entries[name].items() if key not in MixtureShare.model_fields}
+    return own, folder / "norm_stats" / f"{name}.json"
 
 
 def _compute_in(module: Any, dtype: torch.dtype) -> None:

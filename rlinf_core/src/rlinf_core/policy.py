@@ -114,7 +114,7 @@ class PolicyConfig(BaseModel):
         raise NotImplementedError(f"{type(self).__name__} cannot save weights")
 
     def export(
-        self, format: str, tensors: Mapping[str, torch.Tensor], folder: Path, data: DatasetConfig, stats: Stats | None
+        self, format: str, tensors: Mapping[str, torch.Tensor], folder: Path, sources: Sequence[TrainedOn]
     ) -> None:
         """Write the policy as another project's loader reads it.
 
@@ -122,14 +122,24 @@ class PolicyConfig(BaseModel):
             format: One of `export_formats`.
             tensors: Whole tensors on the CPU by the module's own names, in the dtype to write.
             folder: An empty folder.
-            data: The dataset the policy was trained on.
-            stats: The statistics it was trained with; None for policies that normalise nothing.
+            sources: The datasets the policy was trained on: one, or several of a mixture. Where the format has a place
+                for one only, raise `UserError` that says `--source NAME`.
         """
         raise NotImplementedError(f"{type(self).__name__} must define export() for its export_formats")
 
     def open_weights(self) -> WeightSource:
         """Open `weights` for reading; raise `UserError` that names every missing, unexpected or misshapen tensor."""
         raise NotImplementedError(f"{type(self).__name__} cannot load weights")
+
+
+class TrainedOn(NamedTuple):
+    """A dataset that a policy was trained on."""
+
+    name: str
+    """In the mixture; empty where it was the only one."""
+    data: DatasetConfig
+    stats: Stats | None
+    """The statistics it was normalised with; None for policies that normalise nothing."""
 
 
 class WeightSource(Protocol):

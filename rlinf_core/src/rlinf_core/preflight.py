@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from rlinf_core.config.cluster import TORCHRUN, check_world_size
-from rlinf_core.config.run import RunConfig
+from rlinf_core.config.run import RunConfig, RunSource
 from rlinf_core.data.normalize import Stats, load_norm_stats
 from rlinf_core.data.order import check_batch, sample_generator, steps_per_epoch
 from rlinf_core.data.pipeline import build_pipeline
@@ -50,6 +50,16 @@ class Report:
             if not any(found in finding for finding in self.findings):
                 self.findings = [*(finding for finding in self.findings if finding not in found), found]
 
+    @contextmanager
+    def of_source(self, name: str) -> Iterator[Report]:
+        """A report whose facts, findings and warnings become this one's, in a mixture under the source's name."""
+        part = Report()
+        yield part
+        before = f"{name}: " if name else ""
+        self.facts |= {f"{before}{key}": fact for key, fact in part.facts.items()}
+        for ours, theirs in ((self.findings, part.findings), (self.warnings, part.warnings)):
+            ours += [f"{before}{text}" for text in theirs if f"{before}{text}" not in ours]
+
 
 def check_run(run: RunConfig, plugins: Plugins, ranks: int | None = None) -> Report:
     """Check everything about a run that needs no device.
@@ -62,11 +72,20 @@ def check_run(run: RunConfig, plugins: Plugins, ranks: int | None = None) -> Rep
     report = Report({"run": str(run.folder)})
     with report.checking():
         plugins.hook.rlinf_configure(run=run)
-    train = _check_data(run, plugins, report)
+    rows: list[tuple[RunSource, SampleSource]] = []
+    for source in run.sources:
+        with report.of_source(source.name) as part:
+            found = _check_data(source.run, plugins, part)
+            rows += [(source, found)] if found is not None else []
     _check_batch(run, ranks, report)
-    if train is not None:
-        _check_length(run, len(train), report)
-        _check_sample(run, train, report)
+    total = sum(len(train) for _, train in rows)
+    if len(rows) == len(run.sources):
+        _check_length(run, total, report)
+    for source, train in rows:
+        with report.of_source(source.name) as part:
+            if source.name and len(rows) == len(run.sources):
+                part.facts["drawn"] = source.drawn(len(train), total)
+            _check_sample(source.run, train, part)
     with report.checking():
         report.facts["weights"] = run.policy.weights or "initial values"
         run.policy.check_files()

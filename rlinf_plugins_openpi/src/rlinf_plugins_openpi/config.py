@@ -24,9 +24,7 @@ from rlinf_plugins_openpi.transforms import IMAGE_SIZE, OpenpiSample, PadToActio
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from rlinf_core.data.normalize import Stats
-    from rlinf_core.datasets import DatasetConfig
-    from rlinf_core.policy import WeightSource
+    from rlinf_core.policy import TrainedOn, WeightSource
 
 
 NO_LORA = (
@@ -200,27 +198,35 @@ class OpenpiPolicyConfig(PolicyConfig):
 
         save_published(tensors, folder / "model.safetensors", self.dimensions)
 
-    def export(
-        self, format: str, tensors: Mapping[str, Tensor], folder: Path, data: DatasetConfig, stats: Stats | None
-    ) -> None:
+    def export(self, format: str, tensors: Mapping[str, Tensor], folder: Path, sources: Sequence[TrainedOn]) -> None:
         """Write what others' loaders read.
 
-        `openpi`: weights and statistics under the dataset's id, for `create_trained_policy`. `lerobot`: see
+        `openpi`: weights and statistics under each dataset's id, for `create_trained_policy`. `lerobot`: see
         `lerobot_export`.
 
         Raises:
-            UserError: lerobot has no place for something that the policy or its dataset does.
+            UserError: lerobot has no place for something that the policy or its dataset does; the format has none for
+                several datasets.
         """
         if format == "lerobot":
             from rlinf_plugins_openpi.lerobot_export import export_lerobot
 
-            assert stats is not None  # Both policies normalise, so the run has some.
-            export_lerobot(self, tensors, folder, data, stats)
+            if len(sources) > 1:
+                names = ", ".join(source.name for source in sources)
+                raise UserError(f"lerobot's format has statistics of one dataset: give --source, one of {names}")
+            (source,) = sources
+            assert source.stats is not None  # Both policies normalise, so the run has some.
+            export_lerobot(self, tensors, folder, source.data, source.stats)
             return
+        # openpi looks under the asset id of its config, which is the dataset's id unless set otherwise.
+        assets = {asset_name(source.data.repo_id): source for source in sources}
+        if len(assets) < len(sources):
+            names = ", ".join(source.name for source in sources)
+            raise UserError(f"openpi keeps statistics by dataset, and some of {names} have the same: give --source")
         self.save_weights(tensors, folder)
-        if stats is not None:
-            # openpi looks under the asset id of its config, which is the dataset's id unless set otherwise.
-            save_norm_stats(folder / "assets" / asset_name(data.repo_id) / "norm_stats.json", stats)
+        for asset, source in assets.items():
+            if source.stats is not None:
+                save_norm_stats(folder / "assets" / asset / "norm_stats.json", source.stats)
 
     def open_weights(self) -> WeightSource:
         """Open weights in any known layout (see `weights.layouts`); those of a hub id are downloaded first."""

@@ -47,6 +47,7 @@ class PolicyOutput(NamedTuple):
     loss_sum: torch.Tensor
     weight: torch.Tensor
     metrics: Mapping[str, torch.Tensor]
+    sample_losses: torch.Tensor | None = None
 
 
 class ShardUnit(NamedTuple):
@@ -154,13 +155,12 @@ class Pi0(nn.Module):
             and all dims, as in the reference, unless padding is masked.
         """
         loss_BH = self.losses(batch)
+        counted_BH = torch.ones_like(loss_BH)
         if self.mask_padded_steps:
-            counted_BH = ~batch["actions_is_pad"]
+            counted_BH = (~batch["actions_is_pad"]).float()
             loss_BH = loss_BH * counted_BH
-            weight = counted_BH.sum(dtype=torch.float32)
-        else:
-            weight = torch.full((), float(loss_BH.numel()), dtype=torch.float32, device=loss_BH.device)
-        return PolicyOutput(loss_BH.sum(), weight, {})
+        sample_losses = torch.stack((loss_BH.detach().sum(1), counted_BH.sum(1)), dim=1)
+        return PolicyOutput(loss_BH.sum(), counted_BH.sum(), {}, sample_losses)
 
     def losses(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """The loss of every action of every chunk, [B, H]."""

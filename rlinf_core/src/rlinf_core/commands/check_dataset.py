@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "dataset", help="a folder, owner/name[@revision] on the hub, or a run's TOML file, of which the columns count"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the TOML file")
+    parser.add_argument("--source", default="", metavar="NAME", help="which dataset of a mixture in the TOML file")
     depth = parser.add_mutually_exclusive_group()
     depth.add_argument("--fast", action="store_true", help="metadata and numbers only")
     depth.add_argument("--full", action="store_true", help="decode every frame")
@@ -64,14 +65,16 @@ def run(options: argparse.Namespace) -> int:
 def _config(options: argparse.Namespace) -> LeRobotDatasetConfig | None:
     """The `[data]` table of a TOML file; None where the dataset is named itself."""
     if not options.dataset.endswith(".toml"):
-        if options.overrides:
-            raise UserError(f"{options.overrides[0]!r}: settings go with a run's TOML file, not with a dataset")
+        if options.overrides or options.source:
+            which = options.overrides[0] if options.overrides else "--source"
+            raise UserError(f"{which!r}: settings go with a run's TOML file, not with a dataset")
         return None
     from rlinf_core.config.load import load_config
     from rlinf_core.datasets import LeRobotDatasetConfig
     from rlinf_core.plugins import get_plugins
 
-    data = load_config(options.dataset, options.overrides, get_plugins()).data
+    run = load_config(options.dataset, options.overrides, get_plugins())
+    data = run.source(options.source).run.data
     if not isinstance(data, LeRobotDatasetConfig):
         raise UserError(
             f"{options.dataset}: {data.config_name!r} is no format of LeRobot's layout; only such are checked"

@@ -16,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ema", action="store_true", help="the moving average of the weights (optim.ema_decay)")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the file; default: fp32")
     parser.add_argument("--format", default="rlinf", help="whose loader reads it: rlinf, or a format of the policy's")
+    parser.add_argument("--source", default="", metavar="NAME", help="of a mixture: for this dataset alone")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -23,6 +24,6 @@ def run(options: argparse.Namespace) -> None:
     from rlinf_core.export import Choice, export_run
     from rlinf_core.plugins import get_plugins
 
-    choice = Choice(options.step, options.best, options.ema, options.dtype, options.format)
+    choice = Choice(options.step, options.best, options.ema, options.dtype, options.format, options.source)
     checkpoint = export_run(Path(options.run), Path(options.output), choice, get_plugins())
     print(f"{options.output}: {'EMA ' if options.ema else ''}weights of {checkpoint} in {options.dtype}")

@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="whose file: openpi's norm_stats.json; lerobot's meta/stats.json or a policy's normalizer .safetensors, "
         "of the columns that a config names, else observation.state and action",
     )
+    parser.add_argument("--source", default="", metavar="NAME", help="which dataset of a mixture")
     parser.add_argument("--output", metavar="FILE", help="the norm_stats.json to write")
     parser.add_argument("--json", action="store_true", help="everything as one JSON document")
 
@@ -75,7 +76,7 @@ def _load(options: argparse.Namespace) -> RunConfig:
     from rlinf_core.config.load import load_config
     from rlinf_core.plugins import get_plugins
 
-    return load_config(options.config, options.overrides, get_plugins())
+    return load_config(options.config, options.overrides, get_plugins()).source(options.source).run
 
 
 def _compute(options: argparse.Namespace) -> int:

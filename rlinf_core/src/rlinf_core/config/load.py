@@ -18,9 +18,27 @@ from pydantic import BaseModel, ValidationError, create_model
 from pydantic_core import ErrorDetails
 
 from rlinf_core.config.mistakes import COMMAND_LINE, Layer, Models, Place, explain, is_model, mistake, value_at
+from rlinf_core.config.mixture import (
+    LOADER_KEYS,
+    MixtureConfig,
+    MixtureEntry,
+    MixtureShare,
+    common_defaults,
+    misplaced_keys,
+    name_sources,
+)
 from rlinf_core.config.run import RunConfig
 from rlinf_core.config.section import Section
-from rlinf_core.config.toml import Table, diff_tables, dotted, merge, parse_override, read_toml, write_toml
+from rlinf_core.config.toml import (
+    Table,
+    diff_tables,
+    dotted,
+    is_list_of_tables,
+    merge,
+    parse_override,
+    read_toml,
+    write_toml,
+)
 from rlinf_core.datasets import DatasetConfig
 from rlinf_core.errors import UserError
 from rlinf_core.owners import Owner
@@ -29,6 +47,8 @@ from rlinf_core.registrations import Kind
 
 __all__ = ["diff_tables", "dump_config", "load_config", "read_toml"]
 
+_MIXTURE = ("data", "mixture")
+_POLICY = ("policy", "type")
 _CORE_DEFAULTS: Table = {"trainer": {"type": "fsdp2"}}
 
 
@@ -83,40 +103,42 @@ class _Draft:
                 self._mistakes.append(f"{error} [{COMMAND_LINE}]")
         self._layers = [Layer(str(path), read_toml(path)), Layer(COMMAND_LINE, given)]
         """Lowest first."""
-        self._chosen: dict[tuple[str, ...], _Chosen | None] = {}
+        self._chosen: dict[Place, _Chosen | None] = {}
         """The classes of the tables that plugins define, by place; None where it could not be told."""
 
     def choose_classes(self) -> None:
         """Find the classes of the tables, and lay their defaults below what the user wrote."""
-        data = self._choose(("data", "config_name"), self._find_dataset, "is required: a name from `rlinf datasets`")
-        fits = not data or self._check_policy_fits(data.model)
-        if data:
-            self._lay_below(f"defaults of dataset {self._get('data', 'config_name')!r}", data.model.run_defaults)
+        datasets = self._choose_datasets()
+        found = {place: chosen.model for place, chosen in datasets.items() if chosen}
+        fits = not [place for place, model in found.items() if not self._check_policy_fits(place, model)]
+        agree = self._lay_dataset_defaults(found)
         policy = None
-        if fits and (data or self._get("policy", "type")):
+        if fits and agree and (found or self._get("policy", "type")):
             missing = "is required: the dataset does not set it"
-            policy = self._choose(("policy", "type"), partial(self._find, "policy"), missing)
+            policy = self._choose(_POLICY, partial(self._find, "policy"), missing)
         if policy:
             self._lay_below(f"defaults of policy {self._get('policy', 'type')!r}", policy.model.run_defaults)
         self._lay_below("core's defaults", _CORE_DEFAULTS)
         trainer = self._choose(("trainer", "type"), partial(self._find, "trainer"), "is required")
-        self._chosen = {("data",): data, ("policy",): policy, ("trainer",): trainer}
+        self._chosen = {**datasets, ("policy",): policy, ("trainer",): trainer}
         self._check_loggers()
         self._choose_options()
 
     def validate(self) -> RunConfig:
         """Validate every table with its class, and then what holds between tables."""
         fields: dict[str, Any] = {name: (info.annotation, info) for name, info in RunConfig.model_fields.items()}
-        fields |= {place[0]: (Any, None) for place in (*self._chosen, ("plugins",))}
+        fields |= {str(place[0]): (Any, None) for place in (*self._chosen, ("plugins",))}
         # Apart from RunConfig itself, whose own checks need all tables to be of their classes, and plugin by plugin: a
         # validator that fails must not be taken for another's.
         core = self._try(create_model("RunTables", __base__=Section, **fields), self._merged)
         tables = dict(core) if core else {}
         tables["plugins"] = {}
+        if self._mixture():
+            tables["data"] = self._validate_mixture()
         for place, chosen in self._chosen.items():
-            if chosen:
+            if chosen and place[:2] != _MIXTURE:
                 above = tables["plugins"] if len(place) > 1 else tables
-                above[place[-1]] = self._try(chosen.model, self._get(*place), place, chosen.owner)
+                above[str(place[-1])] = self._try(chosen.model, self._get(*place), place, chosen.owner)
         run = None if self._mistakes else self._try(RunConfig, tables)
         if run is None:
             count = f"{len(self._mistakes)} mistake{'s' if len(self._mistakes) > 1 else ''}"
@@ -124,11 +146,28 @@ class _Draft:
             raise UserError(f"{self._path}: {count} in the config:{lines}")
         return run
 
+    def _validate_mixture(self) -> MixtureConfig | None:
+        """Validate the entries of `[[data.mixture]]`, each with its own class, and what stands beside them."""
+        entries, own = self._mixture(), MixtureShare.model_fields
+        made: list[MixtureEntry] = []
+        for number, (entry, name) in enumerate(zip(entries, name_sources(entries), strict=True)):
+            place = (*_MIXTURE, number)
+            share = self._try(MixtureShare, {"name": name} | {key: entry[key] for key in own if key in entry}, place)
+            table = {key: value for key, value in entry.items() if key not in (*own, *LOADER_KEYS)}
+            chosen = self._chosen[place]
+            data = self._try(chosen.model, table, place, chosen.owner) if chosen else None
+            if share and data:
+                made.append(MixtureEntry(name=name, weight=share.weight, data=data))
+        beside = {key: value for key, value in (self._get("data") or {}).items() if key in LOADER_KEYS}
+        if self._try(DatasetConfig, beside, ("data",)) and len(made) == len(entries):
+            return self._try(MixtureConfig, beside | {"mixture": made}, ("data",))
+        return None
+
     def _try[M: BaseModel](
-        self, model: type[M], values: Any, place: tuple[str, ...] = (), owner: Owner | None = None
+        self, model: type[M], values: Any, place: Place = (), owner: Owner | None = None
     ) -> M | None:
         """Validate the table at a place; mistakes are noted, a defect of the class is raised with its owner's name."""
-        named = owner if place[:1] == ("plugins",) else None
+        named = owner if len(place) > 1 else None
         try:
             return model.model_validate(values)
         except ValidationError as error:
@@ -156,7 +195,48 @@ class _Draft:
         by_default = error["type"] in ("missing", "value_error", "assertion_error")
         return None in self._chosen.values() and by_default and inside_table
 
-    def _choose(self, place: tuple[str, str], find: Callable[[str], _Chosen], missing: str) -> _Chosen | None:
+    def _mixture(self) -> list[Table]:
+        """The entries of `[[data.mixture]]`; none if it is no list of tables."""
+        entries = self._get(*_MIXTURE)
+        return entries if is_list_of_tables(entries) else []
+
+    def _choose_datasets(self) -> dict[Place, _Chosen | None]:
+        """The class of `[data]`, or of each entry of `[[data.mixture]]`, by place."""
+        missing = "is required: a name from `rlinf datasets`"
+        if self._get(*_MIXTURE) is None:
+            return {("data",): self._choose(("data", "config_name"), self._find_dataset, missing)}
+        if not self._mixture():
+            self._note(_MIXTURE, "must be a list of tables, [[data.mixture]], each of them a dataset")
+            return {("data",): None}
+        for place, what in misplaced_keys(self._get("data")):
+            self._note(("data", *place), what)
+        chosen: dict[Place, _Chosen | None] = {}
+        for place in ((*_MIXTURE, number) for number in range(len(self._mixture()))):
+            one = self._choose((*place, "config_name"), self._find_dataset, missing)
+            if one and (taken := sorted(one.model.model_fields.keys() & MixtureShare.model_fields.keys())):
+                self._note(place, f"{one.model.__name__} cannot be mixed: an entry has a {taken[0]} of its own")
+                one = None
+            chosen[place] = one
+        return chosen
+
+    def _lay_dataset_defaults(self, models: Mapping[Place, type[DatasetConfig]]) -> bool:
+        """Lay what the datasets set for the run below; returns whether they agree on a policy, or the user chose."""
+        if ("data",) in models:
+            origin = f"defaults of dataset {self._get('data', 'config_name')!r}"
+            self._lay_below(origin, models["data",].run_defaults)
+        names = name_sources(self._mixture())
+        common, differing = common_defaults(
+            {names[int(place[-1])]: model.run_defaults for place, model in models.items() if place != ("data",)}
+        )
+        undecided = {place: said for place, said in differing.items() if self._get(*place) is None}
+        for place, said in undecided.items():
+            why = "one run trains one policy, " if place == _POLICY else ""
+            self._note(place, f"{why}the datasets of data.mixture set different ones ({said}): set it for all")
+        if common:
+            self._lay_below("defaults of the datasets of data.mixture", common)
+        return _POLICY not in undecided
+
+    def _choose(self, place: Place, find: Callable[[str], _Chosen], missing: str) -> _Chosen | None:
         name = self._get(*place)
         try:
             if isinstance(name, str) and name:
@@ -186,16 +266,16 @@ class _Draft:
             except UserError as error:
                 self._note(("plugins", name), str(error))
 
-    def _check_policy_fits(self, data: type[DatasetConfig]) -> bool:
+    def _check_policy_fits(self, place: Place, data: type[DatasetConfig]) -> bool:
         own = value_at(data.run_defaults, ("policy", "type"))
         fitting = [type_ for type_ in (own, *data.compatible_policies) if type_]
-        given = self._get("policy", "type")
+        given = self._get(*_POLICY)
         if given is None or not fitting or given in fitting:
             return True
-        name = self._get("data", "config_name")
+        name = self._get(*place, "config_name")
         instead = self._plugins.instead_of(given) if isinstance(given, str) else ""
         self._note(
-            ("policy", "type"),
+            _POLICY,
             f"{given!r} does not fit dataset {name!r}, which is for {' or '.join(fitting)}"
             + (f": {instead}" if instead else ""),
         )
@@ -210,13 +290,13 @@ class _Draft:
             except UserError as error:
                 self._note(("runner", "loggers"), str(error))
 
-    def _note(self, place: tuple[str, ...], what: str) -> None:
+    def _note(self, place: Place, what: str) -> None:
         self._mistakes.append(mistake(place, what, self._layers))
 
     def _lay_below(self, origin: str, table: Mapping[str, Any]) -> None:
         self._layers.insert(0, Layer(origin, table))
 
-    def _get(self, *place: str) -> Any:
+    def _get(self, *place: str | int) -> Any:
         return value_at(self._merged, place)
 
     @property

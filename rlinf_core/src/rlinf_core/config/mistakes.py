@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from rlinf_core.config.toml import dotted
+from rlinf_core.config.toml import dotted, is_list_of_tables
 from rlinf_core.errors import did_you_mean
 from rlinf_core.owners import Owner
 
@@ -19,6 +19,7 @@ Models = Mapping[Place, type[BaseModel]]
 """The class of each table by its place; that of the whole config is under `()`."""
 
 COMMAND_LINE = "command line"
+_ABSENT = object()
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,10 @@ class Layer:
         """Whether this layer says something about a place: sets it, a part of it, or the whole that it is a part of."""
         found: Any = self.table
         for part in place:
-            if not isinstance(found, Mapping):
+            if not isinstance(found, Mapping) and not is_list_of_tables(found):
                 return True
-            if part not in found:
+            if (found := _inside(found, part)) is _ABSENT:
                 return False
-            found = found[part]
         return True
 
 
@@ -44,10 +44,18 @@ def value_at(table: Mapping[str, Any], place: Place) -> Any:
     """The value at a place of a table; None if there is none."""
     found: Any = table
     for part in place:
-        if not isinstance(found, Mapping) or part not in found:
+        if (found := _inside(found, part)) is _ABSENT:
             return None
-        found = found[part]
     return found
+
+
+def _inside(found: object, part: str | int) -> Any:
+    """What a table or list holds; an override names an entry of a list by its number: `data.mixture.0.weight=2`."""
+    if isinstance(found, list):
+        return found[part] if isinstance(part, int) and part < len(found) else _ABSENT
+    if isinstance(found, Mapping):
+        return found.get(part, found.get(str(part), _ABSENT))
+    return _ABSENT
 
 
 def mistake(place: Place, what: str, layers: Sequence[Layer], value: Any = None, *, owner: Owner | None = None) -> str:
@@ -104,11 +112,12 @@ def _short(value: object) -> str:
 
 def _near(place: Place, models: Models) -> str:
     """Names that a misspelt key may have meant in its own table, else in another (a `[table]` line is missing)."""
-    *above, key = map(str, place)
+    *above, last = place
+    key = str(last)
     table = max((known for known in models if known == tuple(above[: len(known)])), key=len)
     model: type[BaseModel] | None = models[table]
     for part in above[len(table) :]:
-        field = model.model_fields.get(part) if model else None
+        field = model.model_fields.get(str(part)) if model else None
         model = field.annotation if field and is_model(field.annotation) else None
     own = did_you_mean(key, model.model_fields) if model else ""
     others = {name: dotted((*place, name)) for place, other in models.items() if place for name in other.model_fields}

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field, InstanceOf, SerializeAsAny, model_validator
 
 from rlinf_core.config.cluster import ClusterConfig
+from rlinf_core.config.mixture import MixtureConfig
 from rlinf_core.config.section import Section
 from rlinf_core.datasets import DatasetConfig
+from rlinf_core.errors import UserError, did_you_mean
 from rlinf_core.policy import PolicyConfig
 from rlinf_core.trainer import TrainerConfig
 
@@ -33,10 +37,12 @@ class RunnerConfig(Section):
     val_check_interval: int = Field(default=0, ge=0)
     """Steps between validations on the held-out episodes, also after the last step; 0: none."""
     val_samples: int = Field(default=256, ge=1)
-    """Held-out frames a validation looks at, evenly spread; all of them if there are fewer."""
+    """Held-out frames a validation looks at, evenly spread; all of them if there are fewer. In a mixture: of
+    each source."""
     best_metric: str = ""
     """Result of validation by which checkpoints are compared, smaller is better; empty: the action error where there is
-    one, else the loss, of the EMA weights where there are any."""
+    one, else the loss, of the EMA weights where there are any. In a mixture empty means the loss, and
+    each source has its own results: `val_loss/<name>`."""
     save_best: bool = False
     """Save whenever `best_metric` improves, and keep that checkpoint, which the file `best` names, until a better."""
     early_stop_patience: int = Field(default=0, ge=0)
@@ -100,6 +106,54 @@ class OptimConfig(Section):
         return self
 
 
+@dataclass(frozen=True)
+class RunSource:
+    """A dataset of a run, as if it were the only one."""
+
+    name: str
+    """Of the entry of `[[data.mixture]]`; empty for the dataset of a run that has one."""
+    weight: float
+    """As configured."""
+    share: float
+    """The probability that a training sample comes from here; those of all sources sum to 1."""
+    run: RunConfig
+    """The run with this dataset as its `data`."""
+
+    @property
+    def statistics(self) -> str:
+        """Where its statistics lie in the run's folder and in that of an exported policy."""
+        return f"norm_stats/{self.name}.json" if self.name else "norm_stats.json"
+
+    def drawn(self, rows: int, total: int) -> str:
+        """How often a mixture draws from it: `weight 2, 66.7% of the samples, 1.25 passes an epoch`.
+
+        Args:
+            rows: Its training rows.
+            total: Those of all sources: the samples of an epoch.
+        """
+        return (
+            f"weight {self.weight:g}, {self.share:.1%} of the samples, {self.share * total / rows:.3g} passes an epoch"
+        )
+
+    @contextmanager
+    def naming(self) -> Iterator[None]:
+        """Say in a mixture whose an error is."""
+        try:
+            yield
+        except UserError as error:
+            if not self.name:
+                raise
+            raise UserError(f"{self.name}: {error}") from error
+
+
+def no_source(name: str, names: Sequence[str], where: str = "with --source") -> str:
+    """What to say of a source that is not there, or not named."""
+    if not names:
+        return f"there is no source {name!r}: it is a run of one dataset"
+    which = f"there is no source {name!r}{did_you_mean(name, names)}" if name else "it is a run of several datasets"
+    return f"{which}: name one of {', '.join(names)} {where}"
+
+
 class RunConfig(Section):
     """A whole run, as written to `<run>/config.toml`."""
 
@@ -108,7 +162,8 @@ class RunConfig(Section):
     cluster: ClusterConfig = ClusterConfig()
     runner: RunnerConfig = RunnerConfig()
     data: SerializeAsAny[DatasetConfig]
-    """The class is the one registered under `data.config_name`."""
+    """The class is the one registered under `data.config_name`; `MixtureConfig` if there is `data.mixture`. What a
+    dataset has of its own is to be asked of `sources`."""
     policy: SerializeAsAny[PolicyConfig]
     """The class is the one registered under `policy.type`, which the dataset sets."""
     optim: OptimConfig = OptimConfig()
@@ -121,6 +176,31 @@ class RunConfig(Section):
     def folder(self) -> Path:
         """Where the run's files live."""
         return Path(self.runner.output_dir) / self.runner.name
+
+    @property
+    def sources(self) -> tuple[RunSource, ...]:
+        """The run's datasets: one, or the entries of `[[data.mixture]]` in their order."""
+        if not isinstance(self.data, MixtureConfig):
+            return (RunSource("", 1.0, 1.0, self),)
+        entries = self.data.mixture
+        whole = sum(entry.weight for entry in entries)
+        return tuple(
+            RunSource(entry.name, entry.weight, entry.weight / whole, self.model_copy(update={"data": entry.data}))
+            for entry in entries
+        )
+
+    def source(self, name: str = "") -> RunSource:
+        """One of the run's datasets by its name; it may be left out where there is one only.
+
+        Raises:
+            UserError: There is none of that name, or there are several and none is named.
+        """
+        sources = {source.name: source for source in self.sources}
+        if not name and len(sources) == 1:
+            return next(iter(sources.values()))
+        if name not in sources or not name:
+            raise UserError(no_source(name, [known for known in sources if known]))
+        return sources[name]
 
     def plugin_options[M: BaseModel](self, cls: type[M]) -> M:
         """A plugin's own settings: the `[plugins.<name>]` table of this class, or its defaults if there is none."""

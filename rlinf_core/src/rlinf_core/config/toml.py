@@ -9,7 +9,7 @@ import datetime
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from rlinf_core.errors import UserError
 
@@ -77,15 +77,24 @@ def _with_leaf(table: Table, leaf: Any) -> Table:
 
 
 def merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> Table:
-    """Lay one table over another: tables merge key by key, any other value replaces what it covers."""
+    """Lay one table over another: tables merge key by key, any other value replaces what it covers.
+
+    A table whose keys are numbers changes entries of a list of tables: `{"0": {"weight": 2}}`, the first.
+    """
     merged = dict(low)
     for key, value in high.items():
-        if isinstance(value, Mapping):
-            below = merged.get(key)
+        below = merged.get(key)
+        if isinstance(value, Mapping) and below and is_list_of_tables(below) and _are_numbers(value, len(below)):
+            merged[key] = [merge(entry, value.get(str(number), {})) for number, entry in enumerate(below)]
+        elif isinstance(value, Mapping):
             merged[key] = merge(below if isinstance(below, Mapping) else {}, value)
         else:
             merged[key] = value
     return merged
+
+
+def _are_numbers(table: Mapping[str, Any], below: int) -> bool:
+    return all(isinstance(value, Mapping) for value in table.values()) and table.keys() <= {*map(str, range(below))}
 
 
 def write_toml(table: Table) -> str:
@@ -98,17 +107,25 @@ def write_toml(table: Table) -> str:
 
 def diff_tables(old: Table, new: Table) -> list[tuple[str, Any, Any]]:
     """The leaves that differ, as (dotted key, old, new); None stands for a key that is not there."""
-    before, after = dict(_leaves(old)), dict(_leaves(new))
+    before, after = dict(leaves(old)), dict(leaves(new))
     keys = [*before, *(key for key in after if key not in before)]
     return [(dotted(key), before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
 
 
-def _leaves(table: Table, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    for key, value in table.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, (*above, key))
+def leaves(
+    table: Mapping[str, Any] | list[Table], above: tuple[str | int, ...] = ()
+) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+    """Every value that is no table, with its place."""
+    for key, value in table.items() if isinstance(table, Mapping) else enumerate(table):
+        if value and (isinstance(value, dict) or is_list_of_tables(value)):
+            yield from leaves(value, (*above, key))
         else:
             yield (*above, key), value
+
+
+def is_list_of_tables(value: object) -> TypeGuard[list[Table]]:
+    """Whether a value is what TOML writes as `[[...]]`."""
+    return isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
 
 
 def dotted(path: tuple[str | int, ...]) -> str:

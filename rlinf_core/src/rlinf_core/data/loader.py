@@ -14,23 +14,25 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from rlinf_core.data.order import check_batch, epoch_order, sample_generator, steps_per_epoch, validation_generator
+from rlinf_core.data.mixture import Indices, Source, order_of
+from rlinf_core.data.order import check_batch, sample_generator, steps_per_epoch, validation_generator
 from rlinf_core.data.pipeline import Pipeline
 from rlinf_core.data.sample import Batch, Row, Sample
 from rlinf_core.datasets import SampleSource
 from rlinf_core.errors import UserError
 from rlinf_core.policy import PolicyConfig
 
+SOURCE = "rlinf_source"
+"""Key of a mixture's training batches, which the trainer takes out: int64 [B], the number of each sample's source."""
+
 
 @dataclass
 class MicroBatches(Dataset[Any]):
     """The micro batches of one rank by number: with `a` of them a step, number i is the `i % a`-th of step `i // a`."""
 
-    source: SampleSource
-    pipeline: Pipeline
+    sources: Sequence[Source]
     policy: PolicyConfig
     seed: int
     global_batch_size: int
@@ -40,31 +42,44 @@ class MicroBatches(Dataset[Any]):
 
     def __post_init__(self) -> None:
         self.accumulation = check_batch(self.global_batch_size, self.micro_batch_size, self.world_size)
-        self.steps_per_epoch = steps_per_epoch(len(self.source), self.global_batch_size)
-        self._order: tuple[int, NDArray[np.int64]] | None = None
+        rows = sum(len(source.rows) for source in self.sources)
+        self.steps_per_epoch = steps_per_epoch(rows, self.global_batch_size)
+        self._order = order_of(self.sources, self.seed, self.steps_per_epoch * self.global_batch_size)
+        self._epoch: tuple[int, tuple[Indices, Indices]] | None = None
 
     def __getitem__(self, number: int) -> Batch | UserError:
         """A collated micro batch; a `UserError` is returned, as raised ones lose their form between processes."""
         step, micro = divmod(number, self.accumulation)
         epoch, step = divmod(step, self.steps_per_epoch)
         start = step * self.global_batch_size + (micro * self.world_size + self.rank) * self.micro_batch_size
-        positions = range(start, start + self.micro_batch_size)
-        indices = self._epoch_order(epoch)[positions.start : positions.stop].tolist()
-        generators = [sample_generator(self.seed, epoch, position) for position in positions]
+        positions = slice(start, start + self.micro_batch_size)
+        numbers, indices = (order[positions] for order in self._order_of_epoch(epoch))
+        generators = [sample_generator(self.seed, epoch, position) for position in range(start, positions.stop)]
         try:
-            rows = read_rows(self.source, indices)
-            samples = encode_rows(self.source, indices, rows, self.pipeline, self.policy, generators)
-            return self.policy.collate(samples)
+            batch = self.policy.collate(self._samples(numbers, indices, generators))
         except UserError as e:
             return e
+        return batch if len(self.sources) == 1 else {**batch, SOURCE: torch.from_numpy(numbers.copy())}
 
-    def _epoch_order(self, epoch: int) -> NDArray[np.int64]:
-        if self._order is None or self._order[0] != epoch:
-            self._order = epoch, epoch_order(self.seed, epoch, len(self.source))
-        return self._order[1]
+    def _samples(self, numbers: Indices, indices: Indices, generators: Sequence[np.random.Generator]) -> list[Sample]:
+        """The samples of a micro batch; each source's rows are read at once."""
+        samples: dict[int, Sample] = {}
+        for number in np.unique(numbers):
+            source, places = self.sources[number], np.flatnonzero(numbers == number).tolist()
+            own = indices[places].tolist()
+            rows = read_rows(source.rows, own)
+            draws = [generators[place] for place in places]
+            encoded = encode_rows(source.rows, own, rows, source.pipeline, self.policy, draws)
+            samples |= zip(places, encoded, strict=True)
+        return [samples[place] for place in range(len(numbers))]
+
+    def _order_of_epoch(self, epoch: int) -> tuple[Indices, Indices]:
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._epoch = epoch, self._order.epoch(epoch)
+        return self._epoch[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_order": None}
+        return self.__dict__ | {"_epoch": None}
 
 
 class TrainLoader(DataLoader[Any]):
@@ -79,8 +94,7 @@ class TrainLoader(DataLoader[Any]):
 
 
 def build_train_loader(
-    source: SampleSource,
-    pipeline: Pipeline,
+    sources: Sequence[Source],
     policy: PolicyConfig,
     *,
     seed: int,
@@ -96,8 +110,7 @@ def build_train_loader(
     """A rank's micro batches of the steps `start_step` to `stop_step - 1`, in the order of use.
 
     Args:
-        source: Training rows.
-        pipeline: Makes samples of them.
+        sources: The datasets with their training rows; of several, batches tell each sample's under `SOURCE`.
         policy: Draws each sample's random numbers and collates.
         seed: Keys order and draws.
         global_batch_size: Samples a step, over all ranks.
@@ -112,7 +125,7 @@ def build_train_loader(
     Raises:
         UserError: The sizes do not divide, the rows do not fill a step, or (while iterating) a row cannot be read.
     """
-    batches = MicroBatches(source, pipeline, policy, seed, global_batch_size, micro_batch_size, rank, world_size)
+    batches = MicroBatches(sources, policy, seed, global_batch_size, micro_batch_size, rank, world_size)
     numbers = range(start_step * batches.accumulation, stop_step * batches.accumulation)
     return TrainLoader(
         batches,

@@ -13,25 +13,26 @@ from numpy.typing import NDArray
 from rlinf_core.errors import UserError
 
 # The third word of Philox's counter separates the uses of one key; the first counts blocks of a use.
-ORDER, TRAINING, VALIDATION = range(3)
+ORDER, TRAINING, VALIDATION, COUNTS, VISITS = range(5)
 
 
 def epoch_order(seed: int, epoch: int, rows: int) -> NDArray[np.int64]:
     """The order in which an epoch visits the rows: a permutation of `range(rows)`."""
-    return _generator(seed, epoch, ORDER, 0).permutation(rows)
+    return generator(seed, epoch, ORDER, 0).permutation(rows)
 
 
 def sample_generator(seed: int, epoch: int, position: int) -> np.random.Generator:
     """The random numbers of the sample at a position of an epoch's order."""
-    return _generator(seed, epoch, TRAINING, position)
+    return generator(seed, epoch, TRAINING, position)
 
 
 def validation_generator(seed: int, row: int) -> np.random.Generator:
     """The random numbers of a held-out row: the same in each validation."""
-    return _generator(seed, 0, VALIDATION, row)
+    return generator(seed, 0, VALIDATION, row)
 
 
-def _generator(seed: int, epoch: int, use: int, position: int) -> np.random.Generator:
+def generator(seed: int, epoch: int, use: int, position: int) -> np.random.Generator:
+    """The random numbers of one use; `epoch` and `position` tell its instances apart, whatever they count there."""
     return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, position, use, 0]))
 
 

@@ -48,8 +48,9 @@ class ConsoleLogger:
         self._started, self._start_step, self._stop_step = time.monotonic(), start_step, stop_step
         self._last_line = float("-inf")
         where = f"continues at step {start_step}" if start_step else "starts"
+        datasets = " + ".join(source.name or source.run.data.config_name for source in run.sources)
         self._print(
-            f"[bold]{run.runner.name}[/] {where}: {run.policy.type} on {run.data.config_name}, "
+            f"[bold]{run.runner.name}[/] {where}: {run.policy.type} on {datasets}, "
             f"{stop_step} steps of {run.trainer.global_batch_size} samples, files in {run.folder}"
         )
         self._note_the_schedule()

@@ -15,13 +15,9 @@ import torch
 
 from rlinf_core.config.fsdp2 import Fsdp2TrainerConfig
 from rlinf_core.config.run import RunConfig
-from rlinf_core.data.loader import build_train_loader
+from rlinf_core.data.loader import SOURCE, build_train_loader
 from rlinf_core.data.order import check_batch, steps_per_epoch
-from rlinf_core.data.pipeline import build_pipeline
-from rlinf_core.data.probe import probe
-from rlinf_core.data.splits import open_split
 from rlinf_core.errors import Interrupted
-from rlinf_core.evaluate import Validation
 from rlinf_core.plugins import Plugins
 from rlinf_core.policy import PolicyOutput
 from rlinf_core.training import checkpoint
@@ -33,12 +29,21 @@ from rlinf_core.training.metrics import StepClock, peak_memory_gb
 from rlinf_core.training.optim import Optimizer, Schedule
 from rlinf_core.training.position import Position, step_name
 from rlinf_core.training.resume import Start
-from rlinf_core.training.statistics import run_statistics
+from rlinf_core.training.sources import (
+    build_sources,
+    describe_samples,
+    describe_splits_of,
+    open_held_out_rows,
+    open_training_rows,
+    source_losses,
+    source_sums,
+)
 from rlinf_core.training.stopping import Best, StopSignal, best_metric, stop_signals
+from rlinf_core.training.validations import open_validation
 
 
 class Fsdp2Trainer:
-    """Fully sharded training of one policy on one dataset."""
+    """Fully sharded training of one policy on one dataset or a mixture of several."""
 
     def __init__(
         self, run: RunConfig, config: Fsdp2TrainerConfig, *, start: Start, group: Processes, plugins: Plugins
@@ -49,13 +54,14 @@ class Fsdp2Trainer:
         config.check_ranks(group.size)
         self._micro_batches = check_batch(config.global_batch_size, config.micro_batch_size, group.size)
         with group.first_on_each_machine():  # They may have to be downloaded.
-            self.source = open_split(run, plugins, "train")
+            rows = open_training_rows(run, plugins)
             weights = None if start.checkpoint else open_weights(run)
-        self._steps_per_epoch = steps_per_epoch(len(self.source), config.global_batch_size)
+        self._rows = sum(map(len, rows))
+        self._steps_per_epoch = steps_per_epoch(self._rows, config.global_batch_size)
         self.stop_step = run.runner.stop_step(self._steps_per_epoch)
-        stats = run_statistics(run, self.source, group, resuming=start.checkpoint is not None)
-        self.pipeline = build_pipeline(run.data, run.policy, stats)
-        self._validation = self._open_validation()
+        self.sources, warnings = build_sources(run, rows, group, resuming=start.checkpoint is not None)
+        held_out = open_held_out_rows(run, plugins)
+        self._validation = open_validation(run, self.sources, held_out, group)
         self.policy = build_policy(run, config, group, plugins, weights, filled=start.checkpoint is None)
         self.optimizer = self._build_optimizer()
         self.ema = self._build_ema()
@@ -64,15 +70,19 @@ class Fsdp2Trainer:
         self._layout = layout(self._parameters.items())
         self._best, self._validated = Best(), 0
         if start.checkpoint:
-            position = checkpoint.load(start.checkpoint, self._tensors(), layout=self._layout, rows=len(self.source))
+            position = checkpoint.load(start.checkpoint, self._tensors(), layout=self._layout, rows=self._rows)
             self._best, self._validated = position.best, position.validated
         first = group.rank == 0
         self._loggers = plugins.build_loggers(run, start_step=start.step, stop_step=self.stop_step) if first else []
-        if first and not run.data.stats_need_images:
+        for fact in describe_splits_of(run, self.sources, held_out):
+            self._tell(fact)
+        for warning in warnings:
+            self._tell(f"warning: {warning}")
+        if first:
             if config.compile:
                 self._tell("the first step compiles the policy's blocks, which takes minutes")
-            for name, fact in run.policy.describe(probe(self.source, self.pipeline)).items():
-                self._tell(f"{name}: {fact}")
+            for fact in describe_samples(run, self.sources):
+                self._tell(fact)
 
     def train(self) -> signal.Signals | None:
         """Run the remaining steps; validate and save as configured and after the last one.
@@ -132,11 +142,15 @@ class Fsdp2Trainer:
             # Modules with randomness of their own (dropout) draw the same numbers after a resume.
             torch.manual_seed(derived_seed(self.run.seed, self.step, self._group.rank, micro))
             with clock.time("forward"):
-                out: PolicyOutput = self.policy(to_device(batch, self._group.device))
+                batch = to_device(batch, self._group.device)
+                numbers = batch.pop(SOURCE, None)  # The loader's, not the policy's.
+                out: PolicyOutput = self.policy(batch)
             with clock.time("backward"):
                 torch.autograd.backward(out.loss_sum)
             names = sorted(out.metrics)
             sums = torch.stack([out.loss_sum.detach(), out.weight, *(out.metrics[name] for name in names)])
+            if numbers is not None:
+                sums = torch.cat([sums, source_sums(out, numbers, len(self.sources))])
             totals = sums if totals is None else totals + sums
         assert totals is not None
         # The request to stop travels with the sums: ranks agree on it without communicating more than they do anyway.
@@ -148,8 +162,10 @@ class Fsdp2Trainer:
             if self.ema:
                 self.ema.update(result.skipped)
         optimizer = torch.stack([result.lr, result.grad_norm, result.skipped]).to(totals.device)
-        values = torch.cat([totals[:1] / totals[1], optimizer, totals[2:-1] / totals[1], totals[-1:]]).tolist()
-        metrics = dict(zip(["loss", "lr", "grad_norm", "skipped", *names], values[:-1], strict=True))
+        own, by_source = totals[2 : 2 + len(names)], totals[2 + len(names) :]  # Which ends with `asked`.
+        values = torch.cat([totals[:1] / totals[1], optimizer, own / totals[1], by_source]).tolist()
+        keys = ["loss", "lr", "grad_norm", "skipped", *names]
+        metrics = dict(zip(keys, values, strict=False)) | source_losses(self.sources, values[len(keys) : -1])
         metrics |= clock.read(self._config.global_batch_size)
         metrics["peak_memory_gb"] = peak_memory_gb(self._group.device)
         metrics["epoch"] = (self.step + 1) / self._steps_per_epoch
@@ -186,6 +202,8 @@ class Fsdp2Trainer:
             return False, True
         self._validated = self.step
         self._report("validation", results)
+        for text in self._validation.demonstrate(self.policy):
+            self._tell(f"step {self.step}: {text}")
         runner = self.run.runner
         metric = best_metric(runner.best_metric, results)
         self._best = self._best.after(self.step, metric, results[metric], runner.early_stop_min_delta)
@@ -236,7 +254,7 @@ class Fsdp2Trainer:
             step=self.step,
             epoch=self.step // self._steps_per_epoch,
             sample=self.step % self._steps_per_epoch * self._config.global_batch_size,
-            rows=len(self.source),
+            rows=self._rows,
             seed=self.run.seed,
             layout=self._layout,
             validated=self._validated,
@@ -254,8 +272,7 @@ class Fsdp2Trainer:
 
     def _open_loader(self) -> Any:
         return build_train_loader(
-            self.source,
-            self.pipeline,
+            self.sources,
             self.run.policy,
             seed=self.run.seed,
             global_batch_size=self._config.global_batch_size,
@@ -267,15 +284,6 @@ class Fsdp2Trainer:
             num_workers=self.run.data.num_workers,
             pin_memory=self._group.device.type == "cuda",
         )
-
-    def _open_validation(self) -> Validation | None:
-        runner = self.run.runner
-        if not runner.val_check_interval:
-            return None
-        held_out = open_split(self.run, self._plugins, "validation")
-        validation = Validation(self.run, self.pipeline, held_out, self.source, self._group)
-        best_metric(runner.best_metric, validation.results)  # Better refused now than at the first validation.
-        return validation
 
     def _build_optimizer(self) -> Optimizer:
         optim = self.run.optim

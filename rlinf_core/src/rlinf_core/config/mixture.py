@@ -1,0 +1,122 @@
+"""`[[data.mixture]]`: several datasets in one run, and how they are drawn from.
+
+An entry is the table of a dataset, as `[data]` would hold it, with a name and a weight beside. A class knows nothing of
+being mixed: what works with a run of one dataset sees each source as such a run (`RunConfig.sources`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pydantic import Field, InstanceOf, SerializeAsAny, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+from rlinf_core.config.mistakes import value_at
+from rlinf_core.config.section import Section
+from rlinf_core.config.toml import Table, leaves, merge
+from rlinf_core.datasets import DatasetConfig
+
+LOADER_KEYS = ("num_workers",)
+"""Keys that stay in `[data]`: one set of workers loads every source."""
+
+
+class MixtureShare(Section):
+    """What an entry of `[[data.mixture]]` has besides its dataset's own keys."""
+
+    name: str = Field(default="", pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$")
+    """What metrics, files and messages call the source; empty: its `config_name`, numbered if that is taken."""
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """How often a training sample comes from this source: its weight divided by the sum of all is the probability."""
+
+
+class MixtureEntry(MixtureShare):
+    """An entry of `[[data.mixture]]`."""
+
+    data: SerializeAsAny[InstanceOf[DatasetConfig]]
+    """The dataset; written out, its keys stand in the entry itself."""
+
+    @model_serializer(mode="wrap")
+    def _in_one_table(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        table: dict[str, Any] = write(self)
+        data = {key: value for key, value in table.pop("data").items() if key not in LOADER_KEYS}
+        return table | data
+
+
+class MixtureConfig(DatasetConfig):
+    """A `[data]` table that lists datasets instead of being one: all it has are `mixture` and `LOADER_KEYS`."""
+
+    mixture: tuple[MixtureEntry, ...] = Field(min_length=1)
+    """The datasets."""
+
+    @model_validator(mode="after")
+    def _is_no_dataset(self) -> MixtureConfig:
+        if foreign := sorted(self.model_fields_set - {"mixture", *LOADER_KEYS}):
+            raise ValueError(f"{', '.join(foreign)}: set in the entries of data.mixture, not beside them")
+        if twice := sorted({one.name for one in self.mixture if [o.name for o in self.mixture].count(one.name) > 1}):
+            raise ValueError(f"two entries of data.mixture have the name {twice[0]!r}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _own_keys(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        table = write(self)
+        return {key: table[key] for key in (*LOADER_KEYS, "mixture") if key in table}
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether any source holds out episodes."""
+        return any(entry.data.has_validation for entry in self.mixture)
+
+
+def name_sources(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The name of each entry: the given one, else its `config_name` (without a distribution), numbered if taken."""
+    taken = {str(entry["name"]) for entry in entries if entry.get("name")}
+    names = []
+    for entry in entries:
+        name = str(entry.get("name") or "")
+        if not name:
+            stem = re.sub(r"[^A-Za-z0-9._-]", "-", str(entry.get("config_name") or "dataset").rpartition(":")[2])
+            name = next(n for n in (stem, *(f"{stem}_{i}" for i in range(2, len(entries) + 2))) if n not in taken)
+            taken.add(name)
+        names.append(name)
+    return names
+
+
+def misplaced_keys(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """Keys on the wrong side of the line between `[data]` and its entries: place in `[data]`, what is wrong."""
+    beside = ", ".join(LOADER_KEYS)
+    for key in data.keys() - {"mixture", *LOADER_KEYS}:
+        if key == "config_name":
+            yield (key,), "is for a run of one dataset, data.mixture for several: leave one of them out"
+        else:
+            yield (key,), f"is set in the entries of data.mixture (beside them stands {beside} only)"
+    for number, entry in enumerate(data["mixture"]):
+        for key in LOADER_KEYS:
+            if key in entry:
+                yield ("mixture", number, key), f"is one for all sources: set data.{key}"
+
+
+def common_defaults(defaults: Mapping[str, Mapping[str, Any]]) -> tuple[Table, dict[tuple[str, ...], str]]:
+    """What several datasets' `run_defaults` agree on, and where they do not.
+
+    Args:
+        defaults: Source -> its class's `run_defaults`.
+
+    Returns:
+        The table of those that are the same in all, and place -> who says what of the others.
+    """
+    common: Table = {}
+    differing: dict[tuple[str, ...], str] = {}
+    for place in dict.fromkeys(place for table in defaults.values() for place, _ in leaves(table)):
+        values = {name: value_at(table, place) for name, table in defaults.items()}
+        first = next(iter(values.values()))
+        path = tuple(map(str, place))
+        if all(value == first for value in values.values()):
+            nested: Any = first
+            for key in reversed(path):
+                nested = {key: nested}
+            common = merge(common, nested)
+        else:
+            said = (f"{name} none" if value is None else f"{name} {value!r}" for name, value in values.items())
+            differing[path] = ", ".join(said)
+    return common, differing

@@ -1,0 +1,101 @@
+"""The datasets of a run on their way into the trainer: rows, statistics, pipelines, and each one's loss.
+
+A run of one dataset and a mixture go the same way; only a mixture's sources have names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from rlinf_core.config.run import RunConfig, RunSource
+from rlinf_core.data.mixture import Source
+from rlinf_core.data.pipeline import build_pipeline
+from rlinf_core.data.probe import probe
+from rlinf_core.data.splits import describe_splits, open_split
+from rlinf_core.datasets import SampleSource, Split
+from rlinf_core.plugins import Plugins
+from rlinf_core.policy import PolicyOutput
+from rlinf_core.training.distributed import Processes
+from rlinf_core.training.statistics import run_statistics
+
+
+def open_training_rows(run: RunConfig, plugins: Plugins) -> list[SampleSource]:
+    """The training rows of each dataset."""
+    return [_open(source, plugins, "train") for source in run.sources]
+
+
+def _open(source: RunSource, plugins: Plugins, split: Split) -> SampleSource:
+    with source.naming():
+        return open_split(source.run, plugins, split)
+
+
+def build_sources(
+    run: RunConfig, rows: Sequence[SampleSource], group: Processes, *, resuming: bool
+) -> tuple[tuple[Source, ...], list[str]]:
+    """The datasets as the loader takes them, and warnings about their statistics.
+
+    Args:
+        run: The run.
+        rows: What `open_training_rows` gave.
+        group: All ranks call this.
+        resuming: See `training.statistics.run_statistics`, which says what is raised, too.
+    """
+    sources, warnings = [], []
+    for source, own in zip(run.sources, rows, strict=True):
+        with source.naming():
+            stats, found = run_statistics(source.run, own, group, resuming=resuming, file=source.statistics)
+            pipeline = build_pipeline(source.run.data, run.policy, stats)
+        sources.append(Source(own, pipeline, source.name, source.share))
+        warnings += [f"{source.name}: {finding}" if source.name else str(finding) for finding in found]
+    return tuple(sources), warnings
+
+
+def open_held_out_rows(run: RunConfig, plugins: Plugins) -> list[SampleSource | None]:
+    """The held-out rows of each dataset; None where the run does not validate, or a source holds out nothing."""
+    return [
+        _open(source, plugins, "validation")
+        if run.runner.val_check_interval and source.run.data.has_validation
+        else None
+        for source in run.sources
+    ]
+
+
+def describe_splits_of(
+    run: RunConfig, sources: Sequence[Source], held_out: Sequence[SampleSource | None]
+) -> Iterator[str]:
+    """Episodes and rows of each dataset and, in a mixture, how often it is drawn from."""
+    total = sum(len(source.rows) for source in sources)
+    for given, source, own in zip(run.sources, sources, held_out, strict=True):
+        text = f"data: {describe_splits(source.rows, own)}"
+        yield f"{source.name}: {text}; {given.drawn(len(source.rows), total)}" if source.name else text
+
+
+def describe_samples(run: RunConfig, sources: Sequence[Source]) -> Iterator[str]:
+    """The policy's facts of each dataset."""
+    for given, source in zip(run.sources, sources, strict=True):
+        if not given.run.data.stats_need_images:
+            for name, fact in run.policy.describe(probe(source.rows, source.pipeline)).items():
+                yield f"{source.name}: {name}: {fact}" if source.name else f"{name}: {fact}"
+
+
+def source_sums(output: PolicyOutput, numbers: torch.Tensor, count: int) -> torch.Tensor:
+    """[2 * count], loss sum and weight of each source in a micro batch; zeros where the policy does not tell.
+
+    Args:
+        output: Of the forward pass.
+        numbers: [B], the source of each sample.
+        count: Number of sources.
+    """
+    if output.sample_losses is None:
+        return output.loss_sum.detach().new_zeros(2 * count)
+    # Not index_add_, whose order of addition on a GPU is not always the same.
+    mine = numbers == torch.arange(count, device=numbers.device)[:, None]
+    return (mine[..., None] * output.sample_losses).sum(1).flatten()
+
+
+def source_losses(sources: Sequence[Source], sums: Sequence[float]) -> dict[str, float]:
+    """`loss/<name>` of the sources that the step has samples of, from `source_sums` of the global batch."""
+    pairs = zip(sources, sums[::2], sums[1::2], strict=True) if sums else ()
+    return {f"loss/{source.name}": loss / weight for source, loss, weight in pairs if weight}
