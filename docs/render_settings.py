@@ -16,11 +16,13 @@ from pydantic.fields import FieldInfo
 from rlinf_core import DatasetConfig, LeRobotDatasetConfig, PolicyConfig, RunConfig, TrainerConfig
 from rlinf_core.config.cluster import ClusterConfig
 from rlinf_core.config.fsdp2 import Fsdp2TrainerConfig
+from rlinf_core.config.mixture import MixtureShare
 from rlinf_core.config.run import OptimConfig, RunnerConfig
 from rlinf_core.config.toml import dotted, write_toml
 from rlinf_plugins_openpi import Pi0Config, Pi05Config
 from rlinf_plugins_openpi.config import OpenpiPolicyConfig
 from rlinf_plugins_openpi.datasets import OpenpiDatasetConfig
+from rlinf_plugins_text import TextDatasetConfig, TextPolicyConfig
 from rlinf_plugins_openpi.datasets.aloha import AlohaRobotwinConfig
 
 PAGE = Path(__file__).with_name("settings.md")
@@ -55,6 +57,12 @@ PARTS = (
         "Of every dataset in LeRobot's layout. `config_name` must be set: it chooses the class and its defaults.",
         [DatasetConfig, LeRobotDatasetConfig],
     ),
+    Part(
+        "`[[data.mixture]]`",
+        "Several datasets instead of `data.config_name`. An entry takes all keys of `[data]` but `num_workers`, and "
+        "these; see [mixtures.md](mixtures.md).",
+        [MixtureShare],
+    ),
     Part("`[data]` of the formats for π0 and π0.5", "Besides the keys above.", [OpenpiDatasetConfig]),
     Part(
         "`[data]` of `pi0_aloha_robotwin` and `pi05_aloha_robotwin`",
@@ -71,6 +79,12 @@ PARTS = (
     ),
     Part("`[policy]` of `pi0`", "Besides the keys above.", [Pi0Config]),
     Part("`[policy]` of `pi05`", "Besides the keys above.", [Pi05Config]),
+    Part(
+        "`[data]` of `text`",
+        "Of [text](text.md), which knows of core's keys `config_name`, `revision` and `num_workers` besides these.",
+        [TextDatasetConfig],
+    ),
+    Part("`[policy]` of `text`", "Of [text](text.md).", [TextPolicyConfig]),
     Part("`[optim]`", "AdamW with linear warm-up, cosine decay and clipping by the global norm.", [OptimConfig]),
     Part("`[trainer]`", "Of the trainer `fsdp2`.", [TrainerConfig, Fsdp2TrainerConfig]),
 )
@@ -143,6 +157,8 @@ def _plural(annotation: Any) -> str:
         return " or ".join(map(_plural, get_args(annotation)))
     if annotation in _PLAIN:
         return _PLAIN[annotation].plural
+    if annotation is Any:
+        return "any values"
     return f"tables of {_keys(annotation)}" if annotation.model_fields else "tables"
 
 
