@@ -5,6 +5,7 @@ weights at the start and at the end, and can kill the process in the middle.
 """
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -140,10 +141,14 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(by_ranks, launch, tmp_p
 
 
 def test_a_mistake_is_said_once_and_names_the_way_out(tmp_path):
+    # However slow this machine is: rank 1 waits with its message until torchrun has seen rank 0 end.
+    patient = "import rlinf_core.ending\n\nrlinf_core.ending.OTHER_RANKS_WAIT = 120.0\n"
+    distributions.install(tmp_path / "site", "patient", plugins={"patient": "patient"}, patient=patient)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "rlinf_core.train", "examples/quickstart.toml", f"runner.output_dir={tmp_path}"]
     command += [*SETTINGS, "trainer.global_batch_size=7"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode != 0
     said = [line for line in result.stderr.splitlines() if "global_batch_size = 7" in line]
     assert len(said) == 1
