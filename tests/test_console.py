@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from rlinf_core.training.console import ConsoleLogger, loss_plot, result_table
+from rlinf_core.training.console import ConsoleLogger, by_source, loss_plot, result_table
 
 STEPS = [
     {"step": s, "loss": 2.0 / s, "lr": 1e-3, "grad_norm": 1.0, "samples_per_second": 8.0, "data_wait_share": 0.1}
@@ -30,6 +30,16 @@ def test_the_table_compares_with_the_better_baseline():
     assert "0.2500" in text
 
 
+def test_a_mixture_has_results_of_each_source():
+    one = {"val_action_mse": 0.05, "val_action_mse_mean": 0.2, "val_action_mse_repeat": 0.25, "val_loss": 0.3}
+    validation = {"step": 20, "val_loss": 0.5, "val_loss/b": 0.7} | {f"{key}/a": value for key, value in one.items()}
+    text = shown(result_table("smoke", STEPS, [validation], ["a", "b"]))
+    assert text.index("held-out loss") < text.index("a: held-out loss") < text.index("b: held-out loss")
+    assert "a: held-out action error²" in text
+    assert "25% of the better baseline" in text
+    assert dict(by_source({"x": 1.0, "y/z": 2.0}, [])) == {"": {"x": 1.0, "y/z": 2.0}}
+
+
 def test_the_plot_has_axes_and_points():
     text = loss_plot(STEPS)
     assert "training loss" in text
@@ -45,6 +55,7 @@ def logger(tmp_path):
         folder=tmp_path,
         runner=Namespace(name="smoke", max_steps=20),
         data=Namespace(config_name="toy"),
+        sources=[Namespace(name="")],
         policy=Namespace(type="toy"),
         trainer=Namespace(global_batch_size=4),
         optim=Namespace(warmup_steps=10, decay_steps=30),

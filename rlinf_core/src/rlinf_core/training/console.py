@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from rich.console import Console
@@ -48,7 +48,8 @@ class ConsoleLogger:
         self._started, self._start_step, self._stop_step = time.monotonic(), start_step, stop_step
         self._last_line = float("-inf")
         where = f"continues at step {start_step}" if start_step else "starts"
-        datasets = " + ".join(source.name or source.run.data.config_name for source in run.sources)
+        self._sources = [source.name for source in run.sources if source.name]
+        datasets = " + ".join(self._sources or [run.data.config_name])
         self._print(
             f"[bold]{run.runner.name}[/] {where}: {run.policy.type} on {datasets}, "
             f"{stop_step} steps of {run.trainer.global_batch_size} samples, files in {run.folder}"
@@ -82,8 +83,12 @@ class ConsoleLogger:
         self._print("  ".join([place, *shown, f"ETA {_duration(left)}"]))
 
     def validation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Print a validation."""
-        line = f"[cyan]step {step}:"
+        """Print a validation; of a mixture a line for each source, too."""
+        for name, own in by_source(metrics, self._sources):
+            self._print(f"[cyan]step {step}: {name}{':' * bool(name)}{self._measured(own)}[/]")
+
+    def _measured(self, metrics: Mapping[str, float]) -> str:
+        line = ""
         if "val_loss" in metrics:
             line += f" held-out loss {metrics['val_loss']:.4f}{_of_ema(metrics, 'val_loss')}"
         else:  # Of a trainer that measures something else.
@@ -97,7 +102,7 @@ class ConsoleLogger:
                 f"(mean action {metrics['val_action_mse_mean']:.4f}, "
                 f"repeated action {metrics['val_action_mse_repeat']:.4f})"
             )
-        self._print(line + "[/]")
+        return line
 
     def message(self, text: str) -> None:
         """Print a message."""
@@ -111,7 +116,8 @@ class ConsoleLogger:
         if error is not None:
             self._say_why_it_stopped(error, int(steps[-1]["step"]) if steps else 0)
             return
-        self._console.print(result_table(self._run.runner.name, steps, [r for r in rows if "val_loss" in r]))
+        validations = [row for row in rows if "val_loss" in row]
+        self._console.print(result_table(self._run.runner.name, steps, validations, self._sources))
         if len(steps) > 1:
             self._console.print(Text.from_ansi(loss_plot(steps)))
 
@@ -125,7 +131,21 @@ class ConsoleLogger:
         self._console.print(line, soft_wrap=True)
 
 
-def result_table(name: str, steps: Sequence[Mapping[str, Any]], validations: Sequence[Mapping[str, Any]]) -> Table:
+def by_source(metrics: Mapping[str, float], sources: Sequence[str]) -> Iterator[tuple[str, dict[str, float]]]:
+    """Metrics of the whole, under no name, and of each source of a mixture, by the names they have without sources."""
+    own = {key for key in metrics if key.rpartition("/")[2] in sources and "/" in key}
+    yield "", {key: value for key, value in metrics.items() if key not in own}
+    for name in sources:
+        if found := {key.removesuffix(f"/{name}"): metrics[key] for key in metrics if key.endswith(f"/{name}")}:
+            yield name, found
+
+
+def result_table(
+    name: str,
+    steps: Sequence[Mapping[str, Any]],
+    validations: Sequence[Mapping[str, Any]],
+    sources: Sequence[str] = (),
+) -> Table:
     """Loss at both ends, and the held-out action error beside what a policy that looks at nothing would reach."""
     table = Table(title=f"{name}: {steps[-1]['step'] if steps else 0} steps", title_justify="left")
     table.add_column("result")
@@ -133,31 +153,39 @@ def result_table(name: str, steps: Sequence[Mapping[str, Any]], validations: Seq
     table.add_column("")
     if steps:
         few = min(8, len(steps))
-        first, last = (sum(r["loss"] for r in part) / few for part in (steps[:few], steps[-few:]))
-        table.add_row(f"training loss, first {few} steps", f"{first:.4f}", "")
-        table.add_row(f"training loss, last {few} steps", f"{last:.4f}", f"{last / first:.0%} of the first")
+        ends = [sum(row["loss"] for row in part) / few for part in (steps[:few], steps[-few:])]
+        table.add_row(f"training loss, first {few} steps", f"{ends[0]:.4f}", "")
+        table.add_row(f"training loss, last {few} steps", f"{ends[1]:.4f}", f"{ends[1] / ends[0]:.0%} of the first")
     if validations:
-        result = validations[-1]
-        table.add_row("held-out loss", f"{result['val_loss']:.4f}", f"at step {result['step']}")
-        for name in _of_the_policy(result):
-            before = f"{validations[0][name]:.4g} at step {validations[0]['step']}" if len(validations) > 1 else ""
-            table.add_row(f"held-out {_words(name)}", f"[bold]{result[name]:.4g}[/]", before)
-        if "val_action_mse" in result:
-            baselines = {
-                "always the mean action": result["val_action_mse_mean"],
-                "repeating the last action": result["val_action_mse_repeat"],
-            }
-            best = min(baselines.values())
-            error = result["val_action_mse"]
-            table.add_row(
-                "held-out action error²", f"[bold]{error:.4f}[/]", f"{error / best:.0%} of the better baseline"
-            )
-            if "ema_val_action_mse" in result:
-                ema = result["ema_val_action_mse"]
-                table.add_row("  with EMA weights", f"[bold]{ema:.4f}[/]", f"{ema / best:.0%} of the better baseline")
-            for baseline, value in baselines.items():
-                table.add_row(f"  {baseline}", f"{value:.4f}", "")
+        first, last = (dict(by_source(validation, sources)) for validation in (validations[0], validations[-1]))
+        start = validations[0]["step"] if len(validations) > 1 else None
+        for source, result in last.items():
+            at = f"at step {validations[-1]['step']}"
+            before = {} if start is None else {n: f"{v:.4g} at step {start}" for n, v in first.get(source, {}).items()}
+            _add_results(table, f"{source}: " * bool(source), result, at, before)
     return table
+
+
+def _add_results(table: Table, source: str, result: Mapping[str, float], at: str, before: Mapping[str, str]) -> None:
+    """The rows of a validation, or of a source's part in it."""
+    table.add_row(f"{source}held-out loss", f"{result['val_loss']:.4f}", at)
+    for name in _of_the_policy(result):
+        table.add_row(f"{source}held-out {_words(name)}", f"[bold]{result[name]:.4g}[/]", before.get(name, ""))
+    if "val_action_mse" in result:
+        baselines = {
+            "always the mean action": result["val_action_mse_mean"],
+            "repeating the last action": result["val_action_mse_repeat"],
+        }
+        best = min(baselines.values())
+        error = result["val_action_mse"]
+        table.add_row(
+            f"{source}held-out action error²", f"[bold]{error:.4f}[/]", f"{error / best:.0%} of the better baseline"
+        )
+        if "ema_val_action_mse" in result:
+            ema = result["ema_val_action_mse"]
+            table.add_row("  with EMA weights", f"[bold]{ema:.4f}[/]", f"{ema / best:.0%} of the better baseline")
+        for baseline, value in baselines.items():
+            table.add_row(f"  {baseline}", f"{value:.4f}", "")
 
 
 def loss_plot(steps: Sequence[Mapping[str, Any]]) -> str:
