@@ -244,6 +244,12 @@ BREAKS = [
         "weight is a float32 scalar; found float32 [1] without gradient",
     ),
     (
+        Arm,
+        "forward",
+        lambda self, batch: forward(self, batch)._replace(sample_losses=torch.zeros(len(batch["state"]), 2)),
+        "sample_losses add up to loss_sum and weight; found [0.0, 0.0]",
+    ),
+    (
         arm_policy.Layer,
         "forward",
         nn.Linear.forward,

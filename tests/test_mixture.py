@@ -9,6 +9,7 @@ import torch
 import toy_mixture
 from safetensors.torch import load_file
 from toy_data import Repack, Rows, ToyPolicy
+from toy_policy import ToyModule
 
 from rlinf_core import UserError
 from rlinf_core.config.load import load_config
@@ -245,6 +246,14 @@ def test_a_run_tells_what_it_mixes(train, capsys):
     assert "trainable_toy on toy + narrow" in out
     assert "toy: data: 6 episodes, 60 rows; weight 3, 75.0% of the samples, 1 passes an epoch" in out
     assert "narrow: data: 2 episodes, 20 rows; weight 1, 25.0% of the samples, 1 passes an epoch" in out
+
+
+def test_a_policy_that_does_not_tell_the_losses_of_samples_is_named(train, monkeypatch, capsys):
+    forward = ToyModule.forward
+    monkeypatch.setattr(ToyModule, "forward", lambda self, batch: forward(self, batch)._replace(sample_losses=None))
+    found = steps(train("runner.max_steps=2"))
+    assert not any(key.startswith("loss/") for row in found for key in row)
+    assert capsys.readouterr().out.count("no loss/<source> is measured") == 1
 
 
 def test_validate_tells_and_finds_by_source(plugins, tmp_path):

@@ -180,7 +180,7 @@ def _backward(loss: torch.Tensor) -> bool:
 
 def _check_output(findings: Findings, config: PolicyConfig, out: Any) -> bool:
     """The form of a `PolicyOutput`."""
-    fields = ("loss_sum", "weight", "metrics")
+    fields = ("loss_sum", "weight", "metrics", "sample_losses")
     if not findings.expect(
         all(hasattr(out, f) for f in fields), "forward() returns a PolicyOutput", type(out).__name__
     ):
@@ -221,6 +221,8 @@ def _check_sums(findings: Findings, config: PolicyConfig, module: Any, samples: 
     def sums(part: Sequence[Sample]) -> torch.Tensor:
         with torch.no_grad():
             out = module(config.collate(part))
+        if out.sample_losses is not None and len(part) == len(samples):
+            _check_sample_losses(findings, out, len(part))
         return torch.stack([out.loss_sum, out.weight]).double()
 
     both = findings.attempt(
@@ -231,6 +233,15 @@ def _check_sums(findings: Findings, config: PolicyConfig, module: Any, samples: 
     for name, whole, parts in zip(("loss_sum", "weight"), *(one.tolist() for one in both), strict=True):
         rule = f"{name} of a batch is the sum over its parts (contract 4)"
         findings.expect(abs(whole - parts) <= RTOL * abs(whole), rule, f"{whole:.6g}, its parts have {parts:.6g}")
+
+
+def _check_sample_losses(findings: Findings, out: Any, count: int) -> None:
+    """What each sample adds, for the losses of a mixture's sources."""
+    told = out.sample_losses
+    form = f"float32 [{count}, 2] without gradient"
+    if findings.expect(_form(told) == form, f"sample_losses are {form}", _form(told)):
+        close = torch.allclose(told.sum(0), torch.stack([out.loss_sum, out.weight]), rtol=RTOL, atol=0.0)
+        findings.expect(close, "sample_losses add up to loss_sum and weight", told.sum(0).tolist())
 
 
 def _check_actions(findings: Findings, module: Any, batch: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@ A run of one dataset and a mixture go the same way; only a mixture's sources hav
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -99,3 +99,10 @@ def source_losses(sources: Sequence[Source], sums: Sequence[float]) -> dict[str,
     """`loss/<name>` of the sources that the step has samples of, from `source_sums` of the global batch."""
     pairs = zip(sources, sums[::2], sums[1::2], strict=True) if sums else ()
     return {f"loss/{source.name}": loss / weight for source, loss, weight in pairs if weight}
+
+
+def missing_losses(sources: Sequence[Source], metrics: Mapping[str, float]) -> str:
+    """What to tell of a mixture whose first step has no losses of sources; empty where it has."""
+    if len(sources) == 1 or any(key.startswith("loss/") for key in metrics):
+        return ""
+    return "note: no loss/<source> is measured: the policy does not tell PolicyOutput.sample_losses"

@@ -20,7 +20,7 @@ from rlinf_core.data.order import check_batch, steps_per_epoch
 from rlinf_core.errors import Interrupted
 from rlinf_core.plugins import Plugins
 from rlinf_core.policy import PolicyOutput
-from rlinf_core.training import checkpoint
+from rlinf_core.training import checkpoint, sources
 from rlinf_core.training.build import build_policy, open_weights
 from rlinf_core.training.distributed import Processes, to_device
 from rlinf_core.training.ema import Ema
@@ -29,15 +29,6 @@ from rlinf_core.training.metrics import StepClock, peak_memory_gb
 from rlinf_core.training.optim import Optimizer, Schedule
 from rlinf_core.training.position import Position, step_name
 from rlinf_core.training.resume import Start
-from rlinf_core.training.sources import (
-    build_sources,
-    describe_samples,
-    describe_splits_of,
-    open_held_out_rows,
-    open_training_rows,
-    source_losses,
-    source_sums,
-)
 from rlinf_core.training.stopping import Best, StopSignal, best_metric, stop_signals
 from rlinf_core.training.validations import open_validation
 
@@ -54,13 +45,13 @@ class Fsdp2Trainer:
         config.check_ranks(group.size)
         self._micro_batches = check_batch(config.global_batch_size, config.micro_batch_size, group.size)
         with group.first_on_each_machine():  # They may have to be downloaded.
-            rows = open_training_rows(run, plugins)
+            rows = sources.open_training_rows(run, plugins)
             weights = None if start.checkpoint else open_weights(run)
         self._rows = sum(map(len, rows))
         self._steps_per_epoch = steps_per_epoch(self._rows, config.global_batch_size)
         self.stop_step = run.runner.stop_step(self._steps_per_epoch)
-        self.sources, warnings = build_sources(run, rows, group, resuming=start.checkpoint is not None)
-        held_out = open_held_out_rows(run, plugins)
+        self.sources, warnings = sources.build_sources(run, rows, group, resuming=start.checkpoint is not None)
+        held_out = sources.open_held_out_rows(run, plugins)
         self._validation = open_validation(run, self.sources, held_out, group)
         self.policy = build_policy(run, config, group, plugins, weights, filled=start.checkpoint is None)
         self.optimizer = self._build_optimizer()
@@ -74,14 +65,14 @@ class Fsdp2Trainer:
             self._best, self._validated = position.best, position.validated
         first = group.rank == 0
         self._loggers = plugins.build_loggers(run, start_step=start.step, stop_step=self.stop_step) if first else []
-        for fact in describe_splits_of(run, self.sources, held_out):
+        for fact in sources.describe_splits_of(run, self.sources, held_out):
             self._tell(fact)
         for warning in warnings:
             self._tell(f"warning: {warning}")
         if first:
             if config.compile:
                 self._tell("the first step compiles the policy's blocks, which takes minutes")
-            for fact in describe_samples(run, self.sources):
+            for fact in sources.describe_samples(run, self.sources):
                 self._tell(fact)
 
     def train(self) -> signal.Signals | None:
@@ -110,11 +101,14 @@ class Fsdp2Trainer:
         runner = self.run.runner
         if self._make_up_for_validation(stop):
             return self._agree_on(stop)
-        batches = iter(self._open_loader())
+        batches, first_here = iter(self._open_loader()), True
         while self.step < self.stop_step and not self._improves_no_more():
             metrics, stopping = self._train_step(batches, stop)
             self.step += 1
             self._report("step", metrics)
+            if first_here and (missing := sources.missing_losses(self.sources, metrics)):
+                self._tell(missing)
+            first_here = False
             last = self.step == self.stop_step
             improved = False
             if not stopping and self._validation_is_due():
@@ -150,7 +144,7 @@ class Fsdp2Trainer:
             names = sorted(out.metrics)
             sums = torch.stack([out.loss_sum.detach(), out.weight, *(out.metrics[name] for name in names)])
             if numbers is not None:
-                sums = torch.cat([sums, source_sums(out, numbers, len(self.sources))])
+                sums = torch.cat([sums, sources.source_sums(out, numbers, len(self.sources))])
             totals = sums if totals is None else totals + sums
         assert totals is not None
         # The request to stop travels with the sums: ranks agree on it without communicating more than they do anyway.
@@ -165,7 +159,7 @@ class Fsdp2Trainer:
         own, by_source = totals[2 : 2 + len(names)], totals[2 + len(names) :]  # Which ends with `asked`.
         values = torch.cat([totals[:1] / totals[1], optimizer, own / totals[1], by_source]).tolist()
         keys = ["loss", "lr", "grad_norm", "skipped", *names]
-        metrics = dict(zip(keys, values, strict=False)) | source_losses(self.sources, values[len(keys) : -1])
+        metrics = dict(zip(keys, values, strict=False)) | sources.source_losses(self.sources, values[len(keys) : -1])
         metrics |= clock.read(self._config.global_batch_size)
         metrics["peak_memory_gb"] = peak_memory_gb(self._group.device)
         metrics["epoch"] = (self.step + 1) / self._steps_per_epoch
