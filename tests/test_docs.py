@@ -122,7 +122,8 @@ def test_named_tests_exist(page):
 
 def completion_of(tables):
     """What makes a block a whole config that needs no files; text has no small variant, and says what it needs."""
-    name = tables.get("data", {}).get("config_name")
+    data = tables.get("data", {})
+    name = data.get("config_name") or next((entry["config_name"] for entry in data.get("mixture", ())), None)
     return FRAGMENT if name is None else [] if name == "text" else TRIAL
 
 
