@@ -2,6 +2,7 @@
 training names the same with file, episode and frame.
 """
 
+import io
 import json
 import shutil
 
@@ -9,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from rlinf_core import cli
 from rlinf_core.data.check import check_files, number_columns
@@ -18,7 +20,7 @@ from rlinf_core.data.lerobot_metadata import read_metadata
 from rlinf_core.data.loader import read_rows
 from rlinf_core.datasets import LeRobotDatasetConfig
 from rlinf_core.errors import Exit, UserError
-from rlinf_core.testing.lerobot import CAMERAS
+from rlinf_core.testing.lerobot import CAMERAS, SIZE
 from rlinf_core.testing.lerobot_v2 import write_v2
 
 FRONT, WRIST = CAMERAS
@@ -289,6 +291,24 @@ def test_pages_of_a_data_file_that_are_damaged_are_found(good, tmp_path):
     spoil(OLD_DATA, share=0.9, count=2000)(root)
     kinds = {(one.kind, one.file) for one in check(root)}
     assert ("unreadable_file", OLD_DATA) in kinds
+
+
+def test_depth_maps_are_no_damage_but_no_pictures_to_train_on(good, tmp_path):
+    root = shutil.copytree(good["image v2.1"], tmp_path / "depth")
+    png = io.BytesIO()
+    Image.fromarray(np.full((SIZE, SIZE), 40_000, np.uint16)).save(png, "PNG")
+    for path in root.glob("data/*/*.parquet"):
+        table = pq.read_table(path)
+        at, pictures = table.column_names.index(WRIST), [{"bytes": png.getvalue(), "path": ""}] * len(table)
+        pq.write_table(table.set_column(at, WRIST, pa.array(pictures, table[WRIST].type)), path)
+    assert {finding.kind for finding in check(root)} == {"damaged_image"}
+    described = json.loads((root / "meta/info.json").read_text())
+    described["features"][WRIST]["shape"] = [SIZE, SIZE, 1]
+    (root / "meta/info.json").write_text(json.dumps(described))
+    assert check(root) == []
+    source = open_lerobot(LeRobotDatasetConfig(repo_id=str(root), images={"wrist": WRIST}), 1, "train")
+    with pytest.raises(UserError, match=r"row 0 of .* one channel in 16 or more bits, such as a depth map"):
+        source.__getitems__([0])
 
 
 def test_times_in_float32_of_long_episodes_are_right(good, tmp_path):

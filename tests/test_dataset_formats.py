@@ -12,6 +12,7 @@ from rlinf_core import Sample, UserError
 from rlinf_core.config.load import load_config
 from rlinf_core.config.toml import write_toml
 from rlinf_core.data.lerobot import open_lerobot
+from rlinf_core.data.lerobot_columns import picture_size
 from rlinf_core.data.normalize import NormStats, save_norm_stats
 from rlinf_core.data.pipeline import build_pipeline
 from rlinf_core.data.statistics import compute_norm_stats
@@ -275,6 +276,15 @@ def test_filling_up_early_or_late_is_the_same_to_pi0():
         assert np.array_equal(seen[0][key], seen[1][key])
 
 
+def test_the_filling_stays_zero_where_actions_are_relative_to_a_wider_state():
+    dataset = Pi0CustomConfig(raw_action_is_delta=False, gripper=(6,), action_width=7, padded_width=32)
+    row = numbers(dataset) | {"state": np.arange(1.0, 10.0)}
+    sample = transformed(dataset, row)
+    assert np.allclose(sample["actions"][:, :6], row["actions"][:, :6] - row["state"][:6])
+    assert not sample["actions"][:, 7:].any()
+    assert np.allclose(there_and_back(dataset, row)[1], row["actions"], atol=1e-5)
+
+
 def test_a_third_partys_transform_stands_before_ours_and_its_inverse_runs_last():
     @dataclass(frozen=True)
     class Millimetres(Transform):
@@ -308,6 +318,12 @@ def test_aloha_space_comes_back_for_state_and_actions():
     assert np.allclose(back["actions"], sample["actions"])
     wide = {**sample, "actions": np.pad(sample["actions"], [(0, 0), (0, 18)])}
     assert transform.inverse(wide)["actions"].shape == (3, 32)
+
+
+def test_numbers_too_few_for_aloha_are_told():
+    sample = {"state": np.zeros(14), "actions": np.zeros((3, 7)), "prompt": ""}
+    with pytest.raises(UserError, match=r"an action of the dataset has 7 numbers, Aloha's two arms have 14"):
+        AlohaToPi()(sample)
 
 
 PROMPTS = [
@@ -362,6 +378,11 @@ def test_a_crop_beyond_the_picture_is_refused_before_training_and_by_the_robot(t
         dataset.repack()(row)
 
 
+@pytest.mark.parametrize("shape", [[32, 24, 1], [3, 32, 24], [32, 24, 4], [None, None, 3]], ids=str)
+def test_a_crop_is_held_to_the_size_wherever_the_channels_stand(shape):
+    assert picture_size({"shape": shape}) == ((32, 24) if shape[0] else None)
+
+
 def test_a_column_that_is_not_there_is_named_with_those_that_are_nearest_first(tiny_dataset):
     dataset = tiny(tiny_dataset.root, images={"base_0_rgb": "observation.image.front"}, state=["observation.states"])
     with pytest.raises(UserError) as error:
@@ -411,6 +432,7 @@ def test_statistics_are_found_where_openpi_keeps_them(tiny_dataset, tmp_path):
     for repo_id, asset_id, folder in [
         ("my-lab/franka", "", "my-lab/franka"),
         ("my-lab/franka", "franka", "franka"),
+        ("my-lab/franka@v3.0", "", "my-lab/franka"),
         (str(tiny_dataset.root), "", tiny_dataset.root.name),
     ]:
         assets = {"assets_dir": str(tmp_path), "asset_id": asset_id}

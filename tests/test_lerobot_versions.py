@@ -105,7 +105,14 @@ def test_episodes_need_not_be_numbered_without_gaps_or_listed_in_order(older, tm
     )
 
 
-@pytest.mark.parametrize("kind", ["files", "bytes"])
+def test_texts_of_tasks_may_hold_any_character_or_be_missing(older, tmp_path):
+    root = shutil.copytree(older["image", "v2.1"], tmp_path / "texts")
+    lines = ['{"task_index": 0, "task": "push\u2028the\x85block"}', '{"task_index": 1, "task": null}']
+    (root / "meta/tasks.jsonl").write_text("\r\n".join(lines), encoding="utf-8")
+    assert {row["task"] for row in rows_of(root)} == {"push\u2028the\x85block", ""}
+
+
+@pytest.mark.parametrize("kind", ["files", "bytes", "large bytes"])
 def test_pictures_may_be_files_or_plain_bytes(kind, older, tmp_path):
     root = shutil.copytree(older["image", "v2.0"], tmp_path / "loose")
     expected = rows_of(root)
@@ -113,8 +120,9 @@ def test_pictures_may_be_files_or_plain_bytes(kind, older, tmp_path):
         table = pq.read_table(path)
         for camera in CAMERAS:
             at, pictures = table.column_names.index(camera), table[camera].to_pylist()
-            if kind == "bytes":
-                column = pa.array([one["bytes"] for one in pictures])
+            if kind != "files":
+                type_ = pa.binary() if kind == "bytes" else pa.large_binary()
+                column = pa.array([one["bytes"] for one in pictures], type_)
             else:
                 names = [f"images/{camera}/{path.stem}/frame_{i:06d}.png" for i in range(len(pictures))]
                 for name, one in zip(names, pictures, strict=True):
@@ -146,6 +154,12 @@ def test_pictures_may_be_files_or_plain_bytes(kind, older, tmp_path):
         ("meta/info.json", '{"codebase', r"info\.json cannot be read"),
         ("meta/info.json", "[]", r"info\.json is damaged: the whole: Input should be a valid dictionary"),
         ("meta/info.json", ('"dtype": "image"', '"type": "image"'), r"features\.observation\.images.*has no dtype"),
+        (
+            "meta/info.json",
+            ('"shape": [\n                3\n', '"forms": [\n                3\n'),
+            r"has no shape, a list",
+        ),
+        ("meta/tasks.jsonl", '{"task_index": "0", "task": "push"}\n', "'0': 'push' is no whole number with a text"),
         ("meta/info.json", ("episode_index:", "episode:"), r"the path 'data/.*asks for more than episode_chunk, "),
         ("meta/episodes.jsonl", ('"length": 9', '"length": "9"'), "a length is no whole number"),
     ],

@@ -17,7 +17,7 @@ import numpy as np
 from rlinf_core.data.check_numbers import check_data_file, check_metadata, check_missing, check_unlisted
 from rlinf_core.data.check_pictures import check_images, check_video
 from rlinf_core.data.damage import Damage, Finding
-from rlinf_core.data.lerobot_metadata import Metadata
+from rlinf_core.data.lerobot_metadata import NUMBERS, Metadata
 
 Depth = Literal["fast", "ends", "full"]
 AT_ONCE = 4
@@ -61,8 +61,7 @@ def check_files(
 
 def number_columns(metadata: Metadata) -> list[str]:
     """The columns of numbers that are no index columns."""
-    kinds = ("float", "int", "uint", "bool")
-    names = [name for name, feature in metadata.features.items() if feature["dtype"].startswith(kinds)]
+    names = [name for name, feature in metadata.features.items() if feature["dtype"].startswith(NUMBERS)]
     return [name for name in names if name not in ("index", "episode_index", "frame_index", "timestamp", "task_index")]
 
 

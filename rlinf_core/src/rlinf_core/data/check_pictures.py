@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from rlinf_core.data.damage import Finding, Kind
+from rlinf_core.data.lerobot_columns import picture_size
 from rlinf_core.data.lerobot_metadata import Metadata
 from rlinf_core.data.parquet_images import decode, picture_batches
 from rlinf_core.data.video import VideoReader
@@ -98,7 +99,9 @@ def check_images(
 def _picture_damage(metadata: Metadata, camera: str, value: Any) -> Iterator[tuple[Kind, str]]:
     """What is wrong with a picture, if anything."""
     try:
-        height, width, _ = decode(value.as_buffer() if value.is_valid else None, "").shape
+        # A column of one channel may hold depth maps: not to be trained on, and no damage.
+        deep = 3 not in (metadata.features[camera].get("shape") or ())
+        height, width, _ = decode(value.as_buffer() if value.is_valid else None, "", deep=deep).shape
     except UserError as error:
         yield "damaged_image", _line(error).strip().removesuffix(". Record, convert or download it again")
         return
@@ -107,8 +110,8 @@ def _picture_damage(metadata: Metadata, camera: str, value: Any) -> Iterator[tup
 
 
 def _check_size(metadata: Metadata, camera: str, name: str, height: int, width: int) -> Iterator[Finding]:
-    shape = list(metadata.features[camera].get("shape") or ())
-    if len(shape) == 3 and [height, width] not in (shape[:2], shape[1:]):  # Channels come last or first.
+    if picture_size(metadata.features[camera]) not in (None, (height, width)):
+        shape = metadata.features[camera]["shape"]
         yield Finding("wrong_shape", f"is {height} x {width} pixels, meta/info.json says {shape}", name)
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rlinf_core.data.lerobot_columns import INDEX_COLUMNS, check_finite, read_columns
+from rlinf_core.data.lerobot_columns import INDEX_COLUMNS, check_finite, picture_size, read_columns
 from rlinf_core.data.lerobot_files import find_dataset
-from rlinf_core.data.lerobot_metadata import Metadata, load_metadata
+from rlinf_core.data.lerobot_metadata import NUMBERS, Metadata, load_metadata
 from rlinf_core.data.lerobot_quality import episode_quality
 from rlinf_core.data.parquet_images import ParquetImages
 from rlinf_core.data.sample import Row
@@ -230,10 +230,10 @@ def _check_pictures(key: str, column: str, feature: dict[str, Any]) -> None:
 
 def _outside(camera: str, crop: Crop, feature: dict[str, Any]) -> list[str]:
     """What is wrong with a crop, as far as the metadata tell the size of the pictures."""
-    shape = list(feature.get("shape") or ())
-    if len(shape) != 3:
+    size = picture_size(feature)
+    if size is None:
         return []
-    height, width = shape[:2] if shape[-1] == 3 else shape[1:]
+    height, width = size
     if crop.top + crop.height <= height and crop.left + crop.width <= width:
         return []
     return [
@@ -243,7 +243,7 @@ def _outside(camera: str, crop: Crop, feature: dict[str, Any]) -> list[str]:
 
 
 def _check_vector(key: str, column: str, feature: dict[str, Any]) -> None:
-    if not feature["dtype"].startswith(("float", "int", "uint", "bool")) or len(feature["shape"]) > 1:
+    if not feature["dtype"].startswith(NUMBERS) or len(feature["shape"]) > 1:
         kind = f"{feature['dtype']} {list(feature['shape'])}"
         raise UserError(f"{key} names {column!r}, which holds {kind}; a vector of numbers is needed")
 

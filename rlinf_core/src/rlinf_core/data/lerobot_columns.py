@@ -100,6 +100,17 @@ def width_of(feature: Mapping[str, Any]) -> int:
     return int(np.prod(feature.get("shape") or (1,)))
 
 
+def picture_size(feature: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Height and width of a column's pictures, channels written last or first; None if the metadata do not tell."""
+    shape = list(feature.get("shape") or ())
+    if len(shape) != 3 or not all(isinstance(n, int) for n in shape):
+        return None
+    channels = (1, 3, 4)  # Grey, RGB, RGB with transparency.
+    if shape[-1] in channels:
+        return shape[0], shape[1]
+    return (shape[1], shape[2]) if shape[0] in channels else None
+
+
 def vectors_of(column: pa.ChunkedArray, width: int, what: str) -> NDArray[np.float32]:
     """A column of numbers or of equally long lists -> float32 [rows, width]; `what` begins error messages.
 

@@ -103,7 +103,7 @@ def read_json_lines(path: Path, keys: Iterable[str]) -> list[dict[str, Any]]:
     """The objects in a file of one JSON object a line; `UserError` naming file and line if one lacks a key."""
     found = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # Texts may hold what else `splitlines` breaks at.
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}. Download or write the dataset again") from error
     for number, line in enumerate(lines, 1):

@@ -24,6 +24,8 @@ from rlinf_core.errors import UserError
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 """The formats that are read."""
+NUMBERS = ("float", "int", "uint", "bool")
+"""What the dtypes of columns of numbers begin with."""
 AGAIN = "the dataset is incomplete; download or write it again"
 
 
@@ -138,9 +140,13 @@ def read_metadata(name: str, root: Path) -> Metadata:
     )
 
 
-def _has_dtype(feature: dict[str, Any]) -> dict[str, Any]:
+def _described(feature: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(feature.get("dtype"), str):
         raise ValueError("has no dtype")
+    shape = feature.get("shape")
+    known = isinstance(shape, list) and all(isinstance(n, int) for n in shape)
+    if feature["dtype"].startswith(NUMBERS) and not known:
+        raise ValueError("has no shape, a list of whole numbers")
     return feature
 
 
@@ -149,7 +155,7 @@ class _Info(BaseModel):
 
     codebase_version: str
     fps: float = Field(gt=0)
-    features: dict[str, Annotated[dict[str, Any], AfterValidator(_has_dtype)]]
+    features: dict[str, Annotated[dict[str, Any], AfterValidator(_described)]]
     total_episodes: int
     total_frames: int
     data_path: str
@@ -238,7 +244,7 @@ def _tasks_v3(root: Path) -> dict[int, str]:
     text = next((name for name in table.column_names if name != "task_index"), None)
     if text is None or "task_index" not in table.column_names:
         raise UserError(f"{root}/meta/tasks.parquet lists no texts by task_index: {AGAIN}")
-    return dict(zip(table["task_index"].to_pylist(), table[text].to_pylist(), strict=True))
+    return _texts(root / "meta" / "tasks.parquet", table["task_index"].to_pylist(), table[text].to_pylist())
 
 
 def _episodes_v2(root: Path, info: _Info) -> dict[str, Any]:
@@ -269,5 +275,15 @@ def _episodes_v2(root: Path, info: _Info) -> dict[str, Any]:
 
 
 def _tasks_v2(root: Path) -> dict[int, str]:
-    tasks = read_json_lines(root / "meta" / "tasks.jsonl", ("task_index", "task"))
-    return {task["task_index"]: task["task"] for task in tasks}
+    path = root / "meta" / "tasks.jsonl"
+    tasks = read_json_lines(path, ("task_index", "task"))
+    return _texts(path, [task["task_index"] for task in tasks], [task["task"] for task in tasks])
+
+
+def _texts(path: Path, numbers: Iterable[Any], texts: Iterable[Any]) -> dict[int, str]:
+    """Tasks by number; one without a text has an empty one, for which `data.default_prompt` stands in."""
+    tasks = dict(zip(numbers, ("" if text is None else text for text in texts), strict=True))
+    for number, text in tasks.items():
+        if not isinstance(number, int) or not isinstance(text, str):
+            raise UserError(f"{path}: the task {number!r}: {text!r} is no whole number with a text: {AGAIN}")
+    return tasks

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from rlinf_core.data.lerobot_columns import read_columns
 from rlinf_core.data.lerobot_files import read_json_lines, read_parquet
-from rlinf_core.data.lerobot_metadata import Metadata, nearest_first
+from rlinf_core.data.lerobot_metadata import NUMBERS, Metadata, nearest_first
 from rlinf_core.errors import UserError
 
 
@@ -34,7 +34,7 @@ def episode_quality(metadata: Metadata, column: str) -> NDArray[np.float64]:
 
 def _mean_of_frames(metadata: Metadata, column: str) -> NDArray[np.float64]:
     feature = metadata.features[column]
-    if not feature["dtype"].startswith(("float", "int", "uint", "bool")) or np.prod(feature.get("shape") or (1,)) != 1:
+    if not feature["dtype"].startswith(NUMBERS) or np.prod(feature.get("shape") or (1,)) != 1:
         raise _no_number(column)
     columns, _ = read_columns(metadata, ["index", "episode_index", "task_index", column])
     sums = np.concatenate([[0.0], np.cumsum(columns[column].reshape(-1), dtype=np.float64)])

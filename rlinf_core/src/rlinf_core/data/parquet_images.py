@@ -53,11 +53,19 @@ class ParquetImages:
         return decode(value.as_buffer() if value.is_valid else None, f"{self._path}: row {row} of {column!r}")
 
 
-def decode(data: Any, what: str) -> NDArray[np.uint8]:
-    """A picture from the bytes of a PNG or JPEG file: uint8 [height, width, 3] RGB; `what` begins error messages.
+def decode(data: Any, what: str, *, deep: bool = False) -> NDArray[np.uint8]:
+    """A picture from the bytes of a PNG or JPEG file.
+
+    Args:
+        data: The bytes; None where there are none.
+        what: Begins error messages.
+        deep: Take a channel of 16 or more bits too, of which only the size comes out right.
+
+    Returns:
+        uint8 [height, width, 3] RGB.
 
     Raises:
-        UserError: There are no bytes, or they are no picture.
+        UserError: There are no bytes, or they are no picture, or one of 16 bits a channel.
     """
     if data is None:
         raise UserError(
@@ -66,6 +74,11 @@ def decode(data: Any, what: str) -> NDArray[np.uint8]:
         )
     try:
         with Image.open(io.BytesIO(data)) as image:
+            if image.mode[0] in "IF" and not deep:  # Pillow cuts such numbers off at 255: all white.
+                raise UserError(
+                    f"{what} holds a picture of one channel in 16 or more bits, such as a depth map: only pictures of "
+                    "8 bits a channel are read; name another column in data.images"
+                )
             return np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:  # Pillow's, by format.
         raise UserError(f"{what} holds a damaged picture: {e}. Record, convert or download it again") from e
@@ -93,7 +106,8 @@ def picture_batches(path: Path, columns: Sequence[str], root: Path) -> Iterator[
 
 def _bytes_of(column: pa.Array, root: Path) -> pa.Array:
     if not pa.types.is_struct(column.type):
-        return column.cast(pa.binary()) if pa.types.is_binary(column.type) else pa.nulls(len(column), pa.binary())
+        plain = pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)
+        return column.cast(pa.binary()) if plain else pa.nulls(len(column), pa.binary())
     data = column.field("bytes") if column.type.get_field_index("bytes") >= 0 else pa.nulls(len(column), pa.binary())
     if not data.null_count or column.type.get_field_index("path") < 0:
         return data

@@ -97,7 +97,7 @@ class OpenpiDatasetConfig(LeRobotDatasetConfig):
         return NormalForm(repack, turn.form, turn.state, turn.actions) if turn else repack
 
     def transforms(self) -> Sequence[Transform]:
-        """Rotations in six numbers, filling up, relative actions: each where asked for.
+        """Rotations in six numbers, relative actions, filling up: each where asked for.
 
         The inverses end with the cut to the robot's action. Overridden, `(*own, *super().transforms())` sees the data's
         own numbers.
@@ -109,9 +109,9 @@ class OpenpiDatasetConfig(LeRobotDatasetConfig):
             steps.append(SliceActions(self.action_width))
         if self._rotations:
             steps.append(self._rotations)
-        if self.padded_width:
-            steps.append(PadToActionDim(self.padded_width))
-        return (*steps, *self._make_relative())
+        fill = [PadToActionDim(self.padded_width)] if self.padded_width else []
+        # A mask may reach into the filling, as RLinf's does. Otherwise it stays 0, however wide the state is.
+        return (*steps, *fill, *self._make_relative()) if self._mask else (*steps, *self._make_relative(), *fill)
 
     @property
     def _way(self) -> list[str]:

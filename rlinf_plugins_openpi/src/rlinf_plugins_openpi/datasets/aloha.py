@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from rlinf_core import Sample
+from rlinf_core import Sample, UserError
 from rlinf_core.data.transforms import Transform
 from rlinf_plugins_openpi.datasets import OpenpiDatasetConfig
 
@@ -85,15 +85,20 @@ class Pi05AlohaRobotwinConfig(AlohaRobotwinConfig):
 def _changed(sample: Sample, state_gripper: Change, action_gripper: Change) -> Sample:
     out = sample.copy()
     if "state" in sample:
-        out["state"] = _converted(sample["state"], state_gripper)
+        out["state"] = _converted("a state of the dataset", sample["state"], state_gripper)
     if "actions" in sample:
-        out["actions"] = _converted(sample["actions"], action_gripper)
+        out["actions"] = _converted("an action of the dataset", sample["actions"], action_gripper)
     return out
 
 
-def _converted(vector: NDArray[np.floating], gripper: Change) -> NDArray[np.floating]:
+def _converted(what: str, vector: NDArray[np.floating], gripper: Change) -> NDArray[np.floating]:
     """Signs and grippers of the first 14 numbers; what a policy fills up with follows as it is."""
     width = len(SIGNS)
+    if vector.shape[-1] < width:
+        raise UserError(
+            f"{what} has {vector.shape[-1]} numbers, Aloha's two arms have {width}: name other columns, or set "
+            "data.adapt_to_pi = false for another robot"
+        )
     robot = vector[..., :width] * SIGNS.astype(np.float64)
     robot[..., GRIPPERS] = gripper(robot[..., GRIPPERS])
     return np.concatenate([robot, vector[..., width:]], axis=-1)

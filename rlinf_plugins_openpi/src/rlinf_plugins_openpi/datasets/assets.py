@@ -24,6 +24,6 @@ class Assets(BaseModel):
 
 
 def asset_name(repo_id: str) -> str:
-    """What openpi calls the statistics of a dataset: its hub id, or the name of its local folder."""
-    on_hub = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo_id) and not Path(repo_id).exists()
-    return repo_id if on_hub else Path(repo_id).name
+    """What openpi calls the statistics of a dataset: its hub id without a revision, or the name of its local folder."""
+    on_hub = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(@.+)?", repo_id)
+    return on_hub[1] if on_hub and not Path(repo_id).exists() else Path(repo_id).name
