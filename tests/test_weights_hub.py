@@ -106,6 +106,14 @@ def test_a_path_with_a_slip_is_no_hub_id(cache, tmp_path, text):
             find(text)
 
 
+def test_beside_a_folder_of_the_owners_name_a_revision_tells_the_hubs(cache, tmp_path):
+    (tmp_path / "lerobot").mkdir()
+    with pytest.raises(UserError, match=r"though a folder lerobot; .* name its revision: lerobot/pi05_base@main"):
+        find_weights("lerobot/pi05_base")
+    with pytest.raises(UserError, match="could not be had from the hub"):
+        find_weights("lerobot/pi05_base@main")
+
+
 def test_a_path_wins_over_a_hub_id(cache, tmp_path):
     cached(cache)
     (tmp_path / "lerobot" / "pi05_base").mkdir(parents=True)

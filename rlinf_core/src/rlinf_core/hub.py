@@ -41,14 +41,15 @@ def local_path(text: str, setting: str) -> Path | None:
     path = Path(text).expanduser()
     if path.exists():
         return path
-    # A folder that is there makes the rest a path with a slip in it, and no owner on the hub.
+    on_hub = None if text.startswith((".", "~", "/")) else _HUB_ID.fullmatch(text)
+    # A folder that is there makes the rest a path with a slip in it, and no owner on the hub; a revision tells.
     in_a_folder = path.parent != Path() and path.parent.is_dir()
-    if text.startswith((".", "~", "/")) or in_a_folder or not _HUB_ID.fullmatch(text):
-        raise UserError(
-            f"{setting}: there is no file or folder {text} (here: {Path.cwd()}), and a hub id reads owner/name or "
-            "owner/name@revision"
-        )
-    return None
+    if on_hub and (on_hub["revision"] or not in_a_folder):
+        return None
+    told = "and a hub id reads owner/name or owner/name@revision"
+    if on_hub:
+        told = f"though a folder {path.parent}; if the hub's is meant, name its revision: {text}@main"
+    raise UserError(f"{setting}: there is no file or folder {text} (here: {Path.cwd()}), {told}")
 
 
 def parse_hub_id(text: str) -> tuple[str, str | None]:
