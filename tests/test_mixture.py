@@ -217,6 +217,12 @@ def test_each_source_has_its_own_statistics_and_a_run_goes_on_only_with_them(tra
         train("runner.max_steps=3")
 
 
+def test_a_run_does_not_go_on_with_other_weights(train):
+    train("runner.max_steps=2")
+    with pytest.raises(UserError, match=r"data\.mixture\[1\]\.weight: 1\.0 -> 2\.0"):
+        train("runner.max_steps=3", "data.mixture.1.weight=2.0")
+
+
 def test_each_source_is_validated_in_its_own_units(train):
     trainer = train("runner.val_check_interval=6", "optim.ema_decay=0.9")
     last = [row for row in read_rows(trainer.run.folder / "metrics.jsonl") if "val_loss" in row][-1]
@@ -275,19 +281,19 @@ def test_validate_tells_and_finds_by_source(plugins, tmp_path):
     assert "is not a norm_stats.json" in finding
 
 
-def test_a_mixture_is_the_same_on_two_ranks_to_rounding(start_ranks, tmp_path):
-    text = toy_mixture.CONFIG.replace('"narrow"', '"toy"')  # `option_runs` knows this format.
-    (tmp_path / "toy.toml").write_text(text)
-    for ranks in (1, 2):
-        (tmp_path / f"{ranks}").mkdir()
-        result = start_ranks("option_runs:main", ranks, tmp_path / f"{ranks}", tmp_path / "toy.toml", "run:")
-        assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
-    one, two = (json.loads((tmp_path / f"{ranks}" / "run" / "rows.json").read_text()) for ranks in (1, 2))
+def test_a_mixture_is_the_same_on_two_ranks_to_rounding(start_ranks, tmp_path, train):
+    narrow = "data.mixture.1.config_name=toy"  # `option_runs` knows this format alone.
+    (tmp_path / "two").mkdir()
+    (tmp_path / "toy.toml").write_text(toy_mixture.CONFIG)
+    result = start_ranks("option_runs:main", 2, tmp_path / "two", tmp_path / "toy.toml", f"run:{narrow}")
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
+    begun = {}
+    one = train(narrow, watch=lambda trainer: begun.update(weights(trainer)))
+    two = json.loads((tmp_path / "two" / "run" / "rows.json").read_text())
     for key in ("loss", "loss/toy", "loss/toy_2"):
-        assert [row.get(key) for row in two] == pytest.approx([row.get(key) for row in one], rel=1e-4)
-    start, end, other = (
-        load_file(tmp_path / f"{ranks}" / "run" / f"{when}.safetensors")
-        for ranks, when in ((1, "start"), (1, "end"), (2, "end"))
-    )
+        assert [row.get(key) for row in two] == pytest.approx([row.get(key) for row in steps(one)], rel=1e-4)
+    start, other = (load_file(tmp_path / "two" / "run" / f"{when}.safetensors") for when in ("start", "end"))
+    assert all(torch.equal(value, start[name]) for name, value in begun.items())
+    end = weights(one)
     off = sum(float((other[name] - end[name]).square().sum()) for name in start) ** 0.5
     assert off / sum(float((end[name] - start[name]).square().sum()) for name in start) ** 0.5 <= 5e-3
