@@ -189,3 +189,16 @@ def test_other_projects_formats_hold_what_they_have_a_place_for(trained, tmp_pat
     code, said = export(trainer, tmp_path / "lerobot", capsys, "--format", "lerobot")
     assert code == 2
     assert "lerobot's format has statistics of one dataset: give --source, one of two_arms, gantry" in said
+
+
+def test_commands_look_at_one_robot_of_a_mixture(config, capsys, monkeypatch):
+    monkeypatch.setattr("rlinf_core.plugins.get_plugins", repository_plugins)
+    for command in ("norm-stats", "check-dataset"):
+        assert cli.main([command, str(config), "--json", "--source", "gantry"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        if command == "norm-stats":
+            assert len(found["statistics"]["actions"]["mean"]) == 2
+        else:
+            assert (found["episodes"], found["ok"]) == (2, True)
+        assert cli.main([command, str(config)]) == 2
+        assert "of several datasets: name one of two_arms, gantry with --source" in capsys.readouterr().err

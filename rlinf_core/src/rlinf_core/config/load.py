@@ -17,16 +17,9 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ValidationError, create_model
 from pydantic_core import ErrorDetails
 
+from rlinf_core.config import mixture
 from rlinf_core.config.mistakes import COMMAND_LINE, Layer, Models, Place, explain, is_model, mistake, value_at
-from rlinf_core.config.mixture import (
-    LOADER_KEYS,
-    MixtureConfig,
-    MixtureEntry,
-    MixtureShare,
-    common_defaults,
-    misplaced_keys,
-    name_sources,
-)
+from rlinf_core.config.mixture import MixtureConfig, MixtureEntry, MixtureShare
 from rlinf_core.config.run import RunConfig
 from rlinf_core.config.section import Section
 from rlinf_core.config.toml import (
@@ -150,15 +143,15 @@ class _Draft:
         """Validate the entries of `[[data.mixture]]`, each with its own class, and what stands beside them."""
         entries, own = self._mixture(), MixtureShare.model_fields
         made: list[MixtureEntry] = []
-        for number, (entry, name) in enumerate(zip(entries, name_sources(entries), strict=True)):
+        for number, (entry, name) in enumerate(zip(entries, mixture.name_sources(entries), strict=True)):
             place = (*_MIXTURE, number)
             share = self._try(MixtureShare, {"name": name} | {key: entry[key] for key in own if key in entry}, place)
-            table = {key: value for key, value in entry.items() if key not in (*own, *LOADER_KEYS)}
+            table = {key: value for key, value in entry.items() if key not in (*own, *mixture.LOADER_KEYS)}
             chosen = self._chosen[place]
             data = self._try(chosen.model, table, place, chosen.owner) if chosen else None
             if share and data:
                 made.append(MixtureEntry(name=name, weight=share.weight, data=data))
-        beside = {key: value for key, value in (self._get("data") or {}).items() if key in LOADER_KEYS}
+        beside = {key: value for key, value in (self._get("data") or {}).items() if key in mixture.LOADER_KEYS}
         if self._try(DatasetConfig, beside, ("data",)) and len(made) == len(entries):
             return self._try(MixtureConfig, beside | {"mixture": made}, ("data",))
         return None
@@ -208,7 +201,7 @@ class _Draft:
         if not self._mixture():
             self._note(_MIXTURE, "must be a list of tables, [[data.mixture]], each of them a dataset")
             return {("data",): None}
-        for place, what in misplaced_keys(self._get("data")):
+        for place, what in mixture.misplaced_keys(self._get("data")):
             self._note(("data", *place), what)
         chosen: dict[Place, _Chosen | None] = {}
         for place in ((*_MIXTURE, number) for number in range(len(self._mixture()))):
@@ -224,8 +217,8 @@ class _Draft:
         if ("data",) in models:
             origin = f"defaults of dataset {self._get('data', 'config_name')!r}"
             self._lay_below(origin, models["data",].run_defaults)
-        names = name_sources(self._mixture())
-        common, differing = common_defaults(
+        names = mixture.name_sources(self._mixture())
+        common, differing = mixture.common_defaults(
             {names[int(place[-1])]: model.run_defaults for place, model in models.items() if place != ("data",)}
         )
         undecided = {place: said for place, said in differing.items() if self._get(*place) is None}

@@ -131,9 +131,8 @@ class RunSource:
             rows: Its training rows.
             total: Those of all sources: the samples of an epoch.
         """
-        return (
-            f"weight {self.weight:g}, {self.share:.1%} of the samples, {self.share * total / rows:.3g} passes an epoch"
-        )
+        passes = self.share * total / max(rows, 1)
+        return f"weight {self.weight:g}, {self.share:.1%} of the samples, {passes:.3g} passes an epoch"
 
     @contextmanager
     def naming(self) -> Iterator[None]:

@@ -15,6 +15,7 @@ from rlinf_core.data.pipeline import build_pipeline
 from rlinf_core.data.probe import probe
 from rlinf_core.data.splits import describe_splits, open_split
 from rlinf_core.datasets import SampleSource, Split
+from rlinf_core.errors import UserError
 from rlinf_core.plugins import Plugins
 from rlinf_core.policy import PolicyOutput
 from rlinf_core.training.distributed import Processes
@@ -28,7 +29,10 @@ def open_training_rows(run: RunConfig, plugins: Plugins) -> list[SampleSource]:
 
 def _open(source: RunSource, plugins: Plugins, split: Split) -> SampleSource:
     with source.naming():
-        return open_split(source.run, plugins, split)
+        rows = open_split(source.run, plugins, split)
+        if not len(rows):
+            raise UserError(f"the dataset {source.run.data.config_name!r} has no rows for {split}")
+        return rows
 
 
 def build_sources(
