@@ -184,3 +184,21 @@ def test_observations_that_lack_something_say_what(trained, export):
         policy.infer({"observation.img": image, "observation.state": state, "task": "push"})
     row = {"observation.image": image, "observation.state": state, "task": "push", "action": np.zeros(4), "index": 3}
     assert policy.infer(row).shape == (policy.config.chunk_length(), 4)
+
+
+def test_an_observation_unlike_those_of_training_is_refused(export):
+    folder = export()[1]
+    description = json.loads((folder / "rlinf.json").read_text())
+    description["data"]["state_width"] = 0  # As in a format that leaves the width to the data.
+    (folder / "rlinf.json").write_text(json.dumps(description))
+    policy = load_policy(folder)
+    seen = {"observation.image": np.zeros((64, 64, 3), np.uint8), "observation.state": np.zeros(4), "task": "push"}
+    for key, value, message in [
+        ("observation.state", np.zeros(3), r"is of shape \[3\] .*, in training it was \[4\]"),
+        ("observation.state", np.zeros((1, 4)), r"is of shape \[1, 4\]"),
+        ("observation.state", np.full(4, np.nan), "holds NaN or infinity"),
+        ("task", ["push"], r"'task' is \['push'\]: one text is needed"),
+        ("observation.image", [[0]], "camera 'base_0_rgb' is a list: images are arrays of NumPy"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            policy.infer(seen | {key: value})

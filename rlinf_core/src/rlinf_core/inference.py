@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,8 @@ from rlinf_core.config.mixture import MixtureShare
 from rlinf_core.config.run import no_source
 from rlinf_core.data.normalize import load_norm_stats
 from rlinf_core.data.pipeline import Pipeline, build_pipeline
+from rlinf_core.data.sample import Sample
+from rlinf_core.data.transforms import Transform
 from rlinf_core.datasets import DatasetConfig
 from rlinf_core.errors import UserError, did_you_mean
 from rlinf_core.export import DESCRIPTION, FORMAT, STATISTICS
@@ -31,6 +34,25 @@ ELSEWHERE = {
     "weights alone": "*.safetensors*",
 }
 """What a folder without `rlinf.json` may hold -> a file that tells."""
+
+
+@dataclass(frozen=True)
+class HoldToTraining(Transform):
+    """Refuse a state that is not as wide as those of training, or not finite; changes nothing."""
+
+    width: int
+
+    def __call__(self, sample: Sample) -> Sample:
+        """The sample as it is."""
+        state = sample.get("state")
+        if state is not None and state.shape != (self.width,):
+            raise UserError(
+                f"the state of the observation is of shape {list(state.shape)} after the dataset's transforms, in "
+                f"training it was [{self.width}]: hand over as many numbers as the dataset has in a row"
+            )
+        if state is not None and not np.isfinite(state).all():
+            raise UserError("the state of the observation holds NaN or infinity: a robot must not act on that")
+        return sample
 
 
 class LoadedPolicy:
@@ -54,7 +76,7 @@ class LoadedPolicy:
             [H, D] actions in the data's units.
 
         Raises:
-            UserError: The observation lacks a column; all of them are named.
+            UserError: The observation lacks a column (all of them are named), or its state or task is none.
         """
         sample = self._encode(observation)
         if noise is None:
@@ -76,6 +98,8 @@ class LoadedPolicy:
                 f"the observation lacks {', '.join(map(repr, missing))}; it has {', '.join(observation) or 'nothing'}"
                 f"{hints}. Names are those of the dataset that the policy was trained on"
             )
+        if not isinstance(seen.get("task", ""), str):
+            raise UserError(f"the observation's 'task' is {seen['task']!r}: one text is needed")
         try:
             return self.pipeline.encode(seen)
         except KeyError as error:
@@ -111,7 +135,10 @@ def load_policy(
     data = _validated(plugins.dataset(table["config_name"]), table, folder)
     here = {field: str(folder / name) for field, name in description["files"].items()} | {"weights": str(folder)}
     config = _validated(plugins.policy(description["policy"]["type"]), description["policy"] | here, folder)
-    pipeline = build_pipeline(data, config, load_norm_stats(statistics) if statistics.exists() else None)
+    stats = load_norm_stats(statistics) if statistics.exists() else None
+    pipeline = build_pipeline(data, config, stats)
+    if pipeline.normalize and stats and "state" in stats:  # Narrower ones would pass, and be filled up.
+        pipeline = replace(pipeline, dataset=(*pipeline.dataset, HoldToTraining(len(stats["state"].mean))))
     with torch.device("meta"):
         module: Any = config.build()
     weights = config.open_weights()

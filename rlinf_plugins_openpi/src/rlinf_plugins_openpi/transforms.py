@@ -50,6 +50,8 @@ class ResizeWithPad(Transform):
         return {**sample, "images": {name: self._resize(name, image) for name, image in sample["images"].items()}}
 
     def _resize(self, name: str, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        if not isinstance(image, np.ndarray):
+            raise UserError(f"camera {name!r} is a {type(image).__name__}: images are arrays of NumPy")
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
             raise UserError(
                 f"camera {name!r} is {image.dtype} {list(image.shape)}: images are uint8 [height, width, 3]"
