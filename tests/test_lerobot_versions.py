@@ -12,6 +12,7 @@ from huggingface_hub import constants
 from test_hub import point_to
 
 from rlinf_core import hub
+from rlinf_core.data.check_numbers import check_metadata
 from rlinf_core.data.lerobot import open_lerobot
 from rlinf_core.data.lerobot_files import find_dataset
 from rlinf_core.data.lerobot_metadata import load_metadata
@@ -162,6 +163,7 @@ def test_pictures_may_be_files_or_plain_bytes(kind, older, tmp_path):
         ("meta/tasks.jsonl", '{"task_index": "0", "task": "push"}\n', "'0': 'push' is no whole number with a text"),
         ("meta/info.json", ("episode_index:", "episode:"), r"the path 'data/.*asks for more than episode_chunk, "),
         ("meta/episodes.jsonl", ('"length": 9', '"length": "9"'), "a length is no whole number"),
+        ("meta/info.json", ('"data/', '"../'), r"the path '\.\./.*' leads out of the dataset's folder"),
     ],
 )
 def test_damaged_metadata_are_named(file, content, message, older, tmp_path):
@@ -174,6 +176,54 @@ def test_damaged_metadata_are_named(file, content, message, older, tmp_path):
         (root / file).write_text(content)
     with pytest.raises(UserError, match=message):
         load_metadata("it", root)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("dataset_from_index", None, "'dataset_from_index' has no value for some episode"),
+        ("dataset_to_index", 9.5, "'dataset_to_index' is no column of numbers"),
+        ("data/file_index", "0", None),
+        (f"videos/{CAMERAS[0]}/from_timestamp", None, "from_timestamp' has no value for some episode"),
+    ],
+)
+def test_damaged_episodes_of_v30_are_named(column, value, message, video_dataset, tmp_path):
+    root = shutil.copytree(video_dataset.root, tmp_path / "damaged")
+    change_episodes(root, column, lambda values: [type(value or one)(one) for one in values[:-1]] + [value])
+    if message is None:  # Numbers written as texts are read.
+        assert len(load_metadata("it", root).episodes) == 4
+        return
+    with pytest.raises(UserError, match=message):
+        load_metadata("it", root)
+
+
+def change_episodes(root, column, change):
+    (path,) = root.glob("meta/episodes/*/*.parquet")
+    table = pq.read_table(path)
+    pq.write_table(
+        table.set_column(table.column_names.index(column), column, pa.array(change(table[column].to_pylist()))), path
+    )
+
+
+def test_a_dataset_without_episodes_is_refused(older, tmp_path):
+    root = shutil.copytree(older["image", "v2.1"], tmp_path / "none")
+    (root / "meta/episodes.jsonl").write_text("")
+    with pytest.raises(UserError, match="meta/ lists no episode"):
+        load_metadata("it", root)
+
+
+def test_episodes_that_overlap_in_a_video_are_found_and_not_trained_on(video_dataset, tmp_path):
+    root = shutil.copytree(video_dataset.root, tmp_path / "overlap")
+    change_episodes(
+        root, f"videos/{CAMERAS[1]}/from_timestamp", lambda starts: [starts[0], starts[1] - 0.2, *starts[2:]]
+    )
+    (finding,) = check_metadata(load_metadata("it", root))
+    assert (finding.kind, finding.episode) == ("wrong_timestamp", 1)
+    assert "are those of episode 0 too" in finding.message
+    with pytest.raises(UserError, match=r"file-000\.mp4: .* episode 0 with 9 frames and episode 1 overlap"):
+        rows_of(root)
+    assert len(rows_of(root, exclude_episodes=(1,))) == 29
+    assert len(rows_of(root, cameras=CAMERAS[:1])) == 36
 
 
 @pytest.fixture

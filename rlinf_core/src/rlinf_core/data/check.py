@@ -17,7 +17,8 @@ import numpy as np
 from rlinf_core.data.check_numbers import check_data_file, check_metadata, check_missing, check_unlisted
 from rlinf_core.data.check_pictures import check_images, check_video
 from rlinf_core.data.damage import Damage, Finding
-from rlinf_core.data.lerobot_metadata import NUMBERS, Metadata
+from rlinf_core.data.lerobot_info import NUMBERS
+from rlinf_core.data.lerobot_metadata import Metadata
 
 Depth = Literal["fast", "ends", "full"]
 AT_ONCE = 4

@@ -41,6 +41,10 @@ def check_metadata(metadata: Metadata) -> Iterator[Finding]:
         yield Finding("wrong_index", what, listed, int(metadata.episodes[i]))
     for episode in metadata.episodes[metadata.lengths <= 0].tolist():
         yield Finding("empty_episode", "the episode has no frames", listed, episode)
+    for camera in metadata.video_files:
+        for before, i in metadata.overlapping(camera):
+            what = f"frames of its video of {camera!r} are those of episode {metadata.episodes[before]} too"
+            yield Finding("wrong_timestamp", what, listed, int(metadata.episodes[i]))
     stats = metadata.root / "meta" / ("episodes_stats.jsonl" if metadata.version == "v2.1" else "stats.json")
     if not stats.is_file():
         what = "is not there: lerobot needs it, rlinf computes statistics of its own"

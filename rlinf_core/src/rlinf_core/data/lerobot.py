@@ -7,7 +7,7 @@ Pictures are decoded for the requested rows only: video frames grouped by file, 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from rlinf_core.data.lerobot_columns import INDEX_COLUMNS, check_finite, picture_size, read_columns
 from rlinf_core.data.lerobot_files import find_dataset
-from rlinf_core.data.lerobot_metadata import NUMBERS, Metadata, load_metadata
+from rlinf_core.data.lerobot_info import NUMBERS
+from rlinf_core.data.lerobot_metadata import Metadata, load_metadata
 from rlinf_core.data.lerobot_quality import episode_quality
 from rlinf_core.data.parquet_images import ParquetImages
 from rlinf_core.data.sample import Row
@@ -53,6 +54,7 @@ def open_lerobot(dataset: LeRobotDatasetConfig, chunk_length: int, split: Split)
     videos = metadata.videos(dataset.images.values(), training | held_out)
     place.fetch(videos)
     _check_videos(metadata, videos)
+    _check_overlaps(metadata, dataset.images.values(), training | held_out)
     in_split = np.isin(columns["episode_index"], sorted(training if split == "train" else held_out))
     check_finite(metadata, columns, in_split)
     return LeRobotSource(
@@ -255,6 +257,18 @@ def _check_videos(metadata: Metadata, videos: Sequence[Path]) -> None:
         named = ", ".join(str(path.relative_to(metadata.root)) for path in missing[:5])
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise UserError(f"{metadata.root} lacks the video files {named}{more}: download or write the dataset again")
+
+
+def _check_overlaps(metadata: Metadata, cameras: Iterable[str], used: Collection[int]) -> None:
+    """Raise `UserError` where two episodes claim the same frames of a video: one would be shown the other's."""
+    for camera in metadata.video_files.keys() & set(cameras):
+        for places in metadata.overlapping(camera, used):
+            first, second = metadata.episodes[list(places)]
+            raise UserError(
+                f"{metadata.video_files[camera][places[1]]}: by meta/episodes, episode {first} with "
+                f"{metadata.lengths[places[0]]} frames and episode {second} overlap in it: write the dataset again, or "
+                f"leave one out with data.exclude_episodes (`rlinf check-dataset {metadata.name}` tells more)"
+            )
 
 
 def _episode_table(dataset: LeRobotDatasetConfig, metadata: Metadata, columns: dict[str, NDArray[Any]]) -> EpisodeTable:

@@ -10,22 +10,18 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from itertools import chain, compress
+from itertools import chain, compress, pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
-from rlinf_core.data.lerobot_files import INFO, read_json, read_json_lines, read_parquet
+from rlinf_core.data.lerobot_files import INFO, read_json_lines, read_parquet
+from rlinf_core.data.lerobot_info import Info, load_info
 from rlinf_core.errors import UserError
 
-VERSIONS = ("v2.0", "v2.1", "v3.0")
-"""The formats that are read."""
-NUMBERS = ("float", "int", "uint", "bool")
-"""What the dtypes of columns of numbers begin with."""
 AGAIN = "the dataset is incomplete; download or write it again"
 
 
@@ -87,6 +83,16 @@ class Metadata:
         named = (compress(self.video_files.get(name, ()), used) for name in dict.fromkeys(cameras))
         return list(dict.fromkeys(chain.from_iterable(named)))
 
+    def overlapping(self, camera: str, episodes: Collection[int] | None = None) -> list[tuple[int, int]]:
+        """Places of two episodes each that claim the same frames of a video, among some episodes or (None) all."""
+        starts, files = self.video_starts[camera], dict[Path, list[int]]()
+        for i in np.argsort(starts, kind="stable").tolist():
+            if self.lengths[i] > 0 and (episodes is None or int(self.episodes[i]) in episodes):
+                files.setdefault(self.video_files[camera][i], []).append(i)
+        ends = starts + (self.lengths - 0.5) / self.fps
+        pairs = chain.from_iterable(map(pairwise, files.values()))
+        return [(before, after) for before, after in pairs if starts[after] < ends[before]]
+
     def files(self, cameras: Iterable[str]) -> list[Path]:
         """The data files, and the video files of some cameras."""
         return [*self.data_files, *self.videos(cameras)]
@@ -122,11 +128,13 @@ def load_metadata(name: str, root: Path) -> Metadata:
 
 def read_metadata(name: str, root: Path) -> Metadata:
     """Like `load_metadata`, for a dataset that may be incomplete."""
-    info = _load_info(name, root)
+    info = load_info(name, root)
     if info.codebase_version == "v3.0":
         episodes, tasks = _episodes_v3(root, info), _tasks_v3(root)
     else:
         episodes, tasks = _episodes_v2(root, info), _tasks_v2(root)
+    if not len(episodes["episodes"]):
+        raise UserError(f"{root}: meta/ lists no episode: {AGAIN}")
     return Metadata(
         name=name,
         root=root,
@@ -140,72 +148,7 @@ def read_metadata(name: str, root: Path) -> Metadata:
     )
 
 
-def _described(feature: dict[str, Any]) -> dict[str, Any]:
-    if not isinstance(feature.get("dtype"), str):
-        raise ValueError("has no dtype")
-    shape = feature.get("shape")
-    known = isinstance(shape, list) and all(isinstance(n, int) for n in shape)
-    if feature["dtype"].startswith(NUMBERS) and not known:
-        raise ValueError("has no shape, a list of whole numbers")
-    return feature
-
-
-class _Info(BaseModel):
-    """What is read of `meta/info.json`."""
-
-    codebase_version: str
-    fps: float = Field(gt=0)
-    features: dict[str, Annotated[dict[str, Any], AfterValidator(_described)]]
-    total_episodes: int
-    total_frames: int
-    data_path: str
-    video_path: str | None = None
-    chunks_size: int = Field(default=1000, gt=0)
-
-    @property
-    def videos(self) -> list[str]:
-        """Columns of videos."""
-        return [name for name, feature in self.features.items() if feature["dtype"] == "video"]
-
-    def file(self, root: Path, pattern: str | None, **numbers: Any) -> Path:
-        """The path that `data_path` or `video_path` makes of numbers."""
-        try:
-            return root / str(pattern).format(**numbers)
-        except (LookupError, ValueError) as error:
-            raise UserError(f"{root / INFO}: the path {pattern!r} asks for more than {', '.join(numbers)}") from error
-
-
-def _load_info(name: str, root: Path) -> _Info:
-    path = root / INFO
-    try:
-        content = read_json(path)
-    except FileNotFoundError as e:
-        raise UserError(f"{root} is not a LeRobot dataset: it has no {INFO} (data.repo_id = {name!r})") from e
-    version = content.get("codebase_version") if isinstance(content, dict) else None
-    if version is not None and version not in VERSIONS:
-        raise UserError(_wrong_version(name, root, str(version)))
-    try:
-        info = _Info.model_validate(content)
-    except ValidationError as e:
-        wrong = "; ".join(f"{'.'.join(map(str, one['loc'])) or 'the whole'}: {one['msg']}" for one in e.errors())
-        raise UserError(f"{path} is damaged: {wrong}. Download or write the dataset again") from e
-    if info.videos and not info.video_path:
-        raise UserError(f"{path} has columns of videos and no video_path: download or write the dataset again")
-    return info
-
-
-def _wrong_version(name: str, root: Path, version: str) -> str:
-    if version.startswith("v1"):
-        way_out = (
-            "lerobot 0.3.3 converts it, from the hub: python -m lerobot.datasets.v2.convert_dataset_v1_to_v2 "
-            f"--repo-id {name}"
-        )
-    else:
-        way_out = "a newer rlinf-core may read it; or write it with lerobot's converter for one of these formats"
-    return f"{name} ({root}) has LeRobot format {version}; {', '.join(VERSIONS)} are read. {way_out}"
-
-
-def _episodes_v3(root: Path, info: _Info) -> dict[str, Any]:
+def _episodes_v3(root: Path, info: Info) -> dict[str, Any]:
     """Fields of `Metadata`. The statistics that lie beside them are many times larger and stay unread."""
     wanted = ["episode_index", "dataset_from_index", "dataset_to_index", "data/chunk_index", "data/file_index"]
     for key in info.videos:
@@ -214,7 +157,7 @@ def _episodes_v3(root: Path, info: _Info) -> dict[str, Any]:
     if not paths:
         raise UserError(f"{root} has no meta/episodes/*/*.parquet: {AGAIN}")
     table = pa.concat_tables([read_parquet(path, wanted) for path in paths]).sort_by("episode_index")
-    column: dict[str, NDArray[Any]] = {key: table[key].to_numpy() for key in table.column_names}
+    column = {key: _numbers(root, table, key) for key in table.column_names}
     places = np.stack([column["data/chunk_index"], column["data/file_index"]], axis=1)
     files, data_file = np.unique(places, axis=0, return_inverse=True)
 
@@ -234,8 +177,19 @@ def _episodes_v3(root: Path, info: _Info) -> dict[str, Any]:
         ),
         "data_file": data_file.reshape(-1),
         "video_files": {key: videos(key) for key in info.videos},
-        "video_starts": {key: column[f"videos/{key}/from_timestamp"].astype(np.float64) for key in info.videos},
+        "video_starts": {key: column[f"videos/{key}/from_timestamp"] for key in info.videos},
     }
+
+
+def _numbers(root: Path, table: pa.Table, key: str) -> NDArray[Any]:
+    kind = pa.float64() if key.endswith("timestamp") else pa.int64()
+    try:
+        numbers: NDArray[Any] = table[key].cast(kind).to_numpy()
+    except pa.ArrowException as error:
+        raise UserError(f"{root}/meta/episodes: {key!r} is no column of numbers ({error}): {AGAIN}") from error
+    if table[key].null_count:
+        raise UserError(f"{root}/meta/episodes: {key!r} has no value for some episode: {AGAIN}")
+    return numbers
 
 
 def _tasks_v3(root: Path) -> dict[int, str]:
@@ -247,7 +201,7 @@ def _tasks_v3(root: Path) -> dict[int, str]:
     return _texts(root / "meta" / "tasks.parquet", table["task_index"].to_pylist(), table[text].to_pylist())
 
 
-def _episodes_v2(root: Path, info: _Info) -> dict[str, Any]:
+def _episodes_v2(root: Path, info: Info) -> dict[str, Any]:
     """Fields of `Metadata`: an episode's files follow from its number, its frames from the lengths before it."""
     path = root / "meta" / "episodes.jsonl"
     listed = [(one["episode_index"], one["length"]) for one in read_json_lines(path, ("episode_index", "length"))]

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from rlinf_core.data.lerobot_columns import read_columns
 from rlinf_core.data.lerobot_files import read_json_lines, read_parquet
-from rlinf_core.data.lerobot_metadata import NUMBERS, Metadata, nearest_first
+from rlinf_core.data.lerobot_info import NUMBERS
+from rlinf_core.data.lerobot_metadata import Metadata, nearest_first
 from rlinf_core.errors import UserError
 
 

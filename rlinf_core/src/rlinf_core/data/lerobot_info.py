@@ -1,0 +1,93 @@
+"""`meta/info.json` of a LeRobot dataset: its format, columns, counts, and how its files are called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
+
+from rlinf_core.data.lerobot_files import INFO, read_json
+from rlinf_core.errors import UserError
+
+VERSIONS = ("v2.0", "v2.1", "v3.0")
+"""The formats that are read."""
+NUMBERS = ("float", "int", "uint", "bool")
+"""What the dtypes of columns of numbers begin with."""
+
+
+def _described(feature: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(feature.get("dtype"), str):
+        raise ValueError("has no dtype")
+    shape = feature.get("shape")
+    known = isinstance(shape, list) and all(isinstance(n, int) for n in shape)
+    if feature["dtype"].startswith(NUMBERS) and not known:
+        raise ValueError("has no shape, a list of whole numbers")
+    return feature
+
+
+class Info(BaseModel):
+    """What is read of `meta/info.json`."""
+
+    codebase_version: str
+    fps: float = Field(gt=0)
+    features: dict[str, Annotated[dict[str, Any], AfterValidator(_described)]]
+    total_episodes: int
+    total_frames: int
+    data_path: str
+    video_path: str | None = None
+    chunks_size: int = Field(default=1000, gt=0)
+
+    @property
+    def videos(self) -> list[str]:
+        """Columns of videos."""
+        return [name for name, feature in self.features.items() if feature["dtype"] == "video"]
+
+    def file(self, root: Path, pattern: str | None, **numbers: Any) -> Path:
+        """The path that `data_path` or `video_path` makes of numbers."""
+        try:
+            path = Path(str(pattern).format(**numbers))
+        except (LookupError, ValueError) as error:
+            raise UserError(f"{root / INFO}: the path {pattern!r} asks for more than {', '.join(numbers)}") from error
+        if path.is_absolute() or ".." in path.parts:
+            raise UserError(f"{root / INFO}: the path {pattern!r} leads out of the dataset's folder")
+        return root / path
+
+
+def load_info(name: str, root: Path) -> Info:
+    """Read `meta/info.json`.
+
+    Args:
+        name: What the user calls the dataset.
+        root: Its folder.
+
+    Raises:
+        UserError: The file is missing or damaged, or the format is not one of `VERSIONS`.
+    """
+    path = root / INFO
+    try:
+        content = read_json(path)
+    except FileNotFoundError as e:
+        raise UserError(f"{root} is not a LeRobot dataset: it has no {INFO} (data.repo_id = {name!r})") from e
+    version = content.get("codebase_version") if isinstance(content, dict) else None
+    if version is not None and version not in VERSIONS:
+        raise UserError(_wrong_version(name, root, str(version)))
+    try:
+        info = Info.model_validate(content)
+    except ValidationError as e:
+        wrong = "; ".join(f"{'.'.join(map(str, one['loc'])) or 'the whole'}: {one['msg']}" for one in e.errors())
+        raise UserError(f"{path} is damaged: {wrong}. Download or write the dataset again") from e
+    if info.videos and not info.video_path:
+        raise UserError(f"{path} has columns of videos and no video_path: download or write the dataset again")
+    return info
+
+
+def _wrong_version(name: str, root: Path, version: str) -> str:
+    if version.startswith("v1"):
+        way_out = (
+            "lerobot 0.3.3 converts it, from the hub: python -m lerobot.datasets.v2.convert_dataset_v1_to_v2 "
+            f"--repo-id {name}"
+        )
+    else:
+        way_out = "a newer rlinf-core may read it; or write it with lerobot's converter for one of these formats"
+    return f"{name} ({root}) has LeRobot format {version}; {', '.join(VERSIONS)} are read. {way_out}"
