@@ -63,6 +63,7 @@ def test_cameras_are_placed_by_their_names(columns, base, left, right):
 
 def test_more_than_three_cameras_and_depth_are_left_over():
     features = {name: image() for name in ("a", "b", "c", "d")} | {"e": image(48, 64, 1), "depth": image()} | ARM
+    features["b"] = {"dtype": "image"}  # Without a shape, which nothing else needs.
     found = propose("lab/arm", features)
     assert list(found.images.values()) == ["a", "b", "c"]
     assert found.other_images == ("d", "e", "depth")

@@ -94,7 +94,8 @@ def propose(dataset: str, features: Features) -> Proposal:
 def _pictures(features: Features) -> tuple[list[str], list[str]]:
     """Columns of RGB pictures, and of other ones, such as depth."""
     pictures = {name: feature for name, feature in features.items() if feature["dtype"] in ("image", "video")}
-    colour = [name for name, feature in pictures.items() if 3 in feature["shape"] and "depth" not in name.lower()]
+    shapes = {name: feature.get("shape") or (3,) for name, feature in pictures.items()}  # A picture's may be unknown.
+    colour = [name for name, shape in shapes.items() if 3 in shape and "depth" not in name.lower()]
     return colour, [name for name in pictures if name not in colour]
 
 
@@ -167,5 +168,5 @@ def _is_delta(actions: list[Vector], state: list[Vector], gripper: tuple[int, ..
 
 
 def _listed(features: Features) -> str:
-    kinds = (f"{name} ({feature['dtype']} {list(feature['shape'])})" for name, feature in features.items())
+    kinds = (f"{name} ({feature['dtype']} {list(feature.get('shape') or ())})" for name, feature in features.items())
     return f"its columns are {', '.join(kinds) or 'none'}"
