@@ -80,11 +80,10 @@ def test_paragraphs_of_a_text_file_are_texts(tmp_path):
 
 @pytest.mark.parametrize("template", ["chatml", PLAIN_CHATML])
 def test_the_assistants_words_are_trained(tmp_path, template):
-    """Marked by the template, or found by what a message adds; the latter has the line's end, too."""
+    """Marked by the template, or found."""
     policy = tiny_policy(chat_template=template)
     (row,) = rows_of(write_jsonl(tmp_path / "a.jsonl", [{"messages": CHAT}]), policy)
-    end = "<|im_end|>" if template == "chatml" else "<|im_end|>\n"
-    assert trained_text(row) == [f"1. Open the drawer.{end}", f"1. Grasp the cup.{end}"]
+    assert trained_text(row) == ["1. Open the drawer.<|im_end|>", "1. Grasp the cup.<|im_end|>"]
     sharegpt = [
         {"from": {"user": "human", "assistant": "gpt"}.get(m["role"], m["role"]), "value": m["content"]} for m in CHAT
     ]
@@ -117,9 +116,9 @@ def test_prompt_and_completion_in_the_template_are_a_chat(tmp_path):
     assert same(rows_of(path, format="prompt_completion", as_chat=True, keys=keys)[0], chat)
 
 
-def test_a_template_that_depends_on_later_messages_is_refused_with_the_place(tmp_path):
+def test_a_template_that_ends_turns_by_later_messages_is_refused_with_the_place(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"messages": CHAT}])
-    with pytest.raises(UserError, match=r"a\.jsonl, line 1: .* message 2 .*generation"):
+    with pytest.raises(UserError, match=r"a\.jsonl, line 1: .* message 2 .*chatml.*generation"):
         rows_of(path, tiny_policy(chat_template=FORGETFUL))
 
 

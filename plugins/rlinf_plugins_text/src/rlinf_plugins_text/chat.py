@@ -1,8 +1,7 @@
 """Chat templates: from messages to text, and which parts of the text the assistant says. Imports no torch.
 
 Templates are Jinja as transformers renders it. What the assistant says is what the template marks by
-`{% generation %}`; in a template without marks it is what is added to the text of the messages before, which must not
-change then.
+`{% generation %}`; in a template without marks it is looked for (`turns`).
 """
 
 from __future__ import annotations
@@ -21,13 +20,11 @@ from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rlinf_core import UserError
-
-Message = Mapping[str, Any]
-Span = tuple[int, int]
-"""First character and the one after the last."""
+from rlinf_plugins_text.turns import Message, Span, find_turns
 
 CHATML = """\
 {%- for message in messages %}
+{%- if message.tool_calls %}{{- raise_exception('"chatml" has no form for calls of tools') }}{%- endif %}
 {{- '<|im_start|>' + message.role + '\\n' }}
 {%- if message.role == 'assistant' %}
 {%- generation %}{{- message.content + '<|im_end|>' }}{%- endgeneration %}
@@ -41,7 +38,6 @@ CHATML = """\
 """The template that `policy.chat_template = "chatml"` means: Qwen's without its thoughts."""
 OPEN, CLOSE = "\ue0f0\ue0f1", "\ue0f1\ue0f0"
 """What marks the assistant's words while a template is rendered: characters for private use."""
-WAY_OUT = 'set policy.chat_template to "chatml", or to a template that marks them by {% generation %}'
 
 
 class ChatTemplate:
@@ -74,9 +70,9 @@ class ChatTemplate:
         """The text of messages, and which parts of it the assistant says, each with what ends it.
 
         Raises:
-            UserError: Without marks, a message's text depends on those that follow.
+            UserError: Without marks, what the assistant says cannot be told; see `turns`.
         """
-        return self._marked(messages) if self._marks else self._added(messages)
+        return self._marked(messages) if self._marks else find_turns(self._render, messages)
 
     def _marked(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
         text, spans = "", []
@@ -87,24 +83,11 @@ class ChatTemplate:
             text += said + rest
         return text, spans
 
-    def _added(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
-        text, spans = self.render(messages), []
-        for number, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self.render(messages[:number], ask=True)
-            after = self.render(messages[: number + 1])
-            if not (after.startswith(before) and text.startswith(after)):
-                raise UserError(
-                    f"what the assistant says cannot be told from the rest: the text of message {number} in the chat "
-                    f"template depends on other messages; {WAY_OUT}"
-                )
-            spans.append((len(before), len(after)))
-        return text, spans
-
     def _render(self, messages: Sequence[Message], ask: bool) -> str:
         try:
-            return self._template.render(messages=messages, add_generation_prompt=ask, **self._special_tokens)
+            return self._template.render(
+                messages=messages, tools=None, documents=None, add_generation_prompt=ask, **self._special_tokens
+            )
         except (jinja2.TemplateError, TypeError) as error:  # A template adds what is no text, for one.
             raise UserError(f"the chat template refuses the messages: {error}") from error
 

@@ -19,6 +19,7 @@ from rlinf_plugins_text.tokenizer import TextTokenizer, load_tokenizer, template
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from rlinf_core.illustration import Illustration
     from rlinf_core.policy import WeightSource
 
 RANDOM = "random"
@@ -100,6 +101,12 @@ class TextPolicyConfig(PolicyConfig):
             overlong=self.overlong,
             packing=self.packing,
         )
+
+    def illustrate(self, sample: Sample, draws: Mapping[str, Mapping[str, Any]]) -> Illustration:
+        """Texts as tokens, those marked that are trained."""
+        from rlinf_plugins_text.illustrate import illustrate
+
+        return illustrate(cast("TextSample", sample), self.text_tokenizer(), self.max_length)
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """Stack samples into CPU tensors; see `collate.stack`."""

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlinf_core import UserError
-from rlinf_plugins_text.chat import ChatTemplate, Message, Span
+from rlinf_plugins_text.chat import ChatTemplate
 from rlinf_plugins_text.dataset import ROLES, TextDatasetConfig
+from rlinf_plugins_text.turns import Message, Span
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from rlinf_plugins_text.formats import Example, to_example
 from rlinf_plugins_text.rows import TextRow, content_tag, read_rows
 from rlinf_plugins_text.tokenizer import TextTokenizer
 
-VERSION = 1
+VERSION = 2
 """Of the files and of how text becomes tokens."""
 AT_ONCE = 1000
 """Texts that are tokenised together, by all cores."""

@@ -1,0 +1,147 @@
+"""What the assistant says in a chat whose template does not mark it. Imports no torch.
+
+A chat is rendered a second time with marks around the assistant's words, characters that no text has: where they come
+out, the words are, whatever the template puts around them or drops of them (Qwen3 drops earlier thoughts). A turn
+begins where the assistant would be asked to speak, and ends with what the template puts after a last message.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rlinf_core import UserError
+
+Message = Mapping[str, Any]
+Span = tuple[int, int]
+"""First character and the one after the last."""
+Render = Callable[[Sequence[Message], bool], str]
+"""The text of messages; with true, up to where the assistant is to speak."""
+
+MARKS, LAST_MARK = 0xF0000, 0xFFFFD
+"""Characters for private use: two for each message."""
+WAY_OUT = 'set policy.chat_template to "chatml", or to a template that marks them by {% generation %}'
+
+
+def find_turns(render: Render, messages: Sequence[Message]) -> tuple[str, list[Span]]:
+    """The text of a chat, and what the assistant says in it, each with what ends it.
+
+    Raises:
+        UserError: It cannot be told: the template changes the words, or what ends them depends on later messages.
+    """
+    text = render(messages, False)
+    said = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    marked = [_marked(message, number) if number in said else message for number, message in enumerate(messages)]
+    without, places = _read(render(marked, False))
+    if without != text:
+        places = {}
+    spans: list[Span] = []
+    for number in said:
+        asked = _asked(render, messages[:number])
+        span = _between_marks(render(marked[: number + 1], False), text, places, asked, number)
+        if span is None:
+            span = _difference(render(messages[: number + 1], False), text, asked, messages[number])
+        if span is None or span[0] < (spans[-1][1] if spans else 0):
+            raise UserError(
+                f"what the assistant says in message {number} cannot be told from the rest: the chat template drops or "
+                f"changes it, or ends it otherwise where messages follow; {WAY_OUT}"
+            )
+        spans.append(span)
+    return text, spans
+
+
+def _between_marks(until: str, text: str, places: Mapping[int, int], asked: str | None, number: int) -> Span | None:
+    """A turn by the marks of its words; `until` is the marked text of the chat that ends with it."""
+    begin, end = places.get(2 * number), places.get(2 * number + 1)
+    alone, there = _read(until)
+    last = there.get(2 * number + 1)
+    if end is None or last is None:
+        return None
+    stop = _ended(alone[last:], text, end)
+    if stop is None:
+        return None
+    if asked is not None and text.startswith(asked) and len(asked) <= (end if begin is None else begin):
+        return len(asked), stop
+    if begin is None:
+        return None
+    # A space before the first word is a part of its token.
+    return len(text[:begin].rstrip(" ")), stop
+
+
+def _ended(tail: str, text: str, place: int) -> int | None:
+    """Where in `text` a turn ends whose words end at `place`; `tail` follows the words in a chat that ends with them.
+
+    A line's end belongs to what follows. Phi-3 ends every turn, and a chat once more: then the tokens that agree count.
+    """
+    whole = tail.rstrip() or tail
+    if text.startswith(whole, place):
+        return place + len(whole)
+    stop = None
+    for piece in re.findall(r"\s+|<[^<>\s]+>|.", tail):
+        if not text.startswith(piece, place) or not (piece.isspace() or len(piece) > 1):
+            break
+        place += len(piece)
+        stop = stop if piece.isspace() else place
+    return stop
+
+
+def _difference(after: str, text: str, asked: str | None, message: Message) -> Span | None:
+    """A turn by what it adds to the text before; for messages that take no marks, or lose them."""
+    if asked is None or not (after.startswith(asked) and text.startswith(after)):
+        return None
+    said = message["content"].strip() or _called(message)
+    if said not in after[len(asked) :]:  # Templates of models that see expect parts with a type, and drop mere text.
+        return None
+    return len(asked), max(len(asked), len(after.rstrip()))
+
+
+def _asked(render: Render, before: Sequence[Message]) -> str | None:
+    """What the assistant is given to answer; None: the template refuses, for an assistant that speaks first."""
+    try:
+        return render(before, True)
+    except UserError:
+        return None
+
+
+def _marked(message: Message, number: int) -> Message:
+    """A message with marks before and after its words; of a tool that is called without words, after the name."""
+    begin, end = chr(MARKS + 2 * number), chr(MARKS + 2 * number + 1)
+    content = message["content"]
+    if words := content.strip():
+        # Templates cut blanks at both ends, and thoughts before the words.
+        first = content.index(words)
+        if thoughts := re.match(r".*</think>\s*", words, re.DOTALL):
+            first += thoughts.end() if thoughts.end() < len(words) else 0
+        last = len(content.rstrip())
+        return {**message, "content": f"{content[:first]}{begin}{content[first:last]}{end}{content[last:]}"}
+    if not (name := _called(message)):
+        return message
+    call, *more = message["tool_calls"]
+    named = {**call.get("function", call), "name": name + end}
+    return {**message, "tool_calls": [{**call, "function": named} if "function" in call else named, *more]}
+
+
+def _called(message: Message) -> str:
+    """The name of the first tool that a message calls; empty: none."""
+    try:
+        (call, *_) = message["tool_calls"]
+        name = call.get("function", call)["name"]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return ""
+    return name if isinstance(name, str) else ""
+
+
+def _read(marked: str) -> tuple[str, dict[int, int]]:
+    """The text without marks, and where each of them stood; those that come out twice are left out."""
+    places: dict[int, int] = {}
+    parts, length, twice = [], 0, set()
+    for part in re.split(f"([{chr(MARKS)}-{chr(LAST_MARK)}])", marked):
+        if len(part) == 1 and MARKS <= ord(part) <= LAST_MARK:
+            mark = ord(part) - MARKS
+            twice |= {mark} & places.keys()
+            places[mark] = length
+        else:
+            parts.append(part)
+            length += len(part)
+    return "".join(parts), {mark: place for mark, place in places.items() if mark not in twice}
