@@ -367,6 +367,11 @@ def test_a_dataset_that_cannot_be_opened_is_a_finding_too(tmp_path, capsys):
     assert "settings go with a run's TOML file" in told.err
 
 
+def test_a_dataset_that_is_nowhere_is_named_as_the_argument_that_it_is(capsys):
+    assert cli.main(["check-dataset", "./nowhere"]) == Exit.USER_ERROR
+    assert capsys.readouterr().err.startswith("error: dataset: there is no file or folder ./nowhere")
+
+
 def test_of_a_config_only_its_columns_count(good, tiny_run, tmp_path, capsys):
     root = shutil.copytree(good["video v2.1"], tmp_path / "part")
     (root / OLD_VIDEO.replace(FRONT, WRIST)).unlink()

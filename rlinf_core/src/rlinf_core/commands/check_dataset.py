@@ -89,7 +89,7 @@ def _check(name: str, config: LeRobotDatasetConfig | None, depth: Depth) -> tupl
     from rlinf_core.data.lerobot_metadata import read_metadata
 
     name = config.repo_id if config else name
-    place = find_dataset(name, config.revision if config else "")
+    place = find_dataset(name, config.revision) if config else find_dataset(name, setting="dataset")
     metadata = read_metadata(name, place.root)
     if config:
         check_columns(config, metadata)

@@ -39,35 +39,36 @@ class Place:
             self.snapshot.fetch(path.relative_to(self.root).as_posix() for path in paths)
 
 
-def find_dataset(repo_id: str, revision: str = "") -> Place:
+def find_dataset(repo_id: str, revision: str = "", setting: str = SETTING) -> Place:
     """Find a dataset; the metadata of one on the hub are downloaded unless the cache has them.
 
     Args:
         repo_id: A folder, or an id on the hub, `owner/name` with an optional `@revision`. What lerobot has recorded
             under an id (in `HF_LEROBOT_HOME`) is taken before the hub's.
         revision: Branch, tag or commit on the hub, instead of one in the id; empty: the hub's default.
+        setting: What names the dataset, for messages.
 
     Raises:
         UserError: No `repo_id`, no such folder, or the hub does not answer, does not have it or does not let one in.
     """
     if not repo_id:
-        raise UserError(f"{SETTING} is not set: name a local folder or the id of a dataset on the hub")
-    path = local_path(repo_id, SETTING)
+        raise UserError(f"{setting} is not set: name a local folder or the id of a dataset on the hub")
+    path = local_path(repo_id, setting)
     if path is not None:
         if revision:
-            raise UserError(f"data.revision = {revision!r} is for hub ids, but {SETTING} = {repo_id!r} is a folder")
+            raise UserError(f"data.revision = {revision!r} is for hub ids, but {setting} = {repo_id!r} is a folder")
         return Place(path)
     name, own_revision = parse_hub_id(repo_id)
     if own_revision and revision:
-        raise UserError(f"{SETTING} = {repo_id!r} names a revision, and data.revision = {revision!r} another: set one")
+        raise UserError(f"{setting} = {repo_id!r} names a revision, and data.revision = {revision!r} another: set one")
     recorded = _recorded(name)
     if recorded is not None and not (own_revision or revision):
         return Place(recorded)
     try:
-        snapshot = open_snapshot(name, own_revision or revision or None, "dataset", SETTING, INFO)
+        snapshot = open_snapshot(name, own_revision or revision or None, "dataset", setting, INFO)
     except NotInRepositoryError as error:
         raise UserError(
-            f"{SETTING}: the dataset {repo_id} on the hub has no {INFO}: it is not in LeRobot's format"
+            f"{setting}: the dataset {repo_id} on the hub has no {INFO}: it is not in LeRobot's format"
         ) from error
     snapshot.fetch(snapshot.names("meta"))
     return Place(snapshot.folder, snapshot)
