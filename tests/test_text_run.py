@@ -1,6 +1,7 @@
 """Runs of the text policy: any number of ranks, resumed, exported for transformers, started from its folders."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from tiny_text import PLANS, tiny_policy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlinf_core import UserError, cli
-from rlinf_core.config.load import load_config
+from rlinf_core.config.load import dump_config, load_config
 from rlinf_core.data.splits import open_split
 from rlinf_core.inference import load_policy
 from rlinf_core.plugins import get_plugins
@@ -142,6 +143,27 @@ def test_an_exported_run_is_a_folder_of_transformers(trained, tmp_path, capsys, 
     with torch.no_grad():
         expected = held_out_loss(trainer.run, lambda tokens, labels: float(theirs.float()(tokens, labels=labels).loss))
         assert held_out_loss(trainer.run, ours) == pytest.approx(expected, rel=1e-6)
+
+
+def test_an_exported_folder_is_whole_by_itself(trained, tmp_path):
+    """Trained with the tokenizer of another folder and `config_from`, exported, moved: both are gone."""
+    trainer, _ = trained
+    first, elsewhere, moved = tmp_path / "first", tmp_path / "elsewhere", tmp_path / "moved"
+    assert cli.main(["export", str(trainer.run.folder), "--output", str(first)]) == 0
+    shutil.copytree(trainer.run.folder, tmp_path / "run")
+    shutil.copytree(first, elsewhere)
+    given = [f"policy.{key}={elsewhere}" for key in ("tokenizer", "config_from")]
+    run = load_config(tmp_path / "run" / "config.toml", given)
+    (tmp_path / "run" / "config.toml").write_text(dump_config(run))
+    assert cli.main(["export", str(tmp_path / "run"), "--output", str(tmp_path / "model")]) == 0
+    shutil.rmtree(elsewhere)
+    (tmp_path / "model").rename(moved)
+    loaded = load_policy(moved)
+    assert loaded.config.text_tokenizer().folder == moved
+    assert loaded.config.text_tokenizer().template_source == trainer.run.policy.text_tokenizer().template_source
+    again = tiny_policy(weights=str(moved), config={}, tokenizer="", chat_template="")
+    again.check_files()
+    assert again.model_table()["hidden_size"] == 32
 
 
 def theirs():

@@ -189,6 +189,7 @@ def _write(
     for field, path in run.policy.files().items():
         shutil.copyfile(path, output / files[field])
     config = run.model_dump(mode="json", exclude_none=True, round_trip=True)
+    policy = run.policy.exported().model_dump(mode="json", exclude_none=True, round_trip=True)
     versions = {d.name: d.version for d in metadata.distributions() if d.name.startswith(("rlinf", "torch"))}
     description: dict[str, Any] = {
         "format": FORMAT,
@@ -196,7 +197,7 @@ def _write(
         "step": read_position(checkpoint).step,
         "weights": "ema" if choice.ema else "live",
         "dtype": choice.dtype,
-        "policy": config["policy"],
+        "policy": policy,
         "data": config["data"],
         "files": files,
         "versions": dict(sorted(versions.items())),

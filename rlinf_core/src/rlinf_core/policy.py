@@ -109,6 +109,14 @@ class PolicyConfig(BaseModel):
         """
         return {}
 
+    def exported(self) -> PolicyConfig:
+        """The config of the exported policy, whose `weights` will name the exported folder.
+
+        A policy whose `save_weights` puts more into the folder than weights leaves out what names it elsewhere: the
+        folder is whole by itself, wherever it is moved.
+        """
+        return self
+
     def save_weights(self, tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
         """Write whole tensors, by the module's own names, into a folder that `open_weights` reads."""
         raise NotImplementedError(f"{type(self).__name__} cannot save weights")

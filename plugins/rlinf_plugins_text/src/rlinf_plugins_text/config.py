@@ -129,6 +129,10 @@ class TextPolicyConfig(PolicyConfig):
         """The parameter's name in files that transformers writes."""
         return name.removeprefix("lm.model.")
 
+    def exported(self) -> TextPolicyConfig:
+        """Without what the folder holds itself: `config.json`, tokenizer and chat template."""
+        return self.model_copy(update={"config": {}, "config_from": "", "tokenizer": "", "chat_template": ""})
+
     def save_weights(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
         """Write a folder that `from_pretrained` loads: weights, config, tokenizer."""
         from rlinf_plugins_text.weights import save_folder
