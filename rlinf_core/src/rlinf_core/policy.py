@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from rlinf_core.data.sample import Batch, Sample
 from rlinf_core.data.transforms import Transform
 from rlinf_core.errors import UserError
+from rlinf_core.illustration import Illustration
 
 if TYPE_CHECKING:
     import torch
@@ -77,6 +78,18 @@ class PolicyConfig(BaseModel):
                 asked for: a policy with nothing to tell need not look.
         """
         return {}
+
+    def illustrate(self, sample: Sample, draws: Mapping[str, Mapping[str, Any]]) -> Illustration:
+        """What the model is given of a sample, for the page of `rlinf inspect`: see `rlinf_core.illustration`.
+
+        The page shows images before the model, all numbers and the trained actions by itself. What is left to the
+        policy is what only it knows: images changed at random, tokens, masks.
+
+        Args:
+            sample: An encoded training row with its images, without draws.
+            draws: What `draw` gives this row where the run meets it, the first times: `step 12 (epoch 0)` -> draws.
+        """
+        return Illustration()
 
     def shown(self) -> int:
         """How many held-out samples `Policy.demonstrate` gets after each validation; 0: it is not called."""

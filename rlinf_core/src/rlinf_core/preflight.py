@@ -40,6 +40,11 @@ class Report:
     warnings: list[str] = field(default_factory=list)
     """What may spoil it, each with its way out."""
 
+    def refusal(self, config: str) -> str:
+        """All findings in one message; `config` is the file."""
+        lines = "".join(f"\n  {finding.replace(chr(10), chr(10) + '  ')}" for finding in self.findings)
+        return f"{config} would not run:{lines}"
+
     @contextmanager
     def checking(self) -> Iterator[None]:
         """Keep what a check refuses as a finding, once if two checks meet it."""

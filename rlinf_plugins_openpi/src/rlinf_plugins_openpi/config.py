@@ -24,6 +24,7 @@ from rlinf_plugins_openpi.transforms import IMAGE_SIZE, OpenpiSample, PadToActio
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from rlinf_core.illustration import Illustration
     from rlinf_core.policy import TrainedOn, WeightSource
 
 
@@ -138,6 +139,12 @@ class OpenpiPolicyConfig(PolicyConfig):
             "prompts": f"{cut} of {len(lengths)} {counted} cut to policy.max_token_len = {self.max_token_len}, "
             f"the longest has {max(lengths.values())} tokens; in {rows} rows from all over the training data"
         }
+
+    def illustrate(self, sample: Sample, draws: Mapping[str, Mapping[str, Any]]) -> Illustration:
+        """Images changed at random, the prompt as tokens, and the masks of cameras, tokens and actions."""
+        from rlinf_plugins_openpi.illustrate import illustrate
+
+        return illustrate(self, cast("OpenpiSample", sample), draws)
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """Stack samples into CPU tensors; see `collate.stack` for names, shapes and what is left out."""

@@ -53,8 +53,7 @@ def run(options: argparse.Namespace) -> int:
         print_json({"ok": ok, "config": options.config} | told)
         return Exit.OK if ok else Exit.USER_ERROR
     if not ok:
-        lines = "".join(f"\n  {finding.replace(chr(10), chr(10) + '  ')}" for finding in report.findings)
-        raise UserError(f"{options.config} would not run:{lines}")
+        raise UserError(report.refusal(options.config))
     rows = [[name.replace("_", " "), str(value)] for name, value in report.facts.items()]
     print_table(["ok", options.config], rows)
     for warning in report.warnings:

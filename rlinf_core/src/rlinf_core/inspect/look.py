@@ -1,0 +1,205 @@
+"""Looking at the datasets of a run: what is gathered for the page. Draws nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlinf_core.config.run import RunConfig, RunSource
+from rlinf_core.data.mixture import Order
+from rlinf_core.data.normalize import Mode, NormStats
+from rlinf_core.data.order import steps_per_epoch
+from rlinf_core.data.pipeline import Pipeline, build_pipeline
+from rlinf_core.data.splits import open_split
+from rlinf_core.data.statistics import Survey, survey
+from rlinf_core.datasets import ColumnSource, SampleSource
+from rlinf_core.errors import UserError
+from rlinf_core.inspect.samples import Place, SampleView, choose, find, meetings, view
+from rlinf_core.plugins import Plugins
+from rlinf_core.preflight import SURVEYED_ROWS, Report, check_run
+from rlinf_core.training.statistics import diagnose
+
+SURVEYED_WITH_IMAGES = 512
+SURVEYED_UNNORMALIZED = 4096
+EPISODES_ASKED = 4096
+"""Episodes whose task is looked up, where a source cannot give columns."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task text and how much there is of it."""
+
+    text: str
+    episodes: int
+    rows: int
+    held_out: int
+    """Episodes."""
+
+
+@dataclass
+class SourceView:
+    """What is shown of a dataset."""
+
+    name: str
+    """In a mixture; else empty."""
+    dataset: str
+    facts: dict[str, int | float | str] = field(default_factory=dict)
+    lengths: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """[E], frames of each training episode."""
+    held_out: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """[E'], of each that is held out."""
+    tasks: list[Task] = field(default_factory=list)
+    tasks_of: int = 0
+    """Of how many training episodes tasks were looked up."""
+    surveyed: Mapping[str, Survey] = field(default_factory=dict)
+    """`state` and `actions`, after the dataset's transforms."""
+    stats: Mapping[str, NormStats] = field(default_factory=dict)
+    mode: Mode | None = None
+    """How the policy normalises."""
+    samples: list[SampleView] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    """Why a part is missing."""
+
+
+@dataclass(frozen=True)
+class RunView:
+    """What is shown of a run."""
+
+    run: RunConfig
+    report: Report
+    facts: dict[str, int | float | str]
+    """Those of the run as a whole."""
+    sources: list[SourceView]
+
+    @property
+    def errors(self) -> list[str]:
+        """What would end the run, rows that cannot be read included."""
+        own = [text for source in self.sources for text in (*source.problems, *(s.problem for s in source.samples))]
+        new = [text for text in own if text and not any(text in found for found in self.report.findings)]
+        return [*self.report.findings, *dict.fromkeys(new)]
+
+
+def look(run: RunConfig, plugins: Plugins, at: Sequence[tuple[str, int, int]] = ()) -> RunView:
+    """Gather all that the page shows.
+
+    Args:
+        run: The config, already valid in itself.
+        plugins: The loaded plugins.
+        at: Rows to show instead of chosen ones: source, episode, frame.
+
+    Raises:
+        UserError: A row of `at` does not exist.
+    """
+    opened = [_open(source, plugins) for source in run.sources]  # Held open, so that the checks need not read again.
+    report = check_run(run, plugins)
+    order, steps = _order(run, opened)
+    views, facts = [], dict(report.facts)
+    for number, (source, rows) in enumerate(zip(run.sources, opened, strict=True)):
+        shown = SourceView(source.name, source.run.data.repo_id)
+        if source.name:
+            prefix = f"{source.name}: "
+            own = {key: fact for key, fact in facts.items() if key.startswith(prefix)}
+            shown.facts = {key.removeprefix(prefix): fact for key, fact in own.items()}
+            facts = {key: fact for key, fact in facts.items() if key not in own}
+        if rows is not None:
+            asked = [(episode, frame) for name, episode, frame in at if name == source.name]
+            places = [find(rows.train, *one) for one in asked]
+            _look_at(source, rows, places, (order, steps, number), shown)
+        views.append(shown)
+    return RunView(run, report, facts, views)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    train: SampleSource
+    held_out: SampleSource | None
+
+
+def _open(source: RunSource, plugins: Plugins) -> _Opened | None:
+    """Both splits; None if they cannot be had, which `check_run` tells."""
+    try:
+        held_out = open_split(source.run, plugins, "validation") if source.run.data.has_validation else None
+        return _Opened(open_split(source.run, plugins, "train"), held_out)
+    except UserError:
+        return None
+
+
+def _order(run: RunConfig, opened: Sequence[_Opened | None]) -> tuple[Order | None, int]:
+    """The order in which the run takes rows, and its steps an epoch; None if `check_run` refuses them."""
+    rows = tuple(len(one.train) for one in opened if one)
+    batch = run.trainer.global_batch_size
+    if len(rows) < len(opened) or sum(rows) < batch:
+        return None, 0
+    steps = steps_per_epoch(sum(rows), batch)
+    return Order(run.seed, rows, tuple(source.share for source in run.sources), steps * batch), steps
+
+
+def _look_at(
+    source: RunSource,
+    rows: _Opened,
+    places: Sequence[Place],
+    ordered: tuple[Order | None, int, int],
+    shown: SourceView,
+) -> None:
+    shown.lengths = _lengths(rows.train)
+    shown.held_out = _lengths(rows.held_out) if rows.held_out else shown.held_out
+    tasks = _tasks(rows.train)
+    shown.tasks, shown.tasks_of = _count_tasks(rows, tasks), len(tasks)
+    pipeline = _statistics(source.run, rows.train, shown)
+    if pipeline is None:
+        return
+    order, steps, number = ordered
+    for place in places or choose(rows.train, tasks):
+        met = list(meetings(order, steps, source.run.runner.stop_step(steps), number, place.row)) if order else []
+        shown.samples.append(view(source.run, rows.train, pipeline, place, met))
+
+
+def _statistics(run: RunConfig, train: SampleSource, shown: SourceView) -> Pipeline | None:
+    """Survey the numbers; the pipeline with the statistics of the run, or None if there can be none."""
+    try:
+        images = run.data.stats_need_images
+        if run.policy.normalization == "none":
+            most = SURVEYED_WITH_IMAGES if images else SURVEYED_UNNORMALIZED
+            shown.surveyed = survey(train, (run.data.repack(), *run.data.transforms()), read_images=images, rows=most)
+            return build_pipeline(run.data, run.policy, None)
+        diagnosis = diagnose(run, train, rows=SURVEYED_WITH_IMAGES if images else SURVEYED_ROWS)
+        shown.surveyed, shown.mode = diagnosis.surveyed, diagnosis.mode
+        diagnosis.refuse()
+        shown.stats = diagnosis.stats
+        return build_pipeline(run.data, run.policy, diagnosis.stats)
+    except UserError as error:
+        shown.problems.append(str(error))
+        return None
+
+
+def _lengths(source: SampleSource) -> NDArray[np.int64]:
+    return np.unique(source.episodes, return_counts=True)[1]
+
+
+def _tasks(source: SampleSource) -> dict[int, str]:
+    """Episode -> the task of its first row; empty for data without tasks."""
+    episodes, first = np.unique(source.episodes, return_index=True)
+    if isinstance(source, ColumnSource):
+        texts = source.columns(first.tolist()).get("task", [])
+    else:
+        chosen = np.linspace(0, len(first) - 1, min(EPISODES_ASKED, len(first))).astype(np.int64)
+        episodes = episodes[chosen]
+        found = source.without_images(first[chosen].tolist())
+        texts = [row["task"] for row in found if "task" in row]
+    return dict(zip(episodes.tolist(), texts, strict=True)) if len(texts) else {}
+
+
+def _count_tasks(rows: _Opened, tasks: Mapping[int, str]) -> list[Task]:
+    """Tasks, those with most episodes first."""
+    numbers, lengths = np.unique(rows.train.episodes, return_counts=True)
+    length = dict(zip(numbers.tolist(), lengths.tolist(), strict=True))
+    episodes, frames = Counter(tasks.values()), Counter[str]()
+    for episode, text in tasks.items():
+        frames[text] += length[episode]
+    held_out = Counter(_tasks(rows.held_out).values() if rows.held_out else ())
+    counted = [Task(text, episodes[text], frames[text], held_out[text]) for text in {**episodes, **held_out}]
+    return sorted(counted, key=lambda task: (-task.episodes, task.text))

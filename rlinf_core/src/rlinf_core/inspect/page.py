@@ -1,0 +1,259 @@
+"""What was looked at, as one HTML file that needs no other, with PNGs of its pictures and plots beside it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlinf_core.config.load import dump_config
+from rlinf_core.data.doctor import normalized_extremes, share_beyond
+from rlinf_core.errors import UserError
+from rlinf_core.illustration import Camera, Grid, Illustration, Picture
+from rlinf_core.inspect.look import RunView, SourceView
+from rlinf_core.inspect.plots import MOST_PANELS, Plot, plot_chunk, plot_distribution, plot_lengths
+from rlinf_core.inspect.samples import SampleView
+
+PAGE, PARTS = "index.html", ("pictures", "plots")
+MOST_TASKS, MOST_TOKENS = 40, 600
+WIDEST = 320
+"""Pixels of a picture on the page; larger ones are shown smaller, and lie whole in `pictures/`."""
+COLORS = 6
+"""Of kinds of tokens and of values in a grid, as the style sheet has them."""
+
+
+@dataclass
+class Files:
+    """PNGs beside the page: path -> content."""
+
+    found: dict[str, bytes] = field(default_factory=dict)
+
+    def picture(self, name: str, picture: Picture) -> str:
+        """Keep a picture; the data URL of what the page shows of it."""
+        from PIL import Image
+
+        image = Image.fromarray(picture.pixels)
+        self.found[f"pictures/{name}.png"] = _png(image)
+        if image.width > WIDEST:
+            image = image.resize((WIDEST, round(image.height * WIDEST / image.width)), Image.Resampling.LANCZOS)
+        return "data:image/png;base64," + base64.b64encode(_png(image)).decode()
+
+    def plot(self, plot: Plot) -> Any:
+        """Keep a plot; its SVG, which autoescaping leaves alone."""
+        from markupsafe import Markup
+
+        self.found[f"plots/{plot.name}.png"] = plot.png
+        return Markup(plot.svg)
+
+
+def check_libraries() -> None:
+    """Raise `UserError` if what draws the page is not installed."""
+    try:
+        import jinja2  # noqa: F401
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"rlinf inspect draws with matplotlib and jinja2, and there is no {error.name}: "
+            "pip install 'rlinf-core[inspect]'"
+        ) from error
+
+
+def render(view: RunView, config: str) -> tuple[str, Mapping[str, bytes]]:
+    """The page, and the files beside it.
+
+    Args:
+        view: What was looked at.
+        config: The config's path and overrides, as given.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    files = Files()
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": _number, "grid": _grid, "indexed": enumerate}
+    html = environment.get_template("page.html").render(
+        view=view,
+        config=config,
+        resolved=dump_config(view.run),
+        sources=[_source(number, source, files) for number, source in enumerate(view.sources)],
+        most_tokens=MOST_TOKENS,
+        colors=COLORS,
+    )
+    return html, files.found
+
+
+def write(folder: Path, html: str, files: Mapping[str, bytes]) -> Path:
+    """Write page and files aside, then put them in place of an earlier page. Returns the path of the page.
+
+    Raises:
+        UserError: There is something else in the folder, or it cannot be written.
+    """
+    check_folder(folder)
+    aside = folder.with_name(f".{folder.name}.tmp")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        for name, content in {PAGE: html.encode(), **files}.items():
+            path = aside / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.replace(folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error}. Name another folder with --output") from error
+    return folder / PAGE
+
+
+def check_folder(folder: Path) -> None:
+    """Raise `UserError` unless the folder is free, empty, or holds an earlier page."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: name a folder with --output")
+    others = sorted({path.name for path in folder.glob("*")} - {PAGE, *PARTS})
+    if others:
+        raise UserError(
+            f"{folder} holds other files than an earlier page ({', '.join(others[:3])}), which writing would remove: "
+            "name another folder with --output"
+        )
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """Plot and table of `state` or `actions`."""
+
+    key: str
+    plot: Any
+    columns: list[str]
+    rows: list[list[Any]]
+    left_out: int
+    """Numbers that are not drawn."""
+
+
+def _source(number: int, source: SourceView, files: Files) -> dict[str, Any]:
+    """What the template needs of a dataset."""
+    prefix = f"{_file_name(source.name)}-" if source.name else ""
+    lengths = None
+    if len(source.lengths) and source.lengths.max() > 1:
+        lengths = files.plot(plot_lengths(f"{prefix}lengths", source.lengths, source.held_out))
+    return {
+        "view": source,
+        "anchor": f"source-{number}",
+        "title": source.name or "Data",
+        "lengths": lengths,
+        "tasks": source.tasks[:MOST_TASKS],
+        "more_tasks": len(source.tasks) - MOST_TASKS,
+        "distributions": list(_distributions(prefix, source, files)),
+        "samples": [_sample(f"{prefix}sample{i}", sample, files) for i, sample in enumerate(source.samples, start=1)],
+    }
+
+
+def _distributions(prefix: str, source: SourceView, files: Files) -> Iterator[Distribution]:
+    for key, data in source.surveyed.items():
+        stats, mode, width = source.stats.get(key), source.mode, len(data.running.low)
+        plot = plot_distribution(f"{prefix}{key}", key, data, stats, mode)
+        used = stats or data.stats
+        values: dict[str, Sequence[Any]] = {
+            name: getattr(used, name)[:width].tolist() for name in ("mean", "std", "q01", "q99")
+        }
+        values |= {"least": data.running.low.tolist(), "greatest": data.running.high.tolist()}
+        if stats is not None and mode is not None:
+            extremes = normalized_extremes(key, source.stats, data, mode)
+            values |= {
+                "beyond ±5": [f"{share:.2%}" for share in share_beyond(key, source.stats, data, mode)],
+                "largest normalised": extremes.max(axis=0).tolist(),
+                "in episode": data.episodes[extremes.argmax(axis=0)].tolist(),
+            }
+        rows = [[number, *row] for number, row in enumerate(zip(*values.values(), strict=True))]
+        yield Distribution(key, files.plot(plot), [key, *values], rows, max(0, width - MOST_PANELS))
+
+
+def _sample(name: str, sample: SampleView, files: Files) -> dict[str, Any]:
+    """What the template needs of a row."""
+    cameras = []
+    for camera in _merged(sample.cameras, sample.illustration):
+        shown = [
+            (picture.caption, files.picture(f"{name}-{_file_name(camera.name)}-{i}", picture))
+            for i, picture in enumerate(camera.pictures)
+        ]
+        cameras.append({"name": camera.name, "note": camera.note, "pictures": shown})
+    chunk = sample.chunk and files.plot(plot_chunk(f"{name}-actions", sample.chunk))
+    return {"view": sample, "anchor": name, "cameras": cameras, "chunk": chunk}
+
+
+def _merged(cameras: Sequence[Camera], illustration: Illustration) -> Iterator[Camera]:
+    """The data's pictures of each camera, then the policy's."""
+    of_policy = {camera.name: camera for camera in illustration.cameras}
+    of_data = {camera.name: camera for camera in cameras}
+    for name in dict.fromkeys((*of_policy, *of_data)):
+        parts = [part[name] for part in (of_data, of_policy) if name in part]
+        pictures = tuple(picture for part in parts for picture in part.pictures)
+        yield Camera(name, pictures, " ".join(part.note for part in parts if part.note))
+
+
+def _png(image: Any) -> bytes:
+    out = io.BytesIO()
+    image.save(out, "PNG", optimize=True)
+    return out.getvalue()
+
+
+def _file_name(text: str) -> str:
+    """A part of a file's name; texts that differ in other characters stay different."""
+    plain = re.sub(r"[^A-Za-z0-9_]", "_", text)
+    return plain if plain == text else f"{plain}_{hashlib.blake2b(text.encode(), digest_size=3).hexdigest()}"
+
+
+def _number(value: Any) -> str:
+    """A cell of a table."""
+    if isinstance(value, float):
+        return "none" if np.isnan(value) else f"{value:.4g}".replace("-", "\N{MINUS SIGN}")
+    return str(value)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Equal neighbours in a row of a grid, in units of its cells."""
+
+    x: int
+    y: int
+    width: int
+    value: int
+
+
+@dataclass(frozen=True)
+class DrawnGrid:
+    """A grid as rectangles."""
+
+    blocks: list[Block]
+    rows: int
+    columns: int
+    cell: tuple[int, int]
+    """Pixels of a cell, width and height."""
+    gap: float
+    """Cells between two blocks."""
+    legend: list[tuple[int, str]]
+    """Value and name of those that occur."""
+
+
+def _grid(grid: Grid) -> DrawnGrid:
+    rows, columns = grid.values.shape
+    width = int(np.clip(480 // columns, 2, 14 if rows > 1 else 60))
+    single = width >= 8  # Else cells are too small to be told apart.
+    blocks = []
+    for y, row in enumerate(grid.values.tolist()):
+        starts = [0, *(x for x in range(1, columns) if single or row[x] != row[x - 1])]
+        ends = [*starts[1:], columns]
+        blocks += [Block(x, y, end - x, row[x]) for x, end in zip(starts, ends, strict=True)]
+    height = int(np.clip(192 // rows, 3, min(width, 14))) if rows > 1 else 14
+    legend = [(value, grid.names[value]) for value in np.unique(grid.values).tolist()]
+    return DrawnGrid(blocks, rows, columns, (width, height), 1 / width if single else 0.0, legend)

@@ -1,0 +1,242 @@
+"""The curves and histograms of the page, by matplotlib. No text of a dataset gets in here.
+
+Each figure is made once, as SVG for the page and as PNG beside it. The SVG's colours are CSS variables, so that it is
+readable on light and on dark ground.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlinf_core.data.normalize import Mode, Normalize, NormStats
+from rlinf_core.data.statistics import Survey
+from rlinf_core.inspect.samples import Chunk
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, FAINT, LINE = "#24292f", "#818b98", "#d1d9e0"
+DATA, CHUNK, FAR, BAND = "#0a69da", "#d1570a", "#cf222e", "#e3edf9"
+VARIABLES = {INK: "ink", FAINT: "faint", LINE: "line", DATA: "data", CHUNK: "chunk", FAR: "far", BAND: "band"}
+"""Color of a PNG -> name of the CSS variable in an SVG."""
+
+WIDTH = 9.6
+"""Inches, at 72 points: nearly one CSS pixel a point on a narrow page."""
+ROW = 0.82
+"""Inches of a panel's height."""
+MOST_PANELS = 32
+"""Numbers of a vector that are drawn."""
+BINS = 100
+VIEW = {"quantile": 2.0, "mean_std": 5.0}
+"""How far the axis of normalised numbers reaches, both ways."""
+STYLE: Any = {
+    "font.family": "sans-serif",
+    "font.size": 8,
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": FAINT,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "text.color": INK,
+    "text.parse_math": False,
+    "xtick.color": LINE,
+    "ytick.color": LINE,
+    "xtick.labelcolor": FAINT,
+    "ytick.labelcolor": FAINT,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "rlinf",
+    "figure.dpi": 72,
+}
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A drawn figure."""
+
+    name: str
+    """Of the PNG, and prefix of the SVG's ids."""
+    svg: str
+    png: bytes
+
+
+def plot_lengths(name: str, train: NDArray[np.int64], held_out: NDArray[np.int64]) -> Plot:
+    """How long episodes are."""
+    from matplotlib import rc_context
+    from matplotlib.ticker import MaxNLocator
+
+    with rc_context(STYLE):
+        figure, panels = _figure(1, 1, row=1.5)
+        axes = panels[0][0]
+        whole = np.concatenate([train, held_out])
+        edges = np.linspace(whole.min() - 0.5, whole.max() + 0.5, min(40, int(np.ptp(whole)) + 1) + 1)
+        parts, names, colors = [train], [f"trained on ({len(train)})"], [DATA]
+        if len(held_out):
+            parts, names, colors = [*parts, held_out], [*names, f"held out ({len(held_out)})"], [*colors, CHUNK]
+        axes.hist(parts, bins=list(edges), stacked=True, label=names, color=colors)
+        axes.set_xlabel("frames")
+        axes.set_ylabel("episodes")
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.legend(frameon=False, loc="upper right")
+        return _drawn(name, figure)
+
+
+def plot_distribution(name: str, key: str, data: Survey, stats: NormStats | None, mode: Mode | None) -> Plot:
+    """How each number of `state` or `actions` is distributed, in the data's units and (with statistics) normalised."""
+    from matplotlib import rc_context
+
+    shown = min(len(data.running.low), MOST_PANELS)
+    both = stats is not None and mode is not None
+    with rc_context(STYLE):
+        figure, panels = _figure(shown, 1 + both)
+        panels[0][0].set_title("data's units, after the dataset's transforms")
+        for number, row in enumerate(panels):
+            _raw(row[0], number, data, stats)
+            _name(row[0], f"{key} {number}", 6)
+        if stats is not None and mode is not None:
+            panels[0][1].set_title("normalised, as the model gets it")
+            normalize = Normalize({key: stats}, mode)
+            for number, row in enumerate(panels):
+                middles = (data.running.edges[:, 1:] + data.running.edges[:, :-1]) / 2
+                _normalized(row[1], normalize.normalized(key, middles.T)[:, number], data.running.counts[number], mode)
+        return _drawn(name, figure)
+
+
+def _raw(axes: Axes, number: int, data: Survey, stats: NormStats | None) -> None:
+    low, high = data.running.low[number], data.running.high[number]
+    if low == high:
+        axes.axvline(low, color=DATA, linewidth=3)
+        axes.set_xlim(low - 1, low + 1)
+        axes.annotate(f"always {low:.4g}", (low, 0.5), (6, 0), "data", "offset points", color=INK, va="center")
+    else:
+        edges = data.running.edges[number]
+        middles = (edges[1:] + edges[:-1]) / 2
+        counts, bins = np.histogram(middles, BINS, (float(low), float(high)), weights=data.running.counts[number])
+        axes.stairs(np.sqrt(counts / counts.sum()), bins, fill=True, color=DATA)
+        axes.margins(x=0.02)
+    used = data.stats if stats is None else stats
+    left, right = axes.get_xlim()
+    for value, style in ((used.mean[number], "-"), (used.q01[number], "--"), (used.q99[number], "--")):
+        if left <= value <= right:  # Of other data they may lie anywhere; the table has their numbers.
+            axes.axvline(value, color=CHUNK, linewidth=1.2, linestyle=style)
+    axes.set_yticks([])
+
+
+def _normalized(axes: Axes, middles: NDArray[Any], counts: NDArray[Any], mode: Mode) -> None:
+    view = VIEW[mode]
+    axes.axvspan(-1, 1, color=BAND, linewidth=0)
+    binned, bins = np.histogram(np.clip(middles, -view, view), BINS, (-view, view), weights=counts)
+    heights = np.sqrt(binned / max(counts.sum(), 1))
+    axes.stairs(heights, bins, fill=True, color=DATA)
+    for side, beyond in ((0, middles < -view), (-1, middles > view)):
+        if share := counts[beyond].sum() / counts.sum():
+            axes.bar(bins[side], heights[side], width=view / 25, align="center", color=FAR, zorder=3)
+            text, place = f"{share:.2%} beyond", (0.02 if side == 0 else 0.98, 0.7)
+            axes.annotate(text, place, xycoords="axes fraction", ha="left" if side == 0 else "right", color=FAR)
+    axes.set_xlim(-view * 1.04, view * 1.04)
+    axes.set_xticks([-view, -1, 0, 1, view])
+    axes.set_yticks([])
+
+
+def plot_chunk(name: str, chunk: Chunk) -> Plot:
+    """The actions of an episode with the chunk, the target it becomes, and the state beside them."""
+    from matplotlib import rc_context
+
+    columns = [chunk.actions.shape[1], chunk.target.shape[1], 0 if chunk.state is None else chunk.state.shape[1]]
+    rows = min(max(columns), MOST_PANELS)
+    with rc_context(STYLE):
+        figure, panels = _figure(rows, 3)
+        titles = ("actions, data's units", "target" + ", normalised" * chunk.normalized, "state, data's units")
+        for column, (title, count) in enumerate(zip(titles, columns, strict=True)):
+            panels[0][column].set_title(title if count else "")
+            for number in range(rows):
+                axes = panels[number][column]
+                if number >= count:
+                    axes.set_axis_off()
+                    continue
+                _curve(axes, chunk, column, number)
+                _name(axes, str(number), 46)
+            last = min(count, rows) - 1
+            if count:
+                panels[last][column].set_xlabel("step of the chunk" if column == 1 else "frame of the episode")
+                panels[last][column].tick_params(labelbottom=True)
+        return _drawn(name, figure)
+
+
+def _name(axes: Axes, text: str, distance: int) -> None:
+    """Write which number of a vector a panel shows, so many points left of it."""
+    axes.annotate(text, (0, 0.5), (-distance, 0), "axes fraction", "offset points", color=INK, ha="right", va="center")
+
+
+def _curve(axes: Axes, chunk: Chunk, column: int, number: int) -> None:
+    """One panel: a number of the actions, of the target, or of the state."""
+    from matplotlib.ticker import FixedLocator, MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    if column == 1:
+        _dots(axes, np.arange(len(chunk.target)), chunk.target[:, number], chunk)
+        if chunk.normalized:
+            axes.axhspan(-1, 1, color=BAND, linewidth=0)
+            low, high = axes.get_ylim()
+            axes.set_ylim(min(low, -1.2), max(high, 1.2))
+            axes.yaxis.set_major_locator(FixedLocator([-1, 0, 1]) if -3 < low < high < 3 else MaxNLocator(3))
+        return
+    curve = chunk.actions if column == 0 or chunk.state is None else chunk.state
+    axes.plot(chunk.frames, curve[:, number], color=DATA, linewidth=1.1)
+    axes.yaxis.set_major_locator(MaxNLocator(3))
+    if column == 0:
+        _dots(axes, chunk.at, chunk.recorded[:, number], chunk)
+    else:
+        axes.axvline(chunk.at[0], color=CHUNK, linewidth=1.2)
+
+
+def _dots(axes: Axes, x: NDArray[Any], y: NDArray[Any], chunk: Chunk) -> None:
+    """A chunk's numbers; those past the end of the episode are hollow."""
+    size = 3.2 if len(x) <= 20 else 1.8
+    axes.plot(x, y, color=CHUNK, linewidth=0.8)
+    axes.plot(x[~chunk.is_pad], y[~chunk.is_pad], "o", markersize=size, color=CHUNK)
+    axes.plot(x[chunk.is_pad], y[chunk.is_pad], "o", markersize=size, markerfacecolor="none", color=CHUNK)
+
+
+def _figure(rows: int, columns: int, row: float = ROW) -> tuple[Figure, NDArray[Any]]:
+    """A figure and its panels [rows, columns], of fixed margins: a layout that measures takes seconds."""
+    from matplotlib.figure import Figure  # No pyplot: no backend is chosen, and nothing is kept.
+
+    above, below, left, right, beside, between = 0.3, 0.45, 0.75, 0.1, 0.8, 0.24  # Inches.
+    height = rows * row + above + below
+    figure = Figure(figsize=(WIDTH, height))
+    panel = (WIDTH - left - right - beside * (columns - 1)) / columns
+    figure.subplots_adjust(
+        left / WIDTH, below / height, 1 - right / WIDTH, 1 - above / height, beside / panel, between / (row - between)
+    )
+    return figure, figure.subplots(rows, columns, squeeze=False, sharex="col" if columns == 3 else False)
+
+
+def _drawn(name: str, figure: Figure) -> Plot:
+    vector, raster = io.StringIO(), io.BytesIO()
+    figure.savefig(vector, format="svg", transparent=True, metadata={"Date": None})
+    figure.savefig(raster, format="png", dpi=110, facecolor="white", metadata={"Software": None})
+    return Plot(name, "".join(_for_the_page(name, vector.getvalue())), raster.getvalue())
+
+
+def _for_the_page(name: str, svg: str) -> Iterator[str]:
+    """The `svg` element alone, scaled by the page, its ids of its own and its colours variables."""
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg, count=2).replace("xlink:href", "href")
+    svg = re.sub(r'<svg ([^>]*?)width="[^"]*"', r"<svg \1", re.sub(r' height="[^"]*pt"', "", svg, count=1), count=1)
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'url\(#|href="#', lambda found: found[0] + f"{name}-", svg)
+    for color, variable in VARIABLES.items():
+        svg = svg.replace(color, f"var(--{variable})")
+    yield svg
