@@ -205,6 +205,15 @@ def change_episodes(root, column, change):
     )
 
 
+@pytest.mark.parametrize("version", [*V2, "v3.0"])
+def test_a_quality_that_is_not_there_is_named(version, older, image_dataset):
+    root = image_dataset.root if version == "v3.0" else older["image", version]
+    with pytest.raises(
+        UserError, match=r"quality_column names 'lenth', which .*; its episodes have length, .*; its fr"
+    ):
+        rows_of(root, quality_column="lenth")
+
+
 def test_a_dataset_without_episodes_is_refused(older, tmp_path):
     root = shutil.copytree(older["image", "v2.1"], tmp_path / "none")
     (root / "meta/episodes.jsonl").write_text("")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -47,19 +48,26 @@ def _listed(metadata: Metadata, column: str) -> dict[int, Any]:
     """Episode number -> its value in `meta/episodes`."""
     if metadata.version != "v3.0":
         path = metadata.root / "meta" / "episodes.jsonl"
+        described = json.loads(path.read_text(encoding="utf-8").lstrip().partition("\n")[0])
+        if column not in described:
+            raise _not_there(metadata, column, list(described))
         return {one["episode_index"]: one[column] for one in read_json_lines(path, ("episode_index", column))}
     values: dict[int, Any] = {}
     for path in sorted((metadata.root / "meta" / "episodes").glob("*/*.parquet")):
         names = pq.read_schema(path).names
         if column not in names:
             own = [name for name in names if not name.startswith(("stats/", "videos/", "data/", "meta/"))]
-            raise UserError(
-                f"data.quality_column names {column!r}, which {metadata.name} does not have; its episodes have "
-                f"{nearest_first(column, own)}; its frames have {nearest_first(column, metadata.features)}"
-            )
+            raise _not_there(metadata, column, own)
         table = read_parquet(path, ["episode_index", column])
         values |= dict(zip(table["episode_index"].to_pylist(), table[column].to_pylist(), strict=True))
     return values
+
+
+def _not_there(metadata: Metadata, column: str, own: list[str]) -> UserError:
+    return UserError(
+        f"data.quality_column names {column!r}, which {metadata.name} does not have; its episodes have "
+        f"{nearest_first(column, own)}; its frames have {nearest_first(column, metadata.features)}"
+    )
 
 
 def _no_number(column: str) -> UserError:
