@@ -36,7 +36,7 @@ class Ranks:
     def __init__(self):
         self._server = None
 
-    def start(self, main, ranks, *arguments, paths=(), **environment):
+    def start(self, main, ranks, *arguments, paths=(), imports=(), **environment):
         """Start ranks, which see each other as under torchrun, and wait for them.
 
         Args:
@@ -44,6 +44,7 @@ class Ranks:
             ranks: How many.
             arguments: For `main`.
             paths: Folders that go in front of `sys.path`.
+            imports: Modules besides `PRELOAD` that all ranks need, imported once for them and those started later.
             environment: Variables over those that this process had at the first start.
 
         Returns:
@@ -59,7 +60,7 @@ class Ranks:
             "TORCHELASTIC_RESTART_COUNT": "0",
         }
         job = {"main": main, "ranks": ranks, "arguments": [str(one) for one in arguments]}
-        job |= {"paths": [str(one) for one in paths], "environment": environment}
+        job |= {"paths": [str(one) for one in paths], "imports": imports, "environment": environment}
         self._server = self._server or serving()
         try:
             print(json.dumps(job), file=self._server.stdin, flush=True)
@@ -89,8 +90,10 @@ def serve():
         print(json.dumps(launch(**json.loads(line))), flush=True)
 
 
-def launch(main, ranks, arguments, paths, environment):
+def launch(main, ranks, arguments, paths, imports, environment):
     """Fork the ranks and wait for them; once one has failed the others are ended, as torchrun does."""
+    for name in imports:
+        import_module(name)
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         running, code = set(), 0
         for rank in range(ranks):

@@ -25,6 +25,7 @@ SMALL = [
     *("runner.max_steps=4", "policy.shown_tokens=4", "policy.shown_samples=1", "optim.lr=2e-3"),
 ]
 RESULTS = {"loss", "token_accuracy", "val_loss", "val_perplexity", "ema_val_perplexity", "val_token_accuracy"}
+MODEL = ("rlinf_plugins_text.model", "transformers.models.qwen3.modeling_qwen3")
 RUNS = {
     2: [
         "two:trainer.micro_batch_size=4,trainer.activation_checkpointing=full",
@@ -44,7 +45,7 @@ def runs(tmp_path_factory, start_ranks):
     folder = tmp_path_factory.mktemp("text")
     for ranks, named in RUNS.items():
         words = [f"{name}:{shared(settings)}" for name, _, settings in (one.partition(":") for one in named)]
-        result = start_ranks("option_runs:main", ranks, folder, "examples/text_sft.toml", *words)
+        result = start_ranks("option_runs:main", ranks, folder, "examples/text_sft.toml", *words, imports=MODEL)
         assert result.returncode == 0, result.stderr[-3000:]
     return folder
 
