@@ -314,8 +314,11 @@ def test_every_dataset_config_survives_being_written_and_read(name, tmp_path):
     plugins = repository_plugins()
     path = tmp_path / "run.toml"
     path.write_text(f'[data]\nconfig_name = "{name}"\nvalidation_fraction = 0.1\n[policy]\nweights = "random"\n')
-    said = ["data.raw_action_is_delta=true"] if name.endswith("custom") else []  # They leave it to the user.
-    run = load_config(path, ["policy.variant=dummy", *said], plugins)
+    if name == "text":
+        said = ["policy.tokenizer=examples/data/text_plans", "policy.config.model_type=qwen3"]
+    else:
+        said = ["policy.variant=dummy", *(["data.raw_action_is_delta=true"] if name.endswith("custom") else [])]
+    run = load_config(path, said, plugins)
     path.write_text(dump_config(run))
     assert load_config(path, [], plugins) == run
 

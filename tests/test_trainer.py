@@ -251,7 +251,7 @@ def test_options_that_would_do_nothing_are_refused(configure, overrides, complai
 
 
 def test_an_unknown_best_metric_is_refused_before_training(train):
-    with pytest.raises(UserError, match=r"no 'val_los'; did you mean 'val_loss'\?"):
+    with pytest.raises(UserError, match=r"no 'val_los' of which smaller is better; did you mean 'val_loss'\?"):
         train("runner.best_metric=val_los", "runner.val_check_interval=2")
 
 
