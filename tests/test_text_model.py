@@ -41,6 +41,22 @@ def gradients(module):
     return {name.removeprefix("lm.model."): p.grad for name, p in module.named_parameters()}
 
 
+def assert_same_gradients(found, expected):
+    """All of them as one vector to 1e-6, and no parameter for itself far off."""
+    assert found.keys() == expected.keys()
+    apart = sum(float((found[name] - g).double().square().sum()) for name, g in expected.items())
+    assert apart <= 1e-12 * sum(float(g.double().square().sum()) for g in expected.values())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
+
+
+def losses_of_tokens(module, policy, *texts):
+    inputs, tokens, trained = module.lm._laid_out(policy.collate([sample(*texts)]))
+    with torch.no_grad():
+        logits = module.lm.model(**inputs, use_cache=False).logits[0, :-1]
+    return torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="none")[trained[0, 1:]]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradients_are_those_of_transformers(family):
     policy = tiny_policy(config=FAMILIES[family] | {"vocab_size": 512}, max_length=64)
@@ -54,15 +70,12 @@ def test_loss_and_gradients_are_those_of_transformers(family):
         counted = len(text) - 2
         loss = model(input_ids=tokens, labels=labels).loss * counted
         loss.backward()
-        total, words = total + float(loss), words + counted
+        total, words = total + float(loss.detach()), words + counted
     out = module(policy.collate([sample(text) for text in TEXTS]))
     out.loss_sum.backward()
     assert float(out.weight) == words
-    assert float(out.loss_sum) == pytest.approx(total, rel=1e-6)
-    expected, found = gradients(model), gradients(module)
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
+    assert float(out.loss_sum.detach()) == pytest.approx(total, rel=1e-6)
+    assert_same_gradients(gradients(module), gradients(model))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -81,8 +94,12 @@ def test_a_pack_has_the_loss_of_its_texts(family):
     assert float(packed.loss_sum) / float(packed.weight) == pytest.approx(
         float(apart.loss_sum) / float(apart.weight), abs=1e-6
     )
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
+    assert_same_gradients(found, expected)
+    apart, packed = (
+        torch.cat([losses_of_tokens(module, policy, *texts) for texts in samples])
+        for samples in ([[text] for text in TEXTS], [TEXTS])
+    )
+    torch.testing.assert_close(packed, apart, rtol=0, atol=1e-6)
 
 
 def test_what_a_text_says_changes_nothing_in_its_neighbours():
