@@ -306,6 +306,12 @@ def test_a_config_survives_being_written_and_read(load, tmp_path, plugins):
     assert "note" not in dump_config(run)
 
 
+@pytest.mark.parametrize("setting", ["norm_stats=stats.json", "norm_floor=0.1", "stats_need_images=true"])
+def test_statistics_of_a_policy_that_normalises_nothing_are_refused(mistakes, setting):
+    what = f"data.{setting.partition('=')[0]} does nothing: the policy 'toy' normalises nothing; leave it out"
+    assert what in mistakes("", f"data.{setting}")
+
+
 DATASETS = [entry.name for entry in repository_plugins().datasets()]
 
 

@@ -218,6 +218,21 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _statistics_are_used(self) -> RunConfig:
+        if self.policy.normalization != "none":
+            return self
+        for source in self.sources:
+            data = source.run.data
+            said = [key for key in ("norm_stats", "norm_floor", "stats_need_images") if getattr(data, key)]
+            if said or data.given_statistics():
+                whose = f" of {source.name}" if source.name else ""
+                raise ValueError(
+                    f"data.{said[0] if said else 'norm_stats'}{whose} does nothing: "
+                    f"the policy {self.policy.type!r} normalises nothing; leave it out"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _trainer_agrees(self) -> RunConfig:
         self.trainer.check_run(self)
         return self
