@@ -73,7 +73,7 @@ def robot(tmp_path_factory, image_dataset):
         variant = "dummy"
         action_horizon = 5
         action_dim = 4
-        max_token_len = 60
+        max_token_len = 120
         [trainer]
         device = "cpu"
         param_dtype = "fp32"
@@ -125,6 +125,7 @@ def test_the_page_shows_run_data_samples_and_distributions(page):
     assert "right_wrist_0_rgb The data have no such camera" in words
     assert re.search(r"Task \d+ : \d+", words)  # Tokens, with their ids.
     assert "Prompt as" in words
+    assert "did not fit" not in words
     assert "past the end of the episode: in the loss, too" in words
     assert "zeros up to policy.action_dim: in the loss, too" in words
     assert "actions float32 5 x 4" in words
@@ -274,11 +275,13 @@ def test_text_shows_which_tokens_are_trained(inspect, tmp_path):
         micro_batch_size = 4
         """,
     )
-    code, _, _, folder = inspect(config)
+    code, out, _, folder = inspect(config)
     words = words_of(folder)
     assert code == 0
+    assert re.search(r"warning: 3 texts of the 3 samples shown are cut: up to \d+ tokens of one never", out)
+    assert re.search(r"cut \d+ more tokens did not fit", words)
+    assert "nothing found" not in words
     assert "Text as 40 tokens only read trained" in words
-    assert "this is what policy.max_length = 40 leaves of it here" in words
     assert "Episode lengths" not in words
 
 
@@ -289,7 +292,8 @@ def test_chosen_rows_are_of_several_tasks_and_parts_of_an_episode():
     assert [place.frame for place in places] == [3, 0, 8]
     assert len({place.episode for place in places}) == 3
     assert [place.row for place in places] == [place.episode * 10 + place.frame for place in places]
-    assert choose(Rows(10), {}) == [find(Rows(10), 0, 3)]
+    assert choose(Rows(10), {}) == [find(Rows(10), 0, frame) for frame in (3, 0, 8)]
+    assert choose(Rows(1), {}) == [find(Rows(1), 0, 0)]
 
 
 def test_meetings_are_those_of_the_run():

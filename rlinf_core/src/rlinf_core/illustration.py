@@ -49,8 +49,10 @@ class TokenText:
 
     title: str
     tokens: tuple[Token, ...]
+    cut: int = 0
+    """Tokens at its end that did not fit and that the model never sees; the page warns of them."""
     note: str = ""
-    """How many there may be, what was cut off."""
+    """How many there may be."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,6 +6,7 @@ Images are changed by the model's own code, in torch, which is imported only whe
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
@@ -80,12 +81,10 @@ def _prompt(policy: OpenpiPolicyConfig, sample: OpenpiSample) -> TokenText:
     kinds = _kinds(processor, clean(sample["prompt"]), ids, discrete_state=policy.discrete_state_input)
     pieces = [_visible(processor.id_to_piece(id)) for id in ids]
     whole, most = sample["prompt_length"], policy.max_token_len
-    note = f"{whole} of at most policy.max_token_len = {most} tokens."
-    if whole > most:
-        note = f"Cut: the prompt has {whole} tokens, {whole - most} more than policy.max_token_len = {most}."
+    note = f"The prompt has {whole} tokens; policy.max_token_len = {most}."
     if STATE in kinds:
         note += " The state stands in the text, each number in one of 256 bins over [-1, 1] of its normalised value."
-    return TokenText("Prompt", tuple(map(Token, ids, pieces, kinds)), note)
+    return TokenText("Prompt", tuple(map(Token, ids, pieces, kinds)), max(0, whole - most), note)
 
 
 def _kinds(processor: Any, task: str, ids: Sequence[int], *, discrete_state: bool) -> list[str]:
@@ -105,7 +104,10 @@ def _kinds(processor: Any, task: str, ids: Sequence[int], *, discrete_state: boo
 
 
 def _visible(piece: str) -> str:
-    return {"<0x0A>": "↵", "\n": "↵"}.get(piece, piece)
+    """A piece of the vocabulary; of those that stand for a byte, its character if it has one."""
+    byte = re.fullmatch(r"<0x([0-9A-F]{2})>", piece)
+    character = chr(int(byte[1], 16)) if byte else piece
+    return "↵" if character == "\n" else character if character.isascii() and character.isprintable() else piece
 
 
 def _camera_mask(sample: OpenpiSample) -> Grid:

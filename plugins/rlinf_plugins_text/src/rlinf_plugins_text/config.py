@@ -106,7 +106,8 @@ class TextPolicyConfig(PolicyConfig):
         """Texts as tokens, those marked that are trained."""
         from rlinf_plugins_text.illustrate import illustrate
 
-        return illustrate(cast("TextSample", sample), self.text_tokenizer(), self.max_length)
+        cuts = self.overlong == "cut"
+        return illustrate(cast("TextSample", sample), self.text_tokenizer(), self.max_length, cuts=cuts)
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """Stack samples into CPU tensors; see `collate.stack`."""

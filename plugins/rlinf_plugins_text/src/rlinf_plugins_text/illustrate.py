@@ -16,12 +16,12 @@ SHOWN_TEXTS = 3
 """Texts of a pack that are shown."""
 
 
-def illustrate(sample: TextSample, tokenizer: TextTokenizer, max_length: int) -> Illustration:
-    """See `PolicyConfig.illustrate`."""
-    return Illustration(texts=tuple(_texts(sample, tokenizer, max_length)), grids=(_grid(sample, max_length),))
+def illustrate(sample: TextSample, tokenizer: TextTokenizer, max_length: int, *, cuts: bool) -> Illustration:
+    """See `PolicyConfig.illustrate`; `cuts`: what a longer text has more is lost, not another sample."""
+    return Illustration(texts=tuple(_texts(sample, tokenizer, cuts=cuts)), grids=(_grid(sample, max_length),))
 
 
-def _texts(sample: TextSample, tokenizer: TextTokenizer, max_length: int) -> Iterator[TokenText]:
+def _texts(sample: TextSample, tokenizer: TextTokenizer, *, cuts: bool) -> Iterator[TokenText]:
     lengths = sample["document_lengths"].tolist()
     start = 0
     for number, length in enumerate(lengths[:SHOWN_TEXTS], start=1):
@@ -33,10 +33,10 @@ def _texts(sample: TextSample, tokenizer: TextTokenizer, max_length: int) -> Ite
         )
         full = int(sample["full_lengths"][number - 1])
         note = f"{sum(trained)} tokens count in the loss."
-        if full > length:
-            note += f" The text has {full} tokens: this is what policy.max_length = {max_length} leaves of it here."
+        if full > length and not cuts:
+            note += f" The text has {full} tokens; the others are in other samples."
         title = "Text" if len(lengths) == 1 else f"Text {number} of {len(lengths)} in this sample"
-        yield TokenText(title, tokens, note)
+        yield TokenText(title, tokens, full - length if cuts else 0, note)
         start += length
 
 

@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(view.report.refusal(options.config))
     given = shlex.join([options.config, *options.overrides])
     page = write(folder, *render(view, given))
-    for warning in view.report.warnings:
+    for warning in view.warnings:
         print(f"warning: {warning}")
     for error in view.errors:
         print_error(error)

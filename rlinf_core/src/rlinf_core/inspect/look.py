@@ -82,6 +82,20 @@ class RunView:
         new = [text for text in own if text and not any(text in found for found in self.report.findings)]
         return [*self.report.findings, *dict.fromkeys(new)]
 
+    @property
+    def warnings(self) -> list[str]:
+        """What may spoil the run, texts that are cut in the rows shown included."""
+        found = []
+        for source in self.sources:
+            cut = [text.cut for sample in source.samples for text in sample.illustration.texts if text.cut]
+            if cut:
+                message = (
+                    f"{len(cut)} texts of the {len(source.samples)} samples shown are cut: "
+                    f"up to {max(cut)} tokens of one never reach the model"
+                )
+                found.append(f"{source.name}: {message}" if source.name else message)
+        return [*self.report.warnings, *found]
+
 
 def look(run: RunConfig, plugins: Plugins, at: Sequence[tuple[str, int, int]] = ()) -> RunView:
     """Gather all that the page shows.

@@ -88,7 +88,7 @@ def plot_lengths(name: str, train: NDArray[np.int64], held_out: NDArray[np.int64
         axes.set_xlabel("frames")
         axes.set_ylabel("episodes")
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.legend(frameon=False, loc="upper right")
+        axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderpad=0)
         return _drawn(name, figure)
 
 
@@ -130,6 +130,7 @@ def _raw(axes: Axes, number: int, data: Survey, stats: NormStats | None) -> None
     for value, style in ((used.mean[number], "-"), (used.q01[number], "--"), (used.q99[number], "--")):
         if left <= value <= right:  # Of other data they may lie anywhere; the table has their numbers.
             axes.axvline(value, color=CHUNK, linewidth=1.2, linestyle=style)
+    axes.xaxis.set_major_formatter(_plain)
     axes.set_yticks([])
 
 
@@ -174,6 +175,11 @@ def plot_chunk(name: str, chunk: Chunk) -> Plot:
         return _drawn(name, figure)
 
 
+def _plain(value: float, _: float) -> str:
+    """A tick's number in full: a common factor beside the axis would lie on the panel above."""
+    return f"{value:.5g}".replace("-", "\N{MINUS SIGN}")
+
+
 def _name(axes: Axes, text: str, distance: int) -> None:
     """Write which number of a vector a panel shows, so many points left of it."""
     axes.annotate(text, (0, 0.5), (-distance, 0), "axes fraction", "offset points", color=INK, ha="right", va="center")
@@ -195,6 +201,7 @@ def _curve(axes: Axes, chunk: Chunk, column: int, number: int) -> None:
     curve = chunk.actions if column == 0 or chunk.state is None else chunk.state
     axes.plot(chunk.frames, curve[:, number], color=DATA, linewidth=1.1)
     axes.yaxis.set_major_locator(MaxNLocator(3))
+    axes.yaxis.set_major_formatter(_plain)
     if column == 0:
         _dots(axes, chunk.at, chunk.recorded[:, number], chunk)
     else:

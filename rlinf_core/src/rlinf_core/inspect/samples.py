@@ -30,6 +30,9 @@ EPOCHS = 8
 FRAMES = 400
 """Frames of an episode's curves at most."""
 
+GIVEN = "given to the model"
+"""The last stage of an image that the data path knows."""
+
 Vectors = NDArray[np.floating]
 
 
@@ -104,20 +107,20 @@ def choose(source: SampleSource, tasks: Mapping[int, str], count: int = SAMPLES)
     Args:
         source: The rows.
         tasks: Episode -> its task.
-        count: How many, if there are as many episodes.
+        count: How many, if there are as many rows that differ.
     """
     episodes = _Episodes(source)
     by_task: dict[str, list[int]] = {}
     for episode in episodes.first:
         by_task.setdefault(tasks.get(episode, ""), []).append(episode)
     texts = [list(by_task)[i] for i in np.linspace(0, len(by_task) - 1, min(count, len(by_task))).astype(int)]
-    places = []
-    for number in range(min(count, len(episodes.first))):
+    places: list[Place] = []
+    for number in range(count):
         members, turn = by_task[texts[number % len(texts)]], number // len(texts)
         episode = members[(len(members) // 2 + turn) % len(members)]
         length = episodes.length[episode]
         places.append(episodes.place(episode, (length // 3, 0, max(0, length - 2))[number % 3]))
-    return places
+    return list(dict.fromkeys(places))
 
 
 def find(source: SampleSource, episode: int, frame: int) -> Place:
@@ -219,7 +222,7 @@ def _cameras(run: RunConfig, row: Row, target: Sample, sample: Sample | Mapping[
         stages = [
             ("recorded", row.get(columns.get(name, ""))),
             ("cut", image),
-            ("given to the model", sample.get("images", {}).get(name)),
+            (GIVEN, sample.get("images", {}).get(name)),
         ]
         found: list[tuple[list[str], NDArray[np.uint8]]] = []
         for stage, pixels in stages:
@@ -236,9 +239,10 @@ def _cameras(run: RunConfig, row: Row, target: Sample, sample: Sample | Mapping[
 
 
 def _captioned(stages: Sequence[str], pixels: NDArray[np.uint8]) -> Picture:
-    """A picture that stands at several stages: the first and the last are told."""
+    """A picture that stands at several stages."""
     height, width = pixels.shape[:2]
-    return Picture(f"{' and '.join(dict.fromkeys((stages[0], stages[-1])))}, {width} x {height}", pixels)
+    told = [stage for stage in stages if stage in (stages[0], GIVEN)]  # What cuts nothing is not told.
+    return Picture(f"{' and '.join(told)}, {width} x {height}", pixels)
 
 
 def _numbers(sample: Sample) -> Iterator[Numbers]:
