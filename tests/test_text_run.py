@@ -1,12 +1,14 @@
 """Runs of the text policy: any number of ranks, resumed, exported for transformers, started from its folders."""
 
 import math
+import runpy
 import shutil
 
 import pytest
 import torch
+from distributions import ROOT
 from safetensors.torch import load_file, save_file
-from tiny_text import PLANS, tiny_policy
+from tiny_text import PLANS, dataset, tiny_policy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlinf_core import UserError, cli
@@ -17,6 +19,7 @@ from rlinf_core.plugins import get_plugins
 from rlinf_core.training.distributed import processes
 from rlinf_core.training.jsonl import read_rows
 from rlinf_core.training.resume import prepare_folder
+from rlinf_plugins_text.source import open_text
 from rlinf_plugins_text.weights import model_config
 
 SMALL = [
@@ -144,6 +147,19 @@ def test_an_exported_run_is_a_folder_of_transformers(trained, tmp_path, capsys, 
     with torch.no_grad():
         expected = held_out_loss(trainer.run, lambda tokens, labels: float(theirs.float()(tokens, labels=labels).loss))
         assert held_out_loss(trainer.run, ours) == pytest.approx(expected, rel=1e-6)
+
+
+def test_transformers_alone_finds_the_same_loss(trained, tmp_path):
+    """By the script that docs/text.md names, on chats that are not packed."""
+    folder, chats = tmp_path / "model", tmp_path / "chats.jsonl"
+    assert cli.main(["export", str(trained[0].run.folder), "--output", str(folder)]) == 0
+    chats.write_text("".join((PLANS / "plans.jsonl").read_text().splitlines(keepends=True)[:20]))
+    loaded = load_policy(folder)
+    source = open_text(dataset(chats), loaded.config.model_copy(update={"packing": False}), "train")
+    with torch.no_grad():
+        out = loaded.module(loaded.config.collate(source.__getitems__(range(20))))
+    expected = runpy.run_path(str(ROOT / "examples" / "text_loss.py"))["loss_of"](folder, chats)
+    assert float(out.loss_sum / out.weight) == pytest.approx(expected, rel=1e-6)
 
 
 def test_an_exported_folder_is_whole_by_itself(trained, tmp_path):

@@ -31,7 +31,8 @@ def read_rows(config: TextDatasetConfig, *, held_out: bool = False) -> Iterator[
     if path is None:
         yield from _from_hub(config, config.validation_split if held_out else config.split)
         return
-    if wrong := [name for name in ("subset", "validation_split") if getattr(config, name)]:
+    wrong = [name for name in ("subset", "validation_split", "revision") if getattr(config, name)]
+    if wrong := wrong + ["split"] * (config.split != "train"):
         raise UserError(f"data.{wrong[0]} is for datasets on the hub, but {path} is a file or folder: leave it out")
     files = _held_out_files(config, path) if held_out else text_files(config)
     for file in files:

@@ -1,0 +1,33 @@
+"""The loss of chats by transformers alone, of a folder that `rlinf export` wrote or any other.
+
+    python examples/text_loss.py FOLDER CHATS.jsonl
+
+The mean over what the assistant says, which the chat template must mark by {% generation %}.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def loss_of(folder, chats):
+    """The mean loss of the assistant's tokens."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    total, count = 0.0, 0
+    for line in Path(chats).read_text(encoding="utf-8").splitlines():
+        chat = tokenizer.apply_chat_template(
+            json.loads(line)["messages"], return_dict=True, return_tensors="pt", return_assistant_tokens_mask=True
+        )
+        tokens, trained = chat["input_ids"], chat["assistant_masks"].bool()
+        with torch.no_grad():
+            loss = model(tokens, labels=tokens.masked_fill(~trained, -100)).loss
+        total, count = total + float(loss) * int(trained.sum()), count + int(trained.sum())
+    return total / count
+
+
+if __name__ == "__main__":
+    print(f"{loss_of(*sys.argv[1:]):.6f}")
