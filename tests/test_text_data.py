@@ -1,6 +1,7 @@
 """Text becomes tokens: formats, what is trained, what is cut, held out and packed, and errors with their place."""
 
 import json
+import os
 import pickle
 
 import numpy as np
@@ -140,6 +141,38 @@ def test_a_wrong_row_is_named_with_file_and_line(tmp_path, row, settings, says):
         rows_of(path, **settings)
 
 
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"", "holds no rows"),
+        (b"\r\n\n", "holds no rows"),
+        (b"[1]\n", "line 1: a line must be an object with the data's columns, not list"),
+        (b'{"text": "a\\ud800b"}\n', "line 1: the text is no Unicode"),
+        ('{"text": "é"}'.encode("latin-1"), "is no UTF-8 text"),
+        (b'{"text": ""}\n', "holds nothing to train"),
+    ],
+)
+def test_files_without_texts_are_told(tmp_path, data, says):
+    (tmp_path / "data.jsonl").write_bytes(data)
+    with pytest.raises(UserError, match=says):
+        rows_of(tmp_path / "data.jsonl", format="text")
+
+
+def test_marks_and_line_ends_of_windows_are_no_text(tmp_path):
+    (tmp_path / "data.jsonl").write_bytes("\ufeff".encode() + b'{"text": "a b"}\r\n{"text": "c"}\r\n')
+    assert [whole_text(row) for row in rows_of(tmp_path / "data.jsonl", format="text")] == [
+        "a b<|im_end|>",
+        "c<|im_end|>",
+    ]
+
+
+@pytest.mark.parametrize("setting", ["split", "revision", "subset", "validation_split"])
+def test_settings_of_the_hub_are_refused_for_files(tmp_path, setting):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
+    with pytest.raises(UserError, match=rf"data\.{setting} is for datasets on the hub"):
+        open_text(dataset(path, format="text", **{setting: "other"}), tiny_policy(), "train")
+
+
 def test_what_is_no_json_is_named_with_its_line(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text('{"text": "a b"}\n{"text": \n', encoding="utf-8")
@@ -200,6 +233,26 @@ def test_a_cut_that_leaves_nothing_to_train_is_told(tmp_path):
         rows_of(path, tiny_policy(max_length=8))
 
 
+def test_texts_that_are_left_out_are_counted(tmp_path):
+    silent = [CHAT[1]]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": CHAT[1:3]}, {"messages": silent}, {"messages": CHAT}])
+    for policy in (tiny_policy(), tiny_policy(packing=True)):
+        assert policy.describe(rows_of(path, policy))["left out"] == "1 texts, without a token to train"
+    short = tiny_policy(max_length=60, overlong="drop")
+    assert short.describe(rows_of(path, short))["left out"] == "2 texts, longer or without a token to train"
+    assert "left out" not in tiny_policy().describe(rows_of(write_jsonl(path, [{"messages": CHAT}])))
+
+
+def test_tools_beside_messages_are_the_templates(tmp_path):
+    template = "{% if tools %}may call {{ tools[0].name }}\n{% endif %}" + PLAIN_CHATML
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": CHAT[1:3], "tools": [{"name": "look"}]}])
+    (row,) = rows_of(path, tiny_policy(chat_template=template))
+    assert whole_text(row).startswith("may call look\n<|im_start|>user")
+    assert trained_text(row) == ["1. Open the drawer.<|im_end|>"]
+    with pytest.raises(UserError, match="no form for tools"):
+        rows_of(path)
+
+
 def test_packs_hold_every_text_once_and_are_full():
     lengths = np.random.default_rng(0).integers(1, 60, 500)
     packs = pack(lengths, 64)
@@ -245,6 +298,8 @@ def test_tokens_are_made_anew_when_the_data_change(tmp_path):
     first = open_text(dataset(path, format="text"), tiny_policy(), "train")
     again = open_text(dataset(path, format="text"), tiny_policy(), "train")
     assert again.fingerprint() == first.fingerprint()
+    os.utime(path, (0, 0))
+    assert open_text(dataset(path, format="text"), tiny_policy(), "train").fingerprint() == first.fingerprint()
     write_jsonl(path, [{"text": "one two three"}])
     assert open_text(dataset(path, format="text"), tiny_policy(), "train").fingerprint() != first.fingerprint()
 

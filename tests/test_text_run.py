@@ -96,6 +96,29 @@ def test_a_resumed_run_is_the_same_to_the_bit(trained):
     assert losses["resumed"] == losses["whole"]
 
 
+def test_a_run_does_not_continue_on_other_texts(tmp_path, monkeypatch):
+    """As many rows, one word changed: positions of the old rows would mean nothing."""
+    monkeypatch.delenv("RANK", raising=False)
+    path = tmp_path / "chats.jsonl"
+    lines = (PLANS / "plans.jsonl").read_text().splitlines()[:24]
+    path.write_text("\n".join(lines))
+    given = [f"runner.output_dir={tmp_path}", *SMALL, "trainer.micro_batch_size=8", "policy.packing=false"]
+    given += [f"data.repo_id={path}", "data.validation_fraction=0.0", "runner.val_check_interval=0"]
+
+    def run_to(stop):
+        run = load_config("examples/text_sft.toml", [*given, f"runner.max_steps={stop}"])
+        with processes("cpu") as group:
+            start = prepare_folder(run, overwrite=False)
+            run.trainer.build(run, start=start, group=group, plugins=get_plugins()).train()
+
+    run_to(1)
+    path.write_text("\n".join(lines).replace("cup", "pot"))
+    with pytest.raises(UserError, match="on other rows than the training split now has"):
+        run_to(2)
+    path.write_text("\n".join(lines))  # Written anew, but the same.
+    run_to(2)
+
+
 def test_perplexity_is_that_of_the_loss(trained):
     trainer, _ = trained
     validations = [row for row in read_rows(trainer.run.folder / "metrics.jsonl") if "val_loss" in row]

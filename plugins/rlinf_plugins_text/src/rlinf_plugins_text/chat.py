@@ -24,7 +24,7 @@ from rlinf_plugins_text.turns import Message, Span, find_turns
 
 CHATML = """\
 {%- for message in messages %}
-{%- if message.tool_calls %}{{- raise_exception('"chatml" has no form for calls of tools') }}{%- endif %}
+{%- if tools or message.tool_calls %}{{- raise_exception('"chatml" has no form for tools') }}{%- endif %}
 {{- '<|im_start|>' + message.role + '\\n' }}
 {%- if message.role == 'assistant' %}
 {%- generation %}{{- message.content + '<|im_end|>' }}{%- endgeneration %}
@@ -64,29 +64,35 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[Message], *, ask: bool = False) -> str:
         """The text of messages; with `ask`, up to where the assistant is to speak."""
-        return self._render(messages, ask).replace(OPEN, "").replace(CLOSE, "")
+        return self._render(messages, ask, None).replace(OPEN, "").replace(CLOSE, "")
 
-    def spans(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
+    def spans(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> tuple[str, list[Span]]:
         """The text of messages, and which parts of it the assistant says, each with what ends it.
+
+        Args:
+            messages: The chat.
+            tools: What the assistant may call, for templates that write it.
 
         Raises:
             UserError: Without marks, what the assistant says cannot be told; see `turns`.
         """
-        return self._marked(messages) if self._marks else find_turns(self._render, messages)
+        if self._marks:
+            return self._marked(self._render(messages, False, tools))
+        return find_turns(lambda some, ask: self._render(some, ask, tools), messages)
 
-    def _marked(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
+    def _marked(self, rendered: str) -> tuple[str, list[Span]]:
         text, spans = "", []
-        for part in self._render(messages, False).split(OPEN):
+        for part in rendered.split(OPEN):
             said, end, rest = part.partition(CLOSE)
             if end:
                 spans.append((len(text), len(text) + len(said)))
             text += said + rest
         return text, spans
 
-    def _render(self, messages: Sequence[Message], ask: bool) -> str:
+    def _render(self, messages: Sequence[Message], ask: bool, tools: Sequence[Any] | None) -> str:
         try:
             return self._template.render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=ask, **self._special_tokens
+                messages=messages, tools=tools, documents=None, add_generation_prompt=ask, **self._special_tokens
             )
         except (jinja2.TemplateError, TypeError) as error:  # A template adds what is no text, for one.
             raise UserError(f"the chat template refuses the messages: {error}") from error

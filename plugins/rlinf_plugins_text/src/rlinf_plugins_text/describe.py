@@ -28,6 +28,8 @@ class TextSample(TypedDict):
     """[M], tokens of each text; their sum is T."""
     full_lengths: NDArray[np.int64]
     """[M], tokens of each text before it was cut or split."""
+    left_out: int
+    """Texts of the split that are in no sample."""
 
 
 def describe(
@@ -52,6 +54,10 @@ def describe(
         f"average, the longest has {max(lengths)}; {done} at policy.max_length = {max_length}",
         "trained tokens": f"{trained / tokens:.0%} of {tokens} tokens count in the loss",
     }
+    if first["left_out"]:
+        facts["left out"] = f"{first['left_out']} texts" + (
+            ", longer or without a token to train" if overlong == "drop" else ", without a token to train"
+        )
     if packing:
         facts["packs"] = f"{len(lengths) / rows:.1f} texts a sample, {tokens / (rows * max_length):.1%} full"
     facts["a sample"] = f"{OPEN}trained{CLOSE}: {marked(first, tokenizer)}"

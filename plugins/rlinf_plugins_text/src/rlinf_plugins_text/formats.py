@@ -23,6 +23,13 @@ class Example:
     prompt: int = 0
     """Characters of a prompt that is not in a chat template, which is read as it would be alone."""
 
+    def check_unicode(self) -> None:
+        """Raise `UserError` for halves of surrogate pairs, which JSON can hold and no tokenizer reads."""
+        try:
+            self.text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"the text is no Unicode: {error}") from error
+
 
 def to_example(row: Mapping[str, Any], config: TextDatasetConfig, chat: Callable[[], ChatTemplate]) -> Example:
     """Read a row.
@@ -43,7 +50,7 @@ def to_example(row: Mapping[str, Any], config: TextDatasetConfig, chat: Callable
         text = prompt + completion
         first = 0 if config.loss_on == "all" else len(prompt)
         return Example(text, ((first, len(text)),), whole=True, prompt=len(prompt))
-    text, spans = chat().spans(_messages(row, config))
+    text, spans = chat().spans(_messages(row, config), _tools(row, config))
     return Example(text, ((0, len(text)),) if config.loss_on == "all" else tuple(spans), whole=False)
 
 
@@ -57,6 +64,14 @@ def _messages(row: Mapping[str, Any], config: TextDatasetConfig) -> Sequence[Mes
     if not isinstance(said, Sequence) or isinstance(said, str) or not said:
         raise UserError(f"{column!r} must be a list of messages with at least one, not {_shown(said)}")
     return [_message(one, number, config) for number, one in enumerate(said)]
+
+
+def _tools(row: Mapping[str, Any], config: TextDatasetConfig) -> Sequence[Any] | None:
+    """What the assistant may call, beside messages; the chat template writes it as it does in transformers."""
+    tools = row.get("tools") if config.format == "messages" else None
+    if tools and (isinstance(tools, str) or not isinstance(tools, Sequence)):
+        raise UserError(f"'tools' must be a list of what can be called, not {_shown(tools)}")
+    return tools or None
 
 
 def _message(one: Any, number: int, config: TextDatasetConfig) -> Message:

@@ -11,9 +11,6 @@ from rlinf_plugins_text.dataset import TextDatasetConfig
 if TYPE_CHECKING:
     from rlinf_core.datasets import Split
 
-if TYPE_CHECKING:
-    pass
-
 
 @hookimpl
 def rlinf_register_policies() -> list[type[PolicyConfig]]:

@@ -39,6 +39,8 @@ class TextSource:
     """[S], the pieces of the rows, one row after the other."""
     ends: NDArray[np.int64]
     """[N + 1], where each row begins and ends in `pieces`."""
+    left_out: int
+    """Texts that are in no row: too long to keep, or without a token to train."""
 
     def __len__(self) -> int:
         return len(self.ends) - 1
@@ -61,7 +63,7 @@ class TextSource:
 
     def fingerprint(self) -> str:
         """A hash of the tokens and of how they make rows."""
-        digest = hashlib.blake2b(self.store.folder.name.encode(), digest_size=12)
+        digest = hashlib.blake2b(self.store.digest().encode(), digest_size=12)
         for array in (self.begins, self.lengths, self.pieces, self.ends):
             digest.update(array.tobytes())
         return digest.hexdigest()
@@ -78,6 +80,7 @@ class TextSource:
             "tokens": np.concatenate([self._arrays["tokens"][place] for place in places]),
             "trained": np.concatenate(trained),
             "document_lengths": self.lengths[pieces].astype(np.int32),
+            "left_out": self.left_out,
             "full_lengths": text_ends[self.texts[pieces] + 1] - text_ends[self.texts[pieces]],
         }
 
@@ -96,8 +99,10 @@ def open_text(dataset: TextDatasetConfig, policy: TextPolicyConfig, split: Split
         UserError: A row is wrong, the tokenizer does not fit, or no text holds anything to train.
     """
     store = open_store(dataset, policy.text_tokenizer())
-    texts = _texts_of(dataset, store, split)
-    begins, lengths, texts = _pieces(store, texts, policy.max_length, policy.overlong)
+    given = _texts_of(dataset, store, split)
+    if not len(given):
+        raise UserError(f"the {split} split of {dataset.repo_id} holds no rows")
+    begins, lengths, texts = _pieces(store, given, policy.max_length, policy.overlong)
     if not len(texts):
         raise UserError(
             f"the {split} split of {dataset.repo_id} holds nothing to train: no text has a token with loss within "
@@ -105,7 +110,8 @@ def open_text(dataset: TextDatasetConfig, policy: TextPolicyConfig, split: Split
         )
     groups = pack(lengths, policy.max_length) if policy.packing else np.split(np.arange(len(texts)), len(texts))
     pieces, ends = flatten(groups)
-    return TextSource(store, dataset.repo_id, texts, begins, lengths, pieces, ends)
+    left_out = len(given) - len(np.unique(texts))
+    return TextSource(store, dataset.repo_id, texts, begins, lengths, pieces, ends, left_out)
 
 
 def _texts_of(dataset: TextDatasetConfig, store: TokenStore, split: Split) -> NDArray[np.int64]:

@@ -26,7 +26,7 @@ from rlinf_plugins_text.formats import Example, to_example
 from rlinf_plugins_text.rows import TextRow, content_tag, read_rows
 from rlinf_plugins_text.tokenizer import TextTokenizer
 
-VERSION = 2
+VERSION = 3
 """Of the files and of how text becomes tokens."""
 AT_ONCE = 1000
 """Texts that are tokenised together, by all cores."""
@@ -44,6 +44,10 @@ class TokenStore:
         """
         mapped: NDArray[Any] = np.load(self.folder / f"{name}.npy", mmap_mode="r")
         return mapped
+
+    def digest(self) -> str:
+        """A hash of the tokens, of which are trained and of which are held out: the same wherever the files lie."""
+        return (self.folder / "digest.txt").read_text()
 
     def where(self, text: int) -> str:
         """Where a text comes from, for messages."""
@@ -98,6 +102,7 @@ def _make(config: TextDatasetConfig, tokenizer: TextTokenizer, folder: Path) -> 
 def _write(config: TextDatasetConfig, tokenizer: TextTokenizer, folder: Path) -> None:
     lengths: list[int] = []
     held_out: list[bool] = []
+    digest = hashlib.blake2b(digest_size=12)
     with (
         (folder / "tokens").open("wb") as tokens,
         (folder / "trained").open("wb") as trained,
@@ -108,6 +113,7 @@ def _write(config: TextDatasetConfig, tokenizer: TextTokenizer, folder: Path) ->
                 for ids, mask in tokenise(examples, tokenizer):
                     tokens.write(ids.tobytes())
                     trained.write(mask.tobytes())
+                    digest.update(ids.tobytes() + mask.tobytes())
                     lengths.append(len(ids))
                 held_out += [part] * len(places)
                 where.write("".join(f"{place}\n" for place in places))
@@ -117,6 +123,8 @@ def _write(config: TextDatasetConfig, tokenizer: TextTokenizer, folder: Path) ->
         np.save(folder / f"{name}.npy", np.memmap(raw, kind, "r", shape=(size,)) if size else np.zeros(0, kind))
         raw.unlink()
     np.save(folder / "held_out.npy", np.array(held_out, np.bool_))
+    digest.update(np.array(held_out, np.bool_).tobytes())
+    (folder / "digest.txt").write_text(digest.hexdigest())
     np.save(folder / "ends.npy", np.cumsum([0, *lengths], dtype=np.int64))
 
 
@@ -129,6 +137,7 @@ def _batches(
         for place, row in some:
             try:
                 examples.append(to_example(row, config, lambda: tokenizer.chat))
+                examples[-1].check_unicode()
             except UserError as error:
                 raise UserError(f"{place}: {error}") from error
         yield [place for place, _ in some], examples

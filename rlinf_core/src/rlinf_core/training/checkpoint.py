@@ -85,7 +85,7 @@ def name_best(folder: Path, best: str) -> None:
         (folder / "best").unlink(missing_ok=True)
 
 
-def load(path: Path, tensors: Mapping[str, torch.Tensor], *, layout: str, rows: int) -> Position:
+def load(path: Path, tensors: Mapping[str, torch.Tensor], *, layout: str, rows: int, data: str = "") -> Position:
     """Load a checkpoint into the given tensors, on any number of ranks; called on every rank.
 
     Raises:
@@ -97,6 +97,11 @@ def load(path: Path, tensors: Mapping[str, torch.Tensor], *, layout: str, rows: 
             f"{path} was saved while training on {position.rows} rows, but the training split now has {rows}: "
             "the dataset has changed, so the run cannot go on where it was. Restore the dataset, or use another "
             "runner.name."
+        )
+    if position.data and data and position.data != data:
+        raise UserError(
+            f"{path} was saved while training on other rows than the training split now has: the dataset, or how samples "
+            "are made of it, has changed, so the run cannot go on where it was. Restore it, or use another runner.name."
         )
     if position.layout != layout:
         raise UserError(

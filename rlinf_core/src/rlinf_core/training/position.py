@@ -33,6 +33,8 @@ class Position:
     """The last step after which there was a validation."""
     best: Best = NO_BEST
     """The best validation so far."""
+    data: str = ""
+    """What the rows are made of; empty where the origin of the statistics tells (`training.statistics`)."""
     format: int = FORMAT
 
 

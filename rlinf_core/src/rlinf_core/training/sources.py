@@ -35,6 +35,11 @@ def _open(source: RunSource, plugins: Plugins, split: Split) -> SampleSource:
         return rows
 
 
+def made_of(run: RunConfig, rows: Sequence[SampleSource]) -> str:
+    """A hash of what the rows are made of; empty where statistics are, which know what they were computed from."""
+    return "" if run.policy.normalization != "none" else " ".join(source.fingerprint() for source in rows)
+
+
 def build_sources(
     run: RunConfig, rows: Sequence[SampleSource], group: Processes, *, resuming: bool
 ) -> tuple[tuple[Source, ...], list[str]]:

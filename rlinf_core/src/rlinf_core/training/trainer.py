@@ -47,7 +47,7 @@ class Fsdp2Trainer:
         with group.first_on_each_machine():  # They may have to be downloaded.
             rows = sources.open_training_rows(run, plugins)
             weights = None if start.checkpoint else open_weights(run)
-        self._rows = sum(map(len, rows))
+        self._rows, self._data = sum(map(len, rows)), sources.made_of(run, rows)
         self._steps_per_epoch = steps_per_epoch(self._rows, config.global_batch_size)
         self.stop_step = run.runner.stop_step(self._steps_per_epoch)
         self.sources, warnings = sources.build_sources(run, rows, group, resuming=start.checkpoint is not None)
@@ -61,7 +61,9 @@ class Fsdp2Trainer:
         self._layout = layout(self._parameters.items())
         self._best, self._validated = Best(), 0
         if start.checkpoint:
-            position = checkpoint.load(start.checkpoint, self._tensors(), layout=self._layout, rows=self._rows)
+            position = checkpoint.load(
+                start.checkpoint, self._tensors(), layout=self._layout, rows=self._rows, data=self._data
+            )
             self._best, self._validated = position.best, position.validated
         first = group.rank == 0
         self._loggers = plugins.build_loggers(run, start_step=start.step, stop_step=self.stop_step) if first else []
@@ -253,6 +255,7 @@ class Fsdp2Trainer:
             layout=self._layout,
             validated=self._validated,
             best=self._best,
+            data=self._data,
         )
 
     def _tensors(self) -> dict[str, torch.Tensor]:
