@@ -171,6 +171,21 @@ def test_single_mistakes(mistakes, text, message):
     assert message in mistakes(text)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.mixture.5.weight=2", "data.mixture.0.weight=2: there are 2 entries, numbered 0 and 1 [command line]"),
+        ("data.mixture.weight=2", "there are 2 entries, numbered 0 and 1"),
+        ("data.mixture.0.wheight=2", "data.mixture[0].wheight: unknown key; did you mean 'weight'?"),
+    ],
+)
+def test_an_override_that_misses_an_entry_is_told_what_there_is(mistakes, override, message):
+    text = '[[data.mixture]]\nconfig_name = "toy"\n[[data.mixture]]\nconfig_name = "narrow"\n'
+    said = mistakes(text, override)
+    assert message in said
+    assert "1 mistake " in said
+
+
 def test_datasets_for_different_policies_do_not_mix(mistakes, load):
     text = TWO + '[[data.mixture]]\nconfig_name = "other"\n'
     said = mistakes(text)
@@ -189,6 +204,6 @@ def test_defaults_that_differ_must_be_said(mistakes, load):
     assert (
         "policy.seconds_a_step: the datasets of data.mixture set different ones (faster 0.5, warm 0.25): set it" in said
     )
-    assert "optim.lr: the datasets of data.mixture set different ones (faster 0.001, warm none): set it" in said
+    assert "optim.lr: the datasets of data.mixture set different ones (faster 0.001, warm says nothing): set it" in said
     run = load(text, "policy.seconds_a_step=0.125", "optim.lr=0.5")
     assert (run.policy.seconds_a_step, run.optim.lr, run.optim.warmup_steps) == (0.125, 0.5, 3)

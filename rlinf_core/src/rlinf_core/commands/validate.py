@@ -54,11 +54,17 @@ def run(options: argparse.Namespace) -> int:
         return Exit.OK if ok else Exit.USER_ERROR
     if not ok:
         raise UserError(report.refusal(options.config))
-    rows = [[name.replace("_", " "), str(value)] for name, value in report.facts.items()]
+    rows = [[_words(name), str(value)] for name, value in report.facts.items()]
     print_table(["ok", options.config], rows)
     for warning in report.warnings:
         print(f"warning: {warning}")
     return Exit.OK
+
+
+def _words(fact: str) -> str:
+    """A fact's key as words; the name of a source before it stays as one writes it."""
+    source, colon, key = fact.rpartition(": ")
+    return source + colon + key.replace("_", " ")
 
 
 def _check(options: argparse.Namespace) -> Report:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError, create_model
 from pydantic_core import ErrorDetails
 
 from rlinf_core.config import mixture
-from rlinf_core.config.mistakes import COMMAND_LINE, Layer, Models, Place, explain, is_model, mistake, value_at
+from rlinf_core.config.mistakes import COMMAND_LINE, Layer, Place, Tables, explain, is_model, mistake, value_at
 from rlinf_core.config.mixture import MixtureConfig, MixtureEntry, MixtureShare
 from rlinf_core.config.run import RunConfig
 from rlinf_core.config.section import Section
@@ -167,7 +167,7 @@ class _Draft:
             for one in error.errors(include_url=False):
                 one["loc"] = (*place, *one["loc"])
                 if not self._follows(one):
-                    self._mistakes.append(explain(one, self._layers, self._models(), named))
+                    self._mistakes.append(explain(one, self._layers, self._tables(), named))
         except UserError as error:
             self._mistakes.append(mistake(place, str(error), self._layers, self._get(*place), owner=named))
         except Exception as error:
@@ -175,11 +175,13 @@ class _Draft:
             raise
         return None
 
-    def _models(self) -> Models:
-        """The classes that are known, by place."""
+    def _tables(self) -> Tables:
+        """The fields of the tables whose classes are known, by place."""
         known: dict[Place, Any] = {(name,): info.annotation for name, info in RunConfig.model_fields.items()}
         known |= {place: chosen.model if chosen else None for place, chosen in self._chosen.items()}
-        return {(): RunConfig} | {place: cls for place, cls in known.items() if is_model(cls)}
+        tables: Tables = {place: cls.model_fields for place, cls in known.items() if is_model(cls)}
+        tables |= {place: {**MixtureShare.model_fields, **tables[place]} for place in tables if place[:2] == _MIXTURE}
+        return {(): RunConfig.model_fields} | tables
 
     def _follows(self, error: ErrorDetails) -> bool:
         """Whether a mistake may follow only from defaults that are missing because a class could not be told."""
@@ -199,7 +201,8 @@ class _Draft:
         if self._get(*_MIXTURE) is None:
             return {("data",): self._choose(("data", "config_name"), self._find_dataset, missing)}
         if not self._mixture():
-            self._note(_MIXTURE, "must be a list of tables, [[data.mixture]], each of them a dataset")
+            below = next(filter(is_list_of_tables, (value_at(one.table, _MIXTURE) for one in self._layers)), [])
+            self._note(_MIXTURE, mixture.wrong_shape(self._get(*_MIXTURE), len(below)))
             return {("data",): None}
         for place, what in mixture.misplaced_keys(self._get("data")):
             self._note(("data", *place), what)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from rlinf_core.config.toml import dotted, is_list_of_tables
@@ -15,8 +16,8 @@ from rlinf_core.errors import did_you_mean
 from rlinf_core.owners import Owner
 
 Place = tuple[str | int, ...]
-Models = Mapping[Place, type[BaseModel]]
-"""The class of each table by its place; that of the whole config is under `()`."""
+Tables = dict[Place, dict[str, FieldInfo]]
+"""The fields of each table by its place; those of the whole config are under `()`."""
 
 COMMAND_LINE = "command line"
 _ABSENT = object()
@@ -82,12 +83,12 @@ def _origins(place: Place, layers: Sequence[Layer], value: Any) -> list[str]:
     return origins if isinstance(value, Mapping) else origins[-1:]
 
 
-def explain(error: ErrorDetails, layers: Sequence[Layer], models: Models, owner: Owner | None = None) -> str:
+def explain(error: ErrorDetails, layers: Sequence[Layer], tables: Tables, owner: Owner | None = None) -> str:
     """A pydantic error as a line for people; `owner` as in `mistake`."""
     place, given = error["loc"], error["input"]
     match error["type"]:
         case "extra_forbidden":
-            what = f"unknown key{_near(place, models)}"
+            what = f"unknown key{_near(place, tables)}"
         case "missing":
             return mistake(place, "is required", layers, owner=owner)
         case _:
@@ -110,16 +111,16 @@ def _short(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _near(place: Place, models: Models) -> str:
+def _near(place: Place, tables: Tables) -> str:
     """Names that a misspelt key may have meant in its own table, else in another (a `[table]` line is missing)."""
     *above, last = place
     key = str(last)
-    table = max((known for known in models if known == tuple(above[: len(known)])), key=len)
-    model: type[BaseModel] | None = models[table]
+    table = max((known for known in tables if known == tuple(above[: len(known)])), key=len)
+    fields = tables[table]
     for part in above[len(table) :]:
-        field = model.model_fields.get(str(part)) if model else None
-        model = field.annotation if field and is_model(field.annotation) else None
-    own = did_you_mean(key, model.model_fields) if model else ""
-    others = {name: dotted((*place, name)) for place, other in models.items() if place for name in other.model_fields}
+        field = fields.get(str(part))
+        fields = field.annotation.model_fields if field and is_model(field.annotation) else {}
+    own = did_you_mean(key, fields)
+    others = {name: dotted((*place, name)) for place, other in tables.items() if place for name in other}
     near = difflib.get_close_matches(key, others, n=1, cutoff=0.8)
     return own or (f"; did you mean {others[near[0]]!r}?" if near else "")

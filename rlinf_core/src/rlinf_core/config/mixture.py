@@ -68,6 +68,20 @@ class MixtureConfig(DatasetConfig):
         return any(entry.data.has_validation for entry in self.mixture)
 
 
+def wrong_shape(found: object, below: int) -> str:
+    """Why a value of `data.mixture` is no list of tables.
+
+    Args:
+        found: The value.
+        below: Entries of the list that an override of the form `data.mixture.0.weight=2` was laid over; 0: of none.
+    """
+    if below and isinstance(found, Mapping):
+        numbers = f"are {below} entries, numbered 0 {'and' if below == 2 else 'to'} {below - 1}"
+        there = numbers if below > 1 else "is one entry, numbered 0"
+        return f"an entry is named by its number, data.mixture.0.weight=2: there {there}"
+    return "must be a list of tables, [[data.mixture]], each of them a dataset"
+
+
 def name_sources(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     """The name of each entry: the given one, else its `config_name` (without a distribution), numbered if taken."""
     taken = {str(entry["name"]) for entry in entries if entry.get("name")}
@@ -117,6 +131,6 @@ def common_defaults(defaults: Mapping[str, Mapping[str, Any]]) -> tuple[Table, d
                 nested = {key: nested}
             common = merge(common, nested)
         else:
-            said = (f"{name} none" if value is None else f"{name} {value!r}" for name, value in values.items())
+            said = (f"{name} says nothing" if value is None else f"{name} {value!r}" for name, value in values.items())
             differing[path] = ", ".join(said)
     return common, differing
