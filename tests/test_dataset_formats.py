@@ -139,6 +139,9 @@ def test_what_is_set_covers_what_the_class_says_and_that_its_parents():
     assert "RelativeUnless" not in names(FrankaPick(raw_action_is_delta=True))
     assert "exclude one another" in wrong(FrankaPick, raw_action_is_delta=False, relative=(True,))
     assert "gripper is for raw_action_is_delta = false" in wrong(FrankaPick, relative=(True,), gripper=(6,))
+    said = wrong(Pi05CustomConfig, raw_action_is_delta=True, gripper=(6,))
+    assert "leave data.gripper out, or set it to []" in said
+    assert "RelativeUnless" not in names(Pi05CustomConfig(raw_action_is_delta=True, gripper=()))
 
 
 def names(dataset):
@@ -151,6 +154,7 @@ def names(dataset):
         *(FrankaPick(), FrankaPick(relative=(True,)), FrankaPick(raw_action_is_delta=True), FrankaPick(gripper=())),
         *(Pi0LiberoConfig(raw_action_is_delta=True), Pi05LiberoConfig(relative=())),
         Pi05CustomConfig(raw_action_is_delta=True, crops={"base_0_rgb": {"height": 2, "width": 3}}, stride=2),
+        Pi05CustomConfig(raw_action_is_delta=True, gripper=()),
         Pi0CustomConfig(relative=(), assets={"assets_dir": "assets", "asset_id": "franka"}),
     ],
     ids=lambda dataset: repr(sorted(dataset.model_fields_set)),

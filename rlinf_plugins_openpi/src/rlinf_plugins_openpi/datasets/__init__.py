@@ -186,8 +186,11 @@ class OpenpiDatasetConfig(LeRobotDatasetConfig):
                     "raw_action_is_delta = false needs gripper: the numbers of the action, counted from 0, that stay "
                     "absolute, or [] if none does"
                 )
-        elif "gripper" in self.model_fields_set and self.gripper is not None:
-            yield "gripper is for raw_action_is_delta = false only: leave it out"
+        elif "gripper" in self.model_fields_set and self.gripper:
+            yield (
+                "gripper is for raw_action_is_delta = false only: leave data.gripper out, or set it to [], "
+                "which the command line can do too"
+            )
         if to_state and not self.state:
             yield "relative actions need a state: name its columns in state, or train on actions as they are"
 
@@ -243,7 +246,7 @@ class OpenpiDatasetConfig(LeRobotDatasetConfig):
         for way in WAYS:
             if self._way and way not in self._way:
                 table.pop(way, None)
-        if self._absolute is None:
+        if self._absolute is None and self.gripper:
             table.pop("gripper", None)
         return table
 
