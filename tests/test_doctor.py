@@ -246,6 +246,7 @@ RELATIVE = RelativeActions((True, True, True))
 def test_positions_and_displacements_are_told_apart(kind, transforms, expected):
     found = examine_actions(moving(kind), transforms)
     assert [(finding.id, finding.dimensions) for finding in found] == expected
+    assert all("data.raw_action_is_delta" in str(finding) for finding in found if "absolute" in finding.id)
 
 
 def test_statistics_that_would_spoil_a_run_refuse_it(tmp_path):

@@ -202,7 +202,12 @@ def test_rows_can_be_chosen(robot, inspect):
     assert "Sample 1: episode 2, frame 11 of 12" in words
     assert "Sample 2" not in words
     assert "policy.augment is off" in words
-    for place, said in (("3:0", "episode 3 is none of the 3"), ("2:12", "episode 2 has 12 frames"), ("x:2:1", "'x'")):
+    for place, said in (
+        ("3:0", "episode 3 is held out for validation"),
+        ("4:0", "episode 4 is none of the 3"),
+        ("2:12", "episode 2 has 12 frames"),
+        ("x:2:1", "'x'"),
+    ):
         code, _, err, _ = inspect(robot, "--at", place)
         assert code == 2
         assert said in err

@@ -47,7 +47,8 @@ def examine_actions(source: SampleSource, transforms: Sequence[Transform]) -> li
                 tuple(np.flatnonzero(told).tolist()),
                 "they are trained as they are, and each is nearly the state of the next frame: positions, which "
                 "policies learn better as distances to the state",
-                "Let the dataset make them relative to the state, if absolute ones are not meant",
+                "If absolute ones are not meant, set data.raw_action_is_delta = false, where the dataset has that key, "
+                "or let its transforms make them relative to the state",
             )
         )
     wrong = relative & displacement

@@ -128,5 +128,5 @@ def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
             if not missing:
                 return file.read(columns=columns, use_threads=False)
     except (OSError, pa.ArrowException) as e:
-        raise UserError(f"{path} cannot be read: {e}. Download or write the dataset again") from e
+        raise UserError(f"{path} cannot be read: {str(e).rstrip('.')}. Download or write the dataset again") from e
     raise UserError(f"{path} lacks the columns {', '.join(missing)}: download, write or convert the dataset again")

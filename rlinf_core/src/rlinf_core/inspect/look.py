@@ -121,7 +121,7 @@ def look(run: RunConfig, plugins: Plugins, at: Sequence[tuple[str, int, int]] = 
             facts = {key: fact for key, fact in facts.items() if key not in own}
         if rows is not None:
             asked = [(episode, frame) for name, episode, frame in at if name == source.name]
-            places = [find(rows.train, *one) for one in asked]
+            places = [find(rows.train, *one, rows.held_out) for one in asked]
             _look_at(source, rows, places, (order, steps, number), shown)
         views.append(shown)
     return RunView(run, report, facts, views)

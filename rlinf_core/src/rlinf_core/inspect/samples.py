@@ -123,10 +123,14 @@ def choose(source: SampleSource, tasks: Mapping[int, str], count: int = SAMPLES)
     return list(dict.fromkeys(places))
 
 
-def find(source: SampleSource, episode: int, frame: int) -> Place:
+def find(source: SampleSource, episode: int, frame: int, held_out: SampleSource | None = None) -> Place:
     """A row by episode and frame. Raises `UserError` if there is none among the training rows."""
     episodes = _Episodes(source)
     if episode not in episodes.first:
+        if held_out is not None and episode in held_out.episodes:
+            raise UserError(
+                f"--at {episode}:{frame}: episode {episode} is held out for validation: name one that is trained on"
+            )
         known = list(episodes.first)
         raise UserError(
             f"--at {episode}:{frame}: episode {episode} is none of the {len(known)} that are trained on, which are "
