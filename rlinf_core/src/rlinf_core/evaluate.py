@@ -21,13 +21,12 @@ from rlinf_core.errors import UserError
 from rlinf_core.training.distributed import Processes, to_device
 from rlinf_core.training.ema import Ema
 from rlinf_core.training.fsdp import release
+from rlinf_core.training.stopping import BASELINES
 
 Vectors = NDArray[np.floating]
 
 ROWS_FOR_THE_MEAN = 4096
 """Training rows from which the mean action is taken, evenly spread."""
-BASELINES = ("val_action_mse_mean", "val_action_mse_repeat")
-"""Results of the two policies that look at nothing."""
 
 
 class Validation:
@@ -39,15 +38,6 @@ class Validation:
         self._run, self._pipeline, self._source, self._group = run, pipeline, held_out, group
         self._episodes = held_out.episodes
         self._mean = mean_action(training, pipeline) if run.policy.chunk_length() else None
-
-    @property
-    def results(self) -> tuple[str, ...]:
-        """The names of what a validation results in and of which smaller is better."""
-        policy = self._run.policy
-        own = ["val_loss", *(f"val_{name}" for name in policy.validation_metrics.keys() - policy.larger_is_better)]
-        own += [] if self._mean is None else ["val_action_mse"]
-        ema = [f"ema_{name}" for name in own] if self._run.optim.ema_decay else []
-        return (*own, *ema, *(() if self._mean is None else BASELINES))
 
     def __call__(
         self, policy: Any, ema: Ema | None = None, interrupted: Callable[[], bool] = lambda: False

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import FrameType
 
+from rlinf_core.config.run import RunConfig
 from rlinf_core.errors import UserError, did_you_mean
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -70,6 +71,25 @@ class Best:
     def improves_no_more(self, wanted: str, patience: int) -> bool:
         """Whether as many validations as `patience` (if it is not 0) were no better, by the wanted metric."""
         return 0 < patience <= self.stale and wanted in ("", self.metric)
+
+
+BASELINES = ("val_action_mse_mean", "val_action_mse_repeat")
+"""Results of the two policies that look at nothing."""
+HEADLINES = ("val_loss", "ema_val_loss")
+"""Results that a mixture has as a whole."""
+
+
+def result_names(run: RunConfig) -> tuple[str, ...]:
+    """The names of what a run's validation results in and of which smaller is better; empty: nothing is held out."""
+    policy = run.policy
+    own = ["val_loss", *(f"val_{name}" for name in policy.validation_metrics if name not in policy.larger_is_better)]
+    own += ["val_action_mse"] if policy.chunk_length() else []
+    ema = [f"ema_{name}" for name in own] if run.optim.ema_decay else []
+    names = (*own, *ema, *(BASELINES if policy.chunk_length() else ()))
+    held_out = [source.name for source in run.sources if source.run.data.has_validation]
+    if not any(held_out):
+        return names if held_out else ()
+    return (*(name for name in HEADLINES if name in names), *(f"{name}/{of}" for of in held_out for name in names))
 
 
 DEFAULT_BEST = ("ema_val_action_mse", "val_action_mse", "ema_val_loss", "val_loss")

@@ -14,10 +14,7 @@ from rlinf_core.datasets import SampleSource
 from rlinf_core.evaluate import Validation
 from rlinf_core.training.distributed import Processes
 from rlinf_core.training.ema import Ema
-from rlinf_core.training.stopping import best_metric
-
-HEADLINES = ("val_loss", "ema_val_loss")
-"""Results that a mixture has as a whole."""
+from rlinf_core.training.stopping import HEADLINES, best_metric, result_names
 
 
 class MixtureValidation:
@@ -31,13 +28,6 @@ class MixtureValidation:
         self._parts = dict(parts)
         whole = sum(shares[name] for name in parts)
         self._shares = {name: shares[name] / whole for name in parts}
-
-    @property
-    def results(self) -> tuple[str, ...]:
-        """The names of what a validation results in and of which smaller is better."""
-        own = [f"{key}/{name}" for name, part in self._parts.items() for key in part.results]
-        known = {key for part in self._parts.values() for key in part.results}
-        return (*(key for key in HEADLINES if key in known), *own)
 
     def __call__(
         self, policy: Any, ema: Ema | None = None, interrupted: Callable[[], bool] = lambda: False
@@ -78,5 +68,5 @@ def open_validation(
         return None
     shares = {source.name: source.share for source in sources}
     validation = parts[""] if "" in parts else MixtureValidation(parts, shares)
-    best_metric(run.runner.best_metric, validation.results)  # Better refused now than at the first validation.
+    best_metric(run.runner.best_metric, result_names(run))  # Better refused now than at the first validation.
     return validation
