@@ -15,6 +15,7 @@ from test_resume import checkpoint
 from rlinf_core import PolicyConfig, UserError, cli, hookimpl
 from rlinf_core.config.load import dump_config, load_config
 from rlinf_core.plugins import PLUGIN_GROUP, Plugins
+from rlinf_core.preflight import Report
 from rlinf_plugins_openpi import Pi05Config
 from rlinf_plugins_openpi.weights import published_names
 
@@ -112,6 +113,24 @@ def test_what_two_checks_meet_is_said_once(findings):
     assert "policy.weights: there is no file or folder nowhere" in found
     (found,) = findings("policy.tokenizer=nowhere.model")
     assert found.startswith("there is no tokenizer model at 'nowhere.model'")
+
+
+def test_a_best_metric_that_no_validation_reports_is_found(validate, findings):
+    wanted = ["runner.val_check_interval=10", "runner.save_best=true"]
+    (found,) = findings(*wanted, "runner.best_metric=ema_val_action_mse", "optim.ema_decay=0")
+    assert "no 'ema_val_action_mse' of which smaller is better; did you mean 'val_action_mse'" in found
+    for name in ("val_loss", "val_action_mse", "ema_val_action_mse"):
+        assert validate(*wanted, f"runner.best_metric={name}", "optim.ema_decay=0.9")[0] == 0
+
+
+def test_the_name_of_a_source_stands_in_the_facts_as_it_is_written(capsys, monkeypatch):
+    report = Report({"training_rows": 1, "franka_pick: training_rows": 2})
+    monkeypatch.setattr("rlinf_core.commands.validate._check", lambda options: report)
+    assert cli.main(["validate", "run.toml"]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "training rows               1",
+        "franka_pick: training rows  2",
+    ]
 
 
 def test_problems_are_listed_for_people(validate, monkeypatch, capsys):

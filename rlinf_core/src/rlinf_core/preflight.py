@@ -24,6 +24,7 @@ from rlinf_core.errors import UserError, did_you_mean
 from rlinf_core.plugins import Plugins
 from rlinf_core.training.resume import find_start
 from rlinf_core.training.statistics import diagnose
+from rlinf_core.training.stopping import best_metric, result_names
 
 SURVEYED_ROWS = 65_536
 """Rows from which statistics are examined; the run looks at all."""
@@ -94,6 +95,9 @@ def check_run(run: RunConfig, plugins: Plugins, ranks: int | None = None) -> Rep
     with report.checking():
         report.facts["weights"] = run.policy.weights or "initial values"
         run.policy.check_files()
+    with report.checking():
+        if run.runner.val_check_interval:
+            best_metric(run.runner.best_metric, result_names(run))
     with report.checking():
         _check_folder(run, report)
     with report.checking():
