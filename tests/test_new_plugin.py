@@ -223,7 +223,7 @@ def test_nothing_is_overwritten_and_nothing_is_left_half_written(tmp_path, monke
     with pytest.raises(UserError, match="is already there: name another folder with --output"):
         write_package("arm-pick", METAWORLD, "pi05", tmp_path / "p")
     monkeypatch.setattr("rlinf_plugins_openpi.new_plugin.package_files", lambda form: {"a/b": ""})
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(UserError, match=r"q cannot be written: No such file or directory\. Name another folder"):
         write_package("arm-pick", METAWORLD, "pi05", tmp_path / "q")
     assert [path.name for path in tmp_path.iterdir()] == ["p"]
 

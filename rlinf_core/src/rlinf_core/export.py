@@ -25,6 +25,7 @@ from rlinf_core.config.load import load_config
 from rlinf_core.config.run import RunConfig
 from rlinf_core.data.normalize import Stats, load_norm_stats
 from rlinf_core.errors import UserError, did_you_mean
+from rlinf_core.files import check_writable, writing
 from rlinf_core.plugins import Plugins
 from rlinf_core.policy import TrainedOn
 from rlinf_core.training.build import DTYPES, build_on_meta
@@ -37,6 +38,7 @@ FORMAT = 1
 NUMBERS_AT_A_TIME = 2**28
 NATIVE = "rlinf"
 """The format that this project reads; the others are the policy's."""
+NAME_OUTPUT = "Name another folder with --output"
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,9 @@ def export_run(folder: Path, output: Path, choice: Choice, plugins: Plugins) -> 
         The checkpoint that was exported.
 
     Raises:
-        UserError: There is no such run or checkpoint, or the output is there already.
+        UserError: There is no such run or checkpoint, or the output is there already or cannot be written.
     """
+    _check_run(folder)
     run = load_config(folder / "config.toml", plugins=plugins)
     sources = (run.source(choice.source),) if choice.source else run.sources
     formats = (NATIVE, *run.policy.export_formats)
@@ -82,25 +85,40 @@ def export_run(folder: Path, output: Path, choice: Choice, plugins: Plugins) -> 
         )
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} is there already: give another --output, or remove it")
+    check_writable(output, NAME_OUTPUT)
     checkpoint = find_checkpoint(folder, choice)
     tensors = read_weights(run, checkpoint, choice, plugins)
     aside = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        aside.mkdir(parents=True)
-        if choice.format == NATIVE:
-            _write(run, folder, aside, tensors, checkpoint, choice)
-        else:
-            trained_on = [TrainedOn(s.name, s.run.data, _statistics(folder / s.statistics)) for s in sources]
-            run.policy.export(choice.format, tensors, aside, trained_on)
-        if output.exists():
-            output.rmdir()
-        aside.rename(output)
-    except OSError as error:
-        raise UserError(f"{output} cannot be written: {error}") from error
+        with writing(output, NAME_OUTPUT):
+            aside.mkdir(parents=True)
+            if choice.format == NATIVE:
+                _write(run, folder, aside, tensors, checkpoint, choice)
+            else:
+                trained_on = [TrainedOn(s.name, s.run.data, _statistics(folder / s.statistics)) for s in sources]
+                run.policy.export(choice.format, tensors, aside, trained_on)
+            if output.exists():
+                output.rmdir()
+            aside.rename(output)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return checkpoint
+
+
+def _check_run(folder: Path) -> None:
+    """Raise `UserError` for what is no run's folder."""
+    if (folder / "config.toml").is_file():
+        return
+    if not folder.exists():
+        what = f"there is no {folder} (looked from {Path.cwd()})"
+    elif not folder.is_dir():
+        what = f"{folder} is a file"
+    elif ((run := folder.resolve().parent.parent) / "config.toml").is_file():
+        what = f"{folder} is a part of the run in {run} (--step chooses a checkpoint)"
+    else:
+        what = f"{folder} holds no run: it has no config.toml"
+    raise UserError(f"{what}: give the run's folder, runs/<name>")
 
 
 def _statistics(path: Path) -> Stats | None:

@@ -22,7 +22,7 @@ from rlinf_core.data.splits import describe_splits, open_split
 from rlinf_core.datasets import SampleSource
 from rlinf_core.errors import UserError, did_you_mean
 from rlinf_core.plugins import Plugins
-from rlinf_core.training.resume import find_start
+from rlinf_core.training.resume import check_folder, find_start
 from rlinf_core.training.statistics import diagnose
 from rlinf_core.training.stopping import best_metric, result_names
 
@@ -177,7 +177,8 @@ def _check_sample(run: RunConfig, train: SampleSource, report: Report) -> None:
 
 
 def _check_folder(run: RunConfig, report: Report) -> None:
-    """Whether a run of this name is there already, and what becomes of it."""
+    """Whether the folder can be written to, whether a run of this name is there already, and what becomes of it."""
+    check_folder(run)
     start = find_start(run)
     report.facts["starts"] = "at step 0"
     if start.checkpoint:

@@ -24,6 +24,7 @@ from rlinf_core.config.run import RunConfig
 from rlinf_core.data.order import check_batch
 from rlinf_core.ending import FILE
 from rlinf_core.errors import Exit, UserError
+from rlinf_core.training.resume import check_folder
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -93,8 +94,8 @@ def launch(run: RunConfig, arguments: Sequence[str]) -> int:
         arguments: Of `rlinf_core.train`.
 
     Raises:
-        UserError: The placement does not fit this machine, the batch does not divide by the processes, or the machines
-            do not find one another.
+        UserError: The placement does not fit this machine, the batch does not divide by the processes, the run's folder
+            cannot be written to, or the machines do not find one another.
     """
     import torch
     from torch.distributed.elastic.multiprocessing import SignalException
@@ -104,6 +105,7 @@ def launch(run: RunConfig, arguments: Sequence[str]) -> int:
 
     share = share_of_machine(run.cluster, 0 if run.trainer.device == "cpu" else torch.cuda.device_count())
     check_batch(run.trainer.global_batch_size, run.trainer.micro_batch_size, share.processes * run.cluster.num_nodes)
+    check_folder(run)
     if share.devices:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices(share.devices, os.environ)
     if share.processes > 1:

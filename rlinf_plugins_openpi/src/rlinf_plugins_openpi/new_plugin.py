@@ -12,6 +12,7 @@ import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, distribution, entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import NamedTuple
 from rlinf_core import UserError
 from rlinf_core.data.lerobot_files import find_root
 from rlinf_core.data.lerobot_metadata import load_metadata
+from rlinf_core.files import check_writable, writing
 from rlinf_plugins_openpi.package_files import Format, package_files
 from rlinf_plugins_openpi.proposal import propose
 
@@ -27,6 +29,9 @@ WHAT = """\
 NAME is the name of the package, such as franka-pick. DATASET is a folder with a LeRobot dataset, or its id on the hub;
 its cameras and its state and action are proposed by their names, and every proposal is marked CHECK in the file.
 """
+
+
+NAME_OUTPUT = "Name another folder with --output"
 
 
 class Names(NamedTuple):
@@ -73,12 +78,13 @@ def write_package(name: str, dataset: str, policy: str, folder: Path) -> Names:
         folder: Where; it must not be there.
 
     Raises:
-        UserError: The name cannot be one or is taken, the folder is there, or the dataset cannot be had or lacks
-            cameras, state or action.
+        UserError: The name cannot be one or is taken, the folder is there or cannot be written, or the dataset cannot
+            be had or lacks cameras, state or action.
     """
     names = package_names(name, policy)
     if folder.exists():
         raise UserError(f"{folder} is already there: name another folder with --output, or delete it")
+    check_writable(folder, NAME_OUTPUT)
     _check_free(names)
     try:
         root = find_root(dataset)
@@ -96,6 +102,12 @@ def write_package(name: str, dataset: str, policy: str, folder: Path) -> Names:
             proposal=propose(dataset, metadata.features),
         )
     )
+    with writing(folder, NAME_OUTPUT):
+        _write(folder, files)
+    return names
+
+
+def _write(folder: Path, files: Mapping[str, str]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -106,7 +118,6 @@ def write_package(name: str, dataset: str, policy: str, folder: Path) -> Names:
     except BaseException:
         shutil.rmtree(aside)
         raise
-    return names
 
 
 def package_names(name: str, policy: str) -> Names:

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlinf_core.commands.output import print_json
@@ -68,6 +69,11 @@ def _config(options: argparse.Namespace) -> LeRobotDatasetConfig | None:
         if options.overrides or options.source:
             which = options.overrides[0] if options.overrides else "--source"
             raise UserError(f"{which!r}: settings go with a run's TOML file, not with a dataset")
+        if Path(options.dataset).is_file():
+            raise UserError(
+                f"{options.dataset} is a file, and neither a dataset's folder nor a run's TOML file: give one of "
+                "these, or the id of a dataset on the hub, owner/name"
+            )
         return None
     from rlinf_core.config.load import load_config
     from rlinf_core.datasets import LeRobotDatasetConfig

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlinf_core.commands.output import print_json, print_table
 from rlinf_core.errors import Exit, UserError
+from rlinf_core.files import check_writable, writing
 
 if TYPE_CHECKING:
     from rlinf_core.config.run import RunConfig
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 STATISTICS = ("mean", "std", "q01", "q99")
 SHOWN_DIFFERENCES = 20
+NAME_STATISTICS = "Name a norm_stats.json"
+NAME_OUTPUT = "Name another file with --output"
 
 EPILOG = """\
 With a config: the statistics that its run would begin with, computed or data.norm_stats, and what is wrong with them.
@@ -59,6 +62,8 @@ def run(options: argparse.Namespace) -> int:
     """Do one of the four."""
     if bool(options.imported) != bool(options.project):
         raise UserError("--import FILE and --from openpi|lerobot go together")
+    if options.output:
+        check_writable(Path(options.output), NAME_OUTPUT, file=True)
     if options.imported:
         _import(options)
     elif options.diff:
@@ -97,7 +102,8 @@ def _compute(options: argparse.Namespace) -> int:
         for finding in diagnosis.findings:
             print(f"{finding.severity}: {finding}")
     if options.output and not errors:
-        save_norm_stats(Path(options.output), diagnosis.stats, diagnosis.origin)
+        with writing(Path(options.output), NAME_OUTPUT):
+            save_norm_stats(Path(options.output), diagnosis.stats, diagnosis.origin)
         _say(f"{options.output}: written", options)
     return Exit.USER_ERROR if errors else Exit.OK
 
@@ -125,7 +131,7 @@ def _diagnosed(diagnosis: Diagnosis) -> dict[str, dict[str, list[Any]]]:
 def _show(path: Path, *, as_json: bool) -> None:
     from rlinf_core.data.normalize import load_with_origin
 
-    stats, origin = load_with_origin(path)
+    stats, origin = load_with_origin(path, NAME_STATISTICS)
     tables = {key: _lists(value) for key, value in stats.items()}
     if as_json:
         print_json(_document(asdict(origin), tables))
@@ -139,7 +145,7 @@ def _show(path: Path, *, as_json: bool) -> None:
 def _diff(a: Path, b: Path, *, as_json: bool) -> None:
     from rlinf_core.data.normalize import load_norm_stats
 
-    both = load_norm_stats(a), load_norm_stats(b)
+    both = load_norm_stats(a, NAME_STATISTICS), load_norm_stats(b, NAME_STATISTICS)
     if both[0].keys() != both[1].keys():
         raise UserError(f"{a} has {', '.join(both[0])}, {b} has {', '.join(both[1])}")
     rows = [row for key in both[0] for row in _differences(key, both[0][key], both[1][key])]
@@ -185,7 +191,8 @@ def _import(options: argparse.Namespace) -> None:
     if options.config:
         columns = _columns(_load(options), options.project)
     stats = read_openpi(path) if options.project == "openpi" else read_lerobot(path, columns)
-    save_norm_stats(Path(options.output), stats, Origin(dataset=f"{options.project}: {path}"))
+    with writing(Path(options.output), NAME_OUTPUT):
+        save_norm_stats(Path(options.output), stats, Origin(dataset=f"{options.project}: {path}"))
     if any(value != value for one in stats.values() for value in one.q01):
         _say(f"{path} holds no quantiles: the statistics serve policies that normalise by mean_std only", options)
     elif options.project == "lerobot" and path.suffix == ".json":

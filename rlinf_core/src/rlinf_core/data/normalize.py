@@ -22,6 +22,7 @@ from rlinf_core.errors import UserError
 from rlinf_core.files import write_text
 
 KEYS = ("state", "actions")
+CORRECT_SETTING = "Correct data.norm_stats, or leave it empty"
 EPSILON = 1e-6  # openpi's, added to the spread.
 Mode = Literal["mean_std", "quantile"]
 Vector = NDArray[np.floating]
@@ -133,12 +134,12 @@ class Normalize(Transform):
         return np.concatenate([known, padding], axis=-1)
 
 
-def load_norm_stats(path: Path) -> dict[str, NormStats]:
-    """Read a `norm_stats.json` in openpi's layout; `UserError` if it is missing or something else."""
-    return load_with_origin(path)[0]
+def load_norm_stats(path: Path, way_out: str = CORRECT_SETTING) -> dict[str, NormStats]:
+    """Read a `norm_stats.json` in openpi's layout; `UserError`, which ends with the way out, if it is none."""
+    return load_with_origin(path, way_out)[0]
 
 
-def load_with_origin(path: Path) -> tuple[dict[str, NormStats], Origin]:
+def load_with_origin(path: Path, way_out: str = CORRECT_SETTING) -> tuple[dict[str, NormStats], Origin]:
     """The same, with what the file tells of where it comes from."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -146,9 +147,7 @@ def load_with_origin(path: Path) -> tuple[dict[str, NormStats], Origin]:
         stats = {key: parse_norm_stats(tables[key]) for key in KEYS if key in tables}
         origin = Origin(**content.get("made_of", {}))
     except OSError as e:
-        raise UserError(
-            f"the statistics {path} cannot be read: {e.strerror}. Correct data.norm_stats, or leave it empty"
-        ) from e
+        raise UserError(f"the statistics {path} cannot be read: {e.strerror}. {way_out}") from e
     except (ValueError, KeyError, TypeError) as e:
         raise UserError(
             f"{path} is not a norm_stats.json ({type(e).__name__}: {e}); expected "

@@ -17,12 +17,14 @@ import numpy as np
 from rlinf_core.config.load import dump_config
 from rlinf_core.data.doctor import normalized_extremes, share_beyond
 from rlinf_core.errors import UserError
+from rlinf_core.files import check_writable, writing
 from rlinf_core.illustration import Camera, Grid, Illustration, Picture
 from rlinf_core.inspect.look import RunView, SourceView
 from rlinf_core.inspect.plots import MOST_PANELS, Plot, plot_chunk, plot_distribution, plot_lengths
 from rlinf_core.inspect.samples import SampleView
 
 PAGE, PARTS = "index.html", ("pictures", "plots")
+NAME_OUTPUT = "Name another folder with --output"
 MOST_TASKS, MOST_TOKENS = 40, 600
 WIDEST = 320
 """Pixels of a picture on the page; larger ones are shown smaller, and lie whole in `pictures/`."""
@@ -103,7 +105,7 @@ def write(folder: Path, html: str, files: Mapping[str, bytes]) -> Path:
     """
     check_folder(folder)
     aside = folder.with_name(f".{folder.name}.tmp")
-    try:
+    with writing(folder, NAME_OUTPUT):
         shutil.rmtree(aside, ignore_errors=True)
         for name, content in {PAGE: html.encode(), **files}.items():
             path = aside / name
@@ -111,15 +113,12 @@ def write(folder: Path, html: str, files: Mapping[str, bytes]) -> Path:
             path.write_bytes(content)
         shutil.rmtree(folder, ignore_errors=True)
         aside.replace(folder)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error}. Name another folder with --output") from error
     return folder / PAGE
 
 
 def check_folder(folder: Path) -> None:
-    """Raise `UserError` unless the folder is free, empty, or holds an earlier page."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file: name a folder with --output")
+    """Raise `UserError` unless the folder can be written to and is free, empty, or holds an earlier page."""
+    check_writable(folder, NAME_OUTPUT)
     others = sorted({path.name for path in folder.glob("*")} - {PAGE, *PARTS})
     if others:
         raise UserError(

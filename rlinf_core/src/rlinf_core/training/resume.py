@@ -14,7 +14,7 @@ from pathlib import Path
 from rlinf_core.config.load import diff_tables, dump_config, read_toml
 from rlinf_core.config.run import RunConfig
 from rlinf_core.errors import UserError
-from rlinf_core.files import write_text
+from rlinf_core.files import find_obstacle, write_text
 from rlinf_core.training.position import Position, latest, read_position
 
 MAY_CHANGE = frozenset(
@@ -46,6 +46,19 @@ class Start:
     """The run that `--overwrite` moved aside; it is removed once its successor is ready to train."""
 
 
+def check_folder(run: RunConfig) -> None:
+    """Raise `UserError` where the run's folder cannot be made or written to; nothing is made."""
+    if why := find_obstacle(run.folder):
+        raise _cannot_hold(run, why)
+
+
+def _cannot_hold(run: RunConfig, why: str) -> UserError:
+    return UserError(
+        f"runner.output_dir = {run.runner.output_dir!r} cannot hold the run {run.runner.name!r}: {why}. "
+        "Name another folder"
+    )
+
+
 @contextmanager
 def hold_folder(run: RunConfig) -> Iterator[None]:
     """Keep other processes from the run's folder for as long as this one lives. Called on rank 0.
@@ -58,7 +71,7 @@ def hold_folder(run: RunConfig) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+")
     except OSError as error:
-        raise UserError(f"runner.output_dir = {run.runner.output_dir!r} cannot hold the run: {error}") from error
+        raise _cannot_hold(run, str(error)) from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -83,10 +96,14 @@ def find_start(run: RunConfig, *, restarted: bool = False) -> Start:
             run's own, which `runner.resume = "never"` does not mean.
 
     Raises:
-        UserError: If going on would mix two runs, or overwrite one.
+        UserError: If going on would mix two runs, or overwrite one, or if the folder is none that can be read.
     """
     folder, saved = run.folder, run.folder / "config.toml"
-    if folder.exists() and any(folder.iterdir()) and not restarted:
+    try:
+        holds_something = folder.exists() and any(folder.iterdir())
+    except OSError as error:
+        raise _cannot_hold(run, str(error)) from error
+    if holds_something and not restarted:
         if not saved.exists():
             raise UserError(f"{folder} is not empty and holds no run. Choose another runner.name or runner.output_dir.")
         if run.runner.resume == "never":

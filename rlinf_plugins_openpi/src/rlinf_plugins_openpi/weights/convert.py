@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from rlinf_core import UserError
+from rlinf_core.files import check_writable, writing
 from rlinf_plugins_openpi.dimensions import VARIANTS, Pi0Dimensions
 from rlinf_plugins_openpi.weights.files import SINGLE, TensorFiles, open_files, orbax_folder
 from rlinf_plugins_openpi.weights.hub import find_weights
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
 DTYPES = {"fp32": "F32", "bf16": "BF16"}
+NAME_OUTPUT = "Name another folder with --output"
 
 WHAT = """\
 SOURCE is a folder with openpi's JAX parameters (`params/`, of a gs://openpi-assets checkpoint), a folder or file of
@@ -70,11 +72,13 @@ def convert(source: str, output: Path, dtype: str | None = None) -> Converted:
         dtype: `"fp32"` or `"bf16"` for all tensors; None: each keeps its own.
 
     Raises:
-        UserError: The source does not fit π0 or π0.5 in a known size, or the output is there or does not fit the disk.
+        UserError: The source does not fit π0 or π0.5 in a known size, or the output is there, cannot be written
+            or does not fit the disk.
     """
     path = output / SINGLE
     if path.exists():
         raise UserError(f"{path} is already there: name another folder, or delete it")
+    check_writable(output, NAME_OUTPUT)
     where = find_weights(source)
     files = _open(where)
     layout = find_layout(files.shapes, str(where))
@@ -86,7 +90,8 @@ def convert(source: str, output: Path, dtype: str | None = None) -> Converted:
     names = sorted(shapes, key=lambda name: weights.slot(name).key)
     dtypes = {name: DTYPES[dtype] if dtype else files.dtypes[weights.slot(name).key] for name in names}
     published = published_entries({name: Entry(dtypes[name], shapes[name]) for name in names}, dimensions)
-    output.mkdir(parents=True, exist_ok=True)
+    with writing(output, NAME_OUTPUT):
+        output.mkdir(parents=True, exist_ok=True)
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for name in names:
