@@ -144,18 +144,18 @@ def test_a_wrong_row_is_named_with_file_and_line(tmp_path, row, settings, says):
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        (b"", "holds no rows"),
-        (b"\r\n\n", "holds no rows"),
+        (b"", "holds no text: it has no rows"),
+        (b"\r\n\n", "holds no text: it has no rows"),
         (b"[1]\n", "line 1: a line must be an object with the data's columns, not list"),
         (b'{"text": "a\\ud800b"}\n', "line 1: the text is no Unicode"),
         ('{"text": "é"}'.encode("latin-1"), "is no UTF-8 text"),
-        (b'{"text": ""}\n', "holds nothing to train"),
+        (b'{"text": ""}\n' * 2, "holds nothing to train"),
     ],
 )
 def test_files_without_texts_are_told(tmp_path, data, says):
     (tmp_path / "data.jsonl").write_bytes(data)
     with pytest.raises(UserError, match=says):
-        rows_of(tmp_path / "data.jsonl", format="text")
+        rows_of(tmp_path / "data.jsonl", format="text", validation_fraction=0.1)
 
 
 def test_marks_and_line_ends_of_windows_are_no_text(tmp_path):
@@ -237,10 +237,18 @@ def test_texts_that_are_left_out_are_counted(tmp_path):
     silent = [CHAT[1]]
     path = write_jsonl(tmp_path / "a.jsonl", [{"messages": CHAT[1:3]}, {"messages": silent}, {"messages": CHAT}])
     for policy in (tiny_policy(), tiny_policy(packing=True)):
-        assert policy.describe(rows_of(path, policy))["left out"] == "1 texts, without a token to train"
+        silent_one = f"1 text with nothing to train (the assistant says nothing), first: {path}, line 2"
+        assert policy.describe(rows_of(path, policy))["left out"] == silent_one
     short = tiny_policy(max_length=60, overlong="drop")
-    assert short.describe(rows_of(path, short))["left out"] == "2 texts, longer or without a token to train"
+    longer = f"1 text longer than policy.max_length = 60, first: {path}, line 3"
+    assert short.describe(rows_of(path, short))["left out"] == f"{silent_one}; {longer}"
     assert "left out" not in tiny_policy().describe(rows_of(write_jsonl(path, [{"messages": CHAT}])))
+
+
+def test_conversations_without_an_answer_are_named_as_the_cause(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": CHAT[:2]}] * 3)
+    with pytest.raises(UserError, match=r"3 texts with nothing to train \(the assistant says nothing\).*line 1 "):
+        rows_of(path)
 
 
 def test_tools_beside_messages_are_the_templates(tmp_path):

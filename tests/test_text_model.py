@@ -143,6 +143,28 @@ def test_models_without_attention_are_refused_unless_padded():
         tiny_policy(config=table).build()
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"hiden_size": 130}, "qwen3 has no 'hiden_size'; did you mean 'hidden_size'"),
+        ({"hidden_size": "big"}, "policy.config.*'hidden_size' expected int, got str"),
+        ({"num_key_value_heads": 0}, "policy.config.*ZeroDivisionError"),
+        ({"model_type": "qwenn"}, "no model_type 'qwenn'; did you mean '.{0,60}$"),
+        ({"model_type": "vit"}, "'vit' is no causal language model"),
+    ],
+)
+def test_settings_of_the_model_that_cannot_be_are_refused(change, says):
+    with pytest.raises(UserError, match=says), torch.device("meta"):
+        tiny_policy(config=QWEN3 | change).build()
+
+
+def test_older_names_and_keys_that_only_the_code_reads_are_known():
+    table = {"model_type": "cohere", **SIZES, "rope_theta": 5000.0}
+    with torch.device("meta"):
+        module = tiny_policy(config=table).build()
+    assert module.lm.model.config.rope_parameters["rope_theta"] == 5000.0
+
+
 @pytest.mark.parametrize("shape", [HeadShape(), HeadShape(scale=0.5), HeadShape(scale=2.0, softcap=3.0)])
 @pytest.mark.parametrize("rows", [1, 7, 1000])
 def test_the_chunked_loss_is_the_loss(monkeypatch, shape, rows):

@@ -51,7 +51,7 @@ def sample(*texts, untrained=2):
         "trained": np.concatenate(trained),
         "document_lengths": np.array(lengths, np.int32),
         "full_lengths": np.array(lengths, np.int64),
-        "left_out": 0,
+        "left_out": "",
     }
 
 

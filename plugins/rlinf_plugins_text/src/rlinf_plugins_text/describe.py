@@ -28,8 +28,8 @@ class TextSample(TypedDict):
     """[M], tokens of each text; their sum is T."""
     full_lengths: NDArray[np.int64]
     """[M], tokens of each text before it was cut or split."""
-    left_out: int
-    """Texts of the split that are in no sample."""
+    left_out: str
+    """Which texts of the split are in no sample, and why; empty: none."""
 
 
 def describe(
@@ -55,9 +55,7 @@ def describe(
         "trained tokens": f"{trained / tokens:.0%} of {tokens} tokens count in the loss",
     }
     if first["left_out"]:
-        facts["left out"] = f"{first['left_out']} texts" + (
-            ", longer or without a token to train" if overlong == "drop" else ", without a token to train"
-        )
+        facts["left out"] = first["left_out"]
     if packing:
         facts["packs"] = f"{len(lengths) / rows:.1f} texts a sample, {tokens / (rows * max_length):.1%} full"
     facts["a sample"] = f"{OPEN}trained{CLOSE}: {marked(first, tokenizer)}"

@@ -20,7 +20,7 @@ from rlinf_plugins_text.attention import NAME
 from rlinf_plugins_text.cross_entropy import HeadShape, linear_cross_entropy
 from rlinf_plugins_text.generate import answers
 from rlinf_plugins_text.liger import liger_cross_entropy
-from rlinf_plugins_text.weights import model_config
+from rlinf_plugins_text.weights import check_keys, model_config, refused_values
 
 if TYPE_CHECKING:
     from rlinf_plugins_text.config import TextPolicyConfig
@@ -97,12 +97,13 @@ class LanguageModel(nn.Module):
         self._max_length, self._liger = config.max_length, config.liger == "auto"
         table = {key: value for key, value in config.model_table().items() if key not in ("torch_dtype", "dtype")}
         settings = model_config(table)
+        check_keys(config.config, settings)
         try:
             self.model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 settings, dtype=torch.float32, attn_implementation=NAME if self._documents else "sdpa"
             )
-        except ValueError as error:
-            raise UserError(f"model_type {settings.model_type!r} is no causal language model: {error}") from error
+        except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
+            raise refused_values(error) from error
         if self._documents and not self.model._supports_attention_backend:
             raise UserError(
                 f"{type(self.model).__name__} has attention of its own, or none, which cannot be kept within texts: "

@@ -39,8 +39,8 @@ class TextSource:
     """[S], the pieces of the rows, one row after the other."""
     ends: NDArray[np.int64]
     """[N + 1], where each row begins and ends in `pieces`."""
-    left_out: int
-    """Texts that are in no row: too long to keep, or without a token to train."""
+    left_out: str
+    """Which texts are in no row and why: too long to keep, or without a token to train; empty: none."""
 
     def __len__(self) -> int:
         return len(self.ends) - 1
@@ -99,18 +99,20 @@ def open_text(dataset: TextDatasetConfig, policy: TextPolicyConfig, split: Split
         UserError: A row is wrong, the tokenizer does not fit, or no text holds anything to train.
     """
     store = open_store(dataset, policy.text_tokenizer())
+    if not len(store.array("held_out")):
+        raise UserError(f"data.repo_id: {dataset.repo_id} holds no text: it has no rows")
     given = _texts_of(dataset, store, split)
     if not len(given):
         raise UserError(f"the {split} split of {dataset.repo_id} holds no rows")
     begins, lengths, texts = _pieces(store, given, policy.max_length, policy.overlong)
+    left_out = _left_out(dataset, policy, store, np.setdiff1d(given, texts))
     if not len(texts):
         raise UserError(
-            f"the {split} split of {dataset.repo_id} holds nothing to train: no text has a token with loss within "
-            f"policy.max_length = {policy.max_length} (data.format, data.loss_on and the chat template say which have)"
+            f"the {split} split of {dataset.repo_id} holds nothing to train: {left_out} "
+            "(data.format, data.loss_on and the chat template say which tokens are trained)"
         )
     groups = pack(lengths, policy.max_length) if policy.packing else np.split(np.arange(len(texts)), len(texts))
     pieces, ends = flatten(groups)
-    left_out = len(given) - len(np.unique(texts))
     return TextSource(store, dataset.repo_id, texts, begins, lengths, pieces, ends, left_out)
 
 
@@ -128,6 +130,26 @@ def _texts_of(dataset: TextDatasetConfig, store: TokenStore, split: Split) -> ND
             raise UserError(f"data.validation_fraction = {dataset.validation_fraction} leaves none of {count} texts")
         held_out[np.random.Generator(np.random.Philox(key=count)).permutation(count)[:wanted]] = True
     return np.flatnonzero(held_out if split == "validation" else ~held_out)
+
+
+def _left_out(dataset: TextDatasetConfig, policy: TextPolicyConfig, store: TokenStore, texts: NDArray[np.int64]) -> str:
+    """Why texts are in no row, each reason with their number and where the first of them stands."""
+    if not len(texts):
+        return ""
+    ends, trained = store.array("ends"), store.array("trained")
+    # A text's first token has no predecessor, and does not count.
+    silent = np.array([not trained[ends[text] + 1 : ends[text + 1]].any() for text in texts])
+    nothing = "the assistant says nothing" if dataset.is_chat and dataset.loss_on == "completion" else "no words"
+    longer = "longer than" if policy.overlong == "drop" else "with something to train only after the end of"
+    reasons = {
+        f"with nothing to train ({nothing})": silent,
+        f"{longer} policy.max_length = {policy.max_length}": ~silent,
+    }
+    return "; ".join(
+        f"{which.sum()} {'text' if which.sum() == 1 else 'texts'} {reason}, first: {store.where(int(texts[which][0]))}"
+        for reason, which in reasons.items()
+        if which.any()
+    )
 
 
 def _pieces(

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import inspect
 import json
+import re
 import shutil
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -21,6 +27,8 @@ PREFIX = "model."
 """What files of a model without its head lack in every name."""
 SHARD_BYTES = 5 * 2**30
 LISTED = 8
+OLDER = frozenset({"torch_dtype", "rope_theta", "rope_scaling", "partial_rotary_factor"})
+"""Keys of older `config.json` that transformers turns into others."""
 
 
 class PublishedWeights:
@@ -122,20 +130,55 @@ def model_config(table: Mapping[str, Any]) -> Any:
     Raises:
         UserError: It knows no such architecture, or refuses a value.
     """
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
-    rest = {key: value for key, value in table.items() if key != "model_type"}
+    rest, kind = {key: value for key, value in table.items() if key != "model_type"}, table.get("model_type", "")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        raise UserError(
+            f"the model's {CONFIG} (policy.weights, policy.config): transformers knows no model_type {kind!r}"
+            f"{_near(str(kind), CONFIG_MAPPING.keys())}"
+        )
     try:
-        return AutoConfig.for_model(table.get("model_type", ""), **rest)
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"the model's {CONFIG} (policy.weights, policy.config): {error}") from error
+        return AutoConfig.for_model(kind, **rest)
+    except (ValueError, TypeError, KeyError, ArithmeticError, StrictDataclassError) as error:
+        raise refused_values(error) from error
 
 
-def _class(config: Any) -> list[str]:
+def refused_values(error: Exception) -> UserError:
+    """The error to raise where transformers cannot work with a model's settings."""
+    reason = " ".join(str(error).split())
+    return UserError(f"the model's {CONFIG} (policy.weights, policy.config): {type(error).__name__}: {reason}")
+
+
+def check_keys(changes: Mapping[str, Any], config: Any) -> None:
+    """Raise `UserError` for keys that the architecture does not read; transformers takes any.
+
+    Args:
+        changes: `policy.config`.
+        config: The config object made with them.
+    """
+    known = {field.name for field in dataclasses.fields(type(config))} | config.attribute_map.keys()
+    known |= OLDER | {"model_type"}
+    # Architectures also read keys that are no fields of their config, such as `head_dim`.
+    modules = {type(config).__module__, model_class(config).__module__}
+    code = "\n".join(inspect.getsource(sys.modules[name]) for name in sorted(modules))
+    for key in sorted(changes.keys() - known):
+        if not re.search(rf"(?:config\.|[\"']){re.escape(key)}\b", code):
+            raise UserError(f"policy.config: {config.model_type} has no {key!r}{_near(key, known)}")
+
+
+def model_class(config: Any) -> Any:
+    """The class of transformers for a config object. Raises `UserError`: it is no causal language model."""
     from transformers import AutoModelForCausalLM
 
     mapping: Any = AutoModelForCausalLM._model_mapping
-    return [mapping[type(config)].__name__]
+    if type(config) not in mapping:
+        raise UserError(f"model_type {config.model_type!r} is no causal language model of transformers")
+    return mapping[type(config)]
+
+
+def _class(config: Any) -> list[str]:
+    return [model_class(config).__name__]
 
 
 def _save_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -164,3 +207,8 @@ def _save_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 def _listed(what: str, names: list[str]) -> str:
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return f"{what} {', '.join(names[:LISTED])}{more}" if names else ""
+
+
+def _near(name: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, sorted(names), n=3)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
