@@ -160,7 +160,11 @@ def test_a_missing_video_is_found_before_training_starts(video_dataset, tmp_path
 
 def test_incomplete_datasets_are_refused(image_dataset, tmp_path):
     root = shutil.copytree(image_dataset.root, tmp_path / "broken")
-    (root / "data/chunk-000/file-002.parquet").unlink()
+    file = root / "data/chunk-000/file-002.parquet"
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"file-002\.parquet cannot be read: .*[^.]\. Download"):
+        open_lerobot(config(root), 1, "train")
+    file.unlink()
     with pytest.raises(UserError, match=r"file-002\.parquet cannot be read"):
         open_lerobot(config(root), 1, "train")
     shutil.copy(root / "data/chunk-000/file-001.parquet", root / "data/chunk-000/file-002.parquet")
