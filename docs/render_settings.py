@@ -22,8 +22,8 @@ from rlinf_core.config.toml import dotted, write_toml
 from rlinf_plugins_openpi import Pi0Config, Pi05Config
 from rlinf_plugins_openpi.config import OpenpiPolicyConfig
 from rlinf_plugins_openpi.datasets import OpenpiDatasetConfig
-from rlinf_plugins_text import TextDatasetConfig, TextPolicyConfig
 from rlinf_plugins_openpi.datasets.aloha import AlohaRobotwinConfig
+from rlinf_plugins_text import TextDatasetConfig, TextPolicyConfig
 
 PAGE = Path(__file__).with_name("settings.md")
 HEAD = """\

@@ -100,8 +100,9 @@ def load(path: Path, tensors: Mapping[str, torch.Tensor], *, layout: str, rows: 
         )
     if position.data and data and position.data != data:
         raise UserError(
-            f"{path} was saved while training on other rows than the training split now has: the dataset, or how samples "
-            "are made of it, has changed, so the run cannot go on where it was. Restore it, or use another runner.name."
+            f"{path} was saved while training on other rows than the training split now has: the dataset, or how "
+            "samples are made of it, has changed, so the run cannot go on where it was. Restore it, or use another "
+            "runner.name."
         )
     if position.layout != layout:
         raise UserError(
