@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rlinf_core import UserError
-from rlinf_plugins_openpi.transforms import CAMERAS, IMAGE_SIZE
+from rlinf_plugins_openpi.dimensions import CAMERAS, IMAGE_SIZE
 
 Image = NDArray[np.uint8]
 

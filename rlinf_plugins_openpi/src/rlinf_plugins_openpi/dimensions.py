@@ -10,6 +10,12 @@ from typing import Literal, NamedTuple
 
 Variant = Literal["base", "dummy"]
 
+CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+"""The policies' cameras, in the order in which the model reads them."""
+
+IMAGE_SIZE = 224
+"""Pixels, both ways: what the image tower's position table is made for."""
+
 
 @dataclass(frozen=True)
 class GemmaDimensions:

@@ -14,13 +14,9 @@ from PIL import Image
 
 from rlinf_core import Sample, UserError
 from rlinf_core.data.transforms import Transform
+from rlinf_plugins_openpi.dimensions import CAMERAS as CAMERAS
+from rlinf_plugins_openpi.dimensions import IMAGE_SIZE as IMAGE_SIZE
 from rlinf_plugins_openpi.tokenizer import PromptTokenizer
-
-CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
-"""The policies' cameras, in the order in which the model reads them."""
-
-IMAGE_SIZE = 224
-"""Pixels, both ways: what the image tower's position table is made for."""
 
 
 class OpenpiSample(Sample, total=False):
