@@ -17,7 +17,7 @@ from rlinf_core.data.check import check_files, number_columns
 from rlinf_core.data.damage import LISTED, Damage, Finding
 from rlinf_core.data.lerobot import open_lerobot
 from rlinf_core.data.lerobot_metadata import read_metadata
-from rlinf_core.data.loader import read_rows
+from rlinf_core.data.encoding import read_rows
 from rlinf_core.datasets import LeRobotDatasetConfig
 from rlinf_core.errors import Exit, UserError
 from rlinf_core.testing.lerobot import CAMERAS, SIZE

@@ -3,8 +3,9 @@ import pytest
 import torch
 from toy_data import Repack, Rows, ToyPolicy
 
+from rlinf_core.data.held_out import build_validation_batches
 from rlinf_core.data.lerobot import open_lerobot
-from rlinf_core.data.loader import build_train_loader, build_validation_batches
+from rlinf_core.data.loader import build_train_loader
 from rlinf_core.data.mixture import Source
 from rlinf_core.data.order import check_batch, epoch_order, sample_generator, steps_per_epoch
 from rlinf_core.data.pipeline import Pipeline

@@ -13,7 +13,8 @@ from toy_policy import ToyModule
 
 from rlinf_core import UserError
 from rlinf_core.config.load import load_config
-from rlinf_core.data.loader import SOURCE, build_train_loader
+from rlinf_core.data.loader import build_train_loader
+from rlinf_core.data.micro_batches import SOURCE
 from rlinf_core.data.mixture import Order, Source
 from rlinf_core.data.normalize import load_norm_stats
 from rlinf_core.data.order import epoch_order, sample_generator

@@ -9,7 +9,7 @@ from distributions import repository_plugins
 
 from rlinf_core import UserError, cli
 from rlinf_core.config.load import load_config
-from rlinf_core.data.loader import SOURCE
+from rlinf_core.data.micro_batches import SOURCE
 from rlinf_core.data.normalize import load_norm_stats
 from rlinf_core.data.order import validation_generator
 from rlinf_core.inference import load_policy

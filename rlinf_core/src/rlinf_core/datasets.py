@@ -81,6 +81,17 @@ class DatasetConfig(BaseModel):
     """Branch, tag or commit on the hub; empty: the hub's default."""
     num_workers: int = Field(default=2, ge=0)
     """Loader processes a rank; 0 loads in the training process."""
+    shuffle: Literal["random", "chunked"] = "random"
+    """`random` takes rows in random order. `chunked` reads runs of consecutive frames and mixes them in a buffer: for
+    videos that are slow to seek in. Not for mixtures."""
+    streams: int = Field(default=64, ge=1)
+    """Chunked: virtual streams over all ranks, each with runs and a buffer of its own. A multiple of the number of
+    ranks, and of any the run is to continue on."""
+    chunk_frames: int = Field(default=16, ge=1)
+    """Chunked: consecutive frames that are read together."""
+    shuffle_buffer: int = Field(default=8192, ge=1)
+    """Chunked: samples of all ranks together that wait to be drawn, in memory with their images as the policy gets
+    them (0.15 MB an image of 224 x 224)."""
     norm_stats: str = ""
     """A `norm_stats.json` to use; empty: computed from the training rows when the run starts."""
     norm_floor: float = Field(default=0.0, ge=0.0)
@@ -98,6 +109,21 @@ class DatasetConfig(BaseModel):
         if self.validation_fraction and self.validation_episodes:
             raise ValueError("set validation_fraction or validation_episodes, not both")
         return self
+
+    @model_validator(mode="after")
+    def _buffers_hold_runs(self) -> DatasetConfig:
+        changed = [key for key in ("streams", "chunk_frames", "shuffle_buffer") if self._differs(key)]
+        if self.shuffle == "random" and changed:
+            raise ValueError(f'{changed[0]} does nothing without shuffle = "chunked"')
+        if self.shuffle_buffer < self.streams * self.chunk_frames:
+            raise ValueError(
+                f"shuffle_buffer = {self.shuffle_buffer} is less than one run for each stream, streams x chunk_frames "
+                f"= {self.streams * self.chunk_frames}: raise it, or lower one of these"
+            )
+        return self
+
+    def _differs(self, key: str) -> bool:
+        return bool(getattr(self, key) != type(self).model_fields[key].default)
 
     @property
     def has_validation(self) -> bool:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from rlinf_core.config.run import RunConfig
-from rlinf_core.data.loader import ValidationBatch, ValidationRow, build_validation_batches
+from rlinf_core.data.held_out import ValidationBatch, ValidationRow, build_validation_batches
 from rlinf_core.data.pipeline import Pipeline
 from rlinf_core.datasets import SampleSource
 from rlinf_core.errors import UserError

@@ -14,6 +14,7 @@ import numpy as np
 
 from rlinf_core.config.cluster import TORCHRUN, check_world_size
 from rlinf_core.config.run import RunConfig, RunSource
+from rlinf_core.data.chunked import check_streams, chunks_of
 from rlinf_core.data.normalize import Stats, load_norm_stats
 from rlinf_core.data.order import check_batch, sample_generator, steps_per_epoch
 from rlinf_core.data.pipeline import build_pipeline
@@ -139,6 +140,7 @@ def _check_batch(run: RunConfig, ranks: int | None, report: Report) -> None:
             report.facts["ranks"] = ranks
             run.trainer.check_ranks(ranks)
             report.facts["micro_batches_a_step"] = check_batch(whole, micro, ranks)
+            check_streams(chunks_of(run.data), ranks)
         else:
             most = check_batch(whole, micro, nodes) * nodes
             fitting = [n for n in range(nodes, most + 1, nodes) if most % n == 0]

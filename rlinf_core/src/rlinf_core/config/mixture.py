@@ -19,6 +19,10 @@ from rlinf_core.datasets import DatasetConfig
 
 LOADER_KEYS = ("num_workers",)
 """Keys that stay in `[data]`: one set of workers loads every source."""
+NOT_CHUNKED = (
+    "is for a run of one dataset: several are mixed in random order only; leave it out, and convert videos that are "
+    "slow to seek in with `rlinf cache`"
+)
 
 
 class MixtureShare(Section):
@@ -100,11 +104,15 @@ def misplaced_keys(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, .
     """Keys on the wrong side of the line between `[data]` and its entries: place in `[data]`, what is wrong."""
     beside = ", ".join(LOADER_KEYS)
     for key in data.keys() - {"mixture", *LOADER_KEYS}:
-        if key == "config_name":
+        if key == "shuffle" and data[key] == "chunked":
+            yield (key,), NOT_CHUNKED
+        elif key == "config_name":
             yield (key,), "is for a run of one dataset, data.mixture for several: leave one of them out"
         else:
             yield (key,), f"is set in the entries of data.mixture (beside them stands {beside} only)"
     for number, entry in enumerate(data["mixture"]):
+        if entry.get("shuffle") == "chunked":
+            yield ("mixture", number, "shuffle"), NOT_CHUNKED
         for key in LOADER_KEYS:
             if key in entry:
                 yield ("mixture", number, key), f"is one for all sources: set data.{key}"

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from rlinf_core.errors import UserError
 
 # The third word of Philox's counter separates the uses of one key; the first counts blocks of a use.
-ORDER, TRAINING, VALIDATION, COUNTS, VISITS = range(5)
+ORDER, TRAINING, VALIDATION, COUNTS, VISITS, CHUNKS = range(6)
 
 
 def epoch_order(seed: int, epoch: int, rows: int) -> NDArray[np.int64]:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlinf_core.config.run import RunConfig, RunSource
+from rlinf_core.data.chunked import ChunkedOrder, chunks_of
 from rlinf_core.data.mixture import Order
 from rlinf_core.data.normalize import Mode, NormStats
 from rlinf_core.data.order import steps_per_epoch
@@ -142,13 +143,15 @@ def _open(source: RunSource, plugins: Plugins) -> _Opened | None:
         return None
 
 
-def _order(run: RunConfig, opened: Sequence[_Opened | None]) -> tuple[Order | None, int]:
+def _order(run: RunConfig, opened: Sequence[_Opened | None]) -> tuple[Order | ChunkedOrder | None, int]:
     """The order in which the run takes rows, and its steps an epoch; None if `check_run` refuses them."""
     rows = tuple(len(one.train) for one in opened if one)
     batch = run.trainer.global_batch_size
     if len(rows) < len(opened) or sum(rows) < batch:
         return None, 0
     steps = steps_per_epoch(sum(rows), batch)
+    if (chunks := chunks_of(run.data)) and opened[0]:
+        return ChunkedOrder(run.seed, opened[0].train.episodes, steps * batch, chunks), steps
     return Order(run.seed, rows, tuple(source.share for source in run.sources), steps * batch), steps
 
 
@@ -156,7 +159,7 @@ def _look_at(
     source: RunSource,
     rows: _Opened,
     places: Sequence[Place],
-    ordered: tuple[Order | None, int, int],
+    ordered: tuple[Order | ChunkedOrder | None, int, int],
     shown: SourceView,
 ) -> None:
     shown.lengths = _lengths(rows.train)

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlinf_core.config.run import RunConfig
+from rlinf_core.data.chunked import ChunkedOrder
 from rlinf_core.data.mixture import Order
 from rlinf_core.data.order import sample_generator
 from rlinf_core.data.pipeline import Pipeline
@@ -155,7 +156,7 @@ class _Episodes:
 
 
 def meetings(
-    order: Order, steps_per_epoch: int, stop_step: int, number: int, row: int
+    order: Order | ChunkedOrder, steps_per_epoch: int, stop_step: int, number: int, row: int
 ) -> Iterator[tuple[str, int, int]]:
     """Where the run meets a row, the first `DRAWS` times: in words, epoch, position in its order.
 

@@ -15,7 +15,9 @@ import torch
 
 from rlinf_core.config.fsdp2 import Fsdp2TrainerConfig
 from rlinf_core.config.run import RunConfig
-from rlinf_core.data.loader import SOURCE, build_train_loader
+from rlinf_core.data.chunked import check_streams, chunks_of
+from rlinf_core.data.loader import build_train_loader
+from rlinf_core.data.micro_batches import SOURCE
 from rlinf_core.data.order import check_batch, steps_per_epoch
 from rlinf_core.errors import Interrupted
 from rlinf_core.plugins import Plugins
@@ -44,6 +46,7 @@ class Fsdp2Trainer:
         self._config, self._group, self._plugins = config, group, plugins
         config.check_ranks(group.size)
         self._micro_batches = check_batch(config.global_batch_size, config.micro_batch_size, group.size)
+        check_streams(chunks_of(run.data), group.size)
         with group.first_on_each_machine():  # They may have to be downloaded.
             rows = sources.open_training_rows(run, plugins)
             weights = None if start.checkpoint else open_weights(run)
@@ -280,6 +283,7 @@ class Fsdp2Trainer:
             stop_step=self.stop_step,
             num_workers=self.run.data.num_workers,
             pin_memory=self._group.device.type == "cuda",
+            chunks=chunks_of(self.run.data),
         )
 
     def _build_optimizer(self) -> Optimizer:
