@@ -2,9 +2,10 @@
 
 from rlinf_core.config.load import dump_config
 from rlinf_core.data.normalize import save_norm_stats
-from rlinf_core.training import checkpoint
+from rlinf_core.training.checkpoint import Checkpoints
 from rlinf_core.training.fsdp import layout
 from rlinf_core.training.position import Position
+from rlinf_core.training.resume import Start
 
 
 def save_run(run, parameters, stats, group):
@@ -17,5 +18,7 @@ def save_run(run, parameters, stats, group):
     save_norm_stats(run.folder / "norm_stats.json", stats)
     position = Position(step=0, epoch=0, sample=0, rows=1, seed=run.seed, layout=layout(parameters.items()))
     tensors = {f"model.{name}": tensor.detach() for name, tensor in parameters.items()}
-    checkpoint.save(run.folder, position, tensors, group, keep_last=1)
+    checkpoints = Checkpoints.of(run, group, tensors, Start())
+    checkpoints.save(position)
+    checkpoints.finish()
     return run.folder

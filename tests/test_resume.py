@@ -1,16 +1,21 @@
 """Where a run starts, and what it refuses to mix or overwrite (contract 9)."""
 
-import json
 import os
-from dataclasses import asdict
 
 import pytest
 
 from rlinf_core.config.load import load_config
 from rlinf_core.errors import UserError
 from rlinf_core.files import write_text
-from rlinf_core.training.position import Position
-from rlinf_core.training.resume import hold_folder, prepare_folder, put_back, remove_replaced
+from rlinf_core.training.position import FileSum, Position, State, dump_state
+from rlinf_core.training.resume import (
+    agree_on_start,
+    choose_start,
+    hold_folder,
+    prepare_folder,
+    put_back,
+    remove_replaced,
+)
 
 
 @pytest.fixture
@@ -22,100 +27,112 @@ def run(tmp_path):
     return make
 
 
-def checkpoint(run, step):
+def start(run, *, overwrite=False, **options):
+    """Choose where the run starts and leave its folder ready for it, as a process does."""
+    start = choose_start(run, overwrite=overwrite, **options)
+    if not start.finished:
+        prepare_folder(run, start)
+    return start
+
+
+def checkpoint(run, step, validated=None):
     """What a checkpoint leaves as far as starting is concerned."""
     path = run.folder / "checkpoints" / f"step_{step:09d}"
-    path.mkdir(parents=True)
-    position = Position(step=step, epoch=0, sample=0, rows=1, seed=0, layout="", validated=step)
-    write_text(path / "state.json", json.dumps(asdict(position)))
+    path.mkdir(parents=True, exist_ok=True)
+    at = step if validated is None else validated
+    position = Position(step=step, epoch=0, sample=0, rows=1, seed=0, layout="", validated=at)
+    (path / "shard").write_bytes(b"abc")
+    sums = {"shard": FileSum(3, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad")}
+    write_text(path / "state.json", dump_state(State(position, sums)))
     write_text(run.folder / "latest", path.name)
+    return path
 
 
 def test_a_new_run_starts_at_zero_and_leaves_its_config(run):
-    start = prepare_folder(run(), overwrite=False)
-    assert (start.step, start.checkpoint, start.finished) == (0, None, False)
+    begun = start(run())
+    assert (begun.step, begun.checkpoint, begun.finished) == (0, None, False)
     assert load_config(run().folder / "config.toml") == run()
 
 
 def test_an_unfinished_run_continues(run):
-    prepare_folder(run(), overwrite=False)
+    start(run())
     checkpoint(run(), 4)
-    start = prepare_folder(run(), overwrite=False)
-    assert (start.step, start.checkpoint.name, start.finished) == (4, "step_000000004", False)
+    begun = start(run())
+    assert (begun.step, begun.checkpoint.name, begun.finished) == (4, "step_000000004", False)
 
 
 def test_a_finished_run_is_finished_until_it_gets_more_steps(run):
-    prepare_folder(run(), overwrite=False)
+    start(run())
     checkpoint(run(), 10)
-    assert prepare_folder(run(), overwrite=False).finished
-    assert prepare_folder(run("data.num_workers=0"), overwrite=False).finished
-    assert prepare_folder(run("runner.max_steps=12"), overwrite=False).step == 10
+    assert start(run()).finished
+    assert start(run("data.num_workers=0")).finished
+    assert start(run("runner.max_steps=12")).step == 10
 
 
 def test_a_run_that_was_stopped_before_its_last_validation_is_not_finished(run):
-    prepare_folder(run(), overwrite=False)
-    checkpoint(run(), 10)
-    state = run().folder / "checkpoints" / "step_000000010" / "state.json"
-    state.write_text(state.read_text().replace('"validated": 10', '"validated": 0'))
-    assert not prepare_folder(run(), overwrite=False).finished
-    assert prepare_folder(run("runner.val_check_interval=0"), overwrite=False).finished
+    start(run())
+    checkpoint(run(), 10, validated=0)
+    assert not start(run()).finished
+    assert start(run("runner.val_check_interval=0")).finished
 
 
 @pytest.mark.parametrize("step", [4, 10], ids=["unfinished", "finished"])
 def test_another_config_is_refused_with_the_difference(run, step):
-    prepare_folder(run(), overwrite=False)
+    start(run())
     checkpoint(run(), step)
-    with pytest.raises(UserError, match=r"(?s)another config:\n  optim\.lr: .* -> 0\.5\n.*--overwrite"):
-        prepare_folder(run("optim.lr=0.5"), overwrite=False)
+    with pytest.raises(
+        UserError, match=r"(?s)another config:\n  optim\.lr: .* -> 0\.5 \(changes what a step computes\)\n.*--overwrite"
+    ):
+        start(run("optim.lr=0.5"))
     assert load_config(run().folder / "config.toml") == run()
 
 
 def test_before_the_first_step_a_config_may_be_mended(run):
-    prepare_folder(run(), overwrite=False)
-    assert prepare_folder(run("optim.lr=0.5"), overwrite=False).step == 0
+    start(run())
+    assert start(run("optim.lr=0.5")).step == 0
     assert load_config(run().folder / "config.toml") == run("optim.lr=0.5")
 
 
 def test_steps_without_a_checkpoint_are_not_mixed_with_another_config(run):
-    prepare_folder(run(), overwrite=False)
+    start(run())
     write_text(run().folder / "metrics.jsonl", '{"step": 1, "loss": 1.0}\n')
-    assert prepare_folder(run(), overwrite=False).step == 0
+    assert start(run()).step == 0
     with pytest.raises(UserError, match=r"optim\.lr"):
-        prepare_folder(run("optim.lr=0.5"), overwrite=False)
+        start(run("optim.lr=0.5"))
 
 
 def test_never_refuses_what_is_there(run):
-    prepare_folder(run(), overwrite=False)
+    start(run())
     with pytest.raises(UserError, match="--overwrite"):
-        prepare_folder(run("runner.resume=never"), overwrite=False)
+        start(run("runner.resume=never"))
 
 
 def test_overwrite_starts_afresh_and_the_old_run_goes_when_the_new_one_is_ready(run):
-    prepare_folder(run(), overwrite=False)
+    start(run())
     checkpoint(run(), 4)
-    start = prepare_folder(run("runner.resume=never"), overwrite=True)
-    assert (start.step, start.checkpoint) == (0, None)
+    begun = start(run("runner.resume=never"), overwrite=True)
+    assert (begun.step, begun.checkpoint) == (0, None)
     assert not (run().folder / "checkpoints").exists()
-    assert (start.replaced / "checkpoints" / "step_000000004").exists()
-    remove_replaced(start)
+    assert (begun.replaced / "checkpoints" / "step_000000004").exists()
+    remove_replaced(run(), begun)
     assert [path.name for path in run().folder.parent.iterdir()] == ["r"]
 
 
 def test_a_run_whose_successor_never_came_to_train_is_back_in_its_place(run):
-    prepare_folder(run(), overwrite=False)
+    start(run())
     checkpoint(run(), 4)
-    put_back(run(), prepare_folder(run("optim.lr=0.5"), overwrite=True))
-    assert prepare_folder(run(), overwrite=False).step == 4
+    put_back(run(), start(run("optim.lr=0.5"), overwrite=True))
+    assert start(run()).step == 4
     assert [path.name for path in run().folder.parent.iterdir()] == ["r"]
 
 
 @pytest.mark.parametrize("killed", [1, 2])
 def test_an_overwrite_that_was_killed_before_it_was_ready_has_lost_nothing(run, killed):
-    prepare_folder(run(), overwrite=False)
+    start(run())
     checkpoint(run(), 4)
     for _ in range(killed):
-        start = prepare_folder(run(), overwrite=True)
-    assert (start.replaced / "checkpoints" / "step_000000004").exists()
+        begun = start(run(), overwrite=True)
+    assert (begun.replaced / "checkpoints" / "step_000000004").exists()
 
 
 def test_two_processes_do_not_write_one_run(run):
@@ -140,9 +157,9 @@ def test_an_output_folder_that_cannot_be_is_named(run, tmp_path):
 @pytest.mark.parametrize("resume", ["auto", "never"])
 def test_a_restart_by_torchrun_neither_overwrites_nor_refuses_its_own_run(run, resume):
     mine = run(f"runner.resume={resume}")
-    prepare_folder(mine, overwrite=True)
+    start(mine, overwrite=True)
     checkpoint(mine, 4)
-    assert prepare_folder(mine, overwrite=True, restarted=True).step == 4
+    assert start(mine, overwrite=True, restarted=True).step == 4
 
 
 def test_a_folder_that_holds_no_run_is_never_touched(run):
@@ -151,5 +168,104 @@ def test_a_folder_that_holds_no_run_is_never_touched(run):
     precious.write_text("x")
     for overwrite in (False, True):
         with pytest.raises(UserError, match="holds no run"):
-            prepare_folder(run(), overwrite=overwrite)
+            start(run(), overwrite=overwrite)
     assert precious.read_text() == "x"
+
+
+class OneRank:
+    """A process group of this process alone."""
+
+    rank, size = 0, 1
+
+    def gather(self, value):
+        return [value]
+
+    def decide(self, decision):
+        return decision()
+
+
+def settle(run, **options):
+    """Where the run starts once all ranks have looked at the bytes of the checkpoint."""
+    begun = agree_on_start(run, OneRank(), choose_start(run, overwrite=False, **options))
+    prepare_folder(run, begun)
+    return begun
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_newest_whole_one(run):
+    start(run())
+    for step in (2, 4, 6, 8):
+        checkpoint(run(), step)
+    folder = run().folder
+    (folder / "checkpoints" / "step_000000008" / "state.json").unlink()
+    (folder / "checkpoints" / "step_000000006" / "shard").write_bytes(b"abd")  # The size is right.
+    begun = settle(run())
+    assert (begun.step, begun.checkpoint.name) == (4, "step_000000004")
+    assert [note.removeprefix("warning: ") for note in begun.notes] == [
+        "the checkpoint step_000000008 is damaged: it has no state.json: it was never completed",
+        "the checkpoint step_000000006 is damaged: the bytes of shard are not those that were written (sha256)",
+        f"goes on from {folder / 'checkpoints' / 'step_000000004'}, the newest that is whole",
+    ]
+    assert (folder / "latest").read_text() == "step_000000004"
+    assert settle(run()).notes == ()
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_afresh(run):
+    start(run())
+    (checkpoint(run(), 4) / "shard").write_bytes(b"abd")
+    with pytest.raises(UserError, match=r"(?s)no checkpoint .*step_000000004: the bytes of shard.*--overwrite"):
+        settle(run())
+
+
+def test_a_change_that_is_allowed_is_shown_and_recorded(run):
+    start(run())
+    checkpoint(run(), 4)
+    before = run().folder / "config.toml"
+    old = before.read_text()
+    begun = settle(run("optim.lr=0.5", "runner.max_steps=12"), allow_change=True)
+    assert begun.changed
+    assert begun.notes[0] == "goes on with another config:"
+    assert (
+        sorted(note.strip() for note in begun.notes[1:])
+        == [
+            "optim.lr: 0.0015 -> 0.5 (changes what a step computes)",
+            "runner.max_steps: 10 -> 12",
+        ]
+        or begun.notes
+    )
+    assert load_config(before) == run("optim.lr=0.5", "runner.max_steps=12")
+    assert before.with_name("config.step_000000004.toml").read_text() == old
+    assert settle(run("optim.lr=0.5", "runner.max_steps=12")).notes == ()
+
+
+def test_a_change_that_computes_the_same_is_shown_and_needs_no_permission(run):
+    start(run())
+    checkpoint(run(), 4)
+    begun = settle(run("runner.keep_last=5"))
+    assert begun.notes == ("goes on with another config:", "  runner.keep_last: 2 -> 5")
+    assert not list(run().folder.glob("config.step_*"))
+
+
+def test_checkpoints_may_lie_elsewhere(run, tmp_path):
+    elsewhere = run(f"runner.checkpoint_dir={tmp_path / 'large'}")
+    start(elsewhere)
+    path = checkpoint(elsewhere, 4)
+    there = tmp_path / "large" / "r"
+    there.mkdir(parents=True)
+    path.rename(there / path.name)
+    assert settle(elsewhere).checkpoint == there / path.name
+    begun = start(elsewhere, overwrite=True)
+    assert begun.checkpoint is None
+    remove_replaced(elsewhere, begun)
+    assert not there.exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "complaint"),
+    [
+        ("runner.keep_every=1500", r"keep_every \(1500\) must be a multiple of save_interval"),
+        ("runner.checkpoint_dir=s3://bucket", "must be a folder: mount the storage"),
+    ],
+)
+def test_settings_that_cannot_be_kept_are_refused(run, setting, complaint):
+    with pytest.raises(UserError, match=complaint):
+        run(setting)

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as read_shards
 
 from rlinf_core.config.load import load_config
@@ -30,7 +29,9 @@ from rlinf_core.plugins import Plugins
 from rlinf_core.policy import TrainedOn
 from rlinf_core.training.build import DTYPES, build_on_meta
 from rlinf_core.training.fsdp import layout
-from rlinf_core.training.position import latest, read_position, step_name
+from rlinf_core.training.integrity import find_damage, newest_whole
+from rlinf_core.training.position import NAMES, read_position, step_name
+from rlinf_core.training.shards import ShardReader
 
 DESCRIPTION = "rlinf.json"
 STATISTICS = "norm_stats.json"
@@ -86,7 +87,7 @@ def export_run(folder: Path, output: Path, choice: Choice, plugins: Plugins) -> 
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} is there already: give another --output, or remove it")
     check_writable(output, NAME_OUTPUT)
-    checkpoint = find_checkpoint(folder, choice)
+    checkpoint = find_checkpoint(folder, run.runner.checkpoints_of(folder), choice)
     tensors = read_weights(run, checkpoint, choice, plugins)
     aside = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
@@ -125,9 +126,18 @@ def _statistics(path: Path) -> Stats | None:
     return load_norm_stats(path) if path.exists() else None
 
 
-def find_checkpoint(folder: Path, choice: Choice) -> Path:
-    """The folder of the chosen checkpoint. Raises `UserError` that lists those that are there."""
-    there = sorted(path.name for path in folder.glob("checkpoints/step_*"))
+def find_checkpoint(folder: Path, checkpoints: Path, choice: Choice) -> Path:
+    """The folder of the chosen checkpoint, whose files are what was written.
+
+    Args:
+        folder: The run's.
+        checkpoints: That of its checkpoints.
+        choice: Which.
+
+    Raises:
+        UserError: It is not there, with those that are, or it is damaged. Where none in particular is asked for, the
+            newest that is whole is taken, with a warning.
+    """
     if choice.best:
         if not (folder / "best").exists():
             raise UserError(f"{folder} knows no best checkpoint: runner.save_best was not set")
@@ -135,13 +145,27 @@ def find_checkpoint(folder: Path, choice: Choice) -> Path:
     elif choice.step is not None:
         name = step_name(choice.step)
     else:
-        newest = latest(folder)
-        name = newest.name if newest else ""
+        return _newest(folder, checkpoints)
+    there = sorted(path.name for path in checkpoints.glob(NAMES))
     if name not in there:
         steps = ", ".join(str(int(name.removeprefix("step_"))) for name in there) or "none"
-        wanted = f"of step {int(name.removeprefix('step_'))} " if name else ""
-        raise UserError(f"{folder} holds no checkpoint {wanted}(there is: {steps})")
-    return folder / "checkpoints" / name
+        raise UserError(f"{folder} holds no checkpoint of step {int(name.removeprefix('step_'))} (there is: {steps})")
+    if why := find_damage(checkpoints / name, ranks=1):
+        raise UserError(f"{checkpoints / name} is damaged: {why}. Choose another one with --step")
+    return checkpoints / name
+
+
+def _newest(folder: Path, checkpoints: Path) -> Path:
+    damaged: dict[str, str] = {}
+    while newest := newest_whole(folder, checkpoints, damaged):
+        path, _ = newest
+        if why := find_damage(path, ranks=1):
+            damaged[path.name] = why
+            continue
+        for name, why in damaged.items():
+            warnings.warn(f"the checkpoint {name} is damaged: {why}; {path.name} is exported", stacklevel=2)
+        return path
+    raise UserError(f"{folder} holds no checkpoint (there is: none)")
 
 
 def read_weights(run: RunConfig, checkpoint: Path, choice: Choice, plugins: Plugins) -> dict[str, torch.Tensor]:
@@ -155,7 +179,7 @@ def read_weights(run: RunConfig, checkpoint: Path, choice: Choice, plugins: Plug
             f"{checkpoint} was saved by a model of another layout ({saved}; this one is {tag}): "
             "the version of the policy's plugin differs"
         )
-    reader = FileSystemReader(checkpoint)
+    reader = ShardReader(checkpoint)
     saved_names = reader.read_metadata().state_dict_metadata
     if choice.ema and not any(name.startswith("ema.") for name in saved_names):
         raise UserError(f"{checkpoint} holds no moving average of the weights: optim.ema_decay was 0")

@@ -1,5 +1,6 @@
 """Writing files so that nothing is half-written, and one message where nothing can be."""
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,18 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put on disk which files a folder holds, where the file system can say so."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # Mounts of object storage have no folders to sync.
+            raise
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -30,11 +30,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "overrides", nargs="*", metavar="key=value", help="settings over the file: runner.max_steps=100"
     )
     parser.add_argument("--overwrite", action="store_true", help="remove the run of the same name and start afresh")
+    parser.add_argument(
+        "--allow-change", action="store_true", help="continue a run with a config that computes otherwise"
+    )
     args = parser.parse_intermixed_args(arguments)
-    return Ending().follow(lambda ending: train(ending, args.config, args.overrides, overwrite=args.overwrite))
+    options = {"overwrite": args.overwrite, "allow_change": args.allow_change}
+    return Ending().follow(lambda ending: train(ending, args.config, args.overrides, **options))
 
 
-def train(ending: Ending, config: str, overrides: Sequence[str], *, overwrite: bool = False) -> None:
+def train(
+    ending: Ending, config: str, overrides: Sequence[str], *, overwrite: bool = False, allow_change: bool = False
+) -> None:
     """Train as `config` says, from wherever the run stands.
 
     Args:
@@ -42,6 +48,7 @@ def train(ending: Ending, config: str, overrides: Sequence[str], *, overwrite: b
         config: The run's TOML file.
         overrides: `section.key=value`, over the file.
         overwrite: Start afresh where a run of the same name is.
+        allow_change: Continue a run with a config that changes what a step computes.
 
     Raises:
         UserError: For everything that is the user's to mend.
@@ -55,10 +62,11 @@ def train(ending: Ending, config: str, overrides: Sequence[str], *, overwrite: b
     plugins.hook.rlinf_configure(run=run)
 
     from rlinf_core.config.cluster import check_world_size
+    from rlinf_core.training import resume
     from rlinf_core.training.distributed import processes
-    from rlinf_core.training.resume import Start, hold_folder, prepare_folder, put_back, remove_replaced, say_finished
 
-    with processes(run.trainer.device) as group, ExitStack() as held:
+    joined = processes(run.trainer.device, timeout_seconds=run.trainer.timeout_seconds, folder=run.folder)
+    with joined as group, ExitStack() as held:
         check_world_size(run, group.size)
         if group.rank == 0:
             for failure in plugins.failures:
@@ -66,15 +74,19 @@ def train(ending: Ending, config: str, overrides: Sequence[str], *, overwrite: b
         # torchrun counts failures of the workers of its own machine only.
         restarted = group.any(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0")
 
-        def begin() -> Start:
-            held.enter_context(hold_folder(run))
-            return prepare_folder(run, overwrite=overwrite, restarted=restarted)
+        def begin() -> resume.Start:
+            held.enter_context(resume.hold_folder(run))
+            return resume.choose_start(run, overwrite=overwrite, restarted=restarted, allow_change=allow_change)
 
-        start = group.decide(begin)
+        start = resume.agree_on_start(run, group, group.decide(begin), allow_change=allow_change)
+        if group.rank == 0:
+            for note in start.notes:
+                print(note, flush=True)
         if start.finished:
             if group.rank == 0:
-                print(say_finished(run, start))
+                print(resume.say_finished(run, start))
             return
+        group.decide(lambda: resume.prepare_folder(run, start))
         ending.belongs_to(run.folder, start.step)
         try:
             if group.rank == 0:
@@ -82,10 +94,10 @@ def train(ending: Ending, config: str, overrides: Sequence[str], *, overwrite: b
             trainer = ending.trainer = run.trainer.build(run, start=start, group=group, plugins=plugins)
         except BaseException:
             if group.rank == 0:
-                put_back(run, start)
+                resume.put_back(run, start)
             raise
         if group.rank == 0:
-            remove_replaced(start)
+            resume.remove_replaced(run, start)
         received = trainer.train()
     if received:
         raise Interrupted(received, trainer.step)

@@ -12,6 +12,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "overrides", nargs="*", metavar="key=value", help="settings over the file: runner.max_steps=100"
     )
     parser.add_argument("--overwrite", action="store_true", help="remove the run of the same name and start afresh")
+    parser.add_argument(
+        "--allow-change", action="store_true", help="continue a run with a config that computes otherwise"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -24,10 +27,11 @@ def run(options: argparse.Namespace) -> int:
     plugins = get_plugins()
     config = load_config(options.config, options.overrides, plugins)
     plugins.hook.rlinf_configure(run=config)
-    if not options.overwrite and (start := find_start(config)).finished:
+    if not options.overwrite and (start := find_start(config, allow_change=options.allow_change)).finished:
         print(say_finished(config, start))
         return 0
     arguments = [options.config, *options.overrides, *["--overwrite"] * options.overwrite]
+    arguments += ["--allow-change"] * options.allow_change
     code: int | None = plugins.hook.rlinf_launch(run=config, arguments=arguments)
     if code is None:
         raise nobody_launches(config, plugins)

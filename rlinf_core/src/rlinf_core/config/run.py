@@ -34,6 +34,16 @@ class RunnerConfig(Section):
     """Steps between checkpoints; 0: only after the last step, which is always saved."""
     keep_last: int = Field(default=2, ge=1)
     """Checkpoints to keep; older ones are removed once a newer one is complete."""
+    keep_every: int = Field(default=0, ge=0)
+    """Steps between checkpoints that are kept for good, a multiple of `save_interval`; 0: none are."""
+    async_save: bool = True
+    """Train on while a checkpoint is written, from a copy in the host's memory; false: wait, without a copy."""
+    checkpoint_dir: str = ""
+    """Folder for the checkpoints of all runs, each in `<checkpoint_dir>/<name>/`, as on a mount that is larger; empty:
+    `<output_dir>/<name>/checkpoints/`."""
+    checkpoint_rename: bool = True
+    """Write checkpoints aside and rename them; false: where folders cannot be renamed, as in mounted object storage,
+    write them in place. What has no valid `state.json`, which is written last, is never read either way."""
     val_check_interval: int = Field(default=0, ge=0)
     """Steps between validations on the held-out episodes, also after the last step; 0: none."""
     val_samples: int = Field(default=256, ge=1)
@@ -65,6 +75,16 @@ class RunnerConfig(Section):
     def _ends(self) -> RunnerConfig:
         if not self.max_steps and not self.max_epochs:
             raise ValueError("max_steps and max_epochs are both 0: set one of them, or both")
+        if self.keep_every and (not self.save_interval or self.keep_every % self.save_interval):
+            raise ValueError(
+                f"keep_every ({self.keep_every}) must be a multiple of save_interval ({self.save_interval}): no other "
+                "checkpoints are there to be kept"
+            )
+        if "://" in self.checkpoint_dir:
+            raise ValueError(
+                f"checkpoint_dir ({self.checkpoint_dir!r}) must be a folder: mount the storage, name the folder here "
+                "and set checkpoint_rename = false if folders cannot be renamed there"
+            )
         if self.early_stop_min_delta and not self.early_stop_patience:
             raise ValueError("early_stop_min_delta does nothing without early_stop_patience")
         return self
@@ -73,6 +93,10 @@ class RunnerConfig(Section):
         """The last step: `max_steps`, or the end of `max_epochs`, whichever comes first."""
         limits = (self.max_steps, self.max_epochs * steps_per_epoch)
         return min(limit for limit in limits if limit)
+
+    def checkpoints_of(self, folder: Path) -> Path:
+        """Where the checkpoints of the run in a folder live, also after the folder was moved."""
+        return Path(self.checkpoint_dir) / self.name if self.checkpoint_dir else folder / "checkpoints"
 
 
 class OptimConfig(Section):
@@ -175,6 +199,11 @@ class RunConfig(Section):
     def folder(self) -> Path:
         """Where the run's files live."""
         return Path(self.runner.output_dir) / self.runner.name
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where its checkpoints live."""
+        return self.runner.checkpoints_of(self.folder)
 
     @property
     def sources(self) -> tuple[RunSource, ...]:

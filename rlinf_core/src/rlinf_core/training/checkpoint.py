@@ -1,113 +1,286 @@
-"""Checkpoints of a run: written whole or not at all, kept in `<run>/checkpoints/step_000002000/`.
+"""Checkpoints of a run: written beside training, whole or not at all, in `<run>/checkpoints/step_000002000/`.
 
 A checkpoint holds the shards that `torch.distributed.checkpoint` writes, under the module's own parameter names, and
-`state.json`: step, position in the data, and a tag of the layout. Because every random draw is keyed by (seed, epoch,
-position), the position is also the state of all random generators. The file `latest` names the newest complete one,
-`best` the one with the best validation, where `runner.save_best` asks for it.
+`state.json`: step, position in the data, a tag of the layout, and size and hash of every file. Because every random
+draw is keyed by (seed, epoch, position), the position is also the state of all random generators. The file `latest`
+names the newest complete one, `best` the one with the best validation, where `runner.save_best` asks for it.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
+import threading
+import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch.distributed.checkpoint.state_dict_loader import load as read_shards
-from torch.distributed.checkpoint.state_dict_saver import save as write_shards
 
+from rlinf_core.config.run import RunConfig
 from rlinf_core.errors import UserError
 from rlinf_core.files import write_text
 from rlinf_core.training.distributed import Processes
-from rlinf_core.training.position import Position, read_position, step_name
+from rlinf_core.training.position import STATE, Position, State, dump_state, read_state
+from rlinf_core.training.resume import Start
+from rlinf_core.training.saving import Keep, Place, SaveError, Writers, name_best, write_checkpoint
+from rlinf_core.training.shards import ShardReader
+from rlinf_core.training.staging import Staging
+
+MOST_FAILURES = 2
+"""Saves in a row that fail before the run ends: the disk may be emptied after the first."""
 
 
-def save(
-    folder: Path,
-    position: Position,
-    tensors: Mapping[str, torch.Tensor],
-    group: Processes,
-    keep_last: int,
-    *,
-    best: str = "",
-) -> Path:
-    """Save a checkpoint; called on every rank.
+@dataclass(frozen=True)
+class Saved:
+    """How a save ended."""
+
+    step: int
+    path: Path
+    """The checkpoint, where it lies or would lie."""
+    best: bool
+    """Whether it is the best one so far."""
+    stall_seconds: float
+    """How long training stood still for it, on this rank."""
+    write_seconds: float = 0.0
+    """How long it took to write."""
+    bytes: int = 0
+    """Its size, all ranks together; known on rank 0."""
+    failure: str = ""
+    """Why it was not written; empty: it was."""
+
+    def __str__(self) -> str:
+        """What to tell of it, on rank 0."""
+        if self.failure:
+            return f"step {self.step}: THE CHECKPOINT WAS NOT SAVED: {self.failure}"
+        size = f"{self.bytes / 1e9:.2f} GB" if self.bytes >= 1e8 else f"{self.bytes / 1e6:.2f} MB"
+        return (
+            f"step {self.step}: saved {self.path}{' (the best validation so far)' * self.best}: "
+            f"{size} in {self.write_seconds:.1f} s, training stood still for {self.stall_seconds:.2f} s"
+        )
+
+
+class Checkpoints:
+    """Saves a run's checkpoints, one at a time, while training goes on. Made and called on every rank.
 
     Args:
-        folder: The run's.
-        position: Where the run stands.
-        tensors: What to save.
+        place: Where they lie.
         group: All ranks.
-        keep_last: How many of the newest checkpoints stay.
-        best: The checkpoint that the file `best` shall name, which stays besides; empty: there is none.
-
-    Returns:
-        The folder of the complete checkpoint.
+        tensors: What every checkpoint holds; their memory is the run's for its whole life.
+        in_background: Whether training goes on while a checkpoint is written. It then takes the memory of one copy of
+            the shards; else saving waits, and copies nothing.
+        last_good: The checkpoint that the run started from.
     """
-    name = step_name(position.step)
-    path, aside = folder / "checkpoints" / name, folder / "checkpoints" / f".{name}.tmp"
-    if group.rank == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    group.wait()
-    write_shards(dict(tensors), checkpoint_id=aside)
-    if group.rank == 0:
-        write_text(aside / "state.json", json.dumps(asdict(position), indent=1))
-        if path.exists():
-            shutil.rmtree(path)
-        aside.rename(path)
-        name_best(folder, best)
-        write_text(folder / "latest", name)
-        for unfinished in folder.glob("checkpoints/.step_*.tmp"):
-            shutil.rmtree(unfinished)
-        # Later ones, left by somebody who set `latest` back, are not this run's to remove.
-        complete = sorted(old for old in folder.glob("checkpoints/step_*") if old.name <= name)
-        for old in complete[:-keep_last]:
-            if old.name != best:
-                shutil.rmtree(old)
-    group.wait()
-    return path
+
+    def __init__(
+        self,
+        place: Place,
+        group: Processes,
+        tensors: Mapping[str, torch.Tensor],
+        *,
+        in_background: bool = True,
+        last_good: str = "",
+    ) -> None:
+        self._place, self._device, self._tensors = place, group.device, dict(tensors)
+        self._writers = Writers(group.rank)
+        self._last_good, self._failures, self._why = last_good, 0, ""
+        self._stall = 0.0
+        self._done: list[Saved] = []
+        self._pending: _Pending | None = None
+        self._staging = Staging(tensors) if in_background else None
+        self._touching = threading.Thread(target=self._touch, daemon=True)
+        self._touching.start()
+
+    @classmethod
+    def of(cls, run: RunConfig, group: Processes, tensors: Mapping[str, torch.Tensor], start: Start) -> Checkpoints:
+        """Those of a run, as its config says."""
+        runner = run.runner
+        keep = Keep(runner.keep_last, runner.keep_every)
+        place = Place(run.folder, run.checkpoints, keep, rename=runner.checkpoint_rename)
+        last = start.checkpoint.name if start.checkpoint else ""
+        return cls(place, group, tensors, in_background=runner.async_save, last_good=last)
+
+    def _touch(self) -> None:
+        if self._staging is not None:
+            self._staging.touch()
+
+    def save(self, position: Position, best: str = "") -> None:
+        """Save; returns when the tensors may change. One that is still being written is waited for first.
+
+        After a save that failed, the next one is waited for: all ranks then know at the same step how it ended.
+
+        Args:
+            position: Where the run stands.
+            best: The checkpoint that is the best so far; empty: there is none.
+
+        Raises:
+            UserError: It failed, and so had the one before.
+        """
+        started = time.perf_counter()
+        self.wait()
+        self._touching.join()
+        tensors = self._staging.copy(self._tensors) if self._staging is not None else self._tensors
+        self._pending = _Pending(self._device, self._place, position, tensors, self._writers, best)
+        if self._staging is None or self._failures:
+            self.wait()
+        stall = self._stall = time.perf_counter() - started
+        if self._pending is None:
+            self._done[-1] = replace(self._done[-1], stall_seconds=stall)
+        else:
+            self._pending.stall_seconds = stall
+        if self._failures >= MOST_FAILURES:
+            raise UserError(f"{self.failure()} It failed twice in a row, so the run ends here.")
+
+    def failure(self) -> str:
+        """Why the newest checkpoint is not there, and which one is; empty if it is."""
+        if not self._failures:
+            return ""
+        return f"{self._place.checkpoints} cannot take a checkpoint: {self._why}. {self._kept()} Make room there."
+
+    def _kept(self) -> str:
+        return f"{self._last_good} is the last good one." if self._last_good else "There is no earlier one."
+
+    def finished(self) -> list[Saved]:
+        """How saves ended of which that was not said before."""
+        if self._pending is not None and not self._pending.thread.is_alive():
+            self.wait()
+        done, self._done = self._done, []
+        return done
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Wait for the checkpoint that is being written, if any.
+
+        Args:
+            seconds: How long at most.
+
+        Returns:
+            Whether none is being written any more.
+        """
+        if self._pending is None:
+            return True
+        self._pending.thread.join(seconds)
+        if self._pending.thread.is_alive():
+            return False
+        pending, self._pending = self._pending, None
+        if pending.error is not None:
+            raise pending.error
+        if pending.failure:
+            self._failures, self._why = self._failures + 1, pending.failure
+        else:
+            self._failures, self._last_good = 0, pending.path.name
+        self._done.append(pending.saved())
+        return True
+
+    def finish(self, seconds: float | None = None) -> None:
+        """Wait for the checkpoint that is being written: it is the last one.
+
+        Args:
+            seconds: How long at most, for a run that has to leave; None: as long as it takes.
+
+        Raises:
+            UserError: The run was not cut short, and its last checkpoint could not be written.
+        """
+        if not self.wait(seconds):
+            assert self._pending is not None
+            self._done.append(replace(self._pending.saved(), failure="the time to leave had come. " + self._kept()))
+        elif self._failures and seconds is None:
+            raise UserError(f"{self.failure()} The same command then makes the steps after it again.")
+
+    def stall(self) -> dict[str, float]:
+        """As a metric of the next step: for how many seconds training stood still at a save since the last call."""
+        seconds, self._stall = self._stall, 0.0
+        return {"save_stall_seconds": seconds} if seconds else {}
+
+    def restate(self, position: Position, best: str) -> None:
+        """Correct what the checkpoint of a position says of validations: one was made up for. Called on rank 0."""
+        path = self._place.path(position.step)
+        write_text(path / STATE, dump_state(State(position, read_state(path).files)))
+        name_best(self._place, best)
 
 
-def restate(folder: Path, position: Position, best: str) -> None:
-    """Correct what the checkpoint of a position says of validations: one was made up for. Called on rank 0."""
-    write_text(folder / "checkpoints" / step_name(position.step) / "state.json", json.dumps(asdict(position), indent=1))
-    name_best(folder, best)
+class _Pending:
+    """A checkpoint that is being written, by a thread that begins at once."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        place: Place,
+        position: Position,
+        tensors: Mapping[str, torch.Tensor],
+        writers: Writers,
+        best: str,
+    ) -> None:
+        self.path = place.path(position.step)
+        self.stall_seconds = 0.0
+        self.failure = ""
+        self.error: BaseException | None = None
+        self._write_seconds, self._bytes = 0.0, 0
+        self._device, self._place, self._position, self._best = device, place, position, best
+        self._tensors, self._writers = tensors, writers
+        self.thread = threading.Thread(target=self._write, name=f"save {self.path.name}", daemon=True)
+        self.thread.start()
+
+    def _write(self) -> None:
+        started = time.perf_counter()
+        try:
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)  # A thread begins on the first one.
+            self._bytes = write_checkpoint(self._place, self._position, self._tensors, self._writers, best=self._best)
+        except SaveError as error:
+            self.failure = str(error)
+        except BaseException as error:  # Raised again by the thread that waits.
+            self.error = error
+        self._write_seconds = time.perf_counter() - started
+
+    def saved(self) -> Saved:
+        """How it ended, once it has."""
+        best = self._best == self.path.name
+        times = {"stall_seconds": self.stall_seconds, "write_seconds": self._write_seconds}
+        return Saved(self._position.step, self.path, best, bytes=self._bytes, failure=self.failure, **times)
 
 
-def name_best(folder: Path, best: str) -> None:
-    """Make the file `best` name a checkpoint, if that is complete, or none."""
-    if best and (folder / "checkpoints" / best / "state.json").exists():
-        write_text(folder / "best", best)
-    else:
-        (folder / "best").unlink(missing_ok=True)
-
-
-def load(path: Path, tensors: Mapping[str, torch.Tensor], *, layout: str, rows: int, data: str = "") -> Position:
+def load(path: Path, tensors: Mapping[str, torch.Tensor], here: Position) -> Position:
     """Load a checkpoint into the given tensors, on any number of ranks; called on every rank.
+
+    Args:
+        path: The checkpoint.
+        tensors: What to load, by name.
+        here: What this run would say of itself at that step.
 
     Raises:
         UserError: If the checkpoint is of another model, or its position is one in other data.
     """
-    position = read_position(path)
-    if position.rows != rows:
+    position = read_state(path).position
+    if position.rows != here.rows:
         raise UserError(
-            f"{path} was saved while training on {position.rows} rows, but the training split now has {rows}: "
+            f"{path} was saved while training on {position.rows} rows, but the training split now has {here.rows}: "
             "the dataset has changed, so the run cannot go on where it was. Restore the dataset, or use another "
             "runner.name."
         )
-    if position.data and data and position.data != data:
+    if position.data and here.data and position.data != here.data:
         raise UserError(
             f"{path} was saved while training on other rows than the training split now has: the dataset, or how "
             "samples are made of it, has changed, so the run cannot go on where it was. Restore it, or use another "
             "runner.name."
         )
-    if position.layout != layout:
+    if position.layout != here.layout:
         raise UserError(
-            f"{path} was saved by a model of another layout ({position.layout}; this one is {layout}): "
+            f"{path} was saved by a model of another layout ({position.layout}; this one is {here.layout}): "
             "the policy's sizes or the version of its plugin differ."
         )
-    read_shards(dict(tensors), checkpoint_id=path)
+    if (position.epoch, position.sample) != (here.epoch, here.sample):
+        raise UserError(
+            f"{path} stands at sample {position.sample} of epoch {position.epoch}, which with this "
+            f"trainer.global_batch_size is not where step {position.step} ends (sample {here.sample} of epoch "
+            f"{here.epoch}): the data would go on elsewhere. Keep the batch size, or use another runner.name."
+        )
+    reader = ShardReader(path)
+    missing = sorted(set(tensors) - set(reader.read_metadata().state_dict_metadata))
+    if missing:
+        raise UserError(
+            f"{path} does not hold {missing[0]}{f' and {len(missing) - 1} more' * (len(missing) > 1)}, which this "
+            "config trains or averages: optim.ema_decay, or what the policy freezes, has changed. Restore the "
+            "config, or use another runner.name."
+        )
+    read_shards(dict(tensors), storage_reader=reader)
     return position

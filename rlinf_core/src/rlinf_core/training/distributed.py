@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 import torch
@@ -16,11 +17,14 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from rlinf_core.errors import UserError
+from rlinf_core.training.flight import remember_collectives
 
 T = TypeVar("T")
 
 SETUP_TIMEOUT = timedelta(hours=12)
-"""How long ranks wait for rank 0 to prepare data; collectives in training keep the backend's own, shorter limit."""
+"""How long ranks wait for rank 0 to prepare data; in training they wait `trainer.timeout_seconds`."""
+TIMEOUT = 600.0
+"""`trainer.timeout_seconds` where nothing is configured."""
 
 
 def device(wanted: Literal["auto", "cpu"] = "auto") -> torch.device:
@@ -49,13 +53,19 @@ def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 class Processes:
-    """The running process group."""
+    """The running process group.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: What this process computes on.
+        timeout_seconds: How long ranks wait for one another in training.
+    """
+
+    def __init__(self, device: torch.device, timeout_seconds: float = TIMEOUT) -> None:
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
         self.device = device
         self._setup = dist.new_group(backend="gloo", timeout=SETUP_TIMEOUT)
+        self._training = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
 
     def mesh(self, num_replicas: int = 1) -> DeviceMesh:
         """The ranks as FSDP2 wants them: one dimension that shards, or one that replicates before it."""
@@ -80,6 +90,12 @@ class Processes:
             raise box[0]
         return cast("T", box[0])
 
+    def gather(self, value: T) -> list[T]:
+        """What every rank has to say, by rank; all ranks get the same answer."""
+        answers: list[T] = [value] * self.size
+        dist.all_gather_object(answers, value, group=self._setup)
+        return answers
+
     @contextmanager
     def first_on_each_machine(self) -> Iterator[None]:
         """One process of each machine goes first; the others follow when all of those are through."""
@@ -93,7 +109,7 @@ class Processes:
     def any(self, flag: bool) -> bool:
         """Whether a flag is set on any rank; all ranks get the same answer."""
         flags = torch.tensor(float(flag))
-        dist.all_reduce(flags, group=self._setup)
+        dist.all_reduce(flags, group=self._training)
         return bool(flags)
 
     def wait(self) -> None:
@@ -107,22 +123,29 @@ class Processes:
 
 
 @contextmanager
-def processes(wanted: Literal["auto", "cpu"] = "auto") -> Iterator[Processes]:
+def processes(
+    wanted: Literal["auto", "cpu"] = "auto", *, timeout_seconds: float = TIMEOUT, folder: Path | None = None
+) -> Iterator[Processes]:
     """Join the process group; leave it together, because gloo may abort when one rank leaves early.
 
     Args:
         wanted: See `device`.
+        timeout_seconds: How long ranks wait for one another in a collective of training.
+        folder: The run's, where NCCL writes its flight record if one takes longer; None: nowhere in particular.
     """
     here = device(wanted)
     if here.type == "cuda":
         torch.cuda.set_device(here)
+        if folder is not None:
+            remember_collectives(folder)
+    timeout = timedelta(seconds=timeout_seconds)
     backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timeout)
     else:
         store = dist.HashStore()  # type: ignore[attr-defined]  # torch's stubs leave it out
-        dist.init_process_group(backend, store=store, rank=0, world_size=1)
-    group = Processes(here)
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    group = Processes(here, timeout_seconds)
     try:
         yield group
     except BaseException:

@@ -1,16 +1,30 @@
-"""Where in a run a checkpoint stands, and which checkpoint is the newest. Torch-free."""
+"""Where in a run a checkpoint stands, what files it is made of, and which checkpoint is the newest. Torch-free.
+
+Both stand in `state.json`, which is written when everything else of the checkpoint is on disk: a folder without one
+that can be read is no checkpoint.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rlinf_core.errors import UserError
 from rlinf_core.training.stopping import Best
 
-FORMAT = 3
+FORMAT = 4
 NO_BEST = Best()
+STATE = "state.json"
+NAMES = "step_" + "[0-9]" * 9
+"""A pattern of checkpoints' names, and of nobody else's folders."""
+
+
+class DamageError(UserError):
+    """A checkpoint is not what was written; the message says what is wrong with it, without naming it."""
 
 
 @dataclass(frozen=True)
@@ -38,34 +52,95 @@ class Position:
     format: int = FORMAT
 
 
+@dataclass(frozen=True)
+class FileSum:
+    """What a file of a checkpoint was when it was written."""
+
+    bytes: int
+    """Its size."""
+    sha256: str
+    """Its hash, hexadecimal."""
+
+
+@dataclass(frozen=True)
+class State:
+    """The content of `state.json`."""
+
+    position: Position
+    """Where the run stood."""
+    files: Mapping[str, FileSum]
+    """Every other file of the checkpoint by its name."""
+
+
+def dump_state(state: State) -> str:
+    """The text of `state.json`, which ends with a hash of itself."""
+    table = asdict(state.position) | {"files": {name: asdict(state.files[name]) for name in sorted(state.files)}}
+    return json.dumps(table | {"sha256": _own_hash(table)}, indent=1)
+
+
+def _own_hash(table: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
+
+
+def read_state(path: Path) -> State:
+    """What `state.json` of a checkpoint says.
+
+    Raises:
+        DamageError: It is missing, or not as it was written.
+        UserError: Another version of this package wrote it.
+    """
+    try:
+        table = json.loads((path / STATE).read_text(encoding="utf-8"))
+        form = table["format"]
+        if isinstance(form, int) and form != FORMAT:
+            raise UserError(f"{path} has checkpoint format {form}; this version reads {FORMAT}.")
+        if table.pop("sha256") != _own_hash(table):
+            raise DamageError(f"the text of {STATE} does not have its hash")
+        files = {_plain(name): FileSum(**entry) for name, entry in table.pop("files").items()}
+        return State(Position(**table | {"best": Best(**table["best"])}), files)
+    except FileNotFoundError as error:
+        missing = f"it has no {STATE}: it was never completed" if path.is_dir() else "it is not there"
+        raise DamageError(missing) from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DamageError(f"{STATE} cannot be read ({type(error).__name__}: {error})") from error
+
+
+def _plain(name: str) -> str:
+    """The name of a file in the checkpoint's own folder; raises `ValueError` for a way out of it."""
+    if Path(name).name != name:
+        raise ValueError(f"{name!r} is not the name of a file in the checkpoint")
+    return name
+
+
+def read_position(path: Path) -> Position:
+    """The position of a checkpoint.
+
+    Raises:
+        UserError: Its `state.json` is damaged.
+    """
+    try:
+        return read_state(path).position
+    except DamageError as error:
+        raise UserError(f"{path} is damaged: {error}. Choose another checkpoint.") from error
+
+
 def step_name(step: int) -> str:
     """The name of a checkpoint's folder; names sort as steps do."""
     return f"step_{step:09d}"
 
 
-def latest(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a run, or None."""
+def candidates(folder: Path, checkpoints: Path) -> list[Path]:
+    """The checkpoints that a run may continue from, newest first: the one that `latest` names and those before it.
+
+    Args:
+        folder: The run's.
+        checkpoints: The folder of its checkpoints.
+    """
     pointer = folder / "latest"
     if not pointer.exists():
-        return None
-    path = folder / "checkpoints" / pointer.read_text().strip()
-    if not (path / "state.json").exists():
-        raise UserError(
-            f"{pointer} names {path.name}, which is not in {path.parent}. Restore it, write "
-            f"the name of another one into {pointer.name}, or --overwrite to start afresh."
-        )
-    return path
-
-
-def read_position(path: Path) -> Position:
-    """The position of a checkpoint."""
-    try:
-        state = json.loads((path / "state.json").read_text())
-        if state["format"] != FORMAT:
-            raise UserError(f"{path} has checkpoint format {state['format']}; this version reads {FORMAT}.")
-        return Position(**state | {"best": Best(**state["best"])})
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{path / 'state.json'} is damaged ({error}). Write the name of another checkpoint into "
-            f"{path.parents[1] / 'latest'}, or --overwrite to start afresh."
-        ) from error
+        return []
+    names = {path.name for path in checkpoints.glob(NAMES)}
+    named = pointer.read_text(encoding="utf-8", errors="replace").strip()
+    if Path(named).name == named and named.startswith("step_"):  # Else it is damaged itself.
+        names = {name for name in names if name < named} | {named}
+    return [checkpoints / name for name in sorted(names, reverse=True)]

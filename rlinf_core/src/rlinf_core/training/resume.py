@@ -6,24 +6,31 @@ import fcntl
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rlinf_core.config.load import diff_tables, dump_config, read_toml
 from rlinf_core.config.run import RunConfig
 from rlinf_core.errors import UserError
 from rlinf_core.files import find_obstacle, write_text
-from rlinf_core.training.position import Position, latest, read_position
+from rlinf_core.training.integrity import find_damage, newest_whole
+from rlinf_core.training.position import Position, step_name
+
+if TYPE_CHECKING:
+    from rlinf_core.training.distributed import Processes
 
 MAY_CHANGE = frozenset(
     {
         *("cluster", "data.num_workers"),
         *("runner.max_steps", "runner.max_epochs", "runner.save_interval", "runner.keep_last", "runner.save_best"),
+        *("runner.keep_every", "runner.async_save", "runner.checkpoint_rename"),
         *("runner.val_check_interval", "runner.val_samples", "runner.best_metric"),
         *("runner.early_stop_patience", "runner.early_stop_min_delta"),
         *("runner.resume", "runner.output_dir", "runner.loggers"),
+        *("runner.max_skipped_steps", "runner.spike_threshold", "runner.profile", "trainer.timeout_seconds"),
         *("trainer.device", "trainer.micro_batch_size", "trainer.min_unit_size", "trainer.num_replicas"),
         *("trainer.reshard_after_forward", "trainer.reduce_every_micro_batch", "trainer.activation_checkpointing"),
         *("trainer.compile", "trainer.cpu_offload", "trainer.ema_device"),
@@ -42,6 +49,10 @@ class Start:
     """The checkpoint to continue from; None: from the initial weights."""
     finished: bool = False
     """Nothing is left to do."""
+    notes: tuple[str, ...] = ()
+    """What to tell of it: another config, damaged checkpoints."""
+    changed: bool = False
+    """The run goes on with a config that changes what a step computes, as `--allow-change` lets it."""
     replaced: Path | None = None
     """The run that `--overwrite` moved aside; it is removed once its successor is ready to train."""
 
@@ -87,11 +98,15 @@ def hold_folder(run: RunConfig) -> Iterator[None]:
         yield  # The lock goes with the process, however it ends; the file may stay.
 
 
-def find_start(run: RunConfig, *, restarted: bool = False) -> Start:
-    """Where the run starts, from what is in its folder; touches nothing.
+def find_start(
+    run: RunConfig, *, restarted: bool = False, allow_change: bool = False, damaged: Mapping[str, str] | None = None
+) -> Start:
+    """Where the run starts, from what is in its folder; touches nothing. Of checkpoints only sizes are checked.
 
     Args:
         run: The run.
+        allow_change: Go on with a config that changes what a step computes.
+        damaged: What is known to be wrong with which checkpoint; an earlier one is then taken.
         restarted: torchrun started the processes again after a failure, with the same arguments: what is there is this
             run's own, which `runner.resume = "never"` does not mean.
 
@@ -111,14 +126,48 @@ def find_start(run: RunConfig, *, restarted: bool = False) -> Start:
                 f"{folder} already holds a run and runner.resume is 'never'. "
                 "Give another runner.name, or --overwrite to remove it."
             )
-    checkpoint = latest(folder)
+    bad = dict(damaged or {})
+    newest = newest_whole(folder, run.checkpoints, bad)
     metrics = folder / "metrics.jsonl"
-    if checkpoint or (metrics.exists() and metrics.stat().st_size):
-        _refuse_other_config(run, saved)
-    if checkpoint is None:
+    changes: list[Change] = []
+    if newest or (metrics.exists() and metrics.stat().st_size):
+        changes = _changes(run, saved, allow_change=allow_change)
+    if newest is None:
         return Start()
-    position = read_position(checkpoint)
-    return Start(position.step, checkpoint, finished=_is_finished(run, position))
+    checkpoint, position = newest
+    return Start(
+        position.step,
+        checkpoint,
+        finished=_is_finished(run, position),
+        notes=(*_describe_changes(changes), *_describe_damage(bad, checkpoint)),
+        changed=any(not _may_change(key) for key, _, _ in changes),
+    )
+
+
+def agree_on_start(run: RunConfig, group: Processes, start: Start, *, allow_change: bool = False) -> Start:
+    """Have every rank check its share of the checkpoint, and take an earlier one as long as it is damaged.
+
+    Args:
+        run: The run.
+        group: All ranks.
+        start: Where the run would start.
+        allow_change: See `find_start`.
+
+    Returns:
+        Where it does start, on every rank.
+
+    Raises:
+        UserError: No checkpoint is whole.
+    """
+    damaged: dict[str, str] = {}
+    while start.checkpoint is not None and not start.finished:
+        mine = find_damage(start.checkpoint, rank=group.rank, ranks=group.size)
+        found = [why for why in group.gather(mine) if why]
+        if not found:
+            break
+        damaged[start.checkpoint.name] = found[0]
+        start = group.decide(lambda: find_start(run, restarted=True, allow_change=allow_change, damaged=damaged))
+    return start
 
 
 def say_finished(run: RunConfig, start: Start) -> str:
@@ -127,25 +176,37 @@ def say_finished(run: RunConfig, start: Start) -> str:
     return f"{run.runner.name} is finished: its {start.step} steps are in {run.folder} (see {limits})."
 
 
-def prepare_folder(run: RunConfig, *, overwrite: bool, restarted: bool = False) -> Start:
-    """Decide where the run starts and leave its folder ready, with `config.toml` in it. Called on rank 0.
+def choose_start(run: RunConfig, *, overwrite: bool, restarted: bool = False, allow_change: bool = False) -> Start:
+    """Decide where the run starts. Called on rank 0.
 
     Args:
         run: The run.
         overwrite: Move a run of this name aside and start afresh, unless restarted.
         restarted: See `find_start`.
+        allow_change: See `find_start`.
 
     Raises:
         UserError: If going on would mix two runs, or overwrite one.
     """
     if overwrite and not restarted and (run.folder / "config.toml").exists():
-        start = Start(replaced=_move_aside(run.folder))
-    else:
-        start = find_start(run, restarted=restarted)
-    if not start.finished:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        write_text(run.folder / "config.toml", dump_config(run))
-    return start
+        return Start(replaced=_move_aside(run.folder))
+    return find_start(run, restarted=restarted, allow_change=allow_change)
+
+
+def prepare_folder(run: RunConfig, start: Start) -> None:
+    """Leave the folder ready for a run that starts there, with `config.toml` in it. Called on rank 0.
+
+    The config that the steps before were made with stays beside it, where another computes them differently.
+    """
+    config = run.folder / "config.toml"
+    run.folder.mkdir(parents=True, exist_ok=True)
+    if start.changed:
+        before = config.with_name(f"config.{step_name(start.step)}.toml")
+        if not before.exists():  # Else no step was made with what is there.
+            write_text(before, config.read_text(encoding="utf-8"))
+    write_text(config, dump_config(run))
+    if start.checkpoint is not None:
+        write_text(run.folder / "latest", start.checkpoint.name)
 
 
 def _is_finished(run: RunConfig, position: Position) -> bool:
@@ -160,7 +221,7 @@ def _is_finished(run: RunConfig, position: Position) -> bool:
 
 def _move_aside(folder: Path) -> Path:
     aside = folder.with_name(f".{folder.name}.replaced")
-    if aside.exists() and latest(folder) is None:
+    if aside.exists() and not (folder / "latest").exists():
         shutil.rmtree(folder)  # Left by an --overwrite that was killed; what it replaced is still aside.
     else:
         shutil.rmtree(aside, ignore_errors=True)
@@ -175,18 +236,46 @@ def put_back(run: RunConfig, start: Start) -> None:
         start.replaced.rename(run.folder)
 
 
-def remove_replaced(start: Start) -> None:
+def remove_replaced(run: RunConfig, start: Start) -> None:
     """Finish `--overwrite`: the successor is ready to train. Called on rank 0."""
     if start.replaced:
         shutil.rmtree(start.replaced)
+        if run.checkpoints.exists():  # Elsewhere than in the folder that was moved.
+            shutil.rmtree(run.checkpoints)
 
 
-def _refuse_other_config(run: RunConfig, saved: Path) -> None:
-    old, new = read_toml(saved), read_toml(dump_config(run))
-    changed = [change for change in diff_tables(old, new) if not {change[0], change[0].split(".")[0]} & MAY_CHANGE]
-    if changed:
-        lines = "\n".join(f"  {key}: {before!r} -> {after!r}" for key, before, after in changed)
+Change = tuple[str, object, object]
+"""A key, its value before, and its value now."""
+
+
+def _changes(run: RunConfig, saved: Path, *, allow_change: bool) -> list[Change]:
+    """What differs from the config that the run was made with so far."""
+    changes = diff_tables(read_toml(saved), read_toml(dump_config(run)))
+    if not allow_change and any(not _may_change(key) for key, _, _ in changes):
+        lines = "\n".join(_lines(changes))
         raise UserError(
             f"{run.folder} holds a run with another config:\n{lines}\n"
-            "Continue it with its own config, give another runner.name, or --overwrite to remove it and start afresh."
+            "Continue it with its own config, give another runner.name, --allow-change to go on with this one from "
+            "where it stands, or --overwrite to remove it and start afresh."
         )
+    return changes
+
+
+def _may_change(key: str) -> bool:
+    return bool({key, key.split(".")[0]} & MAY_CHANGE)
+
+
+def _lines(changes: list[Change]) -> list[str]:
+    return [
+        f"  {key}: {before!r} -> {after!r}{'' if _may_change(key) else ' (changes what a step computes)'}"
+        for key, before, after in changes
+    ]
+
+
+def _describe_changes(changes: list[Change]) -> list[str]:
+    return ["goes on with another config:", *_lines(changes)] if changes else []
+
+
+def _describe_damage(damaged: Mapping[str, str], used: Path) -> list[str]:
+    notes = [f"warning: the checkpoint {name} is damaged: {why}" for name, why in sorted(damaged.items(), reverse=True)]
+    return [*notes, f"warning: goes on from {used}, the newest that is whole"] if notes else []

@@ -17,6 +17,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 AGAIN = 2.0
 """Seconds after which a second signal is a person who will not wait. Until then it is the same one: Ctrl-C reaches a
 worker from the terminal and once more from torchrun."""
+GRACE = 25.0
+"""Seconds from a signal to the end: torchrun kills 30 seconds after it has passed one on."""
 
 
 class StopSignal:
@@ -25,6 +27,11 @@ class StopSignal:
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._at = 0.0
+
+    @property
+    def seconds_left(self) -> float:
+        """Until the process must have left; all of them where the signal has reached another rank only."""
+        return GRACE if self.received is None else max(0.0, GRACE - (time.monotonic() - self._at))
 
     def handle(self, number: int, _: FrameType | None) -> None:
         """Remember the first signal; a later one that is meant gets through at once."""

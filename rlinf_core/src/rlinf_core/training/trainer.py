@@ -22,8 +22,9 @@ from rlinf_core.data.order import check_batch, steps_per_epoch
 from rlinf_core.errors import Interrupted
 from rlinf_core.plugins import Plugins
 from rlinf_core.policy import PolicyOutput
-from rlinf_core.training import checkpoint, sources
+from rlinf_core.training import sources
 from rlinf_core.training.build import build_policy, open_weights
+from rlinf_core.training.checkpoint import Checkpoints, load
 from rlinf_core.training.distributed import Processes, to_device
 from rlinf_core.training.ema import Ema
 from rlinf_core.training.fsdp import communicate, derived_seed, layout
@@ -31,7 +32,7 @@ from rlinf_core.training.metrics import StepClock, peak_memory_gb
 from rlinf_core.training.optim import Optimizer, Schedule
 from rlinf_core.training.position import Position, step_name
 from rlinf_core.training.resume import Start
-from rlinf_core.training.stopping import Best, StopSignal, best_metric, stop_signals
+from rlinf_core.training.stopping import GRACE, Best, StopSignal, best_metric, stop_signals
 from rlinf_core.training.validations import open_validation
 
 
@@ -64,10 +65,9 @@ class Fsdp2Trainer:
         self._layout = layout(self._parameters.items())
         self._best, self._validated = Best(), 0
         if start.checkpoint:
-            position = checkpoint.load(
-                start.checkpoint, self._tensors(), layout=self._layout, rows=self._rows, data=self._data
-            )
+            position = load(start.checkpoint, self._tensors(), self._position())
             self._best, self._validated = position.best, position.validated
+        self._checkpoints = Checkpoints.of(run, group, self._tensors(), start)
         first = group.rank == 0
         self._loggers = plugins.build_loggers(run, start_step=start.step, stop_step=self.stop_step) if first else []
         for fact in sources.describe_splits_of(run, self.sources, held_out):
@@ -91,9 +91,11 @@ class Fsdp2Trainer:
             self._plugins.hook.rlinf_train_started(trainer=self)
             with stop_signals() as stop:
                 received = self._train(stop)
+                self._finish_saving(stop, received)
             error = Interrupted(received, self.step) if received else None
         except BaseException as e:
             error = e
+            self._abandon_saving(e)
             raise
         finally:
             with contextlib.ExitStack() as ending:  # All are told, even if one of them fails.
@@ -110,7 +112,8 @@ class Fsdp2Trainer:
         while self.step < self.stop_step and not self._improves_no_more():
             metrics, stopping = self._train_step(batches, stop)
             self.step += 1
-            self._report("step", metrics)
+            self._report("step", metrics | self._checkpoints.stall())
+            self._tell_saved()
             if first_here and (missing := sources.missing_losses(self.sources, metrics)):
                 self._tell(missing)
             first_here = False
@@ -190,7 +193,7 @@ class Fsdp2Trainer:
             return False
         _, stopping = self._validate(stop)
         if not stopping and self._group.rank == 0:
-            checkpoint.restate(self.run.folder, self._position(), self._best_name())
+            self._checkpoints.restate(self._position(), self._best_name())
         return stopping
 
     def _validate(self, stop: StopSignal) -> tuple[bool, bool]:
@@ -232,18 +235,32 @@ class Fsdp2Trainer:
             logger.message(text)
 
     def _save(self) -> None:
-        best = self._best_name()
-        path = checkpoint.save(
-            self.run.folder,
-            self._position(),
-            self._tensors(),
-            self._group,
-            keep_last=self.run.runner.keep_last,
-            best=best,
-        )
-        self._tell(f"step {self.step}: saved {path}" + " (the best validation so far)" * (best == path.name))
-        if self._group.rank == 0:
-            self._plugins.hook.rlinf_checkpoint_saved(trainer=self, step=self.step, path=path)
+        try:
+            self._checkpoints.save(self._position(), best=self._best_name())
+        finally:
+            self._tell_saved()
+
+    def _finish_saving(self, stop: StopSignal, received: signal.Signals | None) -> None:
+        """Wait for what is being written; a run that was asked to leave does so in time (contract 10)."""
+        try:
+            self._checkpoints.finish(stop.seconds_left if received else None)
+        finally:
+            self._tell_saved()
+
+    def _abandon_saving(self, error: BaseException) -> None:
+        """Let a checkpoint that is being written become complete, though training has failed."""
+        try:
+            self._checkpoints.finish(GRACE)
+        except Exception as another:  # What ended training is what to tell; this mostly follows from it.
+            error.add_note(f"the checkpoint that was being written is lost: {another}")
+        self._tell_saved()
+
+    def _tell_saved(self) -> None:
+        """Tell loggers and observers of checkpoints that have become complete, or have not."""
+        for saved in self._checkpoints.finished():
+            self._tell(str(saved))
+            if self._group.rank == 0 and not saved.failure:
+                self._plugins.hook.rlinf_checkpoint_saved(trainer=self, step=saved.step, path=saved.path)
 
     def _best_name(self) -> str:
         return step_name(self._best.step) if self.run.runner.save_best and self._best.step else ""
