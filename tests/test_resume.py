@@ -27,14 +27,6 @@ def run(tmp_path):
     return make
 
 
-def start(run, *, overwrite=False, **options):
-    """Choose where the run starts and leave its folder ready for it, as a process does."""
-    start = choose_start(run, overwrite=overwrite, **options)
-    if not start.finished:
-        prepare_folder(run, start)
-    return start
-
-
 def checkpoint(run, step, validated=None):
     """What a checkpoint leaves as far as starting is concerned."""
     path = run.folder / "checkpoints" / f"step_{step:09d}"
@@ -49,68 +41,68 @@ def checkpoint(run, step, validated=None):
 
 
 def test_a_new_run_starts_at_zero_and_leaves_its_config(run):
-    begun = start(run())
+    begun = prepare_folder(run(), overwrite=False)
     assert (begun.step, begun.checkpoint, begun.finished) == (0, None, False)
     assert load_config(run().folder / "config.toml") == run()
 
 
 def test_an_unfinished_run_continues(run):
-    start(run())
+    prepare_folder(run(), overwrite=False)
     checkpoint(run(), 4)
-    begun = start(run())
+    begun = prepare_folder(run(), overwrite=False)
     assert (begun.step, begun.checkpoint.name, begun.finished) == (4, "step_000000004", False)
 
 
 def test_a_finished_run_is_finished_until_it_gets_more_steps(run):
-    start(run())
+    prepare_folder(run(), overwrite=False)
     checkpoint(run(), 10)
-    assert start(run()).finished
-    assert start(run("data.num_workers=0")).finished
-    assert start(run("runner.max_steps=12")).step == 10
+    assert prepare_folder(run(), overwrite=False).finished
+    assert prepare_folder(run("data.num_workers=0"), overwrite=False).finished
+    assert prepare_folder(run("runner.max_steps=12"), overwrite=False).step == 10
 
 
 def test_a_run_that_was_stopped_before_its_last_validation_is_not_finished(run):
-    start(run())
+    prepare_folder(run(), overwrite=False)
     checkpoint(run(), 10, validated=0)
-    assert not start(run()).finished
-    assert start(run("runner.val_check_interval=0")).finished
+    assert not prepare_folder(run(), overwrite=False).finished
+    assert prepare_folder(run("runner.val_check_interval=0"), overwrite=False).finished
 
 
 @pytest.mark.parametrize("step", [4, 10], ids=["unfinished", "finished"])
 def test_another_config_is_refused_with_the_difference(run, step):
-    start(run())
+    prepare_folder(run(), overwrite=False)
     checkpoint(run(), step)
     with pytest.raises(
         UserError, match=r"(?s)another config:\n  optim\.lr: .* -> 0\.5 \(changes what a step computes\)\n.*--overwrite"
     ):
-        start(run("optim.lr=0.5"))
+        prepare_folder(run("optim.lr=0.5"), overwrite=False)
     assert load_config(run().folder / "config.toml") == run()
 
 
 def test_before_the_first_step_a_config_may_be_mended(run):
-    start(run())
-    assert start(run("optim.lr=0.5")).step == 0
+    prepare_folder(run(), overwrite=False)
+    assert prepare_folder(run("optim.lr=0.5"), overwrite=False).step == 0
     assert load_config(run().folder / "config.toml") == run("optim.lr=0.5")
 
 
 def test_steps_without_a_checkpoint_are_not_mixed_with_another_config(run):
-    start(run())
+    prepare_folder(run(), overwrite=False)
     write_text(run().folder / "metrics.jsonl", '{"step": 1, "loss": 1.0}\n')
-    assert start(run()).step == 0
+    assert prepare_folder(run(), overwrite=False).step == 0
     with pytest.raises(UserError, match=r"optim\.lr"):
-        start(run("optim.lr=0.5"))
+        prepare_folder(run("optim.lr=0.5"), overwrite=False)
 
 
 def test_never_refuses_what_is_there(run):
-    start(run())
+    prepare_folder(run(), overwrite=False)
     with pytest.raises(UserError, match="--overwrite"):
-        start(run("runner.resume=never"))
+        prepare_folder(run("runner.resume=never"), overwrite=False)
 
 
 def test_overwrite_starts_afresh_and_the_old_run_goes_when_the_new_one_is_ready(run):
-    start(run())
+    prepare_folder(run(), overwrite=False)
     checkpoint(run(), 4)
-    begun = start(run("runner.resume=never"), overwrite=True)
+    begun = prepare_folder(run("runner.resume=never"), overwrite=True)
     assert (begun.step, begun.checkpoint) == (0, None)
     assert not (run().folder / "checkpoints").exists()
     assert (begun.replaced / "checkpoints" / "step_000000004").exists()
@@ -119,19 +111,19 @@ def test_overwrite_starts_afresh_and_the_old_run_goes_when_the_new_one_is_ready(
 
 
 def test_a_run_whose_successor_never_came_to_train_is_back_in_its_place(run):
-    start(run())
+    prepare_folder(run(), overwrite=False)
     checkpoint(run(), 4)
-    put_back(run(), start(run("optim.lr=0.5"), overwrite=True))
-    assert start(run()).step == 4
+    put_back(run(), prepare_folder(run("optim.lr=0.5"), overwrite=True))
+    assert prepare_folder(run(), overwrite=False).step == 4
     assert [path.name for path in run().folder.parent.iterdir()] == ["r"]
 
 
 @pytest.mark.parametrize("killed", [1, 2])
 def test_an_overwrite_that_was_killed_before_it_was_ready_has_lost_nothing(run, killed):
-    start(run())
+    prepare_folder(run(), overwrite=False)
     checkpoint(run(), 4)
     for _ in range(killed):
-        begun = start(run(), overwrite=True)
+        begun = prepare_folder(run(), overwrite=True)
     assert (begun.replaced / "checkpoints" / "step_000000004").exists()
 
 
@@ -157,9 +149,9 @@ def test_an_output_folder_that_cannot_be_is_named(run, tmp_path):
 @pytest.mark.parametrize("resume", ["auto", "never"])
 def test_a_restart_by_torchrun_neither_overwrites_nor_refuses_its_own_run(run, resume):
     mine = run(f"runner.resume={resume}")
-    start(mine, overwrite=True)
+    prepare_folder(mine, overwrite=True)
     checkpoint(mine, 4)
-    assert start(mine, overwrite=True, restarted=True).step == 4
+    assert prepare_folder(mine, overwrite=True, restarted=True).step == 4
 
 
 def test_a_folder_that_holds_no_run_is_never_touched(run):
@@ -168,7 +160,7 @@ def test_a_folder_that_holds_no_run_is_never_touched(run):
     precious.write_text("x")
     for overwrite in (False, True):
         with pytest.raises(UserError, match="holds no run"):
-            start(run(), overwrite=overwrite)
+            prepare_folder(run(), overwrite=overwrite)
     assert precious.read_text() == "x"
 
 
@@ -187,12 +179,12 @@ class OneRank:
 def settle(run, **options):
     """Where the run starts once all ranks have looked at the bytes of the checkpoint."""
     begun = agree_on_start(run, OneRank(), choose_start(run, overwrite=False, **options))
-    prepare_folder(run, begun)
+    leave_ready(run, begun)
     return begun
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_the_newest_whole_one(run):
-    start(run())
+    prepare_folder(run(), overwrite=False)
     for step in (2, 4, 6, 8):
         checkpoint(run(), step)
     folder = run().folder
@@ -210,14 +202,14 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_newest_whole_one(run):
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_afresh(run):
-    start(run())
+    prepare_folder(run(), overwrite=False)
     (checkpoint(run(), 4) / "shard").write_bytes(b"abd")
     with pytest.raises(UserError, match=r"(?s)no checkpoint .*step_000000004: the bytes of shard.*--overwrite"):
         settle(run())
 
 
 def test_a_change_that_is_allowed_is_shown_and_recorded(run):
-    start(run())
+    prepare_folder(run(), overwrite=False)
     checkpoint(run(), 4)
     before = run().folder / "config.toml"
     old = before.read_text()
@@ -238,7 +230,7 @@ def test_a_change_that_is_allowed_is_shown_and_recorded(run):
 
 
 def test_a_change_that_computes_the_same_is_shown_and_needs_no_permission(run):
-    start(run())
+    prepare_folder(run(), overwrite=False)
     checkpoint(run(), 4)
     begun = settle(run("runner.keep_last=5"))
     assert begun.notes == ("goes on with another config:", "  runner.keep_last: 2 -> 5")
@@ -247,13 +239,13 @@ def test_a_change_that_computes_the_same_is_shown_and_needs_no_permission(run):
 
 def test_checkpoints_may_lie_elsewhere(run, tmp_path):
     elsewhere = run(f"runner.checkpoint_dir={tmp_path / 'large'}")
-    start(elsewhere)
+    prepare_folder(elsewhere, overwrite=False)
     path = checkpoint(elsewhere, 4)
     there = tmp_path / "large" / "r"
     there.mkdir(parents=True)
     path.rename(there / path.name)
     assert settle(elsewhere).checkpoint == there / path.name
-    begun = start(elsewhere, overwrite=True)
+    begun = prepare_folder(elsewhere, overwrite=True)
     assert begun.checkpoint is None
     remove_replaced(elsewhere, begun)
     assert not there.exists()

@@ -86,7 +86,7 @@ def train(
             if group.rank == 0:
                 print(resume.say_finished(run, start))
             return
-        group.decide(lambda: resume.prepare_folder(run, start))
+        group.decide(lambda: resume.leave_ready(run, start))
         ending.belongs_to(run.folder, start.step)
         try:
             if group.rank == 0:

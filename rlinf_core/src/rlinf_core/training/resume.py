@@ -193,7 +193,22 @@ def choose_start(run: RunConfig, *, overwrite: bool, restarted: bool = False, al
     return find_start(run, restarted=restarted, allow_change=allow_change)
 
 
-def prepare_folder(run: RunConfig, start: Start) -> None:
+def prepare_folder(run: RunConfig, *, overwrite: bool, restarted: bool = False, allow_change: bool = False) -> Start:
+    """Choose where the run starts and leave its folder ready: all that a run of one process needs before it trains.
+
+    Args:
+        run: The run.
+        overwrite: See `choose_start`.
+        restarted: See `find_start`.
+        allow_change: See `find_start`.
+    """
+    start = choose_start(run, overwrite=overwrite, restarted=restarted, allow_change=allow_change)
+    if not start.finished:
+        leave_ready(run, start)
+    return start
+
+
+def leave_ready(run: RunConfig, start: Start) -> None:
     """Leave the folder ready for a run that starts there, with `config.toml` in it. Called on rank 0.
 
     The config that the steps before were made with stays beside it, where another computes them differently.
