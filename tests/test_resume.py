@@ -12,6 +12,7 @@ from rlinf_core.training.resume import (
     agree_on_start,
     choose_start,
     hold_folder,
+    leave_ready,
     prepare_folder,
     put_back,
     remove_replaced,
