@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlinf_core.errors import Exit, Interrupted, UserError
+from rlinf_core.errors import Exit, Interrupted, RunFault, UserError
 from rlinf_core.files import write_text
 
 if TYPE_CHECKING:
@@ -71,6 +71,9 @@ class Ending:
             if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
                 _marker().touch()
             return self._record(Exit.USER_ERROR, "mistake", str(error))
+        except RunFault as error:
+            self._say_once(error)
+            return self._record(Exit.DEFECT, "defect", str(error))
         except KeyboardInterrupt as error:
             return self._record_stop(error)
         except BaseException as error:
@@ -100,7 +103,7 @@ class Ending:
             print(said, file=sys.stderr, flush=True)
         return self._record(*((Exit.OK, "preempted") if preempted else (Exit.INTERRUPTED, "interrupted")), said)
 
-    def _say_once(self, error: UserError) -> None:
+    def _say_once(self, error: UserError | RunFault) -> None:
         """Print the message once: rank 0 first, another rank only if rank 0 has not ended the run meanwhile."""
         if self.rank:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's, once rank 0 has ended: nothing is left to say.

@@ -30,6 +30,13 @@ class PluginError(UserError):
     """A plugin failed or contradicts another. The message names its distribution, version and entry point."""
 
 
+class RunFault(Exception):
+    """Something failed that is neither the user's nor the code's: a machine, a network. Starting again may help.
+
+    The message is shown without a traceback, and torchrun's restarts are used up on it.
+    """
+
+
 class Interrupted(KeyboardInterrupt):
     """A run was asked to stop by a signal, and has saved if it was training; the same command continues it.
 

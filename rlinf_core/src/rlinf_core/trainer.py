@@ -28,6 +28,8 @@ class TrainerConfig(BaseModel):
 
     device: Literal["auto", "cpu"] = "auto"
     """`auto`: each rank's own CUDA device, or the CPU where there is none; `cpu`: the CPU."""
+    timeout_seconds: float = Field(default=600.0, ge=1.0)
+    """How long ranks wait for one another in a collective: then the run ends, with a flight record of every rank."""
 
     def check_run(self, run: RunConfig) -> None:
         """Refuse what does not fit the rest of the config. Raises `ValueError` that names the keys."""

@@ -18,6 +18,9 @@ from rlinf_core.errors import UserError, did_you_mean
 from rlinf_core.policy import PolicyConfig
 from rlinf_core.trainer import TrainerConfig
 
+MOST_PROFILED = 20
+"""Steps in one trace: a step of a large model has some 20 MB."""
+
 
 class RunnerConfig(Section):
     """The `[runner]` table: how long to run, what to write and when."""
@@ -59,6 +62,14 @@ class RunnerConfig(Section):
     """Validations in a row without improvement after which the run ends; 0: it never ends early."""
     early_stop_min_delta: float = Field(default=0.0, ge=0.0)
     """By how much `best_metric` must fall to count as an improvement."""
+    max_skipped_steps: int = Field(default=10, ge=0)
+    """Steps in a row whose loss or gradient was not finite, after which the run ends; 0: it goes on."""
+    spike_threshold: float = Field(default=10.0, ge=0.0)
+    """A loss is written to `anomalies.jsonl` when it is so many standard deviations (1.4826 x median absolute
+    deviation) above the median of the last 100 steps; 0: none is."""
+    profile: tuple[int, ...] = ()
+    """`[start, stop]`: the first and the last step of which rank 0 writes a profiler trace to `<run>/profile/`; empty:
+    none."""
     resume: Literal["auto", "never"] = "auto"
     """`auto` continues an unfinished run of this name; `never` refuses if one is there (`--overwrite` removes it)."""
     loggers: tuple[str, ...] = ()
@@ -87,6 +98,19 @@ class RunnerConfig(Section):
             )
         if self.early_stop_min_delta and not self.early_stop_patience:
             raise ValueError("early_stop_min_delta does nothing without early_stop_patience")
+        return self
+
+    @model_validator(mode="after")
+    def _profiles_some_steps(self) -> RunnerConfig:
+        if not self.profile:
+            return self
+        if len(self.profile) != 2 or not 1 <= self.profile[0] <= self.profile[1]:
+            raise ValueError(f"profile = {list(self.profile)} must be [start, stop]: two steps from 1, in order")
+        start, stop = self.profile
+        if stop - start >= MOST_PROFILED:
+            raise ValueError(f"profile = {[start, stop]} has {stop - start + 1} steps: a trace holds {MOST_PROFILED}")
+        if self.max_steps and stop > self.max_steps:
+            raise ValueError(f"profile = {[start, stop]} ends after max_steps = {self.max_steps}")
         return self
 
     def stop_step(self, steps_per_epoch: int) -> int:

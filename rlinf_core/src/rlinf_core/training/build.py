@@ -13,7 +13,9 @@ from rlinf_core.plugins import Plugins
 from rlinf_core.policy import ShardUnit, WeightSource
 from rlinf_core.training.blocks import prepare_block
 from rlinf_core.training.distributed import Processes
+from rlinf_core.training.ema import Ema
 from rlinf_core.training.fsdp import derived_seed, materialize, shard
+from rlinf_core.training.optim import Optimizer, Schedule
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -68,6 +70,26 @@ def build_policy(
     home = torch.device("cpu") if config.cpu_offload else group.device
     materialize(policy, home, value if filled else None, buffers_on=group.device)
     return policy
+
+
+def build_optimizer(run: RunConfig, policy: Any) -> Optimizer:
+    """The optimizer of a sharded policy, as `[optim]` says."""
+    optim = run.optim
+    return Optimizer(
+        policy.named_parameters(),
+        Schedule(optim.lr, optim.min_lr, optim.warmup_steps, optim.decay_steps),
+        betas=optim.betas,
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        clip_grad=optim.clip_grad,
+    )
+
+
+def build_ema(run: RunConfig, config: Fsdp2TrainerConfig, policy: Any) -> Ema | None:
+    """The moving average of a sharded policy with its initial weights; None if none is kept."""
+    if not run.optim.ema_decay:
+        return None
+    return Ema(policy, run.optim.ema_decay, torch.device("cpu") if config.ema_device == "cpu" else None)
 
 
 def _refuse_saved_buffers(run: RunConfig, policy: Any) -> None:

@@ -1,4 +1,9 @@
-"""Where a step's time goes, and how much memory it took."""
+"""Where a step's time goes, and how much memory it took.
+
+Times are marks on the device's own timeline: on CUDA events, read when the device has long passed them, so that
+measuring waits for nothing; elsewhere the host's clock. The phases of a step follow one another there, so that their
+shares never sum to more than 1.
+"""
 
 from __future__ import annotations
 
@@ -12,43 +17,73 @@ import torch
 
 PHASES = ("data_wait", "forward", "backward", "optimizer")
 
+Mark = float | torch.cuda.Event
+"""A point in time: seconds of the host's clock, or an event in the device's stream."""
+
 
 class StepClock:
-    """Times the phases of one step. On CUDA with events, so that measuring waits for nothing.
+    """Times the phases of one step.
 
-    Waiting for data is the host's time everywhere; the device may still be busy then.
+    `data_wait` is the time that the device waited: a host that runs ahead may wait for a batch at no cost.
 
     Args:
         device: What the step computes on.
+        before: The clock of the step before, if nothing but telling of steps came in between: this step then begins
+            where that one ended. None: it begins now.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, before: StepClock | None = None) -> None:
         self._cuda = device.type == "cuda"
-        self._started = time.perf_counter()
-        self._seconds = dict.fromkeys(PHASES, 0.0)
-        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._began: Mark = self._mark() if before is None else before._ended
+        self._ended: Mark = self._began
+        self._phases: list[tuple[str, Mark, Mark]] = []
+        self._cpu_seconds = -time.thread_time()
 
     @contextmanager
     def time(self, phase: str) -> Iterator[None]:
-        """Add what happens inside to a phase."""
-        if self._cuda and phase != "data_wait":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            start.record()
+        """Add what happens inside to a phase, under whose name it also stands in a profile."""
+        start = self._mark()
+        with torch.profiler.record_function(phase):
             yield
-            end.record()
-            self._events.append((phase, start, end))
-        else:
-            before = time.perf_counter()
-            yield
-            self._seconds[phase] += time.perf_counter() - before
+        self._phases.append((phase, start, self._mark()))
+
+    def stop(self) -> None:
+        """The step has ended, or on CUDA: will have ended when the device comes here."""
+        self._ended = self._mark()
+        self._cpu_seconds += time.thread_time()
+
+    @property
+    def cpu_seconds(self) -> float:
+        """Time for which this thread computed, after `stop`: what it waited for, others above all, does not count."""
+        return self._cpu_seconds
 
     def read(self, samples: int) -> dict[str, float]:
         """The step's `samples_per_second` and the share of each phase in its time; call it when the device is done."""
-        seconds = time.perf_counter() - self._started
-        for phase, start, end in self._events:
-            self._seconds[phase] += start.elapsed_time(end) / 1000
-        shares = {f"{phase}_share": spent / seconds for phase, spent in self._seconds.items()}
+        seconds = max(_seconds(self._began, self._ended), 1e-9)
+        spent = dict.fromkeys(PHASES, 0.0)
+        for phase, start, end in self._phases:
+            spent[phase] += _seconds(start, end)
+        shares = {f"{phase}_share": one / seconds for phase, one in spent.items()}
         return {"samples_per_second": samples / seconds, "step_seconds": seconds} | shares
+
+    def _mark(self) -> Mark:
+        return record_event() if self._cuda else time.perf_counter()
+
+
+def record_event() -> torch.cuda.Event:
+    """An event at this point of the current stream, with its time."""
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
+def _seconds(start: Mark, end: Mark) -> float:
+    if isinstance(start, float) or isinstance(end, float):
+        assert isinstance(start, float)
+        assert isinstance(end, float)
+        return end - start
+    milliseconds: float = start.elapsed_time(end)
+    return milliseconds / 1000
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -46,7 +46,7 @@ class StepResult(NamedTuple):
     lr: torch.Tensor
     """Learning rate of this step."""
     skipped: torch.Tensor
-    """1.0 where the gradient was not finite and nothing changed, else 0.0."""
+    """1.0 where gradient or loss was not finite and nothing changed, else 0.0."""
 
 
 class Optimizer:
@@ -79,7 +79,7 @@ class Optimizer:
                 "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
             }
 
-    def step(self, divisor: torch.Tensor | float = 1.0) -> StepResult:
+    def step(self, divisor: torch.Tensor | float = 1.0, loss: torch.Tensor | None = None) -> StepResult:
         """Apply the gradients once and clear them.
 
         The fused kernel divides the gradients as it reads them, so neither the loss's weight nor clipping costs a pass
@@ -87,6 +87,7 @@ class Optimizer:
 
         Args:
             divisor: What turns the stored gradients into those of the mean loss: total weight / data-parallel ranks.
+            loss: Of all ranks, scalar. Where it is not finite, the step is skipped even if its gradient is.
         """
         if isinstance(divisor, torch.Tensor):
             divisor = divisor.to(self.applied.device)  # Elsewhere only if the parameters are offloaded to the CPU.
@@ -94,7 +95,10 @@ class Optimizer:
         norm = _whole(torch.nn.utils.get_total_norm(gradients)) / divisor
         # optax.clip_by_global_norm: divide only when the norm exceeds the bound, and without an epsilon.
         excess = torch.where(norm > self.clip_grad, norm / self.clip_grad, torch.ones_like(norm))
-        skipped = (~torch.isfinite(norm)).to(torch.float32)
+        finite = torch.isfinite(norm)
+        if loss is not None:
+            finite &= torch.isfinite(loss).to(norm.device)
+        skipped = (~finite).to(torch.float32)
         self._lr.copy_(self.schedule.at(self.applied))
         # The names under which torch.amp.GradScaler hands these to fused optimizers.
         self._adamw.grad_scale = excess * divisor  # type: ignore[attr-defined]

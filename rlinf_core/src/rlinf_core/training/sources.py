@@ -101,7 +101,8 @@ def source_sums(output: PolicyOutput, numbers: torch.Tensor, count: int) -> torc
         return output.loss_sum.detach().new_zeros(2 * count)
     # Not index_add_, whose order of addition on a GPU is not always the same.
     mine = numbers == torch.arange(count, device=numbers.device)[:, None]
-    return (mine[..., None] * output.sample_losses).sum(1).flatten()
+    # A product would spread a loss that is not a number to every source.
+    return torch.where(mine[..., None], output.sample_losses, 0.0).sum(1).flatten()
 
 
 def source_losses(sources: Sequence[Source], sums: Sequence[float]) -> dict[str, float]:

@@ -17,22 +17,24 @@ from rlinf_core.config.fsdp2 import Fsdp2TrainerConfig
 from rlinf_core.config.run import RunConfig
 from rlinf_core.data.chunked import check_streams, chunks_of
 from rlinf_core.data.loader import build_train_loader
-from rlinf_core.data.micro_batches import SOURCE
 from rlinf_core.data.order import check_batch, steps_per_epoch
 from rlinf_core.errors import Interrupted
 from rlinf_core.plugins import Plugins
-from rlinf_core.policy import PolicyOutput
 from rlinf_core.training import sources
-from rlinf_core.training.build import build_policy, open_weights
+from rlinf_core.training.anomalies import Guard, usual_losses
+from rlinf_core.training.build import build_ema, build_optimizer, build_policy, open_weights
 from rlinf_core.training.checkpoint import Checkpoints, load
-from rlinf_core.training.distributed import Processes, to_device
-from rlinf_core.training.ema import Ema
-from rlinf_core.training.fsdp import communicate, derived_seed, layout
-from rlinf_core.training.metrics import StepClock, peak_memory_gb
-from rlinf_core.training.optim import Optimizer, Schedule
+from rlinf_core.training.distributed import Processes
+from rlinf_core.training.failures import in_words
+from rlinf_core.training.flight import Watch
+from rlinf_core.training.fsdp import layout
 from rlinf_core.training.position import Position, step_name
+from rlinf_core.training.profiling import Profile
+from rlinf_core.training.reports import StepReports
 from rlinf_core.training.resume import Start
+from rlinf_core.training.step import StepRecord, TrainStep
 from rlinf_core.training.stopping import GRACE, Best, StopSignal, best_metric, stop_signals
+from rlinf_core.training.stragglers import Stragglers
 from rlinf_core.training.validations import open_validation
 
 
@@ -46,7 +48,7 @@ class Fsdp2Trainer:
         self.step = start.step
         self._config, self._group, self._plugins = config, group, plugins
         config.check_ranks(group.size)
-        self._micro_batches = check_batch(config.global_batch_size, config.micro_batch_size, group.size)
+        check_batch(config.global_batch_size, config.micro_batch_size, group.size)
         check_streams(chunks_of(run.data), group.size)
         with group.first_on_each_machine():  # They may have to be downloaded.
             rows = sources.open_training_rows(run, plugins)
@@ -58,8 +60,8 @@ class Fsdp2Trainer:
         held_out = sources.open_held_out_rows(run, plugins)
         self._validation = open_validation(run, self.sources, held_out, group)
         self.policy = build_policy(run, config, group, plugins, weights, filled=start.checkpoint is None)
-        self.optimizer = self._build_optimizer()
-        self.ema = self._build_ema()
+        self.optimizer = build_optimizer(run, self.policy)
+        self.ema = build_ema(run, config, self.policy)
         # Taken now: while parameters are gathered, the policy shows those instead, in the compute dtype.
         self._parameters = dict(self.policy.named_parameters())
         self._layout = layout(self._parameters.items())
@@ -74,6 +76,32 @@ class Fsdp2Trainer:
             self._tell(fact)
         for warning in warnings:
             self._tell(f"warning: {warning}")
+        on_cuda = group.device.type == "cuda"
+        self._watch = Watch(run.folder, group.rank, run.trainer.timeout_seconds, beside_nccl=on_cuda)
+        self._profile = Profile(run.folder, run.runner.profile if first else (), group.device, self._tell)
+        self._stragglers = Stragglers(group)
+        self._loader = self._open_loader()
+        self._compute = TrainStep(
+            run,
+            config,
+            group,
+            self._loader.dataset,
+            policy=self.policy,
+            optimizer=self.optimizer,
+            ema=self.ema,
+            watch=self._watch,
+        )
+        self._reports = StepReports(
+            run,
+            group,
+            self._loader.dataset,
+            start_step=start.step,
+            guard=Guard(run.runner, usual_losses(run.folder, start.step) if first else ()),
+            stragglers=self._stragglers,
+            watch=self._watch,
+            tell=lambda step, metrics: self._report("step", step, {**metrics, **self._checkpoints.stall()}),
+            say=self._tell,
+        )
         if first:
             if config.compile:
                 self._tell("the first step compiles the policy's blocks, which takes minutes")
@@ -89,40 +117,45 @@ class Fsdp2Trainer:
         error: BaseException | None = None
         try:
             self._plugins.hook.rlinf_train_started(trainer=self)
-            with stop_signals() as stop:
+            self._group.wait()  # Some ranks read their weights longer than others may wait in a collective.
+            with stop_signals() as stop, self._watch.watching():
                 received = self._train(stop)
                 self._finish_saving(stop, received)
             error = Interrupted(received, self.step) if received else None
         except BaseException as e:
-            error = e
-            self._abandon_saving(e)
-            raise
+            error = in_words(e, self._watch, self._config, self._group, self._parameters, self._tensors())
+            self._abandon_saving(error)
+            if error is e:
+                raise
+            raise error from e
         finally:
             with contextlib.ExitStack() as ending:  # All are told, even if one of them fails.
                 ending.callback(self._plugins.hook.rlinf_train_finished, trainer=self, error=error)
                 for logger in self._loggers:
                     ending.callback(logger.close, error)
+                ending.callback(self._profile.close)
+                ending.callback(self._reports.read_what_is_left)
         return received
 
     def _train(self, stop: StopSignal) -> signal.Signals | None:
         runner = self.run.runner
         if self._make_up_for_validation(stop):
             return self._agree_on(stop)
-        batches, first_here = iter(self._open_loader()), True
+        batches = iter(self._loader)
         while self.step < self.stop_step and not self._improves_no_more():
-            metrics, stopping = self._train_step(batches, stop)
+            self._profile.before(self.step + 1)
+            self._reports.add(self._train_step(batches, stop))
             self.step += 1
-            self._report("step", metrics | self._checkpoints.stall())
-            self._tell_saved()
-            if first_here and (missing := sources.missing_losses(self.sources, metrics)):
-                self._tell(missing)
-            first_here = False
+            self._profile.after(self.step)
             last = self.step == self.stop_step
+            interval = bool(runner.save_interval) and self.step % runner.save_interval == 0
+            stopping = self._reports.read(all_=last or interval or self._validation_is_due())
+            self._tell_saved()
             improved = False
             if not stopping and self._validation_is_due():
                 improved, stopping = self._validate(stop)
-            interval = runner.save_interval and self.step % runner.save_interval == 0
             if last or interval or stopping or improved or self._improves_no_more():
+                self._reports.read(all_=True)
                 self._save()
                 stopping = self._group.any(stop.received is not None)  # Saving takes time, too.
             if stopping and (self.step < self.stop_step or self._validation_is_due()):
@@ -131,56 +164,10 @@ class Fsdp2Trainer:
             self._tell(f"step {self.step}: ends early, {self._best.stale} validations without improvement")
         return None
 
-    def _train_step(self, batches: Iterator[Any], stop: StopSignal) -> tuple[dict[str, float], bool]:
-        """One optimizer step over the global batch: its metrics, and whether any rank was asked to stop."""
-        clock = StepClock(self._group.device)
-        self.policy.train()
-        totals: torch.Tensor | None = None
-        names: list[str] = []
-        for micro in range(self._micro_batches):
-            self._say_what_to_send(last=micro + 1 == self._micro_batches)
-            with clock.time("data_wait"):
-                batch = next(batches)
-            # Modules with randomness of their own (dropout) draw the same numbers after a resume.
-            torch.manual_seed(derived_seed(self.run.seed, self.step, self._group.rank, micro))
-            with clock.time("forward"):
-                batch = to_device(batch, self._group.device)
-                numbers = batch.pop(SOURCE, None)  # The loader's, not the policy's.
-                out: PolicyOutput = self.policy(batch)
-            with clock.time("backward"):
-                torch.autograd.backward(out.loss_sum)
-            names = sorted(out.metrics)
-            sums = torch.stack([out.loss_sum.detach(), out.weight, *(out.metrics[name] for name in names)])
-            if numbers is not None:
-                sums = torch.cat([sums, sources.source_sums(out, numbers, len(self.sources))])
-            totals = sums if totals is None else totals + sums
-        assert totals is not None
-        # The request to stop travels with the sums: ranks agree on it without communicating more than they do anyway.
-        asked = totals.new_full((1,), float(stop.received is not None))
-        with clock.time("optimizer"):
-            totals = self._group.sum(torch.cat([totals, asked]))
-            # FSDP stored the mean over ranks of each rank's gradients; the loss is sum / weight (contract 4).
-            result = self.optimizer.step(divisor=totals[1] / self._group.size)
-            if self.ema:
-                self.ema.update(result.skipped)
-        optimizer = torch.stack([result.lr, result.grad_norm, result.skipped]).to(totals.device)
-        own, by_source = totals[2 : 2 + len(names)], totals[2 + len(names) :]  # Which ends with `asked`.
-        values = torch.cat([totals[:1] / totals[1], optimizer, own / totals[1], by_source]).tolist()
-        keys = ["loss", "lr", "grad_norm", "skipped", *names]
-        metrics = dict(zip(keys, values, strict=False)) | sources.source_losses(self.sources, values[len(keys) : -1])
-        metrics |= clock.read(self._config.global_batch_size)
-        metrics["peak_memory_gb"] = peak_memory_gb(self._group.device)
-        metrics["epoch"] = (self.step + 1) / self._steps_per_epoch
-        return metrics, values[-1] > 0
-
-    def _say_what_to_send(self, *, last: bool) -> None:
-        if self._micro_batches > 1:
-            communicate(
-                self.policy,
-                last=last,
-                reduce_every_micro_batch=self._config.reduce_every_micro_batch,
-                reshard=self._config.reshard_after_forward,
-            )
+    def _train_step(self, batches: Iterator[Any], stop: StopSignal) -> StepRecord:
+        """Compute the next step; on CUDA it is under way when this returns."""
+        times = self._stragglers.own() if self._stragglers.due(self.step + 1) else None
+        return self._compute(self.step, batches, asked=stop.received is not None, times=times)
 
     def _validation_is_due(self) -> bool:
         interval = self.run.runner.val_check_interval
@@ -199,11 +186,17 @@ class Fsdp2Trainer:
     def _validate(self, stop: StopSignal) -> tuple[bool, bool]:
         """Validate, unless asked to stop meanwhile: whether the result is the best to be saved, and whether to stop."""
         assert self._validation is not None
-        results = self._validation(self.policy, self.ema, lambda: self._group.any(stop.received is not None))
+
+        def interrupted() -> bool:
+            self._watch.enter("validation")
+            return self._group.any(stop.received is not None)
+
+        self._compute.pause()
+        results = self._validation(self.policy, self.ema, interrupted)
         if results is None:
             return False, True
         self._validated = self.step
-        self._report("validation", results)
+        self._report("validation", self.step, results)
         for text in self._validation.demonstrate(self.policy):
             self._tell(f"step {self.step}: {text}")
         runner = self.run.runner
@@ -220,21 +213,23 @@ class Fsdp2Trainer:
         interrupted = self._group.any(stop.received == signal.SIGINT)
         return signal.SIGINT if interrupted else signal.SIGTERM
 
-    def _report(self, kind: str, metrics: Mapping[str, float]) -> None:
+    def _report(self, kind: str, step: int, metrics: Mapping[str, float]) -> None:
         """Tell loggers and observers; rank 0 only."""
         if self._group.rank != 0:
             return
         for logger in self._loggers:
-            (logger.step if kind == "step" else logger.validation)(self.step, metrics)
+            (logger.step if kind == "step" else logger.validation)(step, metrics)
         hook = self._plugins.hook
         notify = hook.rlinf_step_finished if kind == "step" else hook.rlinf_validation_finished
-        notify(trainer=self, step=self.step, metrics=metrics)
+        notify(trainer=self, step=step, metrics=metrics)
 
     def _tell(self, text: str) -> None:
         for logger in self._loggers:
             logger.message(text)
 
     def _save(self) -> None:
+        self._watch.enter("saving")
+        self._compute.pause()
         try:
             self._checkpoints.save(self._position(), best=self._best_name())
         finally:
@@ -302,18 +297,3 @@ class Fsdp2Trainer:
             pin_memory=self._group.device.type == "cuda",
             chunks=chunks_of(self.run.data),
         )
-
-    def _build_optimizer(self) -> Optimizer:
-        optim = self.run.optim
-        return Optimizer(
-            self.policy.named_parameters(),
-            Schedule(optim.lr, optim.min_lr, optim.warmup_steps, optim.decay_steps),
-            betas=optim.betas,
-            eps=optim.eps,
-            weight_decay=optim.weight_decay,
-            clip_grad=optim.clip_grad,
-        )
-
-    def _build_ema(self) -> Ema | None:
-        decay, device = self.run.optim.ema_decay, self._config.ema_device
-        return Ema(self.policy, decay, torch.device("cpu") if device == "cpu" else None) if decay else None

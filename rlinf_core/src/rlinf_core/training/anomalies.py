@@ -1,0 +1,195 @@
+"""What is odd about a step, and when there is too much of it: skipped steps, and losses that spike. Torch-free.
+
+All of it follows from numbers that every rank reads of the same step, so that ranks decide alike without asking.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rlinf_core.config.run import RunConfig, RunnerConfig
+from rlinf_core.errors import UserError
+from rlinf_core.training.jsonl import FILE as METRICS
+from rlinf_core.training.jsonl import cut_back, read_rows
+from rlinf_core.training.position import STATE
+
+FILE = "anomalies.jsonl"
+WINDOW = 100
+"""Steps with whose losses a step's is compared."""
+FEWEST = 20
+"""Steps before which no loss is called a spike."""
+TO_DEVIATION = 1.4826
+"""Median absolute deviation times this is the standard deviation of normally distributed numbers."""
+SMALLEST_SPREAD = 0.01
+"""Of the median: a loss that hardly moves does not make every movement a spike."""
+MOST_SAMPLES = 64
+"""Samples of an anomaly that are written down, the most suspicious first."""
+
+Kind = Literal["skipped", "spike"]
+
+
+@dataclass(frozen=True)
+class Anomaly:
+    """Something odd about a step."""
+
+    kind: Kind
+    value: float
+    """The step's loss."""
+    expected: float
+    """The median of the losses before it; not a number where there are none yet."""
+
+    def __str__(self) -> str:
+        if self.kind == "spike":
+            return f"the loss is {self.value:.4g}, where {self.expected:.4g} was usual"
+        what = "the gradient" if math.isfinite(self.value) else "the loss"
+        return f"{what} was not finite, the step was skipped"
+
+
+class Spikes:
+    """Losses far above those of the steps before: by `threshold` robust standard deviations above their median.
+
+    Median and median absolute deviation of the window do not mind the spikes in it; a loss that stays high is usual
+    once half of the window is.
+
+    Args:
+        threshold: Robust standard deviations; 0: nothing is a spike.
+        losses: Of the steps before, in their order; those that are not finite do not count.
+    """
+
+    def __init__(self, threshold: float, losses: Iterable[float] = ()) -> None:
+        self._threshold = threshold
+        self._window = deque((loss for loss in losses if math.isfinite(loss)), maxlen=WINDOW)
+
+    def see(self, loss: float) -> float | None:
+        """What was usual, if this loss is a spike; the loss then belongs to the window."""
+        usual = statistics.median(self._window) if self._window else math.nan
+        is_spike = False
+        if self._threshold and len(self._window) >= FEWEST and math.isfinite(loss) and loss > usual:
+            deviation = TO_DEVIATION * statistics.median(abs(one - usual) for one in self._window)
+            is_spike = loss - usual > self._threshold * max(deviation, SMALLEST_SPREAD * abs(usual))
+        if math.isfinite(loss):
+            self._window.append(loss)
+        return usual if is_spike else None
+
+    @property
+    def usual(self) -> float:
+        """The median of the window; not a number if it is empty."""
+        return statistics.median(self._window) if self._window else math.nan
+
+
+class Guard:
+    """Finds what is odd about steps, and ends the run when too many in a row were skipped.
+
+    Args:
+        settings: `[runner]`.
+        losses: See `Spikes`.
+    """
+
+    def __init__(self, settings: RunnerConfig, losses: Iterable[float] = ()) -> None:
+        self._spikes, self._limit = Spikes(settings.spike_threshold, losses), settings.max_skipped_steps
+        self._in_a_row = 0
+
+    def see(self, metrics: Mapping[str, float]) -> Anomaly | None:
+        """What is odd about the next step, of which these are the metrics."""
+        loss = metrics["loss"]
+        if metrics["skipped"]:
+            self._in_a_row += 1
+            return Anomaly("skipped", loss, self._spikes.usual)
+        self._in_a_row = 0
+        usual = self._spikes.see(loss)
+        return None if usual is None else Anomaly("spike", loss, usual)
+
+    def check(self, run: RunConfig, step: int) -> None:
+        """End the run if the steps up to this one were skipped too often in a row.
+
+        Raises:
+            UserError: They were; it names the last checkpoint from before.
+        """
+        if not self._limit or self._in_a_row < self._limit:
+            return
+        before, folder = step - self._in_a_row, run.folder
+        good = last_checkpoint(run.checkpoints, before)
+        way_on = f"The last checkpoint from before is {good}: write its name into {folder / 'latest'} to go on from it"
+        raise UserError(
+            f"{self._in_a_row} steps in a row were skipped, {before + 1} to {step}: loss or gradient was not finite "
+            f"(runner.max_skipped_steps = {self._limit}). {folder / FILE} names their samples. "
+            f"{way_on if good else 'There is no checkpoint from before'}; with the same settings the same happens "
+            "again: leave the samples out, or lower optim.lr"
+        )
+
+
+def last_checkpoint(folder: Path, step: int) -> Path | None:
+    """The newest complete checkpoint in a folder after at most so many steps."""
+    paths = (path.parent for path in folder.glob(f"step_*/{STATE}"))
+    return max((path for path in paths if int(path.name.removeprefix("step_")) <= step), default=None)
+
+
+def usual_losses(folder: Path, step: int) -> list[float]:
+    """The losses of the last steps of a run before a step, from its metrics: what a run that goes on compares with."""
+    rows = [row for row in read_rows(folder / METRICS) if row["step"] <= step and not row.get("skipped")]
+    return [row["loss"] for row in rows if row.get("loss") is not None][-WINDOW:]
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """A sample of a step."""
+
+    position: int
+    """In the global batch."""
+    loss: float
+    """Its own, or the mean of its micro batch where the policy does not tell it (`PolicyOutput.sample_losses`)."""
+
+
+def suspects(losses: Sequence[float]) -> list[Suspect]:
+    """The samples of a step that explain what is odd about it, the most suspicious first.
+
+    Losses that are not finite explain it; otherwise any sample may, and the largest come first.
+    """
+    every = [Suspect(position, loss) for position, loss in enumerate(losses)]
+    broken = [suspect for suspect in every if not math.isfinite(suspect.loss)]
+    return (broken or sorted(every, key=lambda suspect: -suspect.loss))[:MOST_SAMPLES]
+
+
+class AnomalyFile:
+    """`<run>/anomalies.jsonl`: one JSON object an anomaly. There is no file where there is none.
+
+    Args:
+        folder: The run's.
+        step: Where the run starts; what came later is cut back, as in `metrics.jsonl`.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self.path = folder / FILE
+        cut_back(self.path, step)
+
+    def write(self, step: int, anomaly: Anomaly, samples: Sequence[Mapping[str, Any]], *, of: int) -> None:
+        """Append an anomaly.
+
+        Args:
+            step: The step's number, from 1.
+            anomaly: What is odd.
+            samples: The samples that explain it, the most suspicious first.
+            of: Samples in the step.
+        """
+        row = {
+            "step": step,
+            "kind": anomaly.kind,
+            "loss": number(anomaly.value),
+            "usual_loss": number(anomaly.expected),
+            "global_batch_size": of,
+            "samples": samples,
+        }
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def number(value: float) -> float | None:
+    """JSON has no NaN; null says "not a number" to every reader."""
+    return value if math.isfinite(value) else None

@@ -1,0 +1,120 @@
+"""Flight records: what every rank was doing when the run hung, in `<run>/flight/`.
+
+A rank that stops joining makes all others wait, until a collective takes longer than `trainer.timeout_seconds`. Shortly
+before, each rank writes down its step, its phase and the stacks of its threads, the one that is stuck among them;
+NCCL's own recorder writes its last collectives beside them, for `python -m torch.distributed.flight_recorder.fr_trace`.
+Torch-free.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from rlinf_core.errors import RunFault
+
+FOLDER = "flight"
+EARLIER = 0.9
+"""Of the timeout, after which a rank writes its record: the others' collectives have not failed yet."""
+COLLECTIVES = 2000
+"""The last ones that NCCL remembers."""
+TIMED_OUT = re.compile(r"timed out|timeout", re.IGNORECASE)
+OF_A_COLLECTIVE = re.compile(r"gloo|nccl|c10d|store|waiting \d+ms", re.IGNORECASE)
+
+
+def remember_collectives(folder: Path) -> None:
+    """Make NCCL keep its last collectives, and write them into a run's folder when one times out.
+
+    To be called before the process group is made; what the environment says already stays.
+    """
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(COLLECTIVES))
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", f"{folder.absolute() / FOLDER}/nccl_rank_")
+
+
+class Watch:
+    """Knows what this rank is doing, and writes it down when that takes too long.
+
+    Args:
+        folder: The run's.
+        rank: This process.
+        timeout: `trainer.timeout_seconds`.
+        beside_nccl: NCCL's own recorder writes into the same folder, which it does not make.
+    """
+
+    def __init__(self, folder: Path, rank: int, timeout: float, *, beside_nccl: bool = False) -> None:
+        self._folder, self.rank, self._timeout = folder / FOLDER, rank, timeout
+        self._beside_nccl = beside_nccl
+        self._doing = (0, "the start", time.monotonic())
+        self._over = threading.Event()
+
+    @property
+    def file(self) -> Path:
+        """Where the record is written."""
+        return self._folder / f"rank_{self.rank:05d}.txt"
+
+    def enter(self, phase: str, step: int | None = None) -> None:
+        """Say what comes next; the step, from 1, stays the same unless it is given."""
+        self._doing = (self._doing[0] if step is None else step, phase, time.monotonic())
+
+    @property
+    def phase(self) -> str:
+        """What the rank is doing."""
+        return self._doing[1]
+
+    @property
+    def step(self) -> int:
+        """The step that it computes, from 1."""
+        return self._doing[0]
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch from a thread for as long as the body lasts."""
+        thread = threading.Thread(target=self._watch, name="flight record", daemon=True)
+        thread.start()
+        if self._beside_nccl:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        try:
+            yield
+        finally:
+            self._over.set()
+            thread.join()
+        if self._beside_nccl:
+            with contextlib.suppress(OSError):  # Not empty, or another rank was faster.
+                self._folder.rmdir()
+
+    def _watch(self) -> None:
+        limit, written = EARLIER * self._timeout, None
+        while not self._over.wait(limit / 40):
+            step, phase, since = self._doing
+            if time.monotonic() - since > limit and written != since:
+                written = since
+                self._write(step, phase, time.monotonic() - since)
+
+    def _write(self, step: int, phase: str, seconds: float) -> None:
+        head = f"rank {self.rank}, process {os.getpid()}, step {step}: {phase}, for {seconds:.0f} s"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {head}\n")
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
+            file.write("\n")
+        print(f"warning: {head}; its stack is in {self.file}", file=sys.stderr, flush=True)
+
+    def explain(self, error: BaseException) -> RunFault | None:
+        """What to say instead of a backend's words, where an error is a collective that timed out; else None."""
+        text = str(error)
+        if not (isinstance(error, RuntimeError) and TIMED_OUT.search(text) and OF_A_COLLECTIVE.search(text)):
+            return None
+        return RunFault(
+            f"rank {self.rank} waited for the other ranks in step {self.step} ({self.phase}) for longer than "
+            f"trainer.timeout_seconds = {self._timeout:g}: one of them hangs, or is that late. The files in "
+            f"{self._folder} say where each of them was. The same command continues from the last checkpoint"
+        )

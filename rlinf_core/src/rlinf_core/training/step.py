@@ -1,0 +1,196 @@
+"""One optimizer step over the global batch, and its numbers on their way to the host.
+
+Nothing in a step waits for the device. Its numbers are added up over the ranks in one collective, and on CUDA copied
+into page-locked memory, where `StepRecord.read` finds them some steps later; on the CPU they are there at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rlinf_core.config.fsdp2 import Fsdp2TrainerConfig
+from rlinf_core.config.run import RunConfig
+from rlinf_core.data.micro_batches import SOURCE, MicroBatches
+from rlinf_core.policy import PolicyOutput
+from rlinf_core.training import sources
+from rlinf_core.training.distributed import Processes, to_device
+from rlinf_core.training.ema import Ema
+from rlinf_core.training.flight import Watch
+from rlinf_core.training.fsdp import communicate, derived_seed
+from rlinf_core.training.metrics import StepClock, record_event
+from rlinf_core.training.optim import Optimizer
+
+
+@dataclass(frozen=True)
+class StepNumbers:
+    """What is known of a step, the same on every rank but for times and memory."""
+
+    metrics: dict[str, float]
+    by_source: list[float]
+    """Loss sum and weight of each source of a mixture."""
+    asked: bool
+    """Whether any rank had been asked to stop when it began the step."""
+    times: list[float]
+    """`Stragglers.own` of each rank, where the step brought them; else empty."""
+    sample_losses: list[float]
+    """[global batch]; of a policy that does not tell them, each has the mean of its micro batch."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """A step whose numbers may still be on their way."""
+
+    step: int
+    """Number of the step, from 1."""
+    clock: StepClock
+    _keys: tuple[str, ...]
+    _sizes: tuple[int, ...]
+    """Of metrics, sums of sources, the request to stop, times and sample losses."""
+    _values: torch.Tensor
+    _arrived: torch.cuda.Event | None
+
+    @property
+    def is_here(self) -> bool:
+        """Whether reading will not wait."""
+        return self._arrived is None or bool(self._arrived.query())  # type: ignore[no-untyped-call]
+
+    def read(self, samples: int) -> StepNumbers:
+        """The numbers; waits until the device has computed them.
+
+        Args:
+            samples: Of the step, over all ranks.
+        """
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        values, by_source, asked, times, losses = (part.tolist() for part in torch.split(self._values, list(self._sizes)))
+        metrics = dict(zip(self._keys, values, strict=True)) | self.clock.read(samples)
+        return StepNumbers(metrics, by_source, asked[0] > 0, times, losses)
+
+
+class TrainStep:
+    """Computes steps; every rank makes the same calls."""
+
+    def __init__(
+        self,
+        run: RunConfig,
+        config: Fsdp2TrainerConfig,
+        group: Processes,
+        batches: MicroBatches,
+        *,
+        policy: Any,
+        optimizer: Optimizer,
+        ema: Ema | None,
+        watch: Watch,
+    ) -> None:
+        self._run, self._config, self._group, self._batches = run, config, group, batches
+        self._policy, self._optimizer, self._ema, self._watch = policy, optimizer, ema, watch
+        self._places = [
+            torch.from_numpy(batches.places(micro, group.rank)).to(group.device)
+            for micro in range(batches.accumulation)
+        ]
+        self._clock: StepClock | None = None
+
+    def pause(self) -> None:
+        """Something else than steps comes next, whose time is not the next step's."""
+        self._clock = None
+
+    def __call__(
+        self, step: int, batches: Iterator[Any], *, asked: bool, times: tuple[float, float] | None = None
+    ) -> StepRecord:
+        """Compute the step that comes after `step` others.
+
+        Args:
+            step: Finished steps.
+            batches: This rank's micro batches.
+            asked: Whether this rank was asked to stop.
+            times: This rank's own, at the steps that compare ranks.
+        """
+        clock = self._clock = StepClock(self._group.device, self._clock)
+        self._watch.enter("data_wait", step + 1)
+        self._policy.train()
+        device, size = self._group.device, self._config.global_batch_size
+        sums, losses = torch.zeros(()), torch.zeros(size, device=device)
+        names: list[str] = []
+        for micro in range(self._batches.accumulation):
+            out, numbers = self._backpropagate(step, micro, batches, clock)
+            names = sorted(out.metrics)
+            own = torch.stack([out.loss_sum.detach(), out.weight, *(out.metrics[name] for name in names)])
+            if numbers is not None:
+                own = torch.cat([own, sources.source_sums(out, numbers, len(self._batches.sources))])
+            sums = own if not micro else sums + own
+            losses[self._places[micro]] = self._losses(out)
+        # What else ranks have to tell one another travels with the sums: they communicate no more than they do anyway.
+        request = losses.new_full((1,), float(asked))
+        parts = [sums, request, self._own_times(times), losses]
+        with self._phase(clock, "optimizer"):
+            totals = self._group.sum(torch.cat(parts))
+            # FSDP stored the mean over ranks of each rank's gradients; the loss is sum / weight (contract 4).
+            result = self._optimizer.step(divisor=totals[1] / self._group.size, loss=totals[0])
+            if self._ema:
+                self._ema.update(result.skipped)
+            optimizer = torch.stack([result.lr, result.grad_norm, result.skipped]).to(device)
+        clock.stop()
+        last = 2 + len(names)
+        mean = totals[:last] / totals[1]
+        values = torch.cat([mean[:1], optimizer, mean[2:], totals[last:]])
+        keys = ("loss", "lr", "grad_norm", "skipped", *names)
+        by_source = len(sums) - last
+        sizes = (len(keys), by_source, 1, len(parts[2]), size)
+        return StepRecord(step + 1, clock, keys, sizes, *_to_host(values))
+
+    def _backpropagate(
+        self, step: int, micro: int, batches: Iterator[Any], clock: StepClock
+    ) -> tuple[PolicyOutput, torch.Tensor | None]:
+        """Forward and backward of a micro batch: the output, and in a mixture each sample's source."""
+        if self._batches.accumulation > 1:
+            communicate(
+                self._policy,
+                last=micro + 1 == self._batches.accumulation,
+                reduce_every_micro_batch=self._config.reduce_every_micro_batch,
+                reshard=self._config.reshard_after_forward,
+            )
+        with self._phase(clock, "data_wait"):
+            batch = next(batches)
+        # Modules with randomness of their own (dropout) draw the same numbers after a resume.
+        torch.manual_seed(derived_seed(self._run.seed, step, self._group.rank, micro))
+        with self._phase(clock, "forward"):
+            batch = to_device(batch, self._group.device)
+            numbers = batch.pop(SOURCE, None)  # The loader's, not the policy's.
+            out: PolicyOutput = self._policy(batch)
+        with self._phase(clock, "backward"):
+            torch.autograd.backward(out.loss_sum)
+        return out, numbers
+
+    @contextmanager
+    def _phase(self, clock: StepClock, name: str) -> Iterator[None]:
+        self._watch.enter(name)
+        with clock.time(name):
+            yield
+
+    def _losses(self, out: PolicyOutput) -> torch.Tensor:
+        """[B] or scalar, the loss of each sample of a micro batch, or their mean."""
+        if out.sample_losses is None:
+            return out.loss_sum.detach() / out.weight
+        loss, weight = out.sample_losses.unbind(1)
+        return torch.where(weight > 0, loss / weight, loss)
+
+    def _own_times(self, times: tuple[float, float] | None) -> torch.Tensor:
+        """[2 * ranks] with this rank's times in their place, at the steps that compare ranks; else [0]."""
+        table = torch.zeros(2 * self._group.size if times else 0, device=self._group.device)
+        for place, seconds in enumerate(times or (), start=2 * self._group.rank):
+            table[place].fill_(seconds)
+        return table
+
+
+def _to_host(values: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+    """The values in the host's memory, and the event after which they are there."""
+    if values.device.type != "cuda":
+        return values, None
+    landing = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    landing.copy_(values, non_blocking=True)
+    return landing, record_event()
