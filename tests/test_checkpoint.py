@@ -380,3 +380,18 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(tmp_path):
     assert path.name == "step_000000001"
     assert read_position(path).step == 1
     assert whole(path)
+
+
+def test_ranks_agree_on_what_was_saved_what_failed_and_what_is_damaged(tmp_path, start_ranks):
+    (tmp_path / "saved").mkdir()
+    result = start_ranks("checkpoint_ranks:main", 2, tmp_path)
+    assert result.returncode == 0, result.stderr
+    first, second = json.loads((tmp_path / "seen.json").read_text())
+    assert first == second
+    assert [step for step, failure in first["told"] if not failure] == [1, 2]
+    assert first["told"][2] == [3, "rank 1: No space left on device"]
+    assert "rank 1: No space left on device. step_000000002 is the last good one." in first["end"]
+    assert first["there"] == names(1, 2)
+    assert first["loaded"]
+    assert len(first["damage"]) == 1
+    assert "__1_0.distcp" in first["damage"][0]

@@ -185,11 +185,11 @@ def rlinf_validation_finished(trainer: Trainer, step: int, metrics: Mapping[str,
 
 @hookspec
 def rlinf_checkpoint_saved(trainer: Trainer, step: int, path: Path) -> None:
-    """Learn that a checkpoint is complete on disk.
+    """Learn that a checkpoint is complete on disk, which may be some steps after it was taken.
 
     Args:
         trainer: The trainer.
-        step: Number of finished steps.
+        step: Number of steps that were finished when it was taken.
         path: The folder of the checkpoint.
 
     Called on: rank 0. Since 0.1.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -35,7 +36,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_intermixed_args(arguments)
     options = {"overwrite": args.overwrite, "allow_change": args.allow_change}
-    return Ending().follow(lambda ending: train(ending, args.config, args.overrides, **options))
+    code = Ending().follow(lambda ending: train(ending, args.config, args.overrides, **options))
+    _leave_writers(code)
+    return code
+
+
+def _leave_writers(code: int) -> None:
+    """End the process at once where the time to leave has come while a thread still writes a checkpoint.
+
+    Python's own end would take down torch's process groups under the thread, which may crash or wait for long.
+    """
+    if "torch" in sys.modules:
+        from rlinf_core.training.saving import THREAD
+
+        if any(thread.name.startswith(THREAD) for thread in threading.enumerate()):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
 
 
 def train(

@@ -23,7 +23,7 @@ from rlinf_core.files import write_text
 from rlinf_core.training.distributed import Processes
 from rlinf_core.training.position import STATE, Position, State, dump_state, read_state
 from rlinf_core.training.resume import Start
-from rlinf_core.training.saving import Keep, Place, SaveError, Writers, name_best, write_checkpoint
+from rlinf_core.training.saving import THREAD, Keep, Place, SaveError, Writers, name_best, write_checkpoint
 from rlinf_core.training.shards import ShardReader
 from rlinf_core.training.staging import Staging
 
@@ -84,7 +84,7 @@ class Checkpoints:
         self._place, self._device, self._tensors = place, group.device, dict(tensors)
         self._writers = Writers(group.rank)
         self._last_good, self._failures, self._why = last_good, 0, ""
-        self._stall = 0.0
+        self._stall, self._left = 0.0, False
         self._done: list[Saved] = []
         self._pending: _Pending | None = None
         self._staging = Staging(tensors) if in_background else None
@@ -104,7 +104,7 @@ class Checkpoints:
         if self._staging is not None:
             self._staging.touch()
 
-    def save(self, position: Position, best: str = "") -> None:
+    def save(self, position: Position, best: str = "", seconds: float | None = None) -> None:
         """Save; returns when the tensors may change. One that is still being written is waited for first.
 
         After a save that failed, the next one is waited for: all ranks then know at the same step how it ended.
@@ -112,16 +112,18 @@ class Checkpoints:
         Args:
             position: Where the run stands.
             best: The checkpoint that is the best so far; empty: there is none.
+            seconds: For how long at most to wait for the one before; that is then the last one.
 
         Raises:
             UserError: It failed, and so had the one before.
         """
         started = time.perf_counter()
-        self.wait()
+        if not self.wait(seconds):
+            return
         self._touching.join()
         tensors = self._staging.copy(self._tensors) if self._staging is not None else self._tensors
         self._pending = _Pending(self._device, self._place, position, tensors, self._writers, best)
-        if self._staging is None or self._failures:
+        if seconds is None and (self._staging is None or self._failures):
             self.wait()
         stall = self._stall = time.perf_counter() - started
         if self._pending is None:
@@ -171,20 +173,27 @@ class Checkpoints:
         self._done.append(pending.saved())
         return True
 
-    def finish(self, seconds: float | None = None) -> None:
+    def finish(self, seconds: float | None = None) -> bool:
         """Wait for the checkpoint that is being written: it is the last one.
 
         Args:
             seconds: How long at most, for a run that has to leave; None: as long as it takes.
 
+        Returns:
+            Whether none is being written any more.
+
         Raises:
             UserError: The run was not cut short, and its last checkpoint could not be written.
         """
+        if self._left:
+            return False
         if not self.wait(seconds):
             assert self._pending is not None
+            self._left = True
             self._done.append(replace(self._pending.saved(), failure="the time to leave had come. " + self._kept()))
         elif self._failures and seconds is None:
             raise UserError(f"{self.failure()} The same command then makes the steps after it again.")
+        return not self._left
 
     def stall(self) -> dict[str, float]:
         """As a metric of the next step: for how many seconds training stood still at a save since the last call."""
@@ -217,7 +226,7 @@ class _Pending:
         self._write_seconds, self._bytes = 0.0, 0
         self._device, self._place, self._position, self._best = device, place, position, best
         self._tensors, self._writers = tensors, writers
-        self.thread = threading.Thread(target=self._write, name=f"save {self.path.name}", daemon=True)
+        self.thread = threading.Thread(target=self._write, name=THREAD + self.path.name, daemon=True)
         self.thread.start()
 
     def _write(self) -> None:

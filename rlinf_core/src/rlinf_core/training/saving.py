@@ -22,6 +22,8 @@ from rlinf_core.files import sync_folder, write_text
 from rlinf_core.training.position import NAMES, STATE, FileSum, Position, State, dump_state, step_name
 from rlinf_core.training.shards import Planner, ShardWriter
 
+THREAD = "save "
+"""How the name of a thread that writes begins."""
 TIMEOUT = timedelta(hours=2)
 """How long ranks wait for one another's files; a rank that has died is known much sooner."""
 
@@ -151,8 +153,7 @@ def write_checkpoint(
         files = writers.write(aside, tensors)
         writers.first(lambda: _complete(place, position, files, best))
     except SaveError:
-        if writers.rank == 0:
-            shutil.rmtree(aside, ignore_errors=True)
+        writers.first(lambda: shutil.rmtree(aside, ignore_errors=True))
         raise
     return sum(entry.bytes for entry in files.values())
 
@@ -185,10 +186,13 @@ def _complete(place: Place, position: Position, files: Mapping[str, FileSum], be
     name_best(place, best)
     write_text(place.folder / "latest", path.name)
     # Later ones, left by somebody who set `latest` back, are not this run's to remove.
-    names = [old.name for old in place.checkpoints.glob(NAMES) if old.name <= path.name]
-    for name in place.keep.superfluous(names, best):
-        (place.checkpoints / name / STATE).unlink(missing_ok=True)
-        shutil.rmtree(place.checkpoints / name)
+    old = [other for other in place.checkpoints.glob(NAMES) if other.name <= path.name]
+    complete = [other.name for other in old if (other / STATE).exists()]
+    kept = set(complete) - set(place.keep.superfluous(complete, best))
+    for other in old:
+        if other.name not in kept:
+            (other / STATE).unlink(missing_ok=True)  # First, so that what is left is no checkpoint.
+            shutil.rmtree(other)
 
 
 def name_best(place: Place, best: str) -> None:

@@ -27,11 +27,15 @@ class StopSignal:
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._at = 0.0
+        self._learnt: float | None = None
 
     @property
     def seconds_left(self) -> float:
-        """Until the process must have left; all of them where the signal has reached another rank only."""
-        return GRACE if self.received is None else max(0.0, GRACE - (time.monotonic() - self._at))
+        """Until the process must have left, for one that is to; where another rank got the signal, from now on."""
+        now = time.monotonic()
+        if self._learnt is None:
+            self._learnt = now if self.received is None else self._at
+        return max(0.0, GRACE - (now - self._learnt))
 
     def handle(self, number: int, _: FrameType | None) -> None:
         """Remember the first signal; a later one that is meant gets through at once."""

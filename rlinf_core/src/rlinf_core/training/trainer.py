@@ -156,7 +156,7 @@ class Fsdp2Trainer:
                 improved, stopping = self._validate(stop)
             if last or interval or stopping or improved or self._improves_no_more():
                 self._reports.read(all_=True)
-                self._save()
+                self._save(stop.seconds_left if stopping else None)
                 stopping = self._group.any(stop.received is not None)  # Saving takes time, too.
             if stopping and (self.step < self.stop_step or self._validation_is_due()):
                 return self._agree_on(stop)
@@ -227,20 +227,22 @@ class Fsdp2Trainer:
         for logger in self._loggers:
             logger.message(text)
 
-    def _save(self) -> None:
+    def _save(self, seconds: float | None = None) -> None:
         self._watch.enter("saving")
         self._compute.pause()
         try:
-            self._checkpoints.save(self._position(), best=self._best_name())
+            self._checkpoints.save(self._position(), best=self._best_name(), seconds=seconds)
         finally:
             self._tell_saved()
 
     def _finish_saving(self, stop: StopSignal, received: signal.Signals | None) -> None:
         """Wait for what is being written; a run that was asked to leave does so in time (contract 10)."""
         try:
-            self._checkpoints.finish(stop.seconds_left if received else None)
+            in_time = self._checkpoints.finish(stop.seconds_left if received else None)
         finally:
             self._tell_saved()
+        if received and not in_time:
+            raise Interrupted(received, self.step)  # As for a failure: nobody waits for anybody any more.
 
     def _abandon_saving(self, error: BaseException) -> None:
         """Let a checkpoint that is being written become complete, though training has failed."""
