@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlinf_core.errors import Exit, Interrupted, RunFault, UserError
 from rlinf_core.files import write_text
+from rlinf_core.plain import printable
 
 if TYPE_CHECKING:
     from rlinf_core.trainer import Trainer
@@ -36,7 +38,9 @@ Reason = Literal["finished", "preempted", "interrupted", "mistake", "defect"]
 class Ending:
     """What is known of the run when this process ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, debug: bool = False) -> None:
+        self._debug = debug
+        """Whether a mistake is shown with its traceback."""
         self.rank = int(os.environ.get("RANK", "0"))
         self.folder: Path | None = None
         """The run's folder, once it is known to be this run's."""
@@ -108,7 +112,10 @@ class Ending:
         if self.rank:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's, once rank 0 has ended: nothing is left to say.
             time.sleep(OTHER_RANKS_WAIT)
-        print(f"error on rank {self.rank}: {error}" if self.rank else f"error: {error}", file=sys.stderr, flush=True)
+        if self._debug:
+            traceback.print_exception(error)
+        where = f" on rank {self.rank}" if self.rank else ""
+        print(f"error{where}: {printable(str(error))}", file=sys.stderr, flush=True)
 
     def _record(self, code: Exit, reason: Reason, message: str) -> int:
         """Write the file, on rank 0; another rank writes only its mistake or defect, from which others' ends follow."""
@@ -117,8 +124,8 @@ class Ending:
         # torchrun ends the other ranks with SIGTERM once one has failed: who writes first knows why, a mistake better.
         first = self.folder is not None and not (self.folder / FILE).exists()
         if self.folder and (reason == "mistake" or (first and (self.rank == 0 or reason == "defect"))):
-            end: dict[str, Any] = {"code": int(code), "reason": reason, "message": message, "step": self.step}
-            end["time"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+            end: dict[str, Any] = {"code": int(code), "reason": reason, "message": printable(message)}
+            end |= {"step": self.step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
             write_text(self.folder / FILE, json.dumps(end, indent=1) + "\n")
         return code
 

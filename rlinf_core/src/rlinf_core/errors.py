@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from enum import IntEnum
 from signal import Signals
 
+from rlinf_core.plain import printable
+
 
 class Exit(IntEnum):
     """The exit codes of `rlinf` and of a training process (contract 10)."""
@@ -23,7 +25,13 @@ class Exit(IntEnum):
 
 
 class UserError(Exception):
-    """Something the user handed in is wrong: a config, a file, a dataset. The message says which and what to do."""
+    """Something the user handed in is wrong: a config, a file, a dataset. The message says which and what to do.
+
+    It may repeat what others wrote; as text it is fit for a terminal and a log (`plain.printable`).
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class PluginError(UserError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from rlinf_core.data.transforms import Transform
 from rlinf_core.datasets import DatasetConfig
 from rlinf_core.errors import UserError, did_you_mean
 from rlinf_core.export import DESCRIPTION, FORMAT, STATISTICS
+from rlinf_core.outside import read_json
 from rlinf_core.plugins import Plugins, get_plugins
 from rlinf_core.policy import PolicyConfig
 from rlinf_core.training.build import DTYPES
@@ -176,7 +176,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
     if folder.is_dir() and not path.exists() and (what := _without_description(folder)):
         raise UserError(f"{folder} holds {what}")
     try:
-        description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        description: dict[str, Any] = read_json(path)
         if description["format"] != FORMAT:
             raise UserError(f"{path} has format {description['format']}, this version reads {FORMAT}")
         missing = [key for key in ("policy", "data", "files") if not isinstance(description[key], dict)]

@@ -34,9 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--allow-change", action="store_true", help="continue a run with a config that computes otherwise"
     )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of errors that have a message")
     args = parser.parse_intermixed_args(arguments)
     options = {"overwrite": args.overwrite, "allow_change": args.allow_change}
-    code = Ending().follow(lambda ending: train(ending, args.config, args.overrides, **options))
+    code = Ending(debug=args.debug).follow(lambda ending: train(ending, args.config, args.overrides, **options))
     _leave_writers(code)
     return code
 

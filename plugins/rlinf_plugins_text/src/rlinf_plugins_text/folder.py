@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from rlinf_core import UserError
 from rlinf_core.hub import NotInRepositoryError, Snapshot, full_name, local_path, open_snapshot, parse_hub_id
+from rlinf_core.outside import path_inside, read_json
 from rlinf_plugins_text.tokenizer import FILES
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -67,17 +67,24 @@ def config_table(folder: Path, setting: str) -> dict[str, Any]:
     """The `config.json` of a folder."""
     path = folder / CONFIG
     try:
-        table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        table = read_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{setting}: {path} cannot be read: {error}") from error
+    if not isinstance(table, dict):
+        raise UserError(f"{setting}: {path} holds no table of settings")
     return table
 
 
 def _shards(index: Path) -> list[str]:
     try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError) as error:
-        raise UserError(f"policy.weights: {index} cannot be read: {error}") from error
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        for name in names:
+            path_inside(index.parent, name)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"policy.weights: {index} cannot be read: {type(error).__name__}: {error}") from error
+    if not names:
+        raise UserError(f"policy.weights: {index} names no file of weights")
+    return names
 
 
 def _snapshot(text: str, setting: str) -> Snapshot:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import glob
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlinf_core import UserError
 from rlinf_core.hub import local_path, parse_hub_id
+from rlinf_core.outside import parse_json
 from rlinf_plugins_text.dataset import TextDatasetConfig
 
 TextRow = tuple[str, dict[str, Any]]
@@ -99,7 +99,7 @@ def _from_json(path: Path) -> Iterator[TextRow]:
         yield from _from_jsonl(path)
         return
     try:
-        rows = json.loads(text)
+        rows = parse_json(text)
     except ValueError as error:
         raise UserError(f"{path} is no JSON: {error}") from error
     for number, row in enumerate(rows):
@@ -184,7 +184,7 @@ def _load_from_hub(config: TextDatasetConfig, split: str) -> Any:
 
 def _object(line: str, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError as error:
         raise UserError(f"{where} is no JSON: {error}") from error
     if not isinstance(row, dict):

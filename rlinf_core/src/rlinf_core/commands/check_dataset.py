@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlinf_core.commands.output import print_json
+from rlinf_core.commands.output import print_json, print_progress, print_text
 from rlinf_core.errors import Exit, UserError
 
 if TYPE_CHECKING:
@@ -106,7 +103,7 @@ def _check(name: str, config: LeRobotDatasetConfig | None, depth: Depth) -> tupl
     place.fetch(metadata.files(() if depth == "fast" else cameras))
     if depth == "fast" and place.snapshot:
         cameras = []  # Their files need not be here.
-    with _progress() as progress:
+    with print_progress("checking files") as progress:
         damage = check_files(
             metadata, cameras=cameras, vectors=vectors, depth=depth, local=not place.snapshot, progress=progress
         )
@@ -124,24 +121,10 @@ def _print(report: dict[str, Any], damage: Damage) -> None:
 
     head = f"{report['dataset']} ({report['format']}, {report['episodes']} episodes, {report['frames']} frames)"
     damages = sum(count for kind, count in damage.counts.items() if kind not in NOTES)
-    print(f"{head}: {'ok' if damage.ok else f'{damages} findings' if damages > 1 else '1 finding'}")
+    print_text(f"{head}: {'ok' if damage.ok else f'{damages} findings' if damages > 1 else '1 finding'}")
     for kind, findings in damage.by_kind().items():
-        print(f"{kind} ({damage.counts[kind]}{', note' * (kind in NOTES)})")
+        print_text(f"{kind} ({damage.counts[kind]}{', note' * (kind in NOTES)})")
         for finding in findings:
-            print(f"  {finding}")
+            print_text(f"  {finding}")
         if more := damage.counts[kind] - len(findings):
-            print(f"  and {more} more")
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int], object]]:
-    """A bar where somebody looks."""
-    if not sys.stderr.isatty():
-        yield lambda done, all: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("checking files")
-        yield lambda done, all: bar.update(task, completed=done, total=all)
+            print_text(f"  and {more} more")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from rlinf_core.commands.output import print_text
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
@@ -26,4 +28,4 @@ def run(options: argparse.Namespace) -> None:
 
     choice = Choice(options.step, options.best, options.ema, options.dtype, options.format, options.source)
     checkpoint = export_run(Path(options.run), Path(options.output), choice, get_plugins())
-    print(f"{options.output}: {'EMA ' if options.ema else ''}weights of {checkpoint} in {options.dtype}")
+    print_text(f"{options.output}: {'EMA ' if options.ema else ''}weights of {checkpoint} in {options.dtype}")

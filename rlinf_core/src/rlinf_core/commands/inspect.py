@@ -44,7 +44,7 @@ def _place(text: str) -> tuple[str, int, int]:
 
 def run(options: argparse.Namespace) -> int:
     """Look, write the page, and say where it is."""
-    from rlinf_core.commands.output import print_error
+    from rlinf_core.commands.output import print_error, print_text
     from rlinf_core.config.load import load_config
     from rlinf_core.inspect.page import check_folder, check_libraries, render, write
     from rlinf_core.plugins import get_plugins
@@ -64,8 +64,8 @@ def run(options: argparse.Namespace) -> int:
     given = shlex.join([options.config, *options.overrides])
     page = write(folder, *render(view, given))
     for warning in view.warnings:
-        print(f"warning: {warning}")
+        print_text(f"warning: {warning}")
     for error in view.errors:
         print_error(error)
-    print(f"{page}: written")
+    print_text(f"{page}: written")
     return Exit.USER_ERROR if view.errors else Exit.OK

@@ -15,6 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-change", action="store_true", help="continue a run with a config that computes otherwise"
     )
+    parser.add_argument(
+        "--debug", action="store_true", help="show the traceback of errors that have a message, in the run's processes"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -31,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
         print(say_finished(config, start))
         return 0
     arguments = [options.config, *options.overrides, *["--overwrite"] * options.overwrite]
-    arguments += ["--allow-change"] * options.allow_change
+    arguments += ["--allow-change"] * options.allow_change + ["--debug"] * options.debug
     code: int | None = plugins.hook.rlinf_launch(run=config, arguments=arguments)
     if code is None:
         raise nobody_launches(config, plugins)

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlinf_core.commands.output import print_json, print_table
+from rlinf_core.commands.output import print_json, print_table, print_text
 from rlinf_core.errors import Exit, UserError
 from rlinf_core.files import check_writable, writing
 
@@ -100,7 +100,7 @@ def _compute(options: argparse.Namespace) -> int:
     else:
         _print(tables)
         for finding in diagnosis.findings:
-            print(f"{finding.severity}: {finding}")
+            print_text(f"{finding.severity}: {finding}")
     if options.output and not errors:
         with writing(Path(options.output), NAME_OUTPUT):
             save_norm_stats(Path(options.output), diagnosis.stats, diagnosis.origin)
@@ -139,7 +139,7 @@ def _show(path: Path, *, as_json: bool) -> None:
     _print(tables)
     for name, value in asdict(origin).items():
         if value:
-            print(f"{name.replace('_', ' ')}: {value}")
+            print_text(f"{name.replace('_', ' ')}: {value}")
 
 
 def _diff(a: Path, b: Path, *, as_json: bool) -> None:
@@ -156,13 +156,13 @@ def _diff(a: Path, b: Path, *, as_json: bool) -> None:
     columns = ["key", "dimension", "statistic", "a", "b", "spreads"]
     print_table(columns, [[_text(row[column]) for column in columns] for row in rows[:SHOWN_DIFFERENCES]])
     if not rows:
-        print("no difference")
+        print_text("no difference")
     elif len(rows) > SHOWN_DIFFERENCES:
-        print(f"and {len(rows) - SHOWN_DIFFERENCES} smaller ones")
+        print_text(f"and {len(rows) - SHOWN_DIFFERENCES} smaller ones")
     for key in both[0]:
         widths = len(both[0][key].mean), len(both[1][key].mean)
         if widths[0] != widths[1]:
-            print(f"{key}: A has {widths[0]} numbers, B {widths[1]}; compared are those that both have")
+            print_text(f"{key}: A has {widths[0]} numbers, B {widths[1]}; compared are those that both have")
 
 
 def _differences(key: str, a: NormStats, b: NormStats) -> list[dict[str, Any]]:
@@ -202,7 +202,7 @@ def _import(options: argparse.Namespace) -> None:
         print_json(_document(asdict(Origin(dataset=f"{options.project}: {path}")), tables))
     else:
         _print(tables)
-        print(f"{options.output}: written")
+        print_text(f"{options.output}: written")
 
 
 def _columns(run: RunConfig, project: str) -> dict[str, Any]:
@@ -223,7 +223,7 @@ def _columns(run: RunConfig, project: str) -> dict[str, Any]:
 def _say(text: str, options: argparse.Namespace) -> None:
     """A line for people, which --json leaves out of its document."""
     if not options.json:
-        print(text)
+        print_text(text)
 
 
 def _document(made_of: dict[str, Any], tables: Mapping[str, Any], **more: Any) -> dict[str, Any]:

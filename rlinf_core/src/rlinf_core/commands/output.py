@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+
+from rlinf_core.plain import printable
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print rows of text under column names. A terminal folds wide columns; a pipe gets every row on one line."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table
@@ -25,6 +29,11 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
+def print_text(text: str) -> None:
+    """Print a line, or several, for people."""
+    print(printable(text))
+
+
 def print_json(value: Any) -> None:
     """Print one JSON document."""
     print(json.dumps(value, indent=2))
@@ -32,6 +41,7 @@ def print_json(value: Any) -> None:
 
 def print_error(message: str) -> None:
     """Print an error's message to stderr."""
+    message = printable(message)
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.text import Text
@@ -39,3 +49,17 @@ def print_error(message: str) -> None:
         Console(stderr=True).print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
         return
     print(f"error: {message}", file=sys.stderr)
+
+
+@contextmanager
+def print_progress(what: str) -> Iterator[Callable[[int, int], object]]:
+    """A bar on stderr where somebody looks; it is told how much is done, and of how much."""
+    if not sys.stderr.isatty():
+        yield lambda done, all: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what)
+        yield lambda done, all: bar.update(task, completed=done, total=all)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from rlinf_core.commands.output import print_json, print_table
+from rlinf_core.commands.output import print_json, print_table, print_text
 from rlinf_core.errors import Exit, UserError
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
     rows = [[_words(name), str(value)] for name, value in report.facts.items()]
     print_table(["ok", options.config], rows)
     for warning in report.warnings:
-        print(f"warning: {warning}")
+        print_text(f"warning: {warning}")
     return Exit.OK
 
 

@@ -9,7 +9,7 @@ registered under that name. All mistakes are reported together.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from rlinf_core.config.toml import (
     diff_tables,
     dotted,
     is_list_of_tables,
+    leaves,
     merge,
     parse_override,
     read_toml,
@@ -35,6 +36,7 @@ from rlinf_core.config.toml import (
 from rlinf_core.datasets import DatasetConfig
 from rlinf_core.errors import UserError
 from rlinf_core.owners import Owner
+from rlinf_core.plain import without_secrets
 from rlinf_core.plugins import Plugins, get_plugins
 from rlinf_core.registrations import Kind
 
@@ -42,6 +44,10 @@ __all__ = ["diff_tables", "dump_config", "load_config", "read_toml"]
 
 _MIXTURE = ("data", "mixture")
 _POLICY = ("policy", "type")
+SECRET = (
+    "holds a password or a token, which would be written into the run's folder: leave it out; the hub's client reads "
+    "HF_TOKEN or what `hf auth login` has stored, loggers have variables of their own"
+)
 _CORE_DEFAULTS: Table = {"trainer": {"type": "fsdp2"}}
 
 
@@ -73,6 +79,17 @@ def dump_config(run: RunConfig) -> str:
 def _table(run: RunConfig) -> Table:
     # TOML has no null, so None is left out; no field has another default and accepts None (contract 6).
     return run.model_dump(mode="json", exclude_none=True, round_trip=True)
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    """The values in a list of any depth, or the one that is none."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if not isinstance(value, list | tuple):
+        yield value
+        return
+    for one in value:
+        yield from _flat(one)
 
 
 class _Chosen(NamedTuple):
@@ -119,6 +136,7 @@ class _Draft:
 
     def validate(self) -> RunConfig:
         """Validate every table with its class, and then what holds between tables."""
+        self._refuse_secrets()
         fields: dict[str, Any] = {name: (info.annotation, info) for name, info in RunConfig.model_fields.items()}
         fields |= {str(place[0]): (Any, None) for place in (*self._chosen, ("plugins",))}
         # Apart from RunConfig itself, whose own checks need all tables to be of their classes, and plugin by plugin: a
@@ -138,6 +156,12 @@ class _Draft:
             lines = "".join(f"\n  {text.replace(chr(10), chr(10) + '  ')}" for text in self._mistakes)
             raise UserError(f"{self._path}: {count} in the config:{lines}")
         return run
+
+    def _refuse_secrets(self) -> None:
+        """The config is written into the run's folder, where they do not belong."""
+        for place, value in leaves(self._merged):
+            if any(isinstance(one, str) and without_secrets(one) != one for one in _flat(value)):
+                self._note(place, SECRET)
 
     def _validate_mixture(self) -> MixtureConfig | None:
         """Validate the entries of `[[data.mixture]]`, each with its own class, and what stands beside them."""

@@ -14,6 +14,8 @@ from typing import Any, TypeGuard
 from rlinf_core.errors import UserError
 
 Table = dict[str, Any]
+DEEPEST = 50
+"""Levels of tables and lists in a document; Python follows some hundreds, and no config has ten."""
 
 
 def read_toml(source: Path | str) -> Table:
@@ -23,9 +25,9 @@ def read_toml(source: Path | str) -> Table:
         UserError: If the file cannot be read or is not TOML; the message names the file, and line and column.
     """
     if isinstance(source, str):
-        return tomllib.loads(source)
+        return _loads(source)
     try:
-        return tomllib.loads(source.read_text(encoding="utf-8"))
+        return _loads(source.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{source}: there is no such file (looked from {Path.cwd()})") from error
     except OSError as error:
@@ -34,6 +36,22 @@ def read_toml(source: Path | str) -> Table:
         raise UserError(f"{source}: not TOML, which is UTF-8 text: {error}") from error
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{source}: not valid TOML: {error}") from error
+
+
+def _loads(text: str) -> Table:
+    """What `tomllib` makes of a document, unless it is nested more deeply than any config."""
+    too_deep = tomllib.TOMLDecodeError(f"it is nested more than {DEEPEST} levels deep")
+    try:
+        table = tomllib.loads(text)
+    except RecursionError as error:
+        raise too_deep from error
+    level: list[Any] = [table]
+    for _ in range(DEEPEST):
+        inner = (one.values() if isinstance(one, dict) else one for one in level)
+        level = [value for values in inner for value in values if isinstance(value, dict | list)]
+        if not level:
+            return table
+    raise too_deep
 
 
 def parse_override(text: str) -> Table:
@@ -49,7 +67,7 @@ def parse_override(text: str) -> Table:
     if not equals:
         raise UserError(f"{text!r} is not an override: write section.key=value")
     try:
-        table = tomllib.loads(f"{key} = 0")
+        table = _loads(f"{key} = 0")
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{text!r} is not an override: {key!r} is not a dotted key, as in section.key=value") from error
     try:
@@ -61,7 +79,7 @@ def parse_override(text: str) -> Table:
 
 def _parse_value(text: str) -> Any:
     try:
-        document = tomllib.loads(f"value = {text}")
+        document = _loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         if text.startswith(("[", "{", '"', "'")):
             raise

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from rlinf_core.data.damage import Finding
-from rlinf_core.data.lerobot_columns import INDEX_COLUMNS, vectors_of, width_of
+from rlinf_core.data.lerobot_columns import INDEX_COLUMNS, check_numeric, vectors_of, width_of
 from rlinf_core.data.lerobot_files import INFO
 from rlinf_core.data.lerobot_metadata import Metadata
 from rlinf_core.errors import UserError
@@ -88,11 +88,16 @@ def check_data_file(metadata: Metadata, path: Path, held: NDArray[np.int64], vec
     wanted = [*INDEX_COLUMNS, *vectors]
     try:
         with pq.ParquetFile(path) as file:
-            there = [column for column in wanted if column in file.schema_arrow.names]
+            names = file.schema_arrow.names
+            there = [column for column in wanted if names.count(column) == 1]
             table = file.read(columns=there, use_threads=False)
     except (OSError, pa.ArrowException) as error:
         return [Finding("unreadable_file", _line(error) + _holding(metadata.episodes[held].tolist()), name)]
-    found = [Finding("missing_column", f"has no column {one!r}", name) for one in wanted if one not in there]
+    found = [
+        Finding("missing_column", f"has {'two columns' if one in names else 'no column'} {one!r}", name)
+        for one in wanted
+        if one not in there
+    ]
     indices: Numbers = {}
     for column in INDEX_COLUMNS:
         if column in there:
@@ -201,7 +206,10 @@ def _numbers(column: pa.ChunkedArray) -> NDArray[np.float64]:
         raise UserError("it has empty places")
     if pa.types.is_nested(column.type):
         return vectors_of(column, 1, "a row").reshape(-1).astype(np.float64)
+    check_numeric(column.type, "it")
     numbers: NDArray[np.float64] = column.to_numpy().astype(np.float64)
+    if not np.isfinite(numbers).all():
+        raise UserError("it holds NaN or infinity")
     return numbers
 
 

@@ -7,6 +7,7 @@ are off are another finding.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from rlinf_core.data.damage import Finding, Kind
 from rlinf_core.data.lerobot_columns import picture_size
 from rlinf_core.data.lerobot_metadata import Metadata
 from rlinf_core.data.parquet_images import decode, picture_batches
-from rlinf_core.data.video import VideoReader
+from rlinf_core.data.video import VideoReader, open_video
 from rlinf_core.errors import UserError
 
 
@@ -39,11 +40,11 @@ def check_video(metadata: Metadata, camera: str, path: Path, held: Sequence[int]
     name = path.relative_to(metadata.root).as_posix()
     held = [i for i in held if metadata.lengths[i] > 0]
     try:
-        with av.open(str(path)) as container:
+        with open_video(path) as container:
             stream: Any = container.streams.video[0]
             count, size = stream.frames or sum(packet.size > 0 for packet in container.demux(stream)), stream
             height, width = size.height, size.width
-    except (av.FFmpegError, IndexError, OSError) as error:
+    except (av.FFmpegError, OSError, UserError) as error:
         episode = int(metadata.episodes[held[0]]) if held else None
         return [Finding("damaged_video", f"cannot be opened as a video: {_line(error)}", name, episode)]
     found = [*_check_size(metadata, camera, name, height, width)]
@@ -76,13 +77,13 @@ def check_images(
     except (OSError, pa.ArrowException):
         return  # `check_data_file` tells it.
     name = path.relative_to(metadata.root).as_posix()
-    places = [(i, frame) for i in held.tolist() for frame in range(metadata.lengths[i])]
+    # What the metadata claim may be without end; what a file holds is not.
+    places = ((i, frame) for i in held.tolist() for frame in range(metadata.lengths[i]))
     told: set[tuple[str, int]] = set()
-    row = 0
     try:
         for batch in picture_batches(path, cameras, metadata.root):
             # More rows than meta/ counts are told elsewhere.
-            for at, (i, frame) in enumerate(places[row : row + len(batch)]):
+            for at, (i, frame) in enumerate(islice(places, len(batch))):
                 looked_at = full or frame in (0, metadata.lengths[i] - 1)
                 for camera in cameras:
                     value = batch[camera][at]
@@ -91,7 +92,6 @@ def check_images(
                     for kind, what in _picture_damage(metadata, camera, value):
                         told.add((camera, i))
                         yield Finding(kind, f"{camera!r} {what}", name, int(metadata.episodes[i]), frame)
-            row += len(batch)
     except UserError as error:
         yield Finding("unreadable_file", f"its pictures cannot be read: {_line(error)}", name)
 
@@ -115,22 +115,18 @@ def _check_size(metadata: Metadata, camera: str, name: str, height: int, width: 
         yield Finding("wrong_shape", f"is {height} x {width} pixels, meta/info.json says {shape}", name)
 
 
-def _times(metadata: Metadata, camera: str, episode: int) -> NDArray[np.float64]:
-    """Seconds into the file of each frame of an episode."""
-    times: NDArray[np.float64] = (
-        metadata.video_starts[camera][episode] + np.arange(metadata.lengths[episode]) / metadata.fps
-    )
-    return times
+def _time(metadata: Metadata, camera: str, episode: int, frame: int) -> float:
+    """Seconds into the file of a frame of an episode."""
+    return float(metadata.video_starts[camera][episode] + frame / metadata.fps)
 
 
 def _decode_ends(metadata: Metadata, camera: str, path: Path, name: str, held: Sequence[int]) -> Iterator[Finding]:
     """The first and the last frame of each episode."""
     reader = VideoReader(capacity=1, decoder="pyav")
     for i in held:
-        times = _times(metadata, camera, i)
-        for frame in dict.fromkeys((0, len(times) - 1)):
+        for frame in dict.fromkeys((0, int(metadata.lengths[i]) - 1)):
             try:
-                reader.frames(path, [times[frame]], tolerance=0.5 / metadata.fps)
+                reader.frames(path, [_time(metadata, camera, i, frame)], tolerance=0.5 / metadata.fps)
             except UserError as error:
                 what = _line(error).removeprefix(f"{path} ").partition("): ")[0] + ")"
                 yield Finding("damaged_video", what, name, int(metadata.episodes[i]), frame)
@@ -140,7 +136,7 @@ def _decode_ends(metadata: Metadata, camera: str, path: Path, name: str, held: S
 def _decode_all(metadata: Metadata, camera: str, path: Path, name: str, held: Sequence[int]) -> Iterator[Finding]:
     """Every frame: which are missing, and which the decoder calls corrupt. One finding an episode."""
     there, corrupt, cause = [], [], "the file has no frame there"
-    with av.open(str(path)) as container:
+    with open_video(path) as container:
         stream: Any = container.streams.video[0]
         try:
             for frame in container.decode(stream):
@@ -153,7 +149,9 @@ def _decode_all(metadata: Metadata, camera: str, path: Path, name: str, held: Se
     times = np.array([-np.inf, *np.array(there)[order], np.inf])
     bad = np.array([False, *np.array(corrupt, bool)[order], False])
     for i in held:
-        wanted = _times(metadata, camera, i)
+        # What the metadata claim may be without end.
+        frames = np.arange(min(int(metadata.lengths[i]), len(there) + 2**20))
+        wanted = _time(metadata, camera, i, 0) + frames / metadata.fps
         after = np.searchsorted(times, wanted)
         nearest = np.where(wanted - times[after - 1] < times[after] - wanted, after - 1, after)
         missing = np.abs(times[nearest] - wanted) >= 0.5 / metadata.fps

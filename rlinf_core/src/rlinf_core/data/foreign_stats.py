@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 
 from rlinf_core.data.normalize import KEYS, NormStats, parse_norm_stats
 from rlinf_core.errors import UserError, did_you_mean
+from rlinf_core.outside import read_json
 
 LEROBOT_COLUMNS = {"state": ("observation.state",), "actions": ("action",)}
 """Where lerobot's own datasets have them."""
@@ -25,6 +25,8 @@ def read_openpi(path: Path) -> dict[str, NormStats]:
     """
     content = _read_json(path)
     tables = content.get("norm_stats", content)
+    if not isinstance(tables, dict):
+        raise UserError(f"{path} is no norm_stats.json of openpi: its norm_stats is no table")
     stats = {key: _parse(path, key, tables[key]) for key in KEYS if key in tables}
     if not stats:
         raise UserError(f"{path} is no norm_stats.json of openpi: it holds {_listed(tables)}, not state or actions")
@@ -75,7 +77,7 @@ def _read_processor(path: Path) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (OSError, ValueError) as e:
         raise UserError(f"{path} cannot be read: {e}") from e
     if not isinstance(content, dict):

@@ -131,6 +131,7 @@ def vectors_of(column: pa.ChunkedArray, width: int, what: str) -> NDArray[np.flo
         flat = flat.flatten()
     if flat.null_count:
         raise UserError(f"{what} has no value in row {_first(pc.is_null(flat)) // max(width, 1)}: {AGAIN}")
+    check_numeric(flat.type, what)
     numbers: NDArray[np.float32] = flat.to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
     if len(numbers) != len(array) * width:
         raise UserError(
@@ -145,8 +146,15 @@ def _numbers_of(column: pa.ChunkedArray, what: str) -> NDArray[Any]:
         return vectors_of(column, 1, what).reshape(-1)
     if column.null_count:
         raise UserError(f"{what} has no value in row {_first(pc.is_null(column))}: {AGAIN}")
+    check_numeric(column.type, what)
     numbers: NDArray[Any] = column.to_numpy()
     return numbers
+
+
+def check_numeric(kind: pa.DataType, what: str) -> None:
+    """Raise `UserError`, which begins with `what`, for a type of values that are no numbers."""
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
+        raise UserError(f"{what} holds {kind}, no numbers: {AGAIN}")
 
 
 def _first(flags: pa.Array | pa.ChunkedArray) -> int:

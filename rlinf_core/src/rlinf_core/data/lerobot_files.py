@@ -4,7 +4,6 @@ that are used get fetched, metadata first.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ import pyarrow.parquet as pq
 
 from rlinf_core.errors import UserError
 from rlinf_core.hub import NotInRepositoryError, Snapshot, local_path, open_snapshot, parse_hub_id
+from rlinf_core.outside import parse_json
+from rlinf_core.outside import read_json as read_any_json
 
 SETTING = "data.repo_id"
 INFO = "meta/info.json"
@@ -93,7 +94,7 @@ def _recorded(name: str) -> Path | None:
 def read_json(path: Path) -> Any:
     """A JSON file; `FileNotFoundError` if there is none, `UserError` naming it if it cannot be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_any_json(path)
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:
@@ -111,7 +112,8 @@ def read_json_lines(path: Path, keys: Iterable[str]) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            found.append({key: json.loads(line)[key] for key in keys})
+            described = parse_json(line)
+            found.append({key: described[key] for key in keys})
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{path}, line {number}, is no JSON object with {', '.join(keys)}: the file is damaged; download or "
@@ -124,9 +126,12 @@ def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
     """Some columns of one parquet file; `UserError` naming it if it is missing, damaged, or lacks one of them."""
     try:
         with pq.ParquetFile(path) as file:
-            missing = [name for name in columns or () if name not in file.schema_arrow.names]
-            if not missing:
+            there = file.schema_arrow.names
+            missing = [name for name in columns or () if name not in there]
+            twice = [name for name in columns or there if there.count(name) > 1]
+            if not missing and not twice:
                 return file.read(columns=columns, use_threads=False)
     except (OSError, pa.ArrowException) as e:
         raise UserError(f"{path} cannot be read: {str(e).rstrip('.')}. Download or write the dataset again") from e
-    raise UserError(f"{path} lacks the columns {', '.join(missing)}: download, write or convert the dataset again")
+    what = f"lacks the columns {', '.join(missing)}" if missing else f"has the column {twice[0]!r} more than once"
+    raise UserError(f"{path} {what}: download, write or convert the dataset again")

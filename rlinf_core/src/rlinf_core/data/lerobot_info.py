@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from string import Formatter
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from rlinf_core.data.lerobot_files import INFO, read_json
 from rlinf_core.errors import UserError
+from rlinf_core.outside import path_inside
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 """The formats that are read."""
+LARGEST = 2**20
+"""No column has more numbers along an axis."""
+_DIGITS = re.compile(r"0?\d?\d?d?")
+"""How wide a number is written in a path."""
 NUMBERS = ("float", "int", "uint", "bool")
 """What the dtypes of columns of numbers begin with."""
 
@@ -20,7 +28,7 @@ def _described(feature: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(feature.get("dtype"), str):
         raise ValueError("has no dtype")
     shape = feature.get("shape")
-    known = isinstance(shape, list) and all(isinstance(n, int) for n in shape)
+    known = isinstance(shape, list) and all(isinstance(n, int) and 0 <= n <= LARGEST for n in shape)
     if feature["dtype"].startswith(NUMBERS) and not known:
         raise ValueError("has no shape, a list of whole numbers")
     return feature
@@ -30,10 +38,10 @@ class Info(BaseModel):
     """What is read of `meta/info.json`."""
 
     codebase_version: str
-    fps: float = Field(gt=0)
+    fps: float = Field(ge=1e-3, le=1e6)
     features: dict[str, Annotated[dict[str, Any], AfterValidator(_described)]]
-    total_episodes: int
-    total_frames: int
+    total_episodes: int = Field(ge=0, le=2**40)
+    total_frames: int = Field(ge=0, le=2**40)
     data_path: str
     video_path: str | None = None
     chunks_size: int = Field(default=1000, gt=0)
@@ -46,12 +54,30 @@ class Info(BaseModel):
     def file(self, root: Path, pattern: str | None, **numbers: Any) -> Path:
         """The path that `data_path` or `video_path` makes of numbers."""
         try:
-            path = Path(str(pattern).format(**numbers))
+            name = _filled(str(pattern), numbers)
         except (LookupError, ValueError) as error:
             raise UserError(f"{root / INFO}: the path {pattern!r} asks for more than {', '.join(numbers)}") from error
-        if path.is_absolute() or ".." in path.parts:
-            raise UserError(f"{root / INFO}: the path {pattern!r} leads out of the dataset's folder")
-        return root / path
+        try:
+            return path_inside(root, name)
+        except ValueError as error:
+            raise UserError(
+                f"{root / INFO}: the path {pattern!r} leads out of the dataset's folder: {error}"
+            ) from error
+
+
+def _filled(pattern: str, values: Mapping[str, Any]) -> str:
+    """`str.format` with names and numbers of digits alone: it would also look into objects, and fill up to any width.
+
+    Raises:
+        LookupError: The pattern asks for another name.
+        ValueError: It is no such pattern.
+    """
+    text = ""
+    for literal, field, width, conversion in Formatter().parse(pattern):
+        if conversion or (width and not _DIGITS.fullmatch(width)):
+            raise ValueError("a number may have a width, as in {episode_index:06d}, and nothing else")
+        text += literal + ("" if field is None else format(values[field], width or ""))
+    return text
 
 
 def load_info(name: str, root: Path) -> Info:

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from itertools import chain, compress, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +22,8 @@ from rlinf_core.data.lerobot_files import INFO, read_json_lines, read_parquet
 from rlinf_core.data.lerobot_info import Info, load_info
 from rlinf_core.errors import UserError
 
+MOST = 2**40
+"""No dataset has more frames, or episodes."""
 AGAIN = "the dataset is incomplete; download or write it again"
 
 
@@ -189,6 +191,8 @@ def _numbers(root: Path, table: pa.Table, key: str) -> NDArray[Any]:
         raise UserError(f"{root}/meta/episodes: {key!r} is no column of numbers ({error}): {AGAIN}") from error
     if table[key].null_count:
         raise UserError(f"{root}/meta/episodes: {key!r} has no value for some episode: {AGAIN}")
+    if not ((numbers >= 0) & (numbers <= MOST)).all():
+        raise UserError(f"{root}/meta/episodes: {key!r} is not from 0 to {MOST} for some episode: {AGAIN}")
     return numbers
 
 
@@ -198,15 +202,19 @@ def _tasks_v3(root: Path) -> dict[int, str]:
     text = next((name for name in table.column_names if name != "task_index"), None)
     if text is None or "task_index" not in table.column_names:
         raise UserError(f"{root}/meta/tasks.parquet lists no texts by task_index: {AGAIN}")
-    return _texts(root / "meta" / "tasks.parquet", table["task_index"].to_pylist(), table[text].to_pylist())
+    path = root / "meta" / "tasks.parquet"
+    try:
+        return _texts(path, table["task_index"].to_pylist(), table[text].to_pylist())
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: a text is no UTF-8 ({error}): {AGAIN}") from error
 
 
 def _episodes_v2(root: Path, info: Info) -> dict[str, Any]:
     """Fields of `Metadata`: an episode's files follow from its number, its frames from the lengths before it."""
     path = root / "meta" / "episodes.jsonl"
     listed = [(one["episode_index"], one["length"]) for one in read_json_lines(path, ("episode_index", "length"))]
-    if not all(isinstance(number, int) for episode in listed for number in episode):
-        raise UserError(f"{path}: an episode_index or a length is no whole number: {AGAIN}")
+    if not all(_is_count(number) for episode in listed for number in episode):
+        raise UserError(f"{path}: an episode_index or a length is no whole number from 0 to {MOST}: {AGAIN}")
     listed.sort()
     numbers = [episode for episode, _ in listed]
     stops = np.cumsum([length for _, length in listed], dtype=np.int64)
@@ -236,8 +244,15 @@ def _tasks_v2(root: Path) -> dict[int, str]:
 
 def _texts(path: Path, numbers: Iterable[Any], texts: Iterable[Any]) -> dict[int, str]:
     """Tasks by number; one without a text has an empty one, for which `data.default_prompt` stands in."""
-    tasks = dict(zip(numbers, ("" if text is None else text for text in texts), strict=True))
-    for number, text in tasks.items():
-        if not isinstance(number, int) or not isinstance(text, str):
-            raise UserError(f"{path}: the task {number!r}: {text!r} is no whole number with a text: {AGAIN}")
+    tasks: dict[int, str] = {}
+    for number, said in zip(numbers, texts, strict=True):
+        text = "" if said is None else said
+        if not _is_count(number) or not isinstance(text, str):
+            raise UserError(f"{path}: the task {number!r}: {said!r} is no whole number with a text: {AGAIN}")
+        tasks[number] = text
     return tasks
+
+
+def _is_count(number: object) -> TypeGuard[int]:
+    """Whether this is a number of frames, or one by which episodes or tasks are called."""
+    return isinstance(number, int) and not isinstance(number, bool) and 0 <= number <= MOST

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from rlinf_core.data.lerobot_files import read_json_lines, read_parquet
 from rlinf_core.data.lerobot_info import NUMBERS
 from rlinf_core.data.lerobot_metadata import Metadata, nearest_first
 from rlinf_core.errors import UserError
+from rlinf_core.outside import parse_json
 
 
 def episode_quality(metadata: Metadata, column: str) -> NDArray[np.float64]:
@@ -48,7 +48,7 @@ def _listed(metadata: Metadata, column: str) -> dict[int, Any]:
     """Episode number -> its value in `meta/episodes`."""
     if metadata.version != "v3.0":
         path = metadata.root / "meta" / "episodes.jsonl"
-        described = json.loads(path.read_text(encoding="utf-8").lstrip().partition("\n")[0])
+        described = parse_json(path.read_text(encoding="utf-8").lstrip().partition("\n")[0])
         if column not in described:
             raise _not_there(metadata, column, list(described))
         return {one["episode_index"]: one[column] for one in read_json_lines(path, ("episode_index", column))}

@@ -20,6 +20,7 @@ from rlinf_core.data.sample import Sample
 from rlinf_core.data.transforms import Transform
 from rlinf_core.errors import UserError
 from rlinf_core.files import write_text
+from rlinf_core.outside import read_json
 
 KEYS = ("state", "actions")
 CORRECT_SETTING = "Correct data.norm_stats, or leave it empty"
@@ -142,7 +143,7 @@ def load_norm_stats(path: Path, way_out: str = CORRECT_SETTING) -> dict[str, Nor
 def load_with_origin(path: Path, way_out: str = CORRECT_SETTING) -> tuple[dict[str, NormStats], Origin]:
     """The same, with what the file tells of where it comes from."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         tables = content["norm_stats"]
         stats = {key: parse_norm_stats(tables[key]) for key in KEYS if key in tables}
         origin = Origin(**content.get("made_of", {}))

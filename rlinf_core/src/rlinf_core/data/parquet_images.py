@@ -23,7 +23,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
+from rlinf_core.data.video import MOST_PIXELS
 from rlinf_core.errors import UserError
+from rlinf_core.outside import path_inside
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
+"""Pillow knows forty more, one of which starts a program: they are no recordings of a camera."""
 
 
 class ParquetImages:
@@ -73,14 +78,21 @@ def decode(data: Any, what: str, *, deep: bool = False) -> NDArray[np.uint8]:
             "embedded images"
         )
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise UserError(
+                    f"{what} claims a picture of {image.width} x {image.height} pixels; up to {MOST_PIXELS} in all are "
+                    "read. Record, convert or download it again"
+                )
             if image.mode[0] in "IF" and not deep:  # Pillow cuts such numbers off at 255: all white.
                 raise UserError(
                     f"{what} holds a picture of one channel in 16 or more bits, such as a depth map: only pictures of "
                     "8 bits a channel are read; name another column in data.images"
                 )
             return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:  # Pillow's, by format.
+    except UserError:
+        raise
+    except Exception as e:  # Pillow raises whatever its parsers stumble over, by format.
         raise UserError(f"{what} holds a damaged picture: {e}. Record, convert or download it again") from e
 
 
@@ -96,8 +108,10 @@ def picture_batches(path: Path, columns: Sequence[str], root: Path) -> Iterator[
     schema = pa.schema([(column, pa.binary()) for column in columns])
     try:
         with pq.ParquetFile(path) as file:
-            if missing := [name for name in columns if name not in file.schema_arrow.names]:
-                raise UserError(f"{path} lacks the columns {', '.join(missing)}: write or download the dataset again")
+            there = file.schema_arrow.names
+            if missing := [name for name in columns if there.count(name) != 1]:
+                what = "has more than once" if missing[0] in there else "lacks"
+                raise UserError(f"{path} {what} the columns {', '.join(missing)}: write or download the dataset again")
             for batch in file.iter_batches(batch_size=64, columns=list(columns)):
                 yield pa.record_batch([_bytes_of(batch[column], root) for column in columns], schema=schema)
     except (OSError, pa.ArrowException) as e:
@@ -117,8 +131,12 @@ def _bytes_of(column: pa.Array, root: Path) -> pa.Array:
 
 
 def _file_bytes(root: Path, path: str) -> bytes | None:
-    file = root / path
-    return file.read_bytes() if file.is_file() else None
+    """A picture that is a file of its own; None if there is none in the dataset, wherever else the path leads."""
+    try:
+        file = path_inside(root, path)
+        return file.read_bytes() if file.is_file() else None
+    except (OSError, ValueError):  # Longer than a path may be, or out of the folder.
+        return None
 
 
 def cache_folder() -> Path:

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from rlinf_core.config.run import RunConfig
 from rlinf_core.logger import Logger, LoggerConfig
+from rlinf_core.plain import printable
 from rlinf_core.training.jsonl import FILE, read_rows
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -72,8 +73,6 @@ class ConsoleLogger:
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Print the step if it is time for a line."""
         now = time.monotonic()
-        if metrics.get("skipped"):
-            self._print(f"[yellow]step {step}: the gradient was not finite, the step was skipped[/]")
         if now - self._last_line < SECONDS_BETWEEN_LINES and step != self._stop_step:
             return
         self._last_line = now
@@ -106,7 +105,7 @@ class ConsoleLogger:
 
     def message(self, text: str) -> None:
         """Print a message."""
-        self._console.print(Text(text, style="dim"), soft_wrap=True)
+        self._console.print(Text(printable(text), style="dim"), soft_wrap=True)
 
     def close(self, error: BaseException | None) -> None:
         """Print how the run ended: the table of results and the plot of the loss."""
@@ -128,7 +127,7 @@ class ConsoleLogger:
         self._print(f"[red]{self._run.runner.name}: {why} after step {step}; {way_on}[/]")
 
     def _print(self, line: str) -> None:
-        self._console.print(line, soft_wrap=True)
+        self._console.print(printable(line), soft_wrap=True)
 
 
 def by_source(metrics: Mapping[str, float], sources: Sequence[str]) -> Iterator[tuple[str, dict[str, float]]]:

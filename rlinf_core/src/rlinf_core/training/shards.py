@@ -34,13 +34,14 @@ INDEX_NAMES: Mapping[str, frozenset[str]] = {
     "torch.distributed.checkpoint.metadata": frozenset(
         {
             *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "ChunkStorageMetadata"),
-            *("TensorProperties", "_MEM_FORMAT_ENCODING", "BytesStorageMetadata"),
+            *("TensorProperties", "_MEM_FORMAT_ENCODING"),
         }
     ),
     "torch.distributed.checkpoint.filesystem": frozenset({"_StorageInfo"}),
     "collections": frozenset({"OrderedDict"}),
 }
-"""What the index may name, by module. None of it does anything but hold values."""
+"""What the index may name, by module. None of it does anything but hold values. `BytesStorageMetadata` is not among it:
+what it describes would be unpickled without `weights_only`, and checkpoints hold tensors alone."""
 
 
 class HashedFile:

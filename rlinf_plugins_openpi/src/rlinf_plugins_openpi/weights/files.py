@@ -6,8 +6,6 @@ tensors are read. Importing this leaves torch unloaded, and so do names and shap
 
 from __future__ import annotations
 
-import json
-import pickle
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 from safetensors import SafetensorError, safe_open
 
 from rlinf_core import UserError
+from rlinf_core.outside import path_inside, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -88,7 +87,7 @@ class Pickle:
         try:
             # Mapped, so that a tensor is read when it is used. Nothing but tensors and plain containers is unpickled.
             state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        except Exception as error:  # A damaged pickle fails in any of its steps, with whatever that step raises.
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(
                 f"{self.path} is no file of plain tensors written by torch.save (nothing else is unpickled): {reason}"
@@ -169,6 +168,11 @@ def shards(index: Path) -> list[Path]:
 def shard_names(index: Path) -> list[str]:
     """The file names that an index holds, sorted; raises `UserError` if it is no index."""
     try:
-        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        for name in names:
+            path_inside(index.parent, name)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{index} is not an index of safetensors shards: {error}") from error
+    if not names:
+        raise UserError(f"{index} is not an index of safetensors shards: it names none")
+    return names
