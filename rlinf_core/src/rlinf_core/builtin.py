@@ -46,7 +46,12 @@ def rlinf_open_dataset(dataset: DatasetConfig, policy: PolicyConfig, split: Spli
         return None
     from rlinf_core.data.lerobot import open_lerobot
 
-    return open_lerobot(dataset, policy.chunk_length(), split)
+    rows = open_lerobot(dataset, policy.chunk_length(), split)
+    if not dataset.cache:
+        return rows
+    from rlinf_core.data.frame_cache import open_cached
+
+    return open_cached(rows, dataset, policy)
 
 
 @hookimpl(trylast=True)

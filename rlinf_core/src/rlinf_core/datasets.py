@@ -206,6 +206,11 @@ class LeRobotDatasetConfig(DatasetConfig):
     mean over the episode."""
     min_quality: float = 1.0
     """Leave out episodes with less in `quality_column`. Truth values count 0 and 1."""
+    cache: Literal["", "raw", "jpeg"] = ""
+    """Read pictures from what `rlinf cache` has made, instead of decoding the dataset's: `raw`, bit-equal, or `jpeg`,
+    smaller and with a loss. Empty: decode."""
+    cache_dir: str = ""
+    """Folder of caches; empty: `frames` in `RLINF_CACHE`, by default `~/.cache/rlinf_core`."""
     validation_tasks: tuple[int | str, ...] = ()
     """Hold out all episodes of these tasks, instead of a share: how the policy does on tasks it has not seen."""
 

@@ -36,6 +36,8 @@ class OpenpiSample(Sample, total=False):
 class ResizeWithPad(Transform):
     """Fit every camera's image into `height` x `width`: aspect kept, bilinear (antialiased), black around it."""
 
+    resizes: ClassVar[bool] = True
+
     height: int
     width: int
 

@@ -153,6 +153,21 @@ class LeRobotSource:
         episodes: NDArray[np.int64] = self._columns["episode_index"][self._rows]
         return episodes
 
+    @property
+    def metadata(self) -> Metadata:
+        """Of the whole dataset."""
+        return self._metadata
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """The columns of pictures."""
+        return (*self._video_columns, *self._picture_columns)
+
+    @property
+    def positions(self) -> NDArray[np.int64]:
+        """[n], where each row stands among all frames of the dataset."""
+        return self._rows
+
     def describe(self, index: int) -> str:
         """Where a row comes from: dataset, data file, episode and frame."""
         row = int(self._rows[index])

@@ -26,6 +26,9 @@ class Transform(ABC):
     """Whether `__call__` of this very class also takes many samples at once, each array with their axis first (no
     images, `prompt` a list or one text), and makes the same numbers of them. Statistics use it, as it is much faster.
     A class that overrides `__call__` says it anew."""
+    resizes: ClassVar[bool] = False
+    """Whether it brings all images to one size, leaves those of that size as they are, and changes nothing else. If a
+    policy's first transform does, `rlinf cache` may keep images as it leaves them."""
 
     @abstractmethod
     def __call__(self, sample: Any) -> Sample:
