@@ -395,3 +395,20 @@ def test_ranks_agree_on_what_was_saved_what_failed_and_what_is_damaged(tmp_path,
     assert first["loaded"]
     assert len(first["damage"]) == 1
     assert "__1_0.distcp" in first["damage"][0]
+
+
+def test_a_save_that_takes_too_long_is_left_behind(tmp_path, open_checkpoints, monkeypatch):
+    go_on, complete = threading.Event(), saving._complete
+    checkpoints, _ = open_checkpoints()
+    checkpoints.save(position(1))
+    checkpoints.wait()
+    monkeypatch.setattr(saving, "_complete", lambda *arguments: go_on.wait(60) and complete(*arguments))
+    checkpoints.save(position(2), seconds=0.1)
+    assert not checkpoints.finish(0.1)
+    assert not checkpoints.finish(60.0)  # Nobody waits a second time.
+    told = [str(saved) for saved in checkpoints.finished()]
+    assert "saved" in told[0]
+    assert "the time to leave had come. step_000000001 is the last good one" in told[1]
+    assert newest(tmp_path).name == "step_000000001"
+    go_on.set()
+    assert checkpoints.wait()

@@ -11,9 +11,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
-from rlinf_core.training.fsdp import release
+from rlinf_core.training.fsdp import local_shard, release
 
 
 class Ema:
@@ -43,10 +42,10 @@ class Ema:
         """
         weight: torch.Tensor | None = None
         for name, parameter in self._parameters.items():
-            average = _local(self._averages[name])
+            average = local_shard(self._averages[name])
             if weight is None or weight.device != average.device:
                 weight = ((1.0 - self._decay) * (1.0 - skipped)).to(average.device)
-            average.lerp_(_local(parameter).to(average.device), weight)
+            average.lerp_(local_shard(parameter).to(average.device), weight)
 
     def state_dict(self) -> Mapping[str, torch.Tensor]:
         """The averages by parameter name; loading writes into these same tensors."""
@@ -65,13 +64,7 @@ class Ema:
     def _exchange(self) -> None:
         release(self._policy)  # What is still gathered is the other weights.
         for name, parameter in self._parameters.items():
-            weights, average = _local(parameter), _local(self._averages[name])
+            weights, average = local_shard(parameter), local_shard(self._averages[name])
             kept = weights.clone()
             weights.copy_(average)
             average.copy_(kept)
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's shard, sharing its memory."""
-    shard: torch.Tensor = tensor.detach()
-    return shard.to_local() if isinstance(shard, DTensor) else shard

@@ -148,6 +148,12 @@ def _fill(policy: nn.Module, device: torch.device, value: Callable[[str, tuple[i
         parameter.copy_(whole)
 
 
+def local_shard(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's shard, sharing its memory."""
+    shard: torch.Tensor = tensor.detach()
+    return shard.to_local() if isinstance(shard, DTensor) else shard
+
+
 def derived_seed(*parts: object) -> int:
     """A generator's seed from what it belongs to: the run's seed and a name, or numbers."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()

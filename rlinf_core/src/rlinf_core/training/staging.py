@@ -13,6 +13,8 @@ from collections.abc import Mapping
 import torch
 from torch.distributed.tensor import DTensor
 
+from rlinf_core.training.fsdp import local_shard
+
 ALIGNMENT = 64
 """Bytes; a cache line."""
 
@@ -25,7 +27,7 @@ class Staging:
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        shards = {name: local(tensor) for name, tensor in tensors.items()}
+        shards = {name: local_shard(tensor) for name, tensor in tensors.items()}
         offsets, total = {}, 0
         for name, shard in shards.items():
             offsets[name], total = total, total + -(-shard.nbytes // ALIGNMENT) * ALIGNMENT
@@ -66,7 +68,7 @@ class Staging:
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
             for name, tensor in tensors.items():
-                self._buffers[name].copy_(local(tensor), non_blocking=True)
+                self._buffers[name].copy_(local_shard(tensor), non_blocking=True)
         if self._stream is not None:
             self._stream.synchronize()
         return {name: _like(tensor, self._buffers[name]) for name, tensor in tensors.items()}
@@ -76,12 +78,6 @@ class Staging:
         if self._stream is not None:
             address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
             torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's shard, sharing its memory."""
-    shard: torch.Tensor = tensor.detach()
-    return shard.to_local() if isinstance(shard, DTensor) else shard
 
 
 def _like(tensor: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:

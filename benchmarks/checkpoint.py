@@ -1,0 +1,146 @@
+"""How long training stands still for a checkpoint, beside `torch.save` on rank 0 while the others wait.
+
+    python benchmarks/checkpoint.py [--ranks 2] [--rounds 5] [--folder FOLDER] [--json]
+
+A model of 100 million parameters in float32, on the CPU, in turns within one run: ours, sharded over the ranks with
+AdamW's moments and a moving average (16 bytes a parameter), in the background and waited for, synced and hashed; and
+openpi's way, as its PyTorch trainer saves: rank 0 holds model and optimizer whole (12 bytes a parameter), calls
+`torch.save` on both and renames the folder, the others wait at a barrier; nothing is synced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+LAYERS, WIDTH = 12, 1024
+WIDER = 4 * WIDTH
+
+
+def measure(folder: Path, rounds: int) -> None:
+    """Measure on every rank; rank 0 writes `found.json` into the folder."""
+    import torch
+    from torch import nn
+    from torch.distributed.fsdp import fully_shard
+
+    from rlinf_core.training.checkpoint import Checkpoints
+    from rlinf_core.training.distributed import processes
+    from rlinf_core.training.ema import Ema
+    from rlinf_core.training.optim import Optimizer, Schedule
+    from rlinf_core.training.position import Position
+    from rlinf_core.training.saving import Keep, Place
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.ModuleList(
+            nn.Sequential(nn.Linear(WIDTH, WIDER), nn.GELU(), nn.Linear(WIDER, WIDTH)) for _ in range(LAYERS)
+        )
+
+    with processes("cpu") as group:
+        model = build()
+        for layer in model:
+            fully_shard(layer, mesh=group.mesh())
+        schedule = Schedule(1e-4, 1e-5, 10, 100)
+        optimizer = Optimizer(
+            model.named_parameters(), schedule, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, clip_grad=1.0
+        )
+        parts = {"model": dict(model.named_parameters()), "optim": optimizer.state_dict()}
+        parts["ema"] = dict(Ema(model, 0.99).state_dict())
+        tensors = {f"{part}.{name}": tensor.detach() for part, named in parts.items() for name, tensor in named.items()}
+        if group.rank == 0:
+            whole = build()
+            peer = torch.optim.AdamW(whole.parameters())
+            for parameter in whole.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            peer.step()
+            peer.zero_grad()
+
+        def save_on_rank_0(step: int) -> int:
+            path = folder / "rank0" / str(step % 2)
+            if group.rank == 0:
+                aside = path.with_name("aside")
+                aside.mkdir(parents=True)
+                torch.save(whole.state_dict(), aside / "model.pt")
+                torch.save(peer.state_dict(), aside / "optimizer.pt")
+                aside.rename(path)
+            group.wait()
+            return sum(file.stat().st_size for file in path.iterdir())
+
+        def longest(action: Callable[[], object]) -> float:
+            """Seconds of an action on the rank where it takes longest, with the disk idle at its start."""
+            if group.rank == 0:
+                subprocess.run(["rm", "-rf", str(folder / "rank0")], check=True)
+                os.sync()
+            group.wait()
+            begin = time.perf_counter()
+            action()
+            return max(group.gather(time.perf_counter() - begin))
+
+        saving = {}
+        for name, in_background in (("async", True), ("sync", False)):
+            place = Place(folder, folder / name, Keep(1))
+            saving[name] = Checkpoints(place, group, tensors, in_background=in_background)
+        time.sleep(1.0)  # Training begins with more than a save: the pages are there by then.
+        times: dict[str, list[float]] = {}
+        sizes: dict[str, int] = {}
+        for step in range(1, rounds + 2):
+            position = Position(step=step, epoch=0, sample=0, rows=1, seed=0, layout="")
+            for name, checkpoints in saving.items():
+                stall = longest(lambda c=checkpoints, p=position: c.save(p))  # type: ignore[misc]
+                checkpoints.wait()
+                (saved,) = checkpoints.finished()
+                times.setdefault(f"{name}_stall_seconds", []).append(stall)
+                times.setdefault(f"{name}_write_seconds", []).append(saved.write_seconds)
+                sizes[f"{name}_bytes"] = saved.bytes
+            size = 0
+
+            def alone(step: int = step) -> None:
+                nonlocal size
+                size = save_on_rank_0(step)
+
+            times.setdefault("rank0_save_seconds", []).append(longest(alone))
+            sizes["rank0_bytes"] = size
+        if group.rank == 0:
+            (folder / "found.json").write_text(json.dumps({"times": times, "sizes": sizes}))
+
+
+def main() -> None:
+    """Measure, and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--ranks", type=int, default=2, help="processes, with gloo")
+    parser.add_argument("--rounds", type=int, default=5, help="saves of each kind that count, after a first one")
+    parser.add_argument("--folder", type=Path, default=None, help="where to write 5 GB; default: the temporary folder")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    options = parser.parse_args()
+    if "RANK" in os.environ:
+        measure(options.folder, options.rounds)
+        return
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc-per-node={options.ranks}", __file__, f"--folder={folder}", f"--rounds={options.rounds}"]
+        subprocess.run(command, check=True, stdout=sys.stderr, env={"OMP_NUM_THREADS": "1", **os.environ})
+        raw = json.loads((Path(folder) / "found.json").read_text())
+    found = {name: statistics.median(values[1:]) for name, values in raw["times"].items()}
+    found["async_first_stall_seconds"] = raw["times"]["async_stall_seconds"][0]
+    found |= raw["sizes"]
+    for kind in ("async", "sync"):
+        turns = zip(raw["times"][f"{kind}_stall_seconds"], raw["times"]["rank0_save_seconds"], strict=True)
+        name = "stall_vs_rank0_save" if kind == "async" else "sync_stall_vs_rank0_save"
+        found[name] = statistics.median(ours / theirs for ours, theirs in list(turns)[1:])
+    if options.json:
+        print(json.dumps({name: round(value, 4) for name, value in found.items()}, indent=2))
+        return
+    for name, value in found.items():
+        print(f"{name.replace('_', ' '):30}{value:18.4f}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
