@@ -26,7 +26,7 @@ MAY_CHANGE = frozenset(
     {
         *("cluster", "data.num_workers"),
         *("runner.max_steps", "runner.max_epochs", "runner.save_interval", "runner.keep_last", "runner.save_best"),
-        *("runner.keep_every", "runner.async_save", "runner.checkpoint_rename"),
+        *("runner.keep_every", "runner.async_save", "runner.checkpoint_dir", "runner.checkpoint_rename"),
         *("runner.val_check_interval", "runner.val_samples", "runner.best_metric"),
         *("runner.early_stop_patience", "runner.early_stop_min_delta"),
         *("runner.resume", "runner.output_dir", "runner.loggers"),
