@@ -88,6 +88,60 @@ def toy_site(tmp_path_factory):
     return site
 
 
+@pytest.fixture
+def toy_plugins():
+    """The repository's plugins and the toy policy."""
+    import toy_policy
+    from distributions import entry_point, repository_entry_points
+
+    from rlinf_core.plugins import DATASET_GROUP, PLUGIN_GROUP, Plugins
+
+    toys = [
+        entry_point(PLUGIN_GROUP, "toy", toy_policy, "toy-policy"),
+        entry_point(DATASET_GROUP, "toy", toy_policy.TrainableToyDataset, "toy-policy"),
+    ]
+    return Plugins([*repository_entry_points(), *toys])
+
+
+@pytest.fixture
+def configure_toy(tmp_path, toy_plugins):
+    """The config of a run of the toy policy in `tmp_path`, with the overrides that are given."""
+    from toy_policy import CONFIG
+
+    from rlinf_core.config.load import load_config
+
+    path = tmp_path / "toy.toml"
+    path.write_text(CONFIG)
+    return lambda *overrides: load_config(path, [f"runner.output_dir={tmp_path}", *overrides], toy_plugins)
+
+
+@pytest.fixture
+def train_toy(configure_toy, toy_plugins, monkeypatch):
+    """Train the toy policy as `rlinf_core.train` does, from wherever the run stands.
+
+    Returns the trainer, None if the run is finished; `results` are what its validations measure.
+    """
+    from rlinf_core.training.distributed import processes
+    from rlinf_core.training.resume import prepare_folder
+
+    monkeypatch.delenv("RANK", raising=False)
+
+    def train(*overrides, results=None):
+        run = configure_toy(*overrides)
+        start = prepare_folder(run, overwrite=False)
+        if start.finished:
+            return None
+        with processes("cpu") as group:
+            trainer = run.trainer.build(run, start=start, group=group, plugins=toy_plugins)
+            if results is not None:
+                measured = iter(results)
+                monkeypatch.setattr(trainer._validation, "_measure", lambda *_: {"val_loss": next(measured)})
+            trainer.train()
+        return trainer
+
+    return train
+
+
 @pytest.fixture(scope="session")
 def start_ranks():
     """Start the ranks of a run for a fraction of what torchrun costs: `Ranks.start`."""

@@ -78,11 +78,6 @@ def test_a_schedule_that_outlasts_the_run_is_said(logger):
     ).replace("\n", " ")
 
 
-def test_a_skipped_step_is_said(logger):
-    logger.step(3, STEPS[2] | {"skipped": 1.0, "grad_norm": float("nan")})
-    assert "step 3: the gradient was not finite" in logger._console.file.getvalue()
-
-
 def test_what_ended_the_run_is_said_with_the_way_on(logger, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 7, "loss": 1.0}\n')
     logger.close(RuntimeError())

@@ -7,46 +7,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 import toy_policy
-from distributions import entry_point, repository_entry_points
 
-from rlinf_core.config.load import load_config
 from rlinf_core.errors import UserError
-from rlinf_core.plugins import DATASET_GROUP, PLUGIN_GROUP, Plugins
 from rlinf_core.training import reports
 from rlinf_core.training.anomalies import FEWEST, WINDOW, Guard, Spikes, suspects, usual_losses
-from rlinf_core.training.distributed import processes
 from rlinf_core.training.jsonl import read_rows
-from rlinf_core.training.resume import choose_start, leave_ready
 
 FORWARD = toy_policy.ToyModule.forward
 RUNNER = SimpleNamespace(spike_threshold=10.0, max_skipped_steps=3)
 
 
 @pytest.fixture
-def plugins():
-    toys = [
-        entry_point(PLUGIN_GROUP, "toy", toy_policy, "toy-policy"),
-        entry_point(DATASET_GROUP, "toy", toy_policy.TrainableToyDataset, "toy-policy"),
-    ]
-    return Plugins([*repository_entry_points(), *toys])
-
-
-@pytest.fixture
-def train(tmp_path, plugins, monkeypatch):
-    """Train the toy policy from wherever the run stands; returns the trainer."""
-    monkeypatch.delenv("RANK", raising=False)
-    (tmp_path / "toy.toml").write_text(toy_policy.CONFIG)
-
-    def train(*overrides):
-        run = load_config(tmp_path / "toy.toml", [f"runner.output_dir={tmp_path}", *overrides], plugins)
-        start = choose_start(run, overwrite=False)
-        leave_ready(run, start)
-        with processes("cpu") as group:
-            trainer = run.trainer.build(run, start=start, group=group, plugins=plugins)
-            trainer.train()
-        return trainer
-
-    return train
+def train(train_toy):
+    return train_toy
 
 
 def break_samples(monkeypatch, steps, change):
@@ -77,7 +50,7 @@ def rows(run_folder, name="metrics.jsonl"):
     return read_rows(run_folder / name)
 
 
-def test_a_loss_that_is_not_finite_skips_the_step_and_names_its_sample(train, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_skips_the_step_and_names_its_sample(train, monkeypatch, capsys):
     calls = break_samples(monkeypatch, {2}, third_is_nan)
     trainer = train("runner.max_steps=5")
     assert [row["skipped"] for row in rows(trainer.run.folder)] == [0, 0, 1, 0, 0]
@@ -88,6 +61,8 @@ def test_a_loss_that_is_not_finite_skips_the_step_and_names_its_sample(train, tm
     index = calls[5][2]
     expected = {"where": f"toy, part-0.parquet, episode {index // 10}, frame {index % 10}", "row": index, "loss": None}
     assert anomaly["samples"] == [expected | {"rank": 0, "micro_batch": 1}]
+    said = f"step 3: the loss was not finite, the step was skipped; look at {expected['where']} first"
+    assert capsys.readouterr().out.count(said) == 1
 
 
 def test_a_gradient_that_is_not_finite_names_the_largest_losses_first(train, monkeypatch):

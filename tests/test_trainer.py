@@ -6,54 +6,24 @@ import math
 import pytest
 import torch
 import toy_policy
-from distributions import entry_point, repository_entry_points
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from rlinf_core.config.load import load_config
 from rlinf_core.errors import UserError
-from rlinf_core.plugins import DATASET_GROUP, PLUGIN_GROUP, Plugins
 from rlinf_core.training.distributed import processes
 from rlinf_core.training.jsonl import read_rows
-from rlinf_core.training.resume import prepare_folder
 from rlinf_core.training.stopping import Best
 from rlinf_core.training.trainer import Fsdp2Trainer
 
 
 @pytest.fixture
-def plugins():
-    toys = [
-        entry_point(PLUGIN_GROUP, "toy", toy_policy, "toy-policy"),
-        entry_point(DATASET_GROUP, "toy", toy_policy.TrainableToyDataset, "toy-policy"),
-    ]
-    return Plugins([*repository_entry_points(), *toys])
+def train(train_toy):
+    return train_toy
 
 
 @pytest.fixture
-def configure(tmp_path, plugins):
-    path = tmp_path / "toy.toml"
-    path.write_text(toy_policy.CONFIG)
-    return lambda *overrides: load_config(path, [f"runner.output_dir={tmp_path}", *overrides], plugins)
-
-
-@pytest.fixture
-def train(configure, plugins, monkeypatch):
-    """Train as `rlinf_core.train` does, from wherever the run stands; returns the trainer, None if it is finished."""
-    monkeypatch.delenv("RANK", raising=False)
-
-    def train(*overrides, results=None):
-        run = configure(*overrides)
-        start = prepare_folder(run, overwrite=False)
-        if start.finished:
-            return None
-        with processes("cpu") as group:
-            trainer = run.trainer.build(run, start=start, group=group, plugins=plugins)
-            if results is not None:
-                measured = iter(results)
-                monkeypatch.setattr(trainer._validation, "_measure", lambda *_: {"val_loss": next(measured)})
-            trainer.train()
-        return trainer
-
-    return train
+def configure(configure_toy):
+    return configure_toy
 
 
 def rows(trainer, key="loss"):
@@ -96,13 +66,13 @@ def test_whichever_limit_comes_first_ends_a_run(train):
     assert train("runner.name=b", "runner.max_epochs=1", "runner.max_steps=30").step == 10
 
 
-def test_limits_survive_being_written(configure, tmp_path, plugins):
+def test_limits_survive_being_written(configure, tmp_path, toy_plugins):
     from rlinf_core.config.load import dump_config
 
     for overrides in (["runner.max_epochs=2"], ["runner.max_epochs=2", "runner.max_steps=5"], []):
         run = configure(*overrides)
         (tmp_path / "again.toml").write_text(dump_config(run))
-        assert load_config(tmp_path / "again.toml", [], plugins) == run
+        assert load_config(tmp_path / "again.toml", [], toy_plugins) == run
     with pytest.raises(UserError, match="max_steps and max_epochs are both 0"):
         configure("runner.max_steps=0")
 

@@ -13,13 +13,9 @@ from torch.utils.data import Dataset
 from rlinf_core.data.encoding import add_draws, encode_rows, read_rows
 from rlinf_core.data.mixture import Indices, Source, order_of
 from rlinf_core.data.order import check_batch, sample_generator, steps_per_epoch
-from rlinf_core.data.sample import Batch, Sample
+from rlinf_core.data.sample import SOURCE, Batch, Sample
 from rlinf_core.errors import UserError
 from rlinf_core.policy import PolicyConfig
-
-SOURCE = "rlinf_source"
-"""Key of a mixture's training batches, which the trainer takes out: int64 [B], the number of each sample's source."""
-
 
 @dataclass
 class MicroBatches(Dataset[Any]):

@@ -23,6 +23,9 @@ bool [H], `task` str, and the integers `index`, `episode_index`, `frame_index`."
 Batch = Mapping[str, Any]
 """Tensors (or nested mappings of tensors) with the sample axis first."""
 
+SOURCE = "rlinf_source"
+"""Key of a mixture's training batches, which the trainer takes out: int64 [B], the number of each sample's source."""
+
 
 class Sample(TypedDict, total=False):
     """One frame on its way through the pipeline. Policies and datasets may add further keys."""

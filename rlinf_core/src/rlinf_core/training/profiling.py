@@ -32,7 +32,7 @@ class Profile:
         activities = [torch.profiler.ProfilerActivity.CPU]
         if self._device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
-        self._recorder = torch.profiler.profile(activities=activities)
+        self._recorder = torch.profiler.profile(activities=activities, acc_events=True)
         self._recorder.start()
 
     def after(self, step: int) -> None:

@@ -20,6 +20,7 @@ from rlinf_core.training.flight import Watch
 from rlinf_core.training.metrics import peak_memory_gb
 from rlinf_core.training.step import StepNumbers, StepRecord
 from rlinf_core.training.stragglers import Stragglers
+from rlinf_core.training.throughput import Throughput
 
 LAG = {"cuda": 1}
 """Steps of a device after which a step is read; elsewhere 0. While the host waits for a step's numbers, the device has
@@ -39,6 +40,7 @@ class StepReports:
         guard: Finds anomalies.
         stragglers: Finds slow ranks.
         watch: Knows that this rank waits here.
+        throughput: Says what a step's operations amount to.
         tell: Tells loggers and observers the metrics of a step; does nothing on ranks other than 0.
         say: Tells loggers a line.
     """
@@ -53,12 +55,13 @@ class StepReports:
         guard: Guard,
         stragglers: Stragglers,
         watch: Watch,
+        throughput: Throughput,
         tell: Callable[[int, Mapping[str, float]], None],
         say: Callable[[str], None],
     ) -> None:
         self._run, self._batches, self._group = run, batches, group
         self._guard, self._stragglers, self._watch = guard, stragglers, watch
-        self._tell, self._say = tell, say
+        self._tell, self._say, self._throughput = tell, say, throughput
         self._anomalies = AnomalyFile(run.folder, start_step) if group.rank == 0 else None
         self._waiting: deque[StepRecord] = deque()
         self._lag = LAG.get(group.device.type, 0)
@@ -96,6 +99,7 @@ class StepReports:
     def _tell_of(self, record: StepRecord) -> bool:
         step, numbers = record.step, record.read(self._batches.global_batch_size)
         metrics = numbers.metrics | sources.source_losses(self._batches.sources, numbers.by_source)
+        metrics |= self._throughput.metrics(numbers.useful_tflop, metrics["step_seconds"])
         metrics["peak_memory_gb"] = peak_memory_gb(self._group.device)
         metrics["epoch"] = step / self._batches.steps_per_epoch
         self._tell(step, metrics)
@@ -114,8 +118,7 @@ class StepReports:
             return
         samples = list(self._samples(step, numbers))
         self._anomalies.write(step, anomaly, samples, of=self._batches.global_batch_size)
-        first = f"; first of its samples: {samples[0]['where']}" if samples else ""
-        self._say(f"step {step}: {anomaly}{first} ({self._anomalies.path})")
+        self._say(f"step {step}: {anomaly}; look at {samples[0]['where']} first ({self._anomalies.path})")
 
     def _samples(self, step: int, numbers: StepNumbers) -> Iterator[dict[str, Any]]:
         """The samples that explain a step, the most suspicious first."""

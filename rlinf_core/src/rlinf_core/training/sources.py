@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-import torch
-
 from rlinf_core.config.run import RunConfig, RunSource
 from rlinf_core.data.mixture import Source
 from rlinf_core.data.pipeline import build_pipeline
@@ -17,7 +15,6 @@ from rlinf_core.data.splits import describe_splits, open_split
 from rlinf_core.datasets import SampleSource, Split
 from rlinf_core.errors import UserError
 from rlinf_core.plugins import Plugins
-from rlinf_core.policy import PolicyOutput
 from rlinf_core.training.distributed import Processes
 from rlinf_core.training.statistics import run_statistics
 
@@ -89,24 +86,8 @@ def describe_samples(run: RunConfig, sources: Sequence[Source]) -> Iterator[str]
                 yield f"{source.name}: {name}: {fact}" if source.name else f"{name}: {fact}"
 
 
-def source_sums(output: PolicyOutput, numbers: torch.Tensor, count: int) -> torch.Tensor:
-    """[2 * count], loss sum and weight of each source in a micro batch; zeros where the policy does not tell.
-
-    Args:
-        output: Of the forward pass.
-        numbers: [B], the source of each sample.
-        count: Number of sources.
-    """
-    if output.sample_losses is None:
-        return output.loss_sum.detach().new_zeros(2 * count)
-    # Not index_add_, whose order of addition on a GPU is not always the same.
-    mine = numbers == torch.arange(count, device=numbers.device)[:, None]
-    # A product would spread a loss that is not a number to every source.
-    return torch.where(mine[..., None], output.sample_losses, 0.0).sum(1).flatten()
-
-
 def source_losses(sources: Sequence[Source], sums: Sequence[float]) -> dict[str, float]:
-    """`loss/<name>` of the sources that the step has samples of, from `source_sums` of the global batch."""
+    """`loss/<name>` of the sources that the step has samples of, from `step.source_sums` of the global batch."""
     pairs = zip(sources, sums[::2], sums[1::2], strict=True) if sums else ()
     return {f"loss/{source.name}": loss / weight for source, loss, weight in pairs if weight}
 

@@ -1,7 +1,8 @@
 """One optimizer step over the global batch, and its numbers on their way to the host.
 
 Nothing in a step waits for the device. Its numbers are added up over the ranks in one collective, and on CUDA copied
-into page-locked memory, where `StepRecord.read` finds them some steps later; on the CPU they are there at once.
+into page-locked memory, where `StepRecord.read` finds them some steps later; on the CPU they are there at once. It
+needs torch and NumPy alone, so that it can be tried on a bare CUDA machine.
 """
 
 from __future__ import annotations
@@ -9,21 +10,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlinf_core.config.fsdp2 import Fsdp2TrainerConfig
-from rlinf_core.config.run import RunConfig
-from rlinf_core.data.micro_batches import SOURCE, MicroBatches
-from rlinf_core.policy import PolicyOutput
-from rlinf_core.training import sources
+from rlinf_core.data.sample import SOURCE
 from rlinf_core.training.distributed import Processes, to_device
 from rlinf_core.training.ema import Ema
 from rlinf_core.training.flight import Watch
 from rlinf_core.training.fsdp import communicate, derived_seed
 from rlinf_core.training.metrics import StepClock, record_event
 from rlinf_core.training.optim import Optimizer
+
+if TYPE_CHECKING:
+    from rlinf_core.config.fsdp2 import Fsdp2TrainerConfig
+    from rlinf_core.config.run import RunConfig
+    from rlinf_core.data.micro_batches import MicroBatches
+    from rlinf_core.policy import PolicyOutput
+    from rlinf_core.training.throughput import Throughput
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class StepNumbers:
     """Whether any rank had been asked to stop when it began the step."""
     times: list[float]
     """`Stragglers.own` of each rank, where the step brought them; else empty."""
+    useful_tflop: float
+    """Useful operations of the step over all ranks, in 10¹²; 0: not known."""
     sample_losses: list[float]
     """[global batch]; of a policy that does not tell them, each has the mean of its micro batch."""
 
@@ -50,7 +56,7 @@ class StepRecord:
     clock: StepClock
     _keys: tuple[str, ...]
     _sizes: tuple[int, ...]
-    """Of metrics, sums of sources, the request to stop, times and sample losses."""
+    """Of metrics, sums of sources, the request to stop with useful operations, times and sample losses."""
     _values: torch.Tensor
     _arrived: torch.cuda.Event | None
 
@@ -67,9 +73,11 @@ class StepRecord:
         """
         if self._arrived is not None:
             self._arrived.synchronize()
-        values, by_source, asked, times, losses = (part.tolist() for part in torch.split(self._values, list(self._sizes)))
+        values, by_source, asked, times, losses = (
+            part.tolist() for part in torch.split(self._values, list(self._sizes))
+        )
         metrics = dict(zip(self._keys, values, strict=True)) | self.clock.read(samples)
-        return StepNumbers(metrics, by_source, asked[0] > 0, times, losses)
+        return StepNumbers(metrics, by_source, asked[0] > 0, times, asked[1], losses)
 
 
 class TrainStep:
@@ -86,7 +94,9 @@ class TrainStep:
         optimizer: Optimizer,
         ema: Ema | None,
         watch: Watch,
+        throughput: Throughput | None = None,
     ) -> None:
+        self._throughput, self._useful = throughput, 0.0
         self._run, self._config, self._group, self._batches = run, config, group, batches
         self._policy, self._optimizer, self._ema, self._watch = policy, optimizer, ema, watch
         self._places = [
@@ -116,16 +126,17 @@ class TrainStep:
         device, size = self._group.device, self._config.global_batch_size
         sums, losses = torch.zeros(()), torch.zeros(size, device=device)
         names: list[str] = []
+        self._useful = 0.0
         for micro in range(self._batches.accumulation):
             out, numbers = self._backpropagate(step, micro, batches, clock)
             names = sorted(out.metrics)
             own = torch.stack([out.loss_sum.detach(), out.weight, *(out.metrics[name] for name in names)])
             if numbers is not None:
-                own = torch.cat([own, sources.source_sums(out, numbers, len(self._batches.sources))])
+                own = torch.cat([own, source_sums(out, numbers, len(self._batches.sources))])
             sums = own if not micro else sums + own
             losses[self._places[micro]] = self._losses(out)
         # What else ranks have to tell one another travels with the sums: they communicate no more than they do anyway.
-        request = losses.new_full((1,), float(asked))
+        request = torch.cat([losses.new_full((1,), float(asked)), losses.new_full((1,), self._useful)])
         parts = [sums, request, self._own_times(times), losses]
         with self._phase(clock, "optimizer"):
             totals = self._group.sum(torch.cat(parts))
@@ -140,7 +151,7 @@ class TrainStep:
         values = torch.cat([mean[:1], optimizer, mean[2:], totals[last:]])
         keys = ("loss", "lr", "grad_norm", "skipped", *names)
         by_source = len(sums) - last
-        sizes = (len(keys), by_source, 1, len(parts[2]), size)
+        sizes = (len(keys), by_source, len(request), len(parts[2]), size)
         return StepRecord(step + 1, clock, keys, sizes, *_to_host(values))
 
     def _backpropagate(
@@ -156,6 +167,7 @@ class TrainStep:
             )
         with self._phase(clock, "data_wait"):
             batch = next(batches)
+        self._useful += self._throughput.tflop(batch) if self._throughput else 0.0  # Here its numbers are on the host.
         # Modules with randomness of their own (dropout) draw the same numbers after a resume.
         torch.manual_seed(derived_seed(self._run.seed, step, self._group.rank, micro))
         with self._phase(clock, "forward"):
@@ -185,6 +197,22 @@ class TrainStep:
         for place, seconds in enumerate(times or (), start=2 * self._group.rank):
             table[place].fill_(seconds)
         return table
+
+
+def source_sums(output: PolicyOutput, numbers: torch.Tensor, count: int) -> torch.Tensor:
+    """[2 * count], loss sum and weight of each source in a micro batch; zeros where the policy does not tell.
+
+    Args:
+        output: Of the forward pass.
+        numbers: [B], the source of each sample.
+        count: Number of sources.
+    """
+    if output.sample_losses is None:
+        return output.loss_sum.detach().new_zeros(2 * count)
+    # Not index_add_, whose order of addition on a GPU is not always the same.
+    mine = numbers == torch.arange(count, device=numbers.device)[:, None]
+    # A product would spread a loss that is not a number to every source.
+    return torch.where(mine[..., None], output.sample_losses, 0.0).sum(1).flatten()
 
 
 def _to_host(values: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:

@@ -1,0 +1,133 @@
+"""A step waits for nothing on a CUDA device: neither its batches, nor its optimizer, nor its numbers.
+
+It needs torch, NumPy and pytest alone, as test_step_on_cuda.py does: `PYTHONPATH=rlinf_core/src python -m pytest
+--noconftest -m gpu tests/gpu/test_no_sync.py`. `RLINF_CHECK_DEVICE=cpu` tries the test itself where there is no GPU.
+"""
+
+import contextlib
+import itertools
+import os
+from collections import deque
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from rlinf_core.training.distributed import Processes
+from rlinf_core.training.ema import Ema
+from rlinf_core.training.flight import Watch
+from rlinf_core.training.fsdp import materialize, shard
+from rlinf_core.training.metrics import PHASES
+from rlinf_core.training.optim import Optimizer, Schedule
+from rlinf_core.training.step import TrainStep
+
+DEVICE = torch.device(os.environ.get("RLINF_CHECK_DEVICE", "cuda"))
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(DEVICE.type == "cuda" and not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+WIDTH, MICRO_BATCH, ACCUMULATION, WARM_UP, STEPS, LAG = 512, 8, 2, 3, 8, 1
+
+
+class Block(nn.Linear):
+    def forward(self, x):
+        return nn.functional.gelu(super().forward(x.to(self.weight.dtype)))
+
+
+class Policy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, batch):
+        x = batch["state"]
+        for block in self.blocks:
+            x = block(x)
+        error = (x.float() - batch["actions"]).square().mean(1)
+        each = torch.stack((error.detach(), torch.ones_like(error)), dim=1)
+        weight = torch.full((), float(len(error)), device=error.device)
+        return SimpleNamespace(loss_sum=error.sum(), weight=weight, metrics={}, sample_losses=each)
+
+    def shard_units(self):
+        return (SimpleNamespace(module=block, dtype="compute") for block in self.blocks)
+
+    def rebuild_buffers(self):
+        pass
+
+
+def batch():
+    """As the loader makes it: in page-locked memory; of a mixture of two datasets."""
+    generator = torch.Generator().manual_seed(0)
+    numbers = {key: torch.randn(MICRO_BATCH, WIDTH, generator=generator) for key in ("state", "actions")}
+    numbers["rlinf_source"] = torch.arange(MICRO_BATCH) % 2
+    return {key: value.pin_memory() if DEVICE.type == "cuda" else value for key, value in numbers.items()}
+
+
+@pytest.fixture
+def group():
+    backend = "cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    yield Processes(DEVICE)
+    dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def waiting_is_an_error():
+    if DEVICE.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    yield
+    if DEVICE.type == "cuda":
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9], ids=["plain", "averaged"])
+@pytest.mark.parametrize("reshard", [True, False], ids=["resharded", "kept"])
+def test_steps_wait_for_nothing_and_their_numbers_come_late(group, tmp_path, decay, reshard):
+    with torch.device("meta"):
+        policy = Policy()
+    shard(policy, init_device_mesh(DEVICE.type, (1,)), compute_dtype=torch.bfloat16, reshard_after_forward=reshard)
+    materialize(
+        policy,
+        DEVICE,
+        lambda name, shape: torch.randn(shape, generator=torch.Generator().manual_seed(len(name))) * 0.02,
+    )
+    schedule = Schedule(1e-3, 1e-4, 0, 100)
+    optimizer = Optimizer(
+        policy.named_parameters(), schedule, betas=(0.9, 0.95), eps=1e-8, weight_decay=1e-10, clip_grad=1.0
+    )
+    size = MICRO_BATCH * ACCUMULATION
+    places = [np.arange(micro * MICRO_BATCH, (micro + 1) * MICRO_BATCH) for micro in range(ACCUMULATION)]
+    order = SimpleNamespace(accumulation=ACCUMULATION, sources=(1, 2), places=lambda micro, rank: places[micro])
+    config = SimpleNamespace(global_batch_size=size, reduce_every_micro_batch=False, reshard_after_forward=reshard)
+    step = TrainStep(
+        SimpleNamespace(seed=0),
+        config,
+        group,
+        order,
+        policy=policy,
+        optimizer=optimizer,
+        ema=Ema(policy, decay) if decay else None,
+        watch=Watch(tmp_path, 0, timeout=600.0),
+    )
+    waiting, read, stream = deque(), [], itertools.repeat(batch())
+    for number in range(WARM_UP):
+        step(number, stream, asked=False).read(size)
+    with waiting_is_an_error():
+        for number in range(WARM_UP, WARM_UP + STEPS):
+            waiting.append(step(number, stream, asked=number == WARM_UP + 2, times=(0.1, 0.2)))
+            while len(waiting) > LAG:
+                read.append(waiting.popleft().read(size))
+    read += [record.read(size) for record in waiting]
+    losses = [numbers.metrics["loss"] for numbers in read]
+    assert losses == sorted(losses, reverse=True)
+    assert [numbers.asked for numbers in read] == [number == 2 for number in range(STEPS)]
+    for numbers in read:
+        assert numbers.times == pytest.approx([0.1, 0.2])
+        assert len(numbers.sample_losses) == size
+        assert numbers.metrics["loss"] == pytest.approx(sum(numbers.sample_losses) / size, rel=1e-4)
+        assert sum(numbers.by_source[1::2]) == size
+        assert sum(numbers.metrics[f"{phase}_share"] for phase in PHASES) <= 1.0 + 1e-3
