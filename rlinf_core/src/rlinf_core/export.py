@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -60,7 +60,9 @@ class Choice:
     """The dataset of a mixture for which the policy is to act; empty: all, the one who loads it says which."""
 
 
-def export_run(folder: Path, output: Path, choice: Choice, plugins: Plugins) -> Path:
+def export_run(
+    folder: Path, output: Path, choice: Choice, plugins: Plugins, tell: Callable[[str], object] = print
+) -> Path:
     """Export a run's policy; nothing is written unless all of it is.
 
     Args:
@@ -68,6 +70,7 @@ def export_run(folder: Path, output: Path, choice: Choice, plugins: Plugins) -> 
         output: The folder to make.
         choice: Which weights, and how.
         plugins: Where the run's classes come from.
+        tell: Learns of damaged checkpoints that were passed over.
 
     Returns:
         The checkpoint that was exported.
@@ -87,7 +90,7 @@ def export_run(folder: Path, output: Path, choice: Choice, plugins: Plugins) -> 
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} is there already: give another --output, or remove it")
     check_writable(output, NAME_OUTPUT)
-    checkpoint = find_checkpoint(folder, run.runner.checkpoints_of(folder), choice)
+    checkpoint = find_checkpoint(folder, run.runner.checkpoints_of(folder), choice, tell)
     tensors = read_weights(run, checkpoint, choice, plugins)
     aside = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
@@ -126,17 +129,18 @@ def _statistics(path: Path) -> Stats | None:
     return load_norm_stats(path) if path.exists() else None
 
 
-def find_checkpoint(folder: Path, checkpoints: Path, choice: Choice) -> Path:
+def find_checkpoint(folder: Path, checkpoints: Path, choice: Choice, tell: Callable[[str], object]) -> Path:
     """The folder of the chosen checkpoint, whose files are what was written.
 
     Args:
         folder: The run's.
         checkpoints: That of its checkpoints.
         choice: Which.
+        tell: Learns of damaged ones that were passed over.
 
     Raises:
         UserError: It is not there, with those that are, or it is damaged. Where none in particular is asked for, the
-            newest that is whole is taken, with a warning.
+            newest that is whole is taken.
     """
     if choice.best:
         if not (folder / "best").exists():
@@ -145,7 +149,7 @@ def find_checkpoint(folder: Path, checkpoints: Path, choice: Choice) -> Path:
     elif choice.step is not None:
         name = step_name(choice.step)
     else:
-        return _newest(folder, checkpoints)
+        return _newest(folder, checkpoints, tell)
     there = sorted(path.name for path in checkpoints.glob(NAMES))
     if name not in there:
         steps = ", ".join(str(int(name.removeprefix("step_"))) for name in there) or "none"
@@ -155,7 +159,7 @@ def find_checkpoint(folder: Path, checkpoints: Path, choice: Choice) -> Path:
     return checkpoints / name
 
 
-def _newest(folder: Path, checkpoints: Path) -> Path:
+def _newest(folder: Path, checkpoints: Path, tell: Callable[[str], object]) -> Path:
     damaged: dict[str, str] = {}
     while newest := newest_whole(folder, checkpoints, damaged):
         path, _ = newest
@@ -163,7 +167,7 @@ def _newest(folder: Path, checkpoints: Path) -> Path:
             damaged[path.name] = why
             continue
         for name, why in damaged.items():
-            warnings.warn(f"the checkpoint {name} is damaged: {why}; {path.name} is exported", stacklevel=2)
+            tell(f"warning: the checkpoint {name} is damaged: {why}; {path.name} is exported")
         return path
     raise UserError(f"{folder} holds no checkpoint (there is: none)")
 

@@ -88,6 +88,7 @@ class Checkpoints:
         self._done: list[Saved] = []
         self._pending: _Pending | None = None
         self._staging = Staging(tensors) if in_background else None
+        self._untouched: BaseException | None = None
         self._touching = threading.Thread(target=self._touch, daemon=True)
         self._touching.start()
 
@@ -101,8 +102,11 @@ class Checkpoints:
         return cls(place, group, tensors, in_background=runner.async_save, last_good=last)
 
     def _touch(self) -> None:
-        if self._staging is not None:
-            self._staging.touch()
+        try:
+            if self._staging is not None:
+                self._staging.touch()
+        except BaseException as error:  # Raised again by the first save.
+            self._untouched = error
 
     def save(self, position: Position, best: str = "", seconds: float | None = None) -> None:
         """Save; returns when the tensors may change. One that is still being written is waited for first.
@@ -121,6 +125,8 @@ class Checkpoints:
         if not self.wait(seconds):
             return
         self._touching.join()
+        if self._untouched is not None:
+            raise self._untouched
         tensors = self._staging.copy(self._tensors) if self._staging is not None else self._tensors
         self._pending = _Pending(self._device, self._place, position, tensors, self._writers, best)
         if seconds is None and (self._staging is None or self._failures):
@@ -193,6 +199,9 @@ class Checkpoints:
             self._done.append(replace(self._pending.saved(), failure="the time to leave had come. " + self._kept()))
         elif self._failures and seconds is None:
             raise UserError(f"{self.failure()} The same command then makes the steps after it again.")
+        if self._staging is not None and not self._left:
+            self._touching.join()
+            self._staging.close()
         return not self._left
 
     def stall(self) -> dict[str, float]:

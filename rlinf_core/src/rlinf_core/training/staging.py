@@ -32,6 +32,7 @@ class Staging:
         for name, shard in shards.items():
             offsets[name], total = total, total + -(-shard.nbytes // ALIGNMENT) * ALIGNMENT
         self._memory = mmap.mmap(-1, max(total, 1))
+        self._locked = False
         self._stream: torch.cuda.Stream | None = None
         devices = {shard.device for shard in shards.values() if shard.is_cuda}
         if devices:
@@ -54,6 +55,7 @@ class Staging:
             error = torch.cuda.cudart().cudaHostRegister(whole.data_ptr(), whole.nbytes, 0)  # type: ignore[no-untyped-call]
             if int(error):
                 raise RuntimeError(f"cudaHostRegister of {whole.nbytes} bytes: error {int(error)}")
+            self._locked = True
 
     def copy(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Copy, and wait until that is done.
@@ -74,8 +76,9 @@ class Staging:
         return {name: _like(tensor, self._buffers[name]) for name, tensor in tensors.items()}
 
     def close(self) -> None:
-        """Unlock the pages."""
-        if self._stream is not None:
+        """Unlock the pages; a later copy is slower."""
+        if self._locked:
+            self._locked = False
             address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
             torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
 
