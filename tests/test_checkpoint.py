@@ -412,3 +412,20 @@ def test_a_save_that_takes_too_long_is_left_behind(tmp_path, open_checkpoints, m
     assert newest(tmp_path).name == "step_000000001"
     go_on.set()
     assert checkpoints.wait()
+
+
+def test_export_takes_the_newest_whole_one_but_no_other_than_asked_for(tmp_path, open_checkpoints):
+    from rlinf_core.export import Choice, find_checkpoint
+
+    checkpoints, _ = open_checkpoints(keep_last=3)
+    for step in (1, 2, 3):
+        checkpoints.save(position(step))
+    checkpoints.finish()
+    flip(tmp_path / "checkpoints" / "step_000000003" / "__0_0.distcp")
+    said = []
+    found = find_checkpoint(tmp_path, tmp_path / "checkpoints", Choice(), said.append)
+    assert found.name == "step_000000002"
+    assert ["step_000000003 is damaged" in text and "step_000000002 is exported" in text for text in said] == [True]
+    with pytest.raises(UserError, match=r"step_000000003 is damaged: .*--step"):
+        find_checkpoint(tmp_path, tmp_path / "checkpoints", Choice(step=3), said.append)
+    assert find_checkpoint(tmp_path, tmp_path / "checkpoints", Choice(step=1), said.append).name == "step_000000001"

@@ -7,6 +7,7 @@ import pytest
 from rlinf_core.config.load import load_config
 from rlinf_core.errors import UserError
 from rlinf_core.files import write_text
+from rlinf_core.training.jsonl import read_rows
 from rlinf_core.training.position import FileSum, Position, State, dump_state
 from rlinf_core.training.resume import (
     agree_on_start,
@@ -262,3 +263,33 @@ def test_checkpoints_may_lie_elsewhere(run, tmp_path):
 def test_settings_that_cannot_be_kept_are_refused(run, setting, complaint):
     with pytest.raises(UserError, match=complaint):
         run(setting)
+
+
+def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before_as_if_nothing_had_happened(
+    toy_site, tmp_path, start_ranks
+):
+    """Two ranks: the shard of the second is damaged, and its owner is not the rank that finds out."""
+
+    def train(name, *settings):
+        given = (
+            toy_site / "toy.toml",
+            f"runner.output_dir={tmp_path}",
+            f"runner.name={name}",
+            "runner.save_interval=2",
+        )
+        ended = start_ranks("rlinf_core.train:main", 2, toy_site / "toy.toml", *given, *settings, paths=[toy_site])
+        assert ended.returncode == 0, ended.stderr
+        return ended.stdout, [
+            (row["step"], row["loss"]) for row in read_rows(tmp_path / name / "metrics.jsonl") if "loss" in row
+        ]
+
+    train("run", "runner.max_steps=6")
+    shard = tmp_path / "run" / "checkpoints" / "step_000000006" / "__1_0.distcp"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    said, losses = train("run", "runner.max_steps=8")
+    assert "the checkpoint step_000000006 is damaged: the bytes of __1_0.distcp are not those" in said
+    assert "continues at step 4" in said
+    assert losses == train("whole", "runner.max_steps=8")[1]
+    assert [step for step, _ in losses] == list(range(1, 9))
