@@ -157,10 +157,10 @@ def rlinf_step_finished(trainer: Trainer, step: int, metrics: Mapping[str, float
     """Receive the metrics of an optimizer step.
 
     Args:
-        trainer: The trainer.
+        trainer: The trainer; on a GPU it may be a step ahead.
         step: Number of the step, from 1.
-        metrics: Of core's trainer: `loss`, `lr`, `grad_norm` (before clipping), `skipped` (1 if the gradient was not
-            finite), `epoch`, `step_seconds`, `samples_per_second`, the shares of the step's time (0-1)
+        metrics: Of core's trainer: `loss`, `lr`, `grad_norm` (before clipping), `skipped` (1 if loss or gradient was
+            not finite), `epoch`, `step_seconds`, `samples_per_second`, the shares of the step's time (0-1)
             `data_wait_share`, `forward_share`, `backward_share` and `optimizer_share`, `peak_memory_gb`, and what the
             policy adds. Another trainer reports its own.
 
