@@ -21,6 +21,7 @@ from rlinf_core.errors import Exit, PluginError, UserError, did_you_mean
 COMMANDS = (
     Command("launch", "start a run's processes where its config says, and wait for them", "rlinf_core.commands.launch"),
     Command("validate", "check a run's config, data and files without starting it", "rlinf_core.commands.validate"),
+    Command("plan", "say what memory, time and communication a run will take", "rlinf_core.commands.plan"),
     Command("inspect", "write a page that shows what a run's model will see", "rlinf_core.commands.inspect"),
     Command("norm-stats", "compute, examine, compare and import statistics", "rlinf_core.commands.norm_stats"),
     Command(

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -30,6 +31,18 @@ _PATIENCE = 10.0
 
 class NotInRepositoryError(Exception):
     """The repository is known, and has no such file."""
+
+
+@contextmanager
+def cache_only() -> Iterator[None]:
+    """Ask nobody inside: what a hub id means is in the cache, or it cannot be had."""
+    from huggingface_hub import constants
+
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def local_path(text: str, setting: str) -> Path | None:

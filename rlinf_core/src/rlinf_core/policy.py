@@ -103,6 +103,35 @@ class PolicyConfig(BaseModel):
         """Build the module, which follows `Policy`. Called under `torch.device("meta")`: allocate nothing by hand."""
         raise NotImplementedError(f"{type(self).__name__} must define build()")
 
+    def build_to_count(self) -> nn.Module:
+        """The module for `rlinf plan`, which counts on it what a step takes, on the meta device as `build`.
+
+        A policy whose `build` reads files that do not change the module's size (a tokenizer, say) leaves them out.
+        """
+        return self.build()
+
+    def largest_sample(self, cameras: Sequence[str]) -> Sample | None:
+        """A made-up encoded sample, as long as any can be, without draws; None: only data tell.
+
+        `rlinf plan` counts with it where the run's data are not at hand.
+
+        Args:
+            cameras: The policy's cameras that the dataset has.
+        """
+        return None
+
+    def useful_flops(self, batch: Batch) -> float | None:
+        """Operations that training on a batch is worth: what any implementation must do, forward and backward.
+
+        Two for each multiply-add of matrix products and attention, over tokens that exist and reach the loss; nothing
+        for padding, and nothing for what is computed again to save memory. A run's MFU is made of them. None: there is
+        no formula, and what the policy computes is counted instead.
+
+        Args:
+            batch: As `collate` made it, still on the CPU: reading it waits for no device.
+        """
+        return None
+
     def published_name(self, name: str) -> str:
         """The name of a parameter in published weights. Initial values are keyed by it: it outlives refactoring."""
         return name

@@ -17,6 +17,7 @@ from rlinf_core.data.transforms import Transform
 from rlinf_plugins_openpi.datasets.assets import asset_name
 from rlinf_plugins_openpi.dimensions import Pi0Dimensions
 from rlinf_plugins_openpi.draws import draw_augmentation, draw_flow
+from rlinf_plugins_openpi.flops import training_flops
 from rlinf_plugins_openpi.freezing import Part, is_frozen
 from rlinf_plugins_openpi.tokenizer import GEMMA_ENTRIES, SMALL_MODEL, PromptTokenizer, find_tokenizer, load_processor
 from rlinf_plugins_openpi.transforms import IMAGE_SIZE, OpenpiSample, PadToActionDim, ResizeWithPad, TokenizePrompt
@@ -154,9 +155,13 @@ class OpenpiPolicyConfig(PolicyConfig):
 
     def build(self) -> nn.Module:
         """Build the model. Raises `UserError` if the tokenizer has more entries than the model's embedding."""
+        self._check_vocabulary()
+        return self.build_to_count()
+
+    def build_to_count(self) -> nn.Module:
+        """The same without a look at the tokenizer."""
         from rlinf_plugins_openpi.pi0 import Pi0
 
-        self._check_vocabulary()
         model = Pi0(
             self.dimensions,
             num_sampling_steps=self.num_sampling_steps,
@@ -166,6 +171,29 @@ class OpenpiPolicyConfig(PolicyConfig):
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not is_frozen(name, self.freeze))
         return model
+
+    def largest_sample(self, cameras: Sequence[str]) -> Sample:
+        """Black images, a prompt of `max_token_len` tokens, and zeros."""
+        images = {name: np.zeros((IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8) for name in cameras}
+        steps, width = self.action_horizon, self.action_dim
+        sample = OpenpiSample(
+            images=images,
+            tokens=np.zeros(self.max_token_len, np.int64),
+            token_mask=np.ones(self.max_token_len, np.bool_),
+            prompt_length=self.max_token_len,
+            state=np.zeros(width, np.float32),
+            actions=np.zeros((steps, width), np.float32),
+            actions_is_pad=np.zeros(steps, np.bool_),
+            action_width=width,
+        )
+        return cast("Sample", sample)
+
+    def useful_flops(self, batch: Batch) -> float | None:
+        """Of the images and tokens that there are; None if parts are frozen, which spares operations nobody counted."""
+        if self.freeze != "nothing":
+            return None
+        sizes = zip(batch["image_mask"].sum(1).tolist(), batch["token_mask"].sum(1).tolist(), strict=True)
+        return sum(training_flops(self.dimensions, images=images, text=text) for images, text in sizes)
 
     def _check_vocabulary(self) -> None:
         path = self._tokenizer_path

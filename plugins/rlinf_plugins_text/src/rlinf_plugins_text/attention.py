@@ -61,7 +61,7 @@ def document_attention(
             f'{type(module).__name__} cannot attend within documents, {why}: set policy.attention = "padded"'
         )
     half = query.dtype in (torch.bfloat16, torch.float16)
-    if query.is_cuda and half and not softcap and not dropout:
+    if (query.is_cuda or query.is_meta) and half and not softcap and not dropout:
         return _one_kernel(query, key, value, documents, longest, scaling, sliding_window), None
     out: Tensor = _each_document(query, key, value, documents, scaling, dropout, sliding_window, softcap)
     return out, None

@@ -8,6 +8,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
+import numpy as np
 from pydantic import Field, model_validator
 
 from rlinf_core import PolicyConfig, Sample, UserError
@@ -125,6 +126,30 @@ class TextPolicyConfig(PolicyConfig):
         from rlinf_plugins_text.model import TextPolicy
 
         return TextPolicy(self)
+
+    def build_to_count(self) -> nn.Module:
+        """The same without a look at the tokenizer, and with padding where CUDA computes it."""
+        from rlinf_plugins_text.model import TextPolicy
+
+        return TextPolicy(self, to_count=True)
+
+    def largest_sample(self, cameras: Sequence[str]) -> Sample:
+        """One text of `max_length` tokens, all of them trained."""
+        sample = TextSample(
+            tokens=np.zeros(self.max_length, np.int32),
+            trained=np.ones(self.max_length, np.bool_),
+            document_lengths=np.array([self.max_length], np.int32),
+            full_lengths=np.array([self.max_length], np.int64),
+            left_out="",
+        )
+        return cast("Sample", sample)
+
+    def useful_flops(self, batch: Batch) -> float | None:
+        """Of the matrices that each token meets, of causal attention within texts, of the head for trained tokens."""
+        from rlinf_plugins_text.flops import ModelCost, training_flops
+
+        cost = ModelCost.of(self)
+        return None if cost is None else training_flops(cost, batch)
 
     def published_name(self, name: str) -> str:
         """The parameter's name in files that transformers writes."""

@@ -36,10 +36,11 @@ loss is computed in chunks. Others make their logits themselves, all at once."""
 class TextPolicy(nn.Module):
     """The policy; see `rlinf_core.Policy`."""
 
-    def __init__(self, config: TextPolicyConfig) -> None:
+    def __init__(self, config: TextPolicyConfig, *, to_count: bool = False) -> None:
         super().__init__()
-        config.check_vocabulary()
-        self.lm = LanguageModel(config)
+        if not to_count:
+            config.check_vocabulary()
+        self.lm = LanguageModel(config, keeps_padding=to_count)
         self._config = config
 
     def forward(self, batch: Batch) -> PolicyOutput:
@@ -89,10 +90,16 @@ class TextPolicy(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """The model with its loss, in one unit: a head that is the embedding is gathered once."""
+    """The model with its loss, in one unit: a head that is the embedding is gathered once.
 
-    def __init__(self, config: TextPolicyConfig) -> None:
+    Args:
+        config: The policy's.
+        keeps_padding: Compute padding on the CPU, too, as CUDA does: for what is counted instead of computed.
+    """
+
+    def __init__(self, config: TextPolicyConfig, *, keeps_padding: bool = False) -> None:
         super().__init__()
+        self._keeps_padding = keeps_padding
         self._documents = config.attention == "documents"
         self._max_length, self._liger = config.max_length, config.liger == "auto"
         table = {key: value for key, value in config.model_table().items() if key not in ("torch_dtype", "dtype")}
@@ -157,7 +164,7 @@ class LanguageModel(nn.Module):
         if not self._documents:  # Padding follows the texts: causal models do not see it.
             return {"input_ids": tokens}, tokens, trained
         flat = [tokens.flatten(), batch["positions"].flatten(), trained.flatten()]
-        if tokens.device.type == "cpu" and not keep_padding:
+        if tokens.device.type == "cpu" and not (keep_padding or self._keeps_padding):
             # Not on CUDA: it would wait for the device to say how much is left, and every batch would have its shape.
             real = torch.arange(tokens.shape[1]) < tokens.shape[1] - lengths[:, -1:]
             flat = [one[real.flatten()] for one in flat]

@@ -11,7 +11,7 @@ from rlinf_core.config.run import RunConfig
 from rlinf_core.errors import UserError
 from rlinf_core.plugins import Plugins
 from rlinf_core.policy import ShardUnit, WeightSource
-from rlinf_core.training.blocks import prepare_block
+from rlinf_core.training.blocks import Checkpointing, prepare_block
 from rlinf_core.training.distributed import Processes
 from rlinf_core.training.ema import Ema
 from rlinf_core.training.fsdp import derived_seed, materialize, shard
@@ -25,10 +25,10 @@ def open_weights(run: RunConfig) -> WeightSource | None:
     return run.policy.open_weights() if run.policy.weights not in ("", "random") else None
 
 
-def build_on_meta(run: RunConfig, plugins: Plugins) -> Any:
-    """The policy without memory, as plugins have changed it."""
+def build_on_meta(run: RunConfig, plugins: Plugins, *, to_count: bool = False) -> Any:
+    """The policy without memory, as plugins have changed it; `to_count`: as far as it can be without its files."""
     with torch.device("meta"):
-        policy: Any = run.policy.build()
+        policy: Any = run.policy.build_to_count() if to_count else run.policy.build()
     plugins.hook.rlinf_policy_built(policy=policy, run=run)
     _refuse_saved_buffers(run, policy)
     return policy
@@ -50,7 +50,7 @@ def build_policy(
     policy = build_on_meta(run, plugins)
     if weights is not None:
         weights.check({name: tuple(parameter.shape) for name, parameter in policy.named_parameters()})
-    _prepare_blocks(run, config, policy)
+    prepare_blocks(run, policy, config.activation_checkpointing, compiled=config.compile)
     shard(
         policy,
         group.mesh(config.num_replicas),
@@ -100,9 +100,9 @@ def _refuse_saved_buffers(run: RunConfig, policy: Any) -> None:
         )
 
 
-def _prepare_blocks(run: RunConfig, config: Fsdp2TrainerConfig, policy: Any) -> None:
+def prepare_blocks(run: RunConfig, policy: Any, checkpointing: Checkpointing, *, compiled: bool) -> None:
     """Activation checkpointing, then compilation of what it made, before anything is sharded."""
-    if config.activation_checkpointing == "none" and not config.compile:
+    if checkpointing == "none" and not compiled:
         return
     units: list[ShardUnit] = list(policy.shard_units())
     blocks = [unit.module for unit in units if unit.block]
@@ -112,4 +112,4 @@ def _prepare_blocks(run: RunConfig, config: Fsdp2TrainerConfig, policy: Any) -> 
             "names none: its shard_units() must say ShardUnit(..., block=True)"
         )
     for block in blocks:
-        prepare_block(block, checkpointing=config.activation_checkpointing, compiled=config.compile)
+        prepare_block(block, checkpointing=checkpointing, compiled=compiled)

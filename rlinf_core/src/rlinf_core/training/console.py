@@ -22,6 +22,7 @@ SHOWN = {
     "lr": "lr {:.2e}",
     "grad_norm": "grad norm {:.3f}",
     "samples_per_second": "{:.1f} samples/s",
+    "mfu": "MFU {:.1%}",
     "data_wait_share": "data wait {:.0%}",
 }
 """Metrics that a line shows, of those that the trainer reports."""

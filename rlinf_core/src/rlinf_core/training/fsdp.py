@@ -7,7 +7,7 @@ here is the same for every policy.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -63,15 +63,26 @@ def shard(
             reshard_after_forward=reshard_after_forward,
         )
 
+    for module, dtype in gathered_together(policy, compute_dtype=compute_dtype, min_unit_size=min_unit_size):
+        wrap(module, dtype)
+    for method in FORWARD_METHODS:
+        if hasattr(policy, method):
+            register_fsdp_forward_method(policy, method)
+
+
+def gathered_together(
+    policy: Any, *, compute_dtype: torch.dtype, min_unit_size: int
+) -> Iterator[tuple[nn.Module, torch.dtype]]:
+    """Modules whose parameters are gathered at once, in which dtype; a parameter belongs to the first that has it.
+
+    The policy itself comes last, for all that is in no unit. Arguments are those of `shard`.
+    """
     for unit in policy.shard_units():
         dtype = compute_dtype if unit.dtype == "compute" else torch.float32
         size = sum(parameter.numel() for parameter in unit.module.parameters())
         if dtype != torch.float32 or size >= min_unit_size:
-            wrap(unit.module, dtype)
-    wrap(policy, torch.float32)
-    for method in FORWARD_METHODS:
-        if hasattr(policy, method):
-            register_fsdp_forward_method(policy, method)
+            yield unit.module, dtype
+    yield policy, torch.float32
 
 
 def communicate(policy: FSDPModule, *, last: bool, reduce_every_micro_batch: bool, reshard: bool) -> None:

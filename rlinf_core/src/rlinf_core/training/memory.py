@@ -298,4 +298,3 @@ def traffic(units: Sequence[Unit], sharding: Sharding, micro_batches: int) -> Tr
         reduce_scatter=reduces * others * learning,
         all_reduce=2 * (replicas - 1) / replicas * learning / sharding.shards,
     )
-

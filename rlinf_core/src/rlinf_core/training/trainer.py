@@ -35,6 +35,7 @@ from rlinf_core.training.resume import Start
 from rlinf_core.training.step import StepRecord, TrainStep
 from rlinf_core.training.stopping import GRACE, Best, StopSignal, best_metric, stop_signals
 from rlinf_core.training.stragglers import Stragglers
+from rlinf_core.training.throughput import Throughput
 from rlinf_core.training.validations import open_validation
 
 
@@ -81,6 +82,7 @@ class Fsdp2Trainer:
         self._profile = Profile(run.folder, run.runner.profile if first else (), group.device, self._tell)
         self._stragglers = Stragglers(group)
         self._loader = self._open_loader()
+        throughput = Throughput(run, self.policy, group, self._tell)
         self._compute = TrainStep(
             run,
             config,
@@ -90,6 +92,7 @@ class Fsdp2Trainer:
             optimizer=self.optimizer,
             ema=self.ema,
             watch=self._watch,
+            throughput=throughput,
         )
         self._reports = StepReports(
             run,
@@ -99,6 +102,7 @@ class Fsdp2Trainer:
             guard=Guard(run.runner, usual_losses(run.folder, start.step) if first else ()),
             stragglers=self._stragglers,
             watch=self._watch,
+            throughput=throughput,
             tell=lambda step, metrics: self._report("step", step, {**metrics, **self._checkpoints.stall()}),
             say=self._tell,
         )

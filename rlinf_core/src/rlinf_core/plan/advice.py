@@ -1,0 +1,93 @@
+"""What to change where a run does not fit its GPU: each setting by itself, then together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rlinf_core.plan.step import Plan
+from rlinf_core.plugins import Plugins
+from rlinf_core.training.memory import usable
+
+MOST_RANKS = 64
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of settings, and what a run takes with it."""
+
+    settings: str
+    """In words: `trainer.activation_checkpointing = "full"`."""
+    micro_batch: int
+    """The largest that fits and divides a rank's share of the global batch; 0: none."""
+    peak: float
+    """Bytes on a rank with that micro batch, or with one sample where none fits."""
+    costs: str
+    """What it is paid with."""
+
+
+def advise(plan: Plan, plugins: Plugins, card: float) -> list[Change]:
+    """Changes that make a run fit a card of so many GB, or come nearer to it; empty if it fits as it is.
+
+    Args:
+        plan: Of the run.
+        plugins: The loaded plugins.
+        card: Nominal memory, 80 for an 80 GB card.
+    """
+    if plan.memory().total <= usable(card):
+        return []
+    found = []
+    for changes, costs in _changes(plan):
+        for kind in {"activation_checkpointing"} & changes.keys():
+            plan = plan.counting(changes[kind], plugins)
+        size = plan.largest_micro_batch(card, **changes)
+        found.append(Change(_words(changes, size), size, plan.memory(size or 1, **changes).total, costs))
+    return [change for change in found if change.micro_batch] or found
+
+
+def _changes(plan: Plan) -> Iterator[tuple[dict[str, Any], str]]:
+    """Settings of `[trainer]` and what they cost, those that cost least first."""
+    trainer = plan.trainer
+    yield {}, "more micro batches a step"
+    ema: dict[str, Any] = {"ema_device": "cpu"} if _has_ema_on_device(plan) else {}
+    if ema:
+        yield ema, "copies the weights to the CPU each step"
+    if not trainer.reshard_after_forward:
+        yield {"reshard_after_forward": True}, "one more all-gather a micro batch"
+    if plan.ranks > 1 and plan.share > 1 and not trainer.reduce_every_micro_batch:
+        yield {"reduce_every_micro_batch": True}, "communicates gradients each micro batch"
+    if trainer.num_replicas > 1:
+        yield {"num_replicas": 1}, "gathers weights from all ranks"
+    if plan.has_blocks and trainer.activation_checkpointing == "none":
+        yield {"activation_checkpointing": "selective"}, "computes norms and activations twice"
+    full: dict[str, Any] = {}
+    if plan.has_blocks and trainer.activation_checkpointing != "full":
+        full = {"activation_checkpointing": "full"}
+        yield full, "a third more computing"
+        if ema:
+            yield full | ema, "both"
+    ranks = plan.ranks
+    while (ranks := ranks * 2) <= min(MOST_RANKS, trainer.global_batch_size):
+        if trainer.global_batch_size % ranks == 0:
+            yield {"ranks": ranks}, "more GPUs"
+    if not trainer.cpu_offload:
+        offload = {**full, "cpu_offload": True, "ema_device": "auto"}
+        yield offload, "the optimizer runs on the CPU: much slower steps"
+
+
+def _has_ema_on_device(plan: Plan) -> bool:
+    return plan.states.ema > 0 and plan.trainer.ema_device != "cpu" and not plan.trainer.cpu_offload
+
+
+def _words(changes: Mapping[str, Any], micro_batch: int) -> str:
+    texts = [
+        f"{value} ranks" if key == "ranks" else f"trainer.{key} = {_toml(value)}"
+        for key, value in changes.items()
+        if (key, value) != ("ema_device", "auto")
+    ]
+    return " with ".join([*texts, *([f"trainer.micro_batch_size = {micro_batch}"] if micro_batch else [])]) or "-"
+
+
+def _toml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else f'"{value}"' if isinstance(value, str) else str(value)

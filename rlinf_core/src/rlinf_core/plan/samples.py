@@ -1,0 +1,94 @@
+"""How long a run's samples are: those of its data where they are at hand, else the longest that its policy takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rlinf_core.config.run import RunConfig, RunSource
+from rlinf_core.data.order import sample_generator
+from rlinf_core.data.pipeline import build_pipeline
+from rlinf_core.data.probe import encode_without_images
+from rlinf_core.data.sample import Sample
+from rlinf_core.data.splits import open_split
+from rlinf_core.datasets import LeRobotDatasetConfig
+from rlinf_core.errors import UserError
+from rlinf_core.hub import cache_only
+from rlinf_core.plugins import Plugins
+from rlinf_core.training.statistics import diagnose
+
+PROBED_ROWS = 256
+"""Evenly spread over the training rows: the mean length of prompts is known to a few hundredths."""
+SURVEYED_ROWS = 4096
+"""For the statistics without which numbers cannot become tokens."""
+
+
+@dataclass(frozen=True)
+class Probed:
+    """Samples of a dataset, as `collate` takes them."""
+
+    share: float
+    """The probability that a training sample is from here."""
+    samples: Sequence[Sample]
+    fact: str
+    """Which they are."""
+    assumption: str = ""
+    """What was not known; empty: they are of the data."""
+
+
+def probe_sources(run: RunConfig, plugins: Plugins) -> list[Probed]:
+    """Samples of each of a run's datasets; the hub is not asked.
+
+    Raises:
+        UserError: A dataset is not at hand and the policy does not say how long samples can be.
+    """
+    probed = []
+    for source in run.sources:
+        with source.naming(), cache_only():
+            try:
+                probed.append(_of_data(source, plugins))
+            except UserError as error:
+                probed.append(_longest_possible(source, error))
+    return probed
+
+
+def _of_data(source: RunSource, plugins: Plugins) -> Probed:
+    """Rows without their pictures; those of one row stand for all: a dataset's pictures are of one size."""
+    run = source.run
+    rows = open_split(run, plugins, "train")
+    if not len(rows):
+        raise UserError(f"the dataset {run.data.config_name!r} has no rows for train")
+    stats = diagnose(run, rows, rows=SURVEYED_ROWS).stats if run.policy.normalization != "none" else None
+    pipeline = build_pipeline(run.data, run.policy, stats)
+    indices = np.unique(np.linspace(0, len(rows) - 1, PROBED_ROWS).astype(np.int64)).tolist()
+    (seen,) = rows.__getitems__(indices[:1])
+    pictures = {key: value for key, value in pipeline.encode(seen).items() if key == "images"}
+    samples: list[Any] = [
+        {**sample, **run.policy.draw(sample_generator(run.seed, 0, place)), **pictures}
+        for place, sample in enumerate(encode_without_images(rows, pipeline, indices))
+    ]
+    where = f"{source.name}: " if source.name else ""
+    return Probed(source.share, samples, f"{where}{len(samples)} of {len(rows)} training rows of {run.data.repo_id}")
+
+
+def _longest_possible(source: RunSource, reason: UserError) -> Probed:
+    run, data = source.run, source.run.data
+    cameras = list(data.images) if isinstance(data, LeRobotDatasetConfig) else []
+    sample = run.policy.largest_sample(cameras)
+    if sample is None:
+        raise UserError(
+            f"{reason}\n  Without the data nothing tells how long samples are: the policy {run.policy.type!r} has no "
+            "largest_sample()"
+        ) from reason
+    drawn: Any = {**sample, **run.policy.draw(sample_generator(run.seed, 0, 0))}
+    where = f"{source.name}: " if source.name else ""
+    first = str(reason).splitlines()[0]
+    return Probed(
+        source.share,
+        [drawn],
+        f"{where}the longest samples that the policy takes",
+        f"{where}the data were not read, so samples are as long as the policy takes: {first}",
+    )

@@ -1,0 +1,48 @@
+"""How fast GPUs multiply matrices at best: what a share of the peak (MFU) is a share of. Imports no torch.
+
+From the makers' data sheets: bfloat16 with float32 sums, dense (without the factor of structured sparsity), in 10¹²
+operations a second.
+"""
+
+from __future__ import annotations
+
+PEAKS: dict[str, float] = {
+    "GB200": 2500.0,
+    "B200": 2250.0,
+    "H200": 989.0,
+    "GH200": 989.0,
+    "H100 NVL": 835.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "H800": 989.0,
+    "H20": 148.0,
+    "A100": 312.0,
+    "A800": 312.0,
+    "L40S": 362.0,
+    "L40": 181.0,
+    "L4": 121.0,
+    "A40": 150.0,
+    "A30": 165.0,
+    "A10G": 70.0,
+    "A10": 125.0,
+    "RTX 6000 Ada": 364.0,
+    "RTX A6000": 155.0,
+    "RTX 5090": 209.0,
+    "RTX 4090": 165.0,
+    "RTX 3090": 71.0,
+}
+"""Part of the name by which a driver calls a card -> its peak."""
+
+
+def peak_tflops(device_name: str) -> float | None:
+    """The peak of a card, by the name that its driver gives; None if it is not listed.
+
+    Of several names that fit, the longest counts: an H100 PCIe is no H100.
+    """
+    words = device_name.replace("-", " ").split()
+    fitting = [name for name in PEAKS if _follow_one_another(name.split(), words)]
+    return PEAKS[max(fitting, key=len)] if fitting else None
+
+
+def _follow_one_another(wanted: list[str], words: list[str]) -> bool:
+    return any(words[start : start + len(wanted)] == wanted for start in range(len(words)))

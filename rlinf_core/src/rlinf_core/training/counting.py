@@ -1,0 +1,308 @@
+"""What a forward and a backward pass cost, counted without computing them: operations, and bytes alive over time.
+
+Torch and the standard library only. A policy on the meta device runs its own code, so that any policy can be counted
+without a formula. Floating-point numbers and pictures have shapes only; integers and truth values (masks, tokens,
+lengths) keep their values, so that code which selects by a mask or loops over lengths runs as it does in training.
+
+Attention that torch fuses is counted as CUDA's flash kernel keeps it (queries, keys, values, output, one number a
+query and head), whatever mask it has, and with two products forward and four backward, as the field counts.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import flop_registry
+
+_aten = torch.ops.aten
+_META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Counted:
+    """One forward and backward pass over a batch."""
+
+    forward_flops: int
+    """Operations, two for each multiply-add of a matrix product, a convolution or attention."""
+    flops: int
+    """Of both passes, recomputation included."""
+    saved_bytes: int
+    """Alive after the forward pass: what the backward pass needs besides parameters and the batch."""
+    peak_bytes: int
+    """The most that was alive at once, gradients of parameters not counted."""
+    moments: tuple[tuple[str, int], ...] = field(repr=False)
+    """In the order in which parameters get their gradients: a name, and the most bytes alive since the one before."""
+    flops_by_operation: Mapping[str, int] = field(repr=False)
+
+
+def count(policy: Any, batch: Mapping[str, Any]) -> Counted:
+    """Count one training pass of a policy over a batch.
+
+    Args:
+        policy: On the meta device, each parameter in the dtype in which it is gathered (`cast_as_gathered`).
+        batch: As `collate` made it, on the CPU.
+
+    Raises:
+        RuntimeError: The policy reads a number that has no value here (`.item()` of a float).
+    """
+    named = {id(parameter): name for name, parameter in policy.named_parameters()}
+    batch = tree_map(_without_values, dict(batch))
+    meter = _Meter(policy, batch)
+    moments: list[tuple[str, int]] = []
+
+    def received(parameter: torch.Tensor) -> None:
+        moments.append((named[id(parameter)], meter.take_peak()))
+        parameter.grad = None  # Sharding takes it away at once, too.
+
+    hooks = [p.register_post_accumulate_grad_hook(received) for p in policy.parameters() if p.requires_grad]
+    was_training = policy.training
+    policy.train()
+    try:
+        with _flash_attention(), meter:
+            loss = policy(batch).loss_sum
+            forward, saved = meter.flops, meter.alive
+            peaks = [meter.take_peak()]
+            torch.autograd.backward(loss)
+            rest = meter.take_peak()
+    finally:
+        policy.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    if moments:  # What the forward pass alone needed is there when the first gradient comes.
+        moments[0] = (moments[0][0], max(moments[0][1], peaks[0]))
+    peak = max([*peaks, rest, *(peak for _, peak in moments)])
+    return Counted(forward, meter.flops, saved, peak, tuple(moments), dict(meter.by_operation))
+
+
+def cast_as_gathered(groups: Mapping[torch.dtype, list[torch.nn.Parameter]]) -> None:
+    """Give parameters on the meta device the dtype in which they are gathered."""
+    for dtype, parameters in groups.items():
+        for parameter in parameters:
+            parameter.data = parameter.data.to(dtype)
+
+
+def _without_values(value: Any) -> Any:
+    """A batch's tensor as it is counted: numbers and pictures without their values."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.to(_META) if value.is_floating_point() or value.dtype == torch.uint8 else value
+
+
+class _Form(NamedTuple):
+    """How a tensor without values is made."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sums operations, and follows how many bytes on the meta device are alive."""
+
+    def __init__(self, policy: Any, batch: Mapping[str, Any]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = 0
+        self.by_operation: dict[str, int] = {}
+        self.alive = 0
+        self._peak = 0
+        tensors = [*policy.parameters(), *policy.buffers(), *tree_leaves(batch)]
+        self._known = {t.untyped_storage()._cdata for t in tensors if isinstance(t, torch.Tensor)}
+        self._known_results: dict[Any, tuple[Any, int]] = {}
+        self._kept = tensors  # Else their storages' places in memory could be taken by others.
+
+    def take_peak(self) -> int:
+        """The most bytes alive since the last call."""
+        peak, self._peak = max(self._peak, self.alive), self.alive
+        return peak
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not any(leaf.is_meta for leaf in _tensors((args, kwargs))):
+            made = func(*args, **kwargs)
+            out = tree_map(_floats_on_meta, made) if any(t.is_floating_point() for t in _tensors(made)) else made
+        else:
+            out = self._call(func, args, kwargs)
+        for tensor in _tensors(out):
+            if tensor.is_meta:
+                self._follow(tensor.untyped_storage())
+        return out
+
+    def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operation on the meta device; of one that was there before with the same shapes the result is known.
+
+        Torch works shapes out in Python, at a millisecond each, and a model is many equal blocks.
+        """
+        name = str(func._overloadpacket)
+        formula: Any = _ATTENTION.get(name) or flop_registry.get(func._overloadpacket)
+        given = args  # With the values that there are.
+        args, kwargs = _all_on_meta(func, args, kwargs)
+        key = (func, _signature(args), _signature(kwargs)) if _makes_new(func) else None
+        if key is None or key not in self._known_results:
+            out = func(*args, **kwargs)
+            flops = formula(*given, **kwargs, out_val=out) if formula is not None else 0
+            if key is not None:
+                self._known_results[key] = _forms(out), flops
+        else:
+            forms, flops = self._known_results[key]
+            out = _of_forms(forms)
+        if flops:
+            self.flops += flops
+            self.by_operation[name] = self.by_operation.get(name, 0) + flops
+        return out
+
+    def _follow(self, storage: Any) -> None:
+        place = storage._cdata
+        if place in self._known:
+            return
+        size = storage.nbytes()
+        self._known.add(place)
+        self.alive += size
+        self._peak = max(self._peak, self.alive)
+        weakref.finalize(storage, self._forget, place, size)
+
+    def _forget(self, place: int, size: int) -> None:
+        self._known.discard(place)
+        self.alive -= size
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in arguments or results."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for one in value:
+            yield from _tensors(one)
+    elif isinstance(value, dict):
+        yield from _tensors(tuple(value.values()))
+
+
+@functools.cache
+def _makes_new(func: Any) -> bool:
+    """Whether an operation's results share no memory with its arguments, which stay as they are."""
+    if str(func._overloadpacket) in _BY_VALUE:
+        return False
+    schema = func._schema
+    return not any(one.alias_info for one in (*schema.arguments, *schema.returns))
+
+
+def _signature(value: Any) -> Any:
+    """What an operation's result can depend on where numbers have no values."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, tuple | list):
+        return tuple(map(_signature, value))
+    if isinstance(value, dict):
+        return tuple((name, _signature(one)) for name, one in value.items())
+    return type(value), value  # 1, 1.0 and True are equal, and make other dtypes.
+
+
+def _forms(out: Any) -> Any:
+    if isinstance(out, torch.Tensor):
+        return _Form(tuple(out.shape), out.stride(), out.dtype)
+    return type(out)(map(_forms, out)) if isinstance(out, tuple | list) else out
+
+
+def _of_forms(form: Any) -> Any:
+    if isinstance(form, _Form):
+        return torch.empty_strided(form.shape, form.stride, dtype=form.dtype, device=_META)
+    return type(form)(map(_of_forms, form)) if isinstance(form, tuple | list) else form
+
+
+def _all_on_meta(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Arguments of an operation of which some have no values; a mask that selects becomes the numbers it selects."""
+    if func in _INDEXING:
+        args = (args[0], [index for mask in args[1] for index in _selected(mask)], *args[2:])
+    if kwargs.get("device") is not None:
+        kwargs = {**kwargs, "device": _META}
+    if all(tensor.is_meta for tensor in _tensors((args, kwargs))):
+        return args, kwargs
+    moved: tuple[Any, Any] = tree_map(_on_meta, (args, kwargs))
+    return moved
+
+
+def _selected(index: Any) -> list[Any]:
+    if isinstance(index, torch.Tensor) and index.dtype == torch.bool and not index.is_meta:
+        return list(index.nonzero(as_tuple=True))
+    return [index]
+
+
+def _on_meta(value: Any) -> Any:
+    return value.to(_META) if isinstance(value, torch.Tensor) and not value.is_meta else value
+
+
+def _floats_on_meta(value: Any) -> Any:
+    floats = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return value.to(_META) if floats else value
+
+
+@contextmanager
+def _flash_attention() -> Iterator[None]:
+    """Send attention on the meta device to CUDA's flash kernel, which knows its shapes; torch would spell it out."""
+    library: Any = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+    library.impl("scaled_dot_product_attention", _as_on_cuda, "AutogradMeta")
+    try:
+        yield
+    finally:
+        library._destroy()
+
+
+def _as_on_cuda(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **others: Any,
+) -> torch.Tensor:
+    if query.ndim != 4 or query.shape[-1] != value.shape[-1]:
+        whole = _aten._scaled_dot_product_attention_math
+        spelt: torch.Tensor = whole(query, key, value, attn_mask, dropout_p, is_causal, **others)[0]
+        return spelt
+    out: torch.Tensor = _aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal)[0]
+    return out
+
+
+def _attention_forward(query: torch.Tensor, key: torch.Tensor, *_: Any, **__: Any) -> int:
+    """Scores and their product with the values; key heads that queries share count as often as they are used."""
+    return 4 * query.numel() * key.shape[-2]
+
+
+def _attention_backward(_: torch.Tensor, query: torch.Tensor, key: torch.Tensor, *__: Any, **___: Any) -> int:
+    """Four products; that the kernel computes the scores anew is its way of saving memory, no work of the model's."""
+    return 8 * query.numel() * key.shape[-2]
+
+
+def _end_to_end_forward(
+    query: torch.Tensor, key: torch.Tensor, _: Any, starts: Any, key_starts: Any, *__: Any, **___: Any
+) -> int:
+    """The same of sequences that lie one after the other: queries [T, N, D], and where each begins."""
+    return 4 * query.shape[1] * query.shape[2] * _pairs(starts, key_starts)
+
+
+def _end_to_end_backward(_: Any, query: torch.Tensor, *others: Any, **__: Any) -> int:
+    starts, key_starts = others[4:6]
+    return 8 * query.shape[1] * query.shape[2] * _pairs(starts, key_starts)
+
+
+def _pairs(starts: torch.Tensor, key_starts: torch.Tensor) -> int:
+    return int((starts.diff().to(torch.int64) * key_starts.diff().to(torch.int64)).sum())
+
+
+_ATTENTION = {
+    "aten._scaled_dot_product_flash_attention": _attention_forward,
+    "aten._scaled_dot_product_flash_attention_backward": _attention_backward,
+    "torch_attn._varlen_attn": _end_to_end_forward,
+    "torch_attn._varlen_attn_backward": _end_to_end_backward,
+}
+_BY_VALUE = frozenset({"torch_attn._varlen_attn", "torch_attn._varlen_attn_backward"})
+"""Operations whose cost depends on values, so that one is not like another of the same shapes."""
+_INDEXING = frozenset({_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default})
