@@ -27,6 +27,7 @@ COMMANDS = (
     Command(
         "check-dataset", "find what is wrong with the files of a LeRobot dataset", "rlinf_core.commands.check_dataset"
     ),
+    Command("bench-data", "measure how fast data come, and how many GPUs that feeds", "rlinf_core.commands.bench_data"),
     Command("cache", "decode a run's pictures once, into files that are read as they are", "rlinf_core.commands.cache"),
     Command("export", "write a run's policy to a folder to act with or to train on", "rlinf_core.commands.export"),
     Command("datasets", "list the dataset formats that installed packages offer", "rlinf_core.commands.datasets"),

@@ -207,7 +207,8 @@ class CachedColumn:
 class CachedSource:
     """The rows of a `LeRobotSource` with pictures from a cache; follows `ColumnSource`."""
 
-    def __init__(self, source: LeRobotSource, columns: dict[str, CachedColumn]) -> None:
+    def __init__(self, source: LeRobotSource, columns: dict[str, CachedColumn], format: Format) -> None:
+        self.format = format
         self._source, self._columns = source, columns
         self.without_images, self.columns, self.describe = source.without_images, source.columns, source.describe
         self.fingerprint = source.fingerprint
@@ -248,7 +249,7 @@ def open_cached(source: LeRobotSource, dataset: LeRobotDatasetConfig, policy: Po
                 f"this config and --format {dataset.cache}{folder}, or leave data.cache out"
             )
         columns[column] = CachedColumn(place, manifest, np.load(place.folder / POSITIONS, mmap_mode="r"))
-    return CachedSource(source, columns)
+    return CachedSource(source, columns, dataset.cache)
 
 
 def _not_usable(place: Place, manifest: Manifest | None, source: LeRobotSource, column: str) -> str:

@@ -1,0 +1,97 @@
+"""`rlinf bench-data`: how fast a run's data come, and how many GPUs they feed."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from rlinf_core.commands.output import print_json, print_table
+from rlinf_core.errors import UserError
+
+if TYPE_CHECKING:
+    from rlinf_core.config.run import RunConfig
+    from rlinf_core.data_speed import Speed
+    from rlinf_core.plugins import Plugins
+
+MFU, CARD = 0.4, "H100"
+EPILOG = f"""\
+The run's own train loader is read: its order, decoder, workers, transforms, tokeniser and collate. With --ranks N, so
+many loaders are read at the same time, as that many ranks on this machine would. Other work on the machine slows it.
+
+A GPU takes what --samples-per-second-per-gpu says, such as a run's own samples_per_s; without it, what `rlinf plan`
+predicts for an {CARD} at {MFU:.0%} of its peak.
+
+--json prints an object: what is measured ("ranks", "workers", "micro_batch_size", "samples", "samples_per_second" of
+all ranks, "first_batch_s", "decoder", "worker_mb" or null, "most_held_mb", "steady", "shares" of one process's time:
+"read", of which "pictures", "transform", "collate"), "samples_per_second_per_gpu" with "assumed" (true if predicted)
+and "gpus_fed".
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.epilog = EPILOG
+    parser.add_argument("config", help="the run's TOML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the file: data.num_workers=8")
+    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="ranks on this machine; else 1")
+    parser.add_argument("--seconds", type=float, default=10.0, metavar="S", help="how long to count; else 10")
+    parser.add_argument(
+        "--samples-per-second-per-gpu", type=float, metavar="X", help="what one GPU takes; else as predicted"
+    )
+    parser.add_argument("--json", action="store_true", help="the result as one JSON object")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure and print."""
+    for name, value in (("ranks", options.ranks), ("seconds", options.seconds)):
+        if value <= 0:
+            raise UserError(f"--{name} must be more than 0, and is {value}")
+    if options.samples_per_second_per_gpu is not None and options.samples_per_second_per_gpu <= 0:
+        raise UserError("--samples-per-second-per-gpu must be more than 0")
+    from rlinf_core.config.load import load_config
+    from rlinf_core.data_speed import measure
+    from rlinf_core.plugins import get_plugins
+
+    plugins = get_plugins()
+    config = load_config(options.config, options.overrides, plugins)
+    speed = measure(config, plugins, ranks=options.ranks, seconds=options.seconds)
+    given = options.samples_per_second_per_gpu
+    taken = given or _predicted(config, plugins, options.ranks)
+    if options.json:
+        fed = {"samples_per_second_per_gpu": taken, "assumed": given is None}
+        print_json(asdict(speed) | fed | {"gpus_fed": speed.samples_per_second / taken})
+        return
+    print_table(["data", options.config], _facts(speed, taken, assumed=given is None))
+
+
+def _predicted(config: RunConfig, plugins: Plugins, ranks: int) -> float:
+    """What `rlinf plan` predicts that one GPU takes, in samples/s."""
+    from rlinf_core.plan.step import plan
+    from rlinf_core.training.cards import PEAKS
+
+    return MFU * PEAKS[CARD] * 1e12 / plan(config, plugins, ranks).flops_per_sample
+
+
+def _facts(speed: Speed, taken: float, *, assumed: bool) -> list[list[str]]:
+    each = "in this process" if not speed.workers else f"{speed.workers} worker{'s' * (speed.workers > 1)} each"
+    ranks = f"{speed.ranks} rank{'s' * (speed.ranks > 1)}"
+    shares = {name: f"{share:.0%}" for name, share in speed.shares.items()}
+    facts = {
+        "samples a second": f"{speed.samples_per_second:.4g} ({ranks}, {each}, micro batch {speed.micro_batch_size})",
+        "first batch": f"after {speed.first_batch_s:.2f} s",
+        "decoder": speed.decoder or "none, no pictures of a LeRobot dataset",
+        "time of a process": f"reading {shares['read']} (pictures {shares['pictures']} of all), transforms "
+        f"{shares['transform']}, collate {shares['collate']}",
+    }
+    if speed.worker_mb is not None:
+        facts["memory of a worker"] = f"{speed.worker_mb:.0f} MB of its own, the largest"
+    if speed.most_held_mb:
+        full = "" if speed.steady else "; not full yet: it gets faster, which more --seconds show"
+        facts["shuffle buffers"] = f"{speed.most_held_mb:.0f} MB over all ranks when full{full}"
+    why = "given"
+    if assumed:
+        why = f"predicted for an {CARD} at {MFU:.0%} MFU; --samples-per-second-per-gpu says otherwise"
+    fed = speed.samples_per_second / taken
+    facts["feeds"] = f"{fed:.3g} GPUs that take {taken:.4g} samples a second each ({why})"
+    return [[name, text] for name, text in facts.items()]

@@ -1,0 +1,250 @@
+"""How fast a run's data come: its own train loader is opened and read as the trainer reads it, and nothing is trained.
+
+With `num_workers` the reading goes on beside the training, so that samples a second are what matters; where their time
+goes is measured apart, in this process, batch by batch.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+from rlinf_core.config.run import RunConfig
+from rlinf_core.data.chunked import Chunks, chunks_of
+from rlinf_core.data.chunked_batches import ChunkedMicroBatches
+from rlinf_core.data.frame_cache import CachedSource
+from rlinf_core.data.lerobot import LeRobotSource
+from rlinf_core.data.loader import TrainLoader, build_train_loader
+from rlinf_core.data.micro_batches import MicroBatches
+from rlinf_core.data.mixture import Source
+from rlinf_core.data.pipeline import build_pipeline
+from rlinf_core.data.sample import Batch, Row, Sample
+from rlinf_core.data.splits import open_split
+from rlinf_core.data.video import VideoReader
+from rlinf_core.datasets import LeRobotDatasetConfig, SampleSource
+from rlinf_core.plugins import Plugins
+from rlinf_core.policy import PolicyConfig
+from rlinf_core.preflight import SURVEYED_ROWS
+from rlinf_core.training.statistics import diagnose
+
+ENDLESS = 10**9
+"""Steps: the time is what ends it."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What was measured."""
+
+    ranks: int
+    workers: int
+    """Of each rank."""
+    micro_batch_size: int
+    samples: int
+    """Counted, over all ranks."""
+    samples_per_second: float
+    """Of all ranks together."""
+    first_batch_s: float
+    """From opening the loader to its first batch, of the slowest rank."""
+    shares: dict[str, float]
+    """Of the time of one process: `read` (numbers and pictures), of which `pictures`, `transform` and `collate`."""
+    decoder: str
+    worker_mb: float | None
+    """Memory of its own that the largest worker has; None without workers, or where the system does not tell."""
+    most_held_mb: float
+    """Chunked: what all ranks together hold of samples to be drawn, with full buffers; else 0."""
+    steady: bool
+    """Chunked: whether buffers were full when counting began; what fills them takes time, too. Else true."""
+
+
+def open_sources(run: RunConfig, plugins: Plugins) -> tuple[Source, ...]:
+    """The run's datasets, with statistics of some of their rows, which take as long as the run's own."""
+    sources = []
+    for given in run.sources:
+        with given.naming():
+            rows = open_split(given.run, plugins, "train")
+            normalizes = run.policy.normalization != "none"
+            stats = diagnose(given.run, rows, rows=SURVEYED_ROWS).stats if normalizes else None
+            sources.append(Source(rows, build_pipeline(given.run.data, run.policy, stats), given.name, given.share))
+    return tuple(sources)
+
+
+def measure(run: RunConfig, plugins: Plugins, *, ranks: int, seconds: float) -> Speed:
+    """Read for some seconds as `ranks` ranks on this machine would, each with its workers.
+
+    Raises:
+        UserError: The data cannot be had or read, or the sizes do not divide.
+    """
+    sources, chunks = open_sources(run, plugins), chunks_of(run.data)
+    loaders = [_loader(run, sources, chunks, rank, ranks, run.data.num_workers) for rank in range(ranks)]
+    with ThreadPoolExecutor(ranks) as threads:
+        counts = list(threads.map(lambda loader: _count(loader, chunks, seconds), loaders))
+    worker_mb = _largest_worker()
+    del loaders  # Ends their workers, which would disturb what follows.
+    shares, held = _shares(run, sources, chunks, seconds / 2)
+    micro = run.trainer.micro_batch_size
+    return Speed(
+        ranks=ranks,
+        workers=run.data.num_workers,
+        micro_batch_size=micro,
+        samples=sum(one.batches for one in counts) * micro,
+        samples_per_second=sum(one.batches / one.seconds for one in counts) * micro,
+        first_batch_s=max(one.first for one in counts),
+        shares=shares,
+        decoder=", ".join(dict.fromkeys(_decoders(run, sources))),
+        worker_mb=worker_mb,
+        most_held_mb=held,
+        steady=all(one.steady for one in counts),
+    )
+
+
+def _loader(
+    run: RunConfig, sources: Sequence[Source], chunks: Chunks | None, rank: int, ranks: int, workers: int
+) -> TrainLoader:
+    return build_train_loader(
+        sources,
+        run.policy,
+        seed=run.seed,
+        global_batch_size=run.trainer.global_batch_size,
+        micro_batch_size=run.trainer.micro_batch_size,
+        rank=rank,
+        world_size=ranks,
+        start_step=0,
+        stop_step=ENDLESS,
+        num_workers=workers,
+        pin_memory=False,
+        chunks=chunks,
+    )
+
+
+@dataclass(frozen=True)
+class _Count:
+    first: float
+    batches: int
+    seconds: float
+    steady: bool
+
+
+def _count(loader: TrainLoader, chunks: Chunks | None, seconds: float) -> _Count:
+    """Read until the time is over. What workers had ready does not count, nor (for as long again) filling buffers."""
+    begin = time.perf_counter()
+    batches, made = iter(loader), cast(MicroBatches, loader.dataset)
+    next(batches)
+    first = time.perf_counter() - begin
+    for _ in range(2 * loader.num_workers):
+        next(batches)
+    filling = 1 + chunks.buffer // (made.micro_batch_size * made.world_size) if chunks else 0
+    begin = time.perf_counter()
+    while filling and time.perf_counter() - begin < seconds:
+        next(batches)
+        filling -= 1
+    begin, count, elapsed = time.perf_counter(), 0, 0.0
+    while elapsed < seconds:
+        next(batches)
+        count, elapsed = count + 1, time.perf_counter() - begin
+    return _Count(first, count, elapsed, not filling)
+
+
+def _largest_worker() -> float | None:
+    """MB that the largest of this process's children has for itself; None where nobody tells."""
+    sizes = []
+    for child in multiprocessing.active_children():
+        status = Path(f"/proc/{child.pid}/status")
+        if status.is_file():
+            lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+            sizes.append(int(lines["RssAnon"].split()[0]) / 1000)
+    return max(sizes, default=None)
+
+
+@dataclass
+class _Clock:
+    """Seconds by name."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: {"read": 0.0, "numbers": 0.0, "collate": 0.0})
+    rows: int = 0
+    """Read; in the chunked order more than are drawn, at first."""
+
+    @contextmanager
+    def time(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - begin
+
+
+class _TimedRows:
+    """A source whose reading is timed; what it does besides is handed on."""
+
+    def __init__(self, rows: SampleSource, clock: _Clock) -> None:
+        self._rows, self._clock = rows, clock
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Row]:
+        self._clock.rows += len(indices)
+        with self._clock.time("read"):
+            rows = self._rows.__getitems__(indices)
+        with self._clock.time("numbers"):
+            self._rows.without_images(indices)
+        return rows
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._rows, name)
+
+
+class _TimedPolicy:
+    """A policy's config whose `collate` is timed."""
+
+    def __init__(self, policy: PolicyConfig, clock: _Clock) -> None:
+        self.draw, self._policy, self._clock = policy.draw, policy, clock
+
+    def collate(self, samples: Sequence[Sample]) -> Batch:
+        with self._clock.time("collate"):
+            return self._policy.collate(samples)
+
+
+def _shares(
+    run: RunConfig, sources: Sequence[Source], chunks: Chunks | None, seconds: float
+) -> tuple[dict[str, float], float]:
+    """Where the time of a process goes, and the MB of full buffers in the chunked order."""
+    clock = _Clock()
+    rows = [cast(SampleSource, _TimedRows(source.rows, clock)) for source in sources]
+    timed = [replace(source, rows=own) for source, own in zip(sources, rows, strict=True)]
+    loader = _loader(run, timed, chunks, 0, 1, 0)
+    made: Any = loader.dataset
+    made.policy = _TimedPolicy(run.policy, clock)
+    begin, whole, samples = time.perf_counter(), 0.0, 0
+    for _ in loader:
+        samples += made.micro_batch_size
+        whole = time.perf_counter() - begin
+        if whole > seconds:
+            break
+    took = clock.seconds
+    read = took["read"] / clock.rows
+    pictures = max(0.0, took["read"] - took["numbers"]) / clock.rows  # Numbers are read again, to know them apart.
+    transform = (whole - sum(took.values())) / clock.rows
+    collate = took["collate"] / samples
+    sample = read + transform + collate
+    shares = {"read": read, "pictures": pictures, "transform": transform, "collate": collate}
+    held = 0.0
+    if chunks and isinstance(made, ChunkedMicroBatches) and len(made.held):
+        held = made.held.bytes / len(made.held) * chunks.most_held / 1e6
+    return {name: share / sample for name, share in shares.items()}, held
+
+
+def _decoders(run: RunConfig, sources: Sequence[Source]) -> Iterator[str]:
+    """What makes pictures of the files of each source."""
+    for given, source in zip(run.sources, sources, strict=True):
+        rows, data = source.rows, given.run.data
+        if isinstance(rows, CachedSource):
+            yield f"none, {rows.format} frames of a cache"
+        elif isinstance(rows, LeRobotSource) and isinstance(data, LeRobotDatasetConfig):
+            reader = VideoReader(decoder=None if data.decoder == "auto" else data.decoder)
+            for column in rows.images:
+                video = rows.metadata.features[column]["dtype"] == "video"
+                yield reader.decoder if video else "Pillow"
