@@ -1,38 +1,56 @@
-"""metrics.jsonl: every row readable, and cut back exactly on resume."""
+"""A file of rows is whole at any time, and a full disk neither tears it nor ends the run."""
 
 import json
+import resource
+from contextlib import contextmanager
 
-from rlinf_core.training.jsonl import JsonlLogger, cut_back, read_rows
+import pytest
 
-
-def write(path, text):
-    path.write_text(text)
-    return path
-
-
-def test_rows_are_on_disk_at_once_and_not_a_number_is_null(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    logger = JsonlLogger(path.open("a"))
-    logger.step(1, {"loss": 0.5, "grad_norm": float("nan")})
-    assert json.loads(path.read_text()) == {"step": 1, "loss": 0.5, "grad_norm": None}
-    logger.validation(1, {"val_loss": float("inf")})
-    assert read_rows(path)[1] == {"step": 1, "val_loss": None}
+from rlinf_core.errors import UserError
+from rlinf_core.training.jsonl import JsonlLogger, RowFile, read_rows
 
 
-def test_cutting_back_keeps_the_bytes_of_the_rows_that_stay(tmp_path):
-    rows = '{"step": 1,  "loss": 0.10}\n{"step": 2, "loss": 0.2}\n{"step": 2, "val_loss": 3}\n'
-    path = write(tmp_path / "metrics.jsonl", rows + '{"step": 3, "loss": 0.3}\n{"step": 4, "lo')
-    cut_back(path, 2)
-    assert path.read_text() == rows
+@contextmanager
+def no_file_larger_than(size):
+    """As on a full disk: what is more is not written, and fails."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_torn_last_line_is_not_a_row(tmp_path):
-    path = write(tmp_path / "metrics.jsonl", '{"step": 1}\n{"step": 2, "lo')
-    assert read_rows(path) == [{"step": 1}]
-    cut_back(path, 5)
-    assert path.read_text() == '{"step": 1}\n'
+def test_rows_that_a_full_disk_does_not_take_are_written_later(tmp_path, capsys):
+    file = RowFile(tmp_path / "rows.jsonl")
+    file.append({"step": 1})
+    whole = (tmp_path / "rows.jsonl").read_bytes()
+    with no_file_larger_than(len(whole) + 5):
+        file.append({"step": 2})
+        file.append({"step": 3})
+        assert (tmp_path / "rows.jsonl").read_bytes() == whole
+    file.append({"step": 4})
+    file.close(None)
+    assert [row["step"] for row in read_rows(tmp_path / "rows.jsonl")] == [1, 2, 3, 4]
+    assert capsys.readouterr().err.count("rows.jsonl cannot be written") == 1
 
 
-def test_no_file_is_no_rows(tmp_path):
-    cut_back(tmp_path / "metrics.jsonl", 0)
-    assert read_rows(tmp_path / "metrics.jsonl") == []
+def test_rows_that_are_lost_in_the_end_are_a_mistake_unless_there_is_another(tmp_path, capsys):
+    file = RowFile(tmp_path / "rows.jsonl")
+    with no_file_larger_than(3):
+        file.append({"step": 1})
+        with pytest.raises(UserError, match=r"rows\.jsonl lacks its last 1 rows"):
+            file.close(None)
+        file.close(ValueError())
+
+
+def test_there_is_no_file_before_the_first_row(tmp_path):
+    RowFile(tmp_path / "rows.jsonl").close(None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_numbers_that_are_none_are_null(tmp_path):
+    logger = JsonlLogger(RowFile(tmp_path / "rows.jsonl"))
+    logger.step(1, {"loss": float("nan"), "lr": 0.5})
+    logger.close(None)
+    assert json.loads((tmp_path / "rows.jsonl").read_text()) == {"step": 1, "loss": None, "lr": 0.5}

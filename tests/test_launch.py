@@ -146,6 +146,20 @@ def test_a_killed_process_is_named(ended, capsys):
     assert capsys.readouterr().err == "error: rank 1 (process 4242) was ended by SIGKILL, often for lack of memory\n"
 
 
+def test_a_process_that_was_ended_because_it_hung_has_left_a_record(ended, tmp_path, monkeypatch, capsys):
+    flight = run_of(tmp_path).folder / "flight"
+    flight.mkdir(parents=True)
+    (flight / "rank_00001.txt").write_text("rank 1, step 3: forward")
+    told = f"was ended by SIGABRT; {flight} says what each rank was doing before"
+    with monkeypatch.context() as patch:
+        patch.setattr(torchrun.time, "time", lambda: 0.0)  # As if the run had begun before.
+        assert ended(exitcode=-signal.SIGABRT) == 1
+    assert told in capsys.readouterr().err
+    os.utime(flight / "rank_00001.txt", (0, 0))
+    assert ended(exitcode=-signal.SIGABRT) == 1
+    assert told not in capsys.readouterr().err
+
+
 def test_machines_that_do_not_meet_are_a_message(monkeypatch, tmp_path):
     from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
 

@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import uuid
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ from rlinf_core.config.run import RunConfig
 from rlinf_core.data.order import check_batch
 from rlinf_core.ending import FILE
 from rlinf_core.errors import Exit, UserError
+from rlinf_core.training.flight import FOLDER
 from rlinf_core.training.resume import check_folder
 
 if TYPE_CHECKING:
@@ -112,7 +114,7 @@ def launch(run: RunConfig, arguments: Sequence[str]) -> int:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # As torchrun does.
     _quieten()
     (run.folder / FILE).unlink(missing_ok=True)  # Of an earlier process; a monitor shall not take it for this one's.
-    before = _stamp(run.folder / FILE)
+    before, started = _stamp(run.folder / FILE), time.time()
     failed: ChildFailedError | SignalException | None = None
     try:
         elastic_launch(_launch_config(run, share), sys.executable)("-u", "-m", "rlinf_core.train", *arguments)
@@ -126,7 +128,7 @@ def launch(run: RunConfig, arguments: Sequence[str]) -> int:
         ) from error
     told = _read_end(run.folder / FILE) if _stamp(run.folder / FILE) != before else None
     if isinstance(failed, ChildFailedError):
-        return _explain(failed, told)
+        return _explain(failed, told, _records(run.folder / FOLDER, started))
     if told is not None:
         return told
     if failed is None:
@@ -174,14 +176,25 @@ def _read_end(path: Path) -> int | None:
         return None
 
 
-def _explain(failed: ChildFailedError, told: int | None) -> int:
+def _records(folder: Path, started: float) -> str:
+    """What to tell of the records that ranks have written since then of where they hang; empty: there are none."""
+    try:
+        newest = max((path.stat().st_mtime for path in folder.iterdir()), default=0.0)
+    except FileNotFoundError:
+        return ""
+    return f"; {folder} says what each rank was doing before" if newest >= started else ""
+
+
+def _explain(failed: ChildFailedError, told: int | None, records: str) -> int:
     """The exit code of a run whose processes failed; says what they could not say themselves."""
     rank, failure = failed.get_first_failure()
     code = failure.exitcode
     if code < 0:
         name = signal.Signals(-code).name
         why = ", often for lack of memory" if name == "SIGKILL" else ""
-        print(f"error: rank {rank} (process {failure.pid}) was ended by {name}{why}", file=sys.stderr, flush=True)
+        print(
+            f"error: rank {rank} (process {failure.pid}) was ended by {name}{why}{records}", file=sys.stderr, flush=True
+        )
         return Exit.DEFECT
     if told:  # 0 would be another run's end, or a restart's.
         return told

@@ -5,7 +5,6 @@ All of it follows from numbers that every rank reads of the same step, so that r
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections import deque
@@ -17,7 +16,7 @@ from typing import Any, Literal
 from rlinf_core.config.run import RunConfig, RunnerConfig
 from rlinf_core.errors import UserError
 from rlinf_core.training.jsonl import FILE as METRICS
-from rlinf_core.training.jsonl import cut_back, read_rows
+from rlinf_core.training.jsonl import RowFile, cut_back, read_rows
 from rlinf_core.training.position import STATE
 
 FILE = "anomalies.jsonl"
@@ -168,6 +167,7 @@ class AnomalyFile:
     def __init__(self, folder: Path, step: int) -> None:
         self.path = folder / FILE
         cut_back(self.path, step)
+        self._file = RowFile(self.path)
 
     def write(self, step: int, anomaly: Anomaly, samples: Sequence[Mapping[str, Any]], *, of: int) -> None:
         """Append an anomaly.
@@ -186,8 +186,7 @@ class AnomalyFile:
             "global_batch_size": of,
             "samples": samples,
         }
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        self._file.append(row)
 
 
 def number(value: float) -> float | None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
+import sys
 from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 from rlinf_core.config.run import RunConfig
+from rlinf_core.errors import UserError
 from rlinf_core.files import write_text
 from rlinf_core.logger import Logger, LoggerConfig
 
@@ -25,13 +30,68 @@ class JsonlLoggerConfig(LoggerConfig):
         run.folder.mkdir(parents=True, exist_ok=True)
         path = run.folder / FILE
         cut_back(path, start_step)
-        return JsonlLogger(path.open("a"))
+        return JsonlLogger(RowFile(path))
+
+
+class RowFile:
+    """A file of JSON objects, a line each, which is whole at any time; it is made with the first of them.
+
+    A full disk does not end the run, which can go on until it has to save: rows that do not fit are kept, and written
+    with the next one that does.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: FileIO | None = None
+        self._kept: list[bytes] = []
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Write a row, and those kept before it."""
+        self._kept.append(json.dumps(row).encode() + b"\n")
+        try:
+            self._write()
+        except OSError as error:
+            if len(self._kept) == 1:  # The others were told of.
+                print(
+                    f"warning: {self.path} cannot be written: {error}; its rows are kept", file=sys.stderr, flush=True
+                )
+
+    def close(self, error: BaseException | None) -> None:
+        """Write what was kept.
+
+        Args:
+            error: What ended the run, which is then what is told.
+
+        Raises:
+            UserError: Rows are lost, and the run has no other error.
+        """
+        try:
+            self._write()
+        except OSError as why:
+            if error is None:
+                raise UserError(f"{self.path} lacks its last {len(self._kept)} rows: {why}. Make room there") from why
+        if self._file is not None:
+            self._file.close()
+
+    def _write(self) -> None:
+        if not self._kept:
+            return
+        if self._file is None:
+            self._file = self.path.open("ab", buffering=0)
+        whole, rows = os.fstat(self._file.fileno()).st_size, b"".join(self._kept)
+        try:
+            if self._file.write(rows) != len(rows):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            self._file.truncate(whole)  # Half a row would spoil the next.
+            raise
+        self._kept.clear()
 
 
 class JsonlLogger:
     """A row is on disk when its step is done."""
 
-    def __init__(self, file: IO[str]) -> None:
+    def __init__(self, file: RowFile) -> None:
         self._file = file
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -47,13 +107,11 @@ class JsonlLogger:
 
     def close(self, error: BaseException | None) -> None:
         """Close the file."""
-        self._file.close()
+        self._file.close(error)
 
     def _write(self, step: int, metrics: Mapping[str, float]) -> None:
         # JSON has no NaN; null says "not a number" to every reader.
-        row = {"step": step} | {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        self._file.append({"step": step} | {k: v if math.isfinite(v) else None for k, v in metrics.items()})
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
