@@ -21,6 +21,7 @@ from rlinf_core.training.distributed import processes
 from rlinf_core.training.integrity import find_damage, newest_whole
 from rlinf_core.training.position import Position, State, dump_state, read_position, read_state
 from rlinf_core.training.saving import Keep, Place
+from rlinf_core.training.stopping import seconds_from_now
 
 
 @pytest.fixture
@@ -88,7 +89,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, open_checkpoin
     checkpoints.save(position(1))
     assert checkpoints.finished() == []
     assert newest(tmp_path) is None
-    assert not checkpoints.wait(0.0)
+    assert not checkpoints.wait(lambda: 0.0)
     go_on.set()
     checkpoints.finish()
     (saved,) = checkpoints.finished()
@@ -403,9 +404,9 @@ def test_a_save_that_takes_too_long_is_left_behind(tmp_path, open_checkpoints, m
     checkpoints.save(position(1))
     checkpoints.wait()
     monkeypatch.setattr(saving, "_complete", lambda *arguments: go_on.wait(60) and complete(*arguments))
-    checkpoints.save(position(2), seconds=0.1)
-    assert not checkpoints.finish(0.1)
-    assert not checkpoints.finish(60.0)  # Nobody waits a second time.
+    checkpoints.save(position(2), left=seconds_from_now(0.1))
+    assert not checkpoints.finish(seconds_from_now(0.1), cut_short=True)
+    assert not checkpoints.finish()  # Nobody waits a second time.
     told = [str(saved) for saved in checkpoints.finished()]
     assert "saved" in told[0]
     assert "the time to leave had come. step_000000001 is the last good one" in told[1]

@@ -8,9 +8,10 @@ names the newest complete one, `best` the one with the best validation, where `r
 
 from __future__ import annotations
 
+import math
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,8 +28,15 @@ from rlinf_core.training.saving import THREAD, Keep, Place, SaveError, Writers, 
 from rlinf_core.training.shards import ShardReader
 from rlinf_core.training.staging import Staging
 
+ASK_AGAIN = 0.2
+"""Seconds between two looks at how long to wait."""
 MOST_FAILURES = 2
 """Saves in a row that fail before the run ends: the disk may be emptied after the first."""
+
+
+def forever() -> float:
+    """Seconds left to wait where nothing hurries."""
+    return math.inf
 
 
 @dataclass(frozen=True)
@@ -108,7 +116,7 @@ class Checkpoints:
         except BaseException as error:  # Raised again by the first save.
             self._untouched = error
 
-    def save(self, position: Position, best: str = "", seconds: float | None = None) -> None:
+    def save(self, position: Position, best: str = "", left: Callable[[], float] = forever) -> None:
         """Save; returns when the tensors may change. One that is still being written is waited for first.
 
         After a save that failed, the next one is waited for: all ranks then know at the same step how it ended.
@@ -116,21 +124,21 @@ class Checkpoints:
         Args:
             position: Where the run stands.
             best: The checkpoint that is the best so far; empty: there is none.
-            seconds: For how long at most to wait for the one before; that is then the last one.
+            left: Seconds left to wait for the one before, asked again and again; without any, nothing is saved.
 
         Raises:
             UserError: It failed, and so had the one before.
         """
         started = time.perf_counter()
-        if not self.wait(seconds):
+        if not self.wait(left):
             return
         self._touching.join()
         if self._untouched is not None:
             raise self._untouched
         tensors = self._staging.copy(self._tensors) if self._staging is not None else self._tensors
         self._pending = _Pending(self._device, self._place, position, tensors, self._writers, best)
-        if seconds is None and (self._staging is None or self._failures):
-            self.wait()
+        if self._staging is None or self._failures:
+            self.wait(left)
         stall = self._stall = time.perf_counter() - started
         if self._pending is None:
             self._done[-1] = replace(self._done[-1], stall_seconds=stall)
@@ -155,20 +163,21 @@ class Checkpoints:
         done, self._done = self._done, []
         return done
 
-    def wait(self, seconds: float | None = None) -> bool:
+    def wait(self, left: Callable[[], float] = forever) -> bool:
         """Wait for the checkpoint that is being written, if any.
 
         Args:
-            seconds: How long at most.
+            left: Seconds left to wait, asked again and again.
 
         Returns:
             Whether none is being written any more.
         """
         if self._pending is None:
             return True
-        self._pending.thread.join(seconds)
-        if self._pending.thread.is_alive():
-            return False
+        while self._pending.thread.is_alive():
+            if (seconds := left()) <= 0:
+                return False
+            self._pending.thread.join(min(seconds, ASK_AGAIN))
         pending, self._pending = self._pending, None
         if pending.error is not None:
             raise pending.error
@@ -179,11 +188,12 @@ class Checkpoints:
         self._done.append(pending.saved())
         return True
 
-    def finish(self, seconds: float | None = None) -> bool:
+    def finish(self, left: Callable[[], float] = forever, *, cut_short: bool = False) -> bool:
         """Wait for the checkpoint that is being written: it is the last one.
 
         Args:
-            seconds: How long at most, for a run that has to leave; None: as long as it takes.
+            left: Seconds left to wait, asked again and again.
+            cut_short: The run has to leave: what cannot be written is lost, and the checkpoint before counts.
 
         Returns:
             Whether none is being written any more.
@@ -193,11 +203,18 @@ class Checkpoints:
         """
         if self._left:
             return False
-        if not self.wait(seconds):
-            assert self._pending is not None
+        pending = self._pending
+        try:
+            why = "" if self.wait(left) else "the time to leave had come"
+        except Exception as error:
+            if not cut_short:
+                raise
+            why = f"{type(error).__name__}: {error}"  # Others may have left already.
+        if why:
+            assert pending is not None
             self._left = True
-            self._done.append(replace(self._pending.saved(), failure="the time to leave had come. " + self._kept()))
-        elif self._failures and seconds is None:
+            self._done.append(replace(pending.saved(), failure=f"{why}. {self._kept()}"))
+        elif self._failures and not cut_short:
             raise UserError(f"{self.failure()} The same command then makes the steps after it again.")
         if self._staging is not None and not self._left:
             self._touching.join()

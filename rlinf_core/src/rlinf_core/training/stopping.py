@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import FrameType
@@ -27,23 +27,32 @@ class StopSignal:
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._at = 0.0
-        self._learnt: float | None = None
+        self._leaving = math.inf
 
-    @property
     def seconds_left(self) -> float:
-        """Until the process must have left, for one that is to; where another rank got the signal, from now on."""
-        now = time.monotonic()
-        if self._learnt is None:
-            self._learnt = now if self.received is None else self._at
-        return max(0.0, GRACE - (now - self._learnt))
+        """Until this process must have left; infinite as long as it may stay."""
+        return self._leaving - time.monotonic()
+
+    def agreed(self, stopping: bool) -> bool:
+        """Learn whether the ranks have agreed to stop, as they do where any of them got a signal."""
+        if stopping:
+            self._leaving = min(self._leaving, time.monotonic() + GRACE)
+        return stopping
 
     def handle(self, number: int, _: FrameType | None) -> None:
         """Remember the first signal; a later one that is meant gets through at once."""
         now = time.monotonic()
         if self.received is None:
             self.received, self._at = signal.Signals(number), now
+            self._leaving = now + GRACE
         elif now - self._at > AGAIN:
             raise KeyboardInterrupt
+
+
+def seconds_from_now(seconds: float) -> Callable[[], float]:
+    """How much is left of a time that begins now."""
+    end = time.monotonic() + seconds
+    return lambda: end - time.monotonic()
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from rlinf_core.training.profiling import Profile
 from rlinf_core.training.reports import StepReports
 from rlinf_core.training.resume import Start
 from rlinf_core.training.step import StepRecord, TrainStep
-from rlinf_core.training.stopping import GRACE, Best, StopSignal, best_metric, stop_signals
+from rlinf_core.training.stopping import GRACE, Best, StopSignal, best_metric, seconds_from_now, stop_signals
 from rlinf_core.training.stragglers import Stragglers
 from rlinf_core.training.throughput import Throughput
 from rlinf_core.training.validations import open_validation
@@ -153,15 +153,16 @@ class Fsdp2Trainer:
             self._profile.after(self.step)
             last = self.step == self.stop_step
             interval = bool(runner.save_interval) and self.step % runner.save_interval == 0
-            stopping = self._reports.read(all_=last or interval or self._validation_is_due())
+            stopping = stop.agreed(self._reports.read(all_=last or interval or self._validation_is_due()))
             self._tell_saved()
             improved = False
             if not stopping and self._validation_is_due():
                 improved, stopping = self._validate(stop)
+                stop.agreed(stopping)
             if last or interval or stopping or improved or self._improves_no_more():
                 self._reports.read(all_=True)
-                self._save(stop.seconds_left if stopping else None)
-                stopping = self._group.any(stop.received is not None)  # Saving takes time, too.
+                self._save(stop)
+                stopping = stop.agreed(self._group.any(stop.received is not None))  # Saving takes time, too.
             if stopping and (self.step < self.stop_step or self._validation_is_due()):
                 return self._agree_on(stop)
         if self._improves_no_more():
@@ -231,27 +232,27 @@ class Fsdp2Trainer:
         for logger in self._loggers:
             logger.message(text)
 
-    def _save(self, seconds: float | None = None) -> None:
+    def _save(self, stop: StopSignal) -> None:
         self._watch.enter("saving")
         self._compute.pause()
         try:
-            self._checkpoints.save(self._position(), best=self._best_name(), seconds=seconds)
+            self._checkpoints.save(self._position(), best=self._best_name(), left=stop.seconds_left)
         finally:
             self._tell_saved()
 
     def _finish_saving(self, stop: StopSignal, received: signal.Signals | None) -> None:
         """Wait for what is being written; a run that was asked to leave does so in time (contract 10)."""
         try:
-            in_time = self._checkpoints.finish(stop.seconds_left if received else None)
+            in_time = self._checkpoints.finish(stop.seconds_left, cut_short=received is not None)
         finally:
             self._tell_saved()
-        if received and not in_time:
-            raise Interrupted(received, self.step)  # As for a failure: nobody waits for anybody any more.
+        if not in_time:  # As for a failure: nobody waits for anybody any more.
+            raise Interrupted(received or stop.received or signal.SIGTERM, self.step)
 
     def _abandon_saving(self, error: BaseException) -> None:
         """Let a checkpoint that is being written become complete, though training has failed."""
         try:
-            self._checkpoints.finish(GRACE)
+            self._checkpoints.finish(seconds_from_now(GRACE), cut_short=True)
         except Exception as another:  # What ended training is what to tell; this mostly follows from it.
             error.add_note(f"the checkpoint that was being written is lost: {another}")
         self._tell_saved()
