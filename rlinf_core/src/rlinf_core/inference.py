@@ -21,7 +21,7 @@ from rlinf_core.data.transforms import Transform
 from rlinf_core.datasets import DatasetConfig
 from rlinf_core.errors import UserError, did_you_mean
 from rlinf_core.export import DESCRIPTION, FORMAT, STATISTICS
-from rlinf_core.outside import read_json
+from rlinf_core.outside import path_inside, read_json
 from rlinf_core.plugins import Plugins, get_plugins
 from rlinf_core.policy import PolicyConfig
 from rlinf_core.training.build import DTYPES
@@ -132,9 +132,12 @@ def load_policy(
     plugins = plugins or get_plugins()
     description = _read_description(folder)
     table, statistics = _choose_source(description["data"], folder, source)
-    data = _validated(plugins.dataset(table["config_name"]), table, folder)
-    here = {field: str(folder / name) for field, name in description["files"].items()} | {"weights": str(folder)}
-    config = _validated(plugins.policy(description["policy"]["type"]), description["policy"] | here, folder)
+    data = _validated(plugins.dataset(_name(table, "config_name", folder)), table, folder)
+    here = {field: str(_inside(folder, name)) for field, name in description["files"].items()}
+    here["weights"] = str(folder)
+    config = _validated(
+        plugins.policy(_name(description["policy"], "type", folder)), description["policy"] | here, folder
+    )
     stats = load_norm_stats(statistics) if statistics.exists() else None
     pipeline = build_pipeline(data, config, stats)
     if pipeline.normalize and stats and "state" in stats:  # Narrower ones would pass, and be filled up.
@@ -150,7 +153,10 @@ def load_policy(
 
 def _choose_source(table: dict[str, Any], folder: Path, name: str) -> tuple[dict[str, Any], Path]:
     """The table of the dataset as which the policy acts, and where its statistics lie."""
-    entries = {entry["name"]: entry for entry in table.get("mixture", ())}
+    listed = table.get("mixture", [])
+    if not isinstance(listed, list) or not all(isinstance(entry, dict) for entry in listed):
+        raise UserError(f"{folder / DESCRIPTION}: its data.mixture is no list of tables")
+    entries = {_name(entry, "name", folder): entry for entry in listed}
     if not entries and not name:
         return table, folder / STATISTICS
     if not name and len(entries) == 1:
@@ -158,7 +164,22 @@ def _choose_source(table: dict[str, Any], folder: Path, name: str) -> tuple[dict
     if name not in entries:
         raise UserError(f"{folder}: {no_source(name, list(entries), 'in load_policy(..., source=...)')}")
     own = {key: value for key, value in entries[name].items() if key not in MixtureShare.model_fields}
-    return own, folder / "norm_stats" / f"{name}.json"
+    return own, _inside(folder, f"norm_stats/{name}.json")
+
+
+def _name(table: dict[str, Any], key: str, folder: Path) -> str:
+    """A name that a table of the description gives."""
+    if not isinstance(name := table.get(key), str):
+        raise UserError(f"{folder / DESCRIPTION}: {key} is {name!r}, where a name belongs")
+    return name
+
+
+def _inside(folder: Path, name: object) -> Path:
+    """A file of the folder by the name that its description gives it."""
+    try:
+        return path_inside(folder, name)
+    except ValueError as error:
+        raise UserError(f"{folder / DESCRIPTION}: {error}") from error
 
 
 def _compute_in(module: Any, dtype: torch.dtype) -> None:

@@ -57,7 +57,7 @@ class ChatTemplate:
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, RecursionError) as error:
             raise UserError(f"policy.chat_template is no template: {error}") from error
         self._special_tokens = dict(special_tokens)
         self._marks = re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source) is not None
@@ -94,7 +94,7 @@ class ChatTemplate:
             return self._template.render(
                 messages=messages, tools=tools, documents=None, add_generation_prompt=ask, **self._special_tokens
             )
-        except (jinja2.TemplateError, TypeError) as error:  # A template adds what is no text, for one.
+        except Exception as error:  # A template computes: it adds what is no text, divides by zero, looks up nothing.
             raise UserError(f"the chat template refuses the messages: {error}") from error
 
 

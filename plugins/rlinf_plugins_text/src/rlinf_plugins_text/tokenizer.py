@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rlinf_core import UserError
+from rlinf_core.outside import read_json
 from rlinf_plugins_text.chat import CHATML, ChatTemplate
 
 FILES = (
@@ -111,12 +111,14 @@ class TextTokenizer:
     def _own_template(self) -> str:
         path = self.folder / "chat_template.jinja"
         if path.is_file():
-            return path.read_text(encoding="utf-8")
+            return _read_text(path)
         template = self._config.get("chat_template") or ""
         if isinstance(template, list):  # Several, by name.
-            named = {one["name"]: one["template"] for one in template}
-            template = named.get("default", "")
-        return str(template)
+            named = [one.get("template") for one in template if isinstance(one, dict) and one.get("name") == "default"]
+            template = named[-1] if named else ""
+        if not isinstance(template, str):
+            raise UserError(f"{self.folder / 'tokenizer_config.json'}: its chat_template is no text")
+        return template
 
 
 @functools.lru_cache(maxsize=4)
@@ -137,19 +139,28 @@ def template_source(chat_template: str) -> str:
         return chat_template
     try:
         return Path(chat_template).expanduser().read_text(encoding="utf-8")
-    except OSError as error:
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: of a home that there is not.
         raise UserError(
             f'policy.chat_template is neither "chatml", nor a template, nor a file that can be read: {error}'
         ) from error
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        table = read_json(path)
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is no JSON: {error}") from error
+    if not isinstance(table, dict):
+        raise UserError(f"{path} holds no table of settings")
     return table
 
 

@@ -69,8 +69,11 @@ class Safetensors:
 
     def read(self, key: str) -> torch.Tensor:
         """See `TensorFiles`. Maps the file for this one tensor, so that pages read before can be given up."""
-        with safe_open(self._paths[key], framework="pt", device="cpu") as file:
-            tensor: torch.Tensor = file.get_tensor(key)
+        try:
+            with safe_open(self._paths[key], framework="pt", device="cpu") as file:
+                tensor: torch.Tensor = file.get_tensor(key)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{self._paths[key]}: {key} cannot be read: {error}") from error
         return tensor
 
 

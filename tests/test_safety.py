@@ -1,0 +1,315 @@
+"""What strangers' files must not do: run code, lead out of their folder, act on terminal or page, tell secrets."""
+
+import contextlib
+import io
+import json
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from distributions import ROOT, install, repository_plugins
+from PIL import Image
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+
+from rlinf_core import cli
+from rlinf_core.commands.output import print_table, print_text
+from rlinf_core.config.load import load_config
+from rlinf_core.data.lerobot import open_lerobot
+from rlinf_core.data.parquet_images import decode, picture_batches
+from rlinf_core.data.video import open_video
+from rlinf_core.datasets import LeRobotDatasetConfig
+from rlinf_core.errors import Exit, UserError
+from rlinf_core.inference import load_policy
+from rlinf_core.outside import path_inside
+from rlinf_core.plain import printable
+from rlinf_core.testing.lerobot import CAMERAS
+from rlinf_core.training.shards import INDEX, ShardReader
+from rlinf_plugins_openpi.weights.files import open_files, shards
+from rlinf_plugins_text.chat import ChatTemplate
+from rlinf_plugins_text.folder import weight_files
+
+QUICK = ROOT / "examples" / "quickstart.toml"
+
+
+class Exploit:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_weights_run_no_code(tmp_path):
+    mark = tmp_path / "ran"
+    for number, write in enumerate((torch.save, lambda it, path: path.write_bytes(pickle.dumps(it)))):
+        path = tmp_path / f"{number}.pt"
+        write({"w": Exploit(mark)}, path)
+        with pytest.raises(UserError, match=rf"{number}\.pt is no file of plain tensors"):
+            _ = open_files(path).shapes
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("what", ["code", "bytes"])
+def test_a_checkpoint_runs_no_code(what, tmp_path):
+    """Bytes in a checkpoint would be unpickled without `weights_only` when they are loaded."""
+    mark = tmp_path / "ran"
+    entry = Exploit(mark) if what == "code" else BytesStorageMetadata()
+    (tmp_path / INDEX).write_bytes(pickle.dumps(Metadata(state_dict_metadata={"w": entry}, storage_data={})))
+    with pytest.raises(UserError, match="for which an index has no use"):
+        ShardReader(tmp_path).read_metadata()
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages.__class__.__mro__[1].__subclasses__() }}",
+        "{{ raise_exception.__globals__['json'] }}",
+        "{{ strftime_now.__globals__ }}",
+        "{% include '/etc/passwd' %}",
+        "{{ cycler.__init__.__globals__.os.popen('true').read() }}",
+    ],
+)
+def test_a_chat_template_sees_the_messages_alone(source):
+    said = ""
+    with contextlib.suppress(UserError):  # What is forbidden is refused, or is nothing.
+        said = ChatTemplate(source, {}).render([{"role": "user", "content": "x"}])
+    assert said == ""
+
+
+SECRET_PICTURE = "outside.png"
+
+
+@pytest.fixture
+def dataset(image_dataset, tmp_path):
+    """A copy of a dataset, to be made hostile, in a folder beside a picture that is none of it."""
+    Image.new("RGB", (32, 32)).save(tmp_path / SECRET_PICTURE)
+    return shutil.copytree(image_dataset.root, tmp_path / "dataset")
+
+
+def set_info(root, **changes):
+    path = root / "meta/info.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "../{chunk_index}/{file_index}",
+        "/etc/{chunk_index}/{file_index}",
+        "data/{chunk_index}/../../../{file_index}",
+        "..\\{chunk_index}{file_index}",
+        "{chunk_index.__class__}",
+        "{chunk_index:999999999999d}",
+        "{chunk_index!r}",
+        "data/\0{file_index}",
+    ],
+)
+def test_paths_of_a_dataset_stay_in_its_folder(pattern, dataset):
+    set_info(dataset, data_path=pattern)
+    with pytest.raises(UserError, match=r"meta/info\.json: the path"):
+        open_lerobot(LeRobotDatasetConfig(repo_id=str(dataset)), 1, "train")
+
+
+@pytest.mark.parametrize("path", [f"../{SECRET_PICTURE}", "/{outside}", "a" * 5000, "\0"])
+def test_pictures_of_a_dataset_lie_in_its_folder(path, dataset, tmp_path):
+    path = path.replace("/{outside}", str(tmp_path / SECRET_PICTURE))
+    table = pa.table({"front": pa.array([{"bytes": None, "path": path}])})
+    pq.write_table(table, dataset / "pictures.parquet")
+    [batch] = picture_batches(dataset / "pictures.parquet", ["front"], dataset)
+    assert batch["front"].null_count == 1
+
+
+@pytest.mark.parametrize("name", ["../part.safetensors", "{outside}", "sub/../../part.safetensors"])
+def test_shards_lie_beside_their_index(name, tmp_path):
+    (tmp_path / "part.safetensors").write_bytes(b"")
+    folder = tmp_path / "folder"
+    (folder / "sub").mkdir(parents=True)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"w": name.format(outside=tmp_path / "part.safetensors")}}))
+    with pytest.raises(UserError, match="leads out of the folder"):
+        shards(index)
+    with pytest.raises(UserError, match="leads out of the folder"):
+        weight_files(folder, str(folder))
+
+
+def test_files_of_an_exported_folder_lie_in_it(tmp_path):
+    described = {"format": 1, "policy": {"type": "pi05"}, "data": {"config_name": "pi05_libero"}}
+    (tmp_path / "rlinf.json").write_text(json.dumps(described | {"files": {"tokenizer": "../../tokenizer.model"}}))
+    with pytest.raises(UserError, match=r"rlinf\.json: .* leads out of the folder"):
+        load_policy(tmp_path, plugins=repository_plugins())
+    described["data"] = {"mixture": [{"name": "../x", "config_name": "pi05_libero"}]}
+    (tmp_path / "rlinf.json").write_text(json.dumps(described | {"files": {}}))
+    with pytest.raises(UserError, match=r"rlinf\.json: .* leads out of the folder"):
+        load_policy(tmp_path, plugins=repository_plugins())
+
+
+def test_links_are_followed(tmp_path):
+    """The hub's cache consists of them."""
+    (tmp_path / "blob").write_text("x")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/link").symlink_to("../blob")
+    assert path_inside(tmp_path / "folder", "link").read_text() == "x"
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_picture_that_claims_any_size_is_refused_before_it_is_unpacked():
+    out = io.BytesIO()
+    Image.new("1", (12_000, 8_000)).save(out, "PNG")
+    assert len(out.getvalue()) < 100_000
+    with pytest.raises(UserError, match="row 3 claims a picture of 12000 x 8000 pixels"):
+        decode(out.getvalue(), "row 3")
+
+
+def test_pictures_are_of_formats_that_cameras_record():
+    with pytest.raises(UserError, match="cannot identify"):
+        decode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n", "row 3")
+
+
+def test_a_video_that_claims_any_size_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "huge.mp4"
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("mpeg4", rate=1, width=64, height=32)
+        file.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((32, 64, 3), np.uint8), "rgb24")))
+        file.mux(stream.encode(None))
+    open_video(path).close()
+    monkeypatch.setattr("rlinf_core.data.video.MOST_PIXELS", 64 * 32 - 1)
+    with pytest.raises(UserError, match="its pictures are of 64 x 32 pixels"):
+        open_video(path)
+
+
+HOSTILE = "\x1b]0;title\x07\x1b[2J\x9b31m\r\u202etxt \ud800"
+
+
+def test_escape_sequences_are_shown_and_not_sent(capsys):
+    print_table([HOSTILE.replace("\x1b", "")[:1], "b"], [[HOSTILE, "x"]])
+    print_text(HOSTILE)
+    cli.main([f"nothing{HOSTILE}"])
+    told = capsys.readouterr()
+    assert not set(told.out[2:] + told.err) & set("\x1b\x07\x9b\r\u202e\ud800")
+    assert told.out.count(r"\x1b]0;title\x07\x1b[2J\x9b31m\r\u202etxt \ud800") == 2
+
+
+def columns(front=CAMERAS[0]):
+    """Settings of a run on the tiny dataset."""
+    columns = [f"data.images={{base_0_rgb='{front}'}}", 'data.state=["observation.state"]', 'data.actions=["action"]']
+    return [*columns, "policy.variant=dummy", "policy.weights=random"]
+
+
+def set_tasks(root, text):
+    """Give the tasks other texts."""
+    table = pq.read_table(root / "meta/tasks.parquet")
+    name = next(name for name in table.column_names if name != "task_index")
+    texts = pa.array([f"{text}{i}" for i in range(len(table))])
+    pq.write_table(table.set_column(table.column_names.index(name), name, texts), root / "meta/tasks.parquet")
+
+
+def test_task_texts_reach_the_terminal_without_escape_sequences(dataset, tiny_run, capsys):
+    set_tasks(dataset, "\x1b[31mtask ")
+    path = tiny_run("pi05_metaworld", dataset, *columns(), 'data.tasks=["no"]')
+    assert cli.main(["validate", str(path)]) == Exit.USER_ERROR
+    told = capsys.readouterr()
+    assert r"\x1b[31mtask 0" in told.err
+    assert "\x1b" not in told.out + told.err
+
+
+def test_passwords_and_tokens_are_not_repeated(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
+    monkeypatch.setenv("SOME_TOKEN", "short")
+    token = "hf_" + "a1" * 16
+    said = str(UserError(f"no https://me:word@host/x, {token} and 0123456789abcdef, short; http://host:80/a@b"))
+    assert said == "no https://***@host/x, *** and ***, short; http://host:80/a@b"
+
+
+SECRETS = ["https://me:pa55word@host/data", "hf_" + "a1" * 16, "environment-secret"]
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+@pytest.mark.parametrize("setting", ["data.repo_id={}", "runner.name={}", 'data.images={{base_0_rgb="{}"}}'])
+def test_a_config_with_a_secret_is_refused_and_does_not_repeat_it(setting, secret, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("HF_TOKEN", "environment-secret")
+    overrides = [setting.format(secret), f"runner.output_dir={tmp_path / 'runs'}"]
+    with pytest.raises(UserError, match="holds a password or a token") as refused:
+        load_config(QUICK, overrides, repository_plugins())
+    assert cli.main(["validate", str(QUICK), *overrides]) == Exit.USER_ERROR
+    told = capsys.readouterr()
+    for part in ("pa55word", "hf_a1", "environment-secret"):
+        assert part not in str(refused.value) + told.out + told.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_page_shows_what_data_say_as_text(dataset, tiny_run, tmp_path, monkeypatch):
+    script, image = "<script>alert(1)</script><!-- ", '<img src="x" onerror="alert(2)">$x^{'
+    monkeypatch.setattr("rlinf_core.plugins.get_plugins", repository_plugins)
+    set_tasks(dataset, script)
+    info = json.loads((dataset / "meta/info.json").read_text())
+    info["features"] = {{CAMERAS[0]: image}.get(name, name): value for name, value in info["features"].items()}
+    (dataset / "meta/info.json").write_text(json.dumps(info))
+    for path in dataset.glob("data/*/*.parquet"):
+        table = pq.read_table(path)
+        pq.write_table(table.rename_columns([image if n == CAMERAS[0] else n for n in table.column_names]), path)
+    path = tiny_run("pi05_metaworld", dataset, *columns(image), "data.state_width=3", "data.action_width=2")
+    assert cli.main(["inspect", str(path), f"--output={tmp_path / 'page'}"]) == Exit.OK
+    html = (tmp_path / "page/index.html").read_text(encoding="utf-8")
+    assert html.count("alert(1)") == html.count("&lt;script&gt;alert(1)&lt;/script&gt;") > 0
+    assert "alert(2)" in html
+    assert '<img src="x"' not in html
+
+
+def test_a_mistake_shows_its_traceback_only_when_asked(tmp_path):
+    """The real command lines, in processes of their own."""
+    config = tmp_path / "run.toml"
+    config.write_text("data = [")
+    rlinf = [str(Path(sys.executable).with_name("rlinf"))]
+    train = [sys.executable, "-m", "rlinf_core.train", str(config)]
+    commands = [
+        ([*rlinf, "validate", config], [*rlinf, "--debug", "validate", config]),
+        (train, [*train, "--debug"]),
+    ]
+    for plain, debug in commands:
+        told = subprocess.run(plain, capture_output=True, text=True, check=False, cwd=tmp_path)
+        assert told.returncode == Exit.USER_ERROR
+        assert told.stderr.startswith(f"error: {config}: not valid TOML")
+        assert told.stderr.count("\n") == 1
+        asked = subprocess.run(debug, capture_output=True, text=True, check=False, cwd=tmp_path)
+        assert asked.returncode == Exit.USER_ERROR
+        assert "Traceback (most recent call last)" in asked.stderr
+        assert "TOMLDecodeError" in asked.stderr
+
+
+def test_plugins_come_from_installed_packages_alone(tmp_path):
+    """A folder that looks like a package's does nothing where one stands; as an installed one it would."""
+    install(tmp_path, "intruder", plugins={"intruder": "intruder"}, intruder="open('ran', 'w').close()")
+    command = [str(Path(sys.executable).with_name("rlinf")), "plugins"]
+    told = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "intruder" not in told.stdout
+    assert not (tmp_path / "ran").exists()
+
+
+def test_no_code_reads_pickles_or_runs_texts():
+    """What remains is read with `weights_only` or by an unpickler that knows a list of names."""
+    wrong = re.compile(
+        r"pickle\.loads?\(|allow_pickle=True|yaml\.(unsafe_)?load\(|(?<![\w.])(eval|exec)\(|trust_remote_code=True|"
+        r"weights_only=False|shell=True|os\.system"
+    )
+    folders = [*ROOT.glob("rlinf_*/src"), *ROOT.glob("plugins/*/src")]
+    sources = [path for folder in folders for path in folder.rglob("*.py") if path.parent.name != "testing"]
+    assert len(sources) > 100
+    found = {path.name for path in sources if wrong.search(path.read_text(encoding="utf-8"))}
+    assert found <= {"chunked_batches.py"}  # What its own worker processes send.
+
+
+def test_printable_leaves_ordinary_text_alone():
+    text = "π0.5: „Öffne die Lade“ → 引き出し\n\tC:\\data, a@b.c, https://host/x?y=1@2 sk-learn"
+    assert printable(text) == text
