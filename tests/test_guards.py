@@ -2,8 +2,11 @@
 
 import json
 import math
+import os
+import signal
 from types import SimpleNamespace
 
+import distributions
 import pytest
 import torch
 import toy_policy
@@ -15,6 +18,25 @@ from rlinf_core.training.jsonl import read_rows
 
 FORWARD = toy_policy.ToyModule.forward
 RUNNER = SimpleNamespace(spike_threshold=10.0, max_skipped_steps=3)
+
+
+BREAKS_ON_RANK_1 = """
+import os
+from rlinf_core import hookimpl
+
+@hookimpl
+def rlinf_policy_built(policy):
+    if os.environ["RANK"] == "1":
+        policy.register_forward_hook(broken)
+
+def broken(policy, _, out):
+    policy.steps = getattr(policy, "steps", 0) + 1
+    if policy.steps < 2:
+        return out
+    each = out.sample_losses.clone()
+    each[7, 0] = float("inf")
+    return out._replace(loss_sum=out.loss_sum + float("inf"), sample_losses=each)
+"""
 
 
 @pytest.fixture
@@ -99,6 +121,18 @@ def test_too_many_skipped_steps_in_a_row_end_the_run_and_name_the_last_good_chec
     folder = tmp_path / "run"
     assert [row["step"] for row in rows(folder)] == list(range(1, 9))
     assert [row["step"] for row in rows(folder, "anomalies.jsonl")] == [4, 6, 7, 8]
+
+
+def test_what_one_rank_meets_skips_and_ends_the_run_on_all_of_them_alike(toy_site, tmp_path, start_ranks):
+    distributions.install(tmp_path / "site", "breaks", plugins={"breaks": "breaks"}, breaks=BREAKS_ON_RANK_1)
+    settings = (toy_site / "toy.toml", f"runner.output_dir={tmp_path}", "runner.max_skipped_steps=2")
+    ended = start_ranks("rlinf_core.train:main", 2, *settings, paths=(toy_site, tmp_path / "site"))
+    assert ended.returncode == 2
+    assert ended.stderr.count("error: 2 steps in a row were skipped, 2 to 3") == 1
+    assert [row["skipped"] for row in rows(tmp_path / "run")] == [0, 1, 1]
+    anomalies = rows(tmp_path / "run", "anomalies.jsonl")
+    found = [[(sample["rank"], sample["loss"]) for sample in row["samples"]] for row in anomalies]
+    assert found == [[(1, None)], [(1, None)]]
 
 
 def test_no_number_of_skipped_steps_ends_a_run_that_says_so(train, monkeypatch):
@@ -198,6 +232,33 @@ def test_steps_that_are_read_late_change_nothing_but_when(train, tmp_path, monke
         for name, parameter in trainer.policy.named_parameters():
             mine = dict(at_once.policy.named_parameters())[name]
             assert torch.equal(parameter.detach().to_local(), mine.detach().to_local())
+
+
+@pytest.mark.parametrize(("lag", "stop"), [(0, 3), (2, 5)])
+def test_a_signal_stops_a_run_later_by_as_many_steps_as_its_numbers_are(train, monkeypatch, lag, stop):
+    monkeypatch.setitem(reports.LAG, "cpu", lag)
+
+    def asks_to_stop(out, call):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return out
+
+    break_samples(monkeypatch, {1}, asks_to_stop)  # Ranks learn of it with the numbers of the next step.
+    trainer = train("runner.max_steps=9")
+    assert trainer.step == stop
+    assert [row["step"] for row in rows(trainer.run.folder)] == list(range(1, stop + 1))
+    assert (trainer.run.folder / "latest").read_text() == f"step_{stop:09d}"
+
+
+def test_steps_before_an_error_are_told_though_they_are_read_late(train, tmp_path, monkeypatch):
+    monkeypatch.setitem(reports.LAG, "cpu", 2)
+
+    def fails(out, call):
+        raise ZeroDivisionError
+
+    break_samples(monkeypatch, {4}, fails)
+    with pytest.raises(ZeroDivisionError):
+        train("runner.max_steps=9")
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4]
 
 
 def numbers(trainer):
