@@ -1,10 +1,15 @@
 """What is said of a device without memory: who holds it, what would fit, what else helps."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from rlinf_core.config.fsdp2 import Fsdp2TrainerConfig
+from rlinf_core.errors import UserError
+from rlinf_core.training.failures import in_words
+from rlinf_core.training.flight import Watch
 from rlinf_core.training.memory import States
 from rlinf_core.training.out_of_memory import Shortage, tell_shortage, ways_out
 
@@ -49,3 +54,19 @@ def test_ways_out_are_those_that_are_not_taken_yet():
     assert ways[:2] == ['trainer.ema_device = "cpu"', 'trainer.activation_checkpointing = "selective"']
     assert "trainer.reduce_every_micro_batch = true" in ways
     assert "trainer.num_replicas = 1" in list(ways_out(SHORT, PLAIN.model_copy(update={"num_replicas": 2}), ranks=8))
+
+
+def test_an_error_of_the_device_becomes_a_mistake_that_names_rank_step_and_phase(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * GB))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 79 * GB)
+    watch = Watch(tmp_path, 3, timeout=600.0)
+    watch.enter("backward", 12)
+    group = SimpleNamespace(device=torch.device("cuda", 0), size=1)
+    layer = torch.nn.Linear(4, 4)
+    parameters = dict(layer.named_parameters())
+    tensors = {f"model.{name}": parameter for name, parameter in parameters.items()}
+    told = in_words(torch.OutOfMemoryError("CUDA out of memory"), watch, PLAIN, group, parameters, tensors)
+    assert isinstance(told, UserError)
+    assert str(told).startswith("rank 3, step 12, backward: out of memory, of 80.0 GB.")
+    other = ValueError("something else")
+    assert in_words(other, watch, PLAIN, group, parameters, tensors) is other

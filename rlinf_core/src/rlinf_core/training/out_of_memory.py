@@ -24,7 +24,7 @@ class Shortage:
     capacity: int
     """Of the device."""
     peak: int
-    """The most that tensors had by then, with what was asked for last."""
+    """The most that tensors had by then."""
     states: States
     """Of which these stay from step to step, on the device."""
     micro_batch: int
