@@ -88,7 +88,7 @@ def measure(folder: Path, rounds: int) -> None:
         for name, in_background in (("async", True), ("sync", False)):
             place = Place(folder, folder / name, Keep(1))
             saving[name] = Checkpoints(place, group, tensors, in_background=in_background)
-        time.sleep(1.0)  # Training begins with more than a save: the pages are there by then.
+        time.sleep(5.0)  # Training begins with more than a save: the pages are there by then.
         times: dict[str, list[float]] = {}
         sizes: dict[str, int] = {}
         for step in range(1, rounds + 2):

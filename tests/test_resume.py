@@ -12,11 +12,11 @@ from rlinf_core.training.position import FileSum, Position, State, dump_state
 from rlinf_core.training.resume import (
     agree_on_start,
     choose_start,
+    confirm,
     hold_folder,
     leave_ready,
     prepare_folder,
     put_back,
-    remove_replaced,
 )
 
 
@@ -108,7 +108,7 @@ def test_overwrite_starts_afresh_and_the_old_run_goes_when_the_new_one_is_ready(
     assert (begun.step, begun.checkpoint) == (0, None)
     assert not (run().folder / "checkpoints").exists()
     assert (begun.replaced / "checkpoints" / "step_000000004").exists()
-    remove_replaced(run(), begun)
+    confirm(run(), begun)
     assert [path.name for path in run().folder.parent.iterdir()] == ["r"]
 
 
@@ -182,6 +182,7 @@ def settle(run, **options):
     """Where the run starts once all ranks have looked at the bytes of the checkpoint."""
     begun = agree_on_start(run, OneRank(), choose_start(run, overwrite=False, **options))
     leave_ready(run, begun)
+    confirm(run, begun)
     return begun
 
 
@@ -231,6 +232,15 @@ def test_a_change_that_is_allowed_is_shown_and_recorded(run):
     assert settle(run("optim.lr=0.5", "runner.max_steps=12")).notes == ()
 
 
+def test_a_change_that_turns_out_to_be_impossible_is_not_recorded(run):
+    prepare_folder(run(), overwrite=False)
+    checkpoint(run(), 4)
+    changed = run("trainer.global_batch_size=2")
+    leave_ready(changed, choose_start(changed, overwrite=False, allow_change=True))  # Then the trainer refuses.
+    assert load_config(run().folder / "config.toml") == run()
+    assert settle(run()).notes == ()
+
+
 def test_a_change_that_computes_the_same_is_shown_and_needs_no_permission(run):
     prepare_folder(run(), overwrite=False)
     checkpoint(run(), 4)
@@ -249,7 +259,7 @@ def test_checkpoints_may_lie_elsewhere(run, tmp_path):
     assert settle(elsewhere).checkpoint == there / path.name
     begun = prepare_folder(elsewhere, overwrite=True)
     assert begun.checkpoint is None
-    remove_replaced(elsewhere, begun)
+    confirm(elsewhere, begun)
     assert not there.exists()
 
 

@@ -115,7 +115,7 @@ def train(
                 resume.put_back(run, start)
             raise
         if group.rank == 0:
-            resume.remove_replaced(run, start)
+            resume.confirm(run, start)
         received = trainer.train()
     if received:
         raise Interrupted(received, trainer.step)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 MAY_CHANGE = frozenset(
     {
-        *("cluster", "data.num_workers"),
+        *("cluster", "data.num_workers", "data.cache_dir"),
         *("runner.max_steps", "runner.max_epochs", "runner.save_interval", "runner.keep_last", "runner.save_best"),
         *("runner.keep_every", "runner.async_save", "runner.checkpoint_dir", "runner.checkpoint_rename"),
         *("runner.val_check_interval", "runner.val_samples", "runner.best_metric"),
@@ -193,16 +193,15 @@ def choose_start(run: RunConfig, *, overwrite: bool, restarted: bool = False, al
     return find_start(run, restarted=restarted, allow_change=allow_change)
 
 
-def prepare_folder(run: RunConfig, *, overwrite: bool, restarted: bool = False, allow_change: bool = False) -> Start:
+def prepare_folder(run: RunConfig, *, overwrite: bool, restarted: bool = False) -> Start:
     """Choose where the run starts and leave its folder ready: all that a run of one process needs before it trains.
 
     Args:
         run: The run.
         overwrite: See `choose_start`.
         restarted: See `find_start`.
-        allow_change: See `find_start`.
     """
-    start = choose_start(run, overwrite=overwrite, restarted=restarted, allow_change=allow_change)
+    start = choose_start(run, overwrite=overwrite, restarted=restarted)
     if not start.finished:
         leave_ready(run, start)
     return start
@@ -211,15 +210,11 @@ def prepare_folder(run: RunConfig, *, overwrite: bool, restarted: bool = False, 
 def leave_ready(run: RunConfig, start: Start) -> None:
     """Leave the folder ready for a run that starts there, with `config.toml` in it. Called on rank 0.
 
-    The config that the steps before were made with stays beside it, where another computes them differently.
+    A config that changes what a step computes is recorded by `confirm`: it may turn out that it cannot go on.
     """
-    config = run.folder / "config.toml"
     run.folder.mkdir(parents=True, exist_ok=True)
-    if start.changed:
-        before = config.with_name(f"config.{step_name(start.step)}.toml")
-        if not before.exists():  # Else no step was made with what is there.
-            write_text(before, config.read_text(encoding="utf-8"))
-    write_text(config, dump_config(run))
+    if not start.changed:
+        write_text(run.folder / "config.toml", dump_config(run))
     if start.checkpoint is not None:
         write_text(run.folder / "latest", start.checkpoint.name)
 
@@ -251,8 +246,17 @@ def put_back(run: RunConfig, start: Start) -> None:
         start.replaced.rename(run.folder)
 
 
-def remove_replaced(run: RunConfig, start: Start) -> None:
-    """Finish `--overwrite`: the successor is ready to train. Called on rank 0."""
+def confirm(run: RunConfig, start: Start) -> None:
+    """The run is ready to train: what it replaces goes, and what it changes is recorded. Called on rank 0.
+
+    The config that the steps before were made with stays beside the new one.
+    """
+    if start.changed:
+        config = run.folder / "config.toml"
+        before = config.with_name(f"config.{step_name(start.step)}.toml")
+        if not before.exists():  # Else no step was made with what is there.
+            write_text(before, config.read_text(encoding="utf-8"))
+        write_text(config, dump_config(run))
     if start.replaced:
         shutil.rmtree(start.replaced)
         if run.checkpoints.exists():  # Elsewhere than in the folder that was moved.
