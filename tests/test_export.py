@@ -16,7 +16,8 @@ from rlinf_core.inference import load_policy
 from rlinf_core.plugins import get_plugins
 from rlinf_core.training.distributed import processes
 from rlinf_core.training.resume import prepare_folder
-from rlinf_plugins_openpi.weights import UNUSED
+from rlinf_plugins_openpi.parts import unpacked
+from rlinf_plugins_openpi.weights import UNUSED, published_names
 
 SETTINGS = [
     *("runner.max_steps=4", "runner.save_interval=2", "runner.val_check_interval=2", "runner.save_best=true"),
@@ -91,14 +92,15 @@ def test_files_and_hashes(trained, export):
 
 def test_the_file_holds_the_weights_to_the_bit_in_its_own_dtype(trained, export):
     trainer, live, _ = trained
-    names = {trainer.run.policy.published_name(name): name for name in live}
+    tensors = unpacked(live, trainer.run.policy.dimensions)
+    names = {published: name for name, published in published_names(trainer.run.policy.dimensions).items()}
     for dtype in ("fp32", "bf16"):
         stored = load_file(export("--dtype", dtype, name=dtype)[1] / "model.safetensors")
         for head in UNUSED:
             assert not stored.pop(head).any()
         for key, tensor in stored.items():
             own = names.get(key, "embedding.weight")
-            assert torch.equal(tensor, live[own].to(tensor.dtype)), key
+            assert torch.equal(tensor, tensors[own].to(tensor.dtype)), key
         assert {tensor.dtype for tensor in stored.values()} == {torch.float32 if dtype == "fp32" else torch.bfloat16}
 
 

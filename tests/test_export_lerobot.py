@@ -16,8 +16,10 @@ from rlinf_core.data.transforms import SliceActions
 from rlinf_core.inference import load_policy
 from rlinf_core.training.distributed import processes
 from rlinf_plugins_openpi import dimensions, lerobot_export, lerobot_features
+from rlinf_plugins_openpi.parts import unpacked
 from rlinf_plugins_openpi.pi0 import Pi0
 from rlinf_plugins_openpi.tokenizer import BOS, GEMMA_ENTRIES, SMALL_MODEL, load_processor
+from rlinf_plugins_openpi.weights import published_names
 from rlinf_plugins_openpi.weights.saving import Entry
 
 pytest.importorskip("transformers", reason="lerobot's policies need it: uv sync --group test")
@@ -186,8 +188,8 @@ def test_the_weights_are_loaded_strictly_and_to_the_bit(saved, export, lerobot):
     loaded = policy.state_dict()
     stored = run.policy.model_copy(update={"weights": str(folder)}).open_weights()
     stored.check({name: tuple(parameter.shape) for name, parameter in Pi0(run.policy.dimensions).named_parameters()})
-    for name, _ in Pi0(run.policy.dimensions).named_parameters():
-        theirs = loaded[f"model.{run.policy.published_name(name)}"]
+    for name, published in published_names(run.policy.dimensions).items():
+        theirs = loaded[f"model.{published}"]
         assert torch.equal(theirs.float(), stored.tensor(name).float()), name
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
 
@@ -217,7 +219,10 @@ def test_the_pipelines_are_those_that_lerobot_would_write(saved, export, lerobot
 def test_at_the_published_size_every_name_and_shape_is_lerobots(name):
     size = dimensions.Pi0Dimensions.of("base", pi05=name == "pi05", action_dim=32, action_horizon=50)
     with torch.device("meta"):
-        ours = {key: Entry("F32", tuple(value.shape)) for key, value in Pi0(size).named_parameters()}
+        ours = {
+            key: Entry("F32", tuple(value.shape))
+            for key, value in unpacked(dict(Pi0(size).named_parameters()), size).items()
+        }
         theirs = build(size).state_dict()
     stored = lerobot_export.stored_entries(ours, size)
     assert {key: entry.shape for key, entry in stored.items()} == {

@@ -2,7 +2,7 @@
 
 import torch
 
-from rlinf_core.training.optim import Optimizer, Schedule
+from rlinf_core.training.optim import Optimizer, Schedule, decays
 
 
 def make(schedule=None):
@@ -81,3 +81,43 @@ def test_frozen_parameters_cost_no_state():
         model.named_parameters(), Schedule(1e-2, 1e-3, 3, 12), betas=(0.9, 0.95), eps=1e-8, weight_decay=0, clip_grad=1
     )
     assert not [name for name in optimizer.state_dict() if name.endswith("bias")]
+
+
+def test_what_no_loss_reaches_has_no_state_and_decays_as_adamw_would_have_it():
+    """The reference's AdamW multiplies it by 1 - lr · weight_decay in each step that is not skipped."""
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"used": torch.nn.Linear(4, 3), "kept": torch.nn.Linear(4, 3)})
+    start = {name: p.detach().clone() for name, p in model["kept"].named_parameters()}
+    settings = {"betas": (0.9, 0.95), "eps": 1e-8, "clip_grad": 1.0, "unreached": {"kept.weight", "kept.bias"}}
+    optimizer = Optimizer(model.named_parameters(), Schedule(1e-2, 1e-3, 3, 12), weight_decay=0.1, **settings)
+    assert not any("kept" in name for name in optimizer.state_dict())
+    factor = 1.0
+    for step in range(4):
+        backward(model["used"], step)
+        if step == 2:
+            model["used"].bias.grad[0] = float("nan")
+        result = optimizer.step()
+        factor *= 1 - float(result.lr) * 0.1 * (step != 2)
+    assert factor < 0.9999
+    for name, parameter in model["kept"].named_parameters():
+        torch.testing.assert_close(parameter.detach(), start[name] * factor, rtol=1e-6, atol=0)
+
+
+def test_the_references_decay_changes_no_float32_number():
+    assert not decays(2.5e-5, 1e-10)
+    assert decays(1e-3, 0.01)
+    model, optimizer = make()
+    assert not decays(1e-2, 1e-10)
+    untouched = Optimizer(
+        model.named_parameters(),
+        optimizer.schedule,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        weight_decay=1e-10,
+        clip_grad=1.0,
+        unreached={"bias"},
+    )
+    before = model.bias.detach().clone()
+    backward(model, 0)
+    untouched.step()
+    assert torch.equal(model.bias, before)

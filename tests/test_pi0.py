@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from rlinf_plugins_openpi.attention import KeysValues, attend
 from rlinf_plugins_openpi.augment import normalise, resize_with_pad
 from rlinf_plugins_openpi.dimensions import GemmaDimensions, Pi0Dimensions
-from rlinf_plugins_openpi.gemma import KeysValues, attend
-from rlinf_plugins_openpi.pi0 import Pi0, euler_times
+from rlinf_plugins_openpi.flow import euler_times
+from rlinf_plugins_openpi.pi0 import Pi0
 
 SMALL_PROJECTIONS = ("action_in_proj.", "action_out_proj.", "state_proj.", "time_mlp_", "action_time_mlp_")
 
@@ -25,7 +26,7 @@ def build(pi05=True):
         for name, parameter in model.named_parameters():
             value = model.initial_value(name, tuple(parameter.shape), generator)
             # The adaptive norms start at zero, which shuts the expert's gates: open them, or little is tested.
-            parameter.copy_(value.normal_(0.0, 0.1, generator=generator) if ".dense." in name else value)
+            parameter.copy_(value.normal_(0.0, 0.1, generator=generator) if name.startswith("modulation.") else value)
     return model
 
 
@@ -75,7 +76,7 @@ def test_padding_may_be_left_out_of_the_loss():
     batch["action_width"] = torch.tensor([8, 3])
     noise, actions, time = batch["noise"], batch["actions"], batch["time"][:, None, None]
     suffix = model.embed_suffix(batch["state"], time * noise + (1 - time) * actions, batch["time"])
-    velocity = model.velocity(model.run(model.embed_prefix(batch), suffix)[1])
+    velocity = model.velocity(model.run(model.embed_prefix(batch), suffix))
     error = (velocity - (noise - actions)).square()
     model.mask_padded_steps = True
     steps = model(batch)
@@ -155,7 +156,7 @@ def test_units_cover_everything_but_the_small_projections(pi05):
     model = build(pi05)
     inside = [id(p) for unit in model.shard_units() for p in unit.module.parameters()]
     assert len(inside) == len(set(inside))
-    rest = {name for name, p in model.named_parameters() if id(p) not in set(inside)} - {"vlm_norm.weight"}
+    rest = {name for name, p in model.named_parameters() if id(p) not in set(inside)}
     assert rest
     assert all(name.startswith(SMALL_PROJECTIONS) for name in rest)
 
@@ -184,7 +185,7 @@ def test_initial_values_come_from_the_generator_alone():
         ("vision.blocks.0.fc1.bias", (4096,), 1e-6),
         ("vision.head.projector.weight", (96, 128), 128**-0.5),
         ("layers.0.vlm.down_proj.weight", (96, 256), 256**-0.5),
-        ("layers.0.expert.input_norm.dense.weight", (288, 96), 0.0),
+        ("modulation.weight", (288, 96), 0.0),
         ("layers.0.vlm.input_norm.weight", (96,), 0.0),
         ("action_in_proj.bias", (96,), 0.0),
     ],

@@ -8,7 +8,9 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_run import SETTINGS
+from test_run import DIMENSIONS, SETTINGS
+
+from rlinf_plugins_openpi.parts import unpacked
 
 STEPS = 2
 BASE = [*SETTINGS, f"runner.max_steps={STEPS}", "optim.ema_decay=0.0", "policy.augment=false"]
@@ -100,6 +102,7 @@ def assert_equal_to_rounding(folder, name):
     start, end, other = (weights(folder, *which) for which in (("plain", "start"), ("plain", "end"), (name, "end")))
     assert all(torch.equal(start[key], tensor) for key, tensor in weights(folder, name, "start").items())
     # The true gradient of these is zero: Adam turns its rounding noise into movement (docs/numerics.md).
+    start, end, other = (unpacked(state, DIMENSIONS) for state in (start, end, other))
     names = [key for key in start if not (key.startswith("vision.") and key.endswith("k_proj.bias"))]
     off = sum(float((other[key] - end[key]).square().sum()) for key in names) ** 0.5
     update = sum(float((end[key] - start[key]).square().sum()) for key in names) ** 0.5

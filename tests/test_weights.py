@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from tiny_pi0 import PI0, PI05, published_state, shapes_of, state_of
 
 from rlinf_core.errors import UserError
+from rlinf_plugins_openpi.parts import unpacked
 from rlinf_plugins_openpi.weights import (
     EMBEDDING,
     EMBEDDING_IN_FILES,
@@ -153,4 +154,4 @@ def test_a_broken_file_is_named(tmp_path, pi0_dimensions, name):
 def test_names_are_one_to_one(dimensions):
     names = published_names(dimensions)
     assert len(set(names.values())) == len(names)
-    assert names.keys() == state_of(dimensions).keys()
+    assert names.keys() == unpacked(state_of(dimensions), dimensions).keys()

@@ -1,5 +1,6 @@
 """`rlinf convert`: from every layout to the published one, whole or not at all."""
 
+import errno
 import sys
 import zlib
 from pathlib import Path
@@ -8,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_pi0 import PI0, PI05, published_state, rlinf_state, shapes_of
+from tiny_pi0 import PI0, PI05, published_state, rlinf_state, shapes_of, state_of
 
 from rlinf_core import cli
 from rlinf_core.errors import UserError
 from rlinf_plugins_openpi import dimensions as sizes
+from rlinf_plugins_openpi.parts import unpacked
 from rlinf_plugins_openpi.weights import EMBEDDING, EMBEDDING_IN_FILES, UNUSED, PublishedWeights
 from rlinf_plugins_openpi.weights.convert import convert
 from rlinf_plugins_openpi.weights.layouts import JAX
@@ -118,11 +120,24 @@ def test_a_file_appears_when_it_is_whole(tmp_path):
     assert same(load_file(path), {"a": torch.ones(2), "b": torch.arange(3.0).bfloat16()})
 
 
+def test_a_disk_that_fails_in_the_middle_is_one_message(tmp_path, monkeypatch):
+    save_file(published_file(PI0), tmp_path / "model.safetensors")
+
+    def fail(descriptor):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("rlinf_plugins_openpi.weights.saving.os.fsync", fail)
+    with pytest.raises(UserError, match=r"out cannot be written: Input/output error. Name another folder"):
+        convert(str(tmp_path), tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_jax_parameters_are_read_from_an_orbax_checkpoint(tmp_path):
     pytest.importorskip("tensorstore", reason="the extra rlinf-plugins-openpi[jax] is not installed")
     done = convert(str(ORBAX), tmp_path)
-    written, shapes = PublishedWeights(tmp_path, PI05), shapes_of(PI05)
-    written.check(shapes)
+    written = PublishedWeights(tmp_path, PI05)
+    written.check(shapes_of(PI05))
+    shapes = {name: tuple(tensor.shape) for name, tensor in unpacked(state_of(PI05), PI05).items()}
     assert done.layout.layout is JAX
     for name, slot in JAX.slots(PI05).items():
         ours, theirs = written.tensor(name), slot.take(recorded(slot.key, slot.stored_shape(shapes[name])))

@@ -3,6 +3,7 @@
 import torch
 
 from rlinf_plugins_openpi.dimensions import GemmaDimensions, Pi0Dimensions, VisionDimensions
+from rlinf_plugins_openpi.parts import unpacked
 from rlinf_plugins_openpi.pi0 import Pi0
 from rlinf_plugins_openpi.weights import published_names
 
@@ -26,7 +27,7 @@ def shapes_of(dimensions):
 def published_state(dimensions):
     """openpi's names -> tensors."""
     names = published_names(dimensions)
-    return {names[name]: tensor for name, tensor in state_of(dimensions).items()}
+    return {names[name]: tensor for name, tensor in unpacked(state_of(dimensions), dimensions).items()}
 
 
 def rlinf_state(dimensions):

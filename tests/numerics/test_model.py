@@ -10,7 +10,9 @@ from pi0_case import max_distance, read_batch, read_model, without_absent
 from safetensors.torch import load_file
 
 from rlinf_plugins_openpi.dimensions import Pi0Dimensions
-from rlinf_plugins_openpi.pi0 import Pi0, time_features
+from rlinf_plugins_openpi.flow import time_features
+from rlinf_plugins_openpi.parts import unpacked
+from rlinf_plugins_openpi.pi0 import Pi0
 from rlinf_plugins_openpi.transforms import CAMERAS
 from rlinf_plugins_openpi.weights import EMBEDDING, EMBEDDING_IN_FILES, UNUSED, published_names
 
@@ -33,14 +35,14 @@ class Recorded:
         self.outputs = dict(np.load(folder / "outputs.npz"))
         self.batch = read_batch(self.inputs)
 
-    def compare(self, quantity, ours, tolerance, where=...):
-        """Hold max|difference| / max|reference| to the tolerance.
+    def compare(self, quantity, ours, tolerance):
+        """Hold max|difference| / max|reference| to the tolerance."""
+        self._report(self.name, quantity, max_distance(ours, self.outputs[quantity]), tolerance)
 
-        `where` selects rows: a padded token attends evenly over whatever is there, so that what becomes of it depends
-        on the length of the sequence (and reaches no valid token).
-        """
-        distance = max_distance(ours[where], self.outputs[quantity][where])
-        self._report(self.name, quantity, distance, tolerance)
+    def compare_rows(self, quantity, rows, tolerance):
+        """As `compare`, of what the reference has for all tokens of the prefix and ours for the valid ones."""
+        theirs = self.outputs[quantity][self.outputs["prefix_mask"]]
+        self._report(self.name, quantity, max_distance(rows[: len(theirs)], theirs), tolerance)
 
     def x_t(self):
         t = self.batch["time"][:, None, None]
@@ -73,8 +75,9 @@ def test_image_tower(recorded):
 @torch.no_grad()
 def test_prefix_and_suffix(recorded):
     prefix, suffix = recorded.embed()
-    recorded.compare("prefix_tokens", prefix.tokens, TOKENS)
-    assert np.array_equal(prefix.valid, recorded.outputs["prefix_mask"])
+    mask = recorded.outputs["prefix_mask"]
+    assert np.array_equal(prefix.packing.lengths, mask.sum(1))
+    recorded.compare_rows("prefix_tokens", prefix.tokens, TOKENS)
     recorded.compare("x_t", recorded.x_t(), TOKENS)
     recorded.compare("u_t", recorded.batch["noise"] - recorded.batch["actions"], TOKENS)
     width = recorded.model.dimensions.expert.width
@@ -87,10 +90,10 @@ def test_prefix_and_suffix(recorded):
 
 @torch.no_grad()
 def test_who_sees_whom(recorded):
-    prefix, suffix = recorded.embed()
+    _, suffix = recorded.embed()
     theirs, prefix_mask = recorded.outputs["attn_mask"], recorded.outputs["prefix_mask"]
-    num_prefix, num_suffix = prefix.tokens.shape[1], suffix.tokens.shape[1]
-    ours = recorded.model.suffix_visible(prefix.valid, num_suffix).expand(-1, num_suffix, -1)
+    num_prefix, num_suffix = prefix_mask.shape[1], suffix.tokens.shape[1]
+    ours = recorded.model.suffix_visible(torch.from_numpy(prefix_mask), num_suffix).expand(-1, num_suffix, -1)
     assert np.array_equal(ours, theirs[:, num_prefix:])
     seen_by_prefix = np.pad(prefix_mask, ((0, 0), (0, num_suffix)))[:, None] & prefix_mask[:, :, None]
     assert np.array_equal(seen_by_prefix, theirs[:, :num_prefix])
@@ -99,16 +102,15 @@ def test_who_sees_whom(recorded):
 @torch.no_grad()
 def test_joint_layers(recorded):
     prefix, suffix = recorded.embed()
-    prefix_out, suffix_out = recorded.model.run(prefix, suffix, prefix_out=True)
-    recorded.compare("prefix_out", prefix_out, TOKENS, where=prefix.valid)
+    suffix_out = recorded.model.run(prefix, suffix)
+    recorded.compare_rows("prefix_out", recorded.model.read(prefix), TOKENS)
     recorded.compare("suffix_out", suffix_out, TOKENS)
-    assert torch.equal(suffix_out, recorded.model.run(prefix, suffix)[1])
     recorded.compare("v_t", recorded.model.velocity(suffix_out), VELOCITY)
     recorded.compare("loss", recorded.model.losses(recorded.batch), VELOCITY)
     keys, values = recorded.model.prefill(prefix)[-1]
     last = len(recorded.model.layers) - 1
-    recorded.compare(f"kv_cache/k{last}", keys, TOKENS, where=prefix.valid)
-    recorded.compare(f"kv_cache/v{last}", values, TOKENS, where=prefix.valid)
+    recorded.compare_rows(f"kv_cache/k{last}", keys[prefix.packing.valid], TOKENS)
+    recorded.compare_rows(f"kv_cache/v{last}", values[prefix.packing.valid], TOKENS)
 
 
 def test_sampling(recorded):
@@ -128,7 +130,8 @@ def gradients(model, batch):
     output = model(batch)
     loss = output.loss_sum / output.weight
     loss.backward()
-    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    reached = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), unpacked(reached, model.dimensions)
 
 
 def relative_l2(ours, theirs):
@@ -188,7 +191,7 @@ def test_names_and_shapes_are_the_published_ones(kind, report):
     action_dim = layout["action_in_proj.weight"][1]
     with torch.device("meta"):
         model = Pi0(Pi0Dimensions.of("base", pi05=kind == "pi05", action_dim=action_dim, action_horizon=50))
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    shapes = {name: tuple(p.shape) for name, p in unpacked(dict(model.named_parameters()), model.dimensions).items()}
     names = published_names(model.dimensions)
     assert shapes.keys() == names.keys()
     ours = {names[name]: shape for name, shape in shapes.items()}

@@ -9,6 +9,8 @@ import torch
 from tiny_lerobot import build, tiny_dimensions
 
 from rlinf_plugins_openpi import pi0
+from rlinf_plugins_openpi.flow import MAX_PERIOD, MIN_PERIOD
+from rlinf_plugins_openpi.parts import unpacked
 from rlinf_plugins_openpi.pi0 import Pi0
 from rlinf_plugins_openpi.weights import EMBEDDING, EMBEDDING_IN_FILES, published_names
 
@@ -32,7 +34,9 @@ def pair(request):
         for parameter in ours.parameters():
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     names = published_names(size)
-    state = theirs.state_dict() | {names[name]: value.detach() for name, value in ours.named_parameters()}
+    state = theirs.state_dict() | {
+        names[name]: value.detach() for name, value in unpacked(dict(ours.named_parameters()), size).items()
+    }
     state[EMBEDDING_IN_FILES] = state[EMBEDDING]
     theirs.load_state_dict(state, strict=True)
     return ours, theirs
@@ -68,7 +72,7 @@ def theirs_of(batch, ours):
 def in_float64(time, width):
     """lerobot's time features, for both: then nothing but rounding is left between the two."""
     fraction = torch.linspace(0.0, 1.0, width // 2, dtype=torch.float64)
-    period = pi0.MIN_PERIOD * (pi0.MAX_PERIOD / pi0.MIN_PERIOD) ** fraction
+    period = MIN_PERIOD * (MAX_PERIOD / MIN_PERIOD) ** fraction
     angles = (1.0 / period * 2 * np.pi)[None] * time[:, None]
     return torch.cat([angles.sin(), angles.cos()], dim=1).float()
 
@@ -92,11 +96,12 @@ def test_losses_and_gradients_are_lerobots(pair, report, monkeypatch, time, tole
     gradients = dict(theirs.named_parameters())
     names = published_names(ours.dimensions)
     # The true gradient of a key's bias is zero: both are rounding noise.
-    compared = [(name, p) for name, p in ours.named_parameters() if not name.endswith("k_proj.bias")]
-    assert {name for name, p in compared if p.grad is None} == {
-        name for name, _ in compared if gradients[names[name]].grad is None or not gradients[names[name]].grad.any()
+    own = unpacked({name: p.grad for name, p in ours.named_parameters() if p.grad is not None}, ours.dimensions)
+    compared = [name for name in names if not name.endswith("k_proj.bias")]
+    assert {name for name in compared if name not in own} == {
+        name for name in compared if gradients[names[name]].grad is None or not gradients[names[name]].grad.any()
     }
-    pairs = [(p.grad, gradients[names[name]].grad) for name, p in compared if p.grad is not None]
+    pairs = [(own[name], gradients[names[name]].grad) for name in compared if name in own]
     apart = sum(float((a - b).square().sum()) for a, b in pairs) / sum(float(b.square().sum()) for _, b in pairs)
     report(case, "gradient", apart**0.5, tolerance)
 

@@ -10,6 +10,7 @@ from pi0_case import read_batch, read_model
 
 from rlinf_core.training.ema import Ema
 from rlinf_core.training.optim import Optimizer, Schedule
+from rlinf_plugins_openpi.parts import unpacked
 from rlinf_plugins_openpi.weights import PublishedWeights
 from rlinf_plugins_openpi.weights.layouts import JAX
 
@@ -26,7 +27,7 @@ class Run:
         self.curve = json.loads((folder / "curve.json").read_text())
         self.watched = dict(np.load(folder / "watched_params_jax.npz"))
         self.model = read_model((folder / self.curve["init"]).parent)
-        self.start = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        self.start = self.now()
         arrays, self.log, self.on_the_way = dict(np.load(folder / "batches.npz")), [], {}
         optimizer, ema = self.optimizer(), Ema(self.model, self.curve["ema_decay"])
         for step in range(self.curve["steps"]):
@@ -39,9 +40,13 @@ class Run:
             ema.update(done.skipped)
             loss = output.loss_sum.detach() / output.weight
             self.log.append([float(value) for value in (loss, done.grad_norm, done.lr)])
-            now = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-            self.on_the_way[f"step{step + 1}"] = now
-        self.on_the_way["ema_final"] = ema.state_dict()
+            self.on_the_way[f"step{step + 1}"] = self.now()
+        self.on_the_way["ema_final"] = unpacked(ema.state_dict(), self.model.dimensions)
+
+    def now(self):
+        """The published tensors as they are."""
+        state = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        return unpacked(state, self.model.dimensions)
 
     def optimizer(self):
         settings, schedule = self.curve["optimizer"], self.curve["schedule"]
@@ -81,11 +86,11 @@ def test_training_follows_the_recorded_run(run, report):
 
     after = PublishedWeights(run.folder / "params_after_torch.safetensors", run.model.dimensions)
     off = update = 0.0
-    for name, parameter in run.model.named_parameters():
+    for name, parameter in run.now().items():
         if name.startswith("vision.") and name.endswith("k_proj.bias"):
             continue  # a true gradient of zero: Adam turns its rounding noise into movement
         theirs_after = after.tensor(name)
-        off += float((parameter.detach() - theirs_after).square().sum())
+        off += float((parameter - theirs_after).square().sum())
         update += float((theirs_after - run.start[name]).square().sum())
     report(run.name, f"parameter change, {len(loss)} steps", (off / update) ** 0.5, UPDATE)
 

@@ -136,6 +136,13 @@ class PolicyConfig(BaseModel):
         """The name of a parameter in published weights. Initial values are keyed by it: it outlives refactoring."""
         return name
 
+    def published_parts(self, name: str) -> Mapping[str, int]:
+        """The published tensors that a parameter holds one below the other, from the top: name -> rows; empty: one.
+
+        Each part has initial values of its own, keyed by its name, so that packing changes none.
+        """
+        return {}
+
     def check_files(self) -> None:
         """Raise `UserError` naming every file the policy needs and lacks. Leaves torch unloaded; reads headers at most.
 
@@ -226,6 +233,9 @@ class ShardUnit(NamedTuple):
     """`"fp32"`: its parameters are never cast to the compute dtype (small projections, time features)."""
     block: bool = False
     """One of the repeated blocks that make up most of the model: activation checkpointing and compilation apply."""
+    reached: bool = True
+    """False: no loss depends on its parameters, which are kept for export. They are never gathered in training, have
+    neither gradients nor optimizer state, and what weight decay would change of them it does."""
 
 
 class Policy(Protocol):
@@ -260,7 +270,10 @@ class Policy(Protocol):
         ...
 
     def initial_value(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-        """The initial value of one whole parameter, float32 on the CPU, from `generator` alone (contract 2)."""
+        """The initial value of one whole parameter, float32 on the CPU, from `generator` alone (contract 2).
+
+        Of a parameter with `PolicyConfig.published_parts`, that of a part: `shape` is the part's.
+        """
         ...
 
     def rebuild_buffers(self) -> None:

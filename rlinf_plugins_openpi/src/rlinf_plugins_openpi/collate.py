@@ -1,7 +1,6 @@
-"""Samples to a batch of tensors. Runs in loader workers; what no sample of the batch has is not computed.
+"""Samples to a batch of tensors. Runs in loader workers; a camera that no sample of the batch has takes no room.
 
-Leaving out an absent camera or trailing padding tokens changes no output: attention masks them, and rotary positions
-count valid tokens only.
+What a sample lacks of the batch's cameras and of its longest prompt is masked, and `packing` leaves it out.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rlinf_core import UserError
+from rlinf_core.data.batch_memory import batch_tensor
 from rlinf_plugins_openpi.dimensions import CAMERAS, IMAGE_SIZE
 
 Image = NDArray[np.uint8]
@@ -43,7 +43,7 @@ def stack(samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     longest = int(token_mask.sum(axis=1).max())
     length = min(-(-longest // TOKEN_STEP) * TOKEN_STEP, token_mask.shape[1])
     batch = {
-        "images": torch.from_numpy(images),
+        "images": images,
         "image_mask": torch.from_numpy(image_mask),
         "tokens": torch.from_numpy(np.stack([sample["tokens"][:length] for sample in samples])),
         "token_mask": torch.from_numpy(token_mask[:, :length].copy()),
@@ -71,16 +71,19 @@ def _stack_floats(samples: Sequence[Mapping[str, Any]], key: str) -> Tensor:
     return torch.from_numpy(np.stack([np.asarray(sample[key], dtype=np.float32) for sample in samples]))
 
 
-def _stack_images(images: Sequence[Mapping[str, Image]]) -> tuple[list[str], Image, NDArray[np.bool_]]:
+def _stack_images(images: Sequence[Mapping[str, Image]]) -> tuple[list[str], Tensor, NDArray[np.bool_]]:
     present = {name for cameras in images for name in cameras}
     if unknown := sorted(present - set(CAMERAS)):
         raise UserError(f"the policy has no camera {unknown[0]!r}: the keys of data.images are {', '.join(CAMERAS)}")
     cameras = [name for name in CAMERAS if name in present] or [CAMERAS[0]]
-    out = np.zeros((len(images), len(cameras), IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
+    batch = batch_tensor((len(images), len(cameras), IMAGE_SIZE, IMAGE_SIZE, 3), torch.uint8)
+    out: Image = batch.numpy()
     mask = np.zeros((len(images), len(cameras)), dtype=np.bool_)
     for row, sample in enumerate(images):
         for column, name in enumerate(cameras):
             if name in sample:
                 out[row, column] = sample[name]
                 mask[row, column] = True
-    return cameras, out, mask
+            else:
+                out[row, column] = 0
+    return cameras, batch, mask

@@ -10,8 +10,8 @@ Part = Literal["nothing", "vision", "vlm", "all_but_expert"]
 _PATTERNS: dict[Part, re.Pattern[str]] = {
     "nothing": re.compile(r"$^"),
     "vision": re.compile(r"vision\."),
-    "vlm": re.compile(r"(vision|embedding|vlm_norm)\.|layers\.\d+\.vlm\."),
-    "all_but_expert": re.compile(r"(?!layers\.\d+\.expert\.|expert_norm\.)"),
+    "vlm": re.compile(r"(vision|embedding|prefix_end)\.|layers\.\d+\.vlm\."),
+    "all_but_expert": re.compile(r"(?!layers\.\d+\.expert\.|expert_norm\.|modulation\.)"),
 }
 
 

@@ -1,79 +1,35 @@
 """Two Gemma transformers that attend jointly: the VLM reads the prefix, the action expert the suffix.
 
-Torch and the standard library only. Axes: B batch, T tokens (queries), S tokens (keys), N query heads, K key/value
-heads, D head dim, E a block's width. `JointLayer` holds the blocks of both experts at one depth: it is one unit of
-sharding, always called as a module. The compute dtype is that of the weights found there; norm statistics, the rotation
-and the softmax are float32 (float64 in a float64 model).
+Torch and the standard library only. Axes: B batch, T suffix tokens, R rows of the packed prefix, W VLM width, E a
+block's width. `JointLayer` holds the blocks of both experts at one depth: it is one unit of sharding, always called as
+a module. The compute dtype is that of the weights found there; norm statistics are float32 (float64 in a float64
+model). What is multiplied with the same input is one matrix: queries, keys and values; gate and up; all modulations.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from rlinf_plugins_openpi.attention import (
+    KeysValues,
+    PrefixContext,
+    Rotation,
+    SuffixContext,
+    attend,
+    attend_within,
+    rotate,
+    spread,
+)
+
 if TYPE_CHECKING:
     from rlinf_plugins_openpi.dimensions import GemmaDimensions
 
 RMS_NORM_EPS = 1e-6
-ROPE_BASE = 10_000.0
-MASKED_LOGIT = -2.3819763e38
-"""The reference's, and finite on purpose: a query that may see nothing attends evenly instead of becoming NaN."""
-
-
-class Rotation(NamedTuple):
-    """Cosine and sine of the rotary angles, [B, T, 1, D/2] float32."""
-
-    cos: torch.Tensor
-    sin: torch.Tensor
-
-
-class KeysValues(NamedTuple):
-    """Keys, after rotation, and values of one layer: [B, S, K, D] each."""
-
-    keys: torch.Tensor
-    values: torch.Tensor
-
-
-class TokenContext(NamedTuple):
-    """What a layer must know of one expert's tokens besides their content."""
-
-    rotation: Rotation
-    bias: torch.Tensor
-    """Added to the logits: 0 or `MASKED_LOGIT`, [B, 1, T or 1, S] in the compute dtype."""
-
-
-def rotation(positions: torch.Tensor, head_dim: int) -> Rotation:
-    """Rotary angles of integer positions [B, T], computed in float32."""
-    exponents = torch.arange(head_dim // 2, dtype=torch.float32, device=positions.device) * (2.0 / head_dim)
-    angles = positions[..., None, None].to(torch.float32) / ROPE_BASE**exponents
-    return Rotation(angles.cos(), angles.sin())
-
-
-def rotate(x: torch.Tensor, by: Rotation) -> torch.Tensor:
-    """Rotate x [B, T, N, D], whose two halves form the pairs; computed in float32, returned in x's dtype."""
-    first, second = x.chunk(2, dim=-1)
-    rotated = torch.cat((first * by.cos - second * by.sin, second * by.cos + first * by.sin), dim=-1)
-    return rotated.to(x.dtype)
-
-
-def attend(q: torch.Tensor, kv: KeysValues, bias: torch.Tensor) -> torch.Tensor:
-    """Grouped-query attention: q [B, T, N, D] over keys and values [B, S, K, D] -> [B, T, N·D].
-
-    The N/K query heads that share a key head become further rows of queries, so that keys are never repeated; with one
-    key head (all published sizes) every reshape here is a view.
-    """
-    batch, tokens, heads, head_dim = q.shape
-    kv_heads = kv.keys.shape[2]
-    groups = heads // kv_heads
-    rows = q.view(batch, tokens, kv_heads, groups, head_dim).transpose(1, 2).flatten(2, 3)
-    if bias.shape[2] > 1:
-        bias = bias.repeat_interleave(groups, dim=2)
-    out = F.scaled_dot_product_attention(rows, kv.keys.transpose(1, 2), kv.values.transpose(1, 2), attn_mask=bias)
-    return out.view(batch, kv_heads, tokens, groups, head_dim).transpose(1, 2).reshape(batch, tokens, heads * head_dim)
 
 
 def _normalize(x: torch.Tensor) -> torch.Tensor:
@@ -89,124 +45,187 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
 
-    def forward(self, x: torch.Tensor, cond: torch.Tensor | None = None) -> tuple[torch.Tensor, None]:
-        """X [B, T, E] -> (normed in x's dtype, None: the residual is not gated)."""
+    def forward(self, x: torch.Tensor, modulation: torch.Tensor | None = None) -> tuple[torch.Tensor, None]:
+        """X [..., E] -> (normed in x's dtype, None: the residual is not gated)."""
         normed = _normalize(x)
         return (normed * (1.0 + self.weight.to(normed.dtype))).to(x.dtype), None
 
 
 class AdaptiveRMSNorm(nn.Module):
-    """π0.5's norm: x / rms(x) · (1 + scale) + shift; scale, shift and the residual's gate come from a condition."""
+    """π0.5's norm: x / rms(x) · (1 + scale) + shift; scale, shift and the residual's gate come from `Modulation`."""
 
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.dense = nn.Linear(width, 3 * width)
-
-    def forward(self, x: torch.Tensor, cond: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """X [B, T, E], cond [B, E] -> (normed, gate [B, 1, E]), both in the dtype of the weights."""
-        modulation = self.dense(cond.to(self.dense.weight.dtype))[:, None]
-        scale, shift, gate = modulation.chunk(3, dim=-1)
+    def forward(self, x: torch.Tensor, modulation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """X [B, T, E], modulation [B, 3, E] -> (normed in x's dtype, gate [B, 1, E])."""
+        scale, shift, gate = modulation[:, :, None].unbind(1)
         normed = _normalize(x)
         return torch.addcmul(shift.to(normed.dtype), normed, 1.0 + scale.to(normed.dtype)).to(x.dtype), gate
+
+
+class Modulation(nn.Module):
+    """Scale, shift and gate of every adaptive norm, from a condition: one product a step instead of one a norm."""
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        self.width, self.depth = width, depth
+        norms = 2 * depth + 1
+        self.weight = nn.Parameter(torch.empty(norms * 3 * width, width))
+        self.bias = nn.Parameter(torch.empty(norms * 3 * width))
+
+    def forward(self, cond: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Cond [B, E] -> [B, 2, 3, E] for each layer's two norms, and [B, 3, E] for the final one."""
+        every = F.linear(cond.to(self.weight.dtype), self.weight, self.bias)
+        all_norms = every.view(len(cond), -1, 3, self.width)
+        *layers, last = torch.split(all_norms, [2] * self.depth + [1], dim=1)
+        return layers, last[:, 0]
 
 
 def _residual(x: torch.Tensor, update: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
     return x + update if gate is None else torch.addcmul(x, update, gate)
 
 
-class GemmaBlock(nn.Module):
-    """The parameters of one expert at one depth, and the steps before and after the joint attention."""
+class _AfterAttention(nn.Module):
+    """The parameters and steps after the attention of one block."""
 
     def __init__(self, dimensions: GemmaDimensions, *, adaptive: bool) -> None:
         super().__init__()
-        width, head_dim = dimensions.width, dimensions.head_dim
-        norm = AdaptiveRMSNorm if adaptive else RMSNorm
-        self.head_dim = head_dim
-        self.input_norm = norm(width)
-        self.q_proj = nn.Linear(width, dimensions.num_heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(width, dimensions.num_kv_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(width, dimensions.num_kv_heads * head_dim, bias=False)
-        self.o_proj = nn.Linear(dimensions.num_heads * head_dim, width, bias=False)
-        self.post_attention_norm = norm(width)
-        self.gate_proj = nn.Linear(width, dimensions.mlp_dim, bias=False)
-        self.up_proj = nn.Linear(width, dimensions.mlp_dim, bias=False)
+        width = dimensions.width
+        self.head_dim, self.kv_heads = dimensions.head_dim, dimensions.num_kv_heads
+        self.o_proj = nn.Linear(dimensions.num_heads * dimensions.head_dim, width, bias=False)
+        self.post_attention_norm = AdaptiveRMSNorm() if adaptive else RMSNorm(width)
+        self.gate_up = nn.Linear(width, 2 * dimensions.mlp_dim, bias=False)
         self.down_proj = nn.Linear(dimensions.mlp_dim, width, bias=False)
 
-    def queries(self, normed: torch.Tensor, by: Rotation) -> torch.Tensor:
-        """[B, T, E] -> rotated queries [B, T, N, D]."""
-        return rotate(self.q_proj(normed).unflatten(-1, (-1, self.head_dim)), by)
-
-    def keys_values(self, normed: torch.Tensor, by: Rotation) -> KeysValues:
-        """[B, S, E] -> rotated keys, and values."""
-        keys = rotate(self.k_proj(normed).unflatten(-1, (-1, self.head_dim)), by)
-        return KeysValues(keys, self.v_proj(normed).unflatten(-1, (-1, self.head_dim)))
-
     def finish(
-        self, x: torch.Tensor, attended: torch.Tensor, gate: torch.Tensor | None, cond: torch.Tensor | None
+        self,
+        x: torch.Tensor,
+        attended: torch.Tensor,
+        gate: torch.Tensor | None = None,
+        modulation: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Everything after the attention: output projection, MLP and both residuals."""
+        """Output projection, MLP and both residuals."""
         x = _residual(x, self.o_proj(attended), gate)
-        normed, gate = self.post_attention_norm(x, cond)
-        hidden = F.gelu(self.gate_proj(normed), approximate="tanh") * self.up_proj(normed)
-        return _residual(x, self.down_proj(hidden), gate)
+        normed, gate = self.post_attention_norm(x, modulation)
+        gated, up = self.gate_up(normed).chunk(2, dim=-1)
+        return _residual(x, self.down_proj(F.gelu(gated, approximate="tanh") * up), gate)
+
+
+class GemmaBlock(_AfterAttention):
+    """The parameters of one expert at one depth, and the steps before and after the joint attention."""
+
+    def __init__(self, dimensions: GemmaDimensions, *, adaptive: bool) -> None:
+        super().__init__(dimensions, adaptive=adaptive)
+        heads = dimensions.num_heads + 2 * dimensions.num_kv_heads
+        self.input_norm = AdaptiveRMSNorm() if adaptive else RMSNorm(dimensions.width)
+        self.qkv = nn.Linear(dimensions.width, heads * dimensions.head_dim, bias=False)
+
+    def project(self, normed: torch.Tensor, by: Rotation) -> tuple[torch.Tensor, KeysValues]:
+        """[..., E] -> rotated queries [..., N, D], and keys and values."""
+        heads = self.qkv(normed).unflatten(-1, (-1, self.head_dim))
+        queries = rotate(heads[..., : -2 * self.kv_heads, :], by)
+        return queries, _keys_values(heads[..., -2 * self.kv_heads :, :], by)
+
+
+class KeysValuesBlock(nn.Module):
+    """All that the last layer needs of the prefix: nothing but its keys and values reaches the actions."""
+
+    def __init__(self, dimensions: GemmaDimensions) -> None:
+        super().__init__()
+        self.head_dim = dimensions.head_dim
+        self.input_norm = RMSNorm(dimensions.width)
+        self.kv = nn.Linear(dimensions.width, 2 * dimensions.num_kv_heads * dimensions.head_dim, bias=False)
+
+    def project(self, normed: torch.Tensor, by: Rotation) -> KeysValues:
+        """[R, W] -> rotated keys, and values."""
+        return _keys_values(self.kv(normed).unflatten(-1, (-1, self.head_dim)), by)
+
+
+def _keys_values(heads: torch.Tensor, by: Rotation) -> KeysValues:
+    keys, values = heads.chunk(2, dim=-2)
+    return KeysValues(rotate(keys, by), values)
+
+
+class PrefixEnd(_AfterAttention):
+    """What would finish the prefix: the rest of its last layer, and its final norm. No loss reaches it.
+
+    Published weights have it, so it is kept and exported; its keys and values are the last layer's own.
+    """
+
+    def __init__(self, dimensions: GemmaDimensions) -> None:
+        super().__init__(dimensions, adaptive=False)
+        self.q_proj = nn.Linear(dimensions.width, dimensions.num_heads * dimensions.head_dim, bias=False)
+        self.norm = RMSNorm(dimensions.width)
+
+    def forward(self, x: torch.Tensor, last: KeysValuesBlock, context: PrefixContext) -> torch.Tensor:
+        """What enters the last layer [R, W] -> the VLM's output [R, W], after its final norm."""
+        normed, _ = last.input_norm(x)
+        kv = last.project(normed, context.rotation)
+        queries = rotate(self.q_proj(normed).unflatten(-1, (-1, self.head_dim)), context.rotation)
+        finished = self.finish(x, attend_within(queries, kv, spread(kv, context.packing), context))
+        out: torch.Tensor = self.norm(finished)[0]
+        return out
 
 
 class JointLayer(nn.Module):
-    """One depth of both experts. The prefix attends to itself, the suffix to the prefix and itself."""
+    """One depth of both experts. The prefix attends to itself, the suffix to the prefix and itself.
 
-    def __init__(self, vlm: GemmaDimensions, expert: GemmaDimensions, *, adaptive: bool) -> None:
+    Args:
+        vlm: Dimensions of the prefix's expert.
+        expert: Dimensions of the suffix's.
+        adaptive: The suffix's norms are modulated (π0.5).
+        last: The prefix ends here, at its keys and values.
+    """
+
+    def __init__(self, vlm: GemmaDimensions, expert: GemmaDimensions, *, adaptive: bool, last: bool) -> None:
         super().__init__()
-        self.vlm = GemmaBlock(vlm, adaptive=False)
+        self.vlm = KeysValuesBlock(vlm) if last else GemmaBlock(vlm, adaptive=False)
         self.expert = GemmaBlock(expert, adaptive=adaptive)
 
     def forward(
         self,
-        prefix: tuple[torch.Tensor, TokenContext] | KeysValues,
-        suffix: tuple[torch.Tensor, TokenContext] | None,
-        cond: torch.Tensor | None = None,
-        *,
-        keys_only: bool = False,
+        prefix: tuple[torch.Tensor, PrefixContext] | KeysValues,
+        suffix: tuple[torch.Tensor, SuffixContext] | None,
+        modulation: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, KeysValues]:
         """Run both experts, or the one whose tokens are given.
 
         Args:
-            prefix: Prefix tokens [B, P, W] and their context, or the keys and values that an earlier call returned.
+            prefix: Rows of the prefix [R, W] and their context, or the keys and values that an earlier call returned.
             suffix: Suffix tokens [B, T, E] and their context; None when only the prefix is wanted.
-            cond: Condition [B, E] of the adaptive norms; None for π0.
-            keys_only: Stop the prefix at its keys and values. In the last layer nothing else of it reaches the actions.
+            modulation: Of the suffix's two norms, [B, 2, 3, E]; None for π0.
 
         Returns:
-            Prefix tokens or None, suffix tokens or None, and the prefix's keys and values.
+            Rows of the prefix, or None where it is not given or ends here; suffix tokens or None; the prefix's keys and
+            values [B, L, K, D].
         """
         prefix_out = suffix_out = None
         if isinstance(prefix, KeysValues):
             kv = prefix
         else:
-            prefix_out, kv = self._prefix(*prefix, keys_only=keys_only)
+            prefix_out, kv = self._prefix(*prefix)
         if suffix is not None:
-            suffix_out = self._suffix(*suffix, kv, cond)
+            suffix_out = self._suffix(*suffix, kv, modulation)
         return prefix_out, suffix_out, kv
 
-    def _prefix(
-        self, x: torch.Tensor, context: TokenContext, *, keys_only: bool
-    ) -> tuple[torch.Tensor | None, KeysValues]:
-        x = x.to(self.vlm.q_proj.weight.dtype)
-        normed, gate = self.vlm.input_norm(x)
-        kv = self.vlm.keys_values(normed, context.rotation)
-        if keys_only:
-            return None, kv
-        attended = attend(self.vlm.queries(normed, context.rotation), kv, context.bias)
-        return self.vlm.finish(x, attended, gate, None), kv
+    def _prefix(self, x: torch.Tensor, context: PrefixContext) -> tuple[torch.Tensor | None, KeysValues]:
+        block = self.vlm
+        if isinstance(block, KeysValuesBlock):
+            normed, _ = block.input_norm(x.to(block.kv.weight.dtype))
+            return None, spread(block.project(normed, context.rotation), context.packing)
+        x = x.to(block.qkv.weight.dtype)
+        queries, kv = block.project(block.input_norm(x)[0], context.rotation)
+        grid = spread(kv, context.packing)
+        return block.finish(x, attend_within(queries, kv, grid, context)), grid
 
     def _suffix(
-        self, x: torch.Tensor, context: TokenContext, prefix: KeysValues, cond: torch.Tensor | None
+        self, x: torch.Tensor, context: SuffixContext, prefix: KeysValues, modulation: torch.Tensor | None
     ) -> torch.Tensor:
-        x = x.to(self.expert.q_proj.weight.dtype)
-        normed, gate = self.expert.input_norm(x, cond)
-        own = self.expert.keys_values(normed, context.rotation)
+        block = self.expert
+        before, after = (None, None) if modulation is None else modulation.unbind(1)
+        x = x.to(block.qkv.weight.dtype)
+        normed, gate = block.input_norm(x, before)
+        queries, own = block.project(normed, context.rotation)
         kv = KeysValues(torch.cat((prefix.keys, own.keys), 1), torch.cat((prefix.values, own.values), 1))
-        attended = attend(self.expert.queries(normed, context.rotation), kv, context.bias)
-        return self.expert.finish(x, attended, gate, cond)
+        return block.finish(x, attend(queries, kv, context.bias), gate, after)
 
 
 class TokenEmbedding(nn.Module):

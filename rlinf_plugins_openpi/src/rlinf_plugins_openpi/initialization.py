@@ -17,8 +17,8 @@ TRUNCATED_STD = 0.87962566103423978
 def initial_value(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     """The initial value of one parameter.
 
-    - Biases, Gemma's norm weights (used as 1 + weight) and the adaptive norms' Dense are zero, LayerNorm weights one;
-      the biases of SigLIP's MLP are normal(1e-6).
+    - Biases, Gemma's norm weights (used as 1 + weight) and the adaptive norms' modulations are zero, LayerNorm weights
+      one; the biases of SigLIP's MLP are normal(1e-6).
     - SigLIP's attention and MLP are Glorot-uniform, its positions normal(1/sqrt(width)).
     - The token embedding is normal(0.01) (flax's default).
     - All other matrices, the patch embedding among them, are LeCun-normal, truncated at two standard deviations.
@@ -27,7 +27,7 @@ def initial_value(name: str, shape: tuple[int, ...], generator: torch.Generator)
 
     Args:
         name: The module's own name of the parameter.
-        shape: Its whole shape; matrices are [output, input].
+        shape: Its whole shape; matrices are [output, input]. Of a packed one, the shape of the part that is wanted.
         generator: The only source of randomness.
 
     Returns:
@@ -35,7 +35,7 @@ def initial_value(name: str, shape: tuple[int, ...], generator: torch.Generator)
     """
     if len(shape) == 1:
         return _vector(name, shape, generator)
-    if ".dense." in name:
+    if name.startswith("modulation."):
         return torch.zeros(shape, device="cpu")
     if name == "embedding.weight":
         return _normal(shape, 0.01, generator)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from rlinf_core.data.normalize import EPSILON
 from rlinf_plugins_openpi.lerobot_features import ACTION, STATE, TOKENIZER, Features, read_features
+from rlinf_plugins_openpi.parts import unpacked
 from rlinf_plugins_openpi.transforms import IMAGE_SIZE
 from rlinf_plugins_openpi.weights.files import DTYPES
 from rlinf_plugins_openpi.weights.names import EMBEDDING, EMBEDDING_IN_FILES, UNUSED_HEAD
@@ -194,7 +195,9 @@ def stored_entries(entries: Mapping[str, Entry], dimensions: Pi0Dimensions) -> d
     return {PREFIX + key: entry for key, entry in published.items()}
 
 
-def _save_weights(state: Mapping[str, Tensor], path: Path, dimensions: Pi0Dimensions) -> None:
+def _save_weights(parameters: Mapping[str, Tensor], path: Path, dimensions: Pi0Dimensions) -> None:
+    state = unpacked(parameters, dimensions)
+
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in state.items():
             yield PREFIX + published_key(name, dimensions), tensor

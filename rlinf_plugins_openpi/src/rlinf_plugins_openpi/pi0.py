@@ -1,8 +1,9 @@
 """π0 and π0.5: a vision-language model and an action expert that turn noise into action chunks by flow matching.
 
 Torch and the standard library only: this is single-device code that runs on a bare CUDA machine; sharding, precision
-and compilation are applied from outside. Axes: B batch, C camera, L text tokens, P prefix tokens (images, then text),
-T suffix tokens, H action horizon, A action width, W VLM width, E expert width.
+and compilation are applied from outside. Axes: B batch, C camera, L text tokens, R rows of the packed prefix (of each
+sample the images it has, then its text; see `packing`), G places of a sample in the grid, T suffix tokens, H action
+horizon, A action width, W VLM width, E expert width.
 
 What differs between the two: π0 has a state token before the actions (in an attention block of its own) and mixes time
 into the action tokens; π0.5 ignores the continuous state and lets time steer the expert's norms.
@@ -12,7 +13,6 @@ The reference is openpi's JAX implementation. Noise is at t = 1 and data at t = 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -20,25 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from rlinf_plugins_openpi.attention import KeysValues, PrefixContext, SuffixContext, bias, rotation
 from rlinf_plugins_openpi.augment import augment, normalise, resize_with_pad
-from rlinf_plugins_openpi.gemma import (
-    MASKED_LOGIT,
-    AdaptiveRMSNorm,
-    JointLayer,
-    KeysValues,
-    RMSNorm,
-    TokenContext,
-    TokenEmbedding,
-    rotation,
-)
+from rlinf_plugins_openpi.flow import euler_times, time_features
+from rlinf_plugins_openpi.gemma import AdaptiveRMSNorm, JointLayer, Modulation, PrefixEnd, RMSNorm, TokenEmbedding
 from rlinf_plugins_openpi.initialization import initial_value
+from rlinf_plugins_openpi.packing import Packing, packing_of, rearrange
 from rlinf_plugins_openpi.siglip import SigLIP
 
 if TYPE_CHECKING:
     from rlinf_plugins_openpi.dimensions import Pi0Dimensions
-
-MIN_PERIOD, MAX_PERIOD = 4e-3, 4.0
-"""Shortest and longest period of the time features; t runs over [0, 1]."""
 
 
 class PolicyOutput(NamedTuple):
@@ -56,15 +47,16 @@ class ShardUnit(NamedTuple):
     module: nn.Module
     dtype: Literal["compute", "fp32"] = "compute"
     block: bool = False
+    reached: bool = True
 
 
 class Prefix(NamedTuple):
-    """What the model has read: image tokens of every camera, then text."""
+    """What the model has read: of every sample the image tokens of its cameras, then text."""
 
     tokens: torch.Tensor
-    """[B, P, W] in the compute dtype."""
-    valid: torch.Tensor
-    """Bool [B, P]."""
+    """[R, W] in the compute dtype."""
+    packing: Packing
+    """Which row is what."""
 
 
 class Suffix(NamedTuple):
@@ -74,30 +66,6 @@ class Suffix(NamedTuple):
     """[B, T, E] float32: π0's state token, then the noisy actions."""
     cond: torch.Tensor | None
     """[B, E] float32, the condition of π0.5's adaptive norms."""
-
-
-def time_features(time: torch.Tensor, width: int) -> torch.Tensor:
-    """Sines, then cosines, of float32 time [B] at width/2 periods from 0.004 to 4, geometrically spaced: [B, width].
-
-    The angles reach 1570 rad, where float32 steps by 1e-4, so the reference's order of operations counts. XLA turns its
-    division by count - 1 into a product: with that the features agree to 6e-8, with a division only to 6e-5.
-    """
-    count = width // 2
-    fraction = torch.arange(count, dtype=torch.float32, device=time.device) * (1.0 / (count - 1))
-    fraction[-1] = 1.0
-    period = MIN_PERIOD * (MAX_PERIOD / MIN_PERIOD) ** fraction
-    angles = time[:, None] * ((1.0 / period) * 2.0 * math.pi)
-    return torch.cat((angles.sin(), angles.cos()), dim=-1)
-
-
-def euler_times(num_steps: int) -> list[float]:
-    """Flow times at which n Euler steps evaluate the velocity, accumulated in float32 from 1 down to 1/n."""
-    time, times = torch.ones((), dtype=torch.float32, device="cpu"), []
-    step = -1.0 / num_steps
-    while time >= -step / 2:
-        times.append(time.item())
-        time = time + step
-    return times
 
 
 class Pi0(nn.Module):
@@ -127,13 +95,15 @@ class Pi0(nn.Module):
         self.mask_padded_steps, self.mask_padded_dims = mask_padded_steps, mask_padded_dims
         self.vision = SigLIP(dimensions.vision, vlm.width)
         self.embedding = TokenEmbedding(dimensions.vocab_size, vlm.width)
-        self.layers = nn.ModuleList(JointLayer(vlm, expert, adaptive=dimensions.pi05) for _ in range(vlm.depth))
-        # In the published layout, so kept and exported; no action depends on it.
-        self.vlm_norm = RMSNorm(vlm.width)
-        self.expert_norm = AdaptiveRMSNorm(expert.width) if dimensions.pi05 else RMSNorm(expert.width)
+        self.layers = nn.ModuleList(
+            JointLayer(vlm, expert, adaptive=dimensions.pi05, last=depth + 1 == vlm.depth) for depth in range(vlm.depth)
+        )
+        self.prefix_end = PrefixEnd(vlm)
+        self.expert_norm = AdaptiveRMSNorm() if dimensions.pi05 else RMSNorm(expert.width)
         self.action_in_proj = nn.Linear(action_dim, expert.width)
         self.action_out_proj = nn.Linear(expert.width, action_dim)
         if dimensions.pi05:
+            self.modulation = Modulation(expert.width, expert.depth)
             self.time_mlp_in = nn.Linear(expert.width, expert.width)
             self.time_mlp_out = nn.Linear(expert.width, expert.width)
         else:
@@ -147,7 +117,8 @@ class Pi0(nn.Module):
         Args:
             batch: `images` uint8 [B, C, height, width, 3], resized if they are not the image tower's 224 x 224;
                 `image_mask` bool [B, C], `tokens` int [B, L], `token_mask` bool [B, L]; float32 `state` [B, A],
-                `actions` [B, H, A], `noise` [B, H, A], `time` [B]. In training mode the images are changed if there
+                `actions` [B, H, A], `noise` [B, H, A], `time` [B]. Best with `packing`, see `packing.pack`: without it
+                the masks are read on the host. In training mode the images are changed if there
                 are the numbers for it: `crop_and_rotation` [B, G, 3] and `color_jitter` [B, C, 4], see `augment`.
 
         Returns:
@@ -168,7 +139,7 @@ class Pi0(nn.Module):
         t = time[:, None, None]
         prefix = self.embed_prefix(batch, augmented=self.training)
         suffix = self.embed_suffix(batch["state"], t * noise + (1.0 - t) * actions, time)
-        _, suffix_out = self.run(prefix, suffix)
+        suffix_out = self.run(prefix, suffix)
         error_BHA = F.mse_loss(self.velocity(suffix_out), noise - actions, reduction="none")
         if not self.mask_padded_dims:
             return error_BHA.mean(-1)
@@ -196,22 +167,23 @@ class Pi0(nn.Module):
         cache, x_t = self.prefill(prefix), noise
         for time in euler_times(steps):
             suffix = self.embed_suffix(batch["state"], x_t, noise.new_full(noise.shape[:1], time))
-            _, suffix_out = self.run(prefix, suffix, cache=cache)
+            suffix_out = self.run(prefix, suffix, cache=cache)
             x_t = x_t + (-1.0 / steps) * self.velocity(suffix_out)
         return x_t
 
     def embed_prefix(self, batch: Mapping[str, Any], *, augmented: bool = False) -> Prefix:
-        """Encode images (changed by the batch's numbers if `augmented`) and text; all cameras in one call."""
-        images, image_mask = batch["images"], batch["image_mask"]
-        size = self.dimensions.vision.image_size
-        if images.shape[2:4] != (size, size):
-            images = resize_with_pad(normalise(images), size, size)
+        """Encode the images that are there (changed by the batch's numbers if `augmented`), in one call, and text."""
+        images, vision = batch["images"], self.dimensions.vision
+        packing = packing_of(batch, vision.num_tokens)
+        if images.shape[2:4] != (vision.image_size, vision.image_size):
+            images = resize_with_pad(normalise(images), vision.image_size, vision.image_size)
         if augmented and "color_jitter" in batch:
             images = augment(images, batch["crop_and_rotation"], batch["color_jitter"])
-        seen = self.vision(images.flatten(0, 1)).unflatten(0, images.shape[:2]).flatten(1, 2)
-        tokens = torch.cat((seen, self.embedding(batch["tokens"])), dim=1)
-        seen_valid = image_mask.repeat_interleave(self.dimensions.vision.num_tokens, dim=1)
-        return Prefix(tokens, torch.cat((seen_valid, batch["token_mask"]), dim=1))
+        images = images.flatten(0, 1)
+        if len(packing.images) < len(images):
+            images = images[packing.images]
+        pool = torch.cat((self.vision(images).flatten(0, 1), self.embedding(batch["tokens"]).flatten(0, 1)))
+        return Prefix(rearrange(pool, packing.from_pool, packing.to_pool), packing)
 
     def embed_suffix(self, state: torch.Tensor, x_t: torch.Tensor, time: torch.Tensor) -> Suffix:
         """Noisy actions [B, H, A] at flow time [B] (and π0's state [B, A]) as tokens of the action expert."""
@@ -229,58 +201,65 @@ class Pi0(nn.Module):
         """Every layer's keys and values of the prefix."""
         context, cache = self.prefix_context(prefix), []
         tokens: torch.Tensor | None = prefix.tokens
-        for index, layer in enumerate(self.layers):
-            tokens, _, kv = layer((tokens, context), None, keys_only=index + 1 == len(self.layers))
+        for layer in self.layers:
+            tokens, _, kv = layer((tokens, context), None)
             cache.append(kv)
         return cache
 
-    def run(
-        self, prefix: Prefix, suffix: Suffix, *, cache: list[KeysValues] | None = None, prefix_out: bool = False
-    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+    def run(self, prefix: Prefix, suffix: Suffix, *, cache: list[KeysValues] | None = None) -> torch.Tensor:
         """Both experts over all layers.
 
         Args:
-            prefix: Tokens and their validity; with a cache only the validity counts.
+            prefix: What was read; with a cache only its packing counts.
             suffix: The action expert's tokens.
             cache: What `prefill` returned for this prefix.
-            prefix_out: Also finish the prefix in the last layer, which the actions do not need.
 
         Returns:
-            Prefix outputs [B, P, W] if asked for, and suffix outputs [B, T, E], both after their final norms.
+            Suffix outputs [B, T, E], after their final norm.
         """
         context = self.prefix_context(prefix) if cache is None else None
         suffix_context = self.suffix_context(prefix, suffix)
+        modulations, last = ([None] * len(self.layers), None) if suffix.cond is None else self.modulation(suffix.cond)
         tokens: torch.Tensor | None = prefix.tokens
         suffix_tokens = suffix.tokens
-        for index, layer in enumerate(self.layers):
+        for index, (layer, modulation) in enumerate(zip(self.layers, modulations, strict=True)):
             source = cache[index] if cache is not None else (tokens, context)
-            keys_only = index + 1 == len(self.layers) and not prefix_out
-            tokens, suffix_tokens, _ = layer(source, (suffix_tokens, suffix_context), suffix.cond, keys_only=keys_only)
-        out = self.vlm_norm(tokens)[0] if prefix_out else None
-        return out, self.expert_norm(suffix_tokens, suffix.cond)[0]
+            tokens, suffix_tokens, _ = layer(source, (suffix_tokens, suffix_context), modulation)
+        out: torch.Tensor = self.expert_norm(suffix_tokens, last)[0]
+        return out
+
+    def read(self, prefix: Prefix) -> torch.Tensor:
+        """What the VLM makes of the prefix, [R, W] after its final norm. No action depends on it."""
+        context, tokens = self.prefix_context(prefix), prefix.tokens
+        for layer in self.layers[:-1]:
+            tokens, _, _ = layer((tokens, context), None)
+        out: torch.Tensor = self.prefix_end(tokens, self.layers[-1].vlm, context)
+        return out
 
     def velocity(self, suffix_out: torch.Tensor) -> torch.Tensor:
         """Suffix outputs [B, T, E] -> predicted velocity [B, H, A], float32."""
         return _linear(self.action_out_proj, suffix_out[:, -self.dimensions.action_horizon :])
 
-    def prefix_context(self, prefix: Prefix) -> TokenContext:
+    def prefix_context(self, prefix: Prefix) -> PrefixContext:
         """Positions count valid tokens only, so that leaving invalid ones out changes nothing."""
-        positions = prefix.valid.cumsum(1) - 1
-        return TokenContext(
-            rotation(positions, self.dimensions.vlm.head_dim), _bias(prefix.valid[:, None, None], prefix.tokens.dtype)
+        packing = prefix.packing
+        return PrefixContext(
+            rotation(packing.positions, self.dimensions.vlm.head_dim),
+            packing,
+            bias(packing.valid[:, None, None], prefix.tokens.dtype),
         )
 
-    def suffix_context(self, prefix: Prefix, suffix: Suffix) -> TokenContext:
+    def suffix_context(self, prefix: Prefix, suffix: Suffix) -> SuffixContext:
         """Suffix positions continue after the valid prefix; see `suffix_visible` for who sees whom."""
-        tokens = torch.arange(suffix.tokens.shape[1], device=prefix.valid.device)
-        positions = prefix.valid.sum(1, keepdim=True) + tokens
-        return TokenContext(
+        packing, num_tokens = prefix.packing, suffix.tokens.shape[1]
+        positions = packing.lengths[:, None] + torch.arange(num_tokens, device=packing.lengths.device)
+        return SuffixContext(
             rotation(positions, self.dimensions.expert.head_dim),
-            _bias(self.suffix_visible(prefix.valid, len(tokens))[:, None], prefix.tokens.dtype),
+            bias(self.suffix_visible(packing.valid, num_tokens)[:, None], prefix.tokens.dtype),
         )
 
     def suffix_visible(self, prefix_valid: torch.Tensor, num_tokens: int) -> torch.Tensor:
-        """Which keys the suffix's queries see, bool [B, T or 1, P+T]; one row where all queries see the same.
+        """Which keys the suffix's queries see, bool [B, T or 1, G+T]; one row where all queries see the same.
 
         All suffix tokens see the valid prefix. π0.5's see one another; π0's state token does not see the actions.
         """
@@ -293,13 +272,14 @@ class Pi0(nn.Module):
         return torch.cat((rows, own.expand(batch, -1, -1)), dim=2)
 
     def shard_units(self) -> Iterator[ShardUnit]:
-        """Modules that are gathered together, in the order of use; the small projections are left to the root."""
+        """Modules that are gathered together, about in the order of use; the small projections are left to the root."""
         yield ShardUnit(self.vision.patch_embedding, "fp32")
         yield from (ShardUnit(block, block=True) for block in self.vision.blocks)
         yield ShardUnit(self.vision.head)
         yield ShardUnit(self.embedding)
+        yield ShardUnit(self.modulation if self.dimensions.pi05 else self.expert_norm)
         yield from (ShardUnit(layer, block=True) for layer in self.layers)
-        yield ShardUnit(self.expert_norm)
+        yield ShardUnit(self.prefix_end, reached=False)
 
     def initial_value(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
         """The initial value of the parameter `name`, float32 on the CPU; see `initialization`."""
@@ -313,7 +293,3 @@ def _linear(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     """A small projection in its own dtype: float32 by contract, whatever the blocks compute in."""
     projected: torch.Tensor = linear(x.to(linear.weight.dtype))
     return projected
-
-
-def _bias(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, MASKED_LOGIT)

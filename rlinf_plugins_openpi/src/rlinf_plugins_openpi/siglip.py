@@ -60,9 +60,7 @@ class VisionBlock(nn.Module):
         width = dimensions.width
         self.num_heads = dimensions.num_heads
         self.layer_norm1 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
+        self.qkv = nn.Linear(width, 3 * width)
         self.out_proj = nn.Linear(width, width)
         self.layer_norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.fc1 = nn.Linear(width, dimensions.mlp_dim)
@@ -71,11 +69,7 @@ class VisionBlock(nn.Module):
     def forward(self, x_NPD: torch.Tensor) -> torch.Tensor:
         """[N, P, D] -> [N, P, D] in the dtype of the weights."""
         x = x_NPD.to(self.fc1.weight.dtype)
-        normed = self.layer_norm1(x)
-        q, k, v = (
-            projection(normed).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = self.qkv(self.layer_norm1(x)).unflatten(-1, (3, self.num_heads, -1)).transpose(1, 3).unbind(2)
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         x = x + self.out_proj(attended)
         out: torch.Tensor = x + self.fc2(F.gelu(self.fc1(self.layer_norm2(x)), approximate="tanh"))

@@ -21,7 +21,10 @@ Row = dict[str, Any]
 bool [H], `task` str, and the integers `index`, `episode_index`, `frame_index`."""
 
 Batch = Mapping[str, Any]
-"""Tensors (or nested mappings of tensors) with the sample axis first."""
+"""Tensors (or nested mappings of tensors) with the sample axis first; those under `PACKING` have axes of their own."""
+
+PACKING = "packing"
+"""Key of a batch's mapping of indices, for a policy that lays samples of different lengths end to end."""
 
 SOURCE = "rlinf_source"
 """Key of a mixture's training batches, which the trainer takes out: int64 [B], the number of each sample's source."""

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlinf_core.data.sample import Sample
+from rlinf_core.data.sample import PACKING, Sample
 from rlinf_core.policy import PolicyConfig
 from rlinf_core.testing.findings import Findings
-from rlinf_core.training.fsdp import allocate, derived_seed
+from rlinf_core.training.build import initial_value
+from rlinf_core.training.fsdp import allocate
 
 SEED = 0
 RTOL = 1e-4
@@ -31,11 +32,12 @@ def check_collate(findings: Findings, config: PolicyConfig, samples: Sequence[Sa
             wrong["tensors"].append(name)
             continue
         wrong["on the CPU"] += [name] * (value.device.type != "cpu")
-        wrong["sample axis first"] += [name] * (value.ndim == 0 or len(value) != len(samples))
+        packed = name.partition(".")[0] == PACKING
+        wrong["sample axis first"] += [name] * (value.ndim == 0 or (len(value) != len(samples) and not packed))
         wrong["images"] += [name] * (name.partition(".")[0] == "images" and value.dtype != torch.uint8)
     findings.expect(not wrong["tensors"], "a batch holds tensors only", ", ".join(wrong["tensors"]))
     findings.expect(not wrong["on the CPU"], "collate() stays on the CPU", ", ".join(wrong["on the CPU"]))
-    rule = "every tensor of a batch has the sample axis first"
+    rule = f"every tensor of a batch has the sample axis first, but those of {PACKING!r}"
     findings.expect(not wrong["sample axis first"], rule, ", ".join(wrong["sample axis first"]))
     findings.expect(not wrong["images"], "images stay uint8", ", ".join(wrong["images"]))
     return not wrong["tensors"]
@@ -101,9 +103,7 @@ def _give_values(findings: Findings, config: PolicyConfig, module: Any) -> bool:
     findings.expect(not twice, "published_name() gives every parameter a name of its own", ", ".join(twice))
 
     def value(name: str) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(derived_seed(SEED, config.published_name(name)))
-        initial: torch.Tensor = module.initial_value(name, shapes[name], generator)
-        return initial
+        return initial_value(config, module, SEED, name, shapes[name])
 
     values = findings.attempt("initial_value() can be called", lambda: {name: value(name) for name in shapes})
     if values is None:

@@ -10,12 +10,12 @@ from rlinf_core.config.fsdp2 import Fsdp2TrainerConfig
 from rlinf_core.config.run import RunConfig
 from rlinf_core.errors import UserError
 from rlinf_core.plugins import Plugins
-from rlinf_core.policy import ShardUnit, WeightSource
+from rlinf_core.policy import PolicyConfig, ShardUnit, WeightSource
 from rlinf_core.training.blocks import Checkpointing, prepare_block
 from rlinf_core.training.distributed import Processes
 from rlinf_core.training.ema import Ema
-from rlinf_core.training.fsdp import derived_seed, materialize, shard
-from rlinf_core.training.optim import Optimizer, Schedule
+from rlinf_core.training.fsdp import derived_seed, materialize, shard, unreached
+from rlinf_core.training.optim import Optimizer, Schedule, decays
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -50,6 +50,9 @@ def build_policy(
     policy = build_on_meta(run, plugins)
     if weights is not None:
         weights.check({name: tuple(parameter.shape) for name, parameter in policy.named_parameters()})
+    if not decays(run.optim.lr, run.optim.weight_decay):  # Then they are as good as frozen: not even averaged.
+        for name in unreached(policy):
+            policy.get_parameter(name).requires_grad_(False)
     prepare_blocks(run, policy, config.activation_checkpointing, compiled=config.compile)
     shard(
         policy,
@@ -63,13 +66,24 @@ def build_policy(
     def value(name: str, shape: tuple[int, ...]) -> torch.Tensor:
         if weights is not None:
             return weights.tensor(name)
-        generator = torch.Generator().manual_seed(derived_seed(run.seed, run.policy.published_name(name)))
-        initial: torch.Tensor = policy.initial_value(name, shape, generator)
-        return initial
+        return initial_value(run.policy, policy, run.seed, name, shape)
 
     home = torch.device("cpu") if config.cpu_offload else group.device
     materialize(policy, home, value if filled else None, buffers_on=group.device)
     return policy
+
+
+def initial_value(config: PolicyConfig, policy: Any, seed: int, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """The initial value of a whole parameter: each published tensor in it has a generator of its own (contract 2)."""
+
+    def value(published: str, shape: tuple[int, ...]) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(derived_seed(seed, published))
+        initial: torch.Tensor = policy.initial_value(name, shape, generator)
+        return initial
+
+    if parts := config.published_parts(name):
+        return torch.cat([value(published, (rows, *shape[1:])) for published, rows in parts.items()])
+    return value(config.published_name(name), shape)
 
 
 def build_optimizer(run: RunConfig, policy: Any) -> Optimizer:
@@ -82,6 +96,7 @@ def build_optimizer(run: RunConfig, policy: Any) -> Optimizer:
         eps=optim.eps,
         weight_decay=optim.weight_decay,
         clip_grad=optim.clip_grad,
+        unreached=unreached(policy),
     )
 
 

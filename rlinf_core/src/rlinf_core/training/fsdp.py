@@ -85,7 +85,7 @@ def gathered_together(
     yield policy, torch.float32
 
 
-def communicate(policy: FSDPModule, *, last: bool, reduce_every_micro_batch: bool, reshard: bool) -> None:
+def communicate(policy: Any, *, last: bool, reduce_every_micro_batch: bool, reshard: bool) -> None:
     """Say what the coming micro batch of a step sends; between micro batches nothing needs to be sent.
 
     Args:
@@ -99,7 +99,17 @@ def communicate(policy: FSDPModule, *, last: bool, reduce_every_micro_batch: boo
         policy.set_requires_all_reduce(last)
     else:
         policy.set_requires_gradient_sync(last)
+        for unit in policy.shard_units():
+            # What no loss reaches is never gathered; torch 2.11 fails on keeping gradients of such a unit.
+            if not unit.reached and isinstance(unit.module, FSDPModule):
+                unit.module.set_requires_gradient_sync(True, recurse=False)
     policy.set_reshard_after_backward(last or reshard)
+
+
+def unreached(policy: Any) -> frozenset[str]:
+    """Names of the parameters that no loss reaches, as the policy's units say."""
+    there = {id(p) for unit in policy.shard_units() if not unit.reached for p in unit.module.parameters()}
+    return frozenset(name for name, parameter in policy.named_parameters() if id(parameter) in there)
 
 
 def release(policy: nn.Module) -> None:

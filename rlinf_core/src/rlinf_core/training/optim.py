@@ -7,12 +7,14 @@ Torch and the standard library only. The reference is openpi's JAX training loop
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+
+from rlinf_core.training.fsdp import local_shard
 
 
 class Schedule(NamedTuple):
@@ -61,8 +63,23 @@ class Optimizer:
         eps: float,
         weight_decay: float,
         clip_grad: float,
+        unreached: Collection[str] = (),
     ) -> None:
-        self.parameters = {name: parameter for name, parameter in parameters if parameter.requires_grad}
+        """See `OptimConfig` for the settings.
+
+        Args:
+            parameters: By name; those that require no gradient are left alone.
+            schedule: The learning rate.
+            betas: Of the two moments.
+            eps: Beside the root of the second moment.
+            weight_decay: Of AdamW.
+            clip_grad: The largest norm of a gradient.
+            unreached: Names of parameters that no loss reaches: they have no state, only weight decay.
+        """
+        trained = {name: parameter for name, parameter in parameters if parameter.requires_grad}
+        self.parameters = {name: parameter for name, parameter in trained.items() if name not in unreached}
+        self._only_decayed = [parameter for name, parameter in trained.items() if name in unreached]
+        self._weight_decay = weight_decay
         device = next(iter(self.parameters.values())).device
         self.schedule = schedule
         self.clip_grad = clip_grad
@@ -105,8 +122,17 @@ class Optimizer:
         self._adamw.found_inf = skipped  # type: ignore[attr-defined]
         self._adamw.step()
         self._adamw.zero_grad(set_to_none=True)
+        self._decay(1.0 - skipped)
         self.applied += 1.0 - skipped
         return StepResult(grad_norm=norm, lr=self._lr.clone(), skipped=skipped)
+
+    @torch.no_grad()
+    def _decay(self, applied: torch.Tensor) -> None:
+        """What AdamW does to a parameter without a gradient."""
+        if decays(self.schedule.lr, self._weight_decay):
+            factor = 1.0 - self._lr * self._weight_decay * applied
+            for parameter in self._only_decayed:
+                local_shard(parameter).mul_(factor)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Every tensor of the state under `<kind>.<parameter>`; loading writes into these same tensors."""
@@ -115,6 +141,11 @@ class Optimizer:
             for kind, value in self._adamw.state[parameter].items():
                 state[f"{kind}.{name}"] = value
         return state
+
+
+def decays(lr: float, weight_decay: float) -> bool:
+    """Whether weight decay changes a float32 number at all: the reference's, 1e-10, at usual rates does not."""
+    return bool(torch.tensor(1.0, device="cpu") - lr * weight_decay != 1.0)
 
 
 def _whole(norm: torch.Tensor) -> torch.Tensor:

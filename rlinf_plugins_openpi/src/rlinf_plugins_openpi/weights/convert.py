@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from rlinf_core import UserError
 from rlinf_core.files import check_writable, writing
 from rlinf_plugins_openpi.dimensions import VARIANTS, Pi0Dimensions
+from rlinf_plugins_openpi.parts import unpacked_shapes
 from rlinf_plugins_openpi.weights.files import SINGLE, TensorFiles, open_files, orbax_folder
 from rlinf_plugins_openpi.weights.hub import find_weights
 from rlinf_plugins_openpi.weights.layouts import FoundLayout, find_layout
@@ -90,14 +91,14 @@ def convert(source: str, output: Path, dtype: str | None = None) -> Converted:
     names = sorted(shapes, key=lambda name: weights.slot(name).key)
     dtypes = {name: DTYPES[dtype] if dtype else files.dtypes[weights.slot(name).key] for name in names}
     published = published_entries({name: Entry(dtypes[name], shapes[name]) for name in names}, dimensions)
-    with writing(output, NAME_OUTPUT):
-        output.mkdir(parents=True, exist_ok=True)
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for name in names:
             yield published_key(name, dimensions), weights.tensor(name)
 
-    write_safetensors(path, published, tensors(), zeros={UNUSED_HEAD})
+    with writing(output, NAME_OUTPUT):
+        output.mkdir(parents=True, exist_ok=True)
+        write_safetensors(path, published, tensors(), zeros={UNUSED_HEAD})
     return Converted(path, layout, dimensions, len(published), path.stat().st_size)
 
 
@@ -138,4 +139,4 @@ def _shapes(dimensions: Pi0Dimensions) -> dict[str, tuple[int, ...]]:
 
     with torch.device("meta"):
         model = Pi0(dimensions)
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return unpacked_shapes({name: tuple(p.shape) for name, p in model.named_parameters()}, dimensions)

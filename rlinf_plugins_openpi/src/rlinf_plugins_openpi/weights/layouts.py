@@ -1,6 +1,6 @@
 """Where everyone keeps the tensors: openpi's PyTorch names, RLinf's, and those of openpi's JAX parameters.
 
-A layout is a table from the model's own parameter names to slots in stored tensors. openpi's is `names`, tensor for
+A layout is a table from our names (see `names`) to slots in stored tensors. openpi's is `names`, tensor for
 tensor; lerobot's is the same behind a prefix. RLinf's own port and the JAX reference stack, join and transpose, which a
 slot describes. Which layout a file has is told by its keys. Importing this leaves torch unloaded.
 """
@@ -69,7 +69,7 @@ class Layout:
     mark: re.Pattern[str]
     """Found at the start of keys that only this layout has; its first group is what stands before all keys."""
     slots: Callable[[Pi0Dimensions], dict[str, Slot]]
-    """The model's own parameter names -> slots, keys without a prefix."""
+    """Our names -> slots, keys without a prefix."""
 
 
 def _openpi(dimensions: Pi0Dimensions) -> dict[str, Slot]:
@@ -232,7 +232,7 @@ class FoundLayout:
         return self.layout.label + (f" with every name after {self.prefix!r}" if self.prefix else "")
 
     def slots(self, dimensions: Pi0Dimensions) -> dict[str, Slot]:
-        """The model's own parameter names -> slots with their keys as in the files."""
+        """Our names -> slots with their keys as in the files."""
         return {
             own: Slot(self.prefix + slot.key, slot.at, slot.joined, slot.axes, slot.heads)
             for own, slot in self.layout.slots(dimensions).items()

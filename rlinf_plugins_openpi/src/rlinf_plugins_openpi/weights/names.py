@@ -1,12 +1,13 @@
-"""The model's own parameter names and the published ones, openpi's in PyTorch: one table, read both ways.
+"""Our names of published tensors and the published ones, openpi's in PyTorch: one table, read both ways.
 
-Every relation is one to one and keeps the shape (the modules hold their tensors as published), so the table of names is
-the whole conversion between the two.
+Every relation is one to one and keeps the shape. Ours are the model's own parameter names, but where the model holds
+several published tensors as one (see `rlinf_plugins_openpi.parts`): there they are what the parts would be called.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,8 +24,13 @@ UNUSED = frozenset({UNUSED_HEAD})
 
 
 def published_names(dimensions: Pi0Dimensions) -> dict[str, str]:
-    """The model's own parameter names -> published names, in the order of use."""
-    return dict(_pairs(dimensions))
+    """Our names -> published names, in the order of use."""
+    return dict(_all(dimensions))
+
+
+@cache
+def _all(dimensions: Pi0Dimensions) -> tuple[tuple[str, str], ...]:
+    return tuple(_pairs(dimensions))
 
 
 def _pairs(dimensions: Pi0Dimensions) -> Iterator[tuple[str, str]]:

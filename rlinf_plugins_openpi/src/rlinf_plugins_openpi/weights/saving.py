@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from rlinf_core import UserError
+from rlinf_plugins_openpi.parts import unpacked
 from rlinf_plugins_openpi.weights.files import DTYPES
 from rlinf_plugins_openpi.weights.names import EMBEDDING, EMBEDDING_IN_FILES, UNUSED_HEAD, published_names
 
@@ -34,7 +35,7 @@ class Entry(NamedTuple):
 
 
 def published_entries(entries: Mapping[str, Entry], dimensions: Pi0Dimensions) -> dict[str, Entry]:
-    """What a published file holds, for parameters under the model's own names.
+    """What a published file holds, for tensors under the names of the tables.
 
     The embedding is stored as published files store it, under the name of the tied head, and the expert's unused head
     is there, as zeros: strict loaders, openpi's and lerobot's, ask for it.
@@ -44,7 +45,7 @@ def published_entries(entries: Mapping[str, Entry], dimensions: Pi0Dimensions) -
 
 
 def published_key(name: str, dimensions: Pi0Dimensions) -> str:
-    """The key of one parameter in a published file."""
+    """The key of a tensor of the tables in a published file."""
     return EMBEDDING_IN_FILES if name == "embedding.weight" else published_names(dimensions)[name]
 
 
@@ -52,7 +53,7 @@ def save_published(state: Mapping[str, torch.Tensor], path: str | Path, dimensio
     """Write a model's parameters to one file in openpi's PyTorch layout, in the dtypes they have.
 
     Args:
-        state: The model's own parameter names -> whole tensors on the CPU.
+        state: The model's own parameter names (or those of their parts) -> whole tensors on the CPU.
         path: The `.safetensors` file to write.
         dimensions: The model's.
 
@@ -60,7 +61,7 @@ def save_published(state: Mapping[str, torch.Tensor], path: str | Path, dimensio
         ValueError: `state` does not hold exactly the model's parameters.
         UserError: The disk is too small.
     """
-    names = published_names(dimensions)
+    names, state = published_names(dimensions), unpacked(state, dimensions)
     if state.keys() != names.keys():
         raise ValueError(f"not the parameters of this model: {sorted(state.keys() ^ names.keys())}")
     entries = {name: Entry(DTYPES[str(tensor.dtype)], tuple(tensor.shape)) for name, tensor in state.items()}

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlinf_plugins_openpi.parts import Part, parameter_parts, unpacked_shapes
 from rlinf_plugins_openpi.weights.files import DTYPES, Pickle, TensorFiles, open_files
 from rlinf_plugins_openpi.weights.layouts import OPENPI, Slot, find_layout
 from rlinf_plugins_openpi.weights.mismatch import Mismatch
@@ -46,6 +47,7 @@ class PublishedWeights:
         self._files = open_files(self.path) if files is None else files
         self.layout = find_layout(self._files.shapes, str(self.path))
         self._slots = self.layout.slots(dimensions)
+        self._parts = parameter_parts(dimensions)
         # Where openpi's names are used, the embedding has two, and the expert a head that the model has not.
         own = self.layout.prefix if self.layout.layout is OPENPI else None
         self._embedding = None if own is None else own + EMBEDDING
@@ -53,12 +55,23 @@ class PublishedWeights:
         self._unused = None if own is None else own + UNUSED_HEAD
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor of the parameter `name` (the model's own name), whole, on the CPU, in the dtype of the file."""
+        """The tensor of the parameter `name` (the model's own name), whole, on the CPU, in the dtype of the file.
+
+        A name of the tables, of one of the parts that make up a parameter, is good as well.
+        """
+        parts = [self._part(part.name) for part in self._parts.get(name, (Part(name, 0),))]
+        if len(parts) == 1:
+            return parts[0]
+        import torch
+
+        return torch.cat(parts)
+
+    def _part(self, name: str) -> torch.Tensor:
         slot = self.slot(name)
         return slot.take(self._files.read(slot.key))
 
     def slot(self, name: str) -> Slot:
-        """Where the files hold a parameter, or should."""
+        """Where the files hold a tensor of the tables, or should."""
         slot, there = self._slots[name], self._files.shapes
         if slot.key == self._embedding and self._embedding not in there and self._head in there:
             return Slot(str(self._head))
@@ -68,14 +81,14 @@ class PublishedWeights:
         """Compare the files with what the model expects; reads no more than their names and shapes.
 
         Args:
-            shapes: The model's own parameter names -> shapes.
+            shapes: The model's own parameter names -> shapes, or those of the parts.
 
         Raises:
             UserError: Names every stored tensor that is missing, unexpected or of another shape, and an embedding that
                 is stored under both of its names with different values.
         """
-        there = self._files.shapes
-        expected = {self.slot(name).key: self.slot(name).stored_shape(shape) for name, shape in shapes.items()}
+        there, parts = self._files.shapes, unpacked_shapes(shapes, self._dimensions)
+        expected = {self.slot(name).key: self.slot(name).stored_shape(shape) for name, shape in parts.items()}
         common = [key for key in expected if key in there]
         mismatch = self._mismatch(
             missing={key: shape for key, shape in expected.items() if key not in there},
