@@ -23,7 +23,9 @@ def test_parts_of_a_step():
     parts = forward_flops(base, images=2, text=57)
     shares = [round(100 * part / sum(parts), 1) for part in parts]
     assert shares == [16.8, 81.2, 1.8, 0.2]
-    assert training_flops(base, images=2, text=57) == 3 * sum(parts)
+    assert training_flops(base, images=2, text=57) == pytest.approx(
+        3 * sum(parts), rel=1e-3
+    )  # Pixels need no gradient.
 
 
 def test_counting_needs_no_torch():

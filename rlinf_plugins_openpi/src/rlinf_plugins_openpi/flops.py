@@ -1,12 +1,12 @@
 """How much computing a sample of π0 or π0.5 is worth: what any implementation must do, whatever it does besides.
 
-Standard library only, so that a plan can be made without torch. Counted are matrix products and attention, two operations
-a multiply-add, over tokens that exist and only where they reach the loss: no camera that the sample lacks, no padding,
-no language-model head, and of the VLM's last layer keys and values alone. The backward pass counts twice the forward
-pass; norms, activations and the softmax count nothing, recomputed activations neither.
+Standard library only, so that a plan can be made without torch. Counted are matrix products and attention, two
+operations a multiply-add, over tokens that exist and only where they reach the loss: no camera that the sample lacks,
+no padding, no language-model head, and of the VLM's last layer keys and values alone. The backward pass counts twice
+the forward pass, but once where the input is data; norms, activations and the softmax count nothing, and neither does
+what is computed anew to save memory.
 
-Letters: P prefix tokens (images and text), T suffix tokens, W and E the widths of VLM and expert, N query heads and K
-key heads of D numbers.
+Letters: E width of the action expert, H action horizon, A action width.
 """
 
 from __future__ import annotations
@@ -15,9 +15,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from rlinf_plugins_openpi.dimensions import GemmaDimensions, Pi0Dimensions, VisionDimensions
-
-BACKWARD = 2
-"""Operations of the backward pass for each of the forward pass: one product for the inputs, one for the weights."""
 
 
 class ForwardFlops(NamedTuple):
@@ -56,7 +53,8 @@ def forward_flops(dimensions: Pi0Dimensions, *, images: int, text: int) -> Forwa
 
 def training_flops(dimensions: Pi0Dimensions, *, images: int, text: int) -> float:
     """Operations of one sample's forward and backward pass with all parameters trained; arguments as above."""
-    return (1 + BACKWARD) * sum(forward_flops(dimensions, images=images, text=text))
+    # Backward, a product for the weights and one for the input each: pixels, actions, state and time need none.
+    return 3 * sum(forward_flops(dimensions, images=images, text=text)) - 2.0 * _on_data(dimensions, images)
 
 
 def _layer(gemma: GemmaDimensions) -> int:
@@ -69,14 +67,25 @@ def _vision(vision: VisionDimensions, output_width: int) -> int:
     """Multiply-adds of an image: patches, blocks with their attention, projection."""
     width, tokens = vision.width, vision.num_tokens
     block = 4 * width * width + 2 * width * vision.mlp_dim + 2 * tokens * width
-    return tokens * (3 * vision.patch_size**2 * width + vision.depth * block + width * output_width)
+    return _patches(vision) + tokens * (vision.depth * block + width * output_width)
+
+
+def _patches(vision: VisionDimensions) -> int:
+    return vision.num_tokens * 3 * vision.patch_size**2 * vision.width
 
 
 def _conditioning(dimensions: Pi0Dimensions) -> int:
-    """Multiply-adds of what turns actions, time and state into tokens, steers the norms and turns tokens into velocity."""
-    width, action, horizon = dimensions.expert.width, dimensions.action_dim, dimensions.action_horizon
-    ends = 2 * horizon * action * width
+    """Multiply-adds that turn actions, time and state into tokens, steer the norms and turn tokens into velocity."""
+    width, horizon = dimensions.expert.width, dimensions.action_horizon
+    ends = 2 * horizon * dimensions.action_dim * width  # [A -> E] and back, for every action.
     if not dimensions.pi05:
-        return ends + action * width + horizon * (2 * width * width + width * width)
+        return ends + dimensions.action_dim * width + 3 * horizon * width * width  # State; [2E -> E -> E].
     norms = 2 * dimensions.expert.depth + 1
-    return ends + 2 * width * width + norms * 3 * width * width
+    return ends + 2 * width * width + 3 * norms * width * width  # [E -> E -> E]; a scale, shift and gate a norm.
+
+
+def _on_data(dimensions: Pi0Dimensions, images: int) -> int:
+    """Multiply-adds of the matrices whose input is data."""
+    width, action = dimensions.expert.width, dimensions.action_dim
+    rest = width * width if dimensions.pi05 else action * width  # Time, or state.
+    return images * _patches(dimensions.vision) + dimensions.action_horizon * action * width + rest
