@@ -6,12 +6,14 @@ import torch
 from toy_data import Repack, Rows, ToyDataset, ToyPolicy
 
 from rlinf_core import UserError
+from rlinf_core.config.mixture import misplaced_keys
 from rlinf_core.data.chunked import ChunkedOrder, Chunks, check_streams, chunks_of
 from rlinf_core.data.chunked_batches import HeldRuns, pack, unpack
 from rlinf_core.data.loader import build_train_loader
 from rlinf_core.data.mixture import Source
 from rlinf_core.data.order import epoch_order
 from rlinf_core.data.pipeline import Pipeline
+from rlinf_core.training.jsonl import read_rows
 
 LENGTH, EPISODES = 150, 200
 ORDER = ChunkedOrder(3, np.repeat(np.arange(EPISODES), LENGTH), LENGTH * EPISODES, Chunks(64, 16, 8192))
@@ -232,3 +234,26 @@ def test_settings_that_do_nothing_or_cannot_work_are_refused():
         ToyDataset(streams=48)
     with pytest.raises(ValueError, match="shuffle_buffer = 100 is less than one run for each stream"):
         ToyDataset(shuffle="chunked", shuffle_buffer=100)
+
+
+def test_a_run_takes_what_its_config_says_and_goes_on_exactly(train_toy):
+    """Whose rows are 200, whose steps take 20; the chunked order differs from the random one."""
+    chunked = ["data.shuffle=chunked", "data.streams=48", "data.chunk_frames=4", "data.shuffle_buffer=192"]
+
+    def losses(trainer):
+        return [row["loss"] for row in read_rows(trainer.run.folder / "metrics.jsonl") if "loss" in row]
+
+    whole = losses(train_toy("runner.name=whole", "runner.max_steps=14", *chunked))
+    train_toy("runner.name=parts", "runner.max_steps=4", *chunked)
+    assert losses(train_toy("runner.name=parts", "runner.max_steps=14", *chunked)) == whole
+    assert losses(train_toy("runner.name=random", "runner.max_steps=1")) != whole[:1]
+    with pytest.raises(UserError, match=r"data\.shuffle"):
+        train_toy("runner.name=parts", "runner.max_steps=15")
+
+
+def test_a_mixture_in_chunked_order_is_refused():
+    (place, why), *_ = misplaced_keys({"mixture": [{}, {"shuffle": "chunked"}]})
+    assert place == ("mixture", 1, "shuffle")
+    assert "is for a run of one dataset" in why
+    assert (("shuffle",), why) in list(misplaced_keys({"mixture": [{}], "shuffle": "chunked"}))
+    assert not list(misplaced_keys({"mixture": [{"shuffle": "random"}]}))
