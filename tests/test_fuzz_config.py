@@ -54,7 +54,7 @@ def load(path, overrides, plugins):
 def test_values_and_keys(name, plugins, tmp_path):
     path = tmp_path / "run.toml"
 
-    @examples(60)
+    @examples(20)
     @given(damaged(TABLES[name], SAID))
     def fuzz(table):
         path.write_text(write_toml(table), encoding="utf-8")
@@ -68,7 +68,7 @@ def test_bytes(plugins, tmp_path):
     whole = QUICK.read_bytes()
     others = st.sampled_from([b"", b"a = " + b"[" * 50_000, b"\xff", b"a." * 5000 + b"b = 1", b"a = 1e999", b"\0"])
 
-    @examples(100)
+    @examples(25)
     @given(st.one_of(damaged_bytes(whole), damaged_bytes(whole), others))
     def fuzz(data):
         path.write_bytes(data)
@@ -87,7 +87,7 @@ def test_overrides(plugins, tmp_path):
     path.write_bytes(QUICK.read_bytes())
     made = st.tuples(st.sampled_from(KEYS), st.one_of(st.sampled_from(VALUES), st.text(max_size=8))).map("=".join)
 
-    @examples(100)
+    @examples(25)
     @given(st.lists(st.one_of(made, st.text(max_size=12)), min_size=1, max_size=3))
     def fuzz(overrides):
         complaint(lambda: load_config(path, overrides, plugins), path)
@@ -96,7 +96,7 @@ def test_overrides(plugins, tmp_path):
 
 
 def test_an_override_is_a_table_or_a_mistake():
-    @examples(200)
+    @examples(100)
     @given(st.text(max_size=30))
     def fuzz(text):
         complaint(lambda: parse_override(text), "override", "TOML")

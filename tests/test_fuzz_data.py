@@ -71,7 +71,7 @@ def test_info(version, reader, folders, damage):
     root = folders[version]
     file = root / "meta/info.json"
 
-    @examples(25)
+    @examples(10)
     @given(json_texts(json.loads(file.read_text())))
     def fuzz(data):
         damage(file, data, lambda: READERS[reader](root), root, "data.images")
@@ -87,7 +87,7 @@ def test_lists_of_v2(name, reader, folders, damage):
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     texts = damaged(lines).map(lambda some: "".join(json.dumps(line) + "\n" for line in some).encode())
 
-    @examples(25)
+    @examples(10)
     @given(st.one_of(texts, texts, damaged_bytes(file.read_bytes())))
     def fuzz(data):
         damage(file, data, lambda: READERS[reader](root), root)
@@ -142,7 +142,7 @@ def test_parquet(version, name, reader, folders, damage):
     root = folders[version]
     file = root / name
 
-    @examples(25)
+    @examples(10)
     @given(st.one_of(damaged_tables(pq.read_table(file)).map(parquet_bytes), damaged_bytes(file.read_bytes())))
     def fuzz(data):
         damage(file, data, lambda: READERS[reader](root), root, "data.images")
@@ -161,7 +161,7 @@ def film(video_dataset, tmp_path_factory):
 def test_videos(reader, film, damage):
     file = film / f"videos/chunk-000/{CAMERAS[0]}/episode_000000.mp4"
 
-    @examples(25)
+    @examples(10)
     @given(damaged_bytes(file.read_bytes()))
     def fuzz(data):
         damage(file, data, lambda: READERS[reader](film), film)
@@ -178,7 +178,7 @@ def test_pictures():
         Image.effect_noise((24, 16), 50).convert("RGB").save(out, kind)
         whole.append(out.getvalue())
 
-    @examples(150)
+    @examples(60)
     @given(st.one_of([damaged_bytes(data) for data in whole]))
     def fuzz(data):
         complaint(lambda: decode(data, "row 3"), "row 3")

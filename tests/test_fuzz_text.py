@@ -56,7 +56,7 @@ def test_texts(suffix, tmp_path, monkeypatch):
         source = open_text(config, policy, "train")
         source.__getitems__(range(len(source)))
 
-    @examples(40)
+    @examples(12)
     @given(FILES[suffix])
     def fuzz(data):
         path.write_bytes(data)
@@ -83,7 +83,7 @@ def test_tokenizers(name, folder):
         tokenizer.encode(["Open the drawer."])
         _ = tokenizer.size, tokenizer.start, tokenizer.end, tokenizer.chat
 
-    @examples(30)
+    @examples(15)
     @given(st.one_of(json_texts(table), damaged_bytes(whole)))
     def fuzz(data):
         file.write_bytes(data)
@@ -108,7 +108,7 @@ PIECES += ("{{ raise_exception('no') }}", "{{ strftime_now(1) }}", "{{ messages 
 def test_chat_templates():
     messages = ROWS[0]["messages"]
 
-    @examples(150)
+    @examples(60)
     @given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=4).map("".join))
     def fuzz(source):
         complaint(lambda: ChatTemplate(source, {}).spans(messages), "chat")
@@ -120,7 +120,7 @@ def test_folders_of_models(tmp_path):
     names = st.sampled_from(["model.safetensors", "../x", "/etc/passwd", None, 3, []])
     indices = st.dictionaries(st.sampled_from("ab"), names).map(lambda some: json.dumps({"weight_map": some}).encode())
 
-    @examples(60)
+    @examples(25)
     @given(st.one_of(indices, json_texts({"weight_map": {"a": "model.safetensors"}})))
     def fuzz(data):
         (tmp_path / "model.safetensors.index.json").write_bytes(data)
@@ -128,7 +128,7 @@ def test_folders_of_models(tmp_path):
 
     fuzz()
 
-    @examples(40)
+    @examples(12)
     @given(json_texts({"model_type": "qwen3"}))
     def fuzz_config(data):
         (tmp_path / "config.json").write_bytes(data)
@@ -149,7 +149,7 @@ DESCRIPTION = {
 def test_exported_folders(tmp_path):
     plugins = repository_plugins()
 
-    @examples(60)
+    @examples(25)
     @given(json_texts(DESCRIPTION))
     def fuzz(data):
         (tmp_path / "rlinf.json").write_bytes(data)

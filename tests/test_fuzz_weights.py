@@ -79,7 +79,7 @@ def test_safetensors(weights, shapes, tmp_path):
     texts = json_texts(header_of(weights)).map(lambda text: with_header(weights, text))
     headered = headers(weights).map(lambda table: with_header(weights, table))
 
-    @examples(120)
+    @examples(60)
     @given(st.one_of(headered, texts, sizes, damaged_bytes(weights)))
     def fuzz(data):
         path.write_bytes(data)
@@ -102,7 +102,7 @@ def test_index(weights, shapes, tmp_path):
     good = {"metadata": {}, "weight_map": dict.fromkeys(published_state(PI0), "part.safetensors")}
     mapped = st.dictionaries(st.sampled_from(["a", "b"]), NAMES).map(lambda some: {"weight_map": some})
 
-    @examples(60)
+    @examples(25)
     @given(st.one_of(json_texts(good), mapped.map(lambda table: json.dumps(table).encode())))
     def fuzz(data):
         index.write_bytes(data)
@@ -116,7 +116,7 @@ def test_torch_files(shapes, tmp_path):
     torch.save(published_state(PI0), path)
     others = st.sampled_from([b"", b"PK\x03\x04", b"\x80\x02.", b"cos\nsystem\n(S'true'\ntR.", b"\x80\x04K\x01."])
 
-    @examples(60)
+    @examples(25)
     @given(st.one_of(damaged_bytes(path.read_bytes()), others))
     def fuzz(data):
         path.write_bytes(data)
@@ -128,7 +128,7 @@ def test_torch_files(shapes, tmp_path):
 def test_convert_leaves_nothing_half_written(weights, tmp_path):
     path, output = tmp_path / "model.safetensors", tmp_path / "out"
 
-    @examples(30)
+    @examples(15)
     @given(st.one_of(headers(weights).map(lambda table: with_header(weights, table)), damaged_bytes(weights)))
     def fuzz(data):
         path.write_bytes(data)
@@ -165,7 +165,7 @@ def use(stats):
 def test_statistics(read, document, tmp_path):
     path = tmp_path / "norm_stats.json"
 
-    @examples(80)
+    @examples(25)
     @given(json_texts(document))
     def fuzz(data):
         path.write_bytes(data)
@@ -178,7 +178,7 @@ def test_statistics_in_safetensors(tmp_path):
     path = tmp_path / "policy_preprocessor_step_3_normalizer_processor.safetensors"
     whole = save({f"{column}.{name}": torch.zeros(2) for column in LEROBOT for name in ("mean", "std", "q01", "q99")})
 
-    @examples(60)
+    @examples(25)
     @given(st.one_of(headers(whole).map(lambda table: with_header(whole, table)), damaged_bytes(whole)))
     def fuzz(data):
         path.write_bytes(data)
@@ -191,7 +191,7 @@ def test_sentencepiece(tmp_path):
     whole = Path(SMALL_MODEL).read_bytes()
     path = tmp_path / "tokenizer.model"
 
-    @examples(60)
+    @examples(25)
     @given(damaged_bytes(whole))
     def fuzz(data):
         path.write_bytes(data)
