@@ -53,7 +53,7 @@ class Policy(nn.Module):
         return SimpleNamespace(loss_sum=error.sum(), weight=weight, metrics={}, sample_losses=each)
 
     def shard_units(self):
-        return (SimpleNamespace(module=block, dtype="compute") for block in self.blocks)
+        return (SimpleNamespace(module=block, dtype="compute", reached=True) for block in self.blocks)
 
     def rebuild_buffers(self):
         pass
