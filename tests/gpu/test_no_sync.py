@@ -115,10 +115,10 @@ def test_steps_wait_for_nothing_and_their_numbers_come_late(group, tmp_path, dec
     )
     waiting, read, stream = deque(), [], itertools.repeat(batch())
     for number in range(WARM_UP):
-        step(number, stream, asked=False).read(size)
+        step(number, stream, asked=lambda: False).read(size)
     with waiting_is_an_error():
         for number in range(WARM_UP, WARM_UP + STEPS):
-            waiting.append(step(number, stream, asked=number == WARM_UP + 2, times=(0.1, 0.2)))
+            waiting.append(step(number, stream, asked=lambda number=number: number == WARM_UP + 2, times=(0.1, 0.2)))
             while len(waiting) > LAG:
                 read.append(waiting.popleft().read(size))
     read += [record.read(size) for record in waiting]

@@ -7,7 +7,7 @@ needs torch and NumPy alone, so that it can be tried on a bare CUDA machine.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -38,7 +38,7 @@ class StepNumbers:
     by_source: list[float]
     """Loss sum and weight of each source of a mixture."""
     asked: bool
-    """Whether any rank had been asked to stop when it began the step."""
+    """Whether any rank had been asked to stop when it had computed the step."""
     times: list[float]
     """`Stragglers.own` of each rank, where the step brought them; else empty."""
     useful_tflop: float
@@ -110,14 +110,14 @@ class TrainStep:
         self._clock = None
 
     def __call__(
-        self, step: int, batches: Iterator[Any], *, asked: bool, times: tuple[float, float] | None = None
+        self, step: int, batches: Iterator[Any], *, asked: Callable[[], bool], times: tuple[float, float] | None = None
     ) -> StepRecord:
         """Compute the step that comes after `step` others.
 
         Args:
             step: Finished steps.
             batches: This rank's micro batches.
-            asked: Whether this rank was asked to stop.
+            asked: Whether this rank was asked to stop; called when the ranks tell one another.
             times: This rank's own, at the steps that compare ranks.
         """
         clock = self._clock = StepClock(self._group.device, self._clock)
@@ -136,7 +136,7 @@ class TrainStep:
             sums = own if not micro else sums + own
             losses[self._places[micro]] = self._losses(out)
         # What else ranks have to tell one another travels with the sums: they communicate no more than they do anyway.
-        request = torch.cat([losses.new_full((1,), float(asked)), losses.new_full((1,), self._useful)])
+        request = torch.cat([losses.new_full((1,), float(asked())), losses.new_full((1,), self._useful)])
         parts = [sums, request, self._own_times(times), losses]
         with self._phase(clock, "optimizer"):
             totals = self._group.sum(torch.cat(parts))

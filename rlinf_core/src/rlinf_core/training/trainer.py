@@ -172,7 +172,7 @@ class Fsdp2Trainer:
     def _train_step(self, batches: Iterator[Any], stop: StopSignal) -> StepRecord:
         """Compute the next step; on CUDA it is under way when this returns."""
         times = self._stragglers.own() if self._stragglers.due(self.step + 1) else None
-        return self._compute(self.step, batches, asked=stop.received is not None, times=times)
+        return self._compute(self.step, batches, asked=lambda: stop.received is not None, times=times)
 
     def _validation_is_due(self) -> bool:
         interval = self.run.runner.val_check_interval
