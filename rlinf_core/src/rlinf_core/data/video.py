@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from rlinf_core.errors import UserError
 
 DecoderName = Literal["torchcodec", "pyav"]
+MOST_PIXELS = 2**26
+"""Of a picture: a few bytes can claim any size."""
 
 
 class Decoder(Protocol):
@@ -92,16 +94,35 @@ class VideoReader:
         return {"_capacity": self._capacity, "_decoder": self._decoder, "_open": OrderedDict()}
 
 
+def open_video(path: Path) -> Any:
+    """PyAV's container of a file whose first video stream can be decoded.
+
+    Raises:
+        UserError: The file is no such video, or its pictures claim more than `MOST_PIXELS`.
+    """
+    try:
+        container = av.open(str(path), metadata_errors="replace")  # What is written beside the pictures is no matter.
+    except (av.FFmpegError, ValueError) as e:
+        raise UserError(f"{path} cannot be opened as a video: {e}") from e
+    stream: Any = container.streams.video[0] if container.streams.video else None
+    why = ""
+    if stream is None or stream.codec_context is None:
+        why = "it has no stream of pictures that can be decoded"
+    elif stream.time_base is None or not 0 < stream.width * stream.height <= MOST_PIXELS:
+        why = f"its pictures are of {stream.width} x {stream.height} pixels"
+    if why:
+        container.close()
+        raise UserError(f"{path} cannot be opened as a video: {why}")
+    return container
+
+
 class PyavDecoder:
     """PyAV seeks to the key frame at or before a time and decodes forward from there."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        try:
-            self._container = av.open(str(path))
-            self._stream = self._container.streams.video[0]
-        except (av.FFmpegError, IndexError) as e:
-            raise UserError(f"{path} cannot be opened as a video: {e}") from e
+        self._container = open_video(path)
+        self._stream = self._container.streams.video[0]
         self._stream.codec_context.thread_count = 1
         self._decoded: Iterator[Any] = iter(())
         self._position = float("inf")
