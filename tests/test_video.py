@@ -76,6 +76,36 @@ def test_few_files_stay_open(video_dataset):
     assert not pickle.loads(pickle.dumps(reader))._open
 
 
+def test_open_decoders_are_bounded_in_bytes_and_a_last_one_stays(video_dataset):
+    paths = sorted(video_dataset.root.glob("videos/**/*.mp4"))
+    reader = VideoReader(decoder="pyav")
+    frames = [reader.frames(path, [0.0], 0.05)[0] for path in paths]
+    each = max(decoder.memory for decoder in reader._open.values())
+    assert each > 2_000_000
+    for memory, count in ((2 * each, 2), (1, 1)):
+        bounded = VideoReader(decoder="pyav", memory=memory)
+        for path, frame in zip(paths, frames, strict=True):
+            np.testing.assert_array_equal(bounded.frames(path, [0.0], 0.05)[0], frame)
+        assert list(bounded._open) == paths[-count:]
+
+
+def test_files_decoded_by_several_threads_give_the_same_frames(video_dataset):
+    paths = sorted(video_dataset.root.glob("videos/**/*.mp4"))
+    wanted = [(path, [0.3, 0.0, 0.3, 0.5]) for path in paths]
+    expected = VideoReader(threads=1).frames_of_files(wanted, 0.05)
+    reader = VideoReader(capacity=2, threads=3)
+    for _ in range(5):
+        for ours, theirs in zip(reader.frames_of_files(wanted, 0.05), expected, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    assert len(reader._open) == 2
+
+
+def test_a_named_decoder_that_does_not_load_is_an_error(video, monkeypatch):
+    monkeypatch.setattr("rlinf_core.data.video.torchcodec_failure", lambda: "libavutil.so.59 is missing")
+    with pytest.raises(UserError, match=r'data\.decoder = "torchcodec".*libavutil\.so\.59 is missing.*"auto"'):
+        VideoReader(decoder="torchcodec").frames(video, [0.0], 0.05)
+
+
 def test_files_are_shared_by_episodes(video_dataset):
     """The datasets of these tests do exercise offsets into files and several files."""
     files = list(video_dataset.root.glob(f"videos/{CAMERAS[0]}/**/*.mp4"))

@@ -206,6 +206,8 @@ class LeRobotDatasetConfig(DatasetConfig):
     mean over the episode."""
     min_quality: float = 1.0
     """Leave out episodes with less in `quality_column`. Truth values count 0 and 1."""
+    decoder: Literal["auto", "torchcodec", "pyav"] = "auto"
+    """What decodes videos. `auto`: torchcodec where it loads, else PyAV, which is slower; a run says which."""
     cache: Literal["", "raw", "jpeg"] = ""
     """Read pictures from what `rlinf cache` has made, instead of decoding the dataset's: `raw`, bit-equal, or `jpeg`,
     smaller and with a loss. Empty: decode."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,11 +21,13 @@ from rlinf_core.data.lerobot_metadata import Metadata, load_metadata
 from rlinf_core.data.lerobot_quality import episode_quality
 from rlinf_core.data.parquet_images import ParquetImages
 from rlinf_core.data.sample import Row
+from rlinf_core.data.shared_columns import Runs
 from rlinf_core.data.splits import EpisodeTable, split_episodes
-from rlinf_core.data.video import VideoReader
+from rlinf_core.data.video import Frame, VideoReader
 from rlinf_core.datasets import Crop, LeRobotDatasetConfig, Split
 from rlinf_core.errors import UserError
 
+_NO_FRAME: Frame = np.empty((0, 0, 3), np.uint8)
 OPEN_FILES = 128  # Mapped picture files a process; the usual limit of open files is 1024.
 
 
@@ -67,6 +69,7 @@ def open_lerobot(dataset: LeRobotDatasetConfig, chunk_length: int, split: Split)
         actions=tuple(dict.fromkeys(actions)),
         chunk_length=chunk_length,
         stride=dataset.stride,
+        decoder=dataset.decoder,
     )
 
 
@@ -85,6 +88,7 @@ class LeRobotSource:
         actions: tuple[str, ...],
         chunk_length: int,
         stride: int = 1,
+        decoder: Literal["auto", "torchcodec", "pyav"] = "auto",
     ) -> None:
         """Make a source; `open_lerobot` does it from a config.
 
@@ -98,17 +102,17 @@ class LeRobotSource:
             actions: Columns a row holds as chunks.
             chunk_length: Steps of a chunk.
             stride: Frames from one step to the next.
+            decoder: Of videos; `"auto"`: the best that loads.
         """
         self._metadata = metadata
         self._columns = columns
-        self._rows = rows
+        self._rows = Runs.of(rows)
         self._state, self._actions = state, actions
         self._chunk_length, self._stride = chunk_length, stride
         self._video_columns = tuple(name for name in images if metadata.features[name]["dtype"] == "video")
         self._picture_columns = tuple(name for name in images if metadata.features[name]["dtype"] == "image")
         self._file_stops = file_stops
-        self._episode_of_row = np.searchsorted(metadata.episodes, columns["episode_index"])
-        self._videos = VideoReader()
+        self._videos = VideoReader(decoder=None if decoder == "auto" else decoder)
         self._pictures: dict[int, ParquetImages] = {}
 
     def __len__(self) -> int:
@@ -118,8 +122,8 @@ class LeRobotSource:
         """Rows with their pictures: uint8 [height, width, 3] RGB under the names of the image columns."""
         rows = self.without_images(indices)
         at = self._rows[np.asarray(indices, np.int64)]
-        for column in self._video_columns:
-            for row, frame in zip(rows, self._video_frames(column, at), strict=True):
+        for column, frames in self._video_frames(at).items() if self._video_columns else ():
+            for row, frame in zip(rows, frames, strict=True):
                 row[column] = frame
         for row, position in zip(rows, at.tolist(), strict=True):
             for column in self._picture_columns:
@@ -139,7 +143,7 @@ class LeRobotSource:
         """The values of `without_images` with rows as their first axis; `task` is a list of texts."""
         at = self._rows[np.asarray(indices, np.int64)]
         steps = at[:, np.newaxis] + np.arange(self._chunk_length) * self._stride
-        stops = self._metadata.stops[self._episode_of_row[at]][:, np.newaxis]
+        stops = self._metadata.stops[self._episode_of(at)][:, np.newaxis]
         is_pad, steps = steps >= stops, np.minimum(steps, stops - 1)
         gathered: Row = {name: self._columns[name][at] for name in (*INDEX_COLUMNS, *self._state)}
         gathered |= {name: self._columns[name][steps] for name in self._actions}
@@ -150,7 +154,7 @@ class LeRobotSource:
     @property
     def episodes(self) -> NDArray[np.int64]:
         """[n], the dataset's own episode number of each row."""
-        episodes: NDArray[np.int64] = self._columns["episode_index"][self._rows]
+        episodes: NDArray[np.int64] = self._columns["episode_index"][self.positions]
         return episodes
 
     @property
@@ -166,11 +170,11 @@ class LeRobotSource:
     @property
     def positions(self) -> NDArray[np.int64]:
         """[n], where each row stands among all frames of the dataset."""
-        return self._rows
+        return self._rows.all()
 
     def describe(self, index: int) -> str:
         """Where a row comes from: dataset, data file, episode and frame."""
-        row = int(self._rows[index])
+        row = int(self._rows[np.array(index)])
         path = self._metadata.data_files[self._file_of(row)].relative_to(self._metadata.root)
         episode, frame = (int(self._columns[name][row]) for name in ("episode_index", "frame_index"))
         return f"{self._metadata.name}, {path}, episode {episode}, frame {frame}"
@@ -184,22 +188,25 @@ class LeRobotSource:
         for name in sorted(self._columns):
             digest.update(f"{name} {self._columns[name].dtype} {self._columns[name].shape}".encode())
             digest.update(np.ascontiguousarray(self._columns[name]).data)
-        digest.update(self._rows.data)
+        digest.update(self.positions.data)
         return digest.hexdigest()
 
-    def _video_frames(self, column: str, at: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
-        """One frame for each position among all frames; a file's frames are asked for together."""
-        meta = self._metadata
-        episodes = self._episode_of_row[at]
-        times = meta.video_starts[column][episodes] + self._columns["timestamp"][at]
-        by_file: dict[Path, list[int]] = {}
-        for i, episode in enumerate(episodes.tolist()):
-            by_file.setdefault(meta.video_files[column][episode], []).append(i)
-        frames: dict[int, NDArray[np.uint8]] = {}
-        for path, places in by_file.items():
-            found = self._videos.frames(path, times[places].tolist(), tolerance=0.5 / meta.fps)
-            frames.update(zip(places, found, strict=True))
-        return [frames[i] for i in range(len(at))]
+    def _video_frames(self, at: NDArray[np.int64]) -> dict[str, list[Frame]]:
+        """Column -> one frame for each position among all frames; what lies in one file is asked for together."""
+        meta, frames = self._metadata, {column: [_NO_FRAME] * len(at) for column in self._video_columns}
+        episodes = self._episode_of(at)
+        wanted: dict[tuple[str, Path], list[int]] = {}
+        times = {}
+        for column in self._video_columns:
+            times[column] = meta.video_starts[column][episodes] + self._columns["timestamp"][at]
+            for i, episode in enumerate(episodes.tolist()):
+                wanted.setdefault((column, meta.video_files[column][episode]), []).append(i)
+        requests = [(path, times[column][places].tolist()) for (column, path), places in wanted.items()]
+        found = self._videos.frames_of_files(requests, tolerance=0.5 / meta.fps)
+        for ((column, _), places), some in zip(wanted.items(), found, strict=True):
+            for place, frame in zip(places, some, strict=True):
+                frames[column][place] = frame
+        return frames
 
     def _picture(self, column: str, row: int) -> NDArray[np.uint8]:
         file = self._file_of(row)
@@ -211,6 +218,10 @@ class LeRobotSource:
             )
         start = int(self._file_stops[file - 1]) if file else 0
         return self._pictures[file].image(column, row - start)
+
+    def _episode_of(self, at: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where in the metadata's lists the episodes of positions stand."""
+        return np.searchsorted(self._metadata.stops, at, side="right")
 
     def _file_of(self, row: int) -> int:
         return int(np.searchsorted(self._file_stops, row, side="right"))

@@ -18,15 +18,12 @@ from numpy.typing import NDArray
 
 from rlinf_core.data.lerobot_files import read_parquet
 from rlinf_core.data.lerobot_metadata import AGAIN, Metadata
+from rlinf_core.data.shared_columns import Columns, find_shared, share
 from rlinf_core.errors import UserError
 
 INDEX_COLUMNS = ("index", "episode_index", "frame_index", "timestamp", "task_index")
 READERS = 8
 """Files that are read at the same time."""
-
-
-class Columns(dict[str, NDArray[Any]]):
-    """Column -> its values in all frames; read-only, as both splits of a dataset share them."""
 
 
 _in_use: WeakValueDictionary[object, Columns] = WeakValueDictionary()
@@ -51,10 +48,10 @@ def read_columns(metadata: Metadata, names: Sequence[str]) -> tuple[Columns, NDA
     stops = np.cumsum(np.bincount(metadata.data_file, metadata.lengths, len(metadata.data_files)).astype(np.int64))
     state = _state(metadata, names)
     columns = _in_use.get(state) if state else None
-    if columns is None:
-        columns = _read_files(metadata, names)
-        if state:
-            _in_use[state] = columns
+    if columns is None and state:
+        columns = _in_use[state] = find_shared(state) or share(_read_files(metadata, names), state)
+    elif columns is None:
+        columns = _read_files(metadata, names)  # Raises, and says which file is missing.
     return columns, stops
 
 
@@ -90,8 +87,6 @@ def _read_files(metadata: Metadata, names: Sequence[str]) -> Columns:
     lengths = np.array([len(file["index"]) for file in files], np.int64)
     columns = Columns((name, np.concatenate([file[name] for file in files])) for name in names)
     _check_frames(metadata, lengths, columns)
-    for values in columns.values():
-        values.flags.writeable = False
     return columns
 
 

@@ -1,16 +1,21 @@
 """Frames of video files at given times, as uint8 RGB.
 
-Decoding dominates the cost of reading robot data, so decoders stay open between calls (a bounded number of them),
-requests to one file are served in the order of time, and only the frames asked for are converted to RGB. torchcodec
-decodes where it loads (it needs FFmpeg's libraries on the system), else PyAV, whose wheels bundle them. One thread a
-decoder: loader workers are the parallelism.
+Decoding dominates the cost of reading robot data, so decoders stay open between calls (bounded in number and bytes),
+requests to one file are served in the order of time, a frame that is asked for twice is decoded once, and only the
+frames asked for are converted to RGB. torchcodec decodes where it loads (with the FFmpeg that PyAV brings along it does
+on Linux, see `ffmpeg_libraries`), else PyAV. One thread a decoder: loader workers are the parallelism, and in processes
+without any, as both decoders release Python's lock while they work, files are decoded by several threads.
 """
 
 from __future__ import annotations
 
 import functools
+import multiprocessing
+import os
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -18,9 +23,12 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
+from rlinf_core.data.ffmpeg_libraries import lend_ffmpeg
 from rlinf_core.errors import UserError
 
 DecoderName = Literal["torchcodec", "pyav"]
+Frame = NDArray[np.uint8]
+"""[height, width, 3], RGB."""
 MOST_PIXELS = 2**26
 """Of a picture: a few bytes can claim any size."""
 
@@ -28,7 +36,10 @@ MOST_PIXELS = 2**26
 class Decoder(Protocol):
     """An open video file."""
 
-    def frames(self, times: Sequence[float], tolerance: float) -> list[NDArray[np.uint8]]:
+    memory: int
+    """What it takes while it is open, in bytes, about."""
+
+    def frames(self, times: Sequence[float], tolerance: float) -> list[Frame]:
         """One uint8 [height, width, 3] RGB frame for each of the ascending `times`, in seconds from the file's start.
 
         Raises:
@@ -43,27 +54,65 @@ class Decoder(Protocol):
 
 @functools.cache
 def decoder_name() -> DecoderName:
-    """The decoder this process uses: torchcodec if it loads, else PyAV."""
+    """The decoder this process uses unless told otherwise: torchcodec if it loads, else PyAV."""
+    return "pyav" if torchcodec_failure() else "torchcodec"
+
+
+@functools.cache
+def torchcodec_failure() -> str:
+    """Why torchcodec does not load in this process; empty if it does."""
+    lent = ""
+    try:
+        lend_ffmpeg()
+    except OSError as e:  # torchcodec may still find an FFmpeg of the system's.
+        lent = f"PyAV's FFmpeg cannot be lent to it: {e}; "
     try:
         import torchcodec.decoders  # type: ignore[import-untyped,import-not-found,unused-ignore]  # noqa: F401
-    except (ImportError, OSError, RuntimeError):  # Not installed, or FFmpeg's shared libraries are not found.
-        return "pyav"
-    return "torchcodec"
+    except (ImportError, OSError, RuntimeError) as e:  # Not installed, or FFmpeg's shared libraries are not found.
+        return lent + str(e).strip().partition("\n")[0]
+    return ""
 
 
 class VideoReader:
-    """Reads frames of many files, keeping the `capacity` most recently used ones open.
+    """Reads frames of many files, keeping those most recently used open.
 
     A process makes its own: decoders cannot be pickled, so a copy in another process starts with none open.
     """
 
-    def __init__(self, capacity: int = 32, decoder: DecoderName | None = None) -> None:
-        self._capacity = capacity
-        self._decoder = decoder
-        self._open: OrderedDict[Path, Decoder] = OrderedDict()
+    def __init__(
+        self,
+        capacity: int = 128,
+        decoder: DecoderName | None = None,
+        *,
+        memory: int = 2**29,
+        threads: int | None = None,
+    ) -> None:
+        """Open nothing yet.
 
-    def frames(self, path: Path, times: Sequence[float], tolerance: float) -> list[NDArray[np.uint8]]:
-        """One uint8 [height, width, 3] RGB frame for each time, in the order of `times`.
+        Args:
+            capacity: Most files to keep open; a process may have 1024 of all kinds.
+            decoder: Which one; None: the best that loads.
+            memory: Most bytes that open decoders may take together, by their own estimate.
+            threads: Files to decode at the same time; None: 1 in loader workers, else a few.
+        """
+        self._capacity, self._memory = capacity, memory
+        self._decoder, self._threads = decoder, threads
+        self._open: OrderedDict[Path, Decoder] = OrderedDict()
+        self._lock = threading.Lock()
+        self._pool: ThreadPoolExecutor | None = None
+
+    @property
+    def decoder(self) -> DecoderName:
+        """The decoder in use."""
+        if self._decoder == "torchcodec" and torchcodec_failure():
+            raise UserError(
+                f'data.decoder = "torchcodec", but torchcodec does not load: {torchcodec_failure()}. Install FFmpeg '
+                '(`apt-get install ffmpeg`), or set data.decoder to "pyav" or "auto"'
+            )
+        return self._decoder or decoder_name()
+
+    def frames(self, path: Path, times: Sequence[float], tolerance: float) -> list[Frame]:
+        """One frame for each time, in the order of `times`.
 
         Args:
             path: A video file.
@@ -74,24 +123,58 @@ class VideoReader:
             UserError: The file cannot be read, or holds no frame near a time; it names file and time.
         """
         order = np.argsort(times, kind="stable")
-        found = self._decoder_of(path).frames([times[i] for i in order], tolerance)
+        decoder = self._take(path)
+        try:
+            found = decoder.frames([times[i] for i in order], tolerance)
+        finally:
+            self._give_back(path, decoder)
         frames = [found[0]] * len(found)
         for i, frame in zip(order, found, strict=True):
             frames[i] = frame
         return frames
 
-    def _decoder_of(self, path: Path) -> Decoder:
-        if path in self._open:
-            self._open.move_to_end(path)
-            return self._open[path]
-        while len(self._open) >= self._capacity:
-            self._open.popitem(last=False)[1].close()
-        name = self._decoder or decoder_name()
-        self._open[path] = TorchcodecDecoder(path) if name == "torchcodec" else PyavDecoder(path)
-        return self._open[path]
+    def frames_of_files(self, wanted: Sequence[tuple[Path, Sequence[float]]], tolerance: float) -> list[list[Frame]]:
+        """`frames` of several files, which differ; several at the same time where threads are allowed."""
+        threads = self._threads or _threads()
+        if threads == 1 or len(wanted) == 1:
+            return [self.frames(path, times, tolerance) for path, times in wanted]
+        self._pool = self._pool or ThreadPoolExecutor(threads, "rlinf-video")
+        return list(self._pool.map(lambda one: self.frames(one[0], one[1], tolerance), wanted))
+
+    def _take(self, path: Path) -> Decoder:
+        """The decoder of a file, which is this thread's until it gives it back."""
+        with self._lock:
+            decoder = self._open.pop(path, None)
+        if decoder is None:
+            decoder = TorchcodecDecoder(path) if self.decoder == "torchcodec" else PyavDecoder(path)
+        return decoder
+
+    def _give_back(self, path: Path, decoder: Decoder) -> None:
+        with self._lock:
+            self._open[path] = decoder
+            while len(self._open) > self._capacity or (
+                len(self._open) > 1 and sum(one.memory for one in self._open.values()) > self._memory
+            ):
+                self._open.popitem(last=False)[1].close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_capacity": self._capacity, "_decoder": self._decoder, "_open": OrderedDict()}
+        return {"capacity": self._capacity, "decoder": self._decoder, "memory": self._memory, "threads": self._threads}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+
+def _threads() -> int:
+    """Loader workers, and whatever else a process has started beside itself, get one."""
+    return 1 if multiprocessing.parent_process() else min(4, os.cpu_count() or 1)
+
+
+def decoder_memory(height: int, width: int, frames: int) -> int:
+    """Bytes that an open decoder takes, about: 2 MB, reference frames, and the file's index.
+
+    Measured with H.264, whose decoder takes most: 2.4 MB at 256 x 256, 3.7 at 480 x 640, 6.5 at 720 x 1280.
+    """
+    return 2_000_000 + 6 * height * width + 32 * frames
 
 
 def open_video(path: Path) -> Any:
@@ -124,15 +207,16 @@ class PyavDecoder:
         self._container = open_video(path)
         self._stream = self._container.streams.video[0]
         self._stream.codec_context.thread_count = 1
+        self.memory = decoder_memory(self._stream.height, self._stream.width, self._stream.frames)
         self._decoded: Iterator[Any] = iter(())
         self._position = float("inf")
         """Time of the last decoded frame; infinite: seek before decoding."""
         self._reach = 0.0
         """Longest way in seconds from a key frame to a time so far; nearer times are decoded up to without seeking."""
 
-    def frames(self, times: Sequence[float], tolerance: float) -> list[NDArray[np.uint8]]:
+    def frames(self, times: Sequence[float], tolerance: float) -> list[Frame]:
         """See `Decoder.frames`."""
-        found: list[NDArray[np.uint8]] = []
+        found: list[Frame] = []
         last: float | None = None
         for time in times:
             if last is None or time - last >= tolerance:
@@ -188,10 +272,12 @@ class TorchcodecDecoder:
             self._video = VideoDecoder(str(path), dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="approximate")
         except (OSError, RuntimeError, ValueError) as e:
             raise UserError(f"{path} cannot be opened as a video: {e}") from e
-        if not self._video.metadata.num_frames or not self._video.metadata.average_fps:
+        about = self._video.metadata
+        if not about.num_frames or not about.average_fps:
             raise UserError(f"{path} cannot be opened as a video: it does not say how many frames it has")
+        self.memory = decoder_memory(about.height or 0, about.width or 0, about.num_frames)
 
-    def frames(self, times: Sequence[float], tolerance: float) -> list[NDArray[np.uint8]]:
+    def frames(self, times: Sequence[float], tolerance: float) -> list[Frame]:
         """See `Decoder.frames`."""
         metadata = self._video.metadata
         last = metadata.num_frames - 1
