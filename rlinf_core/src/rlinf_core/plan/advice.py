@@ -10,7 +10,8 @@ from rlinf_core.plan.step import Plan
 from rlinf_core.plugins import Plugins
 from rlinf_core.training.memory import usable
 
-MOST_RANKS = 64
+MORE_RANKS = 4
+"""Times as many are told of at most."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def _changes(plan: Plan) -> Iterator[tuple[dict[str, Any], str]]:
         if ema:
             yield full | ema, "both"
     ranks = plan.ranks
-    while (ranks := ranks * 2) <= min(MOST_RANKS, trainer.global_batch_size):
+    while (ranks := ranks * 2) <= min(MORE_RANKS * plan.ranks, trainer.global_batch_size):
         if trainer.global_batch_size % ranks == 0:
             yield {"ranks": ranks}, "more GPUs"
     if not trainer.cpu_offload:

@@ -85,10 +85,16 @@ def _longest_possible(source: RunSource, reason: UserError) -> Probed:
         ) from reason
     drawn: Any = {**sample, **run.policy.draw(sample_generator(run.seed, 0, 0))}
     where = f"{source.name}: " if source.name else ""
-    first = str(reason).splitlines()[0]
     return Probed(
         source.share,
         [drawn],
         f"{where}the longest samples that the policy takes",
-        f"{where}the data were not read, so samples are as long as the policy takes: {first}",
+        f"{where}samples as long as the policy takes, as {_why(data.repo_id, reason)}",
     )
+
+
+def _why(dataset: str, reason: UserError) -> str:
+    """Why data were not read, in a line."""
+    if f"'{dataset}' is no file or folder" in str(reason):  # The rest tells how to reach the hub.
+        return f"{dataset} is not on this machine, and the hub was not asked"
+    return "the data were not read: " + str(reason).splitlines()[0]

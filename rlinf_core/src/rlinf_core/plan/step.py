@@ -21,8 +21,9 @@ from rlinf_core.training import memory
 from rlinf_core.training.blocks import Checkpointing
 from rlinf_core.training.build import DTYPES, build_on_meta, prepare_blocks
 from rlinf_core.training.counting import Counted, count
-from rlinf_core.training.fsdp import gathered_together
+from rlinf_core.training.fsdp import gathered_together, unreached
 from rlinf_core.training.memory import Activations, Memory, Parameter, Sharding, States, Traffic, Unit
+from rlinf_core.training.optim import decays
 
 COUNTED_SAMPLES = 8
 """Samples at once where mean operations are counted."""
@@ -185,7 +186,7 @@ def _count(run: RunConfig, plugins: Plugins, sample: Sample, checkpointing: Chec
     sizes = (1, 2) if run.trainer.micro_batch_size < 4 else (4, 8)
     policy, groups = _build(run, plugins, checkpointing)
     smaller, larger = (_count_batch(run, policy, run.policy.collate([sample] * size)) for size in sizes)
-    units = _units(policy, groups, {name for name, _ in larger.moments})
+    units = _units(run, policy, groups, {name for name, _ in larger.moments})
     grown = memory.activations_of(units, (sizes[0], smaller.moments), (sizes[1], larger.moments))
     has_blocks = any(unit.block for unit in policy.shard_units())
     return _Counted(units, grown, larger.flops / sizes[1], has_blocks)
@@ -213,17 +214,24 @@ def _build(run: RunConfig, plugins: Plugins, checkpointing: Checkpointing) -> tu
     return policy, groups
 
 
-def _units(policy: Any, groups: Groups, reached: set[str]) -> tuple[Unit, ...]:
+def _units(run: RunConfig, policy: Any, groups: Groups, reached: set[str]) -> tuple[Unit, ...]:
     names = {parameter: name for name, parameter in policy.named_parameters()}
-    # A policy that knows that no loss reaches a unit spares its parameters the optimizer's state.
-    kept = {p for unit in policy.shard_units() if not getattr(unit, "reached", True) for p in unit.module.parameters()}
+    kept = unreached(policy)
+    # Where weight decay is lost in rounding they do not change at all, and have no average either.
+    decayed = decays(run.optim.lr, run.optim.weight_decay)
     return tuple(
         Unit(
             tuple(
-                Parameter(names[p], tuple(p.shape), p.requires_grad and p not in kept, names[p] in reached)
+                Parameter(
+                    names[p],
+                    tuple(p.shape),
+                    trainable=p.requires_grad and names[p] not in kept,
+                    reached=names[p] in reached,
+                    averaged=p.requires_grad and (names[p] not in kept or decayed),
+                )
                 for p in parameters
             ),
-            itemsize,
+            0 if kept.issuperset(names[p] for p in parameters) else itemsize,
         )
         for itemsize, parameters in groups
     )

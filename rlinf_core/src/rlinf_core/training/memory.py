@@ -27,6 +27,8 @@ class Parameter:
     """Has optimizer state."""
     reached: bool = True
     """The loss gives it a gradient, if it is trainable."""
+    averaged: bool = True
+    """Is in the moving average, if there is one."""
 
     @property
     def numel(self) -> int:
@@ -51,7 +53,7 @@ class Unit:
 
     parameters: tuple[Parameter, ...]
     itemsize: int
-    """Bytes of a number while they are gathered: 2 in bfloat16."""
+    """Bytes of a number while they are gathered: 2 in bfloat16, 0 if they never are."""
 
     @property
     def gathered(self) -> int:
@@ -107,7 +109,7 @@ def states(units: Sequence[Unit], sharding: Sharding) -> States:
         weights=MASTER * sum(parameter.shard(sharding.shards) for parameter in whole),
         gradients=MASTER * sum(p.shard(sharding.shards) for p in trained if p.reached),
         optimizer=2 * held + MASTER * len(trained),  # Two moments, and a count of steps each.
-        ema=held if sharding.ema else 0,
+        ema=MASTER * sum(p.shard(sharding.shards) for p in whole if p.averaged) if sharding.ema else 0,
     )
 
 
