@@ -184,7 +184,7 @@ class OpenpiPolicyConfig(PolicyConfig):
 
     def largest_sample(self, cameras: Sequence[str]) -> Sample:
         """Black images, a prompt of `max_token_len` tokens, and zeros."""
-        images = {name: np.zeros((IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8) for name in cameras}
+        images: dict[str, Any] = {name: np.zeros((IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8) for name in cameras}
         steps, width = self.action_horizon, self.action_dim
         sample = OpenpiSample(
             images=images,
