@@ -1,6 +1,9 @@
 import json
+import os
 import pickle
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -195,3 +198,26 @@ def test_pictures_that_cannot_be_unpacked_name_the_cache(image_dataset, tmp_path
     monkeypatch.setenv("RLINF_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match="RLINF_CACHE"):
         open_lerobot(config(image_dataset.root), 1, "train").__getitems__([0])
+
+
+def test_the_decoder_of_videos_is_named_with_its_speed(video_dataset, image_dataset):
+    said = open_lerobot(config(video_dataset.root), 1, "train").try_decoder()
+    assert re.fullmatch(r"(torchcodec|pyav), [1-9]\d* frames a second in this process", said)
+    assert open_lerobot(config(image_dataset.root), 1, "train").try_decoder() == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["video_dataset", "image_dataset"])
+def test_memory_is_flat_over_ten_thousand_samples(kind, request):
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    source, generator = (
+        open_lerobot(config(request.getfixturevalue(kind).root), HORIZON, "train"),
+        np.random.default_rng(0),
+    )
+    for batch in range(1250):
+        if batch == 250:
+            before = resident()
+        source.__getitems__(generator.integers(0, len(source), 10).tolist())
+    assert resident() - before < 2**23

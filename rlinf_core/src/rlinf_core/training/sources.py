@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from rlinf_core.config.run import RunConfig, RunSource
+from rlinf_core.data.lerobot import LeRobotSource
 from rlinf_core.data.mixture import Source
 from rlinf_core.data.pipeline import build_pipeline
 from rlinf_core.data.probe import probe
@@ -75,6 +76,8 @@ def describe_splits_of(
     total = sum(len(source.rows) for source in sources)
     for given, source, own in zip(run.sources, sources, held_out, strict=True):
         text = f"data: {describe_splits(source.rows, own)}"
+        if isinstance(source.rows, LeRobotSource) and (decoder := source.rows.try_decoder()):
+            text += f"; videos by {decoder}"
         yield f"{source.name}: {text}; {given.drawn(len(source.rows), total)}" if source.name else text
 
 

@@ -73,7 +73,7 @@ class Fsdp2Trainer:
         self._checkpoints = Checkpoints.of(run, group, self._tensors(), start)
         first = group.rank == 0
         self._loggers = plugins.build_loggers(run, start_step=start.step, stop_step=self.stop_step) if first else []
-        for fact in sources.describe_splits_of(run, self.sources, held_out):
+        for fact in sources.describe_splits_of(run, self.sources, held_out) if first else ():
             self._tell(fact)
         for warning in warnings:
             self._tell(f"warning: {warning}")
