@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+import torch.nn.attention.varlen  # registers its operator
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -27,6 +28,7 @@ EXPENSIVE = frozenset(
         _aten._scaled_dot_product_cudnn_attention.default,
         _aten._scaled_dot_product_flash_attention_for_cpu.default,
         _aten._flash_attention_forward.default,
+        torch.ops.torch_attn._varlen_attn.default,
     }
 )
 """What selective checkpointing keeps: results that cost more to compute than to store."""
