@@ -13,9 +13,10 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from rlinf_core.errors import UserError
 from rlinf_core.training import shards
-from rlinf_core.training.checkpoint import Checkpoints, load
+from rlinf_core.training.checkpoint import Checkpoints
 from rlinf_core.training.distributed import processes
 from rlinf_core.training.integrity import find_damage
+from rlinf_core.training.loading import load
 from rlinf_core.training.position import Position
 from rlinf_core.training.saving import Keep, Place
 

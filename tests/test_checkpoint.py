@@ -16,9 +16,10 @@ import torch
 
 from rlinf_core.errors import UserError
 from rlinf_core.training import saving, shards
-from rlinf_core.training.checkpoint import Checkpoints, load
+from rlinf_core.training.checkpoint import Checkpoints
 from rlinf_core.training.distributed import processes
 from rlinf_core.training.integrity import find_damage, newest_whole
+from rlinf_core.training.loading import load
 from rlinf_core.training.position import Position, State, dump_state, read_position, read_state
 from rlinf_core.training.saving import Keep, Place
 from rlinf_core.training.stopping import seconds_from_now
@@ -137,17 +138,52 @@ def test_every_so_many_steps_and_the_best_are_kept_for_good(tmp_path, open_check
     assert (tmp_path / "latest").read_text() == "step_000000500"
 
 
-def test_checkpoints_after_the_one_that_somebody_went_back_to_are_kept(tmp_path, open_checkpoints):
-    checkpoints, _ = open_checkpoints()
-    for step in (100, 200, 300):
+def test_checkpoints_after_the_one_that_somebody_went_back_to_go_with_the_next_save(tmp_path, open_checkpoints):
+    """Else one of them could stand in for a damaged one, once the run has come past its step."""
+    checkpoints, _ = open_checkpoints(keep_last=5)
+    for step in (100, 200, 300, 400):
         checkpoints.save(position(step))
     checkpoints.finish()
     (tmp_path / "latest").write_text("step_000000200")
-    checkpoints, _ = open_checkpoints(keep_last=1)
-    checkpoints.save(position(250))
+    checkpoints, _ = open_checkpoints(keep_last=5, last_good="step_000000200")
+    assert there(tmp_path) == names(100, 200, 300, 400)
+    checkpoints.save(position(350))
     checkpoints.finish()
-    assert newest(tmp_path).name == "step_000000250"
-    assert there(tmp_path) == names(250, 300)
+    assert newest(tmp_path).name == "step_000000350"
+    assert there(tmp_path) == names(100, 200, 350)
+
+
+@pytest.mark.parametrize("rename", [True, False], ids=["rename", "in place"])
+def test_an_old_checkpoint_that_cannot_be_removed_is_no_failed_save(
+    tmp_path, open_checkpoints, monkeypatch, capsys, rename
+):
+    checkpoints, _ = open_checkpoints(keep_last=1, rename=rename)
+    remove = saving.shutil.rmtree
+
+    def refuse(path, **options):
+        if path.name == "step_000000001":
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+        remove(path, **options)
+
+    monkeypatch.setattr(saving.shutil, "rmtree", refuse)
+    for step in (1, 2):
+        checkpoints.save(position(step))
+    checkpoints.finish()
+    assert [saved.failure for saved in checkpoints.finished()] == ["", ""]
+    assert "step_000000001 cannot be removed: Device or resource busy" in capsys.readouterr().err
+    assert newest(tmp_path).name == "step_000000002"
+    assert whole(newest(tmp_path))
+
+
+@pytest.mark.parametrize("rename", [True, False], ids=["rename", "in place"])
+def test_a_validation_that_was_made_up_for_is_recorded(tmp_path, open_checkpoints, rename):
+    checkpoints, _ = open_checkpoints(rename=rename)
+    checkpoints.save(position(1))
+    checkpoints.finish()
+    checkpoints.restate(replace(position(1), validated=1), "step_000000001")
+    assert read_position(newest(tmp_path)).validated == 1
+    assert whole(newest(tmp_path))
+    assert (tmp_path / "best").read_text() == "step_000000001"
 
 
 def test_what_a_crash_left_of_a_save_is_removed_by_the_next(tmp_path, open_checkpoints):

@@ -13,7 +13,16 @@ import toy_policy
 
 from rlinf_core.errors import UserError
 from rlinf_core.training import reports
-from rlinf_core.training.anomalies import FEWEST, WINDOW, Guard, Spikes, suspects, usual_losses
+from rlinf_core.training.anomalies import (
+    FEWEST,
+    WINDOW,
+    Guard,
+    History,
+    Spikes,
+    last_checkpoint,
+    read_history,
+    suspects,
+)
 from rlinf_core.training.jsonl import read_rows
 
 FORWARD = toy_policy.ToyModule.forward
@@ -198,16 +207,32 @@ def test_a_loss_that_hardly_moves_makes_no_spikes_of_every_movement():
 
 
 def test_a_skipped_step_does_not_shift_what_is_usual():
-    guard = Guard(RUNNER, noisy(50))
+    guard = Guard(RUNNER, History(noisy(50)))
     assert guard.see({"loss": math.inf, "skipped": 1.0}).kind == "skipped"
     assert guard.see({"loss": 5.0, "skipped": 0.0}).expected == pytest.approx(1.0, abs=0.05)
 
 
 def test_a_run_that_goes_on_compares_with_the_losses_before_it(tmp_path):
     steps = [{"step": step, "loss": float(step), "skipped": float(step == 3)} for step in range(1, 7)]
-    text = [*steps, {"step": 4, "val_loss": 9.0}, {"step": 5, "loss": None, "skipped": 1.0}]
+    text = [*steps[:3], {"step": 3, "val_loss": 9.0}, *steps[3:]]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in text))
-    assert usual_losses(tmp_path, 5) == [1.0, 2.0, 4.0, 5.0]
+    assert read_history(tmp_path, 4) == History([1.0, 2.0, 4.0], skipped=0)
+    assert read_history(tmp_path, 3) == History([1.0, 2.0], skipped=1)
+
+
+def test_a_run_that_goes_on_counts_the_steps_that_were_skipped_before_it(train, monkeypatch):
+    break_samples(monkeypatch, range(9), third_is_nan)
+    train("runner.max_steps=2", "runner.max_skipped_steps=3")
+    break_samples(monkeypatch, range(9), third_is_nan)
+    with pytest.raises(UserError, match="3 steps in a row were skipped, 1 to 3"):
+        train("runner.max_steps=9", "runner.max_skipped_steps=3")
+
+
+def test_a_copy_of_a_checkpoint_beside_the_others_is_none_of_them(tmp_path):
+    for name in ("step_000000002", "step_000000002_copy", "step_000000009"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state.json").touch()
+    assert last_checkpoint(tmp_path, 5) == tmp_path / "step_000000002"
 
 
 def test_suspects_are_those_without_a_number_or_the_largest():

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 
 from rlinf_core.errors import UserError
-from rlinf_core.training.jsonl import JsonlLogger, RowFile, read_rows
+from rlinf_core.training.jsonl import JsonlLogger, RowFile, cut_back, read_rows
 
 
 @contextmanager
@@ -54,3 +54,20 @@ def test_numbers_that_are_none_are_null(tmp_path):
     logger.step(1, {"loss": float("nan"), "lr": 0.5})
     logger.close(None)
     assert json.loads((tmp_path / "rows.jsonl").read_text()) == {"step": 1, "loss": None, "lr": 0.5}
+
+
+def test_rows_that_stay_keep_their_bytes_and_a_torn_last_one_goes(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"step":1,  "x": "\\u00e9 \xc2\x85"}\n{"step": 2}\n{"st')
+    assert [row["step"] for row in read_rows(path)] == [1, 2]
+    cut_back(path, 1)
+    assert path.read_bytes() == b'{"step":1,  "x": "\\u00e9 \xc2\x85"}\n'
+
+
+@pytest.mark.parametrize("line", [b"\0\0\0", b"[]", b"7", b'{"loss": 1}', b'{"step": "1"}', b"\xff"])
+def test_a_damaged_line_is_named(tmp_path, line):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
+    for read in (read_rows, lambda path: cut_back(path, 1)):
+        with pytest.raises(UserError, match=r"rows\.jsonl: line 2 is damaged"):
+            read(path)

@@ -1,5 +1,6 @@
 """Where a run starts, and what it refuses to mix or overwrite (contract 9)."""
 
+import errno
 import os
 
 import pytest
@@ -199,9 +200,29 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_newest_whole_one(run):
         "the checkpoint step_000000008 is damaged: it has no state.json: it was never completed",
         "the checkpoint step_000000006 is damaged: the bytes of shard are not those that were written (sha256)",
         f"goes on from {folder / 'checkpoints' / 'step_000000004'}, the newest that is whole",
+        f"goes on from {folder / 'checkpoints' / 'step_000000004'}; later checkpoints are removed when the next one is "
+        "complete: step_000000006, step_000000008",
     ]
     assert (folder / "latest").read_text() == "step_000000004"
-    assert settle(run()).notes == ()
+    assert len(settle(run()).notes) == 1
+
+
+def test_a_new_run_does_not_take_anothers_checkpoints_for_its_own(run, tmp_path):
+    settings = ("runner.checkpoint_dir=" + str(tmp_path / "large"),)
+    (tmp_path / "large" / "r" / "step_000000008").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"large/r holds checkpoints of a run that is not in .*: give another runner"):
+        prepare_folder(run(*settings), overwrite=False)
+    (tmp_path / "large" / "r" / "step_000000008").rmdir()
+    assert prepare_folder(run(*settings), overwrite=False).checkpoint is None
+
+
+def test_a_folder_that_is_full_is_named(run, monkeypatch):
+    def fail(path, text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr("rlinf_core.training.resume.write_text", fail)
+    with pytest.raises(UserError, match=r"/r cannot be written: No space left on device.* Make room there"):
+        prepare_folder(run(), overwrite=False)
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_afresh(run):
@@ -287,7 +308,7 @@ def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before_as_if_nothi
             f"runner.name={name}",
             "runner.save_interval=2",
         )
-        ended = start_ranks("rlinf_core.train:main", 2, toy_site / "toy.toml", *given, *settings, paths=[toy_site])
+        ended = start_ranks("rlinf_core.train:main", 2, *given, *settings, paths=[toy_site])
         assert ended.returncode == 0, ended.stderr
         return ended.stdout, [
             (row["step"], row["loss"]) for row in read_rows(tmp_path / name / "metrics.jsonl") if "loss" in row

@@ -104,9 +104,9 @@ def train(
             if group.rank == 0:
                 print(resume.say_finished(run, start))
             return
-        group.decide(lambda: resume.leave_ready(run, start))
-        ending.belongs_to(run.folder, start.step)
         try:
+            group.decide(lambda: resume.leave_ready(run, start))
+            ending.belongs_to(run.folder, start.step)
             if group.rank == 0:
                 record_environment(run, group, plugins)
             trainer = ending.trainer = run.trainer.build(run, start=start, group=group, plugins=plugins)

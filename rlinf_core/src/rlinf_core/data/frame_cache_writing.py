@@ -296,6 +296,8 @@ _conversion: list[Conversion] = []
 
 def _become_worker(conversion: Conversion) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The process that was started hears it.
+    # The pool ends its workers by SIGTERM, which they do not hear from a server that a loader has started before.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     _conversion[:] = [conversion]
 
 

@@ -5,6 +5,7 @@ All of it follows from numbers that every rank reads of the same step, so that r
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections import deque
@@ -17,7 +18,7 @@ from rlinf_core.config.run import RunConfig, RunnerConfig
 from rlinf_core.errors import UserError
 from rlinf_core.training.jsonl import FILE as METRICS
 from rlinf_core.training.jsonl import RowFile, cut_back, read_rows
-from rlinf_core.training.position import STATE
+from rlinf_core.training.position import NAMES, STATE
 
 FILE = "anomalies.jsonl"
 WINDOW = 100
@@ -83,17 +84,30 @@ class Spikes:
         return statistics.median(self._window) if self._window else math.nan
 
 
+@dataclass(frozen=True)
+class History:
+    """The last steps of a run before the one with which it goes on."""
+
+    losses: Sequence[float] = ()
+    """Of those that were not skipped."""
+    skipped: int = 0
+    """How many of the very last were skipped in a row."""
+
+
+NOTHING = History()
+
+
 class Guard:
     """Finds what is odd about steps, and ends the run when too many in a row were skipped.
 
     Args:
         settings: `[runner]`.
-        losses: See `Spikes`.
+        before: The steps before, the same on every rank.
     """
 
-    def __init__(self, settings: RunnerConfig, losses: Iterable[float] = ()) -> None:
-        self._spikes, self._limit = Spikes(settings.spike_threshold, losses), settings.max_skipped_steps
-        self._in_a_row = 0
+    def __init__(self, settings: RunnerConfig, before: History = NOTHING) -> None:
+        self._spikes, self._limit = Spikes(settings.spike_threshold, before.losses), settings.max_skipped_steps
+        self._in_a_row = before.skipped
 
     def see(self, metrics: Mapping[str, float]) -> Anomaly | None:
         """What is odd about the next step, of which these are the metrics."""
@@ -126,14 +140,16 @@ class Guard:
 
 def last_checkpoint(folder: Path, step: int) -> Path | None:
     """The newest complete checkpoint in a folder after at most so many steps."""
-    paths = (path.parent for path in folder.glob(f"step_*/{STATE}"))
+    paths = (path.parent for path in folder.glob(f"{NAMES}/{STATE}"))
     return max((path for path in paths if int(path.name.removeprefix("step_")) <= step), default=None)
 
 
-def usual_losses(folder: Path, step: int) -> list[float]:
-    """The losses of the last steps of a run before a step, from its metrics: what a run that goes on compares with."""
-    rows = [row for row in read_rows(folder / METRICS) if row["step"] <= step and not row.get("skipped")]
-    return [row["loss"] for row in rows if row.get("loss") is not None][-WINDOW:]
+def read_history(folder: Path, step: int) -> History:
+    """The last steps of a run up to a step, from its metrics; validations are none."""
+    rows = [row for row in read_rows(folder / METRICS) if row["step"] <= step and "loss" in row]
+    losses = [row["loss"] for row in rows if not row.get("skipped") and row["loss"] is not None]
+    skipped = itertools.takewhile(lambda row: row.get("skipped"), reversed(rows))
+    return History(losses[-WINDOW:], sum(1 for _ in skipped))
 
 
 @dataclass(frozen=True)

@@ -16,16 +16,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint.state_dict_loader import load as read_shards
 
 from rlinf_core.config.run import RunConfig
 from rlinf_core.errors import UserError
-from rlinf_core.files import write_text
 from rlinf_core.training.distributed import Processes
-from rlinf_core.training.position import STATE, Position, State, dump_state, read_state
+from rlinf_core.training.position import Position
 from rlinf_core.training.resume import Start
-from rlinf_core.training.saving import THREAD, Keep, Place, SaveError, Writers, name_best, write_checkpoint
-from rlinf_core.training.shards import ShardReader
+from rlinf_core.training.saving import THREAD, Keep, Place, SaveError, Writers, restate, write_checkpoint
 from rlinf_core.training.staging import Staging
 
 ASK_AGAIN = 0.2
@@ -112,6 +109,7 @@ class Checkpoints:
     def _touch(self) -> None:
         try:
             if self._staging is not None:
+                _use(self._device)
                 self._staging.touch()
         except BaseException as error:  # Raised again by the first save.
             self._untouched = error
@@ -136,7 +134,7 @@ class Checkpoints:
         if self._untouched is not None:
             raise self._untouched
         tensors = self._staging.copy(self._tensors) if self._staging is not None else self._tensors
-        self._pending = _Pending(self._device, self._place, position, tensors, self._writers, best)
+        self._pending = _Pending(self._device, self._place, position, tensors, self._writers, best, self._last_good)
         if self._staging is None or self._failures:
             self.wait(left)
         stall = self._stall = time.perf_counter() - started
@@ -228,9 +226,7 @@ class Checkpoints:
 
     def restate(self, position: Position, best: str) -> None:
         """Correct what the checkpoint of a position says of validations: one was made up for. Called on rank 0."""
-        path = self._place.path(position.step)
-        write_text(path / STATE, dump_state(State(position, read_state(path).files)))
-        name_best(self._place, best)
+        restate(self._place, position, best)
 
 
 class _Pending:
@@ -244,23 +240,26 @@ class _Pending:
         tensors: Mapping[str, torch.Tensor],
         writers: Writers,
         best: str,
+        before: str,
     ) -> None:
         self.path = place.path(position.step)
         self.stall_seconds = 0.0
         self.failure = ""
         self.error: BaseException | None = None
         self._write_seconds, self._bytes = 0.0, 0
-        self._device, self._place, self._position, self._best = device, place, position, best
+        self._device, self._place, self._position = device, place, position
         self._tensors, self._writers = tensors, writers
+        self._best, self._before = best, before
         self.thread = threading.Thread(target=self._write, name=THREAD + self.path.name, daemon=True)
         self.thread.start()
 
     def _write(self) -> None:
         started = time.perf_counter()
         try:
-            if self._device.type == "cuda":
-                torch.cuda.set_device(self._device)  # A thread begins on the first one.
-            self._bytes = write_checkpoint(self._place, self._position, self._tensors, self._writers, best=self._best)
+            _use(self._device)
+            self._bytes = write_checkpoint(
+                self._place, self._position, self._tensors, self._writers, best=self._best, before=self._before
+            )
         except SaveError as error:
             self.failure = str(error)
         except BaseException as error:  # Raised again by the thread that waits.
@@ -274,48 +273,7 @@ class _Pending:
         return Saved(self._position.step, self.path, best, bytes=self._bytes, failure=self.failure, **times)
 
 
-def load(path: Path, tensors: Mapping[str, torch.Tensor], here: Position) -> Position:
-    """Load a checkpoint into the given tensors, on any number of ranks; called on every rank.
-
-    Args:
-        path: The checkpoint.
-        tensors: What to load, by name.
-        here: What this run would say of itself at that step.
-
-    Raises:
-        UserError: If the checkpoint is of another model, or its position is one in other data.
-    """
-    position = read_state(path).position
-    if position.rows != here.rows:
-        raise UserError(
-            f"{path} was saved while training on {position.rows} rows, but the training split now has {here.rows}: "
-            "the dataset has changed, so the run cannot go on where it was. Restore the dataset, or use another "
-            "runner.name."
-        )
-    if position.data and here.data and position.data != here.data:
-        raise UserError(
-            f"{path} was saved while training on other rows than the training split now has: the dataset, or how "
-            "samples are made of it, has changed, so the run cannot go on where it was. Restore it, or use another "
-            "runner.name."
-        )
-    if position.layout != here.layout:
-        raise UserError(
-            f"{path} was saved by a model of another layout ({position.layout}; this one is {here.layout}): "
-            "the policy's sizes or the version of its plugin differ."
-        )
-    if (position.epoch, position.sample) != (here.epoch, here.sample):
-        raise UserError(
-            f"{path} stands at sample {position.sample} of epoch {position.epoch}, which with this "
-            f"trainer.global_batch_size is not where step {position.step} ends (sample {here.sample} of epoch "
-            f"{here.epoch}): the data would go on elsewhere. Keep the batch size, or use another runner.name."
-        )
-    reader = ShardReader(path)
-    missing = sorted(set(tensors) - set(reader.read_metadata().state_dict_metadata))
-    if missing:
-        raise UserError(
-            f"{path} does not hold {missing[0]}{f' and {len(missing) - 1} more' * (len(missing) > 1)}, which this "
-            "config trains or averages: optim.ema_decay, or what the policy freezes, has changed. Restore the "
-            "config, or use another runner.name."
-        )
-    read_shards(dict(tensors), storage_reader=reader)
-    return position
+def _use(device: torch.device) -> None:
+    """What this thread does with CUDA, it does on the process's own device: threads begin on the first one."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)

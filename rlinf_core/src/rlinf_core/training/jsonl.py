@@ -7,7 +7,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from io import FileIO
 from pathlib import Path
 from typing import Any, Literal
@@ -115,16 +115,30 @@ class JsonlLogger:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; a last line torn by a crash is left out."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    """The rows of a file of them; a last line torn by a crash is left out.
+
+    Raises:
+        UserError: Another line is no row.
+    """
+    return [row for _, row in _lines(path)]
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Whole lines, and the row in each."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith(b"\n"):
+            return
+        try:
+            row = json.loads(line)
+            row["step"] + 0
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise UserError(f"{path}: line {number} is damaged, no row with a step. Remove that line") from error
+        yield line, row
 
 
 def cut_back(path: Path, step: int) -> None:
     """Drop rows after `step` (contract 9); the rows that stay keep their bytes."""
     if not path.exists():
         return
-    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    kept = [line for line in lines if json.loads(line)["step"] <= step]
-    write_text(path, "".join(kept))
+    write_text(path, b"".join(line for line, row in _lines(path) if row["step"] <= step).decode())

@@ -12,31 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlinf_core.config.load import diff_tables, dump_config, read_toml
+from rlinf_core.config.load import dump_config
 from rlinf_core.config.run import RunConfig
 from rlinf_core.errors import UserError
-from rlinf_core.files import find_obstacle, write_text
+from rlinf_core.files import find_obstacle, write_text, writing
+from rlinf_core.training.changes import Change, describe_changes, find_changes, may_change
 from rlinf_core.training.integrity import find_damage, newest_whole
-from rlinf_core.training.position import Position, step_name
+from rlinf_core.training.position import NAMES, Position, step_name
 
 if TYPE_CHECKING:
     from rlinf_core.training.distributed import Processes
-
-MAY_CHANGE = frozenset(
-    {
-        *("cluster", "data.num_workers", "data.cache_dir"),
-        *("runner.max_steps", "runner.max_epochs", "runner.save_interval", "runner.keep_last", "runner.save_best"),
-        *("runner.keep_every", "runner.async_save", "runner.checkpoint_dir", "runner.checkpoint_rename"),
-        *("runner.val_check_interval", "runner.val_samples", "runner.best_metric"),
-        *("runner.early_stop_patience", "runner.early_stop_min_delta"),
-        *("runner.resume", "runner.output_dir", "runner.loggers"),
-        *("runner.max_skipped_steps", "runner.spike_threshold", "runner.profile", "trainer.timeout_seconds"),
-        *("trainer.device", "trainer.micro_batch_size", "trainer.min_unit_size", "trainer.num_replicas"),
-        *("trainer.reshard_after_forward", "trainer.reduce_every_micro_batch", "trainer.activation_checkpointing"),
-        *("trainer.compile", "trainer.cpu_offload", "trainer.ema_device"),
-    }
-)
-"""Keys and tables that may differ when a run goes on: they change a step by no more than rounding."""
 
 
 @dataclass(frozen=True)
@@ -131,16 +116,18 @@ def find_start(
     metrics = folder / "metrics.jsonl"
     changes: list[Change] = []
     if newest or (metrics.exists() and metrics.stat().st_size):
-        changes = _changes(run, saved, allow_change=allow_change)
+        changes = find_changes(run, saved, allow_change=allow_change)
     if newest is None:
+        if not holds_something:
+            _refuse_foreign(run)
         return Start()
     checkpoint, position = newest
     return Start(
         position.step,
         checkpoint,
         finished=_is_finished(run, position),
-        notes=(*_describe_changes(changes), *_describe_damage(bad, checkpoint)),
-        changed=any(not _may_change(key) for key, _, _ in changes),
+        notes=(*describe_changes(changes), *_describe_damage(bad, checkpoint), *_describe_left(checkpoint)),
+        changed=any(not may_change(key) for key, _, _ in changes),
     )
 
 
@@ -211,12 +198,16 @@ def leave_ready(run: RunConfig, start: Start) -> None:
     """Leave the folder ready for a run that starts there, with `config.toml` in it. Called on rank 0.
 
     A config that changes what a step computes is recorded by `confirm`: it may turn out that it cannot go on.
+
+    Raises:
+        UserError: It cannot be written to.
     """
-    run.folder.mkdir(parents=True, exist_ok=True)
-    if not start.changed:
-        write_text(run.folder / "config.toml", dump_config(run))
-    if start.checkpoint is not None:
-        write_text(run.folder / "latest", start.checkpoint.name)
+    with writing(run.folder, "Make room there, or name another runner.output_dir"):
+        run.folder.mkdir(parents=True, exist_ok=True)
+        if not start.changed:
+            write_text(run.folder / "config.toml", dump_config(run))
+        if start.checkpoint is not None:
+            write_text(run.folder / "latest", start.checkpoint.name)
 
 
 def _is_finished(run: RunConfig, position: Position) -> bool:
@@ -242,7 +233,7 @@ def _move_aside(folder: Path) -> Path:
 def put_back(run: RunConfig, start: Start) -> None:
     """Undo `--overwrite`: the successor never came to train. Called on rank 0."""
     if start.replaced:
-        shutil.rmtree(run.folder)
+        shutil.rmtree(run.folder, ignore_errors=True)  # It may not even be there.
         start.replaced.rename(run.folder)
 
 
@@ -263,38 +254,22 @@ def confirm(run: RunConfig, start: Start) -> None:
             shutil.rmtree(run.checkpoints)
 
 
-Change = tuple[str, object, object]
-"""A key, its value before, and its value now."""
-
-
-def _changes(run: RunConfig, saved: Path, *, allow_change: bool) -> list[Change]:
-    """What differs from the config that the run was made with so far."""
-    changes = diff_tables(read_toml(saved), read_toml(dump_config(run)))
-    if not allow_change and any(not _may_change(key) for key, _, _ in changes):
-        lines = "\n".join(_lines(changes))
-        raise UserError(
-            f"{run.folder} holds a run with another config:\n{lines}\n"
-            "Continue it with its own config, give another runner.name, --allow-change to go on with this one from "
-            "where it stands, or --overwrite to remove it and start afresh."
-        )
-    return changes
-
-
-def _may_change(key: str) -> bool:
-    return bool({key, key.split(".")[0]} & MAY_CHANGE)
-
-
-def _lines(changes: list[Change]) -> list[str]:
-    return [
-        f"  {key}: {before!r} -> {after!r}{'' if _may_change(key) else ' (changes what a step computes)'}"
-        for key, before, after in changes
-    ]
-
-
-def _describe_changes(changes: list[Change]) -> list[str]:
-    return ["goes on with another config:", *_lines(changes)] if changes else []
-
-
 def _describe_damage(damaged: Mapping[str, str], used: Path) -> list[str]:
     notes = [f"warning: the checkpoint {name} is damaged: {why}" for name, why in sorted(damaged.items(), reverse=True)]
     return [*notes, f"warning: goes on from {used}, the newest that is whole"] if notes else []
+
+
+def _describe_left(used: Path) -> list[str]:
+    """What becomes of later checkpoints where a run goes on from an earlier one."""
+    later = sorted(path.name for path in used.parent.glob(NAMES) if path.name > used.name)
+    gone = f"later checkpoints are removed when the next one is complete: {', '.join(later)}"
+    return [f"goes on from {used}; {gone}"] if later else []
+
+
+def _refuse_foreign(run: RunConfig) -> None:
+    """Raise `UserError` where a run that begins would take the checkpoints of another one for its own."""
+    if any(run.checkpoints.glob(NAMES)):
+        raise UserError(
+            f"{run.checkpoints} holds checkpoints of a run that is not in {run.folder}: give another runner.name or "
+            "runner.checkpoint_dir, or remove that folder."
+        )

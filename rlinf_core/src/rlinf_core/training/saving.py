@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,7 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import save as write_shards
 
 from rlinf_core.files import sync_folder, write_text
-from rlinf_core.training.position import NAMES, STATE, FileSum, Position, State, dump_state, step_name
+from rlinf_core.training.position import NAMES, STATE, FileSum, Position, State, dump_state, read_state, step_name
 from rlinf_core.training.shards import Planner, ShardWriter
 
 THREAD = "save "
@@ -130,7 +131,13 @@ def _in_words(error: BaseException) -> str:
 
 
 def write_checkpoint(
-    place: Place, position: Position, tensors: Mapping[str, torch.Tensor], writers: Writers, *, best: str = ""
+    place: Place,
+    position: Position,
+    tensors: Mapping[str, torch.Tensor],
+    writers: Writers,
+    *,
+    best: str = "",
+    before: str = "",
 ) -> int:
     """Write a checkpoint; called on every rank, in the same order of checkpoints.
 
@@ -140,6 +147,7 @@ def write_checkpoint(
         tensors: What to save; nobody changes them meanwhile.
         writers: All ranks.
         best: The checkpoint that the file `best` shall name; empty: there is none.
+        before: The run's checkpoint before this one; empty: there is none.
 
     Returns:
         Its size in bytes, on rank 0; elsewhere 0.
@@ -155,6 +163,7 @@ def write_checkpoint(
     except SaveError:
         writers.first(lambda: shutil.rmtree(aside, ignore_errors=True))
         raise
+    writers.first(lambda: _remove_others(place, place.path(position.step).name, before, best))
     return sum(entry.bytes for entry in files.values())
 
 
@@ -178,21 +187,42 @@ def _complete(place: Place, position: Position, files: Mapping[str, FileSum], be
             shutil.rmtree(path)
         aside.rename(path)
     else:
-        with (path / STATE).open("w", encoding="utf-8") as file:
-            file.write(state)
-            file.flush()
-            os.fsync(file.fileno())
+        _write_in_place(path / STATE, state)
     sync_folder(place.checkpoints)
     name_best(place, best)
     write_text(place.folder / "latest", path.name)
-    # Later ones, left by somebody who set `latest` back, are not this run's to remove.
-    old = [other for other in place.checkpoints.glob(NAMES) if other.name <= path.name]
-    complete = [other.name for other in old if (other / STATE).exists()]
-    kept = set(complete) - set(place.keep.superfluous(complete, best))
-    for other in old:
+
+
+def _write_in_place(file: Path, text: str) -> None:
+    with file.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _remove_others(place: Place, name: str, before: str, best: str) -> None:
+    """Remove what need not stay now that a checkpoint is complete; what cannot be removed is told, and no failure.
+
+    After the checkpoint before, this run has no other than this one. What else is there was left when the run went on
+    from an earlier one, and must not be taken for its own once it has come past.
+    """
+    others = [other for other in place.checkpoints.glob(NAMES) if other.name != name]
+    complete = [other.name for other in others if other.name <= before and (other / STATE).exists()]
+    kept = set(complete) - set(place.keep.superfluous([*complete, name], best))
+    for other in others:
         if other.name not in kept:
-            (other / STATE).unlink(missing_ok=True)  # First, so that what is left is no checkpoint.
-            shutil.rmtree(other)
+            try:
+                (other / STATE).unlink(missing_ok=True)  # First, so that what is left is no checkpoint.
+                shutil.rmtree(other)
+            except OSError as error:
+                print(f"warning: {other} cannot be removed: {_in_words(error)}", file=sys.stderr, flush=True)
+
+
+def restate(place: Place, position: Position, best: str) -> None:
+    """Correct what the checkpoint of a position says of validations. Called on rank 0."""
+    path = place.path(position.step)
+    (write_text if place.rename else _write_in_place)(path / STATE, dump_state(State(position, read_state(path).files)))
+    name_best(place, best)
 
 
 def name_best(place: Place, best: str) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from rlinf_core.config.run import RunConfig, RunSource
+from rlinf_core.data.chunked import chunks_of
 from rlinf_core.data.lerobot import LeRobotSource
+from rlinf_core.data.loader import TrainLoader, build_train_loader
 from rlinf_core.data.mixture import Source
 from rlinf_core.data.pipeline import build_pipeline
 from rlinf_core.data.probe import probe
@@ -31,6 +33,26 @@ def _open(source: RunSource, plugins: Plugins, split: Split) -> SampleSource:
         if not len(rows):
             raise UserError(f"the dataset {source.run.data.config_name!r} has no rows for {split}")
         return rows
+
+
+def open_loader(
+    run: RunConfig, sources: Sequence[Source], group: Processes, start_step: int, stop_step: int
+) -> TrainLoader:
+    """This rank's micro batches from the step after `start_step` to `stop_step`."""
+    return build_train_loader(
+        sources,
+        run.policy,
+        seed=run.seed,
+        global_batch_size=run.trainer.global_batch_size,
+        micro_batch_size=run.trainer.micro_batch_size,
+        rank=group.rank,
+        world_size=group.size,
+        start_step=start_step,
+        stop_step=stop_step,
+        num_workers=run.data.num_workers,
+        pin_memory=group.device.type == "cuda",
+        chunks=chunks_of(run.data),
+    )
 
 
 def made_of(run: RunConfig, rows: Sequence[SampleSource]) -> str:

@@ -16,18 +16,18 @@ import torch
 from rlinf_core.config.fsdp2 import Fsdp2TrainerConfig
 from rlinf_core.config.run import RunConfig
 from rlinf_core.data.chunked import check_streams, chunks_of
-from rlinf_core.data.loader import build_train_loader
 from rlinf_core.data.order import check_batch, steps_per_epoch
 from rlinf_core.errors import Interrupted
 from rlinf_core.plugins import Plugins
 from rlinf_core.training import sources
-from rlinf_core.training.anomalies import Guard, usual_losses
+from rlinf_core.training.anomalies import Guard, read_history
 from rlinf_core.training.build import build_ema, build_optimizer, build_policy, open_weights
-from rlinf_core.training.checkpoint import Checkpoints, load
+from rlinf_core.training.checkpoint import Checkpoints
 from rlinf_core.training.distributed import Processes
 from rlinf_core.training.failures import in_words
 from rlinf_core.training.flight import Watch
 from rlinf_core.training.fsdp import layout
+from rlinf_core.training.loading import load
 from rlinf_core.training.position import Position, step_name
 from rlinf_core.training.profiling import Profile
 from rlinf_core.training.reports import StepReports
@@ -81,7 +81,7 @@ class Fsdp2Trainer:
         self._watch = Watch(run.folder, group.rank, run.trainer.timeout_seconds, beside_nccl=on_cuda)
         self._profile = Profile(run.folder, run.runner.profile if first else (), group.device, self._tell)
         self._stragglers = Stragglers(group)
-        self._loader = self._open_loader()
+        self._loader: Any = sources.open_loader(run, self.sources, group, self.step, self.stop_step)
         throughput = Throughput(run, self.policy, group, self._tell)
         self._compute = TrainStep(
             run,
@@ -99,7 +99,7 @@ class Fsdp2Trainer:
             group,
             self._loader.dataset,
             start_step=start.step,
-            guard=Guard(run.runner, usual_losses(run.folder, start.step) if first else ()),
+            guard=Guard(run.runner, group.decide(lambda: read_history(run.folder, start.step))),
             stragglers=self._stragglers,
             watch=self._watch,
             throughput=throughput,
@@ -288,19 +288,3 @@ class Fsdp2Trainer:
             "ema": self.ema.state_dict() if self.ema else {},
         }
         return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
-
-    def _open_loader(self) -> Any:
-        return build_train_loader(
-            self.sources,
-            self.run.policy,
-            seed=self.run.seed,
-            global_batch_size=self._config.global_batch_size,
-            micro_batch_size=self._config.micro_batch_size,
-            rank=self._group.rank,
-            world_size=self._group.size,
-            start_step=self.step,
-            stop_step=self.stop_step,
-            num_workers=self.run.data.num_workers,
-            pin_memory=self._group.device.type == "cuda",
-            chunks=chunks_of(self.run.data),
-        )
