@@ -76,10 +76,11 @@ class Ending:
                 _marker().touch()
             return self._record(Exit.USER_ERROR, "mistake", str(error))
         except RunFault as error:
-            self._say_once(error)
-            return self._record(Exit.DEFECT, "defect", str(error))
+            return self._record_fault(error)
         except KeyboardInterrupt as error:
-            return self._record_stop(error)
+            # torchrun ends the others once a rank has failed: a signal on top of a fault is not what ended the run.
+            fault = _fault_before(error)
+            return self._record_fault(fault) if fault else self._record_stop(error)
         except BaseException as error:
             if stop := self._stop_on_its_way():
                 return self._record_stop(stop)
@@ -87,6 +88,10 @@ class Ending:
             self._record(Exit.DEFECT, "defect", f"{type(error).__name__}: {error}{notes}")
             raise
         return self._record(Exit.OK, "finished", "")
+
+    def _record_fault(self, fault: RunFault) -> int:
+        self._say_once(fault)
+        return self._record(Exit.DEFECT, "defect", str(fault))
 
     def _leave(self, number: int, _: FrameType | None) -> None:
         """A signal before there is anything to save; a trainer that can save catches the signal itself."""
@@ -126,8 +131,16 @@ class Ending:
         if self.folder and (reason == "mistake" or (first and (self.rank == 0 or reason == "defect"))):
             end: dict[str, Any] = {"code": int(code), "reason": reason, "message": printable(message)}
             end |= {"step": self.step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-            write_text(self.folder / FILE, json.dumps(end, indent=1) + "\n")
+            write_text(self.folder / FILE, json.dumps(end, indent=1) + "\n", writer=f"rank_{self.rank}")
         return code
+
+
+def _fault_before(error: BaseException) -> RunFault | None:
+    """The fault that was being dealt with when this was raised."""
+    context = error.__context__
+    while context is not None and not isinstance(context, RunFault):
+        context = context.__context__
+    return context
 
 
 def _marker() -> Path:

@@ -9,9 +9,15 @@ from pathlib import Path
 from rlinf_core.errors import UserError
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file aside, sync it, and rename it: readers see the old or the new content, never half of it."""
-    aside = path.with_name(f".{path.name}.tmp")
+def write_text(path: Path, text: str, *, writer: str = "") -> None:
+    """Write a file aside, sync it, and rename it: readers see the old or the new content, never half of it.
+
+    Args:
+        path: The file.
+        text: What it shall hold.
+        writer: Who writes, in a word, where several processes may do so at once.
+    """
+    aside = path.with_name(f".{path.name}.{writer}{'.' * bool(writer)}tmp")
     with aside.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

@@ -26,6 +26,7 @@ EARLIER = 0.9
 COLLECTIVES = 2000
 """The last ones that NCCL remembers."""
 TIMED_OUT = re.compile(r"timed out|timeout", re.IGNORECASE)
+BROKEN = re.compile(r"connection (closed|reset)|broken pipe|remote process exited|pair closure", re.IGNORECASE)
 OF_A_COLLECTIVE = re.compile(r"gloo|nccl|c10d|store|waiting \d+ms", re.IGNORECASE)
 
 
@@ -109,9 +110,17 @@ class Watch:
         print(f"warning: {head}; its stack is in {self.file}", file=sys.stderr, flush=True)
 
     def explain(self, error: BaseException) -> RunFault | None:
-        """What to say instead of a backend's words, where an error is a collective that timed out; else None."""
+        """What to say instead of a backend's words, where a collective timed out or a rank has gone; else None."""
         text = str(error)
-        if not (isinstance(error, RuntimeError) and TIMED_OUT.search(text) and OF_A_COLLECTIVE.search(text)):
+        if not (isinstance(error, RuntimeError) and OF_A_COLLECTIVE.search(text)):
+            return None
+        if BROKEN.search(text):
+            return RunFault(
+                f"rank {self.rank} lost the connection to another rank in step {self.step} ({self.phase}): that "
+                "process has ended, or its machine is gone; what it said last, if anything, tells why. The same "
+                "command continues from the last checkpoint"
+            )
+        if not TIMED_OUT.search(text):
             return None
         return RunFault(
             f"rank {self.rank} waited for the other ranks in step {self.step} ({self.phase}) for longer than "

@@ -45,7 +45,6 @@ class Fsdp2Trainer:
     def __init__(
         self, run: RunConfig, config: Fsdp2TrainerConfig, *, start: Start, group: Processes, plugins: Plugins
     ) -> None:
-        self.run = run
         self.step = start.step
         self._config, self._group, self._plugins = config, group, plugins
         config.check_ranks(group.size)
@@ -53,7 +52,9 @@ class Fsdp2Trainer:
         check_streams(chunks_of(run.data), group.size)
         with group.first_on_each_machine():  # They may have to be downloaded.
             rows = sources.open_training_rows(run, plugins)
+            run, self._data_layout = sources.know_data(run, plugins)
             weights = None if start.checkpoint else open_weights(run)
+        self.run = run
         self._rows, self._data = sum(map(len, rows)), sources.made_of(run, rows)
         self._steps_per_epoch = steps_per_epoch(self._rows, config.global_batch_size)
         self.stop_step = run.runner.stop_step(self._steps_per_epoch)
@@ -128,7 +129,8 @@ class Fsdp2Trainer:
             error = Interrupted(received, self.step) if received else None
         except BaseException as e:
             error = in_words(e, self._watch, self._config, self._group, self._parameters, self._tensors())
-            self._abandon_saving(error)
+            with stop_signals():  # torchrun's, once another rank has ended: what is being written may still be saved.
+                self._abandon_saving(error)
             if error is e:
                 raise
             raise error from e
@@ -278,6 +280,7 @@ class Fsdp2Trainer:
             validated=self._validated,
             best=self._best,
             data=self._data,
+            data_layout=self._data_layout,
         )
 
     def _tensors(self) -> dict[str, torch.Tensor]:
