@@ -170,7 +170,7 @@ def test_videos(reader, film, damage):
 
 
 def test_pictures():
-    from rlinf_core.data.parquet_images import decode
+    from rlinf_core.data.pictures import decode
 
     whole = []
     for kind in ("PNG", "JPEG", "BMP", "GIF", "TIFF"):

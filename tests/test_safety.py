@@ -24,7 +24,8 @@ from rlinf_core import cli
 from rlinf_core.commands.output import print_table, print_text
 from rlinf_core.config.load import load_config
 from rlinf_core.data.lerobot import open_lerobot
-from rlinf_core.data.parquet_images import decode, picture_batches
+from rlinf_core.data.parquet_images import picture_batches
+from rlinf_core.data.pictures import decode
 from rlinf_core.data.video import open_video
 from rlinf_core.datasets import LeRobotDatasetConfig
 from rlinf_core.errors import Exit, UserError

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from rlinf_core.data.damage import Finding, Kind
 from rlinf_core.data.lerobot_columns import picture_size
 from rlinf_core.data.lerobot_metadata import Metadata
-from rlinf_core.data.parquet_images import decode, picture_batches
+from rlinf_core.data.parquet_images import picture_batches
+from rlinf_core.data.pictures import decode
 from rlinf_core.data.video import VideoReader, open_video
 from rlinf_core.errors import UserError
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from rlinf_core.data.batch_memory import batch_tensor
 from rlinf_core.data.chunked import ChunkedEpoch, ChunkedOrder, Chunks, check_streams
 from rlinf_core.data.encoding import add_draws, encode_rows, read_rows
 from rlinf_core.data.micro_batches import MicroBatches
@@ -32,7 +33,7 @@ class Part(NamedTuple):
     pickled: bytes
     """The samples without their large arrays."""
     arrays: torch.Tensor
-    """uint8, those arrays one after the other: torch passes it on in shared memory."""
+    """uint8, those arrays one after the other, in shared memory."""
     stops: list[int]
     """Where in it each of them ends."""
 
@@ -146,14 +147,14 @@ def _size(value: Any) -> int:
 
 
 def pack(places: list[int], samples: list[Sample]) -> Part:
-    """Put the arrays of samples into one block, which is copied once and then mapped by the receiver."""
+    """Put the arrays of samples into one block, in memory that the receiver has mapped."""
     buffers: list[pickle.PickleBuffer] = []
     pickled = pickle.dumps(samples, protocol=5, buffer_callback=buffers.append)
     raws = [buffer.raw() for buffer in buffers]
     # Aligned, as arrays of floats are to be read where they lie.
     sizes = [-(-raw.nbytes // 64) * 64 for raw in raws]
     starts = np.cumsum([0, *sizes])
-    arrays = torch.empty(int(starts[-1]), dtype=torch.uint8)
+    arrays = batch_tensor((int(starts[-1]),), torch.uint8)
     target, stops = arrays.numpy(), []
     for start, raw in zip(starts.tolist(), raws, strict=False):
         target[start : start + raw.nbytes] = np.frombuffer(raw, np.uint8)

@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 from rlinf_core.data.lerobot import LeRobotSource
 from rlinf_core.data.lerobot_columns import picture_size
 from rlinf_core.data.lerobot_metadata import Metadata
-from rlinf_core.data.parquet_images import cache_folder, decode
+from rlinf_core.data.parquet_images import cache_folder
+from rlinf_core.data.pictures import decode
 from rlinf_core.data.sample import Row
 from rlinf_core.data.transforms import Transform
 from rlinf_core.datasets import LeRobotDatasetConfig

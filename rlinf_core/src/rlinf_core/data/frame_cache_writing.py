@@ -28,7 +28,7 @@ from PIL import Image
 from rlinf_core.data.encoding import read_rows
 from rlinf_core.data.frame_cache import POSITIONS, Frame, Manifest, Part, Place, hash_of, picture_files, plain, resized
 from rlinf_core.data.lerobot import LeRobotSource
-from rlinf_core.data.parquet_images import decode
+from rlinf_core.data.pictures import decode
 from rlinf_core.errors import UserError
 from rlinf_core.files import find_obstacle, write_text, writing
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from rlinf_core.data.batch_memory import hand_over, keep_memory
 from rlinf_core.data.chunked import Chunks
 from rlinf_core.data.chunked_batches import ChunkedMicroBatches
 from rlinf_core.data.micro_batches import MicroBatches
@@ -93,10 +94,10 @@ def build_train_loader(
         batches,
         sampler=range(start_step * scale, stop_step * scale),
         batch_size=None,
-        collate_fn=_as_it_is,
+        collate_fn=hand_over,
         num_workers=num_workers,
         multiprocessing_context=_worker_context() if num_workers else None,
-        worker_init_fn=_leave_signals_to_the_run if num_workers else None,
+        worker_init_fn=_become_worker if num_workers else None,
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory and parts == 1,  # Parts are pinned once they are a batch.
         generator=torch.Generator(),  # Else the loader draws from the process's own and shifts its numbers.
@@ -121,7 +122,12 @@ def _worker_context() -> Any:
     return context
 
 
-def _leave_signals_to_the_run(_: int) -> None:
+def _become_worker(_: int) -> None:
+    keep_memory()
+    _leave_signals_to_the_run()
+
+
+def _leave_signals_to_the_run() -> None:
     """Obey the training process only: Ctrl-C and a scheduler's SIGTERM reach the workers as well, but a run that was
     asked to stop needs them until its step is done.
     """
@@ -138,10 +144,6 @@ def _obey_the_run() -> None:
     while run and signal.sigwaitinfo({signal.SIGTERM}).si_pid != run.pid:
         pass
     os._exit(1)
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
 
 
 def _pinned(value: Any) -> Any:

@@ -10,25 +10,19 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import itertools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from PIL import Image
 
-from rlinf_core.data.video import MOST_PIXELS
+from rlinf_core.data.pictures import decode
 from rlinf_core.errors import UserError
 from rlinf_core.outside import path_inside
-
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
-"""Pillow knows forty more, one of which starts a program: they are no recordings of a camera."""
 
 
 class ParquetImages:
@@ -56,44 +50,6 @@ class ParquetImages:
         """
         value = self._table[column][row]
         return decode(value.as_buffer() if value.is_valid else None, f"{self._path}: row {row} of {column!r}")
-
-
-def decode(data: Any, what: str, *, deep: bool = False) -> NDArray[np.uint8]:
-    """A picture from the bytes of a PNG or JPEG file.
-
-    Args:
-        data: The bytes; None where there are none.
-        what: Begins error messages.
-        deep: Take a channel of 16 or more bits too, of which only the size comes out right.
-
-    Returns:
-        uint8 [height, width, 3] RGB.
-
-    Raises:
-        UserError: There are no bytes, or they are no picture, or one of 16 bits a channel.
-    """
-    if data is None:
-        raise UserError(
-            f"{what} holds no picture, and the file that it may name is not in the dataset: write the dataset with "
-            "embedded images"
-        )
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if image.width * image.height > MOST_PIXELS:
-                raise UserError(
-                    f"{what} claims a picture of {image.width} x {image.height} pixels; up to {MOST_PIXELS} in all are "
-                    "read. Record, convert or download it again"
-                )
-            if image.mode[0] in "IF" and not deep:  # Pillow cuts such numbers off at 255: all white.
-                raise UserError(
-                    f"{what} holds a picture of one channel in 16 or more bits, such as a depth map: only pictures of "
-                    "8 bits a channel are read; name another column in data.images"
-                )
-            return np.asarray(image.convert("RGB"))
-    except UserError:
-        raise
-    except Exception as e:  # Pillow raises whatever its parsers stumble over, by format.
-        raise UserError(f"{what} holds a damaged picture: {e}. Record, convert or download it again") from e
 
 
 def picture_batches(path: Path, columns: Sequence[str], root: Path) -> Iterator[pa.RecordBatch]:
