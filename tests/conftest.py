@@ -17,7 +17,7 @@ pytest_plugins = ["rlinf_core.testing", "distances"]
 
 MOST_PROCESSES = 4
 """A process of tests takes a gigabyte, and the longest file decides when more make no difference."""
-LAUNCHING = ("test_trainer_options", "test_run", "test_stopping", "test_launch", "test_text_run")
+LAUNCHING = ("test_kills", "test_trainer_options", "test_run", "test_stopping", "test_launch", "test_text_run")
 """Files whose tests start ranks: the longest, which begin first."""
 
 

@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
@@ -36,7 +38,7 @@ class Ranks:
     def __init__(self):
         self._server = None
 
-    def start(self, main, ranks, *arguments, paths=(), imports=(), **environment):
+    def start(self, main, ranks, *arguments, paths=(), imports=(), signals=(), **environment):
         """Start ranks, which see each other as under torchrun, and wait for them.
 
         Args:
@@ -45,6 +47,8 @@ class Ranks:
             arguments: For `main`.
             paths: Folders that go in front of `sys.path`.
             imports: Modules besides `PRELOAD` that all ranks need, imported once for them and those started later.
+            signals: What to send to which ranks from outside, each `{"file", "delay", "ranks", "signal"}`: so many
+                seconds after a file has appeared.
             environment: Variables over those that this process had at the first start.
 
         Returns:
@@ -61,6 +65,7 @@ class Ranks:
         }
         job = {"main": main, "ranks": ranks, "arguments": [str(one) for one in arguments]}
         job |= {"paths": [str(one) for one in paths], "imports": imports, "environment": environment}
+        job["signals"] = [one | {"file": str(one["file"])} for one in signals]
         self._server = self._server or serving()
         try:
             print(json.dumps(job), file=self._server.stdin, flush=True)
@@ -90,12 +95,12 @@ def serve():
         print(json.dumps(launch(**json.loads(line))), flush=True)
 
 
-def launch(main, ranks, arguments, paths, imports, environment):
+def launch(main, ranks, arguments, paths, imports, signals, environment):
     """Fork the ranks and wait for them; once one has failed the others are ended, as torchrun does."""
     for name in imports:
         import_module(name)
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        running, code = set(), 0
+        running, code = {}, 0
         for rank in range(ranks):
             pid = os.fork()
             if not pid:
@@ -103,15 +108,32 @@ def launch(main, ranks, arguments, paths, imports, environment):
                 sys.path[:0] = paths
                 module, _, function = main.partition(":")
                 sys.exit(getattr(import_module(module), function)(arguments))
-            running.add(pid)
+            running[rank] = pid
+        senders = [threading.Thread(target=send, args=(running,), kwargs=one, daemon=True) for one in signals]
+        for sender in senders:
+            sender.start()
         while running:
             pid, status = os.wait()
-            running.remove(pid)
+            del running[next(rank for rank, of in running.items() if of == pid)]
             if status and not code:
                 code = os.waitstatus_to_exitcode(status)
-                for other in running:
+                for other in running.values():
                     os.kill(other, signal.SIGTERM)
+        for sender in senders:
+            sender.join()
         return {"code": code} | {name: file.seek(0) or file.read() for name, file in (("out", out), ("err", err))}
+
+
+def send(running, file, delay, ranks, signal):
+    """Wait for the file, and send the signal to the ranks that are still there."""
+    while not os.path.exists(file):
+        if not running:
+            return
+        time.sleep(0.001)
+    time.sleep(delay)
+    for rank in ranks:
+        if pid := running.get(rank):
+            os.kill(pid, signal)
 
 
 def become(rank, ranks, out, err, environment):

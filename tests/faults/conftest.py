@@ -1,0 +1,45 @@
+"""What the tests of faults share: runs on real LeRobot data that end badly, and the same runs left alone."""
+
+import pytest
+from distributions import install
+from faulty import CONFIG, Runs
+
+
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="many more faults: `pytest tests/faults --long`")
+
+
+@pytest.fixture(scope="session")
+def is_long(request):
+    return request.config.getoption("--long", default=False)  # Unknown where only a folder above is named.
+
+
+@pytest.fixture(scope="session")
+def faulty_site(tmp_path_factory, image_dataset):
+    """A folder for `sys.path` with the plugin that breaks runs, and the config of these."""
+    site = tmp_path_factory.mktemp("faulty")
+    install(site, "faulty", plugins={"faulty": "faulty"}, datasets={"faulty": "faulty:FaultyData"})
+    (site / "faulty.toml").write_text(CONFIG.format(root=image_dataset.root))
+    return site
+
+
+@pytest.fixture
+def runs(faulty_site, tmp_path, start_ranks):
+    """Runs in a folder of the test's own: `Runs`."""
+    return Runs(faulty_site, tmp_path, start_ranks)
+
+
+@pytest.fixture(scope="session")
+def left_alone(faulty_site, tmp_path_factory, start_ranks):
+    """`left_alone(steps, ranks)`: the folder of a run that nothing has happened to, made once."""
+    made = {}
+
+    def left_alone(steps, ranks=2):
+        if (steps, ranks) not in made:
+            runs = Runs(faulty_site, tmp_path_factory.mktemp("alone"), start_ranks)
+            ended = runs.start(steps, ranks=ranks)
+            assert ended.returncode == 0, ended.stderr
+            made[steps, ranks] = runs.folder
+        return made[steps, ranks]
+
+    return left_alone
