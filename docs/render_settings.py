@@ -23,6 +23,7 @@ from rlinf_plugins_openpi import Pi0Config, Pi05Config
 from rlinf_plugins_openpi.config import OpenpiPolicyConfig
 from rlinf_plugins_openpi.datasets import OpenpiDatasetConfig
 from rlinf_plugins_openpi.datasets.aloha import AlohaRobotwinConfig
+from rlinf_plugins_openpi.prompting import PromptedPolicyConfig
 from rlinf_plugins_text import TextDatasetConfig, TextPolicyConfig
 
 PAGE = Path(__file__).with_name("settings.md")
@@ -74,7 +75,7 @@ PARTS = (
     Part(
         "`[policy]` of `pi0` and `pi05`",
         "Besides the keys above.",
-        [OpenpiPolicyConfig],
+        [PromptedPolicyConfig, OpenpiPolicyConfig],
         without=[Pi0Config, Pi05Config],
     ),
     Part("`[policy]` of `pi0`", "Besides the keys above.", [Pi0Config]),

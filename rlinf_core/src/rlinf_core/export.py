@@ -91,6 +91,8 @@ def export_run(
         raise UserError(f"{output} is there already: give another --output, or remove it")
     check_writable(output, NAME_OUTPUT)
     checkpoint = find_checkpoint(folder, run.runner.checkpoints_of(folder), choice, tell)
+    policy = run.policy.with_data_layout(read_position(checkpoint).data_layout)
+    run = run.model_copy(update={"policy": policy})
     tensors = read_weights(run, checkpoint, choice, plugins)
     aside = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)

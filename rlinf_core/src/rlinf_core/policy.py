@@ -91,6 +91,20 @@ class PolicyConfig(BaseModel):
         """
         return Illustration()
 
+    def data_layout(self, prompts: Iterable[str]) -> Mapping[str, Sequence[int]]:
+        """What of the module's layout follows from a run's data: a name in words -> numbers; empty: nothing.
+
+        Checkpoints keep it. A run goes on only where its data give the same.
+
+        Args:
+            prompts: The different ones of all training and held-out rows, read as they are asked for.
+        """
+        return {}
+
+    def with_data_layout(self, layout: Mapping[str, Sequence[int]]) -> PolicyConfig:
+        """The policy with what `data_layout` gave: it encodes the run's samples, builds and saves the module."""
+        return self
+
     def shown(self) -> int:
         """How many held-out samples `Policy.demonstrate` gets after each validation; 0: it is not called."""
         return 0

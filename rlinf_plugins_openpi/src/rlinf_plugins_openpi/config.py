@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import numpy as np
 from pydantic import Field, model_validator
 
-from rlinf_core import PolicyConfig, Sample, UserError
+from rlinf_core import Sample, UserError
 from rlinf_core.data.normalize import save_norm_stats
 from rlinf_core.data.sample import PACKING, Batch
 from rlinf_core.data.transforms import Transform
@@ -20,7 +20,8 @@ from rlinf_plugins_openpi.draws import draw_augmentation, draw_flow
 from rlinf_plugins_openpi.flops import training_flops
 from rlinf_plugins_openpi.freezing import Part, is_frozen
 from rlinf_plugins_openpi.parts import parameter_parts
-from rlinf_plugins_openpi.tokenizer import GEMMA_ENTRIES, SMALL_MODEL, PromptTokenizer, find_tokenizer, load_processor
+from rlinf_plugins_openpi.prompting import PromptedPolicyConfig
+from rlinf_plugins_openpi.tokenizer import GEMMA_ENTRIES, SMALL_MODEL, load_processor
 from rlinf_plugins_openpi.transforms import IMAGE_SIZE, OpenpiSample, PadToActionDim, ResizeWithPad, TokenizePrompt
 
 if TYPE_CHECKING:
@@ -34,11 +35,13 @@ NO_LORA = (
     "there is no LoRA here. All weights are trained, or fewer with "
     'policy.freeze = "vision", "vlm" or "all_but_expert", which takes the least memory'
 )
+ROWS_TO_COUNT = 1024
+"""For a plan without data: a thousand rows are 0.4 % of the embedding of `base`, and few prompts use more."""
 PREFIX_MULTIPLE = {"base": 256, "dummy": 16}
 _ADAPTERS = re.compile("lora|peft|adapter", re.IGNORECASE)
 
 
-class OpenpiPolicyConfig(PolicyConfig):
+class OpenpiPolicyConfig(PromptedPolicyConfig):
     """What π0 and π0.5 have in common: all but the prompt format, the normalisation and one flag of the model."""
 
     export_formats: ClassVar[tuple[str, ...]] = ("openpi", "lerobot")
@@ -60,13 +63,6 @@ class OpenpiPolicyConfig(PolicyConfig):
     """Numbers of a state and of an action inside the policy; the data's are filled up with zeros. Published: 32."""
     action_horizon: int = Field(default=50, ge=1)
     """Actions in a chunk, one a frame of the dataset. The dataset sets its own default."""
-    max_token_len: int = Field(ge=1)
-    """Tokens of a prompt at most; longer ones are cut."""
-    discrete_state_input: bool
-    """Whether the state stands in the prompt, as integers of 0..255."""
-    tokenizer: str = ""
-    """A sentencepiece model, PaliGemma's for published weights: a file, a folder, or a model on the hub, `owner/name`
-    with an optional `@revision` (`google/paligemma-3b-pt-224`). Empty: the small one shipped, for `dummy` only."""
     freeze: Part = "nothing"
     """What is not trained: `vision`, the image tower; `vlm`, that and the language model; `all_but_expert`, everything
     but the action expert's layers."""
@@ -101,6 +97,15 @@ class OpenpiPolicyConfig(PolicyConfig):
         return self
 
     @model_validator(mode="after")
+    def _rows_are_trained(self) -> OpenpiPolicyConfig:
+        if self.train_embedding != "all" and is_frozen("embedding.weight", self.freeze):
+            raise ValueError(
+                f'train_embedding = "{self.train_embedding}" does nothing where freeze = "{self.freeze}" keeps the '
+                "whole embedding as it is: leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _full_size_is_explicit(self) -> OpenpiPolicyConfig:
         if self.variant == "base" and not self.weights:
             raise ValueError(
@@ -122,7 +127,7 @@ class OpenpiPolicyConfig(PolicyConfig):
         """Resize, tokenise, pad. Raises `UserError` if there is no tokenizer file."""
         return (
             ResizeWithPad(IMAGE_SIZE, IMAGE_SIZE),
-            TokenizePrompt(PromptTokenizer(self._tokenizer_path, self.max_token_len), self.discrete_state_input),
+            TokenizePrompt(self._prompt_tokenizer(), self.discrete_state_input, frozenset(self._rows) or None),
             PadToActionDim(self.action_dim),
         )
 
@@ -130,21 +135,6 @@ class OpenpiPolicyConfig(PolicyConfig):
         """Noise and flow time, then (with `augment`) how the images are changed; see `draws`."""
         drawn = draw_flow(generator, self.action_horizon, self.action_dim)
         return drawn | (draw_augmentation(generator) if self.augment else {})
-
-    def describe(self, samples: Iterable[Sample]) -> Mapping[str, str]:
-        """How long the prompts are and how many are cut; those of rows, where each row's state is in its prompt."""
-        lengths: dict[object, int] = {}
-        rows = 0
-        for rows, sample in enumerate(cast("Iterable[OpenpiSample]", samples), start=1):
-            lengths[rows if self.discrete_state_input else sample["prompt"]] = sample["prompt_length"]
-        if not lengths:
-            return {}
-        cut = sum(length > self.max_token_len for length in lengths.values())
-        counted = "prompts with their states" if self.discrete_state_input else "different prompts"
-        return {
-            "prompts": f"{cut} of {len(lengths)} {counted} cut to policy.max_token_len = {self.max_token_len}, "
-            f"the longest has {max(lengths.values())} tokens; in {rows} rows from all over the training data"
-        }
 
     def illustrate(self, sample: Sample, draws: Mapping[str, Mapping[str, Any]]) -> Illustration:
         """Images changed at random, the prompt as tokens, and the masks of cameras, tokens and actions."""
@@ -165,18 +155,22 @@ class OpenpiPolicyConfig(PolicyConfig):
 
     def build(self) -> nn.Module:
         """Build the model. Raises `UserError` if the tokenizer has more entries than the model's embedding."""
+        if self.train_embedding == "used_rows" and not self._rows:
+            raise ValueError('train_embedding = "used_rows" needs to know the data: see PolicyConfig.data_layout')
         self._check_vocabulary()
         return self.build_to_count()
 
     def build_to_count(self) -> nn.Module:
-        """The same without a look at the tokenizer."""
+        """The same without a look at the tokenizer; where rows of the embedding are not known, as many as may be."""
         from rlinf_plugins_openpi.pi0 import Pi0
 
+        rows = self._rows or range(min(ROWS_TO_COUNT, self.dimensions.vocab_size))
         model = Pi0(
             self.dimensions,
             num_sampling_steps=self.num_sampling_steps,
             mask_padded_steps=self.mask_padded_steps,
             mask_padded_dims=self.mask_padded_dims,
+            embedding_rows=() if self.train_embedding == "all" else rows,
         )
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not is_frozen(name, self.freeze))
@@ -228,28 +222,34 @@ class OpenpiPolicyConfig(PolicyConfig):
             )
 
     def published_name(self, name: str) -> str:
-        """The parameter's name in openpi's PyTorch checkpoints; one of several parts, or a plugin's, keeps its own."""
+        """The parameter's name in openpi's PyTorch checkpoints; one of several parts, or a plugin's, keeps its own.
+
+        So do rows of the embedding, whose name is that of the whole.
+        """
         from rlinf_plugins_openpi.weights import published_names
+        from rlinf_plugins_openpi.weights.rows import TRAINED
 
         parts = self.published_parts(name)
-        return next(iter(parts)) if len(parts) == 1 else published_names(self.dimensions).get(name, name)
+        if len(parts) == 1 and name != TRAINED:
+            return next(iter(parts))
+        return published_names(self.dimensions).get(name, name)
 
     def published_parts(self, name: str) -> Mapping[str, int]:
         """The tensors of openpi's PyTorch checkpoints that a parameter of ours holds one below the other."""
         from rlinf_plugins_openpi.weights import published_names
+        from rlinf_plugins_openpi.weights.rows import TRAINED, WHOLE
 
         names = published_names(self.dimensions)
+        if name == TRAINED:
+            return {names[WHOLE]: len(self._rows)}
         return {names[part.name]: part.rows for part in parameter_parts(self.dimensions).get(name, ())}
-
-    def files(self) -> Mapping[str, str]:
-        """The tokenizer, unless it is the small one that is shipped."""
-        return {"tokenizer": self._tokenizer_path} if self.tokenizer else {}
 
     def save_weights(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
         """Write `model.safetensors` in openpi's PyTorch layout."""
         from rlinf_plugins_openpi.weights import save_published
+        from rlinf_plugins_openpi.weights.rows import with_trained_rows
 
-        save_published(tensors, folder / "model.safetensors", self.dimensions)
+        save_published(with_trained_rows(tensors, self._rows), folder / "model.safetensors", self.dimensions)
 
     def export(self, format: str, tensors: Mapping[str, Tensor], folder: Path, sources: Sequence[TrainedOn]) -> None:
         """Write what others' loaders read.
@@ -263,13 +263,14 @@ class OpenpiPolicyConfig(PolicyConfig):
         """
         if format == "lerobot":
             from rlinf_plugins_openpi.lerobot_export import export_lerobot
+            from rlinf_plugins_openpi.weights.rows import with_trained_rows
 
             if len(sources) > 1:
                 names = ", ".join(source.name for source in sources)
                 raise UserError(f"lerobot's format has statistics of one dataset: give --source, one of {names}")
             (source,) = sources
             assert source.stats is not None  # Both policies normalise, so the run has some.
-            export_lerobot(self, tensors, folder, source.data, source.stats)
+            export_lerobot(self, with_trained_rows(tensors, self._rows), folder, source.data, source.stats)
             return
         # openpi looks under the asset id of its config, which is the dataset's id unless set otherwise.
         assets = {asset_name(source.data.repo_id): source for source in sources}
@@ -285,8 +286,10 @@ class OpenpiPolicyConfig(PolicyConfig):
         """Open weights in any known layout (see `weights.layouts`); those of a hub id are downloaded first."""
         from rlinf_plugins_openpi.weights import PublishedWeights
         from rlinf_plugins_openpi.weights.hub import find_weights
+        from rlinf_plugins_openpi.weights.rows import WithRows
 
-        return PublishedWeights(find_weights(self.weights), self.dimensions)
+        source = PublishedWeights(find_weights(self.weights), self.dimensions)
+        return WithRows(source, self._rows) if self._rows else source
 
     def check_files(self) -> None:
         """Raise `UserError` for weights that are not there or of another model, and for a tokenizer that does not fit.
@@ -313,12 +316,8 @@ class OpenpiPolicyConfig(PolicyConfig):
             check_names(path, self.dimensions)
 
     def _check_tokenizer(self) -> None:
-        PromptTokenizer(self._tokenizer_path, self.max_token_len)  # Says what to set if there is no such file.
+        self._prompt_tokenizer()  # Says what to set if there is no such file.
         self._check_vocabulary()
-
-    @property
-    def _tokenizer_path(self) -> str:
-        return find_tokenizer(self.tokenizer)
 
     @property
     def dimensions(self) -> Pi0Dimensions:

@@ -9,6 +9,7 @@ model). What is multiplied with the same input is one matrix: queries, keys and 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -240,3 +241,31 @@ class TokenEmbedding(nn.Module):
         rows = F.embedding(tokens, self.weight)
         # A Python factor stays float32 inside the kernel; as a bfloat16 tensor it would be off by up to 0.2 %.
         return rows.mul(math.sqrt(self.weight.shape[1]))
+
+
+class EmbeddingRows(TokenEmbedding):
+    """The rows of a token embedding that prompts use, as a table of their own: all that is read while it is trained.
+
+    Args:
+        rows: The ids of its tokens, ascending.
+        vocab_size: Rows of the whole embedding.
+        width: Of both.
+    """
+
+    def __init__(self, rows: Sequence[int], vocab_size: int, width: int) -> None:
+        super().__init__(len(rows), width)
+        self.rows = tuple(rows)
+        self.places: torch.Tensor
+        self.register_buffer("places", torch.empty(vocab_size, dtype=torch.int32), persistent=False)
+        self.rebuild_buffers()
+
+    def rebuild_buffers(self) -> None:
+        """Where each id's row is; out of range for ids that have none, so that looking them up fails."""
+        self.places.fill_(len(self.rows))
+        self.places[torch.tensor(self.rows, device=self.places.device)] = torch.arange(
+            len(self.rows), dtype=torch.int32, device=self.places.device
+        )
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Token ids of the whole vocabulary, int [B, T] -> [B, T, W] in the dtype of the table."""
+        return super().forward(self.places[tokens])

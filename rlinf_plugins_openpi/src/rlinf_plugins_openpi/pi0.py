@@ -13,8 +13,8 @@ The reference is openpi's JAX implementation. Noise is at t = 1 and data at t = 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,32 +22,23 @@ from torch import nn
 
 from rlinf_plugins_openpi.attention import KeysValues, PrefixContext, SuffixContext, bias, rotation
 from rlinf_plugins_openpi.augment import augment, normalise, resize_with_pad
+from rlinf_plugins_openpi.contract import PolicyOutput, ShardUnit
 from rlinf_plugins_openpi.flow import euler_times, time_features
-from rlinf_plugins_openpi.gemma import AdaptiveRMSNorm, JointLayer, Modulation, PrefixEnd, RMSNorm, TokenEmbedding
+from rlinf_plugins_openpi.gemma import (
+    AdaptiveRMSNorm,
+    EmbeddingRows,
+    JointLayer,
+    Modulation,
+    PrefixEnd,
+    RMSNorm,
+    TokenEmbedding,
+)
 from rlinf_plugins_openpi.initialization import initial_value
 from rlinf_plugins_openpi.packing import Packing, packing_of, rearrange
 from rlinf_plugins_openpi.siglip import SigLIP
 
 if TYPE_CHECKING:
     from rlinf_plugins_openpi.dimensions import Pi0Dimensions
-
-
-class PolicyOutput(NamedTuple):
-    """`rlinf_core.policy.PolicyOutput`, field for field: that module needs pydantic, this one must not."""
-
-    loss_sum: torch.Tensor
-    weight: torch.Tensor
-    metrics: Mapping[str, torch.Tensor]
-    sample_losses: torch.Tensor | None = None
-
-
-class ShardUnit(NamedTuple):
-    """`rlinf_core.policy.ShardUnit`, field for field."""
-
-    module: nn.Module
-    dtype: Literal["compute", "fp32"] = "compute"
-    block: bool = False
-    reached: bool = True
 
 
 class Prefix(NamedTuple):
@@ -78,6 +69,8 @@ class Pi0(nn.Module):
         num_sampling_steps: Default number of Euler steps of `sample_actions`.
         mask_padded_steps: Leave actions past the end of an episode out of the loss. The reference does not.
         mask_padded_dims: Leave action dims that the robot does not have out of the loss. The reference does not.
+        embedding_rows: The only tokens, ascending, that it is going to read. Their rows are a parameter of their own
+            beside the whole embedding, which then is not read. Empty: it reads the embedding.
     """
 
     def __init__(
@@ -87,6 +80,7 @@ class Pi0(nn.Module):
         num_sampling_steps: int = 10,
         mask_padded_steps: bool = False,
         mask_padded_dims: bool = False,
+        embedding_rows: Sequence[int] = (),
     ) -> None:
         super().__init__()
         vlm, expert, action_dim = dimensions.vlm, dimensions.expert, dimensions.action_dim
@@ -95,6 +89,9 @@ class Pi0(nn.Module):
         self.mask_padded_steps, self.mask_padded_dims = mask_padded_steps, mask_padded_dims
         self.vision = SigLIP(dimensions.vision, vlm.width)
         self.embedding = TokenEmbedding(dimensions.vocab_size, vlm.width)
+        self.embedding_rows = (
+            EmbeddingRows(embedding_rows, dimensions.vocab_size, vlm.width) if embedding_rows else None
+        )
         self.layers = nn.ModuleList(
             JointLayer(vlm, expert, adaptive=dimensions.pi05, last=depth + 1 == vlm.depth) for depth in range(vlm.depth)
         )
@@ -182,7 +179,8 @@ class Pi0(nn.Module):
         images = images.flatten(0, 1)
         if len(packing.images) < len(images):
             images = images[packing.images]
-        pool = torch.cat((self.vision(images).flatten(0, 1), self.embedding(batch["tokens"]).flatten(0, 1)))
+        text = (self.embedding_rows or self.embedding)(batch["tokens"])
+        pool = torch.cat((self.vision(images).flatten(0, 1), text.flatten(0, 1)))
         return Prefix(rearrange(pool, packing.from_pool, packing.to_pool), packing)
 
     def embed_suffix(self, state: torch.Tensor, x_t: torch.Tensor, time: torch.Tensor) -> Suffix:
@@ -276,17 +274,24 @@ class Pi0(nn.Module):
         yield ShardUnit(self.vision.patch_embedding, "fp32")
         yield from (ShardUnit(block, block=True) for block in self.vision.blocks)
         yield ShardUnit(self.vision.head)
-        yield ShardUnit(self.embedding)
+        yield ShardUnit(self.embedding, reached=self.embedding_rows is None)
+        if self.embedding_rows is not None:
+            yield ShardUnit(self.embedding_rows)
         yield ShardUnit(self.modulation if self.dimensions.pi05 else self.expert_norm)
         yield from (ShardUnit(layer, block=True) for layer in self.layers)
         yield ShardUnit(self.prefix_end, reached=False)
 
     def initial_value(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
         """The initial value of the parameter `name`, float32 on the CPU; see `initialization`."""
+        if self.embedding_rows is not None and name == "embedding_rows.weight":
+            whole = (self.dimensions.vocab_size, *shape[1:])
+            return initial_value("embedding.weight", whole, generator)[list(self.embedding_rows.rows)]
         return initial_value(name, shape, generator)
 
     def rebuild_buffers(self) -> None:
-        """Nothing to fill: rotary frequencies and time periods are computed where they are used."""
+        """Where the rows of tokens are; rotary frequencies and time periods are computed where they are used."""
+        if self.embedding_rows is not None:
+            self.embedding_rows.rebuild_buffers()
 
 
 def _linear(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:

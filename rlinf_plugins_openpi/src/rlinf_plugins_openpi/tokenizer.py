@@ -36,6 +36,7 @@ HUB_FILE = "tokenizer.model"
 """The sentencepiece model in PaliGemma's repositories on the hub."""
 
 PAD, BOS = 0, 2
+BEFORE_STATE, AFTER_STATE = ", State: ", ";\nAction: "
 _BIN_EDGES = np.linspace(-1, 1, 257)[:-1]  # the left edge of each of 256 bins over [-1, 1]; exact, multiples of 1/128
 
 
@@ -141,4 +142,4 @@ def _encode_task(path: str, prompt: str) -> tuple[int, ...]:
 def _encode_task_and_state(path: str, prompt: str, state: NDArray[np.floating]) -> tuple[int, ...]:
     """Ids of π0.5's format. Not cached: no two states are alike."""
     bins = " ".join(str(number) for number in discretise(state))
-    return (BOS, *load_processor(path).encode(f"Task: {clean(prompt)}, State: {bins};\nAction: "))
+    return (BOS, *load_processor(path).encode(f"Task: {clean(prompt)}{BEFORE_STATE}{bins}{AFTER_STATE}"))

@@ -5,6 +5,7 @@ The order matters: the prompt is tokenised before the state is padded, because Ï
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
@@ -16,7 +17,7 @@ from rlinf_core import Sample, UserError
 from rlinf_core.data.transforms import Transform
 from rlinf_plugins_openpi.dimensions import CAMERAS as CAMERAS
 from rlinf_plugins_openpi.dimensions import IMAGE_SIZE as IMAGE_SIZE
-from rlinf_plugins_openpi.tokenizer import PromptTokenizer
+from rlinf_plugins_openpi.tokenizer import PromptTokenizer, load_processor
 
 
 class OpenpiSample(Sample, total=False):
@@ -73,6 +74,8 @@ class TokenizePrompt(Transform):
 
     tokenizer: PromptTokenizer
     discrete_state: bool
+    allowed: frozenset[int] | None = None
+    """The only tokens that prompts may have: the embedding's other rows are not trained. None: all."""
 
     def __call__(self, sample: Sample) -> Sample:
         """Needs a `state` that is normalised and not yet padded if `discrete_state`, else only the prompt."""
@@ -80,9 +83,20 @@ class TokenizePrompt(Transform):
             raise UserError("policy.discrete_state_input is true but the dataset has no state: set it to false")
         ids = self.tokenizer.encode(sample["prompt"], sample["state"] if self.discrete_state else None)
         tokens, token_mask = self.tokenizer.fill(ids)
+        if self.allowed is not None and not self.allowed.issuperset(ids[: len(tokens)]):
+            raise self._not_allowed(sample["prompt"], ids[: len(tokens)])
         out = cast("OpenpiSample", sample.copy())
         out["tokens"], out["token_mask"], out["prompt_length"] = tokens, token_mask, len(ids)
         return out
+
+    def _not_allowed(self, prompt: str, ids: Sequence[int]) -> UserError:
+        assert self.allowed is not None
+        token = next(token for token in ids if token not in self.allowed)
+        return UserError(
+            f"the prompt {prompt!r} has the token {token}, {load_processor(self.tokenizer.path).id_to_piece(token)!r}, "
+            'that none of the run\'s rows had when it started, and policy.train_embedding = "used_rows" knows theirs '
+            'only: set it to "all", or start a new run with the data as they are now'
+        )
 
 
 @dataclass(frozen=True)

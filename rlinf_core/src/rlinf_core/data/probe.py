@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rlinf_core.data.pipeline import Pipeline
 from rlinf_core.data.sample import Sample
-from rlinf_core.datasets import SampleSource
+from rlinf_core.data.statistics import ROWS_AT_A_TIME, apply, takes_batches
+from rlinf_core.data.transforms import Transform
+from rlinf_core.datasets import ColumnSource, SampleSource
 from rlinf_core.errors import UserError
 
 PROBED_ROWS = 4096
@@ -47,3 +50,35 @@ def encode_without_images(
                 yield pipeline.encode(row)
             except UserError as error:
                 raise UserError(f"{error} [{source.describe(index)}]") from error
+
+
+def different_prompts(
+    source: SampleSource, transforms: Sequence[Transform], *, read_images: bool = False
+) -> Iterator[str]:
+    """Every prompt of a split once, in one pass over its rows.
+
+    Args:
+        source: The rows.
+        transforms: Everything before normalisation: repacking and the dataset's transforms.
+        read_images: Decode images for transforms that look at them; slow.
+    """
+    seen: set[str] = set()
+    in_columns = not read_images and isinstance(source, ColumnSource) and all(map(takes_batches, transforms))
+    for start in range(0, len(source), ROWS_AT_A_TIME):
+        rows = range(start, min(start + ROWS_AT_A_TIME, len(source)))
+        for prompt in _prompts(source, rows, transforms, in_columns=in_columns, read_images=read_images):
+            if prompt not in seen:
+                seen.add(prompt)
+                yield prompt
+
+
+def _prompts(
+    source: SampleSource, rows: Sequence[int], transforms: Sequence[Transform], *, in_columns: bool, read_images: bool
+) -> list[str]:
+    if in_columns:
+        assert isinstance(source, ColumnSource)
+        prompts: Any = apply(source.columns(rows), transforms, read_images=False).get("prompt", [])
+        return [prompts] if isinstance(prompts, str) else list(prompts)
+    read = source.__getitems__(rows) if read_images else source.without_images(rows)
+    samples = [apply(row, transforms, read_images=read_images) for row in read]
+    return [sample["prompt"] for sample in samples if "prompt" in sample]

@@ -105,10 +105,10 @@ def outputs(
 ) -> dict[str, Vector]:
     """`state` [rows, D] and `actions` [rows, H, D] after the transforms, in float64."""
     if not read_images and isinstance(source, ColumnSource) and all(map(takes_batches, transforms)):
-        batch: Any = _apply(source.columns(indices), transforms, read_images=False)
+        batch: Any = apply(source.columns(indices), transforms, read_images=False)
         return {key: batch[key].astype(np.float64) for key in KEYS if key in batch}
     rows = source.__getitems__(indices) if read_images else source.without_images(indices)
-    samples: list[Any] = [_apply(row, transforms, read_images=read_images) for row in rows]
+    samples: list[Any] = [apply(row, transforms, read_images=read_images) for row in rows]
     return {key: np.stack([sample[key] for sample in samples]).astype(np.float64) for key in KEYS if key in samples[0]}
 
 
@@ -118,7 +118,8 @@ def takes_batches(transform: Transform) -> bool:
     return bool(vars(owner).get("batched", False))
 
 
-def _apply(row: Any, transforms: Sequence[Transform], *, read_images: bool) -> Sample:
+def apply(row: Any, transforms: Sequence[Transform], *, read_images: bool) -> Sample:
+    """What the transforms make of a row, or of columns; `read_images`: it has images."""
     sample = row
     for transform in transforms:
         try:

@@ -18,6 +18,7 @@ from rlinf_core.datasets import LeRobotDatasetConfig
 from rlinf_core.errors import UserError
 from rlinf_core.hub import cache_only
 from rlinf_core.plugins import Plugins
+from rlinf_core.training.sources import know_data
 from rlinf_core.training.statistics import diagnose
 
 PROBED_ROWS = 256
@@ -53,6 +54,16 @@ def probe_sources(run: RunConfig, plugins: Plugins) -> list[Probed]:
             except UserError as error:
                 probed.append(_longest_possible(source, error))
     return probed
+
+
+def know_data_at_hand(run: RunConfig, plugins: Plugins) -> tuple[RunConfig, list[str]]:
+    """`sources.know_data`, or the run as it is and an assumption; the hub is not asked."""
+    with cache_only():
+        try:
+            return know_data(run, plugins)[0], []
+        except UserError as error:
+            first = str(error).splitlines()[0]
+            return run, [f"what of the policy's size follows from the data is as it assumes: {first}"]
 
 
 def _of_data(source: RunSource, plugins: Plugins) -> Probed:

@@ -15,7 +15,7 @@ from rlinf_core.config.run import RunConfig
 from rlinf_core.data.order import check_batch
 from rlinf_core.data.sample import Batch, Sample
 from rlinf_core.errors import UserError
-from rlinf_core.plan.samples import Probed, probe_sources
+from rlinf_core.plan.samples import Probed, know_data_at_hand, probe_sources
 from rlinf_core.plugins import Plugins
 from rlinf_core.training import memory
 from rlinf_core.training.blocks import Checkpointing
@@ -142,7 +142,9 @@ def plan(run: RunConfig, plugins: Plugins, ranks: int | None = None) -> Plan:
     trainer.check_ranks(ranks)
     micro_batches = check_batch(trainer.global_batch_size, trainer.micro_batch_size, ranks)
     plugins.hook.rlinf_configure(run=run)
+    run, unknown = know_data_at_hand(run, plugins)
     probed = probe_sources(run, plugins)
+    assumptions += unknown
     assumptions += [source.assumption for source in probed if source.assumption]
     longest = _longest(run, probed)
     counted = _count(run, plugins, longest, trainer.activation_checkpointing)

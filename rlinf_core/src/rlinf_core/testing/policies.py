@@ -38,6 +38,8 @@ def check_policy(config: PolicyConfig, sample: Sample | None = None) -> Report:
     check_run_defaults(findings, type(config).run_defaults)
     findings.attempt("the config can be pickled (it travels to workers)", lambda: pickle.loads(pickle.dumps(config)))
     _check_draw(findings, config)
+    known = findings.attempt("data_layout(prompts) and with_data_layout(layout) fit", lambda: _knowing(config, sample))
+    config = known or config
     samples = _encode(findings, config, sample)
     if samples is None:
         findings.skip("collate and the module: there are no samples")
@@ -50,6 +52,11 @@ def check_policy(config: PolicyConfig, sample: Sample | None = None) -> Report:
     else:
         findings.skip("the module: there is no batch")
     return findings.report()
+
+
+def _knowing(config: PolicyConfig, sample: Sample | None) -> PolicyConfig:
+    given: Any = sample or made_up(config)
+    return config.with_data_layout(config.data_layout([given["prompt"]] if "prompt" in given else []))
 
 
 def _generator(key: int) -> np.random.Generator:

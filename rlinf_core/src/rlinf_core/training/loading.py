@@ -37,6 +37,11 @@ def load(path: Path, tensors: Mapping[str, torch.Tensor], here: Position) -> Pos
             "samples are made of it, has changed, so the run cannot go on where it was. Restore it, or use another "
             "runner.name."
         )
+    if changed := position.other_layout(here):
+        raise UserError(
+            f"{path} was saved by a model for other data: {changed}. Restore the dataset and the policy's files, or "
+            "use another runner.name."
+        )
     if position.layout != here.layout:
         raise UserError(
             f"{path} was saved by a model of another layout ({position.layout}; this one is {here.layout}): "

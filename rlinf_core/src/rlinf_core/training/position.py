@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,27 @@ class Position:
     """The best validation so far."""
     data: str = ""
     """What the rows are made of; empty where the origin of the statistics tells (`training.statistics`)."""
+    data_layout: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """`PolicyConfig.data_layout`."""
     format: int = FORMAT
+
+    def other_layout(self, now: Position) -> str:
+        """What of the layout follows from other data than those of now; empty: nothing."""
+        return "; ".join(
+            f"{name}: {_difference(self.data_layout.get(name, ()), now.data_layout.get(name, ()))}"
+            for name in {**self.data_layout, **now.data_layout}
+            if list(self.data_layout.get(name, ())) != list(now.data_layout.get(name, ()))
+        )
+
+
+def _difference(before: Sequence[int], now: Sequence[int]) -> str:
+    changes = (("new", set(now) - set(before)), ("gone", set(before) - set(now)))
+    texts = [f"{len(some)} {kind} ({_first(sorted(some))})" for kind, some in changes if some]
+    return f"{len(before)} then, {len(now)} now; " + (", ".join(texts) or "in another order")
+
+
+def _first(numbers: Sequence[int], most: int = 8) -> str:
+    return ", ".join(map(str, numbers[:most])) + ", …" * (len(numbers) > most)
 
 
 @dataclass(frozen=True)

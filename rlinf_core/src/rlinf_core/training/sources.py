@@ -13,7 +13,7 @@ from rlinf_core.data.lerobot import LeRobotSource
 from rlinf_core.data.loader import TrainLoader, build_train_loader
 from rlinf_core.data.mixture import Source
 from rlinf_core.data.pipeline import build_pipeline
-from rlinf_core.data.probe import probe
+from rlinf_core.data.probe import different_prompts, probe
 from rlinf_core.data.splits import describe_splits, open_split
 from rlinf_core.datasets import SampleSource, Split
 from rlinf_core.errors import UserError
@@ -33,6 +33,22 @@ def _open(source: RunSource, plugins: Plugins, split: Split) -> SampleSource:
         if not len(rows):
             raise UserError(f"the dataset {source.run.data.config_name!r} has no rows for {split}")
         return rows
+
+
+def know_data(run: RunConfig, plugins: Plugins) -> tuple[RunConfig, Mapping[str, Sequence[int]]]:
+    """The run with a policy that knows the data as far as its layout follows from them, and what it knows."""
+    layout = run.policy.data_layout(_prompts(run, plugins))
+    return run.model_copy(update={"policy": run.policy.with_data_layout(layout)}), layout
+
+
+def _prompts(run: RunConfig, plugins: Plugins) -> Iterator[str]:
+    for source in run.sources:
+        data = source.run.data
+        splits: tuple[Split, ...] = ("train", "validation") if data.has_validation else ("train",)
+        for split in splits:
+            with source.naming():
+                rows, transforms = _open(source, plugins, split), (data.repack(), *data.transforms())
+                yield from different_prompts(rows, transforms, read_images=data.stats_need_images)
 
 
 def open_loader(

@@ -1,0 +1,58 @@
+"""The embedding of a model that trains some of its rows only: published files hold one table, the model two parameters.
+
+Importing this leaves torch unloaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from rlinf_core.policy import WeightSource
+
+WHOLE, TRAINED = "embedding.weight", "embedding_rows.weight"
+"""The model's names of the whole table, and of the rows that are trained."""
+
+
+def whole_name(name: str) -> str:
+    """The parameter in whose published tensor a parameter lies: the whole table for its trained rows, else itself."""
+    return WHOLE if name == TRAINED else name
+
+
+def with_trained_rows(tensors: Mapping[str, torch.Tensor], rows: Sequence[int]) -> Mapping[str, torch.Tensor]:
+    """Parameters as published files have them: trained rows in their places in the whole table.
+
+    Args:
+        tensors: The model's own parameter names -> whole tensors on the CPU.
+        rows: The ids of the trained rows; empty: the whole table is trained.
+    """
+    if not rows:
+        return tensors
+    import torch
+
+    whole = tensors[WHOLE].index_copy(0, torch.tensor(rows, device="cpu"), tensors[TRAINED])
+    return {name: tensor for name, tensor in tensors.items() if name != TRAINED} | {WHOLE: whole}
+
+
+class WithRows:
+    """Weights for a model that trains some rows: they are read from the whole table (`rlinf_core.policy.WeightSource`).
+
+    Args:
+        weights: The published ones.
+        rows: The ids of the trained rows.
+    """
+
+    def __init__(self, weights: WeightSource, rows: Sequence[int]) -> None:
+        self._weights, self._rows = weights, list(rows)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """See `WeightSource`."""
+        tensor = self._weights.tensor(whole_name(name))
+        return tensor[self._rows] if name == TRAINED else tensor
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """See `WeightSource`."""
+        self._weights.check({name: shape for name, shape in shapes.items() if name != TRAINED})
