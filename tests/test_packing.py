@@ -1,12 +1,17 @@
 """Samples laid end to end give what a plain padded model gives, each its own whatever lies beside it."""
 
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.attention.varlen
+import torch.nn.functional as F
 from padded_pi0 import padded_losses
 
 from rlinf_core.training.blocks import prepare_block
+from rlinf_plugins_openpi import gemma
+from rlinf_plugins_openpi.attention import attend_end_to_end
 from rlinf_plugins_openpi.dimensions import GemmaDimensions, Pi0Dimensions, VisionDimensions
 from rlinf_plugins_openpi.packing import Packing, pack, rearrange
 from rlinf_plugins_openpi.pi0 import Pi0
@@ -77,6 +82,39 @@ def test_packed_is_padded(name, pi05, dtype, loss, gradient):
         got = gradients(model, losses)
         off = sum(float((got[key] - wanted[key]).square().sum()) for key in wanted) ** 0.5
         assert off <= gradient * sum(float(one.square().sum()) for one in wanted.values()) ** 0.5
+
+
+def kernel_of_cuda(query, key, value, starts, starts_of_keys, longest, longest_of_keys):
+    """What `varlen_attn` computes, and what it asks of its arguments: read off torch 2.11's FlashAttention 2."""
+    assert type(longest) is int
+    assert longest == longest_of_keys
+    assert starts.dtype == torch.int32
+    assert starts.is_contiguous()
+    assert starts is starts_of_keys
+    assert all(rows.stride(-1) == 1 and len(rows) == int(starts[-1]) for rows in (query, key, value))
+    groups, parts = query.shape[1] // key.shape[1], []
+    for begin, end in pairwise(starts.tolist()):
+        assert 0 <= end - begin <= longest
+        q, k, v = (rows[begin:end].transpose(0, 1) for rows in (query, key, value))
+        k, v = k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
+        parts.append(F.scaled_dot_product_attention(q, k, v).transpose(0, 1))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_the_kernel_of_cuda_is_given_what_the_grid_is(name, monkeypatch):
+    """With something simpler in its place: tests/gpu/test_packed_attention_on_cuda.py runs the kernel itself."""
+    model, batch = build(pi05=True, dtype=torch.float64), batch_of(*BATCHES[name], dtype=torch.float64)
+    batch = with_packing(batch, 64)
+    in_the_grid = model.losses(batch)
+    wanted = gradients(model, in_the_grid)
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", kernel_of_cuda)
+    monkeypatch.setattr(gemma, "attend_within", lambda q, kv, _, context: attend_end_to_end(q, kv, context.packing))
+    end_to_end = model.losses(batch)
+    torch.testing.assert_close(end_to_end, in_the_grid, rtol=1e-10, atol=0)
+    got = gradients(model, end_to_end)
+    for key in wanted:
+        torch.testing.assert_close(got[key], wanted[key], rtol=0, atol=1e-10 * (1 + float(wanted[key].abs().max())))
 
 
 def test_a_sample_does_not_depend_on_those_beside_it():

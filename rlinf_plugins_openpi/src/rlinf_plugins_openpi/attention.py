@@ -98,24 +98,23 @@ def attend_within(q: torch.Tensor, kv: KeysValues, grid: KeysValues, context: Pr
         context: The prefix's.
     """
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        return _attend_end_to_end(q, kv, context.packing)
+        return attend_end_to_end(q, kv, context.packing)
     to_grid, from_grid = context.packing.to_grid, context.packing.from_grid
     out = attend(rearrange(q, to_grid, from_grid), grid, context.bias)
     return rearrange(out.flatten(0, 1), from_grid, to_grid.flatten())
 
 
-def _attend_end_to_end(q: torch.Tensor, kv: KeysValues, packing: Packing) -> torch.Tensor:
-    from torch.nn.attention.varlen import varlen_attn  # CUDA only
+def attend_end_to_end(q: torch.Tensor, kv: KeysValues, packing: Packing) -> torch.Tensor:
+    """As `attend_within`, by the kernel that takes the rows as they lie: CUDA in half precision only."""
+    from torch.nn.attention.varlen import varlen_attn
 
-    (rows, heads, head_dim), kv_heads = q.shape, kv.keys.shape[1]
-    groups = heads // kv_heads
-    # As in `attend`: nobody's past is hidden, so that heads which share keys may be further queries.
-    queries = q.view(rows, kv_heads, groups, head_dim).transpose(1, 2).reshape(rows * groups, kv_heads, head_dim)
     # A bound is enough, and it is the same for all batches of a shape. The filler is a sequence, too.
     longest, starts = max(packing.to_grid.shape[1], LONGEST_FILLER), packing.starts
-    out = varlen_attn(queries, kv.keys, kv.values, starts * groups, starts, longest * groups, longest)
+    # Fewer heads of keys than of queries is what the kernel does itself (FlashAttention 2, also behind torch 2.11's
+    # signature, which does not say so). Its backward pass shares out the work by query heads: they stay apart.
+    out = varlen_attn(q, kv.keys, kv.values, starts, starts, longest, longest)
     assert isinstance(out, torch.Tensor)
-    return out.view(rows, groups, kv_heads, head_dim).transpose(1, 2).reshape(rows, heads * head_dim)
+    return out.flatten(1)
 
 
 def spread(kv: KeysValues, packing: Packing) -> KeysValues:
