@@ -43,26 +43,27 @@ def build(
     dimensions: Pi0Dimensions,
     *,
     dtype: Literal["float32", "bfloat16"] = "float32",
-    device: str = "cpu",
+    device: str | None = None,
     compiled: bool = False,
 ) -> Any:
-    """The core model, `PI0Pytorch` or `PI05Pytorch`, with whatever initial values.
+    """The core model, `PI0Pytorch` or `PI05Pytorch`, with whatever initial values; None: on torch's default device.
 
     `compiled` is lerobot's `compile_model` in torch's default mode: `max-autotune`, its own, would search for minutes.
     """
-    with of_size(dimensions) as modeling, torch.device(device):
+    with of_size(dimensions) as modeling, torch.device(device or torch.get_default_device()):
         config = (modeling.PI05Config if dimensions.pi05 else modeling.PI0Config)(
             chunk_size=dimensions.action_horizon,
             n_action_steps=dimensions.action_horizon,
             max_state_dim=dimensions.action_dim,
             max_action_dim=dimensions.action_dim,
-            device=device,
+            device=device or "cpu",
             dtype=dtype,
             compile_model=compiled,
             compile_mode="default",
         )
         torch.manual_seed(0)
-        return (modeling.PI05Pytorch if dimensions.pi05 else modeling.PI0Pytorch)(config).to(device)
+        model = (modeling.PI05Pytorch if dimensions.pi05 else modeling.PI0Pytorch)(config)
+        return model if device is None else model.to(device)
 
 
 class LerobotStep:
