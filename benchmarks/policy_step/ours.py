@@ -20,7 +20,7 @@ from rlinf_core.training.ema import Ema
 from rlinf_core.training.fsdp import communicate, materialize, shard, unreached
 from rlinf_core.training.optim import Optimizer, Schedule, decays
 from rlinf_plugins_openpi.collate import stack
-from rlinf_plugins_openpi.dimensions import VARIANTS
+from rlinf_plugins_openpi.dimensions import PREFIX_MULTIPLE, VARIANTS
 from rlinf_plugins_openpi.packing import pack
 from rlinf_plugins_openpi.pi0 import Pi0
 
@@ -88,7 +88,7 @@ def collate(samples: list[dict[str, Any]], policy: Pi0) -> dict[str, Any]:
     """A batch as `Pi0Config.collate` makes it: what samples lack is left out."""
     batch = stack(samples)
     image_tokens, published = policy.dimensions.vision.num_tokens, policy.dimensions.vlm.width == PUBLISHED_WIDTH
-    multiple = 256 if published else 16  # Few shapes at real size, little filler on a CPU.
+    multiple = PREFIX_MULTIPLE["base" if published else "dummy"]
     packing = pack(batch["image_mask"], batch["token_mask"], image_tokens=image_tokens, multiple=multiple)
     return {**batch, "packing": packing}
 

@@ -15,7 +15,7 @@ from rlinf_core.data.normalize import save_norm_stats
 from rlinf_core.data.sample import PACKING, Batch
 from rlinf_core.data.transforms import Transform
 from rlinf_plugins_openpi.datasets.assets import asset_name
-from rlinf_plugins_openpi.dimensions import Pi0Dimensions
+from rlinf_plugins_openpi.dimensions import PREFIX_MULTIPLE, Pi0Dimensions
 from rlinf_plugins_openpi.draws import draw_augmentation, draw_flow
 from rlinf_plugins_openpi.flops import training_flops
 from rlinf_plugins_openpi.freezing import Part, is_frozen
@@ -37,7 +37,6 @@ NO_LORA = (
 )
 ROWS_TO_COUNT = 1024
 """For a plan without data: a thousand rows are 0.4 % of the embedding of `base`, and few prompts use more."""
-PREFIX_MULTIPLE = {"base": 256, "dummy": 16}
 _ADAPTERS = re.compile("lora|peft|adapter", re.IGNORECASE)
 
 
