@@ -146,6 +146,8 @@ def plan(run: RunConfig, plugins: Plugins, ranks: int | None = None) -> Plan:
     probed = probe_sources(run, plugins)
     assumptions += unknown
     assumptions += [source.assumption for source in probed if source.assumption]
+    if trainer.compile:
+        assumptions.append("eager blocks: trainer.compile is not counted, with which they keep less")
     longest = _longest(run, probed)
     counted = _count(run, plugins, longest, trainer.activation_checkpointing)
     units = counted.units
