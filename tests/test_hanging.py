@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import distributions
 import pytest
 
-from rlinf_core.errors import RunFault
+from rlinf_core.errors import RunError
 from rlinf_core.training.flight import Watch, remember_collectives
 
 HANGS = """
@@ -91,7 +91,7 @@ def test_a_backends_words_become_ours(tmp_path, text):
     watch = Watch(tmp_path, 1, timeout=5)
     watch.enter("backward", 12)
     fault = watch.explain(RuntimeError(text))
-    assert isinstance(fault, RunFault)
+    assert isinstance(fault, RunError)
     assert "rank 1 waited for the other ranks in step 12 (backward)" in str(fault)
 
 

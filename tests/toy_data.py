@@ -27,7 +27,9 @@ class Rows:
     def __getitems__(self, indices):
         if self.broken in indices:
             raise self.error
-        return [row | {"camera": np.full((2, 2, 3), row["index"] % 256, np.uint8)} for row in self.without_images(indices)]
+        return [
+            row | {"camera": np.full((2, 2, 3), row["index"] % 256, np.uint8)} for row in self.without_images(indices)
+        ]
 
     def without_images(self, indices):
         return [

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlinf_core.errors import Exit, Interrupted, RunFault, UserError
+from rlinf_core.errors import Exit, Interrupted, RunError, UserError
 from rlinf_core.files import write_text
 from rlinf_core.plain import printable
 
@@ -75,7 +75,7 @@ class Ending:
             if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
                 _marker().touch()
             return self._record(Exit.USER_ERROR, "mistake", str(error))
-        except RunFault as error:
+        except RunError as error:
             return self._record_fault(error)
         except KeyboardInterrupt as error:
             # torchrun ends the others once a rank has failed: a signal on top of a fault is not what ended the run.
@@ -89,7 +89,7 @@ class Ending:
             raise
         return self._record(Exit.OK, "finished", "")
 
-    def _record_fault(self, fault: RunFault) -> int:
+    def _record_fault(self, fault: RunError) -> int:
         self._say_once(fault)
         return self._record(Exit.DEFECT, "defect", str(fault))
 
@@ -112,7 +112,7 @@ class Ending:
             print(said, file=sys.stderr, flush=True)
         return self._record(*((Exit.OK, "preempted") if preempted else (Exit.INTERRUPTED, "interrupted")), said)
 
-    def _say_once(self, error: UserError | RunFault) -> None:
+    def _say_once(self, error: UserError | RunError) -> None:
         """Print the message once: rank 0 first, another rank only if rank 0 has not ended the run meanwhile."""
         if self.rank:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's, once rank 0 has ended: nothing is left to say.
@@ -135,10 +135,10 @@ class Ending:
         return code
 
 
-def _fault_before(error: BaseException) -> RunFault | None:
+def _fault_before(error: BaseException) -> RunError | None:
     """The fault that was being dealt with when this was raised."""
     context = error.__context__
-    while context is not None and not isinstance(context, RunFault):
+    while context is not None and not isinstance(context, RunError):
         context = context.__context__
     return context
 

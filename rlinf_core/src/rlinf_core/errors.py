@@ -38,7 +38,7 @@ class PluginError(UserError):
     """A plugin failed or contradicts another. The message names its distribution, version and entry point."""
 
 
-class RunFault(Exception):
+class RunError(Exception):
     """Something failed that is neither the user's nor the code's: a machine, a network. Starting again may help.
 
     The message is shown without a traceback, and torchrun's restarts are used up on it.

@@ -17,6 +17,7 @@ from rlinf_core.data.sample import SOURCE, Batch, Sample
 from rlinf_core.errors import UserError
 from rlinf_core.policy import PolicyConfig
 
+
 @dataclass
 class MicroBatches(Dataset[Any]):
     """The micro batches of one rank by number: with `a` of them a step, number i is the `i % a`-th of step `i // a`."""

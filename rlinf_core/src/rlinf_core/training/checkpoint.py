@@ -130,9 +130,7 @@ class Checkpoints:
         started = time.perf_counter()
         if not self.wait(left):
             return
-        self._touching.join()
-        if self._untouched is not None:
-            raise self._untouched
+        self.wait_for_memory()
         tensors = self._staging.copy(self._tensors) if self._staging is not None else self._tensors
         self._pending = _Pending(self._device, self._place, position, tensors, self._writers, best, self._last_good)
         if self._staging is None or self._failures:
@@ -144,6 +142,12 @@ class Checkpoints:
             self._pending.stall_seconds = stall
         if self._failures >= MOST_FAILURES:
             raise UserError(f"{self.failure()} It failed twice in a row, so the run ends here.")
+
+    def wait_for_memory(self) -> None:
+        """Wait until the memory for copies is there, which takes seconds from the start; a first save waits for it."""
+        self._touching.join()
+        if self._untouched is not None:
+            raise self._untouched
 
     def failure(self) -> str:
         """Why the newest checkpoint is not there, and which one is; empty if it is."""

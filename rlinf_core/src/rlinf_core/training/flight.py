@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from rlinf_core.errors import RunFault
+from rlinf_core.errors import RunError
 
 FOLDER = "flight"
 EARLIER = 0.9
@@ -109,20 +109,20 @@ class Watch:
             file.write("\n")
         print(f"warning: {head}; its stack is in {self.file}", file=sys.stderr, flush=True)
 
-    def explain(self, error: BaseException) -> RunFault | None:
+    def explain(self, error: BaseException) -> RunError | None:
         """What to say instead of a backend's words, where a collective timed out or a rank has gone; else None."""
         text = str(error)
         if not (isinstance(error, RuntimeError) and OF_A_COLLECTIVE.search(text)):
             return None
         if BROKEN.search(text):
-            return RunFault(
+            return RunError(
                 f"rank {self.rank} lost the connection to another rank in step {self.step} ({self.phase}): that "
                 "process has ended, or its machine is gone; what it said last, if anything, tells why. The same "
                 "command continues from the last checkpoint"
             )
         if not TIMED_OUT.search(text):
             return None
-        return RunFault(
+        return RunError(
             f"rank {self.rank} waited for the other ranks in step {self.step} ({self.phase}) for longer than "
             f"trainer.timeout_seconds = {self._timeout:g}: one of them hangs, or is that late. The files in "
             f"{self._folder} say where each of them was. The same command continues from the last checkpoint"

@@ -6,11 +6,12 @@ A run of one dataset and a mixture go the same way; only a mixture's sources hav
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from rlinf_core.config.run import RunConfig, RunSource
 from rlinf_core.data.chunked import chunks_of
 from rlinf_core.data.lerobot import LeRobotSource
-from rlinf_core.data.loader import TrainLoader, build_train_loader
+from rlinf_core.data.loader import build_train_loader
 from rlinf_core.data.mixture import Source
 from rlinf_core.data.pipeline import build_pipeline
 from rlinf_core.data.probe import different_prompts, probe
@@ -51,9 +52,7 @@ def _prompts(run: RunConfig, plugins: Plugins) -> Iterator[str]:
                 yield from different_prompts(rows, transforms, read_images=data.stats_need_images)
 
 
-def open_loader(
-    run: RunConfig, sources: Sequence[Source], group: Processes, start_step: int, stop_step: int
-) -> TrainLoader:
+def open_loader(run: RunConfig, sources: Sequence[Source], group: Processes, start_step: int, stop_step: int) -> Any:
     """This rank's micro batches from the step after `start_step` to `stop_step`."""
     return build_train_loader(
         sources,

@@ -82,7 +82,7 @@ class Fsdp2Trainer:
         self._watch = Watch(run.folder, group.rank, run.trainer.timeout_seconds, beside_nccl=on_cuda)
         self._profile = Profile(run.folder, run.runner.profile if first else (), group.device, self._tell)
         self._stragglers = Stragglers(group)
-        self._loader: Any = sources.open_loader(run, self.sources, group, self.step, self.stop_step)
+        self._loader = sources.open_loader(run, self.sources, group, self.step, self.stop_step)
         throughput = Throughput(run, self.policy, group, self._tell)
         self._compute = TrainStep(
             run,
