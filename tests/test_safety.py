@@ -26,7 +26,7 @@ from rlinf_core.config.load import load_config
 from rlinf_core.data.lerobot import open_lerobot
 from rlinf_core.data.parquet_images import picture_batches
 from rlinf_core.data.pictures import decode
-from rlinf_core.data.video import open_video
+from rlinf_core.data.video_decoders import open_video
 from rlinf_core.datasets import LeRobotDatasetConfig
 from rlinf_core.errors import Exit, UserError
 from rlinf_core.inference import load_policy
@@ -185,7 +185,7 @@ def test_a_video_that_claims_any_size_is_refused(tmp_path, monkeypatch):
         file.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((32, 64, 3), np.uint8), "rgb24")))
         file.mux(stream.encode(None))
     open_video(path).close()
-    monkeypatch.setattr("rlinf_core.data.video.MOST_PIXELS", 64 * 32 - 1)
+    monkeypatch.setattr("rlinf_core.data.video_decoders.MOST_PIXELS", 64 * 32 - 1)
     with pytest.raises(UserError, match="its pictures are of 64 x 32 pixels"):
         open_video(path)
 

@@ -7,7 +7,6 @@ from rlinf_core.data import lerobot_columns, shared_columns
 from rlinf_core.data.lerobot import open_lerobot
 from rlinf_core.data.shared_columns import Runs
 from rlinf_core.datasets import LeRobotDatasetConfig
-from rlinf_core.errors import UserError
 
 
 @pytest.fixture
@@ -53,10 +52,18 @@ def test_what_is_shared_is_not_read_again(image_dataset, shared, monkeypatch):
     assert not [path for path in (shared / "columns").iterdir() if path.suffix == ".tmp"]
 
 
-def test_columns_that_cannot_be_shared_name_the_cache(image_dataset, shared):
+def test_columns_that_cannot_be_shared_are_in_memory_and_a_note_says_so(image_dataset, shared, capsys):
     shared.touch()
-    with pytest.raises(UserError, match="RLINF_CACHE"):
-        open_lerobot(LeRobotDatasetConfig(repo_id=str(image_dataset.root)), 1, "train")
+    data = LeRobotDatasetConfig(repo_id=str(image_dataset.root))
+    source = open_lerobot(data, 1, "train")
+    note = capsys.readouterr().err
+    assert "cannot be written" in note
+    assert "RLINF_CACHE" in note
+    assert source._columns.folder is None
+    open_lerobot(data, 1, "train")  # Read once in this process, and told once.
+    assert capsys.readouterr().err == ""
+    copied = pickle.loads(pickle.dumps(source))
+    np.testing.assert_array_equal(numbers(copied)["action"], numbers(source)["action"])
 
 
 @pytest.mark.parametrize("positions", [[], [3], [0, 1, 2], [0, 1, 5, 6, 7, 9], [4, 6, 8]])

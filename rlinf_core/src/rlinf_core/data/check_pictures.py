@@ -22,7 +22,8 @@ from rlinf_core.data.lerobot_columns import picture_size
 from rlinf_core.data.lerobot_metadata import Metadata
 from rlinf_core.data.parquet_images import picture_batches
 from rlinf_core.data.pictures import decode
-from rlinf_core.data.video import VideoReader, open_video
+from rlinf_core.data.video import VideoReader
+from rlinf_core.data.video_decoders import open_video
 from rlinf_core.errors import UserError
 
 

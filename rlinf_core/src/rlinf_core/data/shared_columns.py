@@ -2,7 +2,8 @@
 
 Small datasets are simply copied to workers. Columns of more than `SHARED_FROM` bytes are written to the cache folder
 (`RLINF_CACHE`) once, uncompressed, and every process maps the files: what they hold is shared, a copy of a source in a
-worker costs next to nothing, and the next run opens the dataset without reading its data files.
+worker costs next to nothing, and the next run opens the dataset without reading its data files. Where the folder
+cannot be written, every process has a copy of its own, as of small datasets.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,14 +53,11 @@ def find_shared(key: object) -> Columns | None:
 
 
 def share(columns: Columns, key: object) -> Columns:
-    """The same columns, mapped from files if they are large.
+    """The same columns, mapped from files if they are large and the files can be written, which is said if not.
 
     Args:
         columns: As they were read.
         key: What they are read from and how; its `repr` says all.
-
-    Raises:
-        UserError: They are large, and cannot be written.
     """
     size = sum(values.nbytes for values in columns.values())
     if size < SHARED_FROM:
@@ -75,10 +74,14 @@ def share(columns: Columns, key: object) -> Columns:
                 aside.rename(folder)
     except OSError as e:
         if not folder.is_dir():
-            raise UserError(
-                f"the numbers of the dataset ({size / 1e9:.1f} GB) cannot be written to {folder.parent}, from where "
-                f"all processes map them: {e}. Make room there, or set RLINF_CACHE to a folder with enough space"
-            ) from e
+            print(
+                f"note: the numbers of the dataset ({size / 1e9:.1f} GB) cannot be written to {folder.parent}, from "
+                f"where all processes would map them: {e}. Each process and loader worker has its own copy in memory; "
+                "for one a machine, make room there or set RLINF_CACHE to a folder with enough space",
+                file=sys.stderr,
+                flush=True,
+            )
+            return columns
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return _map(folder)

@@ -14,43 +14,18 @@ import multiprocessing
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-import av
 import numpy as np
-from numpy.typing import NDArray
 
 from rlinf_core.data.ffmpeg_libraries import lend_ffmpeg
+from rlinf_core.data.video_decoders import Decoder, Frame, PyavDecoder, TorchcodecDecoder
 from rlinf_core.errors import UserError
 
 DecoderName = Literal["torchcodec", "pyav"]
-Frame = NDArray[np.uint8]
-"""[height, width, 3], RGB."""
-MOST_PIXELS = 2**26
-"""Of a picture: a few bytes can claim any size."""
-
-
-class Decoder(Protocol):
-    """An open video file."""
-
-    memory: int
-    """What it takes while it is open, in bytes, about."""
-
-    def frames(self, times: Sequence[float], tolerance: float) -> list[Frame]:
-        """One uint8 [height, width, 3] RGB frame for each of the ascending `times`, in seconds from the file's start.
-
-        Raises:
-            UserError: The file has no frame within `tolerance` seconds of a time.
-        """
-        ...
-
-    def close(self) -> None:
-        """Close the file."""
-        ...
-
 
 @functools.cache
 def decoder_name() -> DecoderName:
@@ -167,137 +142,3 @@ class VideoReader:
 def _threads() -> int:
     """Loader workers, and whatever else a process has started beside itself, get one."""
     return 1 if multiprocessing.parent_process() else min(4, os.cpu_count() or 1)
-
-
-def decoder_memory(height: int, width: int, frames: int) -> int:
-    """Bytes that an open decoder takes, about: 2 MB, reference frames, and the file's index.
-
-    Measured with H.264, whose decoder takes most: 2.4 MB at 256 x 256, 3.7 at 480 x 640, 6.5 at 720 x 1280.
-    """
-    return 2_000_000 + 6 * height * width + 32 * frames
-
-
-def open_video(path: Path) -> Any:
-    """PyAV's container of a file whose first video stream can be decoded.
-
-    Raises:
-        UserError: The file is no such video, or its pictures claim more than `MOST_PIXELS`.
-    """
-    try:
-        container = av.open(str(path), metadata_errors="replace")  # What is written beside the pictures is no matter.
-    except (av.FFmpegError, ValueError) as e:
-        raise UserError(f"{path} cannot be opened as a video: {e}") from e
-    stream: Any = container.streams.video[0] if container.streams.video else None
-    why = ""
-    if stream is None or stream.codec_context is None:
-        why = "it has no stream of pictures that can be decoded"
-    elif stream.time_base is None or not 0 < stream.width * stream.height <= MOST_PIXELS:
-        why = f"its pictures are of {stream.width} x {stream.height} pixels"
-    if why:
-        container.close()
-        raise UserError(f"{path} cannot be opened as a video: {why}")
-    return container
-
-
-class PyavDecoder:
-    """PyAV seeks to the key frame at or before a time and decodes forward from there."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._container = open_video(path)
-        self._stream = self._container.streams.video[0]
-        self._stream.codec_context.thread_count = 1
-        self.memory = decoder_memory(self._stream.height, self._stream.width, self._stream.frames)
-        self._decoded: Iterator[Any] = iter(())
-        self._position = float("inf")
-        """Time of the last decoded frame; infinite: seek before decoding."""
-        self._reach = 0.0
-        """Longest way in seconds from a key frame to a time so far; nearer times are decoded up to without seeking."""
-
-    def frames(self, times: Sequence[float], tolerance: float) -> list[Frame]:
-        """See `Decoder.frames`."""
-        found: list[Frame] = []
-        last: float | None = None
-        for time in times:
-            if last is None or time - last >= tolerance:
-                frame = self._frame_at(time, tolerance)
-                last = float(frame.pts * self._stream.time_base)
-                found.append(frame.to_ndarray(format="rgb24"))
-            else:
-                found.append(found[-1])
-        return found
-
-    def _frame_at(self, time: float, tolerance: float) -> Any:
-        nearest = "none is there"
-        try:
-            if not tolerance <= time - self._position <= max(self._reach, 3 * tolerance):
-                self._seek(time)
-            start = None
-            for frame in self._decoded:
-                if frame.pts is None:
-                    continue
-                self._position = float(frame.pts * self._stream.time_base)
-                start = self._position if start is None else start
-                if self._position >= time + tolerance:
-                    break
-                if self._position > time - tolerance:
-                    self._reach = max(self._reach, self._position - start)
-                    return frame
-                nearest = f"the last one before it is at {self._position:.4f} s"
-        except av.FFmpegError as e:
-            nearest = f"decoding fails: {e}"
-        self._position = float("inf")
-        raise _no_frame(self._path, time, tolerance, nearest)
-
-    def _seek(self, time: float) -> None:
-        assert self._stream.time_base is not None
-        # One tick earlier, as the requested time may be a rounding error above the frame's own.
-        tick = max(round(time / self._stream.time_base) - 1, 0)
-        self._container.seek(tick, stream=self._stream, backward=True)
-        self._decoded = iter(self._container.decode(self._stream))
-
-    def close(self) -> None:
-        """Close the file."""
-        self._container.close()
-
-
-class TorchcodecDecoder:
-    """torchcodec finds the frame of an index by itself."""
-
-    def __init__(self, path: Path) -> None:
-        from torchcodec.decoders import VideoDecoder  # type: ignore[import-untyped,import-not-found,unused-ignore]
-
-        self._path = path
-        try:
-            self._video = VideoDecoder(str(path), dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="approximate")
-        except (OSError, RuntimeError, ValueError) as e:
-            raise UserError(f"{path} cannot be opened as a video: {e}") from e
-        about = self._video.metadata
-        if not about.num_frames or not about.average_fps:
-            raise UserError(f"{path} cannot be opened as a video: it does not say how many frames it has")
-        self.memory = decoder_memory(about.height or 0, about.width or 0, about.num_frames)
-
-    def frames(self, times: Sequence[float], tolerance: float) -> list[Frame]:
-        """See `Decoder.frames`."""
-        metadata = self._video.metadata
-        last = metadata.num_frames - 1
-        indices = [min(max(round(time * metadata.average_fps), 0), last) for time in times]
-        try:
-            found = self._video.get_frames_at(indices=indices)
-        except (RuntimeError, IndexError, ValueError) as e:
-            raise _no_frame(self._path, times[0], tolerance, f"decoding fails: {e}") from e
-        for time, pts in zip(times, found.pts_seconds.tolist(), strict=True):
-            if abs(time - pts) >= tolerance:
-                raise _no_frame(self._path, time, tolerance, f"the nearest is at {pts:.4f} s")
-        return list(found.data.numpy())
-
-    def close(self) -> None:
-        """Release the file; torchcodec closes it with its last reference."""
-        del self._video
-
-
-def _no_frame(path: Path, time: float, tolerance: float, nearest: str) -> UserError:
-    return UserError(
-        f"{path} has no frame within {tolerance:.4f} s of {time:.4f} s ({nearest}): the dataset's timestamps do not "
-        "fit its video, or the file is damaged; download, record or convert that episode again"
-    )
