@@ -2,6 +2,7 @@
 
 import pickle
 import shutil
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -174,6 +175,19 @@ def test_worker_processes_make_the_same_files(video_dataset, tmp_path):
     convert(two, find_missing(two), workers=2, progress=lambda done, all: None)
     ours, theirs = (sorted(work.place.folder.glob("*[0-9].*")) for work in (one, two))
     assert [path.read_bytes() for path in ours] == [path.read_bytes() for path in theirs]
+
+
+def test_a_worker_hears_the_pool_also_from_a_server_that_a_loader_has_started(video_dataset, tmp_path):
+    work = conversion(config(video_dataset.root), tmp_path)
+    interrupt = signal.getsignal(signal.SIGINT)
+    signals = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        frame_cache_writing._become_worker(work)
+        assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, signals)
+        signal.signal(signal.SIGINT, interrupt)
+        frame_cache_writing._conversion.clear()
 
 
 def test_a_damaged_part_is_found_and_mended(video_dataset, tmp_path):
