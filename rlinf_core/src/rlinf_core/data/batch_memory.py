@@ -32,6 +32,9 @@ HEAD = 4096
 """Bytes before a block's data; each of the first `MOST_TENSORS` is 1 while the trainer has that tensor of the block."""
 MOST_TENSORS = 64
 """Of a block that are handed over in place; torch copies more."""
+SMALL = 2**16
+"""Bytes of a tensor up to which it is sent as such."""
+IN_NUMPY = (torch.float32, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool)
 KEPT = 2**28
 """Bytes of its own that a worker keeps for what it reads next, when glibc would give them back."""
 
@@ -105,7 +108,11 @@ def _sent(value: Any, numbers: itertools.count[int]) -> Any:
         return type(value)(*(_sent(inner, numbers) for inner in value))
     if type(value) in (list, tuple):
         return type(value)(_sent(inner, numbers) for inner in value)
-    block = next((one for one in _blocks if one.holds(value)), None) if isinstance(value, torch.Tensor) else None
+    if not isinstance(value, torch.Tensor):
+        return value
+    block = next((one for one in _blocks if one.holds(value)), None)
+    if block is None and value.nbytes <= SMALL and value.dtype in IN_NUMPY and not value.requires_grad:
+        return _Small(value.numpy())
     if block is None or (flag := next(numbers)) >= MOST_TENSORS:
         return value
     block.memory[flag] = 1
@@ -113,6 +120,16 @@ def _sent(value: Any, numbers: itertools.count[int]) -> Any:
     place = (value.data_ptr() - block.memory.data_ptr()) // value.element_size()
     memory = block.memory if first else None
     return _Sent(os.getpid(), block.number, memory, flag, value.dtype, tuple(value.shape), value.stride(), place)
+
+
+@dataclass(frozen=True)
+class _Small:
+    """A tensor that is sent as bytes: shared memory, which is a file for each, takes longer."""
+
+    values: NDArray[Any]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return torch.from_numpy, (self.values,)
 
 
 @dataclass(frozen=True)

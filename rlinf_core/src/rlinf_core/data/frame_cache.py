@@ -220,7 +220,7 @@ class CachedSource:
     def __getitems__(self, indices: Sequence[int]) -> list[Row]:
         """Rows with their pictures; raw ones are read-only."""
         rows = self._source.without_images(indices)
-        positions = self._source.positions[np.asarray(indices, np.int64)]
+        positions = self._source.positions_of(indices)
         for name, column in self._columns.items():
             for row, frame in zip(rows, column.frames(positions), strict=True):
                 row[name] = frame

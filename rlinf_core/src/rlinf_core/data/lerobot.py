@@ -123,7 +123,7 @@ class LeRobotSource:
     def __getitems__(self, indices: Sequence[int]) -> list[Row]:
         """Rows with their pictures: uint8 [height, width, 3] RGB under the names of the image columns."""
         rows = self.without_images(indices)
-        at = self._rows[np.asarray(indices, np.int64)]
+        at = self.positions_of(indices)
         for column, frames in self._video_frames(at).items() if self._video_columns else ():
             for row, frame in zip(rows, frames, strict=True):
                 row[column] = frame
@@ -143,7 +143,7 @@ class LeRobotSource:
 
     def columns(self, indices: Sequence[int]) -> Row:
         """The values of `without_images` with rows as their first axis; `task` is a list of texts."""
-        at = self._rows[np.asarray(indices, np.int64)]
+        at = self.positions_of(indices)
         steps = at[:, np.newaxis] + np.arange(self._chunk_length) * self._stride
         stops = self._metadata.stops[self._episode_of(at)][:, np.newaxis]
         is_pad, steps = steps >= stops, np.minimum(steps, stops - 1)
@@ -173,6 +173,10 @@ class LeRobotSource:
     def positions(self) -> NDArray[np.int64]:
         """[n], where each row stands among all frames of the dataset."""
         return self._rows.all()
+
+    def positions_of(self, indices: Sequence[int]) -> NDArray[np.int64]:
+        """Where some rows stand among all frames of the dataset."""
+        return self._rows[np.asarray(indices, np.int64)]
 
     def describe(self, index: int) -> str:
         """Where a row comes from: dataset, data file, episode and frame."""

@@ -90,8 +90,8 @@ def build_pipeline(dataset: DatasetConfig, policy: PolicyConfig, stats: Stats | 
 
 
 def _float32(value: Any) -> Any:
+    if isinstance(value, (np.ndarray, np.floating)):
+        return value.astype(np.float32) if value.dtype.kind == "f" else value
     if isinstance(value, Mapping):
         return {key: _float32(inner) for key, inner in value.items()}
-    if isinstance(value, (np.ndarray, np.floating)) and value.dtype.kind == "f":
-        return value.astype(np.float32)
     return value
