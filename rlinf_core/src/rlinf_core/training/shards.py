@@ -49,11 +49,17 @@ class HashedFile:
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self._hash, self._size = file, hashlib.sha256(), 0
+        self.failure: OSError | None = None
+        """Why something could not be written: torch.save, which calls from C++, raises a RuntimeError of its own."""
 
     def write(self, data: Any) -> int:
         """Append."""
         self._hash.update(data)
-        written = self._file.write(data)
+        try:
+            written = self._file.write(data)
+        except OSError as error:
+            self.failure = self.failure or error
+            raise
         self._size += written
         return written
 
@@ -91,7 +97,10 @@ class HashingFiles(FileSystem):
         try:
             with Path(path).open(mode) as file:
                 stream = HashedFile(file)
-                yield stream
+                try:
+                    yield stream
+                finally:
+                    self.failure = self.failure or stream.failure
                 stream.close()
             self.sums[Path(path).name] = stream.sum()
         except OSError as error:
@@ -116,7 +125,6 @@ class ShardWriter(FileSystemWriter):
         try:
             return super().write_data(plan, planner)
         except Exception as error:
-            # torch.save to a full disk raises a RuntimeError of its own.
             if self.files.failure is not None and not isinstance(error, OSError):
                 raise self.files.failure from error
             raise
