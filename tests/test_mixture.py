@@ -23,6 +23,7 @@ from rlinf_core.preflight import check_run
 from rlinf_core.training.distributed import processes
 from rlinf_core.training.jsonl import read_rows
 from rlinf_core.training.resume import prepare_folder
+from rlinf_core.training.sources import open_loader
 
 ROWS, SHARES = (1000, 300, 7), (0.5, 0.45, 0.05)
 ORDER = Order(seed=5, rows=ROWS, shares=SHARES, samples=1200)
@@ -169,7 +170,8 @@ def test_the_loss_of_each_source_is_that_of_its_samples(train):
     expected: list[dict[int, list[float]]] = []  # Of each step: source -> loss sum and weight.
 
     def watch(trainer):
-        forward, batches, calls = trainer.policy.forward, iter(trainer._open_loader()), count()
+        loader = open_loader(trainer.run, trainer.sources, trainer._group, trainer.step, trainer.stop_step)
+        forward, batches, calls = trainer.policy.forward, iter(loader), count()
 
         def by_hand(batch):
             assert SOURCE not in batch

@@ -12,12 +12,13 @@ from rlinf_core.config.load import load_config
 from rlinf_core.data.micro_batches import SOURCE
 from rlinf_core.data.normalize import load_norm_stats
 from rlinf_core.data.order import validation_generator
+from rlinf_core.data.sample import PACKING
 from rlinf_core.inference import load_policy
 from rlinf_core.testing import write_tiny_dataset
 from rlinf_core.training.distributed import processes
 from rlinf_core.training.jsonl import read_rows
 from rlinf_core.training.resume import prepare_folder
-from rlinf_core.training.sources import open_held_out_rows
+from rlinf_core.training.sources import know_data, open_held_out_rows, open_loader
 
 CONFIG = """
 [data]
@@ -95,14 +96,15 @@ def trained(robots, config):
     alone = {}
 
     def watch(trainer):
-        batches = iter(trainer._open_loader())
+        batches = iter(open_loader(trainer.run, trainer.sources, trainer._group, trainer.step, trainer.stop_step))
         sums = {number: [0.0, 0.0] for number in range(2)}
         trainer.policy.train()
         for batch in (next(batches) for _ in range(2)):
             numbers = batch.pop(SOURCE)
             trainer.seen_cameras = max(getattr(trainer, "seen_cameras", 0), batch["images"].shape[1])
             for number in numbers.unique().tolist():
-                out = trainer.policy({key: value[numbers == number] for key, value in batch.items()})
+                own = {key: value[numbers == number] for key, value in batch.items() if key != PACKING}
+                out = trainer.policy(own)
                 sums[number][0] += float(out.loss_sum.detach())
                 sums[number][1] += float(out.weight)
         alone.update({name: a / b for name, (a, b) in zip(("two_arms", "gantry"), sums.values(), strict=True) if b})
@@ -202,3 +204,12 @@ def test_commands_look_at_one_robot_of_a_mixture(config, capsys, monkeypatch):
             assert (found["episodes"], found["ok"]) == (2, True)
         assert cli.main([command, str(config)]) == 2
         assert "of several datasets: name one of two_arms, gantry with --source" in capsys.readouterr().err
+
+
+def test_rows_of_the_embedding_are_those_of_all_sources_prompts(robots, config):
+    plugins = repository_plugins()
+    run, layout = know_data(load_config(config, ["policy.train_embedding=used_rows"], plugins), plugins)
+    (rows,) = layout.values()
+    tokenize = run.sources[1].run.policy.transforms()[1]
+    own, other = (tokenize({"prompt": text, "state": np.zeros(5)})["tokens"] for text in ("go there", "push the block"))
+    assert set(rows).issuperset({*own.tolist(), *other.tolist()})
