@@ -29,6 +29,7 @@ class Recording:
 DATASETS = {
     "h264": Recording(8, 100, {"vcodec": "h264"}),
     "av1": Recording(8, 100, {}),
+    "h264_long_gop": Recording(4, 250, {"vcodec": "h264", "g": 250}),
     "image": Recording(4, 60, None),
 }
 

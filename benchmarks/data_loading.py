@@ -1,13 +1,17 @@
 """How fast LeRobot data are read: rlinf's train loader beside `LeRobotDataset` in a `DataLoader`.
 
-    python benchmarks/data_loading.py [--cases video_h264,pyav] [--rounds 5] [--json]
+    python benchmarks/data_loading.py [--cases video_h264,pyav] [--rounds 5] [--json] [--markdown FILE]
 
 Both read the same files, which this script writes (`camera_data.py`), on the same cores in batches of the same size,
 and hand over the same: pictures as uint8, the state, an action chunk. They take turns; a ratio is the median over the
 rounds. LeRobotDataset has `return_uint8` and the number of workers out of 0, 1 and 2 that is best for it; ours has the
-two that runs have by default. In `video_*` both decode with the same torchcodec and FFmpeg. `pyav` is what an
-installation without FFmpeg on the system does: LeRobotDataset falls back to PyAV. `decode_share` is the speed of our
-loader over that of torchcodec alone, which decodes the same rows in as many processes and gives nothing away.
+two that runs have by default. Where nothing else is said, both decode with the same torchcodec and FFmpeg.
+
+`pyav` is what an installation without FFmpeg on the system does: LeRobotDataset falls back to PyAV. `raw_cache` reads
+what `rlinf cache --format raw` wrote of the videos that LeRobotDataset decodes. `long_gop` has a key frame every 250
+frames and takes rows in the chunked order, over whole epochs; the random one stands beside it. `decode_share` is the
+speed of our loader over that of torchcodec alone, which does nothing but decode the same frames, batch by batch, with a
+process on each core.
 """
 
 from __future__ import annotations
@@ -15,37 +19,37 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.metadata
-import itertools
 import json
-import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import datasets
 import numpy as np
 import torch
 from camera_data import CAMERAS, DATASETS, FPS, WIDTHS, write_dataset
+from loader_turns import Batches, Runner, Speed
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from rlinf_core import PolicyConfig, Sample
 from rlinf_core.data.batch_memory import batch_tensor
+from rlinf_core.data.chunked import Chunks
 from rlinf_core.data.ffmpeg_libraries import lend_ffmpeg
+from rlinf_core.data.frame_cache import open_cached, place_of
+from rlinf_core.data.frame_cache_writing import Conversion, convert, find_missing
 from rlinf_core.data.lerobot import open_lerobot
 from rlinf_core.data.loader import build_train_loader
 from rlinf_core.data.mixture import Source
+from rlinf_core.data.order import epoch_order
 from rlinf_core.data.pipeline import build_pipeline
 from rlinf_core.datasets import LeRobotDatasetConfig
 
 BATCH, WORKERS = 32, 2
-Batches = Iterator[int]
-"""A loader at work: the number of samples of each batch, as it arrives."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +63,21 @@ class Case:
     backend: str = "torchcodec"
     """LeRobotDataset's decoder."""
     batch: int = BATCH
+    raw_cache: bool = False
+    """Ours reads a cache."""
+    chunks: Chunks | None = None
+    """Ours takes rows in the chunked order."""
 
 
+LONG_GOP = Case("h264_long_gop", chunks=Chunks(streams=32, frames=16, buffer=256))
 CASES = {
     "video_h264": Case("h264"),
     "video_av1": Case("av1"),
-    "image_h10": Case("image", batch=8),
-    "image_h50": Case("image", horizon=50, batch=8),
+    "image_h10": Case("image"),
+    "image_h50": Case("image", horizon=50, batch=8),  # A batch of 32 takes LeRobotDataset many seconds.
     "pyav": Case("av1", backend="pyav"),
+    "raw_cache": Case("h264", raw_cache=True),
+    "long_gop": LONG_GOP,
     "decode_share": Case("h264"),
 }
 
@@ -83,22 +94,33 @@ class Stacking(PolicyConfig):
     def collate(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
         batch = {key: torch.from_numpy(np.stack([one[key] for one in samples])) for key in ("state", "actions")}
         for name in ("front", "wrist"):
-            pictures = [torch.from_numpy(one["images"][name]) for one in samples]
+            pictures = [one["images"][name] for one in samples]
             batch[name] = batch_tensor((len(pictures), *pictures[0].shape), torch.uint8)
-            torch.stack(pictures, out=batch[name])
+            np.stack(pictures, out=batch[name].numpy())
         return batch
 
 
 def ours(root: Path, case: Case, workers: int = WORKERS) -> Batches:
     """The loader of a run."""
     config = LeRobotDatasetConfig(repo_id=str(root), images=dict(zip(("front", "wrist"), CAMERAS, strict=True)))
-    rows, policy = open_lerobot(config, case.horizon, "train"), Stacking(horizon=case.horizon)
+    policy = Stacking(horizon=case.horizon)
+    rows: Any = open_lerobot(config, case.horizon, "train")
+    if case.raw_cache:
+        config = config.model_copy(update={"cache": "raw", "cache_dir": str(root.parent / "cache")})
+        write_cache(rows, config, policy)
+        rows = open_cached(rows, config, policy)
     source = Source(rows, build_pipeline(config, policy, None))
     sizes = {"global_batch_size": case.batch, "micro_batch_size": case.batch, "rank": 0, "world_size": 1}
     steps = {"start_step": 0, "stop_step": 10**6, "num_workers": workers, "pin_memory": False}
-    for batch in build_train_loader([source], policy, seed=0, **sizes, **steps):
+    for batch in build_train_loader([source], policy, seed=0, **sizes, **steps, chunks=case.chunks):
         assert batch["actions"].shape == (case.batch, case.horizon, WIDTHS["action"])
         yield len(batch["front"])
+
+
+def write_cache(rows: Any, config: LeRobotDatasetConfig, policy: PolicyConfig) -> None:
+    """What `rlinf cache --format raw` writes, if it is not there yet."""
+    conversion = Conversion(place_of(rows.metadata, config, policy, "raw"), (rows,), 0)
+    convert(conversion, find_missing(conversion), workers=0, progress=lambda done, parts: None)
 
 
 def theirs(root: Path, case: Case, workers: int) -> Batches:
@@ -119,15 +141,15 @@ def theirs(root: Path, case: Case, workers: int) -> Batches:
 
 
 def decoding(root: Path, case: Case, workers: int = WORKERS) -> Batches:
-    """Torchcodec alone: the frames of a random batch, decoder by decoder in the order of time, thrown away."""
+    """Torchcodec alone: the frames of a batch, file by file in the order of time, thrown away."""
     rows = DecodeOnly(root, case.batch)
-    loader = DataLoader(rows, None, sampler=_endless(rows), num_workers=workers, worker_init_fn=_single_thread)
+    loader = DataLoader(rows, None, sampler=range(10**6), num_workers=workers, worker_init_fn=_single_thread)
     for batch in loader:
         yield int(batch)
 
 
 class DecodeOnly(Dataset[int]):
-    """An item decodes a batch. The videos of the dataset have one file a camera: frame i is row i."""
+    """An item decodes the batch of that number in a run. There is one file a camera: frame i is row i."""
 
     def __init__(self, root: Path, batch: int) -> None:
         self.files = [path for camera in CAMERAS for path in sorted(root.glob(f"videos/{camera}/*/*.mp4"))]
@@ -136,13 +158,11 @@ class DecodeOnly(Dataset[int]):
         self.batch = batch
         self.decoders: list[Any] = []
 
-    def __len__(self) -> int:
-        return self.rows
-
     def __getitem__(self, number: int) -> int:
         from torchcodec.decoders import VideoDecoder
 
-        rows = np.sort(np.random.default_rng(number).choice(self.rows, self.batch, replace=False)).tolist()
+        epoch, step = divmod(number, self.rows // self.batch)
+        rows = np.sort(epoch_order(0, epoch, self.rows)[step * self.batch :][: self.batch]).tolist()
         self.decoders = self.decoders or [VideoDecoder(str(path), seek_mode="approximate") for path in self.files]
         for decoder in self.decoders:
             decoder.get_frames_at(rows)
@@ -157,59 +177,49 @@ def _single_thread(_: int) -> None:
     torch.set_num_threads(1)
 
 
-class Speed(NamedTuple):
-    """How fast a loader was, once every worker had delivered a batch: starting is not counted."""
-
-    samples_per_second: float
-    processor_ms: float
-    """Processor time of a sample, over all processes: it does not count how long others had the cores."""
-
-
-def speed(start: Callable[[], Batches], workers: int, seconds: float) -> Speed:
-    """Measure a loader."""
-    with contextlib.closing(start()) as batches:
-        for _ in range(max(workers, 1)):
-            next(batches)
-        begin, before, taken = time.perf_counter(), processor_seconds(), 0
-        while True:
-            taken += sum(itertools.islice(batches, max(workers, 1)))  # Workers deliver at about the same time.
-            if (passed := time.perf_counter() - begin) >= seconds:
-                return Speed(taken / passed, (processor_seconds() - before) / taken * 1000)
-
-
-def processor_seconds() -> float:
-    """Processor time so far of this process and of the workers it has."""
-    total = time.process_time()
-    for worker in multiprocessing.active_children():
-        fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
-        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return total
-
-
 def compare(name: str, root: Path, rounds: int, seconds: float) -> dict[str, Any]:
     """Speeds of both sides of a case, and the median of their ratios."""
     case = CASES[name]
-    if name == "decode_share":
-        workers, other = WORKERS, decoding
-    else:
-        tried = {
-            number: speed(lambda n=number: theirs(root, case, n), number, seconds).samples_per_second
-            for number in (0, 1, 2)
-        }
-        workers, other = max(tried, key=tried.__getitem__), theirs
-    pairs = [
-        (speed(lambda: ours(root, case), WORKERS, seconds), speed(lambda: other(root, case, workers), workers, seconds))
-        for _ in range(rounds)
-    ]
-    mine, peer = (Speed(*map(statistics.median, zip(*side, strict=True))) for side in zip(*pairs, strict=True))
-    return {
-        "ratio": round(statistics.median(a.samples_per_second / b.samples_per_second for a, b in pairs), 3),
-        "processor_time_ratio": round(statistics.median(b.processor_ms / a.processor_ms for a, b in pairs), 3),
-        "ours": {name: round(value, 2) for name, value in mine._asdict().items()},
-        "other": {name: round(value, 2) for name, value in peer._asdict().items()},
-        "beside": "torchcodec alone" if other is decoding else f"LeRobotDataset, {workers} workers, {case.backend}",
-        "rounds": len(pairs),
+    with contextlib.ExitStack() as stack:
+
+        def opened(batches: Batches, workers: int, together: int = 0) -> Runner:
+            return stack.enter_context(contextlib.closing(Runner(batches, workers, together)))
+
+        if name == "decode_share":
+            workers, beside = WORKERS, "torchcodec alone"
+            other = opened(decoding(root, case), workers)
+        else:
+            workers = best_workers(root, case, seconds)
+            beside = f"LeRobotDataset, {workers} workers, {'Pillow' if case.data == 'image' else case.backend}"
+            other = opened(theirs(root, case, workers), workers)
+        # In chunks, reading comes in bursts: whole epochs count.
+        epoch = json.loads((root / "meta/info.json").read_text())["total_frames"] // case.batch
+        sides = {"ours": opened(ours(root, case), WORKERS, epoch if case.chunks else 0), "other": other}
+        if case.chunks:
+            sides["ours_random"] = opened(ours(root, replace(case, chunks=None)), WORKERS)
+        turns = [{side: runner.turn(seconds) for side, runner in sides.items()} for _ in range(rounds)]
+    ratios = [turn["ours"].samples_per_second / turn["other"].samples_per_second for turn in turns]
+    of_processor_time = [turn["other"].processor_ms / turn["ours"].processor_ms for turn in turns]
+    found = {
+        "ratio": round(statistics.median(ratios), 3),
+        "ratios": [round(ratio, 3) for ratio in ratios],
+        "processor_time_ratio": round(statistics.median(of_processor_time), 3),
+        "beside": beside,
+        "rounds": rounds,
     }
+    for side in sides:
+        speeds = Speed(*map(statistics.median, zip(*(turn[side] for turn in turns), strict=True)))
+        found[side] = {name: round(value, 2) for name, value in speeds._asdict().items()}
+    return found
+
+
+def best_workers(root: Path, case: Case, seconds: float) -> int:
+    """With how many workers LeRobotDataset is fastest."""
+    tried = {}
+    for workers in (0, 1, 2):
+        with contextlib.closing(Runner(theirs(root, case, workers), workers)) as runner:
+            tried[workers] = runner.turn(seconds).samples_per_second
+    return max(tried, key=tried.__getitem__)
 
 
 def decode_alone(root: Path) -> dict[str, float]:
@@ -228,19 +238,45 @@ def decode_alone(root: Path) -> dict[str, float]:
     return speeds
 
 
+def table(result: dict[str, Any]) -> str:
+    """The ratios in Markdown."""
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    lines = [
+        f"{result['date']}, {result['cores']} cores, load {result['load'][0]} at the start and {result['load'][1]} at "
+        f"the end; {versions}.",
+        "",
+        "| case | ratio | lowest and highest round | ratio of processor time | ours, samples/s | beside, samples/s |",
+        "|---|---:|---:|---:|---:|---|",
+    ]
+    for name, case in result["cases"].items():
+        span = f"{min(case['ratios']):.2f} - {max(case['ratios']):.2f}"
+        beside = f"{case['other']['samples_per_second']:.0f}, {case['beside']}"
+        if "ours_random" in case:
+            beside += f" (ours in random order: {case['ours_random']['samples_per_second']:.0f})"
+        own = case["ours"]["samples_per_second"]
+        lines.append(
+            f"| `{name}` | {case['ratio']:.2f} | {span} | {case['processor_time_ratio']:.2f} | {own:.0f} | {beside} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Write the data, measure, and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cases", default=",".join(CASES), help="some of them, separated by commas")
     parser.add_argument("--rounds", type=int, default=5, help="turns that both sides of a case take")
-    parser.add_argument("--seconds", type=float, default=2.0, help="least time of a turn")
+    parser.add_argument("--seconds", type=float, default=1.5, help="least time of a turn")
     parser.add_argument("--data", type=Path, help="a folder to keep the data in between runs")
-    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, else the table")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table, too")
     options = parser.parse_args()
+    import datasets  # Not at the top, as every worker of ours imports this module.
+
     lend_ffmpeg()  # Else torchcodec, and with it LeRobotDataset, would need an FFmpeg on the system.
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
     found: dict[str, Any] = {}
+    load = [round(os.getloadavg()[0], 1)]
     with contextlib.ExitStack() as stack:
         folder = options.data or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for name in options.cases.split(","):
@@ -248,14 +284,19 @@ def main() -> None:
             if not root.exists():
                 write_dataset(root, DATASETS[CASES[name].data])
             found[name] = compare(name, root, options.rounds, options.seconds)
-            print(f"{name:14}{found[name]['ratio']:9.2f}  {found[name]}", file=sys.stderr)
-        alone = {name: decode_alone(folder / name) for name in ("h264", "av1") if (folder / name).exists()}
+            print(f"{name:14}{found[name]['ratio']:9.2f}  {found[name]}", file=sys.stderr, flush=True)
+        alone = {
+            name: decode_alone(folder / name) for name in ("h264", "av1", "h264_long_gop") if (folder / name).exists()
+        }
     packages = ("rlinf-core", "lerobot", "torchcodec", "av", "torch", "datasets")
     versions = {name: importlib.metadata.version(name) for name in packages}
     ratios = {name: case["ratio"] for name, case in found.items()}
     about = {"cores": len(os.sched_getaffinity(0)), "date": time.strftime("%Y-%m-%d"), "versions": versions}
+    about["load"] = [*load, round(os.getloadavg()[0], 1)]
     result = ratios | {"decode_alone_frames_per_second": alone, "cases": found} | about
-    print(json.dumps(result, indent=2) if options.json else json.dumps(ratios, indent=2))
+    print(json.dumps(result, indent=2) if options.json else table(result))
+    if options.markdown:
+        options.markdown.write_text(table(result))
 
 
 if __name__ == "__main__":
