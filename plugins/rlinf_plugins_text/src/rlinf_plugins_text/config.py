@@ -84,6 +84,13 @@ class TextPolicyConfig(PolicyConfig):
         return self
 
     @model_validator(mode="after")
+    def _the_config_is_json(self) -> TextPolicyConfig:
+        for name, value in self.config.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"config.{name} must be a finite number: config.json knows no other")
+        return self
+
+    @model_validator(mode="after")
     def _packs_are_documents(self) -> TextPolicyConfig:
         if self.packing and self.attention == "padded":
             raise ValueError('packing needs attention = "documents": else the texts of a pack would see one another')
