@@ -87,9 +87,9 @@ def _config(options: argparse.Namespace) -> LeRobotDatasetConfig | None:
 
 def _check(name: str, config: LeRobotDatasetConfig | None, depth: Depth) -> tuple[dict[str, Any], Damage]:
     from rlinf_core.data.check import check_files, number_columns
-    from rlinf_core.data.lerobot_wanted import check_columns
     from rlinf_core.data.lerobot_files import find_dataset
     from rlinf_core.data.lerobot_metadata import read_metadata
+    from rlinf_core.data.lerobot_wanted import check_columns
 
     name = config.repo_id if config else name
     place = find_dataset(name, config.revision) if config else find_dataset(name, setting="dataset")

@@ -27,6 +27,7 @@ from rlinf_core.errors import UserError
 
 DecoderName = Literal["torchcodec", "pyav"]
 
+
 @functools.cache
 def decoder_name() -> DecoderName:
     """The decoder this process uses unless told otherwise: torchcodec if it loads, else PyAV."""
