@@ -69,7 +69,7 @@ class Case:
     """Ours takes rows in the chunked order."""
 
 
-LONG_GOP = Case("h264_long_gop", chunks=Chunks(streams=32, frames=16, buffer=256))
+LONG_GOP = Case("h264_long_gop", batch=16, chunks=Chunks(streams=32, frames=16, buffer=256))
 CASES = {
     "video_h264": Case("h264"),
     "video_av1": Case("av1"),
