@@ -275,13 +275,66 @@ def test_checkpoints_may_lie_elsewhere(run, tmp_path):
     prepare_folder(elsewhere, overwrite=False)
     path = checkpoint(elsewhere, 4)
     there = tmp_path / "large" / "r"
-    there.mkdir(parents=True)
     path.rename(there / path.name)
+    assert settle(elsewhere).checkpoint == there / path.name
+    put_back(elsewhere, prepare_folder(elsewhere, overwrite=True))
     assert settle(elsewhere).checkpoint == there / path.name
     begun = prepare_folder(elsewhere, overwrite=True)
     assert begun.checkpoint is None
     confirm(elsewhere, begun)
-    assert not there.exists()
+    assert not list(there.glob("step_*"))
+    assert settle(elsewhere).step == 0
+
+
+def test_two_runs_of_one_name_do_not_share_a_folder_for_checkpoints(run, tmp_path):
+    """Not even before either has saved, nor when one of them begins anew, nor when one of them is moved."""
+    settings = [f"runner.checkpoint_dir={tmp_path / 'large'}"]
+    prepare_folder(run(*settings), overwrite=False)
+    other = [*settings, f"runner.output_dir={tmp_path / 'other'}"]
+    refused = rf"large/r is for the checkpoints of another run, which began in {tmp_path}/r: give another"
+    with pytest.raises(UserError, match=refused):
+        prepare_folder(run(*other), overwrite=False)
+    prepare_folder(run(other[1]), overwrite=False)
+    (checkpoint(run(), 4)).rename(tmp_path / "large" / "r" / "step_000000004")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match=refused):
+            prepare_folder(run(*other), overwrite=overwrite)
+    assert prepare_folder(run(*settings), overwrite=False).step == 4
+    (tmp_path / "r").rename(tmp_path / "moved")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "moved").rename(tmp_path / "new" / "r")
+    assert prepare_folder(run(*settings, f"runner.output_dir={tmp_path / 'new'}"), overwrite=False).step == 4
+
+
+def test_the_second_of_two_runs_that_begin_at_once_is_refused(run, tmp_path):
+    settings = [f"runner.checkpoint_dir={tmp_path / 'large'}"]
+    mine, other = run(*settings), run(*settings, f"runner.output_dir={tmp_path / 'other'}")
+    starts = [choose_start(one, overwrite=False) for one in (mine, other)]
+    leave_ready(mine, starts[0])
+    with pytest.raises(UserError, match="another run"):
+        leave_ready(other, starts[1])
+
+
+def test_checkpoints_that_were_left_elsewhere_are_named_with_the_way_out(run, tmp_path):
+    prepare_folder(run(), overwrite=False)
+    path = checkpoint(run(), 4)
+    elsewhere = run(f"runner.checkpoint_dir={tmp_path / 'large'}")
+    with pytest.raises(UserError, match=rf"still in {path.parent}: move them to {tmp_path}/large/r, or set"):
+        prepare_folder(elsewhere, overwrite=False)
+    assert load_config(run().folder / "config.toml") == run()
+    path.parent.rename(tmp_path / "moved")
+    (tmp_path / "large").mkdir()
+    (tmp_path / "moved").rename(tmp_path / "large" / "r")
+    assert settle(elsewhere).step == 4
+
+
+@pytest.mark.parametrize("folder", ["file", "/proc/x"])
+def test_a_folder_for_checkpoints_that_cannot_be_is_named_before_the_start(run, tmp_path, folder):
+    (tmp_path / "file").touch()
+    unusable = run(f"runner.checkpoint_dir={tmp_path / folder}")
+    with pytest.raises(UserError, match=r"runner\.checkpoint_dir = .* cannot hold the checkpoints of 'r'"):
+        prepare_folder(unusable, overwrite=False)
+    assert not unusable.folder.exists()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,4 +79,12 @@ def find_obstacle(folder: Path) -> str:
     there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     if not os.path.isdir(there):
         return f"{there} is not a folder"
-    return "" if os.access(there, os.W_OK | os.X_OK) else f"{there} is not a folder that you may write to"
+    if not os.access(there, os.W_OK | os.X_OK):
+        return f"{there} is not a folder that you may write to"
+    try:
+        tempfile.TemporaryFile(
+            dir=there
+        ).close()  # It has no name. The superuser may all, and some folders take nothing.
+    except OSError as error:
+        return f"{there} takes no files ({error.strerror})"
+    return ""

@@ -18,6 +18,7 @@ from rlinf_core.errors import UserError
 from rlinf_core.files import find_obstacle, write_text, writing
 from rlinf_core.training.changes import Change, describe_changes, find_changes, may_change
 from rlinf_core.training.integrity import find_damage, newest_whole
+from rlinf_core.training.ownership import claim, refuse_foreign
 from rlinf_core.training.position import NAMES, Position, step_name
 
 if TYPE_CHECKING:
@@ -43,9 +44,14 @@ class Start:
 
 
 def check_folder(run: RunConfig) -> None:
-    """Raise `UserError` where the run's folder cannot be made or written to; nothing is made."""
+    """Raise `UserError` where the run's folder, or its checkpoints', cannot be made or written to; nothing is made."""
     if why := find_obstacle(run.folder):
         raise _cannot_hold(run, why)
+    if why := find_obstacle(run.checkpoints):
+        raise UserError(
+            f"runner.checkpoint_dir = {run.runner.checkpoint_dir!r} cannot hold the checkpoints of "
+            f"{run.runner.name!r}: {why}. Name another folder"
+        )
 
 
 def _cannot_hold(run: RunConfig, why: str) -> UserError:
@@ -111,6 +117,7 @@ def find_start(
                 f"{folder} already holds a run and runner.resume is 'never'. "
                 "Give another runner.name, or --overwrite to remove it."
             )
+    refuse_foreign(run)
     bad = dict(damaged or {})
     newest = newest_whole(folder, run.checkpoints, bad)
     metrics = folder / "metrics.jsonl"
@@ -118,8 +125,6 @@ def find_start(
     if newest or (metrics.exists() and metrics.stat().st_size):
         changes = find_changes(run, saved, allow_change=allow_change)
     if newest is None:
-        if not holds_something:
-            _refuse_foreign(run)
         return Start()
     checkpoint, position = newest
     return Start(
@@ -175,7 +180,9 @@ def choose_start(run: RunConfig, *, overwrite: bool, restarted: bool = False, al
     Raises:
         UserError: If going on would mix two runs, or overwrite one.
     """
+    check_folder(run)
     if overwrite and not restarted and (run.folder / "config.toml").exists():
+        refuse_foreign(run, overwrite=True)
         return Start(replaced=_move_aside(run.folder))
     return find_start(run, restarted=restarted, allow_change=allow_change)
 
@@ -200,7 +207,7 @@ def leave_ready(run: RunConfig, start: Start) -> None:
     A config that changes what a step computes is recorded by `confirm`: it may turn out that it cannot go on.
 
     Raises:
-        UserError: It cannot be written to.
+        UserError: It cannot be written to, or another run has taken the folder for its checkpoints.
     """
     with writing(run.folder, "Make room there, or name another runner.output_dir"):
         run.folder.mkdir(parents=True, exist_ok=True)
@@ -208,6 +215,7 @@ def leave_ready(run: RunConfig, start: Start) -> None:
             write_text(run.folder / "config.toml", dump_config(run))
         if start.checkpoint is not None:
             write_text(run.folder / "latest", start.checkpoint.name)
+    claim(run, start.replaced)
 
 
 def _is_finished(run: RunConfig, position: Position) -> bool:
@@ -250,8 +258,8 @@ def confirm(run: RunConfig, start: Start) -> None:
         write_text(config, dump_config(run))
     if start.replaced:
         shutil.rmtree(start.replaced)
-        if run.checkpoints.exists():  # Elsewhere than in the folder that was moved.
-            shutil.rmtree(run.checkpoints)
+        for left in (*run.checkpoints.glob(NAMES), *run.checkpoints.glob(f".{NAMES}.tmp")):
+            shutil.rmtree(left)  # They lie elsewhere than in the folder that was moved.
 
 
 def _describe_damage(damaged: Mapping[str, str], used: Path) -> list[str]:
@@ -263,13 +271,4 @@ def _describe_left(used: Path) -> list[str]:
     """What becomes of later checkpoints where a run goes on from an earlier one."""
     later = sorted(path.name for path in used.parent.glob(NAMES) if path.name > used.name)
     gone = f"later checkpoints are removed when the next one is complete: {', '.join(later)}"
-    return [f"goes on from {used}; {gone}"] if later else []
-
-
-def _refuse_foreign(run: RunConfig) -> None:
-    """Raise `UserError` where a run that begins would take the checkpoints of another one for its own."""
-    if any(run.checkpoints.glob(NAMES)):
-        raise UserError(
-            f"{run.checkpoints} holds checkpoints of a run that is not in {run.folder}: give another runner.name or "
-            "runner.checkpoint_dir, or remove that folder."
-        )
+    return [f"warning: goes on from {used}; {gone}"] if later else []
