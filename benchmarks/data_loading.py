@@ -40,8 +40,10 @@ from rlinf_core import PolicyConfig, Sample
 from rlinf_core.data.batch_memory import batch_tensor
 from rlinf_core.data.chunked import Chunks
 from rlinf_core.data.ffmpeg_libraries import lend_ffmpeg
-from rlinf_core.data.frame_cache import open_cached, place_of
-from rlinf_core.data.frame_cache_writing import Conversion, convert, find_missing
+from rlinf_core.data.frame_cache import open_cached
+from rlinf_core.data.frame_cache_folders import caches_of
+from rlinf_core.data.frame_cache_parts import Conversion
+from rlinf_core.data.frame_cache_writing import convert, find_missing
 from rlinf_core.data.lerobot import open_lerobot
 from rlinf_core.data.loader import build_train_loader
 from rlinf_core.data.mixture import Source
@@ -119,7 +121,7 @@ def ours(root: Path, case: Case, workers: int = WORKERS) -> Batches:
 
 def write_cache(rows: Any, config: LeRobotDatasetConfig, policy: PolicyConfig) -> None:
     """What `rlinf cache --format raw` writes, if it is not there yet."""
-    conversion = Conversion(place_of(rows.metadata, config, policy, "raw"), (rows,), 0)
+    conversion = Conversion(caches_of(rows.metadata, config, policy, "raw"), (rows,))
     convert(conversion, find_missing(conversion), workers=0, progress=lambda done, parts: None)
 
 

@@ -3,8 +3,10 @@
 import pickle
 import shutil
 import signal
+from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -14,10 +16,13 @@ from toy_data import ToyPolicy
 
 from rlinf_core import UserError
 from rlinf_core.cli import main
+from rlinf_core.commands import cache
 from rlinf_core.config.load import load_config
 from rlinf_core.data import frame_cache, frame_cache_writing
-from rlinf_core.data.frame_cache import CachedSource, open_cached, place_of, read_manifest, resizing_to_keep
-from rlinf_core.data.frame_cache_writing import Conversion, check_room, convert, find_missing, hold
+from rlinf_core.data.frame_cache import CachedSource, open_cached
+from rlinf_core.data.frame_cache_folders import caches_of, read_manifest, resizing_to_keep
+from rlinf_core.data.frame_cache_parts import Conversion
+from rlinf_core.data.frame_cache_writing import check_room, convert, find_missing, hold
 from rlinf_core.data.lerobot import open_lerobot
 from rlinf_core.data.splits import open_split
 from rlinf_core.data.transforms import Transform
@@ -35,16 +40,16 @@ def config(root, **fields):
 
 def conversion(data, base, policy=None, *, form="raw", parts=FRAME * 10, quality=95):
     splits = tuple(open_lerobot(data, 0, split) for split in ("train", "validation"))
-    return Conversion(
-        place_of(splits[0].metadata, data, policy or ToyPolicy(), form, str(base)), splits, quality, parts
-    )
+    caches = caches_of(splits[0].metadata, data, policy or ToyPolicy(), form, quality=quality, above=str(base))
+    return Conversion(caches, splits, parts)
 
 
 def make(data, base, policy=None, **options):
     """A whole cache, and the config that uses it."""
     work = conversion(data, base, policy, **options)
     convert(work, find_missing(work), workers=0, progress=lambda done, all: None)
-    return work, data.model_copy(update={"cache": options.get("form", "raw"), "cache_dir": str(base)})
+    use = {"cache": options.get("form", "raw"), "cache_dir": str(base), "cache_quality": options.get("quality", 95)}
+    return work, data.model_copy(update=use)
 
 
 def cached(data, policy=None, split="train"):
@@ -81,15 +86,20 @@ def test_raw_frames_are_those_that_are_decoded(kind, request, tmp_path):
 def test_jpeg_frames_are_off_by_what_was_said(video_dataset, tmp_path):
     data = config(video_dataset.root)
     decoded = np.stack([row[CAMERAS[0]].astype(int) for row in open_lerobot(data, 0, "train").__getitems__(range(24))])
-    means = []
-    for quality in (80, 95):  # Of another quality, it is made anew.
+    means, made = [], []
+    for quality in (80, 95):
         work, with_cache = make(data, tmp_path, form="jpeg", quality=quality)
         manifest = read_manifest(work.place.manifest(CAMERAS[0]))
         off = np.abs(np.stack([row[CAMERAS[0]] for row in cached(with_cache).__getitems__(range(24))]) - decoded)
         assert 0 < off.max() <= manifest.largest_loss  # All 36 frames were sampled.
         assert off.mean() == pytest.approx(manifest.mean_loss, rel=0.2)
         means.append(off.mean())
+        made.append(with_cache)
     assert means[1] < means[0]
+    again = np.stack([row[CAMERAS[0]] for row in cached(made[0]).__getitems__(range(24))])
+    assert np.abs(again - decoded).mean() == means[0]  # Another quality does not change what a run has begun on.
+    with pytest.raises(UserError, match=r"there is jpeg80, jpeg95 of it \(data.cache, data.cache_quality\)"):
+        cached(made[0].model_copy(update={"cache_quality": 90}))
 
 
 @dataclass(frozen=True)
@@ -195,7 +205,7 @@ def test_a_damaged_part_is_found_and_mended(video_dataset, tmp_path):
     work, with_cache = make(data, tmp_path)
     part = work.file(CAMERAS[1], 1)
     whole = part.read_bytes()
-    part.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    damage(part)
     assert find_missing(work) == {1: [CAMERAS[1]]}
     part.write_bytes(whole[:-1])
     with pytest.raises(UserError, match=f"lacks {part.name}, or a part of it"):
@@ -212,7 +222,7 @@ def test_a_cache_of_other_data_is_refused(video_dataset, tmp_path):
     cached(with_cache.model_copy(update={"validation_episodes": (2,)}))  # Held out or not, they are all in it.
     with pytest.raises(UserError, match="is of other"):
         cached(with_cache.model_copy(update={"episodes": (0, 1, 3)}))
-    moved = shutil.copytree(root, tmp_path / "elsewhere" / "data")
+    moved = shutil.copytree(root, tmp_path / "of another name")
     cached(with_cache.model_copy(update={"repo_id": str(moved)}))  # A copy of the data is the same data.
     video = sorted(root.glob("videos/**/*.mp4"))[0]
     video.write_bytes(video.read_bytes() + b"\0")
@@ -242,19 +252,25 @@ def test_two_commands_do_not_write_one_cache(tmp_path):
 
 def test_the_command_makes_what_a_run_uses(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(frame_cache_writing, "PART_BYTES", 2**20)
     quickstart = "examples/quickstart.toml"
     few = ["data.episodes=[0, 1, 2]", "data.validation_fraction=0", "runner.val_check_interval=0"]
     use = [*few, "data.cache=raw", f"data.cache_dir={tmp_path}"]
     plugins = repository_plugins()
     run = load_config(quickstart, use, plugins)
-    with pytest.raises(UserError, match=r"there is no cache of 'observation.image' of examples/data/metaworld_3tasks"):
+    with pytest.raises(UserError, match=r"there is no cache of examples/data/metaworld_3tasks in"):
         open_split(run, plugins, "train")
-    command = ["cache", quickstart, *few, "--format", "raw", "--workers", "0"]
+    command = ["cache", quickstart, *few, "--format", "raw", "--workers", "1"]
+    with monkeypatch.context() as full:
+        usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+        full.setattr(frame_cache_writing.shutil, "disk_usage", lambda path: usage)
+        assert main([*command, "--output", str(tmp_path)]) == 2
+    assert not any(tmp_path.iterdir())  # What is refused leaves nothing behind.
+    capsys.readouterr()
     assert main([*command, "--output", str(tmp_path)]) == 0
     told = capsys.readouterr().out
     assert "as the policy resizes them: raw" in told
     assert "GB to write" in told
+    assert "frames of 1 camera," in told
     rows = open_split(run, plugins, "train")
     assert isinstance(rows, CachedSource)
     decoded = open_split(load_config(quickstart, few, plugins), plugins, "train")
@@ -264,8 +280,71 @@ def test_the_command_makes_what_a_run_uses(tmp_path, monkeypatch, capsys):
         samples = [resize({"images": run.data.repack()(row)["images"]}) for row in (ours, theirs)]
         ((camera, image),) = samples[1]["images"].items()
         np.testing.assert_array_equal(samples[0]["images"][camera], image)
+    (folder,) = tmp_path.iterdir()
+    damage(folder / "observation.image-000000.raw")
+    assert main([*command, "--output", str(tmp_path)]) == 0
+    assert "damaged, and written again: observation.image-000000.raw" in capsys.readouterr().out
     assert main([*command, "--output", str(tmp_path)]) == 0
     assert "all parts are there and their hashes are right" in capsys.readouterr().out
+
+
+def damage(path):
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+
+
+def test_commands_for_other_episodes_leave_what_is_there(video_dataset, tmp_path, monkeypatch, capsys):
+    plugins = repository_plugins()
+
+    def command(episodes):
+        data = config(video_dataset.root, episodes=episodes, validation_episodes=(), cache_dir=str(tmp_path))
+        source = SimpleNamespace(run=Run(data=data, policy=ToyPolicy()))
+        cache._convert(Namespace(format="raw", quality=None, output="", workers=1), source.run, source, plugins)
+        rows = cached(data.model_copy(update={"cache": "raw"}))
+        same_rows(rows.__getitems__(range(len(rows))), open_lerobot(data, 0, "train").__getitems__(range(len(rows))))
+        return capsys.readouterr().out
+
+    def files():
+        return {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*.raw")}
+
+    assert "parts are there" in command(("0-1",))
+    first = files()
+    assert "all frames are there, among others, and their hashes are right" in command((1,))
+    assert files() == first
+    assert "0 of 1 parts are there" in command(("0-2",))
+    assert files().items() > first.items()
+    second = files()
+    damage(next(iter(files().keys() - first.keys())))
+    whole = config(video_dataset.root, episodes=(2,), validation_episodes=(), cache_dir=str(tmp_path))
+    source = SimpleNamespace(run=Run(data=whole, policy=ToyPolicy()))
+    with pytest.raises(UserError, match=r"has these frames among others, but is damaged: \S+-000000.raw. Run"):
+        cache._convert(Namespace(format="raw", quality=None, output="", workers=1), source.run, source, plugins)
+    assert files().keys() == second.keys()
+
+
+class Run(SimpleNamespace):
+    """What the command asks of a run's config."""
+
+    def model_copy(self, update):
+        return Run(**{**vars(self), **update})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--format", "raw", "--quality", "90"], "--quality is of JPEG"),
+        (["--format", "jpeg", "--quality", "0"], "is not from 1 to 100"),
+        (["--format", "raw", "--workers", "0"], "one process, at least"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(options, message, capsys):
+    assert main(["cache", "none.toml", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_quality_without_jpeg_is_refused():
+    with pytest.raises(ValueError, match='cache_quality is that of cache = "jpeg": set both'):
+        config("data", cache_quality=80)
 
 
 def _images(run, rows, pipeline):

@@ -211,6 +211,8 @@ class LeRobotDatasetConfig(DatasetConfig):
     cache: Literal["", "raw", "jpeg"] = ""
     """Read pictures from what `rlinf cache` has made, instead of decoding the dataset's: `raw`, bit-equal, or `jpeg`,
     smaller and with a loss. Empty: decode."""
+    cache_quality: int = Field(default=95, ge=1, le=100)
+    """Of JPEG, the `--quality` that the cache was made with: other pictures are another run."""
     cache_dir: str = ""
     """Folder of caches; empty: `frames` in `RLINF_CACHE`, by default `~/.cache/rlinf_core`."""
     validation_tasks: tuple[int | str, ...] = ()
@@ -245,6 +247,11 @@ class LeRobotDatasetConfig(DatasetConfig):
             *(
                 ["prompt_from_task = false needs default_prompt, the prompt of every row"]
                 if not self.prompt_from_task and not self.default_prompt
+                else []
+            ),
+            *(
+                ['cache_quality is that of cache = "jpeg": set both']
+                if self.cache_quality != 95 and self.cache != "jpeg"
                 else []
             ),
             *self._wrong_subset(),

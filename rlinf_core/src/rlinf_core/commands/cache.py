@@ -8,11 +8,14 @@ import sys
 from typing import TYPE_CHECKING
 
 from rlinf_core.commands.output import print_progress
+from rlinf_core.datasets import LeRobotDatasetConfig
 from rlinf_core.errors import Exit, UserError
 
 if TYPE_CHECKING:
     from rlinf_core.config.run import RunConfig, RunSource
-    from rlinf_core.data.frame_cache_writing import Conversion
+    from rlinf_core.data.frame_cache_folders import Caches, Place
+    from rlinf_core.data.frame_cache_parts import Conversion
+    from rlinf_core.data.lerobot import LeRobotSource
     from rlinf_core.plugins import Plugins
 
 EPILOG = """\
@@ -21,6 +24,8 @@ that is exact, else at the dataset's size; raw ones are the frames to the bit, o
 is said before the work, and refused if the disk has not got it.
 
 Interrupted, the same command goes on where it was. On a complete cache it checks all hashes and mends what is wrong.
+Other episodes, another quality and changed files of the dataset have caches of their own; those that are there stay,
+and where one has all the frames of this config, and more, none is made.
 
 Exit codes: 0 if the cache is complete, else 2, or 130 on Ctrl-C.
 """
@@ -32,11 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="the run's TOML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the file")
     parser.add_argument("--format", choices=("raw", "jpeg"), required=True, help="raw: largest, fastest, exact")
-    parser.add_argument("--quality", type=int, default=95, metavar="N", help="of JPEG, 1 to 100; else 95")
+    parser.add_argument("--quality", type=int, metavar="N", help="of JPEG, 1 to 100; else data.cache_quality")
     parser.add_argument("--output", default="", metavar="DIR", help="folder of caches; else data.cache_dir")
     parser.add_argument("--source", default="", metavar="NAME", help="one dataset of a mixture; else all")
     cores = os.cpu_count() or 1
-    parser.add_argument("--workers", type=int, default=cores, metavar="N", help="processes; else one a core")
+    parser.add_argument("--workers", type=int, default=cores, metavar="N", help="processes, 1 or more; else one a core")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -44,8 +49,12 @@ def run(options: argparse.Namespace) -> int:
     from rlinf_core.config.load import load_config
     from rlinf_core.plugins import get_plugins
 
-    if not 1 <= options.quality <= 100:
+    if options.quality is not None and options.format != "jpeg":
+        raise UserError(f"--quality is of JPEG: leave it out with --format {options.format}")
+    if options.quality is not None and not 1 <= options.quality <= 100:
         raise UserError(f"--quality {options.quality} is not from 1 to 100")
+    if options.workers < 1:
+        raise UserError(f"--workers {options.workers}: one process, at least, converts")
     plugins = get_plugins()
     config = load_config(options.config, options.overrides, plugins)
     for source in (config.source(options.source),) if options.source else config.sources:
@@ -55,37 +64,76 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace, config: RunConfig, source: RunSource, plugins: Plugins) -> None:
-    from rlinf_core.data.frame_cache_writing import check_room, convert, find_missing, hold
+    from rlinf_core.data.frame_cache_folders import caches_of
+    from rlinf_core.data.frame_cache_parts import Conversion
 
-    conversion = _open(options, config, source, plugins)
+    splits = _open(source, plugins)
+    data = source.run.data
+    assert isinstance(data, LeRobotDatasetConfig)
+    caches = caches_of(
+        splits[0].metadata, data, config.policy, options.format, quality=options.quality or 0, above=options.output
+    )
+    place = _there_already(caches, splits)
+    if place is None:
+        conversion = Conversion(caches, splits)
+        _make(conversion, options.workers)
+        place = conversion.place
+    used = f'data.cache = "{options.format}"'
+    used += f", data.cache_quality = {caches.quality}" if caches.quality else ""
+    used += f', data.cache_dir = "{options.output}"' if options.output else ""
+    print(f"{place.folder}: complete; use it with {used}")
+
+
+def _there_already(caches: Caches, splits: tuple[LeRobotSource, ...]) -> Place | None:
+    """A complete cache of these frames and more, whose hashes are right; None if there is none."""
+    from rlinf_core.data.frame_cache_folders import find_cache
+    from rlinf_core.data.frame_cache_writing import find_damaged
+
+    place, _ = find_cache(caches, splits)
+    if place is None or len(place.positions) == sum(len(split) for split in splits):
+        return None  # That of exactly these frames is mended where it is damaged.
+    if damaged := find_damaged(place, splits[0].images):
+        raise UserError(
+            f"{place.folder} has these frames among others, but is damaged: {', '.join(damaged)}. Run `rlinf cache` "
+            "with the config that it was made with, which mends it, or remove the folder"
+        )
+    print(f"{place.folder}\nall frames are there, among others, and their hashes are right")
+    return place
+
+
+def _make(conversion: Conversion, workers: int) -> None:
+    """Write what is missing, and say what that is."""
+    from rlinf_core.data.frame_cache_writing import check_room, convert, find_missing, find_wrong, hold
+
     folder = conversion.place.folder
+    if not folder.is_dir():  # What is refused leaves nothing behind.
+        check_room(conversion, find_missing(conversion))
     with hold(folder):
         missing = find_missing(conversion)
         needed, free = check_room(conversion, missing)
         print(_describe(conversion))
         if missing:
             there = f"{len(conversion.parts) - len(missing)} of {len(conversion.parts)} parts are there"
+            if wrong := find_wrong(conversion, missing):
+                there += f"; damaged, and written again: {', '.join(wrong)}"
             print(f"{needed / 1e9:.3g} GB to write, {free / 1e9:.3g} GB free; {there}")
         else:
             print("all parts are there and their hashes are right")
         sys.stdout.flush()
         with print_progress("converting") as progress:
-            convert(conversion, missing, workers=options.workers, progress=progress)
-    where = f'; data.cache_dir = "{options.output}"' if options.output else ""
-    print(f'{folder}: complete; use it with data.cache = "{options.format}"{where}')
+            convert(conversion, missing, workers=workers, progress=progress)
 
 
-def _open(options: argparse.Namespace, config: RunConfig, source: RunSource, plugins: Plugins) -> Conversion:
-    from rlinf_core.data.frame_cache import place_of
-    from rlinf_core.data.frame_cache_writing import Conversion
+def _open(source: RunSource, plugins: Plugins) -> tuple[LeRobotSource, ...]:
+    """The splits that have rows, with pictures of the dataset's own."""
     from rlinf_core.data.lerobot import LeRobotSource
     from rlinf_core.data.splits import open_split
-    from rlinf_core.datasets import LeRobotDatasetConfig
 
     data = source.run.data
     if not isinstance(data, LeRobotDatasetConfig) or not data.images:
         raise UserError(f"{data.config_name!r} names no pictures of a dataset in LeRobot's layout: nothing to convert")
-    decoded = source.run.model_copy(update={"data": data.model_copy(update={"cache": ""})})
+    without = data.model_copy(update={"cache": ""})
+    decoded = source.run.model_copy(update={"data": without})
     splits = [open_split(decoded, plugins, "train")]
     if data.has_validation:
         splits.append(open_split(decoded, plugins, "validation"))
@@ -94,15 +142,15 @@ def _open(options: argparse.Namespace, config: RunConfig, source: RunSource, plu
         raise UserError(
             f"{data.config_name!r} is read by another plugin: only core's reader of LeRobot data has a cache"
         )
-    place = place_of(opened[0].metadata, data, config.policy, options.format, options.output)
-    return Conversion(place, opened, options.quality)
+    return opened
 
 
 def _describe(conversion: Conversion) -> str:
     """What will be there, in a few lines."""
-    place, frames = conversion.place, len(conversion.positions)
-    as_what = "as the policy resizes them" if place.resize else "at the dataset's size"
-    lines = [f"{place.folder}", f"{frames} frames of {len(conversion.columns)} cameras, {as_what}: {place.format}"]
+    caches, place, frames = conversion.caches, conversion.place, len(conversion.positions)
+    as_what = "as the policy resizes them" if caches.resize else "at the dataset's size"
+    cameras = f"{len(conversion.columns)} camera{'s' * (len(conversion.columns) > 1)}"
+    lines = [f"{place.folder}", f"{frames} frames of {cameras}, {as_what}: {place.format}"]
     for column, sampled in conversion.sampled.items():
         height, width = sampled.size
         each = sampled.raw_bytes if place.format == "raw" else sampled.jpeg_bytes
