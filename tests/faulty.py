@@ -45,8 +45,6 @@ IMPORTS = ("faulty", "rlinf_core.training.console", "pandas", "plotext")
 TIMES = {"step_seconds", "samples_per_second", "save_stall_seconds", "peak_memory_gb", "tflops_per_second"}
 """What a row says of how long it took."""
 
-ending.OTHER_RANKS_WAIT = 0.5  # However many end badly here, it is not for each to wait five seconds.
-
 
 class FaultyPolicy(ToyPolicy):
     """Two blocks on the state, with whatever befalls them."""
@@ -77,6 +75,11 @@ class FaultyData(LeRobotDatasetConfig):
 @hookimpl
 def rlinf_register_policies():
     return [FaultyPolicy]
+
+
+@hookimpl
+def rlinf_configure(run):
+    ending.OTHER_RANKS_WAIT = float(os.environ["OTHER_RANKS_WAIT"])
 
 
 @hookimpl
@@ -124,7 +127,7 @@ def fill_disk(batch, folder, full):
     """Fill a small disk to its last byte, or make room again."""
     ballast = Path(folder) / "ballast"
     if not full:
-        ballast.unlink()
+        ballast.unlink(missing_ok=True)  # A step has several micro batches.
         return
     with ballast.open("ab", buffering=0) as file, contextlib.suppress(OSError):
         while file.write(bytes(512)):
@@ -148,8 +151,8 @@ class Runs:
         """Another run, that starts from the beginning."""
         return Runs(self._site, self.folder.parent / "next", self._start_ranks)
 
-    def start(self, steps, *settings, ranks=2, faults=(), signals=()):
-        """Start the run or continue it, to its end or to that of its ranks."""
+    def start(self, steps, *settings, ranks=2, faults=(), signals=(), wait=ending.OTHER_RANKS_WAIT):
+        """Start the run or continue it, to its end or to that of its ranks; for how long others let rank 0 talk."""
         return self._start_ranks(
             "rlinf_core.train:main",
             ranks,
@@ -159,6 +162,7 @@ class Runs:
             imports=IMPORTS,
             signals=signals,
             FAULTS=json.dumps(faults),
+            OTHER_RANKS_WAIT=str(wait),
             RLINF_DISABLE_PLUGINS="rlinf-plugins-text",  # Nobody here needs it, and it takes long to import.
         )
 

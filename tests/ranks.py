@@ -4,6 +4,8 @@ To import them costs each rank four seconds of CPU time, and torchrun two more. 
 torchrun itself matters (restarts, the end of the other ranks when one fails, signals), they start torchrun.
 """
 
+import atexit
+import gc
 import json
 import os
 import signal
@@ -99,6 +101,7 @@ def launch(main, ranks, arguments, paths, imports, signals, environment):
     """Fork the ranks and wait for them; once one has failed the others are ended, as torchrun does."""
     for name in imports:
         import_module(name)
+    gc.freeze()  # What is imported is shared, until somebody counts its references anew.
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         running, code = {}, 0
         for rank in range(ranks):
@@ -106,8 +109,7 @@ def launch(main, ranks, arguments, paths, imports, signals, environment):
             if not pid:
                 become(rank, ranks, out, err, environment)
                 sys.path[:0] = paths
-                module, _, function = main.partition(":")
-                sys.exit(getattr(import_module(module), function)(arguments))
+                leave(main, arguments)
             running[rank] = pid
         senders = [threading.Thread(target=send, args=(running,), kwargs=one, daemon=True) for one in signals]
         for sender in senders:
@@ -145,6 +147,26 @@ def become(rank, ranks, out, err, environment):
     same = ("RANK", "LOCAL_RANK"), ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
     os.environ.update(environment)
     os.environ.update({name: str(number) for names, number in zip(same, (rank, ranks), strict=True) for name in names})
+
+
+def leave(main, arguments):
+    """Do what this process is for, and end it as Python would, without taking down what is imported.
+
+    That touches all the memory that ranks share, which is then copied: it would take longer than most runs.
+    """
+    module, _, function = main.partition(":")
+    try:
+        code = getattr(import_module(module), function)(arguments)
+    except SystemExit as end:  # The parser's, of arguments that are wrong.
+        code = end.code
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    threading._shutdown()  # Waits for threads, as Python does before the rest.
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code or 0)
 
 
 if __name__ == "__main__":

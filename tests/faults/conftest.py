@@ -9,9 +9,10 @@ def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="many more faults: `pytest tests/faults --long`")
 
 
-@pytest.fixture(scope="session")
-def is_long(request):
-    return request.config.getoption("--long", default=False)  # Unknown where only a folder above is named.
+def pytest_generate_tests(metafunc):
+    if "seed" in metafunc.fixturenames:
+        is_long = metafunc.config.getoption("--long", default=False)  # Unknown where only a folder above is named.
+        metafunc.parametrize("seed", range(10 if is_long else 1))
 
 
 @pytest.fixture(scope="session")
