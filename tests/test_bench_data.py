@@ -2,6 +2,8 @@
 
 import json
 import multiprocessing
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,31 @@ def test_what_a_gpu_takes_is_predicted_where_it_is_not_given(monkeypatch, capsys
         "GPUs that take 60 samples a second each (predicted for an H100 at 40% MFU; --samples"
         in capsys.readouterr().out
     )
+
+
+def test_of_a_run_on_the_cpu_no_gpus_are_told(capsys):
+    told = {
+        form: (main(["bench-data", *FEW, "data.num_workers=0", "--seconds", "0.1", *form]), capsys.readouterr().out)[1]
+        for form in ((), ("--json",))
+    }
+    assert 'not said: trainer.device is "cpu"; give --samples-per-second-per-gpu' in told[()]
+    assert json.loads(told["--json",])["gpus_fed"] is None
+
+
+def test_a_text_run_has_no_pictures(capsys):
+    text = ["examples/text_sft.toml", "data.num_workers=0", "--seconds", "0.1", "--samples-per-second-per-gpu", "5"]
+    assert main(["bench-data", *text]) == 0
+    told = capsys.readouterr().out
+    assert "none: no pictures" in told
+    assert "pictures 0%" not in told
+
+
+def test_a_missing_config_is_told_before_torch_is_loaded():
+    code = "import sys; from rlinf_core.cli import main; code = main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    for command in ("bench-data", "plan"):
+        done = subprocess.run([sys.executable, "-c", code, command, "none.toml"], capture_output=True, text=True)
+        assert not done.returncode, done.stderr
+        assert "none.toml" in done.stderr
 
 
 @pytest.mark.parametrize("option", ["--ranks", "--seconds", "--samples-per-second-per-gpu"])

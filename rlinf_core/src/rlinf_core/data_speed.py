@@ -168,6 +168,8 @@ class _Clock:
     seconds: dict[str, float] = field(default_factory=lambda: {"read": 0.0, "numbers": 0.0, "collate": 0.0})
     rows: int = 0
     """Read; in the chunked order more than are drawn, at first."""
+    pictures: bool = False
+    """Whether any rows have them."""
 
     @contextmanager
     def time(self, name: str) -> Iterator[None]:
@@ -190,7 +192,8 @@ class _TimedRows:
         with self._clock.time("read"):
             rows = self._rows.__getitems__(indices)
         with self._clock.time("numbers"):
-            self._rows.without_images(indices)
+            numbers = self._rows.without_images(indices)
+        self._clock.pictures |= any(row.keys() != number.keys() for row, number in zip(rows, numbers, strict=True))
         return rows
 
     def __getattr__(self, name: str) -> Any:
@@ -226,7 +229,8 @@ def _shares(
             break
     took = clock.seconds
     read = took["read"] / clock.rows
-    pictures = max(0.0, took["read"] - took["numbers"]) / clock.rows  # Numbers are read again, to know them apart.
+    # Numbers are read again, to know them apart.
+    pictures = max(0.0, took["read"] - took["numbers"]) / clock.rows if clock.pictures else 0.0
     transform = (whole - sum(took.values())) / clock.rows
     collate = took["collate"] / samples
     sample = read + transform + collate

@@ -64,12 +64,14 @@ def _count(text: str) -> int:
 def run(options: argparse.Namespace) -> None:
     """Work it out and print it."""
     from rlinf_core.config.load import load_config
-    from rlinf_core.plan.advice import advise
-    from rlinf_core.plan.step import plan
     from rlinf_core.plugins import get_plugins
 
     plugins = get_plugins()
-    made = plan(load_config(options.config, options.overrides, plugins), plugins, options.ranks)
+    config = load_config(options.config, options.overrides, plugins)
+    from rlinf_core.plan.advice import advise  # Takes seconds, with torch: a mistake in the config is told first.
+    from rlinf_core.plan.step import plan
+
+    made = plan(config, plugins, options.ranks)
     changes = advise(made, plugins, options.gpu_memory)
     if options.json:
         print_json(_object(made, changes, options))
