@@ -19,6 +19,7 @@ from rlinf_core.training.anomalies import (
     Guard,
     History,
     Spikes,
+    have_diverged,
     last_checkpoint,
     read_history,
     suspects,
@@ -142,6 +143,26 @@ def test_what_one_rank_meets_skips_and_ends_the_run_on_all_of_them_alike(toy_sit
     anomalies = rows(tmp_path / "run", "anomalies.jsonl")
     found = [[(sample["rank"], sample["loss"]) for sample in row["samples"]] for row in anomalies]
     assert found == [[(1, None)], [(1, None)]]
+
+
+def test_a_run_that_has_diverged_blames_no_sample(train, monkeypatch, capsys, tmp_path):
+    def diverges(out, call):
+        return out._replace(loss_sum=out.loss_sum * math.nan, sample_losses=out.sample_losses * math.nan)
+
+    break_samples(monkeypatch, {1, 2}, diverges)
+    with pytest.raises(UserError, match=r"no cause: the weights have diverged.*again: lower optim\.lr$"):
+        train("runner.max_steps=5", "runner.max_skipped_steps=2")
+    said = capsys.readouterr().out
+    assert "20 of 20 samples have no finite loss, so it is hardly a sample's fault" in said
+    assert "look at" not in said
+    assert "stopped by an error after step 3" in said
+
+
+@pytest.mark.parametrize(
+    ("broken", "together", "diverged"), [(1, 1, False), (10, 1, False), (11, 1, True), (10, 10, False), (20, 20, False)]
+)
+def test_one_sample_explains_at_most_its_micro_batch(broken, together, diverged):
+    assert have_diverged([math.nan] * broken + [1.0] * (20 - broken), together=together) == diverged
 
 
 def test_no_number_of_skipped_steps_ends_a_run_that_says_so(train, monkeypatch):

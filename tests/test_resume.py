@@ -14,6 +14,7 @@ from rlinf_core.training.resume import (
     agree_on_start,
     choose_start,
     confirm,
+    explain,
     hold_folder,
     leave_ready,
     prepare_folder,
@@ -30,12 +31,12 @@ def run(tmp_path):
     return make
 
 
-def checkpoint(run, step, validated=None):
+def checkpoint(run, step, validated=None, sample=0):
     """What a checkpoint leaves as far as starting is concerned."""
     path = run.folder / "checkpoints" / f"step_{step:09d}"
     path.mkdir(parents=True, exist_ok=True)
     at = step if validated is None else validated
-    position = Position(step=step, epoch=0, sample=0, rows=1, seed=0, layout="", validated=at)
+    position = Position(step=step, epoch=0, sample=sample, rows=1, seed=0, layout="", validated=at)
     (path / "shard").write_bytes(b"abc")
     sums = {"shard": FileSum(3, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad")}
     write_text(path / "state.json", dump_state(State(position, sums)))
@@ -239,18 +240,44 @@ def test_a_change_that_is_allowed_is_shown_and_recorded(run):
     old = before.read_text()
     begun = settle(run("optim.lr=0.5", "runner.max_steps=12"), allow_change=True)
     assert begun.changed
-    assert begun.notes[0] == "goes on with another config:"
-    assert (
-        sorted(note.strip() for note in begun.notes[1:])
-        == [
-            "optim.lr: 0.0015 -> 0.5 (changes what a step computes)",
-            "runner.max_steps: 10 -> 12",
-        ]
-        or begun.notes
-    )
+    (told,) = begun.notes
+    assert told.splitlines()[0] == "goes on with another config:"
+    assert sorted(line.strip() for line in told.splitlines()[1:]) == [
+        "optim.lr: 0.0015 -> 0.5 (changes what a step computes)",
+        "runner.max_steps: 10 -> 12",
+    ]
     assert load_config(before) == run("optim.lr=0.5", "runner.max_steps=12")
     assert before.with_name("config.step_000000004.toml").read_text() == old
     assert settle(run("optim.lr=0.5", "runner.max_steps=12")).notes == ()
+
+
+def test_an_order_that_changes_within_an_epoch_is_a_warning(run):
+    prepare_folder(run(), overwrite=False)
+    for sample, warned in ((32, True), (0, False)):
+        checkpoint(run(), 4, sample=sample)
+        notes = choose_start(run("seed=1", "optim.lr=0.5"), overwrite=False, allow_change=True).notes
+        assert [note for note in notes if note.startswith("warning: seed: the order of samples")] == list(notes[1:])
+        assert len(notes[1:]) == warned
+
+
+def test_a_finished_run_does_not_go_on_with_another_config(run):
+    prepare_folder(run(), overwrite=False)
+    checkpoint(run(), 10)
+    begun = choose_start(run("optim.lr=0.5"), overwrite=False, allow_change=True)
+    assert (begun.finished, begun.notes, begun.changed) == (True, (), False)
+
+
+def test_a_run_that_cannot_begin_names_what_has_changed_as_the_cause(run):
+    prepare_folder(run(), overwrite=False)
+    checkpoint(run(), 4)
+    begun = choose_start(run("data.validation_fraction=0.3"), overwrite=False, allow_change=True)
+    assert str(explain(UserError("other rows"), begun)).splitlines() == [
+        "other rows",
+        "The cause may be what --allow-change lets differ from the run's config so far:",
+        "  data.validation_fraction: 0.15 -> 0.3 (changes what a step computes)",
+        "Without that the run goes on as it was; to train with it, give another runner.name.",
+    ]
+    assert str(explain(UserError("other rows"), choose_start(run(), overwrite=False))) == "other rows"
 
 
 def test_a_change_that_turns_out_to_be_impossible_is_not_recorded(run):
@@ -266,7 +293,7 @@ def test_a_change_that_computes_the_same_is_shown_and_needs_no_permission(run):
     prepare_folder(run(), overwrite=False)
     checkpoint(run(), 4)
     begun = settle(run("runner.keep_last=5"))
-    assert begun.notes == ("goes on with another config:", "  runner.keep_last: 2 -> 5")
+    assert begun.notes == ("goes on with another config:\n  runner.keep_last: 2 -> 5",)
     assert not list(run().folder.glob("config.step_*"))
 
 

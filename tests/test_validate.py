@@ -246,6 +246,18 @@ def test_what_becomes_of_a_run_that_is_there(validate, findings, tmp_path):
     assert validate("runner.max_steps=550")[1]["facts"]["starts"] == "from checkpoint step_000000550, finished"
     assert "optim.lr: 0.0015 -> 0.001" in findings("optim.lr=1e-3")[0]
     assert "runner.resume is 'never'" in findings("runner.resume=never")[0]
+    changed = validate("optim.lr=1e-3", "--allow-change")[1]["facts"]["goes_on_with_another_config"]
+    assert changed == "optim.lr: 0.0015 -> 0.001 (changes what a step computes)"
+
+
+def test_a_folder_for_checkpoints_that_cannot_be_is_a_finding(findings, tmp_path):
+    (tmp_path / "file").touch()
+    assert "file is not a folder" in findings(f"runner.checkpoint_dir={tmp_path / 'file'}")[0]
+
+
+def test_weights_that_may_be_on_the_hub_are_told_to_be_unchecked(validate):
+    (warning,) = [text for text in validate("policy.weights=checkpoints/nothere")[1]["warnings"] if "weights" in text]
+    assert warning.startswith("policy.weights: checkpoints/nothere is not checked: there is no such file or folder")
 
 
 def test_a_launcher_of_a_plugin_is_let_pass(validate):

@@ -165,6 +165,10 @@ class PolicyConfig(BaseModel):
         if self.weights not in ("", "random") and not Path(self.weights).expanduser().exists():
             raise UserError(f"policy.weights: there is no file or folder {self.weights}")
 
+    def unchecked_files(self) -> Sequence[str]:
+        """What `check_files` could not look at, a sentence each: `rlinf validate` says so."""
+        return ()
+
     def files(self) -> Mapping[str, str]:
         """Files besides the weights without which the policy cannot act: the field that names it -> its path.
 

@@ -68,13 +68,14 @@ class Report:
             ours += [f"{before}{text}" for text in theirs if f"{before}{text}" not in ours]
 
 
-def check_run(run: RunConfig, plugins: Plugins, ranks: int | None = None) -> Report:
+def check_run(run: RunConfig, plugins: Plugins, ranks: int | None = None, *, allow_change: bool = False) -> Report:
     """Check everything about a run that needs no device.
 
     Args:
         run: The config, already valid in itself.
         plugins: The loaded plugins.
         ranks: Processes that will take part; None: as many as `[cluster]` places, if it says.
+        allow_change: Whether a run that goes on may do so with a config that changes what a step computes.
     """
     report = Report({"run": str(run.folder)})
     with report.checking():
@@ -96,11 +97,12 @@ def check_run(run: RunConfig, plugins: Plugins, ranks: int | None = None) -> Rep
     with report.checking():
         report.facts["weights"] = run.policy.weights or "initial values"
         run.policy.check_files()
+        report.warnings += run.policy.unchecked_files()
     with report.checking():
         if run.runner.val_check_interval:
             best_metric(run.runner.best_metric, result_names(run))
     with report.checking():
-        _check_folder(run, report)
+        _check_folder(run, report, allow_change=allow_change)
     with report.checking():
         _check_launcher(run, plugins, report)
     if plugins.failures:
@@ -178,13 +180,19 @@ def _check_sample(run: RunConfig, train: SampleSource, report: Report) -> None:
         report.facts |= run.policy.describe(probe(train, pipeline))
 
 
-def _check_folder(run: RunConfig, report: Report) -> None:
+def _check_folder(run: RunConfig, report: Report, *, allow_change: bool) -> None:
     """Whether the folder can be written to, whether a run of this name is there already, and what becomes of it."""
     check_folder(run)
-    start = find_start(run)
+    start = find_start(run, allow_change=allow_change)
     report.facts["starts"] = "at step 0"
     if start.checkpoint:
         report.facts["starts"] = f"from checkpoint {start.checkpoint.name}" + ", finished" * start.finished
+    for note in start.notes:
+        told, _, lines = note.partition("\n")
+        if told.startswith("warning: "):
+            report.warnings.append(note.removeprefix("warning: "))
+        else:
+            report.facts[told.rstrip(":").replace(" ", "_")] = "; ".join(map(str.strip, lines.splitlines()))
 
 
 def _check_launcher(run: RunConfig, plugins: Plugins, report: Report) -> None:

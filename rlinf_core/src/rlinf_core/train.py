@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from rlinf_core.ending import Ending
-from rlinf_core.errors import Interrupted
+from rlinf_core.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
     from rlinf_core.config.run import RunConfig
@@ -110,9 +110,11 @@ def train(
             if group.rank == 0:
                 record_environment(run, group, plugins)
             trainer = ending.trainer = run.trainer.build(run, start=start, group=group, plugins=plugins)
-        except BaseException:
+        except BaseException as error:
             if group.rank == 0:
                 resume.put_back(run, start)
+            if isinstance(error, UserError):
+                raise resume.explain(error, start) from error
             raise
         if group.rank == 0:
             resume.confirm(run, start)

@@ -314,6 +314,17 @@ class OpenpiPolicyConfig(PromptedPolicyConfig):
         if path := find_cached_weights(self.weights):  # None: the run will download them.
             check_names(path, self.dimensions)
 
+    def unchecked_files(self) -> Sequence[str]:
+        """The weights, where they are still on the hub."""
+        from rlinf_plugins_openpi.weights.hub import find_cached_weights
+
+        if self.weights in ("", "random") or find_cached_weights(self.weights):
+            return ()
+        return (
+            f"policy.weights: {self.weights} is not checked: there is no such file or folder here, so it means a model "
+            "on the hub, which the run will ask for it",
+        )
+
     def _check_tokenizer(self) -> None:
         self._prompt_tokenizer()  # Says what to set if there is no such file.
         self._check_vocabulary()

@@ -29,6 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "overrides", nargs="*", metavar="key=value", help="settings over the file: runner.max_steps=100"
     )
     parser.add_argument("--ranks", type=_positive, help="processes of the run, where [cluster] does not say how many")
+    parser.add_argument(
+        "--allow-change", action="store_true", help="as for the run: it may go on with a config that computes otherwise"
+    )
     parser.add_argument("--json", action="store_true", help="facts and findings as one JSON object")
 
 
@@ -73,4 +76,5 @@ def _check(options: argparse.Namespace) -> Report:
     from rlinf_core.preflight import check_run
 
     plugins = get_plugins()
-    return check_run(load_config(options.config, options.overrides, plugins), plugins, options.ranks)
+    run = load_config(options.config, options.overrides, plugins)
+    return check_run(run, plugins, options.ranks, allow_change=options.allow_change)

@@ -107,11 +107,16 @@ class Guard:
 
     def __init__(self, settings: RunnerConfig, before: History = NOTHING) -> None:
         self._spikes, self._limit = Spikes(settings.spike_threshold, before.losses), settings.max_skipped_steps
-        self._in_a_row = before.skipped
+        self._in_a_row, self._diverged = before.skipped, False
 
-    def see(self, metrics: Mapping[str, float]) -> Anomaly | None:
-        """What is odd about the next step, of which these are the metrics."""
-        loss = metrics["loss"]
+    def see(self, metrics: Mapping[str, float], *, diverged: bool = False) -> Anomaly | None:
+        """What is odd about the next step.
+
+        Args:
+            metrics: The step's.
+            diverged: Whether no single sample explains that its loss is not finite.
+        """
+        loss, self._diverged = metrics["loss"], diverged
         if metrics["skipped"]:
             self._in_a_row += 1
             return Anomaly("skipped", loss, self._spikes.usual)
@@ -132,9 +137,10 @@ class Guard:
         way_on = f"The last checkpoint from before is {good}: write its name into {folder / 'latest'} to go on from it"
         raise UserError(
             f"{self._in_a_row} steps in a row were skipped, {before + 1} to {step}: loss or gradient was not finite "
-            f"(runner.max_skipped_steps = {self._limit}). {folder / FILE} names their samples. "
+            f"(runner.max_skipped_steps = {self._limit}). {folder / FILE} names their samples"
+            f"{', most of which are no cause: the weights have diverged' if self._diverged else ''}. "
             f"{way_on if good else 'There is no checkpoint from before'}; with the same settings the same happens "
-            "again: leave the samples out, or lower optim.lr"
+            f"again: {'' if self._diverged else 'leave the samples out, or '}lower optim.lr"
         )
 
 
@@ -170,6 +176,21 @@ def suspects(losses: Sequence[float]) -> list[Suspect]:
     every = [Suspect(position, loss) for position, loss in enumerate(losses)]
     broken = [suspect for suspect in every if not math.isfinite(suspect.loss)]
     return (broken or sorted(every, key=lambda suspect: -suspect.loss))[:MOST_SAMPLES]
+
+
+def not_finite(losses: Sequence[float]) -> int:
+    """How many losses are not finite."""
+    return sum(not math.isfinite(loss) for loss in losses)
+
+
+def have_diverged(losses: Sequence[float], *, together: int) -> bool:
+    """Whether so many losses of a step are not finite that no single sample explains it: the weights do.
+
+    Args:
+        losses: Of its samples.
+        together: Of how many samples a loss is told: 1, or as many as a micro batch has.
+    """
+    return not_finite(losses) > max(together, len(losses) / 2)
 
 
 class AnomalyFile:

@@ -24,6 +24,9 @@ MAY_CHANGE = frozenset(
 )
 """Keys and tables that may differ when a run goes on: they change a step by no more than rounding."""
 
+CHANGE_ORDER = ("seed", "data.shuffle", "data.streams", "data.chunk_frames", "data.shuffle_buffer", "data.mixture")
+"""Keys and tables that change in which order the samples of an epoch come."""
+
 Change = tuple[str, object, object]
 """A key, its value before, and its value now."""
 
@@ -41,7 +44,7 @@ def find_changes(run: RunConfig, saved: Path, *, allow_change: bool) -> list[Cha
     """
     changes = diff_tables(read_toml(saved), read_toml(dump_config(run)))
     if not allow_change and any(not may_change(key) for key, _, _ in changes):
-        lines = "\n".join(_lines(changes))
+        lines = "\n".join(lines_of(changes))
         raise UserError(
             f"{run.folder} holds a run with another config:\n{lines}\n"
             "Continue it with its own config, give another runner.name, --allow-change to go on with this one from "
@@ -55,13 +58,25 @@ def may_change(key: str) -> bool:
     return bool({key, key.split(".")[0]} & MAY_CHANGE)
 
 
-def _lines(changes: list[Change]) -> list[str]:
+def describe_changes(changes: list[Change]) -> str:
+    """What to tell of them: a line each below a heading; empty where there are none."""
+    return "\n".join(["goes on with another config:", *lines_of(changes)]) if changes else ""
+
+
+def describe_order(changes: list[Change], *, in_epoch: bool) -> str:
+    """A warning where the order of samples changes while an epoch is under way (`in_epoch`); else empty."""
+    keys = [key for key, _, _ in changes if key.startswith(CHANGE_ORDER)]
+    if not keys or not in_epoch:
+        return ""
+    return (
+        f"warning: {', '.join(keys)}: the order of samples changes in the middle of an epoch, of whose rows some will "
+        "come twice and some not at all"
+    )
+
+
+def lines_of(changes: list[Change]) -> list[str]:
+    """A line for each change."""
     return [
         f"  {key}: {before!r} -> {after!r}{'' if may_change(key) else ' (changes what a step computes)'}"
         for key, before, after in changes
     ]
-
-
-def describe_changes(changes: list[Change]) -> list[str]:
-    """What to tell of them, line by line."""
-    return ["goes on with another config:", *_lines(changes)] if changes else []

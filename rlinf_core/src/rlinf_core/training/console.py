@@ -114,7 +114,8 @@ class ConsoleLogger:
         rows = [{k: math.nan if v is None else v for k, v in row.items()} for row in read_rows(self._run.folder / FILE)]
         steps = [row for row in rows if math.isfinite(row.get("loss", math.nan))]
         if error is not None:
-            self._say_why_it_stopped(error, int(steps[-1]["step"]) if steps else 0)
+            done = [row["step"] for row in rows if "loss" in row]  # Skipped ones among them.
+            self._say_why_it_stopped(error, int(done[-1]) if done else 0)
             return
         validations = [row for row in rows if "val_loss" in row]
         self._console.print(result_table(self._run.runner.name, steps, validations, self._sources))

@@ -45,7 +45,7 @@ def load(path: Path, tensors: Mapping[str, torch.Tensor], here: Position) -> Pos
     if position.layout != here.layout:
         raise UserError(
             f"{path} was saved by a model of another layout ({position.layout}; this one is {here.layout}): "
-            "the policy's sizes or the version of its plugin differ."
+            "the policy's sizes or the version of its plugin differ. Restore them, or use another runner.name."
         )
     if (position.epoch, position.sample) != (here.epoch, here.sample):
         raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -32,6 +33,8 @@ class Profile:
         activities = [torch.profiler.ProfilerActivity.CPU]
         if self._device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
+        else:  # PyTorch's tracer calls it an error that there is no GPU; its levels end with errors, 4.
+            os.environ.setdefault("KINETO_LOG_LEVEL", "5")
         self._recorder = torch.profiler.profile(activities=activities, acc_events=True)
         self._recorder.start()
 

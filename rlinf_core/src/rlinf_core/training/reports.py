@@ -14,7 +14,7 @@ from typing import Any
 from rlinf_core.config.run import RunConfig
 from rlinf_core.data.micro_batches import MicroBatches
 from rlinf_core.training import sources
-from rlinf_core.training.anomalies import AnomalyFile, Guard, number, suspects
+from rlinf_core.training.anomalies import AnomalyFile, Guard, have_diverged, not_finite, number, suspects
 from rlinf_core.training.distributed import Processes
 from rlinf_core.training.flight import Watch
 from rlinf_core.training.metrics import peak_memory_gb
@@ -113,12 +113,20 @@ class StepReports:
         return numbers.asked
 
     def _look_for_anomalies(self, step: int, metrics: Mapping[str, float], numbers: StepNumbers) -> None:
-        anomaly = self._guard.see(metrics)
+        losses, together = numbers.sample_losses, 1 if numbers.told else self._run.trainer.micro_batch_size
+        diverged = have_diverged(losses, together=together)
+        anomaly = self._guard.see(metrics, diverged=diverged)
         if anomaly is None or self._anomalies is None:
             return
         samples = list(self._samples(step, numbers))
         self._anomalies.write(step, anomaly, samples, of=self._batches.global_batch_size)
-        self._say(f"step {step}: {anomaly}; look at {samples[0]['where']} first ({self._anomalies.path})")
+        advice = f"look at {samples[0]['where']} first"
+        if diverged:
+            advice = (
+                f"{not_finite(losses)} of {len(losses)} samples have no finite loss, so it is hardly a sample's fault: "
+                "the weights have diverged (lower optim.lr)"
+            )
+        self._say(f"step {step}: {anomaly}; {advice} ({self._anomalies.path})")
 
     def _samples(self, step: int, numbers: StepNumbers) -> Iterator[dict[str, Any]]:
         """The samples that explain a step, the most suspicious first."""

@@ -16,7 +16,7 @@ from rlinf_core.config.load import dump_config
 from rlinf_core.config.run import RunConfig
 from rlinf_core.errors import UserError
 from rlinf_core.files import find_obstacle, write_text, writing
-from rlinf_core.training.changes import Change, describe_changes, find_changes, may_change
+from rlinf_core.training.changes import Change, describe_changes, describe_order, find_changes, lines_of, may_change
 from rlinf_core.training.integrity import find_damage, newest_whole
 from rlinf_core.training.ownership import claim, refuse_foreign
 from rlinf_core.training.position import NAMES, Position, step_name
@@ -37,10 +37,15 @@ class Start:
     """Nothing is left to do."""
     notes: tuple[str, ...] = ()
     """What to tell of it: another config, damaged checkpoints."""
-    changed: bool = False
-    """The run goes on with a config that changes what a step computes, as `--allow-change` lets it."""
+    changes: tuple[str, ...] = ()
+    """What changes of what a step computes, as `--allow-change` lets it; a line for each key."""
     replaced: Path | None = None
     """The run that `--overwrite` moved aside; it is removed once its successor is ready to train."""
+
+    @property
+    def changed(self) -> bool:
+        """Whether the run goes on with a config that changes what a step computes."""
+        return bool(self.changes)
 
 
 def check_folder(run: RunConfig) -> None:
@@ -127,12 +132,16 @@ def find_start(
     if newest is None:
         return Start()
     checkpoint, position = newest
+    damage = _describe_damage(bad, checkpoint)
+    if _is_finished(run, position):
+        return Start(position.step, checkpoint, finished=True, notes=tuple(damage))
+    order = describe_order(changes, in_epoch=position.sample > 0)
+    notes = (describe_changes(changes), order, *damage, *_describe_left(checkpoint))
     return Start(
         position.step,
         checkpoint,
-        finished=_is_finished(run, position),
-        notes=(*describe_changes(changes), *_describe_damage(bad, checkpoint), *_describe_left(checkpoint)),
-        changed=any(not may_change(key) for key, _, _ in changes),
+        notes=tuple(note for note in notes if note),
+        changes=tuple(lines_of([change for change in changes if not may_change(change[0])])),
     )
 
 
@@ -216,6 +225,17 @@ def leave_ready(run: RunConfig, start: Start) -> None:
         if start.checkpoint is not None:
             write_text(run.folder / "latest", start.checkpoint.name)
     claim(run, start.replaced)
+
+
+def explain(error: UserError, start: Start) -> UserError:
+    """The error of a run that cannot begin; where its config has changed, with that as the likely cause."""
+    if not start.changed:
+        return error
+    lines = "\n".join(start.changes)
+    return UserError(
+        f"{error}\nThe cause may be what --allow-change lets differ from the run's config so far:\n{lines}\n"
+        "Without that the run goes on as it was; to train with it, give another runner.name."
+    )
 
 
 def _is_finished(run: RunConfig, position: Position) -> bool:

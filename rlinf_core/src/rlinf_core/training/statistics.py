@@ -79,7 +79,7 @@ def resumed_statistics(run: RunConfig, source: SampleSource, path: Path) -> dict
     if not run.data.given_statistics() and made_of.fingerprint != _origin(run, source, _transforms(run)).fingerprint:
         raise UserError(
             f"{path} was computed from other rows, transforms or another horizon than the data have now: the run "
-            "cannot continue on it. Restore the dataset and its plugin, or use another runner.name"
+            "cannot continue on it. Restore the dataset, its settings or its plugin, or use another runner.name"
         )
     return stats
 

@@ -45,6 +45,8 @@ class StepNumbers:
     """Useful operations of the step over all ranks, in 10¹²; 0: not known."""
     sample_losses: list[float]
     """[global batch]; of a policy that does not tell them, each has the mean of its micro batch."""
+    told: bool
+    """Whether the policy tells them."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class StepRecord:
     """Of metrics, sums of sources, the request to stop with useful operations, times and sample losses."""
     _values: torch.Tensor
     _arrived: torch.cuda.Event | None
+    _told: bool
 
     @property
     def is_here(self) -> bool:
@@ -77,7 +80,7 @@ class StepRecord:
             part.tolist() for part in torch.split(self._values, list(self._sizes))
         )
         metrics = dict(zip(self._keys, values, strict=True)) | self.clock.read(samples)
-        return StepNumbers(metrics, by_source, asked[0] > 0, times, asked[1], losses)
+        return StepNumbers(metrics, by_source, asked[0] > 0, times, asked[1], losses, self._told)
 
 
 class TrainStep:
@@ -152,7 +155,8 @@ class TrainStep:
         keys = ("loss", "lr", "grad_norm", "skipped", *names)
         by_source = len(sums) - last
         sizes = (len(keys), by_source, len(request), len(parts[2]), size)
-        return StepRecord(step + 1, clock, keys, sizes, *_to_host(values))
+        told = out.sample_losses is not None
+        return StepRecord(step + 1, clock, keys, sizes, *_to_host(values), told)
 
     def _backpropagate(
         self, step: int, micro: int, batches: Iterator[Any], clock: StepClock
