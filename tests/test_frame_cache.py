@@ -14,7 +14,7 @@ import pytest
 from distributions import repository_plugins
 from toy_data import ToyPolicy
 
-from rlinf_core import UserError
+from rlinf_core import UserError, preflight
 from rlinf_core.cli import main
 from rlinf_core.commands import cache
 from rlinf_core.config.load import load_config
@@ -27,6 +27,7 @@ from rlinf_core.data.lerobot import open_lerobot
 from rlinf_core.data.splits import open_split
 from rlinf_core.data.transforms import Transform
 from rlinf_core.datasets import ColumnSource, LeRobotDatasetConfig
+from rlinf_core.preflight import check_run
 from rlinf_core.testing.lerobot import CAMERAS, SIZE
 
 ROOT = Path(__file__).parents[1]
@@ -345,6 +346,21 @@ def test_options_that_would_be_ignored_are_refused(options, message, capsys):
 def test_a_quality_without_jpeg_is_refused():
     with pytest.raises(ValueError, match='cache_quality is that of cache = "jpeg": set both'):
         config("data", cache_quality=80)
+
+
+def test_what_makes_pictures_is_looked_for_before_a_run(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    plugins = repository_plugins()
+
+    def report(*settings):
+        return check_run(load_config("examples/quickstart.toml", settings, plugins), plugins)
+
+    assert "there is no cache of" in str(report("data.cache=raw", "data.cache_dir=/none").findings)
+    assert "data.cache_dir does nothing here" in str(report("data.cache_dir=/none").warnings)
+    assert "not checked here: whether it loads" in report("data.decoder=torchcodec").facts["decoder"]
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
+    assert "torchcodec is not installed" in str(report("data.decoder=torchcodec").findings)
+    assert "decoder" not in report().facts
 
 
 def _images(run, rows, pipeline):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from rlinf_core.data.order import check_batch, sample_generator, steps_per_epoch
 from rlinf_core.data.pipeline import build_pipeline
 from rlinf_core.data.probe import encode_without_images, probe
 from rlinf_core.data.splits import describe_splits, open_split
-from rlinf_core.datasets import SampleSource
+from rlinf_core.datasets import DatasetConfig, LeRobotDatasetConfig, SampleSource
 from rlinf_core.errors import UserError, did_you_mean
 from rlinf_core.plugins import Plugins
 from rlinf_core.training.resume import check_folder, find_start
@@ -125,7 +126,24 @@ def _check_data(run: RunConfig, plugins: Plugins, report: Report) -> SampleSourc
             report.facts["held_out_rows"] = len(held_out)
             report.facts["held_out_episodes"] = len(np.unique(held_out.episodes))
         report.facts["data"] = describe_splits(train, held_out)
+        _check_pictures(run.data, train, report)
     return train
+
+
+def _check_pictures(data: DatasetConfig, train: SampleSource, report: Report) -> None:
+    """Whether what shall make pictures is there; decoding none, as that may need torch."""
+    if not isinstance(data, LeRobotDatasetConfig):
+        return
+    if data.cache_dir and not data.cache:
+        report.warnings.append('data.cache_dir does nothing here: set data.cache = "raw" or "jpeg" to read from there')
+    if data.cache or data.decoder != "torchcodec":
+        return
+    from rlinf_core.data.lerobot import LeRobotSource
+
+    if isinstance(train, LeRobotSource) and train.metadata.videos(train.images):
+        if find_spec("torchcodec") is None:
+            raise UserError('data.decoder = "torchcodec", but torchcodec is not installed: install it, or set "auto"')
+        report.facts["decoder"] = "torchcodec; not checked here: whether it loads"
 
 
 def _check_batch(run: RunConfig, ranks: int | None, report: Report) -> None:

@@ -22,8 +22,8 @@ The run's own train loader is read: its order, decoder, workers, transforms, tok
 many loaders are read at the same time, as that many ranks on this machine would. Other work on the machine slows it.
 
 A GPU takes what --samples-per-second-per-gpu says, such as a run's own samples_per_second; without it, what
-`rlinf plan` predicts for an {CARD} at {MFU:.0%} of its peak. Nothing is predicted of runs on the CPU, nor of policies so
-small that it would be more than {MOST_PREDICTED:,}.
+`rlinf plan` predicts for an {CARD} at {MFU:.0%} of its peak. Nothing is predicted of runs on the CPU, nor of policies
+so small that it would be more than {MOST_PREDICTED:,}.
 
 --json prints an object: what is measured ("ranks", "workers", "micro_batch_size", "samples", "samples_per_second" of
 all ranks, "first_batch_s", "decoder", "worker_mb" or null, "most_held_mb", "steady", "shares" of one process's time:
