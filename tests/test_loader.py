@@ -1,3 +1,10 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -16,22 +23,24 @@ from rlinf_core.testing.lerobot import CAMERAS
 ROWS, GLOBAL = 27, 12  # Two steps an epoch; three rows are left out of each.
 
 
-def batches(source=None, *, rank=0, ranks=1, micro=2, workers=0, start=0, stop=5, seed=3, pipeline=None):
-    return list(
-        build_train_loader(
-            [Source(source or Rows(ROWS), pipeline or Pipeline(Repack()))],
-            ToyPolicy(),
-            seed=seed,
-            global_batch_size=GLOBAL,
-            micro_batch_size=micro,
-            rank=rank,
-            world_size=ranks,
-            start_step=start,
-            stop_step=stop,
-            num_workers=workers,
-            pin_memory=False,
-        )
+def loader(source=None, *, rank=0, ranks=1, micro=2, workers=0, start=0, stop=5, seed=3, pipeline=None):
+    return build_train_loader(
+        [Source(source or Rows(ROWS), pipeline or Pipeline(Repack()))],
+        ToyPolicy(),
+        seed=seed,
+        global_batch_size=GLOBAL,
+        micro_batch_size=micro,
+        rank=rank,
+        world_size=ranks,
+        start_step=start,
+        stop_step=stop,
+        num_workers=workers,
+        pin_memory=False,
     )
+
+
+def batches(*args, **kwargs):
+    return list(loader(*args, **kwargs))
 
 
 def steps(ranks, **kwargs):
@@ -133,6 +142,43 @@ def test_a_row_that_cannot_be_read_is_named(workers):
     shown = str(broken.value) + "".join(getattr(broken.value, "__notes__", ()))
     assert "a defect" in shown
     assert "toy, part-0.parquet, episode 1, frame 3" in shown
+
+
+KILLED = """
+import multiprocessing, time
+from test_loader import loader
+if __name__ == "__main__":
+    batches = iter(loader(workers=2))
+    next(batches)
+    print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
+    time.sleep(60)
+"""
+
+
+def test_workers_of_a_run_that_is_killed_end(tmp_path):
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    with subprocess.Popen(
+        [sys.executable, script],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
+    ) as run:
+        workers = [int(pid) for pid in run.stdout.readline().split()]
+        run.send_signal(signal.SIGKILL)
+    assert len(workers) == 2
+    until = time.monotonic() + 30
+    while any(map(running, workers)):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+def running(pid):
+    """Whether a process is there, and not only waits to be forgotten."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_workers_decode_videos(video_dataset):

@@ -125,6 +125,16 @@ def _worker_context() -> Any:
 def _become_worker(_: int) -> None:
     keep_memory()
     _leave_signals_to_the_run()
+    threading.Thread(target=_end_with_the_run, daemon=True).start()
+
+
+def _end_with_the_run() -> None:
+    """End when the training process does, even by SIGKILL: torch's workers watch their parent, which is the server they
+    were forked from, and that one waits for them.
+    """
+    if run := multiprocessing.parent_process():
+        run.join()
+        os._exit(1)
 
 
 def _leave_signals_to_the_run() -> None:
