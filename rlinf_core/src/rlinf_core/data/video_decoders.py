@@ -139,10 +139,14 @@ class TorchcodecDecoder:
         try:
             self._video = VideoDecoder(str(path), dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="approximate")
         except (OSError, RuntimeError, ValueError) as e:
-            raise UserError(f"{path} cannot be opened as a video: {e}") from e
+            raise UserError(f"{path} cannot be opened as a video: {_first_line(e)}") from e
         about = self._video.metadata
         if not about.num_frames or not about.average_fps:
             raise UserError(f"{path} cannot be opened as a video: it does not say how many frames it has")
+        if not 0 < (about.width or 0) * (about.height or 0) <= MOST_PIXELS:
+            raise UserError(
+                f"{path} cannot be opened as a video: its pictures are of {about.width} x {about.height} pixels"
+            )
         self.memory = decoder_memory(about.height or 0, about.width or 0, about.num_frames)
 
     def frames(self, times: Sequence[float], tolerance: float) -> list[Frame]:
@@ -153,7 +157,7 @@ class TorchcodecDecoder:
         try:
             found = self._video.get_frames_at(indices=indices)
         except (RuntimeError, IndexError, ValueError) as e:
-            raise _no_frame(self._path, times[0], tolerance, f"decoding fails: {e}") from e
+            raise _no_frame(self._path, times[0], tolerance, f"decoding fails: {_first_line(e)}") from e
         for time, pts in zip(times, found.pts_seconds.tolist(), strict=True):
             if abs(time - pts) >= tolerance:
                 raise _no_frame(self._path, time, tolerance, f"the nearest is at {pts:.4f} s")
@@ -162,6 +166,11 @@ class TorchcodecDecoder:
     def close(self) -> None:
         """Release the file; torchcodec closes it with its last reference."""
         del self._video
+
+
+def _first_line(error: Exception) -> str:
+    """What torchcodec says, without its request to report a bug of its own."""
+    return str(error).strip().partition("\n")[0].strip()
 
 
 def _no_frame(path: Path, time: float, tolerance: float, nearest: str) -> UserError:
