@@ -2,12 +2,15 @@
 
 import errno
 import os
+import threading
+from contextlib import ExitStack
 
 import pytest
 
 from rlinf_core.config.load import load_config
 from rlinf_core.errors import UserError
 from rlinf_core.files import write_text
+from rlinf_core.training.agents import is_restart, own_agent
 from rlinf_core.training.jsonl import read_rows
 from rlinf_core.training.position import FileSum, Position, State, dump_state
 from rlinf_core.training.resume import (
@@ -141,6 +144,14 @@ def test_two_processes_do_not_write_one_run(run):
         pass
 
 
+def test_a_start_of_the_same_job_waits_for_a_process_that_is_about_to_leave(run):
+    before = ExitStack()
+    before.enter_context(hold_folder(run()))
+    threading.Timer(0.3, before.close).start()
+    with hold_folder(run(), patience=20.0):
+        pass
+
+
 def test_an_output_folder_that_cannot_be_is_named(run, tmp_path):
     (tmp_path / "file").touch()
     with (
@@ -156,6 +167,38 @@ def test_a_restart_by_torchrun_neither_overwrites_nor_refuses_its_own_run(run, r
     prepare_folder(mine, overwrite=True)
     checkpoint(mine, 4)
     assert prepare_folder(mine, overwrite=True, restarted=True).step == 4
+
+
+def test_a_job_is_known_by_any_of_its_agents_however_machines_come_and_go(run, monkeypatch):
+    """torchrun says that it has started processes again only after failures."""
+
+    def agent(name):
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", f"/tmp/torchelastic_x/{name}/attempt_0/0/error.json")
+        return own_agent()
+
+    first, second, third, stranger = map(agent, ("first", "second", "third", "stranger"))
+    folder = run().folder
+    for agents, known in (({first}, False), ({first, second}, True), ({second, third}, True), ({third}, True)):
+        assert is_restart(folder, agents) == known
+        begun = choose_start(run(), overwrite=True, restarted=known)
+        leave_ready(run(), begun, agents)
+        confirm(run(), begun)
+        assert begun.step == (4 if known else 0)
+        checkpoint(run(), 4)
+    assert not is_restart(folder, {stranger})
+    begun = choose_start(run(), overwrite=True)
+    leave_ready(run(), begun, {stranger})
+    assert not is_restart(folder, {first, second, third})
+    put_back(run(), begun)  # It has come to nothing: whoever starts next still replaces the run.
+    assert not is_restart(folder, {stranger})
+
+
+def test_processes_that_torchrun_did_not_start_have_no_agent(run, monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    assert own_agent() == ""
+    leave_ready(run(), choose_start(run(), overwrite=False), set())
+    assert not is_restart(run().folder, set())
+    assert not (run().folder / "agents").exists()
 
 
 def test_a_folder_that_holds_no_run_is_never_touched(run):
@@ -376,6 +419,7 @@ def test_settings_that_cannot_be_kept_are_refused(run, setting, complaint):
         run(setting)
 
 
+@pytest.mark.slow  # tests/faults/test_torn_checkpoints.py shows it with a policy that takes less time.
 def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before_as_if_nothing_had_happened(
     toy_site, tmp_path, start_ranks
 ):

@@ -81,6 +81,7 @@ def train(
 
     from rlinf_core.config.cluster import check_world_size
     from rlinf_core.training import resume
+    from rlinf_core.training.agents import is_restart, own_agent
     from rlinf_core.training.distributed import processes
 
     joined = processes(run.trainer.device, timeout_seconds=run.trainer.timeout_seconds, folder=run.folder)
@@ -89,11 +90,11 @@ def train(
         if group.rank == 0:
             for failure in plugins.failures:
                 print(f"plugin left out: {failure}", file=sys.stderr, flush=True)
-        # torchrun counts failures of the workers of its own machine only.
-        restarted = group.any(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0")
+        agents = frozenset(group.gather(own_agent())) - {""}
 
         def begin() -> resume.Start:
-            held.enter_context(resume.hold_folder(run))
+            restarted = is_restart(run.folder, agents)
+            held.enter_context(resume.hold_folder(run, patience=resume.ORPHANS_WAIT if restarted else 0.0))
             return resume.choose_start(run, overwrite=overwrite, restarted=restarted, allow_change=allow_change)
 
         start = resume.agree_on_start(run, group, group.decide(begin), allow_change=allow_change)
@@ -105,7 +106,7 @@ def train(
                 print(resume.say_finished(run, start))
             return
         try:
-            group.decide(lambda: resume.leave_ready(run, start))
+            group.decide(lambda: resume.leave_ready(run, start, agents))
             ending.belongs_to(run.folder, start.step)
             if group.rank == 0:
                 record_environment(run, group, plugins)

@@ -6,16 +6,18 @@ import fcntl
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from rlinf_core.config.load import dump_config
 from rlinf_core.config.run import RunConfig
 from rlinf_core.errors import UserError
 from rlinf_core.files import find_obstacle, write_text, writing
+from rlinf_core.training.agents import remember
 from rlinf_core.training.changes import Change, describe_changes, describe_order, find_changes, lines_of, may_change
 from rlinf_core.training.integrity import find_damage, newest_whole
 from rlinf_core.training.ownership import claim, refuse_foreign
@@ -23,6 +25,12 @@ from rlinf_core.training.position import NAMES, Position, step_name
 
 if TYPE_CHECKING:
     from rlinf_core.training.distributed import Processes
+
+
+ORPHANS_WAIT = 60.0
+"""Seconds in which a process of the same job is gone: its agent was killed, and it saves before it leaves."""
+ASK_AGAIN = 0.2
+"""Seconds between two tries to hold the folder."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +75,12 @@ def _cannot_hold(run: RunConfig, why: str) -> UserError:
 
 
 @contextmanager
-def hold_folder(run: RunConfig) -> Iterator[None]:
+def hold_folder(run: RunConfig, *, patience: float = 0.0) -> Iterator[None]:
     """Keep other processes from the run's folder for as long as this one lives. Called on rank 0.
+
+    Args:
+        run: The run.
+        patience: Seconds to wait for another process that holds it.
 
     Raises:
         UserError: Another process holds it, or the output folder cannot be written to.
@@ -81,7 +93,7 @@ def hold_folder(run: RunConfig) -> Iterator[None]:
         raise _cannot_hold(run, str(error)) from error
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file, patience)
         except BlockingIOError as error:
             file.seek(0)
             raise UserError(
@@ -92,6 +104,18 @@ def hold_folder(run: RunConfig) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield  # The lock goes with the process, however it ends; the file may stay.
+
+
+def _lock(file: IO[str], patience: float) -> None:
+    end = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                raise
+        time.sleep(ASK_AGAIN)
 
 
 def find_start(
@@ -210,10 +234,15 @@ def prepare_folder(run: RunConfig, *, overwrite: bool, restarted: bool = False) 
     return start
 
 
-def leave_ready(run: RunConfig, start: Start) -> None:
+def leave_ready(run: RunConfig, start: Start, agents: Set[str] = frozenset()) -> None:
     """Leave the folder ready for a run that starts there, with `config.toml` in it. Called on rank 0.
 
     A config that changes what a step computes is recorded by `confirm`: it may turn out that it cannot go on.
+
+    Args:
+        run: The run.
+        start: Where it starts.
+        agents: torchrun's that started it.
 
     Raises:
         UserError: It cannot be written to, or another run has taken the folder for its checkpoints.
@@ -224,6 +253,7 @@ def leave_ready(run: RunConfig, start: Start) -> None:
             write_text(run.folder / "config.toml", dump_config(run))
         if start.checkpoint is not None:
             write_text(run.folder / "latest", start.checkpoint.name)
+        remember(run.folder, agents)
     claim(run, start.replaced)
 
 
