@@ -20,7 +20,7 @@ from toy_data import ToyPolicy
 from toy_policy import ToyModule
 
 from rlinf_core import LeRobotDatasetConfig, ending, hookimpl
-from rlinf_core.training import shards
+from rlinf_core.training import checkpoint, shards
 
 CONFIG = """
 [data]
@@ -91,26 +91,32 @@ def rlinf_train_started(trainer):
 
 def break_step(trainer, kind, rank, step, **fault):
     """Do something when a rank begins to compute a step."""
-    doings = {"step": tell, "limit": limit_files, "fill": fill_disk, "nan": break_sample}
+    doings = {"step": tell, "limit": limit_files, "fill": fill_disk, "nan": break_sample, "slow": be_slow}
 
     def begin(policy, arguments):
-        if policy.training and trainer.step + 1 == step:
+        if policy.training and (trainer.step + 1 == step or kind == "slow"):
             doings[kind](batch=arguments[0], **fault)
 
     trainer.policy.register_forward_pre_hook(begin)
 
 
 def break_saves(trainer, kind, rank, step, seconds=0.0, **fault):
-    """Tell when a rank writes the first bytes of a checkpoint, and take longer over it."""
-    write = shards.HashedFile.write
+    """Tell when a rank writes the first bytes of a file of a checkpoint, from a step on, and take longer over it."""
+    write_checkpoint, write = checkpoint.write_checkpoint, shards.HashedFile.write
+    written = -1
+
+    def follow(place, position, *arguments, **options):
+        nonlocal written
+        written = position.step  # The trainer may be further: it goes on meanwhile.
+        return write_checkpoint(place, position, *arguments, **options)
 
     def slowly(self, data):
-        if not self.tell() and trainer.step >= step:
+        if not self.tell() and written >= step:
             tell(batch=None, **fault)
             time.sleep(seconds)
         return write(self, data)
 
-    shards.HashedFile.write = slowly
+    checkpoint.write_checkpoint, shards.HashedFile.write = follow, slowly
 
 
 def tell(batch, file):
@@ -137,6 +143,11 @@ def fill_disk(batch, folder, full):
 def break_sample(batch, number):
     """A number of a sample is none, as after a fault of a sensor that nobody noticed."""
     batch["actions"][number, 0, 0] = math.nan
+
+
+def be_slow(batch, seconds):
+    """From the outside one can follow."""
+    time.sleep(seconds)
 
 
 class Runs:

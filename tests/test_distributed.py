@@ -1,10 +1,15 @@
-"""Devices and the process group of one."""
+"""Devices, the process group of one, and how several ranks find each other."""
+
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 import torch
+from torch.distributed import HashStore
 
-from rlinf_core.errors import UserError
+from rlinf_core.errors import RunError, UserError
 from rlinf_core.training.distributed import device, processes, to_device
+from rlinf_core.training.meeting import agree
 
 
 @pytest.fixture
@@ -62,3 +67,32 @@ def test_an_error_leaves_no_process_group_behind(alone):
 def test_batches_move_with_what_is_nested_in_them():
     moved = to_device({"a": torch.ones(2), "b": {"c": torch.zeros(1, dtype=torch.bool)}}, torch.device("meta"))
     assert moved["a"].device.type == moved["b"]["c"].device.type == "meta"
+
+
+def start_meeting(store, size):
+    """What a thread for each rank agrees on, by rank, once all have."""
+    with ThreadPoolExecutor(size) as threads:
+        agreeing = [threads.submit(agree, store, rank, size, timedelta(seconds=20)) for rank in range(size)]
+        return [one.result() for one in agreeing]
+
+
+def test_ranks_of_one_start_share_a_part_of_the_store_with_nobody_of_an_earlier_one():
+    """Two ranks, then three, then one, which the launcher gives the same store each time."""
+    store, seen = HashStore(), []
+    for size in (2, 3, 1, 3):
+        stores = start_meeting(store, size)
+        assert not any(stores[0].check([key]) for key in seen)
+        stores[0].set(f"address of {len(seen)}", "here")
+        assert all(one.get(f"address of {len(seen)}") == b"here" for one in stores)
+        seen.append(f"address of {len(seen)}")
+
+
+def test_a_rank_that_dies_while_they_meet_does_not_spoil_the_next_start():
+    store = HashStore()
+    with pytest.raises(RunError, match=r"rank 1 waited 0\.1 s for the other 1 to start"):
+        agree(store, 1, 2, timedelta(seconds=0.1))
+    with pytest.raises(RunError, match="rank 0 waited"):  # It takes the dead one for alive, and gets no answer.
+        agree(store, 0, 2, timedelta(seconds=0.1))
+    one, other = start_meeting(store, 2)
+    one.set("address", "here")
+    assert other.get("address") == b"here"

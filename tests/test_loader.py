@@ -14,7 +14,7 @@ from rlinf_core.data.held_out import build_validation_batches
 from rlinf_core.data.lerobot import open_lerobot
 from rlinf_core.data.loader import build_train_loader
 from rlinf_core.data.mixture import Source
-from rlinf_core.data.order import check_batch, epoch_order, sample_generator, steps_per_epoch
+from rlinf_core.data.order import TRAINING, check_batch, epoch_order, sample_generator, steps_per_epoch
 from rlinf_core.data.pipeline import Pipeline
 from rlinf_core.datasets import LeRobotDatasetConfig
 from rlinf_core.errors import UserError
@@ -110,6 +110,13 @@ def test_draws_differ_between_positions_epochs_and_seeds():
     assert len({tuple(draw) for draw in draws}) == len(keys)
     long = sample_generator(1, 0, 0).standard_normal(10_000)
     assert not np.isin(sample_generator(1, 0, 1).standard_normal(100), long).any()
+
+
+@pytest.mark.parametrize(("seed", "epoch", "position"), [(0, 0, 0), (42, 3, 2**40), (2**63 - 1, 2**31, 7)])
+def test_draws_are_those_of_philox_with_seed_and_epoch_as_its_key(seed, epoch, position):
+    philox = np.random.Philox(key=[seed, epoch], counter=[0, position, TRAINING, 0])
+    expected = np.random.Generator(philox).standard_normal(1000)
+    assert (sample_generator(seed, epoch, position).standard_normal(1000) == expected).all()
 
 
 @pytest.mark.parametrize(

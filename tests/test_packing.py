@@ -13,7 +13,7 @@ from rlinf_core.training.blocks import prepare_block
 from rlinf_plugins_openpi import gemma
 from rlinf_plugins_openpi.attention import attend_end_to_end
 from rlinf_plugins_openpi.dimensions import GemmaDimensions, Pi0Dimensions, VisionDimensions
-from rlinf_plugins_openpi.packing import Packing, pack, rearrange
+from rlinf_plugins_openpi.packing import Packing, multiple_for, pack, rearrange
 from rlinf_plugins_openpi.pi0 import Pi0
 
 VLM = GemmaDimensions(width=16, depth=3, mlp_dim=24, num_heads=4, num_kv_heads=2, head_dim=8)
@@ -123,6 +123,14 @@ def test_a_sample_does_not_depend_on_those_beside_it():
     for row in range(len(together)):
         alone = {key: value[row : row + 1] for key, value in batch.items()}
         torch.testing.assert_close(model.losses(alone)[0], together[row], rtol=1e-12, atol=0)
+
+
+def test_filler_is_a_64th_at_most_and_shapes_are_few():
+    for tokens in (1, 569, 1024, 9104, 40_000):
+        multiple = multiple_for(tokens)
+        assert multiple.bit_count() == 1
+        assert 16 <= multiple <= max(tokens // 64, 16)
+        assert multiple == 256 or 2 * multiple > tokens // 64
 
 
 @pytest.mark.parametrize("multiple", [1, 16, 256])

@@ -11,6 +11,7 @@ from rlinf_core.config.load import load_config
 from rlinf_core.errors import UserError
 from rlinf_core.files import write_text
 from rlinf_core.training.agents import is_restart, own_agent
+from rlinf_core.training.holding import hold_folder
 from rlinf_core.training.jsonl import read_rows
 from rlinf_core.training.position import FileSum, Position, State, dump_state
 from rlinf_core.training.resume import (
@@ -18,7 +19,6 @@ from rlinf_core.training.resume import (
     choose_start,
     confirm,
     explain,
-    hold_folder,
     leave_ready,
     prepare_folder,
     put_back,

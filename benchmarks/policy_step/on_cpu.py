@@ -22,6 +22,8 @@ TOLERANCE = 1e-4
 """Relative, between the sides' losses in float32. lerobot computes the time features in float64, the reference and we
 in float32, where angles of 1570 rad step by 1e-4."""
 SLOTS = 3
+COUNTED = 8
+"""Samples whose operations are counted."""
 
 
 class Against(NamedTuple):
@@ -183,7 +185,7 @@ def flops_over_useful(sizes: Iterable[str]) -> dict[str, float]:
     for size in sizes:
         for name, case in CASES.items():
             sized = dimensions(size, case)
-            samples = make_samples(case, sized, 2)
+            samples = make_samples(case, sized, COUNTED)
             over[f"{name}, {size}"] = counted_flops(sized, samples) / useful_flops(samples, sized)
     return over
 

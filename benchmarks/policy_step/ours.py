@@ -20,7 +20,6 @@ from rlinf_core.training.ema import Ema
 from rlinf_core.training.fsdp import communicate, materialize, shard, unreached
 from rlinf_core.training.optim import Optimizer, Schedule, decays
 from rlinf_plugins_openpi.collate import stack
-from rlinf_plugins_openpi.dimensions import PREFIX_MULTIPLE, VARIANTS
 from rlinf_plugins_openpi.packing import pack
 from rlinf_plugins_openpi.pi0 import Pi0
 
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 
 SCHEDULE = Schedule(lr=2.5e-5, min_lr=2.5e-6, warmup_steps=1000, decay_steps=30_000)
 WEIGHT_DECAY = 1e-10
-PUBLISHED_WIDTH = VARIANTS["base"].vlm.width
 
 
 class Options(NamedTuple):
@@ -87,9 +85,7 @@ def _prepare(policy: Pi0, *, checkpointing: Any, compiled: bool) -> None:
 def collate(samples: list[dict[str, Any]], policy: Pi0) -> dict[str, Any]:
     """A batch as `Pi0Config.collate` makes it: what samples lack is left out."""
     batch = stack(samples)
-    image_tokens, published = policy.dimensions.vision.num_tokens, policy.dimensions.vlm.width == PUBLISHED_WIDTH
-    multiple = PREFIX_MULTIPLE["base" if published else "dummy"]
-    packing = pack(batch["image_mask"], batch["token_mask"], image_tokens=image_tokens, multiple=multiple)
+    packing = pack(batch["image_mask"], batch["token_mask"], image_tokens=policy.dimensions.vision.num_tokens)
     return {**batch, "packing": packing}
 
 

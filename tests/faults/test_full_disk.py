@@ -54,3 +54,18 @@ def test_a_disk_that_is_full_for_a_while_costs_one_checkpoint(small_disk, faulty
     assert "No space left on device" in ended.stdout
     assert [step for step in (3, 6, 9, 12) if f"step {step}: saved" in ended.stdout] == [3, 9, 12]
     assert_same(runs.folder, left_alone(12), 12)
+
+
+def test_where_even_the_end_does_not_fit_it_is_told(small_disk, faulty_site, start_ranks, left_alone):
+    """The whole disk is full from step 5 on, `exit.json` and rows of the metrics included."""
+    runs = Runs(faulty_site, small_disk, start_ranks)
+    fill = {"kind": "fill", "rank": 0, "step": 5, "folder": str(small_disk), "full": True}
+    ended = runs.start(12, WAITING, faults=[fill])
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stderr.count("step_000000003 is the last good one. Make room there. It failed twice in a row") == 1
+    assert "exit.json could not be written: No space left on device" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    (small_disk / "ballast").unlink()
+    again = runs.start(12)
+    assert again.returncode == 0, again.stderr
+    assert_same(runs.folder, left_alone(12), 12)

@@ -131,7 +131,10 @@ class Ending:
         if self.folder and (reason == "mistake" or (first and (self.rank == 0 or reason == "defect"))):
             end: dict[str, Any] = {"code": int(code), "reason": reason, "message": printable(message)}
             end |= {"step": self.step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-            write_text(self.folder / FILE, json.dumps(end, indent=1) + "\n", writer=f"rank_{self.rank}")
+            try:
+                write_text(self.folder / FILE, json.dumps(end, indent=1) + "\n", writer=f"rank_{self.rank}")
+            except OSError as unwritable:  # What ended the run may be the disk, and it was told; the code still counts.
+                print(f"warning: {self.folder / FILE} could not be written: {unwritable.strerror}", file=sys.stderr)
         return code
 
 

@@ -4,7 +4,7 @@ import errno
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rlinf_core.errors import UserError
@@ -19,11 +19,16 @@ def write_text(path: Path, text: str, *, writer: str = "") -> None:
         writer: Who writes, in a word, where several processes may do so at once.
     """
     aside = path.with_name(f".{path.name}.{writer}{'.' * bool(writer)}tmp")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise
 
 
 def sync_folder(folder: Path) -> None:

@@ -24,7 +24,8 @@ from rlinf_core.data.splits import describe_splits, open_split
 from rlinf_core.datasets import DatasetConfig, LeRobotDatasetConfig, SampleSource
 from rlinf_core.errors import UserError, did_you_mean
 from rlinf_core.plugins import Plugins
-from rlinf_core.training.resume import check_folder, find_start
+from rlinf_core.training.holding import check_folder
+from rlinf_core.training.resume import find_start
 from rlinf_core.training.statistics import diagnose
 from rlinf_core.training.stopping import best_metric, result_names
 

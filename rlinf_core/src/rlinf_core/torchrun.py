@@ -26,7 +26,7 @@ from rlinf_core.data.order import check_batch
 from rlinf_core.ending import FILE
 from rlinf_core.errors import Exit, UserError
 from rlinf_core.training.flight import FOLDER
-from rlinf_core.training.resume import check_folder
+from rlinf_core.training.holding import check_folder
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -112,6 +112,9 @@ def launch(run: RunConfig, arguments: Sequence[str]) -> int:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices(share.devices, os.environ)
     if share.processes > 1:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # As torchrun does.
+    if run.cluster.num_nodes > 1:
+        # torch 2.11's agents share the store of the first round; a machine that comes back does not learn where it is.
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     _quieten()
     (run.folder / FILE).unlink(missing_ok=True)  # Of an earlier process; a monitor shall not take it for this one's.
     before, started = _stamp(run.folder / FILE), time.time()

@@ -83,6 +83,7 @@ def train(
     from rlinf_core.training import resume
     from rlinf_core.training.agents import is_restart, own_agent
     from rlinf_core.training.distributed import processes
+    from rlinf_core.training.holding import ORPHANS_WAIT, hold_folder
 
     joined = processes(run.trainer.device, timeout_seconds=run.trainer.timeout_seconds, folder=run.folder)
     with joined as group, ExitStack() as held:
@@ -94,7 +95,7 @@ def train(
 
         def begin() -> resume.Start:
             restarted = is_restart(run.folder, agents)
-            held.enter_context(resume.hold_folder(run, patience=resume.ORPHANS_WAIT if restarted else 0.0))
+            held.enter_context(hold_folder(run, patience=ORPHANS_WAIT if restarted else 0.0))
             return resume.choose_start(run, overwrite=overwrite, restarted=restarted, allow_change=allow_change)
 
         start = resume.agree_on_start(run, group, group.decide(begin), allow_change=allow_change)

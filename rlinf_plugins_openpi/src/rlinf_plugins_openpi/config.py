@@ -15,7 +15,7 @@ from rlinf_core.data.normalize import save_norm_stats
 from rlinf_core.data.sample import PACKING, Batch
 from rlinf_core.data.transforms import Transform
 from rlinf_plugins_openpi.datasets.assets import asset_name
-from rlinf_plugins_openpi.dimensions import PREFIX_MULTIPLE, Pi0Dimensions
+from rlinf_plugins_openpi.dimensions import Pi0Dimensions
 from rlinf_plugins_openpi.draws import draw_augmentation, draw_flow
 from rlinf_plugins_openpi.flops import training_flops
 from rlinf_plugins_openpi.freezing import Part, is_frozen
@@ -74,7 +74,8 @@ class OpenpiPolicyConfig(PromptedPolicyConfig):
     """Leave the numbers that fill the robot's action up to `action_dim` out of the loss."""
     prefix_multiple: int | None = Field(default=None, ge=1, le=512)
     """The images and prompts of a micro batch lie end to end, and are filled up to a multiple of this many tokens: the
-    larger, the fewer shapes for compiled code; the smaller, the less filler. Default: 256 for `base`, 16 for others."""
+    larger, the fewer shapes for compiled code; the smaller, the less filler. Default: a power of two, from 16 to 256,
+    that leaves filler a 64th at most."""
     num_sampling_steps: int = Field(default=10, ge=1)
     """Euler steps from noise to actions when the policy acts."""
 
@@ -148,8 +149,8 @@ class OpenpiPolicyConfig(PromptedPolicyConfig):
 
         batch = stack(samples)
         image_tokens = self.dimensions.vision.num_tokens
-        multiple = self.prefix_multiple or PREFIX_MULTIPLE[self.variant]
-        packing = pack(batch["image_mask"], batch["token_mask"], image_tokens=image_tokens, multiple=multiple)
+        masks = (batch["image_mask"], batch["token_mask"])
+        packing = pack(*masks, image_tokens=image_tokens, multiple=self.prefix_multiple)
         return {**batch, PACKING: packing}
 
     def build(self) -> nn.Module:

@@ -128,6 +128,3 @@ VARIANTS: dict[Variant, VariantSizes] = {
     ),
 }
 """What the variants fix. The published sizes and, for tests and the quickstart, a small one of the same code."""
-
-PREFIX_MULTIPLE: dict[Variant, int] = {"base": 256, "dummy": 16}
-"""What the rows of a packed prefix are filled up to by default: few shapes at real size, little filler on a CPU."""

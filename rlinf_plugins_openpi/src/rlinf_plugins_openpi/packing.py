@@ -17,6 +17,8 @@ import torch
 
 GRID_MULTIPLES = (16, 64)
 """Of the places in the grid: never fewer, for the sake of vectors, and no more, for the sake of padding."""
+MULTIPLES = (16, 256)
+"""Of the rows of a prefix, where nothing else is asked for: the least and the greatest."""
 LONGEST_FILLER = 512
 """Rows of filler at most."""
 
@@ -50,8 +52,14 @@ class Packing(NamedTuple):
         return self.starts[1:-1] - self.starts[:-2]
 
 
+def multiple_for(tokens: int) -> int:
+    """What to fill a prefix up to a multiple of, so that filler is at most a 64th of it, and shapes stay few."""
+    least, most = MULTIPLES
+    return min(max(1 << max((tokens // 64).bit_length() - 1, 0), least), most)
+
+
 def pack(
-    image_mask: torch.Tensor, token_mask: torch.Tensor, *, image_tokens: int, multiple: int = 1
+    image_mask: torch.Tensor, token_mask: torch.Tensor, *, image_tokens: int, multiple: int | None = None
 ) -> dict[str, torch.Tensor]:
     """The packing of a batch, as a mapping that a loader can carry; on the CPU, so that no device is waited for.
 
@@ -59,12 +67,13 @@ def pack(
         image_mask: Bool [B, C]: which cameras a sample has.
         token_mask: Bool [B, T]: which text tokens count.
         image_tokens: Tokens of an image, P.
-        multiple: R is a multiple of this, and L of the nearest to it in 16 to 64: few shapes for compiled code.
+        multiple: R is a multiple of this, and L of the nearest to it in 16 to 64: few shapes for compiled code; None:
+            `multiple_for` the tokens of all samples, and of the longest.
 
     Raises:
         ValueError: `multiple` is above 512.
     """
-    if multiple > LONGEST_FILLER:
+    if multiple is not None and multiple > LONGEST_FILLER:
         raise ValueError(f"the multiple may be {LONGEST_FILLER} at most, not {multiple}")
     batch, text = token_mask.shape
     images = image_mask.flatten().nonzero().flatten()
@@ -79,8 +88,9 @@ def pack(
     sample = torch.arange(batch)[:, None].expand_as(valid)[valid]
 
     lengths, total = valid.sum(1), len(pooled)
-    rows = _up(total + 1, multiple)
-    grid = _up(int(lengths.max()) + 1, min(max(multiple, GRID_MULTIPLES[0]), GRID_MULTIPLES[1]))
+    longest = int(lengths.max())
+    rows = _up(total + 1, multiple or multiple_for(total))
+    grid = _up(longest + 1, min(max(multiple or multiple_for(longest), GRID_MULTIPLES[0]), GRID_MULTIPLES[1]))
     place, counted = sample * grid + within, torch.arange(total)
     packing = Packing(
         images=images,

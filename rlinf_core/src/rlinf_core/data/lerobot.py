@@ -135,11 +135,8 @@ class LeRobotSource:
     def without_images(self, indices: Sequence[int]) -> list[Row]:
         """The same rows without pictures: state vectors [D], action chunks [H, D] and `<column>_is_pad` [H]."""
         gathered = self.columns(indices)
-        rows: list[Row] = [dict(zip(gathered, values, strict=True)) for values in zip(*gathered.values(), strict=True)]
-        for row in rows:
-            for name in INDEX_COLUMNS:
-                row[name] = row[name].item()
-        return rows
+        gathered |= {name: gathered[name].tolist() for name in INDEX_COLUMNS}
+        return [dict(zip(gathered, values, strict=True)) for values in zip(*gathered.values(), strict=True)]
 
     def columns(self, indices: Sequence[int]) -> Row:
         """The values of `without_images` with rows as their first axis; `task` is a list of texts."""

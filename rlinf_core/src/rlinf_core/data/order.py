@@ -7,7 +7,10 @@ step. Imports no torch: what does not divide is told before anything starts.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from numpy.random.bit_generator import ISeedSequence
 from numpy.typing import NDArray
 
 from rlinf_core.errors import UserError
@@ -33,7 +36,18 @@ def validation_generator(seed: int, row: int) -> np.random.Generator:
 
 def generator(seed: int, epoch: int, use: int, position: int) -> np.random.Generator:
     """The random numbers of one use; `epoch` and `position` tell its instances apart, whatever they count there."""
-    return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, position, use, 0]))
+    return np.random.Generator(np.random.Philox(_Key(seed, epoch), counter=[0, position, use, 0]))  # type: ignore[arg-type]  # NumPy's stubs
+
+
+class _Key(ISeedSequence):
+    """`Philox(key=...)` asks the system for random bytes that it does not use, which takes most of its time."""
+
+    def __init__(self, *words: int) -> None:
+        self._words = words
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> NDArray[Any]:
+        """The key."""
+        return np.asarray(self._words).astype(dtype)
 
 
 def check_batch(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:

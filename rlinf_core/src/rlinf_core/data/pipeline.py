@@ -91,7 +91,7 @@ def build_pipeline(dataset: DatasetConfig, policy: PolicyConfig, stats: Stats | 
 
 def _float32(value: Any) -> Any:
     if isinstance(value, (np.ndarray, np.floating)):
-        return value.astype(np.float32) if value.dtype.kind == "f" else value
+        return value.astype(np.float32, copy=False) if value.dtype.kind == "f" else value
     if isinstance(value, Mapping):
         return {key: _float32(inner) for key, inner in value.items()}
     return value

@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from rlinf_core.errors import UserError
 from rlinf_core.training.flight import remember_collectives
+from rlinf_core.training.meeting import meet
 
 T = TypeVar("T")
 
@@ -141,10 +142,10 @@ def processes(
     timeout = timedelta(seconds=timeout_seconds)
     backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        store, rank, size = meet(timeout)
     else:
-        store = dist.HashStore()  # type: ignore[attr-defined]  # torch's stubs leave it out
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        store, rank, size = dist.HashStore(), 0, 1  # type: ignore[attr-defined]  # torch's stubs leave it out
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     group = Processes(here, timeout_seconds)
     try:
         yield group
