@@ -37,7 +37,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="one JSON object")
     compare = parser.add_argument_group("beside lerobot, on a CPU")
     compare.add_argument("--batch", type=int, default=8, help="samples of a step")
-    compare.add_argument("--rounds", type=int, default=5, help="timed steps of each side")
+    compare.add_argument("--rounds", type=int, default=4, help="timed steps of each side")
     compare.add_argument("--vocabulary", type=int, help="embedding rows; default: the size's own, 4096 for small")
     compare.add_argument("--compile", action="store_true", help="compare both sides compiled, too")
     compare.add_argument("--without-peers", action="store_true", help="time ours alone")

@@ -23,8 +23,8 @@ LAUNCHING = ("test_kills", "test_trainer_options", "test_run", "test_stopping", 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
-    """Folders of tests run in as many processes as there are cores, file by file; single files, and what someone
-    watches, in this one. Any `-n` decides otherwise.
+    """Folders of tests run in a process more than there are cores, as many wait for ranks that they have started, file
+    by file; single files, and what someone watches, in this one. Any `-n` decides otherwise.
     """
     option = config.option
     if hasattr(config, "workerinput") or not config.pluginmanager.hasplugin("xdist"):
@@ -32,7 +32,7 @@ def pytest_cmdline_main(config):
     watched = option.usepdb or option.capture == "no"
     heavy = any(f"not {mark}" not in option.markexpr for mark in ("slow", "gpu"))
     if option.numprocesses is None and not watched and not heavy and any(Path(one).is_dir() for one in config.args):
-        option.numprocesses = min(os.cpu_count() or 1, MOST_PROCESSES)
+        option.numprocesses = min((os.cpu_count() or 1) + 1, MOST_PROCESSES)
     if option.dist == "no":
         option.dist, option.loadscopereorder = "loadfile", False
 

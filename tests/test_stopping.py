@@ -91,6 +91,7 @@ def test_a_signal_to_one_rank_stops_all_after_saving_and_the_run_goes_on_exactly
     assert losses(tmp_path) == losses(tmp_path, "whole")
 
 
+@pytest.mark.slow  # The next one's way, and that of test_launch.py's Ctrl-C.
 def test_ctrl_c_reaches_workers_too_and_the_run_saves_all_the_same(site, tmp_path):
     stopped = train(site, tmp_path, "data.num_workers=1", SIGNAL="GROUP:0")
     assert stopped.returncode == Exit.INTERRUPTED, stopped.stderr

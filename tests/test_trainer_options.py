@@ -47,7 +47,6 @@ TOYS = {
     "reduced_every_micro_batch": ["trainer.reduce_every_micro_batch=true"],
     "kept_gathered": ["trainer.reshard_after_forward=false"],
     "compiled": ["trainer.compile=true"],
-    "compiled_selective": ["trainer.compile=true", "trainer.activation_checkpointing=selective"],
 }
 
 
@@ -119,6 +118,10 @@ def test_an_option_gives_the_plain_run(runs, name):
 @pytest.mark.parametrize("name", TOYS)
 def test_an_option_gives_the_plain_run_of_the_toy(toy_runs, name):
     assert_equal_to_rounding(toy_runs, name)
+
+
+def test_what_is_to_be_compiled_is(toy_runs):
+    assert list((toy_runs / "inductor").rglob("*.so"))
 
 
 @pytest.mark.slow
