@@ -1,6 +1,7 @@
 """What all tests share: no network, one thread, a cache of their own, and tiny datasets that lerobot writes once."""
 
 import fcntl
+import gc
 import os
 import pickle
 import sys
@@ -35,6 +36,10 @@ def pytest_cmdline_main(config):
         option.numprocesses = min((os.cpu_count() or 1) + 1, MOST_PROCESSES)
     if option.dist == "no":
         option.dist, option.loadscopereorder = "loadfile", False
+
+
+def pytest_collection_finish():
+    gc.freeze()  # Thousands of tests and torch itself need not be searched for garbage again and again.
 
 
 def pytest_collection_modifyitems(items):

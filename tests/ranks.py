@@ -20,6 +20,8 @@ from pathlib import Path
 from subprocess import CompletedProcess
 
 ROOT = Path(__file__).parents[1]
+NOTICED = 0.3
+"""Seconds until the others are ended once a rank has failed: torchrun, too, looks now and then only."""
 LIMIT = 900
 """Seconds that a rank may live: none outlives its test for long, whatever it waits for."""
 PRELOAD = (
@@ -119,6 +121,7 @@ def launch(main, ranks, arguments, paths, imports, signals, environment):
             del running[next(rank for rank, of in running.items() if of == pid)]
             if status and not code:
                 code = os.waitstatus_to_exitcode(status)
+                time.sleep(NOTICED)
                 for other in running.values():
                     os.kill(other, signal.SIGTERM)
         for sender in senders:

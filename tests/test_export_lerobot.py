@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -22,7 +23,9 @@ from rlinf_plugins_openpi.tokenizer import BOS, GEMMA_ENTRIES, SMALL_MODEL, load
 from rlinf_plugins_openpi.weights import published_names
 from rlinf_plugins_openpi.weights.saving import Entry
 
-pytest.importorskip("transformers", reason="lerobot's policies need it: uv sync --group test")
+pytestmark = pytest.mark.skipif(
+    find_spec("transformers") is None, reason="lerobot's policies need transformers: uv sync --group test"
+)
 
 STATE_WIDTH, ACTION_WIDTH, HORIZON = 8, 7, 5
 TOP, WRIST = "observation.images.top", "wrist"

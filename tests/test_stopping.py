@@ -51,12 +51,12 @@ def site(toy_site, tmp_path_factory):
     return toy_site, site
 
 
-def train(site, folder, *overrides, ranks=1, restarts=0, **environment):
+def train(site, folder, *overrides, restarts=0, **environment):
     """Train the toy policy in a session of its own; returns the finished process."""
     config = site[0] / "toy.toml"
     command = [sys.executable, "-m", "rlinf_core.train"]
-    if ranks > 1 or restarts:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    if restarts:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
         command = [*torchrun, f"--max-restarts={restarts}", *command[1:]]
     command += [str(config), f"runner.output_dir={folder}", "runner.max_steps=8", *overrides]
     paths = {"PYTHONPATH": os.pathsep.join(map(str, [*site, ROOT / "tests"])), "OMP_NUM_THREADS": "1"}
@@ -76,13 +76,13 @@ def losses(folder, name="run"):
 
 
 def test_a_signal_to_one_rank_stops_all_after_saving_and_the_run_goes_on_exactly(site, tmp_path, start_ranks):
-    stopped = train(site, tmp_path, ranks=2, SIGNAL="SIGTERM:1")
+    settings = (site[0] / "toy.toml", f"runner.output_dir={tmp_path}", "runner.max_steps=8")
+    stopped = start_ranks("rlinf_core.train:main", 2, *settings, paths=site, SIGNAL="SIGTERM:1")
     assert stopped.returncode == 0, stopped.stderr
     end = ending(tmp_path)
     assert (end["code"], end["reason"], end["step"]) == (Exit.OK, "preempted", 3)
     assert (tmp_path / "run" / "latest").read_text() == "step_000000003"
     assert "interrupted after step 3; the same command continues after step_000000003" in stopped.stdout
-    settings = (site[0] / "toy.toml", f"runner.output_dir={tmp_path}", "runner.max_steps=8")
     again = start_ranks("rlinf_core.train:main", 2, *settings, paths=site)
     assert again.returncode == 0, again.stderr
     assert (ending(tmp_path)["reason"], ending(tmp_path)["step"]) == ("finished", 8)
@@ -118,9 +118,10 @@ def test_a_mistake_ends_restarts_and_is_said_once(site, tmp_path):
     assert "the robot is not there" in ending(tmp_path)["message"]
 
 
-def test_a_mistake_that_only_one_rank_meets_is_said_too(site, tmp_path):
-    failed = train(site, tmp_path, ranks=2, FAIL_ON_RANK="1")
-    assert failed.returncode != 0
+def test_a_mistake_that_only_one_rank_meets_is_said_too(site, tmp_path, start_ranks):
+    settings = (site[0] / "toy.toml", f"runner.output_dir={tmp_path}", "runner.max_steps=8")
+    failed = start_ranks("rlinf_core.train:main", 2, *settings, paths=site, FAIL_ON_RANK="1")
+    assert failed.returncode == Exit.USER_ERROR
     assert "error on rank 1: the robot is not there" in failed.stderr
 
 

@@ -3,6 +3,8 @@
 They compute in the same float32; where they differ by more than rounding, docs/numerics.md says why.
 """
 
+from importlib.util import find_spec
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,9 @@ from rlinf_plugins_openpi.parts import unpacked
 from rlinf_plugins_openpi.pi0 import Pi0
 from rlinf_plugins_openpi.weights import EMBEDDING, EMBEDDING_IN_FILES, published_names
 
-pytest.importorskip("transformers", reason="lerobot's policies need it: uv sync --group test")
+pytestmark = pytest.mark.skipif(
+    find_spec("transformers") is None, reason="lerobot's policies need transformers: uv sync --group test"
+)
 
 PEERS = "peers"
 FLOAT32 = 1e-5

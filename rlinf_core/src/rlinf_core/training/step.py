@@ -158,6 +158,11 @@ class TrainStep:
         told = out.sample_losses is not None
         return StepRecord(step + 1, clock, keys, sizes, *_to_host(values), told)
 
+    def _seed(self, seed: int) -> None:
+        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` writes down its callers for every other device.
+        if self._group.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+
     def _backpropagate(
         self, step: int, micro: int, batches: Iterator[Any], clock: StepClock
     ) -> tuple[PolicyOutput, torch.Tensor | None]:
@@ -173,7 +178,7 @@ class TrainStep:
             batch = next(batches)
         self._useful += self._throughput.tflop(batch) if self._throughput else 0.0  # Here its numbers are on the host.
         # Modules with randomness of their own (dropout) draw the same numbers after a resume.
-        torch.manual_seed(derived_seed(self._run.seed, step, self._group.rank, micro))
+        self._seed(derived_seed(self._run.seed, step, self._group.rank, micro))
         with self._phase(clock, "forward"):
             batch = to_device(batch, self._group.device)
             numbers = batch.pop(SOURCE, None)  # The loader's, not the policy's.
