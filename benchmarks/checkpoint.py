@@ -2,10 +2,11 @@
 
     python benchmarks/checkpoint.py [--ranks 2] [--rounds 5] [--folder FOLDER] [--json]
 
-A model of 100 million parameters in float32, on the CPU, in turns within one run: ours, sharded over the ranks with
-AdamW's moments and a moving average (16 bytes a parameter), in the background and waited for, synced and hashed; and
-openpi's way, as its PyTorch trainer saves: rank 0 holds model and optimizer whole (12 bytes a parameter), calls
-`torch.save` on both and renames the folder, the others wait at a barrier; nothing is synced.
+A model of 100 million parameters in float32, on the CPU, in turns within one run, with AdamW's moments, 12 bytes a
+parameter on both sides: ours, sharded over the ranks, in the background and waited for, synced and hashed; and openpi's
+way, as its PyTorch trainer saves: rank 0 holds model and optimizer whole, calls `torch.save` on both and renames the
+folder, the others wait at a barrier; nothing is synced. `--ema`: ours with a moving average besides, which openpi's
+port has not.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ LAYERS, WIDTH = 12, 1024
 WIDER = 4 * WIDTH
 
 
-def measure(folder: Path, rounds: int) -> None:
+def measure(folder: Path, rounds: int, *, ema: bool) -> None:
     """Measure on every rank; rank 0 writes `found.json` into the folder."""
     import torch
     from torch import nn
@@ -53,7 +54,8 @@ def measure(folder: Path, rounds: int) -> None:
             model.named_parameters(), schedule, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, clip_grad=1.0
         )
         parts = {"model": dict(model.named_parameters()), "optim": optimizer.state_dict()}
-        parts["ema"] = dict(Ema(model, 0.99).state_dict())
+        if ema:
+            parts["ema"] = dict(Ema(model, 0.99).state_dict())
         tensors = {f"{part}.{name}": tensor.detach() for part, named in parts.items() for name, tensor in named.items()}
         if group.rank == 0:
             whole = build()
@@ -121,14 +123,21 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2, help="processes, with gloo")
     parser.add_argument("--rounds", type=int, default=5, help="saves of each kind that count, after a first one")
     parser.add_argument("--folder", type=Path, default=None, help="where to write 5 GB; default: the temporary folder")
+    parser.add_argument("--ema", action="store_true", help="ours saves a moving average, too")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     options = parser.parse_args()
     if "RANK" in os.environ:
-        measure(options.folder, options.rounds)
+        measure(options.folder, options.rounds, ema=options.ema)
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc-per-node={options.ranks}", __file__, f"--folder={folder}", f"--rounds={options.rounds}"]
+        command += [
+            f"--nproc-per-node={options.ranks}",
+            __file__,
+            f"--folder={folder}",
+            f"--rounds={options.rounds}",
+            *["--ema"] * options.ema,
+        ]
         subprocess.run(command, check=True, stdout=sys.stderr, env={"OMP_NUM_THREADS": "1", **os.environ})
         raw = json.loads((Path(folder) / "found.json").read_text())
     found = {name: statistics.median(values[1:]) for name, values in raw["times"].items()}

@@ -145,9 +145,10 @@ def break_sample(batch, number):
     batch["actions"][number, 0, 0] = math.nan
 
 
-def be_slow(batch, seconds):
-    """From the outside one can follow."""
-    time.sleep(seconds)
+def be_slow(batch, seconds, until):
+    """So that one can follow from the outside, until a file is there."""
+    if not Path(until).exists():
+        time.sleep(seconds)
 
 
 class Runs:

@@ -125,7 +125,7 @@ def test_a_sample_does_not_depend_on_those_beside_it():
         torch.testing.assert_close(model.losses(alone)[0], together[row], rtol=1e-12, atol=0)
 
 
-def test_filler_is_a_64th_at_most_and_shapes_are_few():
+def test_filler_is_a_64th_or_16_tokens_at_most_and_shapes_are_few():
     for tokens in (1, 569, 1024, 9104, 40_000):
         multiple = multiple_for(tokens)
         assert multiple.bit_count() == 1

@@ -66,8 +66,8 @@ def train(site, folder, *overrides, restarts=0, **environment):
     )
 
 
-def ending(folder):
-    return json.loads((folder / "run" / "exit.json").read_text())
+def ending(folder, name="run"):
+    return json.loads((folder / name / "exit.json").read_text())
 
 
 def losses(folder, name="run"):
@@ -184,6 +184,19 @@ def test_a_defect_keeps_its_traceback_and_is_recorded(follow, tmp_path):
         follow(ZeroDivisionError("by zero"))
     end = json.loads((tmp_path / "exit.json").read_text())
     assert (end["code"], end["reason"], end["message"]) == (1, "defect", "ZeroDivisionError: by zero")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a device that is always full")
+def test_a_message_that_fits_nowhere_leaves_the_exit_code_as_it_is(tmp_path, monkeypatch):
+    def main(ending):
+        ending.belongs_to(tmp_path, start_step=0)
+        raise UserError("no room")
+
+    monkeypatch.delenv("RANK", raising=False)
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        assert Ending().follow(main) == Exit.USER_ERROR
+    assert ending(tmp_path.parent, tmp_path.name)["message"] == "no room"
 
 
 def test_what_follows_from_another_ranks_mistake_does_not_hide_it(follow, tmp_path, monkeypatch):

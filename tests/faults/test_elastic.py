@@ -22,7 +22,8 @@ pytestmark = pytest.mark.slow
 TESTS = Path(__file__).parents[1]
 LONG = 300
 """Seconds that anything may take on a machine with a lot else to do."""
-SLOWLY = '[{"kind": "slow", "rank": 0, "step": 1, "seconds": 0.1}]'
+FAST = "fast"
+"""The file that ends the slow steps."""
 
 
 class Agent:
@@ -33,9 +34,10 @@ class Agent:
         command = [sys.executable, "-m", "torch.distributed.run", *options, "-m", "rlinf_core.train"]
         command += [faulty_site / "faulty.toml", f"runner.output_dir={folder}", f"runner.max_steps={steps}"]
         paths = {"PYTHONPATH": os.pathsep.join(map(str, (faulty_site, TESTS))), "OMP_NUM_THREADS": "1"}
+        slow = {"kind": "slow", "rank": 0, "step": 1, "seconds": 0.1, "until": str(folder / FAST)}
         paths |= {
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": own_store,
-            "FAULTS": SLOWLY,
+            "FAULTS": json.dumps([slow]),
             "OTHER_RANKS_WAIT": "3",
             "RLINF_DISABLE_PLUGINS": "rlinf-plugins-text",
         }
@@ -91,7 +93,7 @@ def wait_for(condition, agents):
     end = time.monotonic() + LONG
     while not condition():
         assert time.monotonic() < end, agents[0].said()
-        assert all(agent.process.poll() is None for agent in agents), agents[0].said()
+        assert all(agent.process.poll() is None for agent in agents), "\n".join(agent.said() for agent in agents)
         time.sleep(0.05)
 
 
@@ -120,24 +122,25 @@ def test_two_machines_survive_losing_and_regaining_one(start_agent, tmp_path, le
         port = free.getsockname()[1]
     meeting = ("--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=8", "--rdzv-backend=c10d", "--rdzv-id=elastic")
     meeting += (f"--rdzv-endpoint=localhost:{port}", "--rdzv-conf=last_call_timeout=3,keep_alive_interval=1")
-    folder, steps = tmp_path / "run", 200
+    folder, steps = tmp_path / "run", 600
     stays = start_agent(steps, *meeting, own_store="1")
     wait_for(lambda: last_step(folder) > 6, [stays])
     comes = start_agent(steps, *meeting, own_store="1")
-    wait_for(lambda: ranks_of(folder) == 2, [stays])
+    wait_for(lambda: ranks_of(folder) == 2, [stays, comes])
     at = last_step(folder)
-    wait_for(lambda: last_step(folder) > at + 6, [stays])
+    wait_for(lambda: last_step(folder) > at + 6, [stays, comes])
     comes.lose()
     wait_for(lambda: ranks_of(folder) == 1, [stays])
     at = last_step(folder)
     wait_for(lambda: last_step(folder) > at + 6, [stays])
     again = start_agent(steps, *meeting, own_store="1")
-    wait_for(lambda: ranks_of(folder) == 2, [stays])
+    wait_for(lambda: ranks_of(folder) == 2, [stays, again])
+    (tmp_path / FAST).touch()
     assert stays.process.wait(LONG) == 0, stays.said()
     assert again.process.wait(LONG) == 0, again.said()
     assert [row["step"] for row in numbers(folder)] == list(range(1, steps + 1))
     losses = [[row["loss"] for row in numbers(of)] for of in (folder, left_alone(steps))]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
 
 
 def ranks_of(folder):

@@ -13,6 +13,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
@@ -73,7 +74,8 @@ class Ending:
         except UserError as error:
             self._say_once(error)
             if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
-                _marker().touch()
+                with suppress(OSError):
+                    _marker().touch()
             return self._record(Exit.USER_ERROR, "mistake", str(error))
         except RunError as error:
             return self._record_fault(error)
@@ -109,7 +111,7 @@ class Ending:
         preempted = isinstance(stop, Interrupted) and stop.received == signal.SIGTERM
         said = str(stop) or f"interrupted after step {self.step}"
         if self.rank == 0 and self.trainer is None:
-            print(said, file=sys.stderr, flush=True)
+            _say(said)
         return self._record(*((Exit.OK, "preempted") if preempted else (Exit.INTERRUPTED, "interrupted")), said)
 
     def _say_once(self, error: UserError | RunError) -> None:
@@ -117,25 +119,33 @@ class Ending:
         if self.rank:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's, once rank 0 has ended: nothing is left to say.
             time.sleep(OTHER_RANKS_WAIT)
-        if self._debug:
-            traceback.print_exception(error)
         where = f" on rank {self.rank}" if self.rank else ""
-        print(f"error{where}: {printable(str(error))}", file=sys.stderr, flush=True)
+        shown = "".join(traceback.format_exception(error)) if self._debug else ""
+        _say(f"{shown}error{where}: {printable(str(error))}")
 
     def _record(self, code: Exit, reason: Reason, message: str) -> int:
         """Write the file, on rank 0; another rank writes only its mistake or defect, from which others' ends follow."""
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # The end is near, and must not be lost.
         # torchrun ends the other ranks with SIGTERM once one has failed: who writes first knows why, a mistake better.
-        first = self.folder is not None and not (self.folder / FILE).exists()
-        if self.folder and (reason == "mistake" or (first and (self.rank == 0 or reason == "defect"))):
-            end: dict[str, Any] = {"code": int(code), "reason": reason, "message": printable(message)}
-            end |= {"step": self.step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-            try:
+        try:
+            first = self.folder is not None and not (self.folder / FILE).exists()
+            if self.folder and (reason == "mistake" or (first and (self.rank == 0 or reason == "defect"))):
+                end: dict[str, Any] = {"code": int(code), "reason": reason, "message": printable(message)}
+                end |= {"step": self.step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
                 write_text(self.folder / FILE, json.dumps(end, indent=1) + "\n", writer=f"rank_{self.rank}")
-            except OSError as unwritable:  # What ended the run may be the disk, and it was told; the code still counts.
-                print(f"warning: {self.folder / FILE} could not be written: {unwritable.strerror}", file=sys.stderr)
+        except OSError as error:  # What ended the run may be the disk, and it was told; the code still counts.
+            _say(f"warning: {FILE} could not be written to {self.folder}: {error.strerror}")
         return code
+
+
+def _say(text: str) -> None:
+    """Print to stderr; where that goes to a full disk, nothing is lost but the text."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        # Python tries again when it ends, and exits with 120 if that fails.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def _fault_before(error: BaseException) -> RunError | None:

@@ -112,7 +112,7 @@ def launch(run: RunConfig, arguments: Sequence[str]) -> int:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices(share.devices, os.environ)
     if share.processes > 1:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # As torchrun does.
-    if run.cluster.num_nodes > 1:
+    if run.cluster.num_nodes > 1 and run.cluster.max_restarts:
         # torch 2.11's agents share the store of the first round; a machine that comes back does not learn where it is.
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     _quieten()

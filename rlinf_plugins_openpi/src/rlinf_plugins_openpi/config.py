@@ -75,7 +75,7 @@ class OpenpiPolicyConfig(PromptedPolicyConfig):
     prefix_multiple: int | None = Field(default=None, ge=1, le=512)
     """The images and prompts of a micro batch lie end to end, and are filled up to a multiple of this many tokens: the
     larger, the fewer shapes for compiled code; the smaller, the less filler. Default: a power of two, from 16 to 256,
-    that leaves filler a 64th at most."""
+    so that filler is at most a 64th, or 16 tokens."""
     num_sampling_steps: int = Field(default=10, ge=1)
     """Euler steps from noise to actions when the policy acts."""
 

@@ -53,7 +53,7 @@ class Packing(NamedTuple):
 
 
 def multiple_for(tokens: int) -> int:
-    """What to fill a prefix up to a multiple of, so that filler is at most a 64th of it, and shapes stay few."""
+    """What to fill a prefix up to a multiple of: filler is a 64th of it or 16 tokens at most, and shapes are few."""
     least, most = MULTIPLES
     return min(max(1 << max((tokens // 64).bit_length() - 1, 0), least), most)
 

@@ -40,7 +40,7 @@ class Pipeline:
         return self.repack(row)
 
     def encode(self, row: Row) -> Sample:
-        """The sample a policy sees; all floating-point numbers are float32."""
+        """The sample a policy sees; all floating-point numbers are float32. It may share memory with the row."""
         sample = self.repack(row)
         for transform in self.invertible:
             sample = transform(sample)

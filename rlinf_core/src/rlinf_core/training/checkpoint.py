@@ -131,7 +131,7 @@ class Checkpoints:
         if not self.wait(left):
             return
         self.wait_for_memory()
-        tensors = self._staging.copy(self._tensors) if self._staging is not None else self._tensors
+        tensors = self._staging.copy() if self._staging is not None else self._tensors
         self._pending = _Pending(self._device, self._place, position, tensors, self._writers, best, self._last_good)
         if self._staging is None or self._failures:
             self.wait(left)

@@ -2,40 +2,51 @@
 
 torchrun keeps one store for all restarts of a job. What a dead worker has left there, its gloo address or NCCL id, lies
 under the key where the next one looks for that of a living rank, which then fails to connect. The number of restarts in
-the keys does not help: it stays the same when machines come and go. So ranks first agree on a word that no start before
-has used, and all else goes under it.
+the keys does not help: it stays the same when machines come and go. So ranks first agree on a part of the store that no
+start before has used.
 """
 
 from __future__ import annotations
 
-import json
+import os
 import time
 import uuid
 from datetime import timedelta
 
-from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]  # torch's stubs
+from torch.distributed import (  # type: ignore[attr-defined]  # torch's stubs
+    DistError,
+    PrefixStore,
+    Store,
+    rendezvous,
+)
 
 from rlinf_core.errors import RunError
 
-PAUSE = 0.02
-"""Seconds between two looks into the store."""
+PAUSES = (0.02, 0.5)
+"""Seconds between two looks into the store: at first, and when it takes long."""
+NAMED = 8
+"""Ranks that an error names at most."""
 
 
 def meet(timeout: timedelta) -> tuple[Store, int, int]:
     """What `torch.distributed.init_process_group` needs of a process that torchrun has started: store, rank, size.
 
     Raises:
-        RunError: Some rank has not come in time.
+        RunError: Some rank has not come in time, or the store has gone.
     """
     store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
-    return agree(store, rank, size, timeout), rank, size
+    try:
+        return agree(store, rank, size, timeout), rank, size
+    except DistError as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise RunError(f"rank {rank} lost the store at {place} through which ranks meet: {error}") from error
 
 
 def agree(store: Store, rank: int, size: int, timeout: timedelta) -> Store:
     """The part of a store that is for the ranks that are now alive.
 
-    Each rank writes a nonce. Rank 0 publishes what it finds, its own nonce first, and again whenever that changes. A
-    rank that finds its own nonce there confirms rank 0's, which becomes the prefix once all have.
+    Rank 0 takes the next number of a start. Every other rank writes a nonce, which rank 0 answers with that number; the
+    number's part is taken once all have confirmed it. Who asks is alive, and so is who answers a nonce.
 
     Args:
         store: What the launcher gives, with whatever earlier ranks have left there.
@@ -44,37 +55,72 @@ def agree(store: Store, rank: int, size: int, timeout: timedelta) -> Store:
         timeout: How long to wait for the others.
 
     Raises:
-        RunError: Some rank has not come in time.
+        RunError: Some rank has not come in time; or this process is left over from an earlier start.
     """
-    nonce, meeting = uuid.uuid4().hex, PrefixStore("meeting", store)
-    meeting.set(f"nonce/{rank}", nonce)
-    end = time.monotonic() + timeout.total_seconds()
-    lead = _gather if rank == 0 else _follow
-    while (word := lead(meeting, rank, size, nonce)) is None:
+    end, pause, parent = time.monotonic() + timeout.total_seconds(), PAUSES[0], os.getppid()
+    meeting = PrefixStore("meeting", store)
+    member = _Leader(meeting, size) if rank == 0 else _Follower(meeting, rank)
+    while (start := member.look()) is None:
+        if os.getppid() != parent:
+            raise RunError(f"rank {rank} is left over: what started it is gone")
         if time.monotonic() > end:
-            raise RunError(f"rank {rank} waited {timeout.total_seconds():g} s for the other {size - 1} to start")
-        time.sleep(PAUSE)
-    return PrefixStore(word, store)
+            raise RunError(f"rank {rank} waited {timeout.total_seconds():g} s for {member.missing()} to start")
+        time.sleep(pause)
+        pause = min(1.2 * pause, PAUSES[1])
+    return PrefixStore(f"start {start}", store)
 
 
-def _gather(meeting: Store, _: int, size: int, nonce: str) -> str | None:
-    """Rank 0: publish who is there; the word, once all of them have confirmed it."""
-    present = [nonce, *(_read(meeting, f"nonce/{rank}") for rank in range(1, size))]
-    if _read(meeting, "present") != (text := json.dumps(present)):
-        meeting.set("present", text)
-    if any(_read(meeting, f"confirmed/{rank}") != f"{nonce} {present[rank]}" for rank in range(1, size)):
-        return None
-    meeting.set(f"complete/{nonce}", "")
-    return nonce
+class _Leader:
+    """Rank 0."""
+
+    def __init__(self, meeting: Store, size: int) -> None:
+        self._meeting = meeting
+        self._number = meeting.add("starts", 1)
+        self._missing = list(range(1, size))
+        """Ranks that have not confirmed."""
+
+    def look(self) -> int | None:
+        """Answer whoever asks; the number of the start, once all have confirmed it."""
+        if self._meeting.add("starts", 0) != self._number:
+            raise RunError("rank 0 is left over: the ranks have been started anew")
+        self._missing = [rank for rank in self._missing if not self._has_confirmed(rank)]
+        if self._missing:
+            return None
+        self._meeting.set(f"complete/{self._number}", "")
+        return self._number
+
+    def _has_confirmed(self, rank: int) -> bool:
+        if nonce := _read(self._meeting, f"nonce/{rank}"):
+            # Each time: a rank 0 that is left over may just have given its own answer, for the last time.
+            self._meeting.set(f"number/{nonce}", str(self._number))
+        return bool(nonce) and _read(self._meeting, f"confirmed/{self._number}/{rank}") == nonce
+
+    def missing(self) -> str:
+        ranks = self._missing
+        more = f" and {len(ranks) - NAMED} more" if len(ranks) > NAMED else ""
+        return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:NAMED]))}{more}"
 
 
-def _follow(meeting: Store, rank: int, size: int, nonce: str) -> str | None:
-    """Another rank: confirm rank 0's word; the word, once all have."""
-    present = json.loads(_read(meeting, "present") or "[]")
-    if len(present) != size or present[rank] != nonce:
-        return None  # Rank 0's list is of another start, or not yet of this one.
-    meeting.set(f"confirmed/{rank}", f"{present[0]} {nonce}")
-    return present[0] if meeting.check([f"complete/{present[0]}"]) else None
+class _Follower:
+    """Any other rank."""
+
+    def __init__(self, meeting: Store, rank: int) -> None:
+        self._meeting, self._rank, self._nonce = meeting, rank, uuid.uuid4().hex
+        self._confirmed = ""
+        meeting.set(f"nonce/{rank}", self._nonce)
+
+    def look(self) -> int | None:
+        """Confirm rank 0's number; it, once all have."""
+        if _read(self._meeting, f"nonce/{self._rank}") != self._nonce:
+            raise RunError(f"rank {self._rank} is left over: another process has taken its place")
+        number = _read(self._meeting, f"number/{self._nonce}")
+        if number != self._confirmed:
+            self._meeting.set(f"confirmed/{number}/{self._rank}", self._nonce)
+            self._confirmed = number
+        return int(number) if number and self._meeting.check([f"complete/{number}"]) else None
+
+    def missing(self) -> str:
+        return "others" if self._confirmed else "rank 0"
 
 
 def _read(meeting: Store, key: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 from collections.abc import Mapping
+from contextlib import suppress
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -23,7 +24,7 @@ class Staging:
     """Memory for one copy of this rank's shards.
 
     Args:
-        tensors: What will be copied, by name; DTensors by their local shards.
+        tensors: What will be copied, by name; DTensors by their local shards. They keep their memory.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -32,12 +33,17 @@ class Staging:
         for name, shard in shards.items():
             offsets[name], total = total, total + -(-shard.nbytes // ALIGNMENT) * ALIGNMENT
         self._memory = mmap.mmap(-1, max(total, 1))
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with suppress(OSError):  # Kernels without them.
+                self._memory.madvise(mmap.MADV_HUGEPAGE)  # Copying looks up fewer pages.
         self._locked = False
         self._stream: torch.cuda.Stream | None = None
         devices = {shard.device for shard in shards.values() if shard.is_cuda}
         if devices:
             self._stream = torch.cuda.Stream(devices.pop())  # type: ignore[no-untyped-call]
-        self._buffers = {}
+        # All once: of a thousand tensors, asking for shards takes longer than the save may.
+        self._shards, self._buffers = list(shards.values()), []
+        self._copies = {}
         for name, shard in shards.items():
             # Each a storage of its own: who writes a tensor writes the whole of its storage.
             buffer = (
@@ -45,7 +51,8 @@ class Staging:
                 if shard.numel()
                 else torch.empty(0, dtype=shard.dtype)
             )
-            self._buffers[name] = buffer.view(shard.shape)
+            self._buffers.append(buffer.view(shard.shape))
+            self._copies[name] = _like(tensors[name], self._buffers[-1])
 
     def touch(self) -> None:
         """Have the operating system provide the pages, and lock them for a CUDA device; may run beside training."""
@@ -57,11 +64,8 @@ class Staging:
                 raise RuntimeError(f"cudaHostRegister of {whole.nbytes} bytes: error {int(error)}")
             self._locked = True
 
-    def copy(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Copy, and wait until that is done.
-
-        Args:
-            tensors: Those given at the start, with their values of now.
+    def copy(self) -> dict[str, torch.Tensor]:
+        """Copy the values of now, and wait until that is done.
 
         Returns:
             The same tensors on the CPU, valid until the next call; DTensors are DTensors over the same mesh.
@@ -69,11 +73,11 @@ class Staging:
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
-            for name, tensor in tensors.items():
-                self._buffers[name].copy_(local_shard(tensor), non_blocking=True)
+            for buffer, shard in zip(self._buffers, self._shards, strict=True):
+                buffer.copy_(shard, non_blocking=True)
         if self._stream is not None:
             self._stream.synchronize()
-        return {name: _like(tensor, self._buffers[name]) for name, tensor in tensors.items()}
+        return self._copies
 
     def close(self) -> None:
         """Unlock the pages; a later copy is slower."""
