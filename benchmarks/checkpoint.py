@@ -32,12 +32,12 @@ def measure(folder: Path, rounds: int, *, ema: bool) -> None:
     from torch import nn
     from torch.distributed.fsdp import fully_shard
 
-    from rlinf_core.training.checkpoint import Checkpoints
-    from rlinf_core.training.distributed import processes
+    from rlinf_core.training.checkpoint.manager import Checkpoints
+    from rlinf_core.training.checkpoint.state import Position
+    from rlinf_core.training.checkpoint.writer import Keep, Place
+    from rlinf_core.training.distributed.processes import processes
     from rlinf_core.training.ema import Ema
     from rlinf_core.training.optim import Optimizer, Schedule
-    from rlinf_core.training.position import Position
-    from rlinf_core.training.saving import Keep, Place
 
     def build() -> nn.Module:
         torch.manual_seed(0)

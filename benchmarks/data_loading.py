@@ -37,19 +37,19 @@ from loader_turns import Batches, Runner, Speed
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from rlinf_core import PolicyConfig, Sample
+from rlinf_core.contract.datasets import LeRobotDatasetConfig
 from rlinf_core.data.batch_memory import batch_tensor
-from rlinf_core.data.chunked import Chunks
-from rlinf_core.data.ffmpeg_libraries import lend_ffmpeg
-from rlinf_core.data.frame_cache import open_cached
-from rlinf_core.data.frame_cache_folders import caches_of
-from rlinf_core.data.frame_cache_parts import Conversion
-from rlinf_core.data.frame_cache_writing import convert, find_missing
-from rlinf_core.data.lerobot import open_lerobot
-from rlinf_core.data.loader import build_train_loader
-from rlinf_core.data.mixture import Source
-from rlinf_core.data.order import epoch_order
+from rlinf_core.data.frame_cache.manifest import caches_of
+from rlinf_core.data.frame_cache.parts import Conversion
+from rlinf_core.data.frame_cache.source import open_cached
+from rlinf_core.data.frame_cache.writer import convert, find_missing
+from rlinf_core.data.images.ffmpeg_libraries import lend_ffmpeg
+from rlinf_core.data.lerobot.source import open_lerobot
+from rlinf_core.data.loading.chunked_sampling import Chunks
+from rlinf_core.data.loading.loader import build_train_loader
+from rlinf_core.data.loading.mixture import Source
+from rlinf_core.data.loading.sampling import epoch_order
 from rlinf_core.data.pipeline import build_pipeline
-from rlinf_core.datasets import LeRobotDatasetConfig
 
 BATCH, WORKERS = 32, 2
 
@@ -226,7 +226,7 @@ def best_workers(root: Path, case: Case, seconds: float) -> int:
 
 def decode_alone(root: Path) -> dict[str, float]:
     """Frames a second of one process, 32 frames out of one file at a time, by decoder."""
-    from rlinf_core.data.video import VideoReader
+    from rlinf_core.data.images.video import VideoReader
 
     path, speeds = next(root.glob(f"videos/{CAMERAS[0]}/*/*.mp4")), {}
     generator, total = np.random.default_rng(0), json.loads((root / "meta/info.json").read_text())["total_frames"]

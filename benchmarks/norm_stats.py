@@ -20,11 +20,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rlinf_core.data.lerobot import open_lerobot
-from rlinf_core.data.running_stats import RunningStats
-from rlinf_core.data.statistics import survey
+from rlinf_core.contract.datasets import LeRobotDatasetConfig
+from rlinf_core.data.lerobot.source import open_lerobot
+from rlinf_core.data.statistics.compute import survey
+from rlinf_core.data.statistics.running_stats import RunningStats
 from rlinf_core.data.transforms import RelativeActions
-from rlinf_core.datasets import LeRobotDatasetConfig
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "data" / "metaworld_3tasks"
 LIBERO = {"episodes": 1693, "frames": 273_465, "state": 8, "action": 7}

@@ -30,8 +30,8 @@ LENGTH = 256
 def ours(batch: int, steps: int, *, packing: bool, vocabulary: int, folder: Path) -> float:
     """Tokens a second of core's trainer, its first step left out."""
     from rlinf_core.config.load import load_config
-    from rlinf_core.plugins import get_plugins
-    from rlinf_core.training.distributed import processes
+    from rlinf_core.plugins.registry import get_plugins
+    from rlinf_core.training.distributed.processes import processes
     from rlinf_core.training.resume import prepare_folder
 
     given = {
@@ -75,7 +75,7 @@ def theirs(batch: int, steps: int, *, packing: bool, vocabulary: int, folder: Pa
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from rlinf_plugins_text.chat import CHATML
+    from rlinf_plugins_text.rows.chat import CHATML
 
     tokenizer = AutoTokenizer.from_pretrained(DATA)
     tokenizer.chat_template = CHATML

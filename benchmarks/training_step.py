@@ -6,7 +6,7 @@
 
 Without a CUDA device, a small model takes steps on one thread: ours and lerobot's in turn, in one process, with the
 same weights and batches, after a check that their losses agree. Printed is how many times as fast ours is (medians),
-and `flops_over_useful`, counted operations over useful ones (`rlinf_plugins_openpi.flops`). AdamW is included.
+and `flops_over_useful`, counted operations over useful ones (`rlinf_plugins_openpi.model.flops`). AdamW is included.
 
 With one, the model has its published size and random weights, 32 samples an optimizer step, and each side a process
 of its own, in the environment that `--peer-python` names. It runs from plain files: torch and NumPy suffice for ours.

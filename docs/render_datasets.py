@@ -120,7 +120,7 @@ asset_id = "franka"                          # left out: the dataset's id
 ### Crops, stride, statistics
 
 A crop is checked against the size of the pictures, before training and whenever the policy acts. A chunk has
-`policy.action_horizon` actions, `stride` frames apart; past the end of the episode the last one repeats.
+`contract.policy.action_horizon` actions, `stride` frames apart; past the end of the episode the last one repeats.
 
 Statistics are computed from the training episodes unless `norm_stats` names a file, or `assets` a folder of openpi's.
 Files of vectors that were filled up first are cut to the data.

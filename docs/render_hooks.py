@@ -8,7 +8,7 @@ from typing import Any
 
 import hook_examples
 
-from rlinf_core.hooks import specified_hooks
+from rlinf_core.plugins.calls import specified_hooks
 
 PAGE = Path(__file__).parent / "hooks.md"
 HEAD = """\

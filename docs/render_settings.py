@@ -14,16 +14,16 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from rlinf_core import DatasetConfig, LeRobotDatasetConfig, PolicyConfig, RunConfig, TrainerConfig
-from rlinf_core.config.cluster import ClusterConfig
-from rlinf_core.config.fsdp2 import Fsdp2TrainerConfig
 from rlinf_core.config.mixture import MixtureShare
-from rlinf_core.config.run import OptimConfig, RunnerConfig
 from rlinf_core.config.toml import dotted, write_toml
+from rlinf_core.contract.cluster import ClusterConfig
+from rlinf_core.contract.run import OptimConfig, RunnerConfig
+from rlinf_core.training.config import Fsdp2TrainerConfig
 from rlinf_plugins_openpi import Pi0Config, Pi05Config
 from rlinf_plugins_openpi.config import OpenpiPolicyConfig
 from rlinf_plugins_openpi.datasets import OpenpiDatasetConfig
 from rlinf_plugins_openpi.datasets.aloha import AlohaRobotwinConfig
-from rlinf_plugins_openpi.prompting import PromptedPolicyConfig
+from rlinf_plugins_openpi.inputs.prompting import PromptedPolicyConfig
 from rlinf_plugins_text import TextDatasetConfig, TextPolicyConfig
 
 PAGE = Path(__file__).with_name("settings.md")

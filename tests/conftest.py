@@ -99,7 +99,7 @@ def toy_plugins():
     import toy_policy
     from distributions import entry_point, repository_entry_points
 
-    from rlinf_core.plugins import DATASET_GROUP, PLUGIN_GROUP, Plugins
+    from rlinf_core.plugins.registry import DATASET_GROUP, PLUGIN_GROUP, Plugins
 
     toys = [
         entry_point(PLUGIN_GROUP, "toy", toy_policy, "toy-policy"),
@@ -126,7 +126,7 @@ def train_toy(configure_toy, toy_plugins, monkeypatch):
 
     Returns the trainer, None if the run is finished; `results` are what its validations measure.
     """
-    from rlinf_core.training.distributed import processes
+    from rlinf_core.training.distributed.processes import processes
     from rlinf_core.training.resume import prepare_folder
 
     monkeypatch.delenv("RANK", raising=False)

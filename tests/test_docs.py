@@ -15,14 +15,14 @@ from distributions import ROOT, entry_point, repository_entry_points, repository
 
 from rlinf_core import UserError
 from rlinf_core.cli import COMMANDS, _parse
-from rlinf_core.config.fsdp2 import Fsdp2TrainerConfig
 from rlinf_core.config.load import load_config
-from rlinf_core.config.run import RunConfig, RunnerConfig
+from rlinf_core.contract.run import RunConfig, RunnerConfig
 from rlinf_core.ending import Reason
 from rlinf_core.errors import Exit
-from rlinf_core.hooks import specified_hooks
-from rlinf_core.plugins import DATASET_GROUP, PLUGIN_GROUP, Plugins
+from rlinf_core.plugins.calls import specified_hooks
+from rlinf_core.plugins.registry import DATASET_GROUP, PLUGIN_GROUP, Plugins
 from rlinf_core.training.changes import MAY_CHANGE
+from rlinf_core.training.config import Fsdp2TrainerConfig
 
 PATTERNS = ("*.md", "docs/*.md", "rlinf_*/README.md", "plugins/*/README.md", "examples/*/README.md")
 PAGES = sorted(path for pattern in PATTERNS for path in ROOT.glob(pattern))

@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 
 from rlinf_core import UserError, cli
 from rlinf_core.config.load import load_config
-from rlinf_core.data.order import validation_generator
+from rlinf_core.data.loading.sampling import validation_generator
 from rlinf_core.data.splits import open_split
 from rlinf_core.inference import load_policy
-from rlinf_core.plugins import get_plugins
-from rlinf_core.training.distributed import processes
+from rlinf_core.plugins.registry import get_plugins
+from rlinf_core.training.distributed.processes import processes
 from rlinf_core.training.resume import prepare_folder
-from rlinf_plugins_openpi.parts import unpacked
+from rlinf_plugins_openpi.model.parts import unpacked
 from rlinf_plugins_openpi.weights import UNUSED, published_names
 
 SETTINGS = [

@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from fake_hub import COMMIT, serve
+from fake_hub import COMMIT, point_to, serve
 from huggingface_hub import constants
 
 from rlinf_core import hub
@@ -24,14 +24,6 @@ def remote(tmp_path, monkeypatch):
         point_to(monkeypatch, server.address)
         yield server
     hub._open_snapshot.cache_clear()
-
-
-def point_to(monkeypatch, address):
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", address)
-    template = address + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", address)
 
 
 def open_arm(revision=None):

@@ -23,20 +23,20 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from rlinf_core import cli
 from rlinf_core.commands.output import print_table, print_text
 from rlinf_core.config.load import load_config
-from rlinf_core.data.lerobot import open_lerobot
-from rlinf_core.data.parquet_images import picture_batches
-from rlinf_core.data.pictures import decode
-from rlinf_core.data.video_decoders import open_video
-from rlinf_core.datasets import LeRobotDatasetConfig
+from rlinf_core.contract.datasets import LeRobotDatasetConfig
+from rlinf_core.data.images.decoders import open_video
+from rlinf_core.data.images.parquet import picture_batches
+from rlinf_core.data.images.pictures import decode
+from rlinf_core.data.lerobot.source import open_lerobot
 from rlinf_core.errors import Exit, UserError
 from rlinf_core.inference import load_policy
-from rlinf_core.outside import path_inside
 from rlinf_core.plain import printable
 from rlinf_core.testing.lerobot import CAMERAS
-from rlinf_core.training.shards import INDEX, ShardReader
+from rlinf_core.training.checkpoint.shards import INDEX, ShardReader
+from rlinf_core.untrusted import path_inside
 from rlinf_plugins_openpi.weights.files import open_files, shards
-from rlinf_plugins_text.chat import ChatTemplate
-from rlinf_plugins_text.folder import weight_files
+from rlinf_plugins_text.rows.chat import ChatTemplate
+from rlinf_plugins_text.weights.folder import weight_files
 
 QUICK = ROOT / "examples" / "quickstart.toml"
 
@@ -185,7 +185,7 @@ def test_a_video_that_claims_any_size_is_refused(tmp_path, monkeypatch):
         file.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((32, 64, 3), np.uint8), "rgb24")))
         file.mux(stream.encode(None))
     open_video(path).close()
-    monkeypatch.setattr("rlinf_core.data.video_decoders.MOST_PIXELS", 64 * 32 - 1)
+    monkeypatch.setattr("rlinf_core.data.images.decoders.MOST_PIXELS", 64 * 32 - 1)
     with pytest.raises(UserError, match="its pictures are of 64 x 32 pixels"):
         open_video(path)
 
@@ -252,7 +252,7 @@ def test_a_config_with_a_secret_is_refused_and_does_not_repeat_it(setting, secre
 
 def test_the_page_shows_what_data_say_as_text(dataset, tiny_run, tmp_path, monkeypatch):
     script, image = "<script>alert(1)</script><!-- ", '<img src="x" onerror="alert(2)">$x^{'
-    monkeypatch.setattr("rlinf_core.plugins.get_plugins", repository_plugins)
+    monkeypatch.setattr("rlinf_core.plugins.registry.get_plugins", repository_plugins)
     set_tasks(dataset, script)
     info = json.loads((dataset / "meta/info.json").read_text())
     info["features"] = {{CAMERAS[0]: image}.get(name, name): value for name, value in info["features"].items()}

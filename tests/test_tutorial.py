@@ -12,7 +12,7 @@ import pytest
 from distributions import ROOT, entry_point, repository_entry_points
 
 from rlinf_core import cli, train
-from rlinf_core.plugins import DATASET_GROUP, Plugins, get_plugins
+from rlinf_core.plugins.registry import DATASET_GROUP, Plugins, get_plugins
 
 FPS = 15
 

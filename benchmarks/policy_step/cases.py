@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlinf_plugins_openpi.dimensions import (
+from rlinf_plugins_openpi.model.dimensions import (
     CAMERAS,
     IMAGE_SIZE,
     GemmaDimensions,
     Pi0Dimensions,
     VisionDimensions,
 )
-from rlinf_plugins_openpi.flops import training_flops
+from rlinf_plugins_openpi.model.flops import training_flops
 
 ACTION_DIM = 32
 

@@ -19,7 +19,7 @@ from policy_step.peer_sizes import gemma_sizes
 from policy_step.timing import tensors
 
 if TYPE_CHECKING:
-    from rlinf_plugins_openpi.dimensions import Pi0Dimensions
+    from rlinf_plugins_openpi.model.dimensions import Pi0Dimensions
 
 
 CLASSES = ("PaliGemmaForConditionalGenerationWithPiGemma", "PiGemmaForCausalLM")

@@ -16,7 +16,7 @@ from policy_step.ours import OurStep, counted_flops, plain
 from policy_step.timing import Step, factor, in_turn
 
 if TYPE_CHECKING:
-    from rlinf_plugins_openpi.dimensions import Pi0Dimensions
+    from rlinf_plugins_openpi.model.dimensions import Pi0Dimensions
 
 TOLERANCE = 1e-4
 """Relative, between the sides' losses in float32. lerobot computes the time features in float64, the reference and we

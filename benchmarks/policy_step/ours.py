@@ -15,16 +15,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from rlinf_core.training.blocks import prepare_block
-from rlinf_core.training.distributed import to_device
+from rlinf_core.training.distributed.processes import to_device
 from rlinf_core.training.ema import Ema
 from rlinf_core.training.fsdp import communicate, materialize, shard, unreached
 from rlinf_core.training.optim import Optimizer, Schedule, decays
-from rlinf_plugins_openpi.collate import stack
-from rlinf_plugins_openpi.packing import pack
-from rlinf_plugins_openpi.pi0 import Pi0
+from rlinf_plugins_openpi.inputs.collate import stack
+from rlinf_plugins_openpi.model.packing import pack
+from rlinf_plugins_openpi.model.pi0 import Pi0
 
 if TYPE_CHECKING:
-    from rlinf_plugins_openpi.dimensions import Pi0Dimensions
+    from rlinf_plugins_openpi.model.dimensions import Pi0Dimensions
 
 SCHEDULE = Schedule(lr=2.5e-5, min_lr=2.5e-6, warmup_steps=1000, decay_steps=30_000)
 WEIGHT_DECAY = 1e-10

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rlinf_core.training.cards import peak_tflops
+from rlinf_core.costs.gpus import peak_tflops
 
 PREDICTED = {
     "ours, π0.5, LIBERO-like": 62,

@@ -18,7 +18,7 @@ from policy_step.cases import CASES, dimensions, make_samples, useful_flops
 from policy_step.timing import Step, to_itself, waits_for_the_device
 
 if TYPE_CHECKING:
-    from rlinf_plugins_openpi.dimensions import Pi0Dimensions
+    from rlinf_plugins_openpi.model.dimensions import Pi0Dimensions
 
 EMA_DECAY = 0.999
 

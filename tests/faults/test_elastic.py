@@ -19,7 +19,7 @@ from faulty import assert_same, lines, numbers
 
 pytestmark = pytest.mark.slow
 
-TESTS = Path(__file__).parents[1]
+TESTS = Path(__file__).parents[1] / "support"
 LONG = 300
 """Seconds that anything may take on a machine with a lot else to do."""
 FAST = "fast"

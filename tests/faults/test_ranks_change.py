@@ -5,7 +5,7 @@ import torch
 from faulty import numbers
 from torch.distributed.checkpoint import load
 
-from rlinf_core.training.shards import ShardReader
+from rlinf_core.training.checkpoint.shards import ShardReader
 
 EARLY, STEPS = 3, 18
 KEEP = "runner.keep_last=10"

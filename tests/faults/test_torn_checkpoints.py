@@ -8,7 +8,7 @@ from distributions import entry_point, repository_entry_points
 from faulty import FaultyData, assert_same
 
 from rlinf_core.config.load import load_config
-from rlinf_core.plugins import DATASET_GROUP, PLUGIN_GROUP, Plugins
+from rlinf_core.plugins.registry import DATASET_GROUP, PLUGIN_GROUP, Plugins
 from rlinf_core.training.resume import agree_on_start, choose_start
 
 FILES = ("__0_0.distcp", "__1_0.distcp", ".metadata", "state.json")

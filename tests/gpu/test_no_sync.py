@@ -17,11 +17,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from rlinf_core.training.distributed import Processes
+from rlinf_core.training.distributed.processes import Processes
 from rlinf_core.training.ema import Ema
-from rlinf_core.training.flight import Watch
 from rlinf_core.training.fsdp import materialize, shard
-from rlinf_core.training.metrics import PHASES
+from rlinf_core.training.monitor.flight_recorder import Watch
+from rlinf_core.training.monitor.metrics import PHASES
 from rlinf_core.training.optim import Optimizer, Schedule
 from rlinf_core.training.step import TrainStep
 

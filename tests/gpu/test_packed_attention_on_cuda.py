@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 
 from rlinf_core.training.blocks import prepare_block
-from rlinf_plugins_openpi.attention import KeysValues, PrefixContext, attend_within, bias, rotation, spread
-from rlinf_plugins_openpi.dimensions import GemmaDimensions, Pi0Dimensions, VisionDimensions
-from rlinf_plugins_openpi.packing import Packing, pack
-from rlinf_plugins_openpi.pi0 import Pi0
+from rlinf_plugins_openpi.model.attention import KeysValues, PrefixContext, attend_within, bias, rotation, spread
+from rlinf_plugins_openpi.model.dimensions import GemmaDimensions, Pi0Dimensions, VisionDimensions
+from rlinf_plugins_openpi.model.packing import Packing, pack
+from rlinf_plugins_openpi.model.pi0 import Pi0
 
 DEVICE = torch.device(os.environ.get("RLINF_CHECK_DEVICE", "cuda"))
 pytestmark = [

@@ -15,9 +15,9 @@ from rlinf_core.training.blocks import prepare_block
 from rlinf_core.training.ema import Ema
 from rlinf_core.training.fsdp import communicate, materialize, shard
 from rlinf_core.training.optim import Optimizer, Schedule
-from rlinf_plugins_openpi.dimensions import Pi0Dimensions
-from rlinf_plugins_openpi.parts import unpacked
-from rlinf_plugins_openpi.pi0 import Pi0
+from rlinf_plugins_openpi.model.dimensions import Pi0Dimensions
+from rlinf_plugins_openpi.model.parts import unpacked
+from rlinf_plugins_openpi.model.pi0 import Pi0
 
 DEVICE = torch.device(os.environ.get("RLINF_CHECK_DEVICE", "cuda"))
 pytestmark = [

@@ -5,10 +5,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from rlinf_plugins_openpi.dimensions import GemmaDimensions, Pi0Dimensions, VisionDimensions
-from rlinf_plugins_openpi.flops import training_flops
-from rlinf_plugins_openpi.packing import pack
-from rlinf_plugins_openpi.pi0 import Pi0
+from rlinf_plugins_openpi.model.dimensions import GemmaDimensions, Pi0Dimensions, VisionDimensions
+from rlinf_plugins_openpi.model.flops import training_flops
+from rlinf_plugins_openpi.model.packing import pack
+from rlinf_plugins_openpi.model.pi0 import Pi0
 
 ANCHORED = 0.01
 OVERHEAD = 1.02

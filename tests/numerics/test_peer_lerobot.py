@@ -10,10 +10,10 @@ import pytest
 import torch
 from tiny_lerobot import build, tiny_dimensions
 
-from rlinf_plugins_openpi import pi0
-from rlinf_plugins_openpi.flow import MAX_PERIOD, MIN_PERIOD
-from rlinf_plugins_openpi.parts import unpacked
-from rlinf_plugins_openpi.pi0 import Pi0
+from rlinf_plugins_openpi.model import pi0
+from rlinf_plugins_openpi.model.flow import MAX_PERIOD, MIN_PERIOD
+from rlinf_plugins_openpi.model.parts import unpacked
+from rlinf_plugins_openpi.model.pi0 import Pi0
 from rlinf_plugins_openpi.weights import EMBEDDING, EMBEDDING_IN_FILES, published_names
 
 pytestmark = pytest.mark.skipif(

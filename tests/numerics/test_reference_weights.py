@@ -3,7 +3,7 @@
 import torch
 from pi0_case import read_dimensions
 
-from rlinf_plugins_openpi.pi0 import Pi0
+from rlinf_plugins_openpi.model.pi0 import Pi0
 from rlinf_plugins_openpi.weights import PublishedWeights
 from rlinf_plugins_openpi.weights.layouts import JAX
 

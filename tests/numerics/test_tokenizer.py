@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from rlinf_plugins_openpi.tokenizer import PromptTokenizer, discretise, load_processor
+from rlinf_plugins_openpi.inputs.tokenizer import PromptTokenizer, discretise, load_processor
 
 VOCABULARY = "RLINF_PALIGEMMA_TOKENIZER"
 """Environment variable with the path of PaliGemma's sentencepiece model."""

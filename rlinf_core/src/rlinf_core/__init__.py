@@ -9,41 +9,41 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rlinf_core.command import Command as Command
-    from rlinf_core.config.run import RunConfig as RunConfig
+    from rlinf_core.contract.command import Command as Command
+    from rlinf_core.contract.datasets import DatasetConfig as DatasetConfig
+    from rlinf_core.contract.datasets import LeRobotDatasetConfig as LeRobotDatasetConfig
+    from rlinf_core.contract.datasets import SampleSource as SampleSource
+    from rlinf_core.contract.hookspecs import hookimpl as hookimpl
+    from rlinf_core.contract.logger import Logger as Logger
+    from rlinf_core.contract.logger import LoggerConfig as LoggerConfig
+    from rlinf_core.contract.module import Policy as Policy
+    from rlinf_core.contract.module import PolicyOutput as PolicyOutput
+    from rlinf_core.contract.module import ShardUnit as ShardUnit
+    from rlinf_core.contract.policy import PolicyConfig as PolicyConfig
+    from rlinf_core.contract.run import RunConfig as RunConfig
+    from rlinf_core.contract.trainer import Trainer as Trainer
+    from rlinf_core.contract.trainer import TrainerConfig as TrainerConfig
     from rlinf_core.data.sample import Sample as Sample
-    from rlinf_core.datasets import DatasetConfig as DatasetConfig
-    from rlinf_core.datasets import LeRobotDatasetConfig as LeRobotDatasetConfig
-    from rlinf_core.datasets import SampleSource as SampleSource
     from rlinf_core.errors import PluginError as PluginError
     from rlinf_core.errors import UserError as UserError
-    from rlinf_core.hookspecs import hookimpl as hookimpl
     from rlinf_core.inference import load_policy as load_policy
-    from rlinf_core.logger import Logger as Logger
-    from rlinf_core.logger import LoggerConfig as LoggerConfig
-    from rlinf_core.policy import Policy as Policy
-    from rlinf_core.policy import PolicyConfig as PolicyConfig
-    from rlinf_core.policy import PolicyOutput as PolicyOutput
-    from rlinf_core.policy import ShardUnit as ShardUnit
-    from rlinf_core.trainer import Trainer as Trainer
-    from rlinf_core.trainer import TrainerConfig as TrainerConfig
 
 _HOME = {
-    "DatasetConfig": "datasets",
-    "LeRobotDatasetConfig": "datasets",
-    "SampleSource": "datasets",
-    "PolicyConfig": "policy",
-    "Policy": "policy",
-    "PolicyOutput": "policy",
-    "ShardUnit": "policy",
-    "TrainerConfig": "trainer",
-    "Trainer": "trainer",
-    "LoggerConfig": "logger",
-    "Logger": "logger",
-    "Command": "command",
+    "DatasetConfig": "contract.datasets",
+    "LeRobotDatasetConfig": "contract.datasets",
+    "SampleSource": "contract.datasets",
+    "PolicyConfig": "contract.policy",
+    "Policy": "contract.module",
+    "PolicyOutput": "contract.module",
+    "ShardUnit": "contract.module",
+    "TrainerConfig": "contract.trainer",
+    "Trainer": "contract.trainer",
+    "LoggerConfig": "contract.logger",
+    "Logger": "contract.logger",
+    "Command": "contract.command",
     "Sample": "data.sample",
-    "RunConfig": "config.run",
-    "hookimpl": "hookspecs",
+    "RunConfig": "contract.run",
+    "hookimpl": "contract.hookspecs",
     "load_policy": "inference",
     "PluginError": "errors",
     "UserError": "errors",

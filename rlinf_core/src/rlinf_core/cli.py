@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from rlinf_core.command import Command
 from rlinf_core.commands.output import print_error
+from rlinf_core.contract.command import Command
 from rlinf_core.errors import Exit, PluginError, UserError, did_you_mean
 
 COMMANDS = (
@@ -121,7 +121,7 @@ def _find(name: str) -> tuple[Command, Any]:
     for command in COMMANDS:
         if command.name == name:
             return command, import_module(command.module)
-    from rlinf_core.plugins import get_plugins
+    from rlinf_core.plugins.registry import get_plugins
 
     plugins = get_plugins()
     known = sorted({command.name for command in (*COMMANDS, *(one.item for one in plugins.commands()))})
@@ -144,7 +144,7 @@ def _find(name: str) -> tuple[Command, Any]:
 
 def _list_commands() -> str:
     """All commands with a line each, who brought a plugin's, and what failed."""
-    from rlinf_core.plugins import get_plugins
+    from rlinf_core.plugins.registry import get_plugins
 
     plugins = get_plugins()
     own = {command.name for command in COMMANDS}

@@ -15,23 +15,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-from rlinf_core.config.run import RunConfig
-from rlinf_core.data.chunked import Chunks, chunks_of
-from rlinf_core.data.chunked_batches import ChunkedMicroBatches
-from rlinf_core.data.frame_cache import CachedSource
-from rlinf_core.data.lerobot import LeRobotSource
-from rlinf_core.data.loader import TrainLoader, build_train_loader
-from rlinf_core.data.micro_batches import MicroBatches
-from rlinf_core.data.mixture import Source
+from rlinf_core.contract.datasets import LeRobotDatasetConfig, SampleSource
+from rlinf_core.contract.policy import PolicyConfig
+from rlinf_core.contract.run import RunConfig
+from rlinf_core.data.frame_cache.source import CachedSource
+from rlinf_core.data.images.video import VideoReader
+from rlinf_core.data.lerobot.source import LeRobotSource
+from rlinf_core.data.loading.chunked_batches import ChunkedMicroBatches
+from rlinf_core.data.loading.chunked_sampling import Chunks, chunks_of
+from rlinf_core.data.loading.loader import TrainLoader, build_train_loader
+from rlinf_core.data.loading.micro_batches import MicroBatches
+from rlinf_core.data.loading.mixture import Source
 from rlinf_core.data.pipeline import build_pipeline
 from rlinf_core.data.sample import Batch, Row, Sample
 from rlinf_core.data.splits import open_split
-from rlinf_core.data.video import VideoReader
-from rlinf_core.datasets import LeRobotDatasetConfig, SampleSource
-from rlinf_core.plugins import Plugins
-from rlinf_core.policy import PolicyConfig
+from rlinf_core.data.statistics.run import diagnose
+from rlinf_core.plugins.registry import Plugins
 from rlinf_core.preflight import SURVEYED_ROWS
-from rlinf_core.training.statistics import diagnose
 
 ENDLESS = 10**9
 """Steps: the time is what ends it."""

@@ -23,7 +23,7 @@ from rlinf_core.files import write_text
 from rlinf_core.plain import printable
 
 if TYPE_CHECKING:
-    from rlinf_core.trainer import Trainer
+    from rlinf_core.contract.trainer import Trainer
 
 FILE = "exit.json"
 OTHER_RANKS_WAIT = 5.0

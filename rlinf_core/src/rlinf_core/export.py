@@ -21,17 +21,17 @@ import torch
 from torch.distributed.checkpoint.state_dict_loader import load as read_shards
 
 from rlinf_core.config.load import load_config
-from rlinf_core.config.run import RunConfig
+from rlinf_core.contract.policy import TrainedOn
+from rlinf_core.contract.run import RunConfig
 from rlinf_core.data.normalize import Stats, load_norm_stats
 from rlinf_core.errors import UserError, did_you_mean
 from rlinf_core.files import check_writable, writing
-from rlinf_core.plugins import Plugins
-from rlinf_core.policy import TrainedOn
+from rlinf_core.plugins.registry import Plugins
 from rlinf_core.training.build import DTYPES, build_on_meta
+from rlinf_core.training.checkpoint.integrity import find_damage, newest_whole
+from rlinf_core.training.checkpoint.shards import ShardReader
+from rlinf_core.training.checkpoint.state import NAMES, read_position, step_name
 from rlinf_core.training.fsdp import layout
-from rlinf_core.training.integrity import find_damage, newest_whole
-from rlinf_core.training.position import NAMES, read_position, step_name
-from rlinf_core.training.shards import ShardReader
 
 DESCRIPTION = "rlinf.json"
 STATISTICS = "norm_stats.json"

@@ -13,20 +13,20 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
 from rlinf_core.config.mixture import MixtureShare
-from rlinf_core.config.run import no_source
+from rlinf_core.contract.datasets import DatasetConfig
+from rlinf_core.contract.policy import PolicyConfig
+from rlinf_core.contract.run import no_source
 from rlinf_core.data.normalize import load_norm_stats
 from rlinf_core.data.pipeline import Pipeline, build_pipeline
 from rlinf_core.data.sample import Sample
 from rlinf_core.data.transforms import Transform
-from rlinf_core.datasets import DatasetConfig
 from rlinf_core.errors import UserError, did_you_mean
 from rlinf_core.export import DESCRIPTION, FORMAT, STATISTICS
-from rlinf_core.outside import path_inside, read_json
-from rlinf_core.plugins import Plugins, get_plugins
-from rlinf_core.policy import PolicyConfig
+from rlinf_core.plugins.registry import Plugins, get_plugins
 from rlinf_core.training.build import DTYPES
-from rlinf_core.training.distributed import to_device
+from rlinf_core.training.distributed.processes import to_device
 from rlinf_core.training.fsdp import materialize
+from rlinf_core.untrusted import path_inside, read_json
 
 ELSEWHERE = {
     "a policy in lerobot's format": "policy_preprocessor.json",

@@ -13,20 +13,20 @@ from pathlib import Path
 
 import numpy as np
 
-from rlinf_core.config.cluster import TORCHRUN, check_world_size
-from rlinf_core.config.run import RunConfig, RunSource
-from rlinf_core.data.chunked import check_streams, chunks_of
+from rlinf_core.contract.cluster import TORCHRUN, check_world_size
+from rlinf_core.contract.datasets import DatasetConfig, LeRobotDatasetConfig, SampleSource
+from rlinf_core.contract.run import RunConfig, RunSource
+from rlinf_core.data.loading.chunked_sampling import check_streams, chunks_of
+from rlinf_core.data.loading.sampling import check_batch, sample_generator, steps_per_epoch
 from rlinf_core.data.normalize import Stats, load_norm_stats
-from rlinf_core.data.order import check_batch, sample_generator, steps_per_epoch
 from rlinf_core.data.pipeline import build_pipeline
-from rlinf_core.data.probe import encode_without_images, probe
 from rlinf_core.data.splits import describe_splits, open_split
-from rlinf_core.datasets import DatasetConfig, LeRobotDatasetConfig, SampleSource
+from rlinf_core.data.statistics.probe import encode_without_images, probe
+from rlinf_core.data.statistics.run import diagnose
 from rlinf_core.errors import UserError, did_you_mean
-from rlinf_core.plugins import Plugins
-from rlinf_core.training.holding import check_folder
+from rlinf_core.plugins.registry import Plugins
 from rlinf_core.training.resume import find_start
-from rlinf_core.training.statistics import diagnose
+from rlinf_core.training.run_folder import check_folder
 from rlinf_core.training.stopping import best_metric, result_names
 
 SURVEYED_ROWS = 65_536
@@ -139,7 +139,7 @@ def _check_pictures(data: DatasetConfig, train: SampleSource, report: Report) ->
         report.warnings.append('data.cache_dir does nothing here: set data.cache = "raw" or "jpeg" to read from there')
     if data.cache or data.decoder != "torchcodec":
         return
-    from rlinf_core.data.lerobot import LeRobotSource
+    from rlinf_core.data.lerobot.source import LeRobotSource
 
     if isinstance(train, LeRobotSource) and train.metadata.videos(train.images):
         if find_spec("torchcodec") is None:

@@ -20,13 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlinf_core.config.cluster import COMPONENT, ClusterConfig
-from rlinf_core.config.run import RunConfig
-from rlinf_core.data.order import check_batch
+from rlinf_core.contract.cluster import COMPONENT, ClusterConfig
+from rlinf_core.contract.run import RunConfig
+from rlinf_core.data.loading.sampling import check_batch
 from rlinf_core.ending import FILE
 from rlinf_core.errors import Exit, UserError
-from rlinf_core.training.flight import FOLDER
-from rlinf_core.training.holding import check_folder
+from rlinf_core.training.monitor.flight_recorder import FOLDER
+from rlinf_core.training.run_folder import check_folder
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

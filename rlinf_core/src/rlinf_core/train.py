@@ -18,9 +18,9 @@ from rlinf_core.ending import Ending
 from rlinf_core.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
-    from rlinf_core.config.run import RunConfig
-    from rlinf_core.plugins import Plugins
-    from rlinf_core.training.distributed import Processes
+    from rlinf_core.contract.run import RunConfig
+    from rlinf_core.plugins.registry import Plugins
+    from rlinf_core.training.distributed.processes import Processes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,7 +48,7 @@ def _leave_writers(code: int) -> None:
     Python's own end would take down torch's process groups under the thread, which may crash or wait for long.
     """
     if "torch" in sys.modules:
-        from rlinf_core.training.saving import THREAD
+        from rlinf_core.training.checkpoint.writer import THREAD
 
         if any(thread.name.startswith(THREAD) for thread in threading.enumerate()):
             sys.stdout.flush()
@@ -73,17 +73,17 @@ def train(
         Interrupted: A signal ended the run early, after saving.
     """
     from rlinf_core.config.load import load_config
-    from rlinf_core.plugins import get_plugins
+    from rlinf_core.plugins.registry import get_plugins
 
     plugins = get_plugins()
     run = load_config(config, overrides, plugins)
     plugins.hook.rlinf_configure(run=run)
 
-    from rlinf_core.config.cluster import check_world_size
+    from rlinf_core.contract.cluster import check_world_size
     from rlinf_core.training import resume
     from rlinf_core.training.agents import is_restart, own_agent
-    from rlinf_core.training.distributed import processes
-    from rlinf_core.training.holding import ORPHANS_WAIT, hold_folder
+    from rlinf_core.training.distributed.processes import processes
+    from rlinf_core.training.run_folder import ORPHANS_WAIT, hold_folder
 
     joined = processes(run.trainer.device, timeout_seconds=run.trainer.timeout_seconds, folder=run.folder)
     with joined as group, ExitStack() as held:

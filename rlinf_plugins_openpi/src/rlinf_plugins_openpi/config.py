@@ -15,20 +15,27 @@ from rlinf_core.data.normalize import save_norm_stats
 from rlinf_core.data.sample import PACKING, Batch
 from rlinf_core.data.transforms import Transform
 from rlinf_plugins_openpi.datasets.assets import asset_name
-from rlinf_plugins_openpi.dimensions import Pi0Dimensions
-from rlinf_plugins_openpi.draws import draw_augmentation, draw_flow
-from rlinf_plugins_openpi.flops import training_flops
-from rlinf_plugins_openpi.freezing import Part, is_frozen
-from rlinf_plugins_openpi.parts import parameter_parts
-from rlinf_plugins_openpi.prompting import PromptedPolicyConfig
-from rlinf_plugins_openpi.tokenizer import GEMMA_ENTRIES, SMALL_MODEL, load_processor
-from rlinf_plugins_openpi.transforms import IMAGE_SIZE, OpenpiSample, PadToActionDim, ResizeWithPad, TokenizePrompt
+from rlinf_plugins_openpi.inputs.prompting import PromptedPolicyConfig
+from rlinf_plugins_openpi.inputs.tokenizer import GEMMA_ENTRIES, SMALL_MODEL, load_processor
+from rlinf_plugins_openpi.inputs.transforms import (
+    IMAGE_SIZE,
+    OpenpiSample,
+    PadToActionDim,
+    ResizeWithPad,
+    TokenizePrompt,
+)
+from rlinf_plugins_openpi.model.dimensions import Pi0Dimensions
+from rlinf_plugins_openpi.model.draws import draw_augmentation, draw_flow
+from rlinf_plugins_openpi.model.flops import training_flops
+from rlinf_plugins_openpi.model.freezing import Part, is_frozen
+from rlinf_plugins_openpi.model.parts import parameter_parts
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from rlinf_core.contract.module import WeightSource
+    from rlinf_core.contract.policy import TrainedOn
     from rlinf_core.illustration import Illustration
-    from rlinf_core.policy import TrainedOn, WeightSource
 
 
 NO_LORA = (
@@ -144,8 +151,8 @@ class OpenpiPolicyConfig(PromptedPolicyConfig):
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """Stack samples into CPU tensors; see `collate.stack` for names and shapes, `packing` for what is left out."""
-        from rlinf_plugins_openpi.collate import stack
-        from rlinf_plugins_openpi.packing import pack
+        from rlinf_plugins_openpi.inputs.collate import stack
+        from rlinf_plugins_openpi.model.packing import pack
 
         batch = stack(samples)
         image_tokens = self.dimensions.vision.num_tokens
@@ -162,7 +169,7 @@ class OpenpiPolicyConfig(PromptedPolicyConfig):
 
     def build_to_count(self) -> nn.Module:
         """The same without a look at the tokenizer; where rows of the embedding are not known, as many as may be."""
-        from rlinf_plugins_openpi.pi0 import Pi0
+        from rlinf_plugins_openpi.model.pi0 import Pi0
 
         rows = self._rows or range(min(ROWS_TO_COUNT, self.dimensions.vocab_size))
         model = Pi0(
@@ -262,7 +269,7 @@ class OpenpiPolicyConfig(PromptedPolicyConfig):
                 several datasets.
         """
         if format == "lerobot":
-            from rlinf_plugins_openpi.lerobot_export import export_lerobot
+            from rlinf_plugins_openpi.export.lerobot import export_lerobot
             from rlinf_plugins_openpi.weights.rows import with_trained_rows
 
             if len(sources) > 1:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlinf_core.illustration import Camera, Grid, Illustration, Picture, Token, TokenText
-from rlinf_plugins_openpi.tokenizer import clean, find_tokenizer, load_processor
-from rlinf_plugins_openpi.transforms import CAMERAS, OpenpiSample
+from rlinf_plugins_openpi.inputs.tokenizer import clean, find_tokenizer, load_processor
+from rlinf_plugins_openpi.inputs.transforms import CAMERAS, OpenpiSample
 
 if TYPE_CHECKING:
     from rlinf_plugins_openpi.config import OpenpiPolicyConfig
@@ -49,8 +49,8 @@ def _augmented(sample: OpenpiSample, draws: Draws) -> dict[str, list[Picture]]:
     """Camera -> the images that the steps see in which the run meets the sample."""
     import torch
 
-    from rlinf_plugins_openpi.augment import augment
-    from rlinf_plugins_openpi.collate import stack
+    from rlinf_plugins_openpi.inputs.collate import stack
+    from rlinf_plugins_openpi.model.augment import augment
 
     batch = stack([{**sample, **drawn} for drawn in draws.values()])
     changed = augment(batch["images"], batch["crop_and_rotation"], batch["color_jitter"])

@@ -17,5 +17,5 @@ def rlinf_register_commands() -> list[Command]:
     new_plugin = "write a package with a format for a dataset of your own"
     return [
         Command("convert", convert, "rlinf_plugins_openpi.weights.convert"),
-        Command("new-plugin", new_plugin, "rlinf_plugins_openpi.new_plugin"),
+        Command("new-plugin", new_plugin, "rlinf_plugins_openpi.scaffold.new_plugin"),
     ]

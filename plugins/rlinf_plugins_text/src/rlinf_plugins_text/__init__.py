@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rlinf_plugins_text.config import TextPolicyConfig as TextPolicyConfig
-    from rlinf_plugins_text.dataset import TextDatasetConfig as TextDatasetConfig
+    from rlinf_plugins_text.rows.dataset import TextDatasetConfig as TextDatasetConfig
 
-_HOME = {"TextPolicyConfig": "config", "TextDatasetConfig": "dataset"}
+_HOME = {"TextPolicyConfig": "config", "TextDatasetConfig": "rows.dataset"}
 
 __all__ = [*_HOME]
 

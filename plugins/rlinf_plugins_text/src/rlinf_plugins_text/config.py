@@ -13,15 +13,15 @@ from pydantic import Field, model_validator
 
 from rlinf_core import PolicyConfig, Sample, UserError
 from rlinf_core.data.sample import Batch
-from rlinf_plugins_text.describe import TextSample, describe
-from rlinf_plugins_text.folder import config_table, find_folder, find_weights, weight_files
-from rlinf_plugins_text.tokenizer import TextTokenizer, load_tokenizer, template_source
+from rlinf_plugins_text.rows.describe import TextSample, describe
+from rlinf_plugins_text.rows.tokenizer import TextTokenizer, load_tokenizer, template_source
+from rlinf_plugins_text.weights.folder import config_table, find_folder, find_weights, weight_files
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from rlinf_core.contract.module import WeightSource
     from rlinf_core.illustration import Illustration
-    from rlinf_core.policy import WeightSource
 
 RANDOM = "random"
 
@@ -119,7 +119,7 @@ class TextPolicyConfig(PolicyConfig):
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """Stack samples into CPU tensors; see `collate.stack`."""
-        from rlinf_plugins_text.collate import stack
+        from rlinf_plugins_text.rows.collate import stack
 
         return stack(
             cast("Sequence[TextSample]", samples),
@@ -130,13 +130,13 @@ class TextPolicyConfig(PolicyConfig):
 
     def build(self) -> nn.Module:
         """Build the model. Raises `UserError` if the tokenizer has more entries than its embedding."""
-        from rlinf_plugins_text.model import TextPolicy
+        from rlinf_plugins_text.model.policy import TextPolicy
 
         return TextPolicy(self)
 
     def build_to_count(self) -> nn.Module:
         """The same without a look at the tokenizer, and with padding where CUDA computes it."""
-        from rlinf_plugins_text.model import TextPolicy
+        from rlinf_plugins_text.model.policy import TextPolicy
 
         return TextPolicy(self, to_count=True)
 
@@ -153,7 +153,7 @@ class TextPolicyConfig(PolicyConfig):
 
     def useful_flops(self, batch: Batch) -> float | None:
         """Of the matrices that each token meets, of causal attention within texts, of the head for trained tokens."""
-        from rlinf_plugins_text.flops import ModelCost, training_flops
+        from rlinf_plugins_text.model.flops import ModelCost, training_flops
 
         cost = ModelCost.of(self)
         return None if cost is None else training_flops(cost, batch)
@@ -168,14 +168,14 @@ class TextPolicyConfig(PolicyConfig):
 
     def save_weights(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
         """Write a folder that `from_pretrained` loads: weights, config, tokenizer."""
-        from rlinf_plugins_text.weights import save_folder
+        from rlinf_plugins_text.weights.model import save_folder
 
         published = {self.published_name(name): tensor for name, tensor in tensors.items()}
         save_folder(folder, published, self.model_table(), self.text_tokenizer(), self._weights_folder())
 
     def open_weights(self) -> WeightSource:
         """Open the safetensors of a folder or of a model on the hub, which is downloaded first."""
-        from rlinf_plugins_text.weights import PublishedWeights
+        from rlinf_plugins_text.weights.model import PublishedWeights
 
         return PublishedWeights(find_weights(self.weights), self.published_name)
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from rlinf_core.illustration import Grid, Illustration, Token, TokenText
-from rlinf_plugins_text.describe import TextSample
-from rlinf_plugins_text.tokenizer import TextTokenizer
+from rlinf_plugins_text.rows.describe import TextSample
+from rlinf_plugins_text.rows.tokenizer import TextTokenizer
 
 TRAINED, READ = "trained", "only read"
 """Kinds of tokens."""

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from rlinf_core import DatasetConfig, PolicyConfig, SampleSource, UserError, hookimpl
 from rlinf_plugins_text.config import TextPolicyConfig
-from rlinf_plugins_text.dataset import TextDatasetConfig
+from rlinf_plugins_text.rows.dataset import TextDatasetConfig
 
 if TYPE_CHECKING:
-    from rlinf_core.datasets import Split
+    from rlinf_core.contract.datasets import Split
 
 
 @hookimpl
@@ -25,6 +25,6 @@ def rlinf_open_dataset(dataset: DatasetConfig, policy: PolicyConfig, split: Spli
         return None
     if not isinstance(policy, TextPolicyConfig):
         raise UserError(f"the dataset {dataset.config_name!r} holds tokens for the policy 'text', not {policy.type!r}")
-    from rlinf_plugins_text.source import open_text
+    from rlinf_plugins_text.rows.source import open_text
 
     return open_text(dataset, policy, split)

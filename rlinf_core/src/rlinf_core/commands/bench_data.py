@@ -10,9 +10,9 @@ from rlinf_core.commands.output import print_json, print_table
 from rlinf_core.errors import UserError
 
 if TYPE_CHECKING:
-    from rlinf_core.config.run import RunConfig
+    from rlinf_core.contract.run import RunConfig
     from rlinf_core.data_speed import Speed
-    from rlinf_core.plugins import Plugins
+    from rlinf_core.plugins.registry import Plugins
 
 MFU, CARD = 0.4, "H100"
 MOST_PREDICTED = 10_000
@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> None:
     if options.samples_per_second_per_gpu is not None and options.samples_per_second_per_gpu <= 0:
         raise UserError("--samples-per-second-per-gpu must be more than 0")
     from rlinf_core.config.load import load_config
-    from rlinf_core.plugins import get_plugins
+    from rlinf_core.plugins.registry import get_plugins
 
     plugins = get_plugins()
     config = load_config(options.config, options.overrides, plugins)
@@ -74,8 +74,8 @@ def _predicted(config: RunConfig, plugins: Plugins, ranks: int) -> float | None:
     """What `rlinf plan` predicts that one GPU takes, in samples/s; None where that says nothing."""
     if config.trainer.device == "cpu":
         return None
+    from rlinf_core.costs.gpus import PEAKS
     from rlinf_core.plan.step import plan
-    from rlinf_core.training.cards import PEAKS
 
     predicted = MFU * PEAKS[CARD] * 1e12 / plan(config, plugins, ranks).flops_per_sample
     return predicted if predicted <= MOST_PREDICTED else None

@@ -8,15 +8,15 @@ import sys
 from typing import TYPE_CHECKING
 
 from rlinf_core.commands.output import print_progress
-from rlinf_core.datasets import LeRobotDatasetConfig
+from rlinf_core.contract.datasets import LeRobotDatasetConfig
 from rlinf_core.errors import Exit, UserError
 
 if TYPE_CHECKING:
-    from rlinf_core.config.run import RunConfig, RunSource
-    from rlinf_core.data.frame_cache_folders import Caches, Place
-    from rlinf_core.data.frame_cache_parts import Conversion
-    from rlinf_core.data.lerobot import LeRobotSource
-    from rlinf_core.plugins import Plugins
+    from rlinf_core.contract.run import RunConfig, RunSource
+    from rlinf_core.data.frame_cache.manifest import Caches, Place
+    from rlinf_core.data.frame_cache.parts import Conversion
+    from rlinf_core.data.lerobot.source import LeRobotSource
+    from rlinf_core.plugins.registry import Plugins
 
 EPILOG = """\
 A run uses the cache with data.cache = "raw" or "jpeg", the --format. Frames are kept as the policy resizes them where
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Convert each dataset."""
     from rlinf_core.config.load import load_config
-    from rlinf_core.plugins import get_plugins
+    from rlinf_core.plugins.registry import get_plugins
 
     if options.quality is not None and options.format != "jpeg":
         raise UserError(f"--quality is of JPEG: leave it out with --format {options.format}")
@@ -64,8 +64,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace, config: RunConfig, source: RunSource, plugins: Plugins) -> None:
-    from rlinf_core.data.frame_cache_folders import caches_of
-    from rlinf_core.data.frame_cache_parts import Conversion
+    from rlinf_core.data.frame_cache.manifest import caches_of
+    from rlinf_core.data.frame_cache.parts import Conversion
 
     splits = _open(source, plugins)
     data = source.run.data
@@ -86,8 +86,8 @@ def _convert(options: argparse.Namespace, config: RunConfig, source: RunSource, 
 
 def _there_already(caches: Caches, splits: tuple[LeRobotSource, ...]) -> Place | None:
     """A complete cache of these frames and more, whose hashes are right; None if there is none."""
-    from rlinf_core.data.frame_cache_folders import find_cache
-    from rlinf_core.data.frame_cache_writing import find_damaged
+    from rlinf_core.data.frame_cache.manifest import find_cache
+    from rlinf_core.data.frame_cache.writer import find_damaged
 
     place, _ = find_cache(caches, splits)
     if place is None or len(place.positions) == sum(len(split) for split in splits):
@@ -103,7 +103,7 @@ def _there_already(caches: Caches, splits: tuple[LeRobotSource, ...]) -> Place |
 
 def _make(conversion: Conversion, workers: int) -> None:
     """Write what is missing, and say what that is."""
-    from rlinf_core.data.frame_cache_writing import check_room, convert, find_missing, find_wrong, hold
+    from rlinf_core.data.frame_cache.writer import check_room, convert, find_missing, find_wrong, hold
 
     folder = conversion.place.folder
     if not folder.is_dir():  # What is refused leaves nothing behind.
@@ -126,7 +126,7 @@ def _make(conversion: Conversion, workers: int) -> None:
 
 def _open(source: RunSource, plugins: Plugins) -> tuple[LeRobotSource, ...]:
     """The splits that have rows, with pictures of the dataset's own."""
-    from rlinf_core.data.lerobot import LeRobotSource
+    from rlinf_core.data.lerobot.source import LeRobotSource
     from rlinf_core.data.splits import open_split
 
     data = source.run.data

@@ -10,10 +10,10 @@ from rlinf_core.commands.output import print_json, print_progress, print_text
 from rlinf_core.errors import Exit, UserError
 
 if TYPE_CHECKING:
-    from rlinf_core.data.check import Depth
-    from rlinf_core.data.damage import Damage
-    from rlinf_core.data.lerobot_metadata import Metadata
-    from rlinf_core.datasets import LeRobotDatasetConfig
+    from rlinf_core.contract.datasets import LeRobotDatasetConfig
+    from rlinf_core.data.check.files import Depth
+    from rlinf_core.data.check.findings import Damage
+    from rlinf_core.data.lerobot.metadata import Metadata
 
 JSON_KEYS = """\
 Checked are metadata and all numbers; that every picture is there; that first and last frame of every episode can be
@@ -73,8 +73,8 @@ def _config(options: argparse.Namespace) -> LeRobotDatasetConfig | None:
             )
         return None
     from rlinf_core.config.load import load_config
-    from rlinf_core.datasets import LeRobotDatasetConfig
-    from rlinf_core.plugins import get_plugins
+    from rlinf_core.contract.datasets import LeRobotDatasetConfig
+    from rlinf_core.plugins.registry import get_plugins
 
     run = load_config(options.dataset, options.overrides, get_plugins())
     data = run.source(options.source).run.data
@@ -86,10 +86,10 @@ def _config(options: argparse.Namespace) -> LeRobotDatasetConfig | None:
 
 
 def _check(name: str, config: LeRobotDatasetConfig | None, depth: Depth) -> tuple[dict[str, Any], Damage]:
-    from rlinf_core.data.check import check_files, number_columns
-    from rlinf_core.data.lerobot_files import find_dataset
-    from rlinf_core.data.lerobot_metadata import read_metadata
-    from rlinf_core.data.lerobot_wanted import check_columns
+    from rlinf_core.data.check.files import check_files, number_columns
+    from rlinf_core.data.lerobot.files import find_dataset
+    from rlinf_core.data.lerobot.metadata import read_metadata
+    from rlinf_core.data.lerobot.wanted import check_columns
 
     name = config.repo_id if config else name
     place = find_dataset(name, config.revision) if config else find_dataset(name, setting="dataset")
@@ -117,7 +117,7 @@ def _facts(metadata: Metadata, name: str, depth: Depth) -> dict[str, Any]:
 
 
 def _print(report: dict[str, Any], damage: Damage) -> None:
-    from rlinf_core.data.damage import NOTES
+    from rlinf_core.data.check.findings import NOTES
 
     head = f"{report['dataset']} ({report['format']}, {report['episodes']} episodes, {report['frames']} frames)"
     damages = sum(count for kind, count in damage.counts.items() if kind not in NOTES)

@@ -9,7 +9,7 @@ from rlinf_core.commands.output import print_json, print_table
 from rlinf_core.errors import UserError
 
 if TYPE_CHECKING:
-    from rlinf_core.plugins import DatasetEntry
+    from rlinf_core.plugins.registry import DatasetEntry
 
 JSON_KEYS = """\
 --json prints a list with an object for each format: "name", "distribution", "version", and either "error", why its
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """List from metadata alone, unless details are asked for."""
-    from rlinf_core.plugins import get_plugins
+    from rlinf_core.plugins.registry import get_plugins
 
     entries = get_plugins().datasets()
     names = [entry.name for entry in entries]

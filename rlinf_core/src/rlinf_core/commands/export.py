@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Export, and say what."""
     from rlinf_core.export import Choice, export_run
-    from rlinf_core.plugins import get_plugins
+    from rlinf_core.plugins.registry import get_plugins
 
     choice = Choice(options.step, options.best, options.ema, options.dtype, options.format, options.source)
     checkpoint = export_run(Path(options.run), Path(options.output), choice, get_plugins())

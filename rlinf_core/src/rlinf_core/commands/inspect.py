@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
     from rlinf_core.commands.output import print_error, print_text
     from rlinf_core.config.load import load_config
     from rlinf_core.inspect.page import check_folder, check_libraries, render, write
-    from rlinf_core.plugins import get_plugins
+    from rlinf_core.plugins.registry import get_plugins
 
     check_libraries()
     plugins = get_plugins()

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Launch; returns the exit code of the run."""
     from rlinf_core.config.load import load_config
-    from rlinf_core.plugins import get_plugins
+    from rlinf_core.plugins.registry import get_plugins
     from rlinf_core.preflight import nobody_launches
     from rlinf_core.training.resume import find_start, say_finished
 

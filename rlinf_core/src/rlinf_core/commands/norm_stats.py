@@ -13,9 +13,9 @@ from rlinf_core.errors import Exit, UserError
 from rlinf_core.files import check_writable, writing
 
 if TYPE_CHECKING:
-    from rlinf_core.config.run import RunConfig
+    from rlinf_core.contract.run import RunConfig
     from rlinf_core.data.normalize import NormStats
-    from rlinf_core.training.statistics import Diagnosis
+    from rlinf_core.data.statistics.run import Diagnosis
 
 STATISTICS = ("mean", "std", "q01", "q99")
 SHOWN_DIFFERENCES = 20
@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _load(options: argparse.Namespace) -> RunConfig:
     from rlinf_core.config.load import load_config
-    from rlinf_core.plugins import get_plugins
+    from rlinf_core.plugins.registry import get_plugins
 
     return load_config(options.config, options.overrides, get_plugins()).source(options.source).run
 
@@ -87,8 +87,8 @@ def _load(options: argparse.Namespace) -> RunConfig:
 def _compute(options: argparse.Namespace) -> int:
     from rlinf_core.data.normalize import save_norm_stats
     from rlinf_core.data.splits import open_split
-    from rlinf_core.plugins import get_plugins
-    from rlinf_core.training.statistics import diagnose
+    from rlinf_core.data.statistics.run import diagnose
+    from rlinf_core.plugins.registry import get_plugins
 
     run = _load(options)
     diagnosis = diagnose(run, open_split(run, get_plugins(), "train"))
@@ -110,7 +110,7 @@ def _compute(options: argparse.Namespace) -> int:
 
 def _diagnosed(diagnosis: Diagnosis) -> dict[str, dict[str, list[Any]]]:
     """Statistics with what the data make of them, as lists by name."""
-    from rlinf_core.data.doctor import normalized_extremes, share_beyond
+    from rlinf_core.data.statistics.diagnose import normalized_extremes, share_beyond
 
     broken = {finding.key for finding in diagnosis.findings if finding.severity == "error"}
     tables = {key: _lists(stats) for key, stats in diagnosis.stats.items()}
@@ -181,8 +181,8 @@ def _differences(key: str, a: NormStats, b: NormStats) -> list[dict[str, Any]]:
 
 
 def _import(options: argparse.Namespace) -> None:
-    from rlinf_core.data.foreign_stats import LEROBOT_COLUMNS, read_lerobot, read_openpi
     from rlinf_core.data.normalize import Origin, save_norm_stats
+    from rlinf_core.data.statistics.importers import LEROBOT_COLUMNS, read_lerobot, read_openpi
 
     if not options.output:
         raise UserError("--import needs --output FILE, the norm_stats.json to write")
@@ -207,8 +207,8 @@ def _import(options: argparse.Namespace) -> None:
 
 def _columns(run: RunConfig, project: str) -> dict[str, Any]:
     """The columns whose statistics lerobot's file holds, if they are those that the policy sees."""
+    from rlinf_core.contract.datasets import LeRobotDatasetConfig
     from rlinf_core.data.transforms import RelativeActions
-    from rlinf_core.datasets import LeRobotDatasetConfig
 
     if project != "lerobot" or not isinstance(run.data, LeRobotDatasetConfig):
         raise UserError("a config says which columns of lerobot's file to take: leave it out otherwise")

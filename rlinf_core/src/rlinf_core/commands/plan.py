@@ -64,7 +64,7 @@ def _count(text: str) -> int:
 def run(options: argparse.Namespace) -> None:
     """Work it out and print it."""
     from rlinf_core.config.load import load_config
-    from rlinf_core.plugins import get_plugins
+    from rlinf_core.plugins.registry import get_plugins
 
     plugins = get_plugins()
     config = load_config(options.config, options.overrides, plugins)
@@ -85,7 +85,7 @@ def _cards(options: argparse.Namespace) -> list[float]:
 
 def _speeds(made: Plan, mfu: float) -> dict[str, float]:
     """Samples/s of all ranks together, by card."""
-    from rlinf_core.training.cards import PEAKS
+    from rlinf_core.costs.gpus import PEAKS
 
     return {card: made.ranks * mfu * peak * 1e12 / made.flops_per_sample for card, peak in PEAKS.items()}
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rlinf_core.commands.output import print_json, print_table
 
 if TYPE_CHECKING:
-    from rlinf_core.plugins import Plugins
+    from rlinf_core.plugins.registry import Plugins
 
 JSON_KEYS = """\
 --json prints an object: "plugins", a list of {"distribution", "version", "entry_point", "registers": [{"kind",
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """List plugin modules, distributions with dataset formats, failures and what is blocked."""
-    from rlinf_core.plugins import get_plugins
+    from rlinf_core.plugins.registry import get_plugins
 
     found = _collect(get_plugins())
     if options.json:

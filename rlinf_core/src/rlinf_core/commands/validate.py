@@ -72,7 +72,7 @@ def _words(fact: str) -> str:
 
 def _check(options: argparse.Namespace) -> Report:
     from rlinf_core.config.load import load_config
-    from rlinf_core.plugins import get_plugins
+    from rlinf_core.plugins.registry import get_plugins
     from rlinf_core.preflight import check_run
 
     plugins = get_plugins()

@@ -20,8 +20,6 @@ from pydantic_core import ErrorDetails
 from rlinf_core.config import mixture
 from rlinf_core.config.mistakes import COMMAND_LINE, Layer, Place, Tables, explain, is_model, mistake, value_at
 from rlinf_core.config.mixture import MixtureConfig, MixtureEntry, MixtureShare
-from rlinf_core.config.run import RunConfig
-from rlinf_core.config.section import Section
 from rlinf_core.config.toml import (
     Table,
     diff_tables,
@@ -33,12 +31,14 @@ from rlinf_core.config.toml import (
     read_toml,
     write_toml,
 )
-from rlinf_core.datasets import DatasetConfig
+from rlinf_core.contract.datasets import DatasetConfig
+from rlinf_core.contract.run import RunConfig
+from rlinf_core.contract.section import Section
 from rlinf_core.errors import UserError
-from rlinf_core.owners import Owner
 from rlinf_core.plain import without_secrets
-from rlinf_core.plugins import Plugins, get_plugins
-from rlinf_core.registrations import Kind
+from rlinf_core.plugins.owners import Owner
+from rlinf_core.plugins.registrations import Kind
+from rlinf_core.plugins.registry import Plugins, get_plugins
 
 __all__ = ["diff_tables", "dump_config", "load_config", "read_toml"]
 

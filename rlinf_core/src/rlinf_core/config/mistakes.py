@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 
 from rlinf_core.config.toml import dotted, is_list_of_tables
 from rlinf_core.errors import did_you_mean
-from rlinf_core.owners import Owner
+from rlinf_core.plugins.owners import Owner
 
 Place = tuple[str | int, ...]
 Tables = dict[Place, dict[str, FieldInfo]]

@@ -13,9 +13,9 @@ from typing import Any
 from pydantic import Field, InstanceOf, SerializeAsAny, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from rlinf_core.config.mistakes import value_at
-from rlinf_core.config.section import Section
 from rlinf_core.config.toml import Table, leaves, merge
-from rlinf_core.datasets import DatasetConfig
+from rlinf_core.contract.datasets import DatasetConfig
+from rlinf_core.contract.section import Section
 
 LOADER_KEYS = ("num_workers",)
 """Keys that stay in `[data]`: one set of workers loads every source."""

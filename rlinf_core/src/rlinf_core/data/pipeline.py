@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rlinf_core.contract.datasets import DatasetConfig
+from rlinf_core.contract.policy import PolicyConfig
 from rlinf_core.data.normalize import Normalize, Stats
 from rlinf_core.data.sample import Row, Sample
 from rlinf_core.data.transforms import Transform
-from rlinf_core.datasets import DatasetConfig
 from rlinf_core.errors import UserError
-from rlinf_core.policy import PolicyConfig
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rlinf_core.config.run import RunConfig
-from rlinf_core.datasets import ColumnSource, DatasetConfig, LeRobotDatasetConfig, SampleSource, Split
+from rlinf_core.contract.datasets import ColumnSource, DatasetConfig, LeRobotDatasetConfig, SampleSource, Split
+from rlinf_core.contract.run import RunConfig
 from rlinf_core.errors import UserError, did_you_mean
-from rlinf_core.plugins import Plugins
+from rlinf_core.plugins.registry import Plugins
 
 
 def open_split(run: RunConfig, plugins: Plugins, split: Split) -> SampleSource:

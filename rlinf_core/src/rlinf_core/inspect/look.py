@@ -9,20 +9,20 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from rlinf_core.config.run import RunConfig, RunSource
-from rlinf_core.data.chunked import ChunkedOrder, chunks_of
-from rlinf_core.data.mixture import Order
+from rlinf_core.contract.datasets import ColumnSource, SampleSource
+from rlinf_core.contract.run import RunConfig, RunSource
+from rlinf_core.data.loading.chunked_sampling import ChunkedOrder, chunks_of
+from rlinf_core.data.loading.mixture import Order
+from rlinf_core.data.loading.sampling import steps_per_epoch
 from rlinf_core.data.normalize import Mode, NormStats
-from rlinf_core.data.order import steps_per_epoch
 from rlinf_core.data.pipeline import Pipeline, build_pipeline
 from rlinf_core.data.splits import open_split
-from rlinf_core.data.statistics import Survey, survey
-from rlinf_core.datasets import ColumnSource, SampleSource
+from rlinf_core.data.statistics.compute import Survey, survey
+from rlinf_core.data.statistics.run import diagnose
 from rlinf_core.errors import UserError
 from rlinf_core.inspect.samples import Place, SampleView, choose, find, meetings, view
-from rlinf_core.plugins import Plugins
+from rlinf_core.plugins.registry import Plugins
 from rlinf_core.preflight import SURVEYED_ROWS, Report, check_run
-from rlinf_core.training.statistics import diagnose
 
 SURVEYED_WITH_IMAGES = 512
 SURVEYED_UNNORMALIZED = 4096

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from rlinf_core.config.load import dump_config
-from rlinf_core.data.doctor import normalized_extremes, share_beyond
+from rlinf_core.data.statistics.diagnose import normalized_extremes, share_beyond
 from rlinf_core.errors import UserError
 from rlinf_core.files import check_writable, writing
 from rlinf_core.illustration import Camera, Grid, Illustration, Picture

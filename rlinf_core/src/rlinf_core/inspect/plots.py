@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlinf_core.data.normalize import Mode, Normalize, NormStats
-from rlinf_core.data.statistics import Survey
+from rlinf_core.data.statistics.compute import Survey
 from rlinf_core.inspect.samples import Chunk
 
 if TYPE_CHECKING:

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rlinf_core.config.run import RunConfig
-from rlinf_core.data.chunked import ChunkedOrder
-from rlinf_core.data.mixture import Order
-from rlinf_core.data.order import sample_generator
+from rlinf_core.contract.datasets import LeRobotDatasetConfig, SampleSource
+from rlinf_core.contract.run import RunConfig
+from rlinf_core.data.loading.chunked_sampling import ChunkedOrder
+from rlinf_core.data.loading.mixture import Order
+from rlinf_core.data.loading.sampling import sample_generator
 from rlinf_core.data.pipeline import Pipeline
 from rlinf_core.data.sample import Row, Sample
-from rlinf_core.datasets import LeRobotDatasetConfig, SampleSource
 from rlinf_core.errors import UserError
 from rlinf_core.illustration import Camera, Illustration, Picture
 

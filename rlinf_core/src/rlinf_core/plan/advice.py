@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rlinf_core.costs.memory import usable
 from rlinf_core.plan.step import Plan
-from rlinf_core.plugins import Plugins
-from rlinf_core.training.memory import usable
+from rlinf_core.plugins.registry import Plugins
 
 MORE_RANKS = 4
 """Times as many are told of at most."""

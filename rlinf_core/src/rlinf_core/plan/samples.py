@@ -8,18 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from rlinf_core.config.run import RunConfig, RunSource
-from rlinf_core.data.order import sample_generator
+from rlinf_core.contract.datasets import LeRobotDatasetConfig
+from rlinf_core.contract.run import RunConfig, RunSource
+from rlinf_core.data.loading.sampling import sample_generator
 from rlinf_core.data.pipeline import build_pipeline
-from rlinf_core.data.probe import encode_without_images
 from rlinf_core.data.sample import Sample
 from rlinf_core.data.splits import open_split
-from rlinf_core.datasets import LeRobotDatasetConfig
+from rlinf_core.data.statistics.probe import encode_without_images
+from rlinf_core.data.statistics.run import diagnose
 from rlinf_core.errors import UserError
 from rlinf_core.hub import cache_only
-from rlinf_core.plugins import Plugins
-from rlinf_core.training.sources import know_data
-from rlinf_core.training.statistics import diagnose
+from rlinf_core.plugins.registry import Plugins
+from rlinf_core.training.data import know_data
 
 PROBED_ROWS = 256
 """Evenly spread over the training rows: the mean length of prompts is known to a few hundredths."""

@@ -10,19 +10,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rlinf_core.config.fsdp2 import Fsdp2TrainerConfig
-from rlinf_core.config.run import RunConfig
-from rlinf_core.data.order import check_batch
+from rlinf_core.contract.run import RunConfig
+from rlinf_core.costs import memory
+from rlinf_core.costs.flops import Counted, count
+from rlinf_core.costs.memory import Activations, Memory, Parameter, Sharding, States, Traffic, Unit
+from rlinf_core.data.loading.sampling import check_batch
 from rlinf_core.data.sample import Batch, Sample
 from rlinf_core.errors import UserError
 from rlinf_core.plan.samples import Probed, know_data_at_hand, probe_sources
-from rlinf_core.plugins import Plugins
-from rlinf_core.training import memory
+from rlinf_core.plugins.registry import Plugins
 from rlinf_core.training.blocks import Checkpointing
 from rlinf_core.training.build import DTYPES, build_on_meta, prepare_blocks
-from rlinf_core.training.counting import Counted, count
+from rlinf_core.training.config import Fsdp2TrainerConfig
 from rlinf_core.training.fsdp import gathered_together, unreached
-from rlinf_core.training.memory import Activations, Memory, Parameter, Sharding, States, Traffic, Unit
 from rlinf_core.training.optim import decays
 
 COUNTED_SAMPLES = 8

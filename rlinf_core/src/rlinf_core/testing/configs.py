@@ -9,8 +9,8 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
-from rlinf_core.config.run import RunConfig
 from rlinf_core.config.toml import write_toml
+from rlinf_core.contract.run import RunConfig
 from rlinf_core.testing.findings import Findings
 
 

@@ -14,17 +14,17 @@ import numpy as np
 from pydantic import ValidationError
 
 from rlinf_core.config.toml import merge
-from rlinf_core.data.lerobot_files import find_root
-from rlinf_core.data.lerobot_metadata import load_metadata
+from rlinf_core.contract.datasets import ColumnSource, DatasetConfig, LeRobotDatasetConfig, SampleSource
+from rlinf_core.contract.policy import PolicyConfig
+from rlinf_core.data.lerobot.files import find_root
+from rlinf_core.data.lerobot.metadata import load_metadata
 from rlinf_core.data.normalize import Normalize
 from rlinf_core.data.pipeline import Pipeline
 from rlinf_core.data.sample import Row, Sample
-from rlinf_core.data.statistics import compute_norm_stats, outputs, takes_batches
+from rlinf_core.data.statistics.compute import compute_norm_stats, outputs, takes_batches
 from rlinf_core.data.transforms import Transform
-from rlinf_core.datasets import ColumnSource, DatasetConfig, LeRobotDatasetConfig, SampleSource
 from rlinf_core.errors import UserError
-from rlinf_core.plugins import Plugins, get_plugins
-from rlinf_core.policy import PolicyConfig
+from rlinf_core.plugins.registry import Plugins, get_plugins
 from rlinf_core.testing.configs import check_class, check_round_trip, check_run_defaults
 from rlinf_core.testing.findings import Findings, Report
 from rlinf_core.testing.samples import check_form, same

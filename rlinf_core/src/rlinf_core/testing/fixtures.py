@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rlinf_core.config.toml import merge, parse_override, write_toml
-from rlinf_core.plugins import Plugins, get_plugins
+from rlinf_core.plugins.registry import Plugins, get_plugins
 from rlinf_core.testing.lerobot import TinyDataset, write_tiny_dataset
 from rlinf_core.testing.plugins import plugins_in_memory
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from rlinf_core.contract.policy import PolicyConfig
 from rlinf_core.data.sample import PACKING, Sample
-from rlinf_core.policy import PolicyConfig
 from rlinf_core.testing.findings import Findings
 from rlinf_core.training.build import initial_value
 from rlinf_core.training.fsdp import allocate

@@ -7,10 +7,10 @@ from importlib import metadata
 from types import SimpleNamespace
 from typing import Any
 
-from rlinf_core import builtin
-from rlinf_core.datasets import DatasetConfig
-from rlinf_core.hooks import CORE
-from rlinf_core.plugins import DATASET_GROUP, PLUGIN_GROUP, Plugins
+from rlinf_core.contract.datasets import DatasetConfig
+from rlinf_core.plugins import builtin
+from rlinf_core.plugins.calls import CORE
+from rlinf_core.plugins.registry import DATASET_GROUP, PLUGIN_GROUP, Plugins
 
 
 class _InMemory(metadata.EntryPoint):

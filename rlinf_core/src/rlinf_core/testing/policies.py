@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from rlinf_core.contract.policy import PolicyConfig
 from rlinf_core.data.sample import Sample
-from rlinf_core.policy import PolicyConfig
-from rlinf_core.registrations import type_of
+from rlinf_core.plugins.registrations import type_of
 from rlinf_core.testing.configs import check_class, check_round_trip, check_run_defaults
 from rlinf_core.testing.findings import Findings, Report
 from rlinf_core.testing.samples import made_up, pipeline_of, same, variants

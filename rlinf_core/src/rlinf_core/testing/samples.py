@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from rlinf_core.contract.policy import PolicyConfig
 from rlinf_core.data.normalize import Normalize, NormStats
 from rlinf_core.data.pipeline import Pipeline
 from rlinf_core.data.sample import Sample
 from rlinf_core.data.transforms import Transform
-from rlinf_core.policy import PolicyConfig
 from rlinf_core.testing.findings import Findings
 
 WIDTH = 7

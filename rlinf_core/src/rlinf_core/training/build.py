@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 
-from rlinf_core.config.fsdp2 import Fsdp2TrainerConfig
-from rlinf_core.config.run import RunConfig
+from rlinf_core.contract.module import ShardUnit, WeightSource
+from rlinf_core.contract.policy import PolicyConfig
+from rlinf_core.contract.run import RunConfig
 from rlinf_core.errors import UserError
-from rlinf_core.plugins import Plugins
-from rlinf_core.policy import PolicyConfig, ShardUnit, WeightSource
+from rlinf_core.plugins.registry import Plugins
 from rlinf_core.training.blocks import Checkpointing, prepare_block
-from rlinf_core.training.distributed import Processes
+from rlinf_core.training.config import Fsdp2TrainerConfig
+from rlinf_core.training.distributed.processes import Processes
 from rlinf_core.training.ema import Ema
 from rlinf_core.training.fsdp import derived_seed, materialize, shard, unreached
 from rlinf_core.training.optim import Optimizer, Schedule, decays

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rlinf_core.config.load import diff_tables, dump_config, read_toml
-from rlinf_core.config.run import RunConfig
+from rlinf_core.contract.run import RunConfig
 from rlinf_core.errors import UserError
 
 MAY_CHANGE = frozenset(

@@ -11,10 +11,10 @@ import uuid
 from pathlib import Path
 
 from rlinf_core.config.load import read_toml
-from rlinf_core.config.run import RunConfig
+from rlinf_core.contract.run import RunConfig
 from rlinf_core.errors import UserError
 from rlinf_core.files import write_text, writing
-from rlinf_core.training.position import NAMES, candidates
+from rlinf_core.training.checkpoint.state import NAMES, candidates
 
 FILE = "owner"
 """A line: a random number, and the folder of the run when it was written."""

@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlinf_core.config.load import dump_config
-from rlinf_core.config.run import RunConfig
+from rlinf_core.contract.run import RunConfig
 from rlinf_core.errors import UserError
 from rlinf_core.files import write_text, writing
 from rlinf_core.training.agents import remember
 from rlinf_core.training.changes import Change, describe_changes, describe_order, find_changes, lines_of, may_change
-from rlinf_core.training.holding import cannot_hold, check_folder
-from rlinf_core.training.integrity import find_damage, newest_whole
+from rlinf_core.training.checkpoint.integrity import find_damage, newest_whole
+from rlinf_core.training.checkpoint.state import NAMES, Position, step_name
 from rlinf_core.training.ownership import claim, refuse_foreign
-from rlinf_core.training.position import NAMES, Position, step_name
+from rlinf_core.training.run_folder import cannot_hold, check_folder
 
 if TYPE_CHECKING:
-    from rlinf_core.training.distributed import Processes
+    from rlinf_core.training.distributed.processes import Processes
 
 
 @dataclass(frozen=True)

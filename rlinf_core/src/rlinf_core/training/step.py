@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlinf_core.data.sample import SOURCE
-from rlinf_core.training.distributed import Processes, to_device
+from rlinf_core.training.distributed.processes import Processes, to_device
 from rlinf_core.training.ema import Ema
-from rlinf_core.training.flight import Watch
 from rlinf_core.training.fsdp import communicate, derived_seed
-from rlinf_core.training.metrics import StepClock, record_event
+from rlinf_core.training.monitor.flight_recorder import Watch
+from rlinf_core.training.monitor.metrics import StepClock, record_event
 from rlinf_core.training.optim import Optimizer
 
 if TYPE_CHECKING:
-    from rlinf_core.config.fsdp2 import Fsdp2TrainerConfig
-    from rlinf_core.config.run import RunConfig
-    from rlinf_core.data.micro_batches import MicroBatches
-    from rlinf_core.policy import PolicyOutput
-    from rlinf_core.training.throughput import Throughput
+    from rlinf_core.contract.module import PolicyOutput
+    from rlinf_core.contract.run import RunConfig
+    from rlinf_core.data.loading.micro_batches import MicroBatches
+    from rlinf_core.training.config import Fsdp2TrainerConfig
+    from rlinf_core.training.monitor.throughput import Throughput
 
 
 @dataclass(frozen=True)

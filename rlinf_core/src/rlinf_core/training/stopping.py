@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import FrameType
 
-from rlinf_core.config.run import RunConfig
+from rlinf_core.contract.run import RunConfig
 from rlinf_core.errors import UserError, did_you_mean
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)

@@ -13,29 +13,29 @@ from typing import Any
 
 import torch
 
-from rlinf_core.config.fsdp2 import Fsdp2TrainerConfig
-from rlinf_core.config.run import RunConfig
-from rlinf_core.data.chunked import check_streams, chunks_of
-from rlinf_core.data.order import check_batch, steps_per_epoch
+from rlinf_core.contract.run import RunConfig
+from rlinf_core.data.loading.chunked_sampling import check_streams, chunks_of
+from rlinf_core.data.loading.sampling import check_batch, steps_per_epoch
 from rlinf_core.errors import Interrupted
-from rlinf_core.plugins import Plugins
-from rlinf_core.training import sources
-from rlinf_core.training.anomalies import Guard, read_history
+from rlinf_core.plugins.registry import Plugins
+from rlinf_core.training import data as sources
 from rlinf_core.training.build import build_ema, build_optimizer, build_policy, open_weights
-from rlinf_core.training.checkpoint import Checkpoints
-from rlinf_core.training.distributed import Processes
-from rlinf_core.training.failures import in_words
-from rlinf_core.training.flight import Watch
+from rlinf_core.training.checkpoint.load import load
+from rlinf_core.training.checkpoint.manager import Checkpoints
+from rlinf_core.training.checkpoint.state import Position, step_name
+from rlinf_core.training.config import Fsdp2TrainerConfig
+from rlinf_core.training.distributed.processes import Processes
 from rlinf_core.training.fsdp import layout
-from rlinf_core.training.loading import load
-from rlinf_core.training.position import Position, step_name
-from rlinf_core.training.profiling import Profile
-from rlinf_core.training.reports import StepReports
+from rlinf_core.training.monitor.anomalies import Guard, read_history
+from rlinf_core.training.monitor.errors import in_words
+from rlinf_core.training.monitor.flight_recorder import Watch
+from rlinf_core.training.monitor.profiling import Profile
+from rlinf_core.training.monitor.reports import StepReports
+from rlinf_core.training.monitor.stragglers import Stragglers
+from rlinf_core.training.monitor.throughput import Throughput
 from rlinf_core.training.resume import Start
 from rlinf_core.training.step import StepRecord, TrainStep
 from rlinf_core.training.stopping import GRACE, Best, StopSignal, best_metric, seconds_from_now, stop_signals
-from rlinf_core.training.stragglers import Stragglers
-from rlinf_core.training.throughput import Throughput
 from rlinf_core.training.validations import open_validation
 
 

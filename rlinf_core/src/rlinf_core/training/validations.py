@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rlinf_core.config.run import RunConfig
-from rlinf_core.data.mixture import Source
-from rlinf_core.datasets import SampleSource
-from rlinf_core.evaluate import Validation
-from rlinf_core.training.distributed import Processes
+from rlinf_core.contract.datasets import SampleSource
+from rlinf_core.contract.run import RunConfig
+from rlinf_core.data.loading.mixture import Source
+from rlinf_core.training.distributed.processes import Processes
 from rlinf_core.training.ema import Ema
+from rlinf_core.training.evaluation import Validation
 from rlinf_core.training.stopping import HEADLINES, best_metric, result_names
 
 

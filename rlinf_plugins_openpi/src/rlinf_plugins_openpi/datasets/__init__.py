@@ -23,7 +23,7 @@ from rlinf_core.data.transforms import (
     Transform,
 )
 from rlinf_plugins_openpi.datasets.assets import Assets, asset_name
-from rlinf_plugins_openpi.transforms import CAMERAS, PadToActionDim
+from rlinf_plugins_openpi.inputs.transforms import CAMERAS, PadToActionDim
 
 Number = Annotated[int, Field(ge=0)]
 """Which number of a state or an action, counted from 0."""

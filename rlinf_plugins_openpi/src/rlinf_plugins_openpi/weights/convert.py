@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from rlinf_core import UserError
 from rlinf_core.files import check_writable, writing
-from rlinf_plugins_openpi.dimensions import VARIANTS, Pi0Dimensions
-from rlinf_plugins_openpi.parts import unpacked_shapes
+from rlinf_plugins_openpi.model.dimensions import VARIANTS, Pi0Dimensions
+from rlinf_plugins_openpi.model.parts import unpacked_shapes
 from rlinf_plugins_openpi.weights.files import SINGLE, TensorFiles, open_files, orbax_folder
 from rlinf_plugins_openpi.weights.hub import find_weights
 from rlinf_plugins_openpi.weights.layouts import FoundLayout, find_layout
@@ -135,7 +135,7 @@ def dimensions_of(files: TensorFiles, layout: FoundLayout, path: Path) -> Pi0Dim
 def _shapes(dimensions: Pi0Dimensions) -> dict[str, tuple[int, ...]]:
     import torch
 
-    from rlinf_plugins_openpi.pi0 import Pi0
+    from rlinf_plugins_openpi.model.pi0 import Pi0
 
     with torch.device("meta"):
         model = Pi0(dimensions)

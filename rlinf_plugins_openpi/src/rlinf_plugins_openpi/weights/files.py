@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 from safetensors import SafetensorError, safe_open
 
 from rlinf_core import UserError
-from rlinf_core.outside import path_inside, read_json
+from rlinf_core.untrusted import path_inside, read_json
 
 if TYPE_CHECKING:
     import torch

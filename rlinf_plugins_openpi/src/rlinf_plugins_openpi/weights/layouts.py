@@ -18,7 +18,7 @@ from rlinf_plugins_openpi.weights.names import published_names
 if TYPE_CHECKING:
     import torch
 
-    from rlinf_plugins_openpi.dimensions import GemmaDimensions, Pi0Dimensions
+    from rlinf_plugins_openpi.model.dimensions import GemmaDimensions, Pi0Dimensions
 
 
 @dataclass(frozen=True)

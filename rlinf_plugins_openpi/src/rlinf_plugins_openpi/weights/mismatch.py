@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlinf_core import UserError
-from rlinf_plugins_openpi.dimensions import VARIANTS
+from rlinf_plugins_openpi.model.dimensions import VARIANTS
 
 if TYPE_CHECKING:
-    from rlinf_plugins_openpi.dimensions import Pi0Dimensions
+    from rlinf_plugins_openpi.model.dimensions import Pi0Dimensions
     from rlinf_plugins_openpi.weights.layouts import FoundLayout
 
 LONG = 12

@@ -1,7 +1,8 @@
 """Our names of published tensors and the published ones, openpi's in PyTorch: one table, read both ways.
 
-Every relation is one to one and keeps the shape. Ours are the model's own parameter names, but where the model holds
-several published tensors as one (see `rlinf_plugins_openpi.parts`): there they are what the parts would be called.
+Every relation is one to one and keeps the shape. Ours are the model's own parameter names, except where the model holds
+several published tensors as one (see `rlinf_plugins_openpi.model.parts`): there they are what the parts would be
+called.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rlinf_plugins_openpi.dimensions import Pi0Dimensions
+    from rlinf_plugins_openpi.model.dimensions import Pi0Dimensions
 
 PALIGEMMA = "paligemma_with_expert.paligemma."
 EXPERT = "paligemma_with_expert.gemma_expert."

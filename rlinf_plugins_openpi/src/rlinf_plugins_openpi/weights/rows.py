@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from rlinf_core.policy import WeightSource
+    from rlinf_core.contract.module import WeightSource
 
 WHOLE, TRAINED = "embedding.weight", "embedding_rows.weight"
 """The model's names of the whole table, and of the rows that are trained."""
@@ -38,7 +38,7 @@ def with_trained_rows(tensors: Mapping[str, torch.Tensor], rows: Sequence[int]) 
 
 
 class WithRows:
-    """Weights for a model that trains some rows: they are read from the whole table (`rlinf_core.policy.WeightSource`).
+    """Weights for a model that trains some rows: they are read from the whole table. A `WeightSource`.
 
     Args:
         weights: The published ones.

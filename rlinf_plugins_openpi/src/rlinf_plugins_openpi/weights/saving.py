@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from rlinf_core import UserError
-from rlinf_plugins_openpi.parts import unpacked
+from rlinf_plugins_openpi.model.parts import unpacked
 from rlinf_plugins_openpi.weights.files import DTYPES
 from rlinf_plugins_openpi.weights.names import EMBEDDING, EMBEDDING_IN_FILES, UNUSED_HEAD, published_names
 
 if TYPE_CHECKING:
     import torch
 
-    from rlinf_plugins_openpi.dimensions import Pi0Dimensions
+    from rlinf_plugins_openpi.model.dimensions import Pi0Dimensions
 
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """The bytes of an element of a dtype in safetensors' words."""

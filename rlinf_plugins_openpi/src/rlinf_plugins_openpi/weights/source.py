@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlinf_plugins_openpi.parts import Part, parameter_parts, unpacked_shapes
+from rlinf_plugins_openpi.model.parts import Part, parameter_parts, unpacked_shapes
 from rlinf_plugins_openpi.weights.files import DTYPES, Pickle, TensorFiles, open_files
 from rlinf_plugins_openpi.weights.layouts import OPENPI, Slot, find_layout
 from rlinf_plugins_openpi.weights.mismatch import Mismatch
@@ -15,7 +15,7 @@ from rlinf_plugins_openpi.weights.names import EMBEDDING, EMBEDDING_IN_FILES, UN
 if TYPE_CHECKING:
     import torch
 
-    from rlinf_plugins_openpi.dimensions import Pi0Dimensions
+    from rlinf_plugins_openpi.model.dimensions import Pi0Dimensions
 
 
 def check_names(path: Path, dimensions: Pi0Dimensions) -> None:
@@ -30,7 +30,7 @@ def check_names(path: Path, dimensions: Pi0Dimensions) -> None:
 
 
 class PublishedWeights:
-    """Weights on disk, read one tensor at a time (`rlinf_core.policy.WeightSource`).
+    """Weights on disk, read one tensor at a time (`rlinf_core.contract.policy.WeightSource`).
 
     Args:
         path: A file, or a folder as openpi, lerobot or RLinf leave it (see `files.open_files`).

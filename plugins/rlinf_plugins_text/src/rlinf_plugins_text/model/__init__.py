@@ -1,0 +1,1 @@
+"""The policy: attention, loss and generation around a causal language model of transformers."""

@@ -1,0 +1,77 @@
+"""Answers to held-out prompts, to be read while training. Every rank computes the same ones, in step with the rest."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rlinf_core.data.sample import Batch
+
+if TYPE_CHECKING:
+    from rlinf_plugins_text.config import TextPolicyConfig
+    from rlinf_plugins_text.model.policy import LanguageModel
+
+SEED = 0
+"""Of answers that are drawn: the same numbers at each validation."""
+PROMPT_SHOWN, STEP = 200, 64
+
+
+@torch.no_grad()
+def answers(model: LanguageModel, batch: Batch, config: TextPolicyConfig) -> list[str]:
+    """A line for each sample: the end of its prompt, the model's answer, and the data's.
+
+    The model reads the whole text anew for each token, without a cache of keys: a few dozen tokens now and then.
+    """
+    tokenizer = config.text_tokenizer()
+    device = batch["tokens"].device
+    prompts, wanted = zip(*(_prompt(batch, row) for row in range(len(batch["tokens"]))), strict=True)
+    texts = [prompt.tolist() for prompt in prompts]
+    begins = [len(text) for text in texts]
+    generator = torch.Generator().manual_seed(SEED)
+    # All of `shown_tokens`, also after the end of a text: ranks must call the sharded model equally often.
+    for _ in range(config.shown_tokens):
+        logits = _next_logits(model, texts, device)
+        for text, token in zip(texts, _choose(logits.cpu(), config.temperature, generator), strict=True):
+            text.append(token)
+    end = tokenizer.id_of("eos_token")
+    lines = []
+    for text, begin, target in zip(texts, begins, wanted, strict=True):
+        answer = text[begin:]
+        if end in answer:
+            answer = answer[: answer.index(end) + 1]
+        prompt, said, data = (tokenizer.decode(one) for one in (text[:begin], answer, target.tolist()))
+        lines.append(f"{prompt[-PROMPT_SHOWN:]} ⟦{said}⟧ (data: {data[:PROMPT_SHOWN]})".replace("\n", "↵"))
+    return lines
+
+
+def _next_logits(model: LanguageModel, texts: list[list[int]], device: torch.device) -> Tensor:
+    """Logits [B, V] of what follows each text."""
+    length = -(-max(map(len, texts)) // STEP) * STEP
+    tokens = torch.zeros(len(texts), length, dtype=torch.int64)
+    for row, text in enumerate(texts):
+        tokens[row, : len(text)] = torch.tensor(text)
+    sizes = torch.tensor([len(text) for text in texts])
+    positions = torch.arange(length).expand(len(texts), -1)
+    lengths = torch.stack([sizes, length - sizes], dim=1).to(torch.int32)
+    # The padding's positions count on; nothing looks at them.
+    batch = {"tokens": tokens, "positions": positions, "trained": tokens < 0, "document_lengths": lengths}
+    on_device = {name: tensor.to(device) for name, tensor in batch.items()}
+    logits: Tensor = model(on_device, (sizes - 1).to(device))[0]
+    return logits
+
+
+def _prompt(batch: Batch, row: int) -> tuple[Tensor, Tensor]:
+    """The first text of a sample up to where training begins, at least its first token, and what follows there."""
+    length = int(batch["document_lengths"][row, 0])
+    tokens, trained = (batch[name][row, :length].cpu() for name in ("tokens", "trained"))
+    first = max(1, int(trained.int().argmax()))
+    return tokens[:first], tokens[first:]
+
+
+def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> list[int]:
+    if not temperature:
+        return [int(one) for one in logits.argmax(-1)]
+    probabilities = (logits / temperature).softmax(-1)
+    return [int(one) for one in torch.multinomial(probabilities, 1, generator=generator)[:, 0]]

@@ -1,0 +1,1 @@
+"""Files and hub datasets to conversations to tokens."""

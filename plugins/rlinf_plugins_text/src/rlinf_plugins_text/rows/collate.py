@@ -1,0 +1,56 @@
+"""Samples to a batch of tensors. Runs in loader workers.
+
+Axes: B samples, T tokens of the longest, M texts of the sample with most and one more for padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlinf_plugins_text.rows.describe import TextSample
+
+TOKEN_STEP, TEXT_STEP = 64, 8
+"""Sizes are rounded up to multiples: few shapes, so that compiled code sees few of them."""
+
+
+def stack(samples: Sequence[TextSample], *, max_length: int, fixed: bool) -> dict[str, Tensor]:
+    """Stack samples.
+
+    Args:
+        samples: Encoded samples.
+        max_length: Tokens of a sample at most.
+        fixed: Whether T is always `max_length`, instead of the longest rounded up.
+
+    Returns:
+        `tokens` and `positions` int64 [B, T], positions counted from 0 in each text; `trained` bool [B, T];
+        `document_lengths` int32 [B, M], zeros after the sample's own texts, the padding's length in the last column.
+    """
+    longest = max(len(sample["tokens"]) for sample in samples)
+    length = max_length if fixed else min(_rounded(longest, TOKEN_STEP), max_length)
+    texts = _rounded(max(len(sample["document_lengths"]) for sample in samples) + 1, TEXT_STEP)
+    tokens = np.zeros((len(samples), length), np.int64)
+    positions = np.zeros((len(samples), length), np.int64)
+    trained = np.zeros((len(samples), length), np.bool_)
+    documents = np.zeros((len(samples), texts), np.int32)
+    for row, sample in enumerate(samples):
+        own, size = sample["document_lengths"], len(sample["tokens"])
+        tokens[row, :size] = sample["tokens"]
+        trained[row, :size] = sample["trained"]
+        documents[row, : len(own)] = own
+        documents[row, -1] = length - size
+        every = [*own.tolist(), length - size]
+        positions[row] = np.concatenate([np.arange(one) for one in every])
+    return {
+        "tokens": torch.from_numpy(tokens),
+        "positions": torch.from_numpy(positions),
+        "trained": torch.from_numpy(trained),
+        "document_lengths": torch.from_numpy(documents),
+    }
+
+
+def _rounded(number: int, step: int) -> int:
+    return -(-number // step) * step

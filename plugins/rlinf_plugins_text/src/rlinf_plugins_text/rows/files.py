@@ -1,0 +1,207 @@
+"""Rows of text files and hub datasets, each with the place it comes from. Imports no torch, and `datasets` late."""
+
+from __future__ import annotations
+
+import csv
+import glob
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlinf_core import UserError
+from rlinf_core.hub import local_path, parse_hub_id
+from rlinf_core.untrusted import parse_json
+from rlinf_plugins_text.rows.dataset import TextDatasetConfig
+
+TextRow = tuple[str, dict[str, Any]]
+"""Where a row stands, for messages, and the row."""
+
+
+def read_rows(config: TextDatasetConfig, *, held_out: bool = False) -> Iterator[TextRow]:
+    """All rows of a dataset, in the order of its files.
+
+    Args:
+        config: Which dataset.
+        held_out: Those of `validation_files` or `validation_split`, which are not among the others.
+
+    Raises:
+        UserError: A file is missing or cannot be read; it is named with the line.
+    """
+    path = local_path(config.repo_id, "data.repo_id")
+    if path is None:
+        yield from _from_hub(config, config.validation_split if held_out else config.split)
+        return
+    wrong = [name for name in ("subset", "validation_split", "revision") if getattr(config, name)]
+    if wrong := wrong + ["split"] * (config.split != "train"):
+        raise UserError(f"data.{wrong[0]} is for datasets on the hub, but {path} is a file or folder: leave it out")
+    files = _held_out_files(config, path) if held_out else text_files(config)
+    for file in files:
+        try:
+            yield from READERS[file.suffix.lower()](file)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file} is no UTF-8 text: {error}") from error
+
+
+def text_files(config: TextDatasetConfig) -> list[Path]:
+    """The local files of a dataset without those held out; none for one on the hub."""
+    path = local_path(config.repo_id, "data.repo_id")
+    if path is None:
+        return []
+    found = _in_folder(path, config.files, "data.files") if path.is_dir() else [path]
+    if path.is_file() and config.files:
+        raise UserError(f"data.files: data.repo_id = {config.repo_id} is a file already; leave one of them out")
+    if path.suffix.lower() not in READERS and path.is_file():
+        raise UserError(f"data.repo_id: {path} is none of {', '.join(READERS)}")
+    held_out = set(_held_out_files(config, path)) if config.validation_files else set()
+    files = [file for file in found if file not in held_out]
+    if not files:
+        raise UserError(f"data.repo_id: {path} holds no file to train on ({', '.join(READERS)})")
+    return files
+
+
+def all_files(config: TextDatasetConfig) -> list[Path]:
+    """The local files of a dataset, those held out at the end."""
+    path = local_path(config.repo_id, "data.repo_id")
+    return [] if path is None else text_files(config) + _held_out_files(config, path)
+
+
+def _held_out_files(config: TextDatasetConfig, path: Path) -> list[Path]:
+    patterns = config.validation_files
+    beside = [Path(one).expanduser() for one in patterns if Path(one).expanduser().is_file()]
+    inside = tuple(one for one in patterns if not Path(one).expanduser().is_file())
+    if inside and not path.is_dir():
+        raise UserError(f"data.validation_files: there is no file {inside[0]} (here: {Path.cwd()})")
+    return beside + (_in_folder(path, inside, "data.validation_files") if inside else [])
+
+
+def _in_folder(folder: Path, patterns: Sequence[str], setting: str) -> list[Path]:
+    found: dict[Path, None] = {}
+    for pattern in patterns or ("**/*",):
+        matches = [folder / one for one in sorted(glob.glob(pattern, root_dir=folder, recursive=True))]
+        readable = [one for one in matches if one.is_file() and one.suffix.lower() in READERS]
+        if patterns and not readable:
+            raise UserError(f"{setting}: nothing in {folder} that can be read matches {pattern!r}")
+        found |= dict.fromkeys(readable)
+    return list(found)
+
+
+def _from_jsonl(path: Path) -> Iterator[TextRow]:
+    with _opened(path) as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield f"{path}, line {number}", _object(line, f"{path}, line {number}")
+
+
+def _from_json(path: Path) -> Iterator[TextRow]:
+    with _opened(path) as file:
+        text = file.read()
+    if not text.lstrip().startswith("["):  # Lines of objects under another name.
+        yield from _from_jsonl(path)
+        return
+    try:
+        rows = parse_json(text)
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON: {error}") from error
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, row {number}: a row must be an object with the data's columns")
+        yield f"{path}, row {number}", row
+
+
+def _from_csv(path: Path) -> Iterator[TextRow]:
+    csv.field_size_limit(2**31 - 1)  # The default refuses texts above 128 kB.
+    with _opened(path, newline="") as file:
+        reader = csv.DictReader(file)
+        for row in reader:
+            where = f"{path}, line {reader.line_num}"
+            if None in row or None in row.values():
+                raise UserError(f"{where}: the line has not as many fields as the head, {', '.join(map(str, row))}")
+            yield where, row
+
+
+def _from_parquet(path: Path) -> Iterator[TextRow]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        file = parquet.ParquetFile(path)
+        number = 0
+        for batch in file.iter_batches():
+            for row in batch.to_pylist():
+                yield f"{path}, row {number}", row
+                number += 1
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def _from_txt(path: Path) -> Iterator[TextRow]:
+    """Paragraphs: texts with an empty line between them."""
+    with _opened(path) as file:
+        text = file.read()
+    for number, paragraph in enumerate(filter(str.strip, text.split("\n\n"))):
+        yield f"{path}, paragraph {number}", {"text": paragraph.strip("\n")}
+
+
+READERS: dict[str, Callable[[Path], Iterator[TextRow]]] = {
+    ".jsonl": _from_jsonl,
+    ".json": _from_json,
+    ".parquet": _from_parquet,
+    ".csv": _from_csv,
+    ".txt": _from_txt,
+}
+"""Suffix -> how a file is read."""
+
+
+def _from_hub(config: TextDatasetConfig, split: str) -> Iterator[TextRow]:
+    for number, row in enumerate(_load_from_hub(config, split)):
+        yield f"{config.repo_id}, {split}, row {number}", row
+
+
+def _load_from_hub(config: TextDatasetConfig, split: str) -> Any:
+    from datasets import load_dataset
+
+    repository, revision = parse_hub_id(config.repo_id)
+    if config.validation_files:
+        raise UserError("data.validation_files is for files; name a split of the hub's dataset: data.validation_split")
+    if config.revision and revision:
+        raise UserError(f"data.repo_id names the revision {revision}, data.revision another: leave one of them out")
+    try:
+        return load_dataset(
+            repository,
+            config.subset or None,
+            split=split,
+            revision=config.revision or revision,
+            data_files=list(config.files) or None,
+        )
+    except (OSError, ValueError, KeyError) as error:  # What `datasets` and the hub's client raise on their own.
+        reason = (str(error).strip() or "-").splitlines()[0]
+        raise UserError(
+            f"data.repo_id: {config.repo_id!r} is no file or folder (here: {Path.cwd()}), and its split {split!r} "
+            f"could not be had from the hub ({type(error).__name__}: {reason}). Check the id, data.subset, data.split "
+            "and the connection, or name a local file or folder"
+        ) from error
+
+
+def _object(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = parse_json(line)
+    except ValueError as error:
+        raise UserError(f"{where} is no JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: a line must be an object with the data's columns, not {type(row).__name__}")
+    return row
+
+
+def _opened(path: Path, newline: str | None = None) -> Any:
+    return path.open(encoding="utf-8-sig", newline=newline)
+
+
+def content_tag(config: TextDatasetConfig) -> list[Any]:
+    """What changes when the rows do: files with sizes and times, or what the hub's dataset was made of."""
+    if not config.repo_id:
+        raise UserError("data.repo_id: name a file, a folder, or a dataset on the hub")
+    if local_path(config.repo_id, "data.repo_id") is not None:
+        files = [(path.resolve(), path.stat()) for path in all_files(config)]
+        return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in files]
+    splits = [config.split, *filter(None, [config.validation_split])]
+    return [_load_from_hub(config, split)._fingerprint for split in splits]

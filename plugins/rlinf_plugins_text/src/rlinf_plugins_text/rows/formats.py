@@ -1,0 +1,114 @@
+"""From a row of the data to text with the parts that are trained: one function a format. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlinf_core import UserError
+from rlinf_plugins_text.rows.chat import ChatTemplate
+from rlinf_plugins_text.rows.dataset import ROLES, TextDatasetConfig
+from rlinf_plugins_text.rows.turns import Message, Span
+
+
+@dataclass(frozen=True)
+class Example:
+    """A text and which characters of it are trained."""
+
+    text: str
+    trained: tuple[Span, ...]
+    whole: bool
+    """A document of its own: the tokens that begin and end a text are added. A chat template brings its own."""
+    prompt: int = 0
+    """Characters of a prompt that is not in a chat template, which is read as it would be alone."""
+
+    def check_unicode(self) -> None:
+        """Raise `UserError` for halves of surrogate pairs, which JSON can hold and no tokenizer reads."""
+        try:
+            self.text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"the text is no Unicode: {error}") from error
+
+
+def to_example(row: Mapping[str, Any], config: TextDatasetConfig, chat: Callable[[], ChatTemplate]) -> Example:
+    """Read a row.
+
+    Args:
+        row: Columns of the data.
+        config: Says which they are.
+        chat: Gives the chat template; asked only for chats.
+
+    Raises:
+        UserError: The row lacks a column, or holds something else than its format says.
+    """
+    if config.format == "text":
+        text = _text(row, config.column("text"))
+        return Example(text, ((0, len(text)),), whole=True)
+    if config.format == "prompt_completion" and not config.as_chat:
+        prompt, completion = (_text(row, config.column(name)) for name in ("prompt", "completion"))
+        text = prompt + completion
+        first = 0 if config.loss_on == "all" else len(prompt)
+        return Example(text, ((first, len(text)),), whole=True, prompt=len(prompt))
+    text, spans = chat().spans(_messages(row, config), _tools(row, config))
+    return Example(text, ((0, len(text)),) if config.loss_on == "all" else tuple(spans), whole=False)
+
+
+def _messages(row: Mapping[str, Any], config: TextDatasetConfig) -> Sequence[Message]:
+    if config.format == "prompt_completion":
+        prompt, completion = (_text(row, config.column(name)) for name in ("prompt", "completion"))
+        return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+    sharegpt = config.format == "sharegpt"
+    column = config.column("conversations" if sharegpt else "messages")
+    said = _value(row, column)
+    if not isinstance(said, Sequence) or isinstance(said, str) or not said:
+        raise UserError(f"{column!r} must be a list of messages with at least one, not {_shown(said)}")
+    return [_message(one, number, config) for number, one in enumerate(said)]
+
+
+def _tools(row: Mapping[str, Any], config: TextDatasetConfig) -> Sequence[Any] | None:
+    """What the assistant may call, beside messages; the chat template writes it as it does in transformers."""
+    tools = row.get("tools") if config.format == "messages" else None
+    if tools and (isinstance(tools, str) or not isinstance(tools, Sequence)):
+        raise UserError(f"'tools' must be a list of what can be called, not {_shown(tools)}")
+    return tools or None
+
+
+def _message(one: Any, number: int, config: TextDatasetConfig) -> Message:
+    """A message as chat templates take it: `role`, `content`, and what else the data have, such as `tool_calls`."""
+    sharegpt = config.format == "sharegpt"
+    role_key, content_key = (config.column(name) for name in (("from", "value") if sharegpt else ("role", "content")))
+    if not isinstance(one, Mapping):
+        raise UserError(f"message {number} must be an object, not {_shown(one)}")
+    roles = dict(config.roles) if not sharegpt else {**ROLES, **config.roles}
+    speaker = _value(one, role_key, f" (message {number})")
+    if not isinstance(speaker, str):
+        raise UserError(f"{role_key!r} of message {number} must be text, not {_shown(speaker)}")
+    if sharegpt and speaker not in roles:
+        raise UserError(
+            f"message {number} is {role_key} {speaker!r}, a speaker without a role: set data.roles "
+            f"(known: {', '.join(roles)})"
+        )
+    content = one.get(content_key) if one.get("tool_calls") else _value(one, content_key, f" (message {number})")
+    if not isinstance(content, str) and not (content is None and one.get("tool_calls")):
+        raise UserError(f"{content_key!r} of message {number} must be text, not {_shown(content)}")
+    rest = {key: value for key, value in one.items() if key not in (role_key, content_key) and value is not None}
+    return {**rest, "role": roles.get(speaker, speaker), "content": content or ""}
+
+
+def _text(row: Mapping[str, Any], column: str) -> str:
+    value = _value(row, column)
+    if not isinstance(value, str):
+        raise UserError(f"{column!r} must be text, not {_shown(value)}")
+    return value
+
+
+def _value(row: Mapping[str, Any], column: str, where: str = "") -> Any:
+    if column not in row:
+        raise UserError(f"no {column!r}{where}; there is: {', '.join(map(str, row)) or 'nothing'} (data.keys renames)")
+    return row[column]
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text[:60]}{'...' * (len(text) > 60)}"

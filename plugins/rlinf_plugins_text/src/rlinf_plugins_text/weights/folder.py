@@ -1,0 +1,103 @@
+"""The folder of a model, local or of the hub: what transformers' `save_pretrained` writes. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rlinf_core import UserError
+from rlinf_core.hub import NotInRepositoryError, Snapshot, full_name, local_path, open_snapshot, parse_hub_id
+from rlinf_core.untrusted import path_inside, read_json
+from rlinf_plugins_text.rows.tokenizer import FILES
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def find_folder(text: str, setting: str) -> Path:
+    """The folder that a setting names; of a model on the hub, with all files but the weights.
+
+    Raises:
+        UserError: There is nothing, or the hub does not have it, does not let one in or does not answer.
+    """
+    path = local_path(text, setting)
+    if path is not None:
+        if not path.is_dir():
+            raise UserError(f"{setting}: {path} is a file; name the folder with {CONFIG} and its neighbours")
+        return path
+    snapshot = _snapshot(text, setting)
+    _fetch(snapshot, (CONFIG, GENERATION, *FILES))
+    return snapshot.folder
+
+
+def find_weights(text: str) -> Path:
+    """The folder that `policy.weights` names, with the weights."""
+    path = local_path(text, "policy.weights")
+    if path is not None:
+        return find_folder(text, "policy.weights")
+    snapshot = _snapshot(text, "policy.weights")
+    _fetch(snapshot, (INDEX,))
+    index = snapshot.folder / INDEX
+    snapshot.fetch(_shards(index) if index.exists() else (SINGLE,))
+    weight_files(snapshot.folder, text)
+    return snapshot.folder
+
+
+def weight_files(folder: Path, name: str) -> list[Path]:
+    """The safetensors files of a folder; none for a model on the hub whose weights are not here yet.
+
+    Raises:
+        UserError: A local folder holds none, or lacks some.
+    """
+    on_hub = local_path(name, "policy.weights") is None
+    names = _shards(folder / INDEX) if (folder / INDEX).exists() else [SINGLE]
+    missing = [one for one in names if not (folder / one).exists()]
+    if missing and on_hub:
+        return []
+    if missing:
+        raise UserError(
+            f"policy.weights: {folder} lacks {', '.join(missing)}. Weights in another form than safetensors are "
+            "written anew by AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(OTHER_FOLDER)"
+        )
+    return [folder / one for one in names]
+
+
+def config_table(folder: Path, setting: str) -> dict[str, Any]:
+    """The `config.json` of a folder."""
+    path = folder / CONFIG
+    try:
+        table = read_json(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{setting}: {path} cannot be read: {error}") from error
+    if not isinstance(table, dict):
+        raise UserError(f"{setting}: {path} holds no table of settings")
+    return table
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        for name in names:
+            path_inside(index.parent, name)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"policy.weights: {index} cannot be read: {type(error).__name__}: {error}") from error
+    if not names:
+        raise UserError(f"policy.weights: {index} names no file of weights")
+    return names
+
+
+def _snapshot(text: str, setting: str) -> Snapshot:
+    repository, revision = parse_hub_id(text)
+    for file in (CONFIG, "tokenizer.json"):  # A repository may hold a tokenizer alone.
+        try:
+            return open_snapshot(repository, revision, "model", setting, file)
+        except NotInRepositoryError:
+            continue
+    raise UserError(f"{setting}: the model {full_name(repository, revision)} on the hub has no {CONFIG}")
+
+
+def _fetch(snapshot: Snapshot, files: Iterable[str]) -> None:
+    """Have files that a model may or may not have; without a network, those in the cache must do."""
+    if snapshot.silence is None:
+        snapshot.fetch(files)

@@ -1,0 +1,145 @@
+"""The `[cluster]` table: on which machines and accelerators a run's processes are started, and by whom.
+
+The keys and their meaning are RLinf's. `rlinf launch` reads them; a run that torchrun starts is held to them
+(`check_world_size`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from rlinf_core.contract.section import Section
+from rlinf_core.errors import UserError
+
+if TYPE_CHECKING:
+    from rlinf_core.contract.run import RunConfig
+
+TORCHRUN = "torchrun"
+"""The launcher that core brings."""
+COMPONENT = "actor"
+"""RLinf's name for the processes that train; supervised fine-tuning has no others."""
+
+
+def parse_ranks(text: str) -> tuple[int, ...] | None:
+    """Accelerator ranks of a placement, ascending; None stands for `"all"`.
+
+    Args:
+        text: RLinf's syntax: `"all"`, or numbers and inclusive ranges with commas between them, `"0,2,5-7"`.
+
+    Raises:
+        ValueError: The text is something else, or names a rank twice.
+    """
+    if text.strip() == "all":
+        return None
+    if ":" in text:
+        raise ValueError(
+            f"{text!r} assigns process ranks (after the colon), which training has no use for: it runs one process on "
+            f"each accelerator. Write {text.partition(':')[0]!r}"
+        )
+    ranks: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if last < first:
+            raise ValueError(f'{text!r} is no placement: write "all", a range "0-3" or a list "0,2,5-7"')
+        ranks += range(first, last + 1)
+    if twice := sorted({rank for rank in ranks if ranks.count(rank) > 1}):
+        raise ValueError(f"{text!r} names {', '.join(map(str, twice))} twice: an accelerator runs one process")
+    return tuple(sorted(ranks))
+
+
+def _read_placement(table: Any) -> Any:
+    """`{"actor": "0-3"}`; keys may be joined with commas and ranks may be numbers, as in RLinf."""
+    if not isinstance(table, Mapping):
+        raise ValueError('must be a table, as { actor = "all" }')
+    placed: dict[str, str] = {}
+    for key, ranks in table.items():
+        for component in (name.strip() for name in str(key).split(",")):
+            if component != COMPONENT:
+                raise ValueError(
+                    f"there is no component {component!r}: supervised fine-tuning runs only {COMPONENT!r} processes"
+                )
+            if component in placed:
+                raise ValueError(f"{component!r} is placed twice")
+            placed[component] = _text(ranks)
+    if not placed:
+        raise ValueError('is empty: write { actor = "all" }')
+    return placed
+
+
+def _text(ranks: Any) -> str:
+    if isinstance(ranks, Mapping):
+        raise ValueError(f'node groups are not supported here: write {{ {COMPONENT} = "0-3" }}')
+    if isinstance(ranks, bool) or not isinstance(ranks, int | str):
+        raise ValueError(f'{ranks!r} is no placement: write "all", a range "0-3" or a list "0,2,5-7"')
+    parse_ranks(str(ranks))
+    return str(ranks).strip()
+
+
+def _check_endpoint(endpoint: str) -> str:
+    host, _, port = endpoint.rpartition(":")
+    if endpoint and not (host and port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+        raise ValueError("must be host:port, as node0:29500")
+    return endpoint
+
+
+class ClusterConfig(Section):
+    """Where a run's processes are started."""
+
+    num_nodes: int = Field(default=1, ge=1)
+    """Machines. With several, the same command is run on each."""
+    component_placement: Annotated[dict[str, str], BeforeValidator(_read_placement)] = {COMPONENT: "all"}
+    """Accelerators to train on: `{ actor = "0-3" }`, ranks counted over the cluster, or `"all"`. One process on each;
+    without accelerators the ranks only say how many processes there are, and `"all"` is one a machine."""
+    launcher: str = Field(default=TORCHRUN, min_length=1)
+    """Who starts the processes of `rlinf launch`: core's `torchrun`, or the name that a plugin answers to."""
+    rdzv_endpoint: Annotated[str, AfterValidator(_check_endpoint)] = ""
+    """`host:port` of one of the machines, where torchrun's processes meet; needed for several machines."""
+    max_restarts: int = Field(default=0, ge=0)
+    """How often the processes are started again after a failure; they continue from the last checkpoint."""
+
+    @model_validator(mode="after")
+    def _nodes_must_meet(self) -> ClusterConfig:
+        if self.launcher == TORCHRUN and self.num_nodes > 1 and not self.rdzv_endpoint:
+            raise ValueError(
+                f"num_nodes = {self.num_nodes} needs rdzv_endpoint: host:port of one of the machines, the same on each"
+            )
+        if (placed := self.ranks) is not None and len(placed) < self.num_nodes:
+            raise ValueError(
+                f"num_nodes = {self.num_nodes}, but component_placement has {len(placed)} processes: give every "
+                "machine at least one"
+            )
+        return self
+
+    @property
+    def ranks(self) -> tuple[int, ...] | None:
+        """Accelerator ranks counted over the cluster, ascending; None: all there are."""
+        return parse_ranks(self.component_placement[COMPONENT])
+
+
+def check_world_size(run: RunConfig, world_size: int) -> None:
+    """Hold a run that somebody else started (torchrun by hand, Slurm) to its `[cluster]` table.
+
+    Args:
+        run: The config.
+        world_size: Processes that take part, over all machines.
+
+    Raises:
+        UserError: Their number is not what the placement says, or cannot be spread over `num_nodes` machines.
+    """
+    cluster = run.cluster
+    placement = f'cluster.component_placement = {{ {COMPONENT} = "{cluster.component_placement[COMPONENT]}" }}'
+    if cluster.ranks is not None and len(cluster.ranks) != world_size:
+        raise UserError(
+            f"{placement} asks for {len(cluster.ranks)} processes, but {world_size} were started: start as many, let "
+            '`rlinf launch` do it, or set the placement to "all"'
+        )
+    if world_size % cluster.num_nodes:
+        raise UserError(
+            f"cluster.num_nodes = {cluster.num_nodes}, but {world_size} processes were started, which is no multiple "
+            "of it: start equally many on each machine, or correct cluster.num_nodes"
+        )

@@ -1,0 +1,88 @@
+"""Looks for damage in the files of a LeRobot dataset: everything at once, where a reader stops at the first.
+
+Three depths: `fast` reads the metadata and all numbers, `ends` also every picture's presence and the first and last
+frame of each episode, `full` decodes every frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from rlinf_core.data.check.findings import Damage, Finding
+from rlinf_core.data.check.numbers import check_data_file, check_metadata, check_missing, check_unlisted
+from rlinf_core.data.check.pictures import check_images, check_video
+from rlinf_core.data.lerobot.info import NUMBERS
+from rlinf_core.data.lerobot.metadata import Metadata
+
+Depth = Literal["fast", "ends", "full"]
+AT_ONCE = 4
+"""Files that are checked at the same time."""
+
+
+def check_files(
+    metadata: Metadata,
+    *,
+    cameras: Sequence[str],
+    vectors: Sequence[str],
+    depth: Depth = "ends",
+    local: bool = True,
+    progress: Callable[[int, int], object] = lambda done, all: None,
+) -> Damage:
+    """Check a dataset's files.
+
+    Args:
+        metadata: Of the dataset, as `read_metadata` gives them.
+        cameras: Columns of pictures to look at.
+        vectors: Columns of numbers to look at, besides the index columns.
+        depth: How much is read and decoded.
+        local: Whether all of the dataset lies here, so that other files in its folder are strangers.
+        progress: Called with the files that are done and all of them.
+    """
+    damage = Damage()
+    damage.add(check_metadata(metadata))
+    damage.add(check_missing(metadata, metadata.files(cameras)))
+    if local:
+        damage.add(check_unlisted(metadata))
+    tasks = _tasks(metadata, cameras, vectors, depth)
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        try:
+            for done, found in enumerate(pool.map(lambda task: list(task()), tasks), 1):
+                damage.add(found)
+                progress(done, len(tasks))
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return damage
+
+
+def number_columns(metadata: Metadata) -> list[str]:
+    """The columns of numbers that are no index columns."""
+    names = [name for name, feature in metadata.features.items() if feature["dtype"].startswith(NUMBERS)]
+    return [name for name in names if name not in ("index", "episode_index", "frame_index", "timestamp", "task_index")]
+
+
+def _tasks(
+    metadata: Metadata, cameras: Sequence[str], vectors: Sequence[str], depth: Depth
+) -> list[Callable[[], Iterable[Finding]]]:
+    """One call a file and kind of content."""
+    order = np.argsort(metadata.data_file, kind="stable")
+    stops = np.cumsum(np.bincount(metadata.data_file, minlength=len(metadata.data_files)))
+    files = list(zip(metadata.data_files, np.split(order, stops[:-1]), strict=True))
+    tasks: list[Callable[[], Iterable[Finding]]] = [partial(check_data_file, metadata, *one, vectors) for one in files]
+    if depth == "fast":
+        return tasks
+    full = depth == "full"
+    images = [name for name in cameras if metadata.features[name]["dtype"] == "image"]
+    if images:
+        tasks += [partial(check_images, metadata, images, *one, full=full) for one in files]
+    for camera in cameras:
+        held: dict[Path, list[int]] = {}
+        for i, path in enumerate(metadata.video_files.get(camera, ())):
+            held.setdefault(path, []).append(i)
+        tasks += [partial(check_video, metadata, camera, *one, full=full) for one in held.items()]
+    return tasks

@@ -1,0 +1,229 @@
+"""What can be wrong with the metadata and the numbers of a LeRobot dataset; see `data.check`.
+
+Every function goes on where it can: a reader refuses a dataset at the first damage, these tell all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from rlinf_core.data.check.findings import Finding
+from rlinf_core.data.lerobot.columns import INDEX_COLUMNS, check_numeric, vectors_of, width_of
+from rlinf_core.data.lerobot.files import INFO
+from rlinf_core.data.lerobot.metadata import Metadata
+from rlinf_core.errors import UserError
+
+Numbers = dict[str, NDArray[np.float64]]
+"""Index column -> [rows of a file]; exact to 2^53."""
+
+
+def check_metadata(metadata: Metadata) -> Iterator[Finding]:
+    """Counts, lengths and statistics."""
+    listed = "meta/episodes" if metadata.version == "v3.0" else "meta/episodes.jsonl"
+    numbers, count = np.unique(metadata.episodes, return_counts=True)
+    for episode in numbers[count > 1].tolist():
+        yield Finding("wrong_count", "the episode is listed more than once", listed, episode)
+    if len(numbers) != metadata.total_episodes:
+        what = f"{INFO} counts {metadata.total_episodes} episodes, {listed} lists {len(numbers)}"
+        yield Finding("wrong_count", what, INFO)
+    if metadata.lengths.sum() != metadata.frames:
+        what = f"{INFO} counts {metadata.frames} frames, the episodes of {listed} have {metadata.lengths.sum()}"
+        yield Finding("wrong_count", what, INFO)
+    expected = np.cumsum(metadata.lengths) - metadata.lengths
+    for i in np.flatnonzero(metadata.starts != expected)[:1].tolist():
+        what = f"by the lengths before it the episode starts at row {expected[i]}, not at {metadata.starts[i]}"
+        yield Finding("wrong_index", what, listed, int(metadata.episodes[i]))
+    for episode in metadata.episodes[metadata.lengths <= 0].tolist():
+        yield Finding("empty_episode", "the episode has no frames", listed, episode)
+    for camera in metadata.video_files:
+        for before, i in metadata.overlapping(camera):
+            what = f"frames of its video of {camera!r} are those of episode {metadata.episodes[before]} too"
+            yield Finding("wrong_timestamp", what, listed, int(metadata.episodes[i]))
+    stats = metadata.root / "meta" / ("episodes_stats.jsonl" if metadata.version == "v2.1" else "stats.json")
+    if not stats.is_file():
+        what = "is not there: lerobot needs it, rlinf computes statistics of its own"
+        yield Finding("no_statistics", what, f"meta/{stats.name}")
+
+
+def check_unlisted(metadata: Metadata) -> Iterator[Finding]:
+    """Files beside those that the metadata name."""
+    known = {*metadata.files(metadata.video_files)}
+    for folder, pattern in (("data", "*.parquet"), ("videos", "*.mp4")):
+        for path in sorted({*(metadata.root / folder).rglob(pattern)} - known):
+            yield Finding("unlisted_file", "no episode in meta/ names this file", _name(metadata, path))
+
+
+def check_missing(metadata: Metadata, paths: Sequence[Path]) -> Iterator[Finding]:
+    """Data and video files that are not there."""
+    missing = [path for path in paths if not path.is_file()]
+    held: dict[Path, list[int]] = {path: [] for path in missing}
+    files = (tuple(metadata.data_files[i] for i in metadata.data_file), *metadata.video_files.values())
+    for path_of in files if missing else ():
+        for episode, path in zip(metadata.episodes.tolist(), path_of, strict=True):
+            if path in held:
+                held[path].append(episode)
+    for path, episodes in held.items():
+        what = "the link leads nowhere" if path.is_symlink() else "the file is not there"
+        yield Finding("missing_file", what + _holding(episodes), _name(metadata, path))
+
+
+def check_data_file(metadata: Metadata, path: Path, held: NDArray[np.int64], vectors: Sequence[str]) -> list[Finding]:
+    """Rows of one data file: counts, indices, timestamps, tasks, and the numbers of some columns.
+
+    Args:
+        metadata: Of the dataset.
+        path: The file.
+        held: Places among the episodes of those that it should hold.
+        vectors: Columns besides the index columns.
+    """
+    if not path.is_file():
+        return []
+    name = _name(metadata, path)
+    wanted = [*INDEX_COLUMNS, *vectors]
+    try:
+        with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            there = [column for column in wanted if names.count(column) == 1]
+            table = file.read(columns=there, use_threads=False)
+    except (OSError, pa.ArrowException) as error:
+        return [Finding("unreadable_file", _line(error) + _holding(metadata.episodes[held].tolist()), name)]
+    found = [
+        Finding("missing_column", f"has {'two columns' if one in names else 'no column'} {one!r}", name)
+        for one in wanted
+        if one not in there
+    ]
+    indices: Numbers = {}
+    for column in INDEX_COLUMNS:
+        if column in there:
+            try:
+                indices[column] = _numbers(table[column])
+            except (UserError, ValueError, pa.ArrowException) as error:
+                found.append(Finding("wrong_shape", f"{column!r} is no column of numbers: {_line(error)}", name))
+    if "episode_index" in indices:
+        found += _check_counts(metadata, held, name, indices["episode_index"])
+        found += _check_indices(metadata, held, name, indices)
+        for column in vectors:
+            if column in there:
+                found += _check_vectors(metadata, name, column, table[column], indices["episode_index"])
+    return found
+
+
+def _check_counts(
+    metadata: Metadata, held: NDArray[np.int64], name: str, episode: NDArray[np.float64]
+) -> Iterator[Finding]:
+    """Whether each episode of the file has the rows that it should."""
+    lengths = dict(zip(metadata.episodes[held].tolist(), metadata.lengths[held].tolist(), strict=True))
+    there = dict(zip(*(part.tolist() for part in np.unique(episode, return_counts=True)), strict=True))
+    for one, length in lengths.items():
+        if there.get(one, 0) != length:
+            yield Finding(
+                "wrong_count", f"has {there.get(one, 0)} rows of the episode, meta/ counts {length}", name, one
+            )
+    for one in there.keys() - lengths.keys():
+        what = f"has {there[one]} rows with an episode_index that meta/ does not place in this file"
+        yield Finding("wrong_index", what, name, int(one))
+
+
+def _check_indices(metadata: Metadata, held: NDArray[np.int64], name: str, indices: Numbers) -> Iterator[Finding]:
+    """One finding a column and episode, at the first frame that is off."""
+    episode = indices["episode_index"]
+    first = np.flatnonzero(np.diff(episode, prepend=np.nan) != 0)  # Where an episode's rows begin.
+    begins = np.repeat(first, np.diff(first, append=len(episode)))
+    place: NDArray[np.float64] = (np.arange(len(episode)) - begins).astype(np.float64)
+    frame = indices.get("frame_index", place)
+    for at in _first_of_each(frame != place, episode):
+        what = f"frame_index is {frame[at]:g}: a frame is missing, doubled or out of order"
+        yield Finding("wrong_index", what, name, int(episode[at]), int(place[at]))
+    if "index" in indices:
+        start = int(metadata.starts[held].min()) if len(held) else 0
+        for at in np.flatnonzero(indices["index"] != start + np.arange(len(episode)))[:1].tolist():
+            what = f"index is {indices['index'][at]:g}, and the dataset's row {start + at} lies here"
+            yield Finding("wrong_index", what, name, int(episode[at]), int(place[at]))
+    if "timestamp" in indices:
+        yield from _check_times(metadata, name, indices["timestamp"], frame, episode, place)
+    if "task_index" in indices:
+        task = indices["task_index"]
+        for at in _first_of_each(~np.isin(task, list(metadata.task_texts)), episode):
+            what = f"has the task {task[at]:g}, which meta/ does not list"
+            yield Finding("unknown_task", what, name, int(episode[at]), int(place[at]))
+
+
+def _check_times(
+    metadata: Metadata,
+    name: str,
+    time: NDArray[np.float64],
+    frame: NDArray[np.float64],
+    episode: NDArray[np.float64],
+    place: NDArray[np.float64],
+) -> Iterator[Finding]:
+    """Times are frame / fps, up to a tenth of a frame and float32's rounding, which grows with the time."""
+    expected = frame / metadata.fps
+    slack = 0.1 / metadata.fps + 1e-6 * expected
+    back = np.diff(time, prepend=np.inf) <= 0
+    back[place == 0] = False
+    # A frame_index that is off is another finding: a time that fits the frame's place is right.
+    off = ~((np.abs(time - expected) <= slack) | (np.abs(time - place / metadata.fps) <= slack))
+    for at in _first_of_each(back | off, episode):
+        what = f"timestamp is {time[at]:.4f} s where frame / fps is {expected[at]:.4f} s"
+        if back[at]:
+            what += f", not after the one before it, {time[at - 1]:.4f} s"
+        yield Finding("wrong_timestamp", what, name, int(episode[at]), int(place[at]))
+
+
+def _check_vectors(
+    metadata: Metadata, name: str, column: str, values: pa.ChunkedArray, episode: NDArray[np.float64]
+) -> Iterator[Finding]:
+    """The form of a column, and one finding an episode with numbers that are none."""
+    try:
+        numbers = vectors_of(values, width_of(metadata.features[column]), repr(column))
+    except (UserError, ValueError, pa.ArrowException) as error:
+        yield Finding("wrong_shape", _line(error), name)
+        return
+    wrong: NDArray[np.bool_] = ~np.asarray(np.isfinite(numbers).all(axis=1))
+    first = np.flatnonzero(np.diff(episode, prepend=np.nan) != 0)
+    for at in _first_of_each(wrong, episode):
+        count = int(wrong[episode == episode[at]].sum())
+        what = f"{column!r} holds NaN or infinity in {count} frame{'s' * (count > 1)} of the episode"
+        frame = at - int(first[np.searchsorted(first, at, side="right") - 1])
+        yield Finding("not_finite", what, name, int(episode[at]), frame)
+
+
+def _first_of_each(flags: NDArray[np.bool_], episode: NDArray[np.float64]) -> list[int]:
+    """The first flagged row of each episode."""
+    rows = np.flatnonzero(flags)
+    first: list[int] = rows[np.unique(episode[rows], return_index=True)[1]].tolist()
+    return first
+
+
+def _numbers(column: pa.ChunkedArray) -> NDArray[np.float64]:
+    if column.null_count:
+        raise UserError("it has empty places")
+    if pa.types.is_nested(column.type):
+        return vectors_of(column, 1, "a row").reshape(-1).astype(np.float64)
+    check_numeric(column.type, "it")
+    numbers: NDArray[np.float64] = column.to_numpy().astype(np.float64)
+    if not np.isfinite(numbers).all():
+        raise UserError("it holds NaN or infinity")
+    return numbers
+
+
+def _holding(episodes: Sequence[int]) -> str:
+    """`"; it should hold episodes 3 to 7"`."""
+    if not episodes:
+        return ""
+    few = f"episode {episodes[0]}" if len(episodes) == 1 else f"episodes {min(episodes)} to {max(episodes)}"
+    return f"; it should hold {few}"
+
+
+def _name(metadata: Metadata, path: Path) -> str:
+    return path.relative_to(metadata.root).as_posix()
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,1 @@
+"""Frames decoded once by `rlinf cache`, and read from there."""

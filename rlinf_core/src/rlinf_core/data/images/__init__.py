@@ -1,0 +1,1 @@
+"""Frames of videos, and images in files and parquet columns."""

@@ -1,0 +1,216 @@
+"""The number columns of a whole LeRobot dataset as arrays, refused with file, episode and frame where they are damaged.
+
+Files are read a few at a time: formats v2.x have one an episode, tens of thousands in the largest datasets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from rlinf_core.data.lerobot.files import read_parquet
+from rlinf_core.data.lerobot.metadata import AGAIN, Metadata
+from rlinf_core.data.lerobot.shared_memory import Columns, find_shared, share
+from rlinf_core.errors import UserError
+
+INDEX_COLUMNS = ("index", "episode_index", "frame_index", "timestamp", "task_index")
+READERS = 8
+"""Files that are read at the same time."""
+
+
+_in_use: WeakValueDictionary[object, Columns] = WeakValueDictionary()
+"""Those that some source of this process holds, by the state of their files."""
+
+
+def read_columns(metadata: Metadata, names: Sequence[str]) -> tuple[Columns, NDArray[np.int64]]:
+    """Columns of all data files, contiguous, and where each file ends. Files are read once for all splits.
+
+    Args:
+        metadata: Of the dataset.
+        names: `INDEX_COLUMNS`, and columns of vectors.
+
+    Returns:
+        Index columns [N] and vectors float32 [N, D]; [data files], the position after the last frame of each.
+
+    Raises:
+        UserError: A file cannot be read or has other frames than the metadata say, or a vector is not as wide as they
+            say.
+    """
+    # Where each file ends follows from the metadata, which the files are held to.
+    stops = np.cumsum(np.bincount(metadata.data_file, metadata.lengths, len(metadata.data_files)).astype(np.int64))
+    state = _state(metadata, names)
+    columns = _in_use.get(state) if state else None
+    if columns is None and state:
+        columns = _in_use[state] = find_shared(state) or share(_read_files(metadata, names), state)
+    elif columns is None:
+        columns = _read_files(metadata, names)  # Raises, and says which file is missing.
+    return columns, stops
+
+
+def _state(metadata: Metadata, names: Sequence[str]) -> object:
+    """What the result depends on; None where a file is missing."""
+    try:
+        statuses = [path.stat() for path in metadata.data_files]
+    except OSError:
+        return None
+    files = tuple((status.st_ino, status.st_size, status.st_mtime_ns) for status in statuses)
+    described = (metadata.root.resolve(), metadata.frames, metadata.lengths.tobytes(), metadata.episodes.tobytes())
+    widths = tuple(width_of(metadata.features.get(name, {})) for name in names)
+    return (*described, tuple(metadata.task_texts), tuple(names), widths, files)
+
+
+def _read_files(metadata: Metadata, names: Sequence[str]) -> Columns:
+    vectors = {name: width_of(metadata.features[name]) for name in names if name not in INDEX_COLUMNS}
+
+    def read(path: Path) -> dict[str, NDArray[Any]]:
+        table = read_parquet(path, list(names))
+        return {
+            name: vectors_of(table[name], vectors[name], f"{path}: {name!r}")
+            if name in vectors
+            else _numbers_of(table[name], f"{path}: {name!r}")
+            for name in names
+        }
+
+    with ThreadPoolExecutor(READERS) as pool:
+        try:
+            files = list(pool.map(read, metadata.data_files))
+        finally:
+            pool.shutdown(cancel_futures=True)
+    lengths = np.array([len(file["index"]) for file in files], np.int64)
+    columns = Columns((name, np.concatenate([file[name] for file in files])) for name in names)
+    _check_frames(metadata, lengths, columns)
+    return columns
+
+
+def width_of(feature: Mapping[str, Any]) -> int:
+    """How many numbers a row of a column holds."""
+    return int(np.prod(feature.get("shape") or (1,)))
+
+
+def picture_size(feature: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Height and width of a column's pictures, channels written last or first; None if the metadata do not tell."""
+    shape = list(feature.get("shape") or ())
+    if len(shape) != 3 or not all(isinstance(n, int) for n in shape):
+        return None
+    channels = (1, 3, 4)  # Grey, RGB, RGB with transparency.
+    if shape[-1] in channels:
+        return shape[0], shape[1]
+    return (shape[1], shape[2]) if shape[0] in channels else None
+
+
+def vectors_of(column: pa.ChunkedArray, width: int, what: str) -> NDArray[np.float32]:
+    """A column of numbers or of equally long lists -> float32 [rows, width]; `what` begins error messages.
+
+    Raises:
+        UserError: A row has no value, or another number of numbers.
+    """
+    array = flat = column.combine_chunks()
+    while pa.types.is_list(flat.type) or pa.types.is_large_list(flat.type) or pa.types.is_fixed_size_list(flat.type):
+        if flat.null_count:
+            raise UserError(f"{what} has no value in row {_first(pc.is_null(flat))}: {AGAIN}")
+        if flat is array and len(array) and pc.list_value_length(array).unique().to_pylist() != [width]:
+            wrong = np.asarray(pc.list_value_length(array)) != width
+            if not pa.types.is_nested(flat.type.value_type):
+                raise UserError(
+                    f"{what} holds {pc.list_value_length(array)[int(wrong.argmax())]} numbers in row "
+                    f"{int(wrong.argmax())}, and meta/info.json says {width}: correct the one that is wrong"
+                )
+        flat = flat.flatten()
+    if flat.null_count:
+        raise UserError(f"{what} has no value in row {_first(pc.is_null(flat)) // max(width, 1)}: {AGAIN}")
+    check_numeric(flat.type, what)
+    numbers: NDArray[np.float32] = flat.to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
+    if len(numbers) != len(array) * width:
+        raise UserError(
+            f"{what} holds {len(numbers)} numbers in {len(array)} rows, and meta/info.json says {width} each"
+        )
+    return numbers.reshape(len(array), width)
+
+
+def _numbers_of(column: pa.ChunkedArray, what: str) -> NDArray[Any]:
+    """An index column -> [rows]; some writers make lists of one."""
+    if pa.types.is_nested(column.type):
+        return vectors_of(column, 1, what).reshape(-1)
+    if column.null_count:
+        raise UserError(f"{what} has no value in row {_first(pc.is_null(column))}: {AGAIN}")
+    check_numeric(column.type, what)
+    numbers: NDArray[Any] = column.to_numpy()
+    return numbers
+
+
+def check_numeric(kind: pa.DataType, what: str) -> None:
+    """Raise `UserError`, which begins with `what`, for a type of values that are no numbers."""
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
+        raise UserError(f"{what} holds {kind}, no numbers: {AGAIN}")
+
+
+def _first(flags: pa.Array | pa.ChunkedArray) -> int:
+    return int(np.asarray(flags).argmax())
+
+
+def _check_frames(metadata: Metadata, lengths: NDArray[np.int64], columns: dict[str, NDArray[Any]]) -> None:
+    """Raise `UserError` unless the files hold the frames that the metadata list, in their order."""
+    root, hint = metadata.root, f"`rlinf check-dataset {metadata.name}` tells more"
+    expected = np.bincount(metadata.data_file, metadata.lengths, len(lengths)).astype(np.int64)
+    for file in np.flatnonzero(lengths != expected)[:1].tolist():
+        raise UserError(
+            f"{metadata.data_files[file]} has {lengths[file]} rows, and the episodes that meta/ says it holds have "
+            f"{expected[file]} frames: {AGAIN} ({hint})"
+        )
+    if not np.array_equal(metadata.starts, np.cumsum(metadata.lengths) - metadata.lengths):
+        raise UserError(f"{root}: by meta/episodes, frames are in no episode or in several: {AGAIN} ({hint})")
+    if len(columns["index"]) != metadata.frames:
+        raise UserError(
+            f"{root}: the data files have {len(columns['index'])} rows, and meta/info.json counts {metadata.frames} "
+            f"frames: {AGAIN} ({hint})"
+        )
+    named = {"index": np.arange(metadata.frames), "episode_index": np.repeat(metadata.episodes, metadata.lengths)}
+    for name, numbers in named.items():
+        for row in np.flatnonzero(columns[name] != numbers)[:1].tolist():
+            raise UserError(
+                f"{frame_at(metadata, row)}, has {name} {columns[name][row]} where {numbers[row]} belongs: {AGAIN} "
+                f"({hint})"
+            )
+    unknown = ~np.isin(columns["task_index"], list(metadata.task_texts))
+    for row in np.flatnonzero(unknown)[:1].tolist():
+        file = "tasks.parquet" if metadata.version == "v3.0" else "tasks.jsonl"
+        raise UserError(
+            f"{frame_at(metadata, row)}, has the task {columns['task_index'][row]}, which meta/{file} does not list: "
+            f"{AGAIN} ({hint})"
+        )
+
+
+def check_finite(metadata: Metadata, columns: Mapping[str, NDArray[Any]], used: NDArray[np.bool_]) -> None:
+    """Raise `UserError` for NaN or infinity: no policy learns from them, and one spoils the statistics of all.
+
+    Args:
+        metadata: Of the dataset.
+        columns: As `read_columns` returns them.
+        used: [N], the frames that matter: episodes that are left out may hold anything.
+    """
+    for name in columns.keys() - set(INDEX_COLUMNS):
+        rows = np.flatnonzero(used & ~np.isfinite(columns[name]).all(axis=1))
+        if not len(rows):
+            continue
+        episodes = np.unique(columns["episode_index"][rows]).tolist()
+        named = ", ".join(map(str, episodes[:10])) + ", ..." * (len(episodes) > 10)
+        raise UserError(
+            f"{name!r} holds NaN or infinity in {len(rows)} frames of {len(episodes)} episodes ({named}), first in "
+            f"{frame_at(metadata, int(rows[0]))}: mend these frames, or leave the episodes out with "
+            f"data.exclude_episodes; `rlinf check-dataset {metadata.name}` lists them"
+        )
+
+
+def frame_at(metadata: Metadata, row: int) -> str:
+    """Where the frame at a position among all frames is: file, episode and frame, for messages."""
+    episode = int(np.searchsorted(metadata.stops, row, side="right"))
+    path = metadata.data_files[metadata.data_file[episode]]
+    return f"{path}, episode {metadata.episodes[episode]}, frame {row - metadata.starts[episode]}"

@@ -1,0 +1,258 @@
+"""What the metadata of a LeRobot dataset say: columns, tasks, episodes, and which files hold them.
+
+One `Metadata` serves formats v2.0, v2.1 and v3.0. In v3.0 (`meta/tasks.parquet`, `meta/episodes/**.parquet`) many
+episodes share a data file and a video file, so that an episode knows its file and the time in it at which it starts; in
+v2.x (`meta/tasks.jsonl`, `meta/episodes.jsonl`) each has files of its own, named by its number.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from itertools import chain, compress, pairwise
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from rlinf_core.data.lerobot.files import INFO, read_json_lines, read_parquet
+from rlinf_core.data.lerobot.info import Info, load_info
+from rlinf_core.errors import UserError
+
+MOST = 2**40
+"""No dataset has more frames, or episodes."""
+AGAIN = "the dataset is incomplete; download or write it again"
+
+
+@dataclass(frozen=True, eq=False)
+class Metadata:
+    """The metadata of a dataset that lies in a local folder. Arrays are [episodes] unless said otherwise."""
+
+    name: str
+    """What the user calls it: `data.repo_id`."""
+    root: Path
+    version: str
+    """The format: one of `VERSIONS`."""
+    fps: float
+    features: dict[str, dict[str, Any]]
+    """Column -> `dtype` (`"video"`, `"image"` or a number's) and `shape`."""
+    total_episodes: int
+    """Number of episodes, as `meta/info.json` has it."""
+    frames: int
+    """Number of frames of all episodes, as `meta/info.json` has it."""
+    task_texts: dict[int, str]
+    """`task_index` -> what the robot is told to do."""
+    episodes: NDArray[np.int64]
+    """Episode numbers, ascending."""
+    starts: NDArray[np.int64]
+    """Position of the first frame among all frames."""
+    stops: NDArray[np.int64]
+    """Position after the last frame."""
+    data_files: tuple[Path, ...]
+    """Parquet files in the order of their frames; together they hold all frames."""
+    data_file: NDArray[np.int64]
+    """Which of `data_files` holds the episode."""
+    video_files: dict[str, tuple[Path, ...]]
+    """Video column -> the file of each episode."""
+    video_starts: dict[str, NDArray[np.float64]]
+    """Video column -> seconds into its file at which each episode starts."""
+
+    def feature(self, column: str, key: str) -> dict[str, Any]:
+        """The feature `column`, which the config's `key` names; `UserError` listing near names if it is missing."""
+        if column in self.features:
+            return self.features[column]
+        raise UserError(
+            f"{key} names {column!r}, which {self.name} does not have; its columns are "
+            f"{nearest_first(column, self.features)}"
+        )
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Frames of each episode."""
+        lengths: NDArray[np.int64] = self.stops - self.starts
+        return lengths
+
+    def columns_of(self, dtype: str) -> list[str]:
+        """Columns of a kind: `"video"` or `"image"`."""
+        return [name for name, feature in self.features.items() if feature["dtype"] == dtype]
+
+    def videos(self, cameras: Iterable[str], episodes: Collection[int] | None = None) -> list[Path]:
+        """The video files of some cameras, of some episodes or (None) all."""
+        used = [episodes is None or episode in episodes for episode in self.episodes.tolist()]
+        named = (compress(self.video_files.get(name, ()), used) for name in dict.fromkeys(cameras))
+        return list(dict.fromkeys(chain.from_iterable(named)))
+
+    def overlapping(self, camera: str, episodes: Collection[int] | None = None) -> list[tuple[int, int]]:
+        """Places of two episodes each that claim the same frames of a video, among some episodes or (None) all."""
+        starts, files = self.video_starts[camera], dict[Path, list[int]]()
+        for i in np.argsort(starts, kind="stable").tolist():
+            if self.lengths[i] > 0 and (episodes is None or int(self.episodes[i]) in episodes):
+                files.setdefault(self.video_files[camera][i], []).append(i)
+        ends = starts + (self.lengths - 0.5) / self.fps
+        pairs = chain.from_iterable(map(pairwise, files.values()))
+        return [(before, after) for before, after in pairs if starts[after] < ends[before]]
+
+    def files(self, cameras: Iterable[str]) -> list[Path]:
+        """The data files, and the video files of some cameras."""
+        return [*self.data_files, *self.videos(cameras)]
+
+
+def nearest_first(name: str, candidates: Iterable[str]) -> str:
+    """The candidates as one readable list, those that look like `name` in front."""
+    names = list(candidates)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+    return ", ".join([*near, *(other for other in names if other not in near)])
+
+
+def load_metadata(name: str, root: Path) -> Metadata:
+    """Read the metadata of the dataset in `root`, and refuse such as list other episodes than they count.
+
+    Args:
+        name: What the user calls it.
+        root: Its folder.
+
+    Raises:
+        UserError: A file is missing or damaged, or the format is not one of `VERSIONS`.
+    """
+    metadata = read_metadata(name, root)
+    rows, different = len(metadata.episodes), len(np.unique(metadata.episodes))
+    if rows != metadata.total_episodes or rows != different:
+        raise UserError(
+            f"{root}: {INFO} counts {metadata.total_episodes} episodes, meta/episodes lists {different}"
+            + f" in {rows} rows" * (rows != different)
+            + f": {AGAIN}"
+        )
+    return metadata
+
+
+def read_metadata(name: str, root: Path) -> Metadata:
+    """Like `load_metadata`, for a dataset that may be incomplete."""
+    info = load_info(name, root)
+    if info.codebase_version == "v3.0":
+        episodes, tasks = _episodes_v3(root, info), _tasks_v3(root)
+    else:
+        episodes, tasks = _episodes_v2(root, info), _tasks_v2(root)
+    if not len(episodes["episodes"]):
+        raise UserError(f"{root}: meta/ lists no episode: {AGAIN}")
+    return Metadata(
+        name=name,
+        root=root,
+        version=info.codebase_version,
+        fps=info.fps,
+        features=info.features,
+        total_episodes=info.total_episodes,
+        frames=info.total_frames,
+        task_texts=tasks,
+        **episodes,
+    )
+
+
+def _episodes_v3(root: Path, info: Info) -> dict[str, Any]:
+    """Fields of `Metadata`. The statistics that lie beside them are many times larger and stay unread."""
+    wanted = ["episode_index", "dataset_from_index", "dataset_to_index", "data/chunk_index", "data/file_index"]
+    for key in info.videos:
+        wanted += [f"videos/{key}/{part}" for part in ("chunk_index", "file_index", "from_timestamp")]
+    paths = sorted((root / "meta" / "episodes").glob("*/*.parquet"))
+    if not paths:
+        raise UserError(f"{root} has no meta/episodes/*/*.parquet: {AGAIN}")
+    table = pa.concat_tables([read_parquet(path, wanted) for path in paths]).sort_by("episode_index")
+    column = {key: _numbers(root, table, key) for key in table.column_names}
+    places = np.stack([column["data/chunk_index"], column["data/file_index"]], axis=1)
+    files, data_file = np.unique(places, axis=0, return_inverse=True)
+
+    def videos(key: str) -> tuple[Path, ...]:
+        places = zip(column[f"videos/{key}/chunk_index"], column[f"videos/{key}/file_index"], strict=True)
+        return tuple(
+            info.file(root, info.video_path, video_key=key, chunk_index=chunk, file_index=file)
+            for chunk, file in places
+        )
+
+    return {
+        "episodes": column["episode_index"],
+        "starts": column["dataset_from_index"],
+        "stops": column["dataset_to_index"],
+        "data_files": tuple(
+            info.file(root, info.data_path, chunk_index=chunk, file_index=file) for chunk, file in files
+        ),
+        "data_file": data_file.reshape(-1),
+        "video_files": {key: videos(key) for key in info.videos},
+        "video_starts": {key: column[f"videos/{key}/from_timestamp"] for key in info.videos},
+    }
+
+
+def _numbers(root: Path, table: pa.Table, key: str) -> NDArray[Any]:
+    kind = pa.float64() if key.endswith("timestamp") else pa.int64()
+    try:
+        numbers: NDArray[Any] = table[key].cast(kind).to_numpy()
+    except pa.ArrowException as error:
+        raise UserError(f"{root}/meta/episodes: {key!r} is no column of numbers ({error}): {AGAIN}") from error
+    if table[key].null_count:
+        raise UserError(f"{root}/meta/episodes: {key!r} has no value for some episode: {AGAIN}")
+    if not ((numbers >= 0) & (numbers <= MOST)).all():
+        raise UserError(f"{root}/meta/episodes: {key!r} is not from 0 to {MOST} for some episode: {AGAIN}")
+    return numbers
+
+
+def _tasks_v3(root: Path) -> dict[int, str]:
+    """The tasks' texts by number. lerobot writes a pandas frame whose index is the text, under whatever name."""
+    table = read_parquet(root / "meta" / "tasks.parquet")
+    text = next((name for name in table.column_names if name != "task_index"), None)
+    if text is None or "task_index" not in table.column_names:
+        raise UserError(f"{root}/meta/tasks.parquet lists no texts by task_index: {AGAIN}")
+    path = root / "meta" / "tasks.parquet"
+    try:
+        return _texts(path, table["task_index"].to_pylist(), table[text].to_pylist())
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: a text is no UTF-8 ({error}): {AGAIN}") from error
+
+
+def _episodes_v2(root: Path, info: Info) -> dict[str, Any]:
+    """Fields of `Metadata`: an episode's files follow from its number, its frames from the lengths before it."""
+    path = root / "meta" / "episodes.jsonl"
+    listed = [(one["episode_index"], one["length"]) for one in read_json_lines(path, ("episode_index", "length"))]
+    if not all(_is_count(number) for episode in listed for number in episode):
+        raise UserError(f"{path}: an episode_index or a length is no whole number from 0 to {MOST}: {AGAIN}")
+    listed.sort()
+    numbers = [episode for episode, _ in listed]
+    stops = np.cumsum([length for _, length in listed], dtype=np.int64)
+
+    def files(pattern: str | None, key: str = "") -> tuple[Path, ...]:
+        return tuple(
+            info.file(root, pattern, episode_chunk=number // info.chunks_size, episode_index=number, video_key=key)
+            for number in numbers
+        )
+
+    return {
+        "episodes": np.array(numbers, np.int64),
+        "starts": np.concatenate([np.zeros(1, np.int64), stops])[:-1],
+        "stops": stops,
+        "data_files": files(info.data_path),
+        "data_file": np.arange(len(numbers)),
+        "video_files": {key: files(info.video_path, key) for key in info.videos},
+        "video_starts": {key: np.zeros(len(numbers)) for key in info.videos},
+    }
+
+
+def _tasks_v2(root: Path) -> dict[int, str]:
+    path = root / "meta" / "tasks.jsonl"
+    tasks = read_json_lines(path, ("task_index", "task"))
+    return _texts(path, [task["task_index"] for task in tasks], [task["task"] for task in tasks])
+
+
+def _texts(path: Path, numbers: Iterable[Any], texts: Iterable[Any]) -> dict[int, str]:
+    """Tasks by number; one without a text has an empty one, for which `data.default_prompt` stands in."""
+    tasks: dict[int, str] = {}
+    for number, said in zip(numbers, texts, strict=True):
+        text = "" if said is None else said
+        if not _is_count(number) or not isinstance(text, str):
+            raise UserError(f"{path}: the task {number!r}: {said!r} is no whole number with a text: {AGAIN}")
+        tasks[number] = text
+    return tasks
+
+
+def _is_count(number: object) -> TypeGuard[int]:
+    """Whether this is a number of frames, or one by which episodes or tasks are called."""
+    return isinstance(number, int) and not isinstance(number, bool) and 0 <= number <= MOST

@@ -1,0 +1,257 @@
+"""Rows of a LeRobot dataset, read fast.
+
+State and action columns of all frames are held as contiguous arrays, so that a row with its chunk is a slice.
+Pictures are decoded for the requested rows only: video frames grouped by file, parquet pictures one by one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlinf_core.contract.datasets import LeRobotDatasetConfig, Split
+from rlinf_core.data.images.decoders import Frame
+from rlinf_core.data.images.parquet import ParquetImages
+from rlinf_core.data.images.video import VideoReader
+from rlinf_core.data.lerobot.columns import INDEX_COLUMNS, check_finite, read_columns
+from rlinf_core.data.lerobot.files import find_dataset
+from rlinf_core.data.lerobot.metadata import Metadata, load_metadata
+from rlinf_core.data.lerobot.quality import episode_quality
+from rlinf_core.data.lerobot.shared_memory import Runs
+from rlinf_core.data.lerobot.wanted import check_columns, check_overlaps, check_videos
+from rlinf_core.data.sample import Row
+from rlinf_core.data.splits import EpisodeTable, split_episodes
+from rlinf_core.errors import UserError
+
+_NO_FRAME: Frame = np.empty((0, 0, 3), np.uint8)
+OPEN_FILES = 128  # Mapped picture files a process; the usual limit of open files is 1024.
+
+
+def open_lerobot(dataset: LeRobotDatasetConfig, chunk_length: int, split: Split) -> LeRobotSource:
+    """Open one split of a dataset; of one on the hub, the files that the config needs are downloaded first.
+
+    Args:
+        dataset: Names the folder or hub id, the columns, and the episodes to hold out.
+        chunk_length: Actions a row holds, starting with its own, `dataset.stride` frames apart; 0: no action columns.
+        split: `"train"`, or `"validation"` for the held-out episodes.
+
+    Raises:
+        UserError: The dataset cannot be had, is damaged, has another format, lacks a column, or nothing is held out.
+    """
+    place = find_dataset(dataset.repo_id, dataset.revision)
+    metadata = load_metadata(dataset.repo_id, place.root)
+    actions = dataset.actions if chunk_length else ()
+    check_columns(dataset, metadata)
+    place.fetch(metadata.data_files)
+    columns, file_stops = read_columns(metadata, [*INDEX_COLUMNS, *dict.fromkeys((*dataset.state, *actions))])
+    training, held_out = split_episodes(dataset, _episode_table(dataset, metadata, columns))
+    if split == "validation" and not held_out:
+        raise UserError(
+            "no episode is held out: set data.validation_fraction, data.validation_episodes or data.validation_tasks"
+        )
+    videos = metadata.videos(dataset.images.values(), training | held_out)
+    place.fetch(videos)
+    check_videos(metadata, videos)
+    check_overlaps(metadata, dataset.images.values(), training | held_out)
+    in_split = np.isin(columns["episode_index"], sorted(training if split == "train" else held_out))
+    check_finite(metadata, columns, in_split)
+    return LeRobotSource(
+        metadata,
+        columns,
+        np.flatnonzero(in_split),
+        file_stops,
+        images=tuple(dict.fromkeys(dataset.images.values())),
+        state=tuple(dict.fromkeys(dataset.state)),
+        actions=tuple(dict.fromkeys(actions)),
+        chunk_length=chunk_length,
+        stride=dataset.stride,
+        decoder=dataset.decoder,
+    )
+
+
+class LeRobotSource:
+    """The rows of one split; follows `SampleSource`. Copies in other processes open their own files."""
+
+    def __init__(
+        self,
+        metadata: Metadata,
+        columns: dict[str, NDArray[Any]],
+        rows: NDArray[np.int64],
+        file_stops: NDArray[np.int64],
+        *,
+        images: tuple[str, ...],
+        state: tuple[str, ...],
+        actions: tuple[str, ...],
+        chunk_length: int,
+        stride: int = 1,
+        decoder: Literal["auto", "torchcodec", "pyav"] = "auto",
+    ) -> None:
+        """Make a source; `open_lerobot` does it from a config.
+
+        Args:
+            metadata: Of the dataset.
+            columns: Number columns of all frames: vectors [N, D], the index columns [N].
+            rows: [n], positions among all frames of the rows of this split.
+            file_stops: [data files], position after the last frame of each.
+            images: Columns of pictures to decode.
+            state: Columns a row holds as vectors.
+            actions: Columns a row holds as chunks.
+            chunk_length: Steps of a chunk.
+            stride: Frames from one step to the next.
+            decoder: Of videos; `"auto"`: the best that loads.
+        """
+        self._metadata = metadata
+        self._columns = columns
+        self._rows = Runs.of(rows)
+        self._state, self._actions = state, actions
+        self._chunk_length, self._stride = chunk_length, stride
+        self._video_columns = tuple(name for name in images if metadata.features[name]["dtype"] == "video")
+        self._picture_columns = tuple(name for name in images if metadata.features[name]["dtype"] == "image")
+        self._file_stops = file_stops
+        self._videos = VideoReader(decoder=None if decoder == "auto" else decoder)
+        self._pictures: dict[int, ParquetImages] = {}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Row]:
+        """Rows with their pictures: uint8 [height, width, 3] RGB under the names of the image columns."""
+        rows = self.without_images(indices)
+        at = self.positions_of(indices)
+        for column, frames in self._video_frames(at).items() if self._video_columns else ():
+            for row, frame in zip(rows, frames, strict=True):
+                row[column] = frame
+        for row, position in zip(rows, at.tolist(), strict=True):
+            for column in self._picture_columns:
+                row[column] = self._picture(column, position)
+        return rows
+
+    def without_images(self, indices: Sequence[int]) -> list[Row]:
+        """The same rows without pictures: state vectors [D], action chunks [H, D] and `<column>_is_pad` [H]."""
+        gathered = self.columns(indices)
+        gathered |= {name: gathered[name].tolist() for name in INDEX_COLUMNS}
+        return [dict(zip(gathered, values, strict=True)) for values in zip(*gathered.values(), strict=True)]
+
+    def columns(self, indices: Sequence[int]) -> Row:
+        """The values of `without_images` with rows as their first axis; `task` is a list of texts."""
+        at = self.positions_of(indices)
+        steps = at[:, np.newaxis] + np.arange(self._chunk_length) * self._stride
+        stops = self._metadata.stops[self._episode_of(at)][:, np.newaxis]
+        is_pad, steps = steps >= stops, np.minimum(steps, stops - 1)
+        gathered: Row = {name: self._columns[name][at] for name in (*INDEX_COLUMNS, *self._state)}
+        gathered |= {name: self._columns[name][steps] for name in self._actions}
+        gathered |= {f"{name}_is_pad": is_pad for name in self._actions}
+        texts = self._metadata.task_texts
+        return gathered | {"task": [texts[task] for task in gathered["task_index"].tolist()]}
+
+    @property
+    def episodes(self) -> NDArray[np.int64]:
+        """[n], the dataset's own episode number of each row."""
+        episodes: NDArray[np.int64] = self._columns["episode_index"][self.positions]
+        return episodes
+
+    @property
+    def metadata(self) -> Metadata:
+        """Of the whole dataset."""
+        return self._metadata
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """The columns of pictures."""
+        return (*self._video_columns, *self._picture_columns)
+
+    @property
+    def positions(self) -> NDArray[np.int64]:
+        """[n], where each row stands among all frames of the dataset."""
+        return self._rows.all()
+
+    def positions_of(self, indices: Sequence[int]) -> NDArray[np.int64]:
+        """Where some rows stand among all frames of the dataset."""
+        return self._rows[np.asarray(indices, np.int64)]
+
+    def describe(self, index: int) -> str:
+        """Where a row comes from: dataset, data file, episode and frame."""
+        row = int(self._rows[np.array(index)])
+        path = self._metadata.data_files[self._file_of(row)].relative_to(self._metadata.root)
+        episode, frame = (int(self._columns[name][row]) for name in ("episode_index", "frame_index"))
+        return f"{self._metadata.name}, {path}, episode {episode}, frame {frame}"
+
+    def fingerprint(self) -> str:
+        """A hash of the columns read, of the rows of this split, their tasks and frame rate."""
+        meta = self._metadata
+        chunks = self._chunk_length, self._stride
+        described = (meta.fps, sorted(meta.task_texts.items()), self._state, self._actions, *chunks)
+        digest = hashlib.blake2b(repr(described).encode(), digest_size=16)
+        for name in sorted(self._columns):
+            digest.update(f"{name} {self._columns[name].dtype} {self._columns[name].shape}".encode())
+            digest.update(np.ascontiguousarray(self._columns[name]).data)
+        digest.update(self.positions.data)
+        return digest.hexdigest()
+
+    def try_decoder(self, most: int = 16) -> str:
+        """What decodes the videos and how fast, measured on a few rows from all over; empty without videos."""
+        if not self._video_columns:
+            return ""
+        at = self._rows[np.linspace(0, len(self) - 1, min(most, len(self))).astype(np.int64)]
+        self._video_frames(at[:1])  # Opens files and loads libraries.
+        begin = time.perf_counter()
+        frames = len(at) * len(self._video_frames(at))
+        speed = frames / (time.perf_counter() - begin)
+        return f"{self._videos.decoder}, {speed:.0f} frames a second in this process"
+
+    def _video_frames(self, at: NDArray[np.int64]) -> dict[str, list[Frame]]:
+        """Column -> one frame for each position among all frames; what lies in one file is asked for together."""
+        meta, frames = self._metadata, {column: [_NO_FRAME] * len(at) for column in self._video_columns}
+        episodes = self._episode_of(at)
+        wanted: dict[tuple[str, Path], list[int]] = {}
+        times = {}
+        for column in self._video_columns:
+            times[column] = meta.video_starts[column][episodes] + self._columns["timestamp"][at]
+            for i, episode in enumerate(episodes.tolist()):
+                wanted.setdefault((column, meta.video_files[column][episode]), []).append(i)
+        requests = [(path, times[column][places].tolist()) for (column, path), places in wanted.items()]
+        found = self._videos.frames_of_files(requests, tolerance=0.5 / meta.fps)
+        for ((column, _), places), some in zip(wanted.items(), found, strict=True):
+            for place, frame in zip(places, some, strict=True):
+                frames[column][place] = frame
+        return frames
+
+    def _picture(self, column: str, row: int) -> NDArray[np.uint8]:
+        file = self._file_of(row)
+        if file not in self._pictures:
+            if len(self._pictures) >= OPEN_FILES:
+                self._pictures.pop(next(iter(self._pictures)))
+            self._pictures[file] = ParquetImages(
+                self._metadata.data_files[file], self._picture_columns, self._metadata.root
+            )
+        start = int(self._file_stops[file - 1]) if file else 0
+        return self._pictures[file].image(column, row - start)
+
+    def _episode_of(self, at: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where in the metadata's lists the episodes of positions stand."""
+        return np.searchsorted(self._metadata.stops, at, side="right")
+
+    def _file_of(self, row: int) -> int:
+        return int(np.searchsorted(self._file_stops, row, side="right"))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_pictures": {}}
+
+
+def _episode_table(dataset: LeRobotDatasetConfig, metadata: Metadata, columns: dict[str, NDArray[Any]]) -> EpisodeTable:
+    """What episodes are chosen by; those without frames are left out."""
+    filled = metadata.lengths > 0
+    quality = episode_quality(metadata, dataset.quality_column)[filled] if dataset.quality_column else None
+    return EpisodeTable(
+        numbers=metadata.episodes[filled],
+        lengths=metadata.lengths[filled],
+        tasks=columns["task_index"][metadata.starts[filled]],
+        task_texts=metadata.task_texts,
+        quality=quality,
+    )

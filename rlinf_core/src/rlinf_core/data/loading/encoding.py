@@ -1,0 +1,57 @@
+"""From rows to samples, with an error that names the row it comes from."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from rlinf_core.contract.datasets import SampleSource
+from rlinf_core.contract.policy import PolicyConfig
+from rlinf_core.data.pipeline import Pipeline
+from rlinf_core.data.sample import Row, Sample
+from rlinf_core.errors import UserError
+
+
+def read_rows(source: SampleSource, indices: Sequence[int]) -> list[Row]:
+    """Rows with their images; an error names the row that cannot be read."""
+    try:
+        return source.__getitems__(indices)
+    except Exception:
+        for index in indices:
+            with _naming(source, index):
+                source.__getitems__([index])
+        raise
+
+
+def encode_rows(source: SampleSource, indices: Sequence[int], rows: Sequence[Row], pipeline: Pipeline) -> list[Sample]:
+    """Samples, without draws; an error names the row it comes from."""
+    samples = []
+    for index, row in zip(indices, rows, strict=True):
+        with _naming(source, index):
+            samples.append(pipeline.encode(row))
+    return samples
+
+
+def add_draws(
+    samples: Sequence[Sample], policy: PolicyConfig, generators: Iterable[np.random.Generator]
+) -> list[Sample]:
+    """Samples with their random numbers."""
+    drawn: list[Any] = [
+        {**sample, **policy.draw(generator)} for sample, generator in zip(samples, generators, strict=True)
+    ]
+    return drawn
+
+
+@contextlib.contextmanager
+def _naming(source: SampleSource, index: int) -> Iterator[None]:
+    """Say where an error comes from: in the message of a `UserError`, in a note below the traceback of others."""
+    try:
+        yield
+    except UserError as e:
+        raise UserError(f"{e} [{source.describe(index)}]") from e
+    except Exception as e:
+        e.add_note(f"while preparing the row {source.describe(index)}")
+        raise

@@ -1,0 +1,162 @@
+"""The train loader: micro batches, decoded in worker processes.
+
+Which rows they hold, `data.order` and `data.chunked` say.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing import forkserver, resource_tracker
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from rlinf_core.contract.policy import PolicyConfig
+from rlinf_core.data.batch_memory import hand_over, keep_memory
+from rlinf_core.data.loading.chunked_batches import ChunkedMicroBatches
+from rlinf_core.data.loading.chunked_sampling import Chunks
+from rlinf_core.data.loading.micro_batches import MicroBatches
+from rlinf_core.data.loading.mixture import Source
+from rlinf_core.data.sample import Batch
+from rlinf_core.errors import UserError
+
+
+class TrainLoader(DataLoader[Any]):
+    """A `DataLoader` of micro batches that raises the `UserError`s its workers hand over."""
+
+    pins = False
+    """Whether to put batches that are made here into page-locked memory."""
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        """Micro batches, in order."""
+        batches = self.dataset
+        if isinstance(batches, ChunkedMicroBatches) and batches.parts > 1:
+            # torch hands number i to worker i % num_workers: part i % parts always comes from the same one.
+            for parts in itertools.batched(self._items(), batches.parts):
+                batch = batches.join(parts)
+                yield _pinned(batch) if self.pins else batch
+        else:
+            yield from self._items()
+
+    def _items(self) -> Iterator[Any]:
+        for item in super().__iter__():
+            if isinstance(item, UserError):
+                raise item
+            yield item
+
+
+def build_train_loader(
+    sources: Sequence[Source],
+    policy: PolicyConfig,
+    *,
+    seed: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    rank: int,
+    world_size: int,
+    start_step: int,
+    stop_step: int,
+    num_workers: int,
+    pin_memory: bool,
+    chunks: Chunks | None = None,
+) -> TrainLoader:
+    """A rank's micro batches of the steps `start_step` to `stop_step - 1`, in the order of use.
+
+    Args:
+        sources: The datasets with their training rows; of several, batches tell each sample's under `SOURCE`.
+        policy: Draws each sample's random numbers and collates.
+        seed: Keys order and draws.
+        global_batch_size: Samples a step, over all ranks.
+        micro_batch_size: Samples a batch.
+        rank: This process, from 0.
+        world_size: Number of ranks.
+        start_step: Finished steps of the run, counted over all epochs.
+        stop_step: Steps of the whole run.
+        num_workers: Processes that read ahead; 0: read when asked.
+        pin_memory: Whether batches are put into page-locked memory, for copies to a GPU that do not wait.
+        chunks: Take rows in the chunked order; None: in random order.
+
+    Raises:
+        UserError: The sizes or streams do not divide, the rows do not fill a step, or (while iterating) a row cannot be
+            read.
+    """
+    common = sources, policy, seed, global_batch_size, micro_batch_size, rank, world_size
+    parts = num_workers if chunks and num_workers > 1 else 1
+    batches = ChunkedMicroBatches(*common, chunks, parts) if chunks else MicroBatches(*common)
+    scale = batches.accumulation * parts
+    loader = TrainLoader(
+        batches,
+        sampler=range(start_step * scale, stop_step * scale),
+        batch_size=None,
+        collate_fn=hand_over,
+        num_workers=num_workers,
+        multiprocessing_context=_worker_context() if num_workers else None,
+        worker_init_fn=_become_worker if num_workers else None,
+        persistent_workers=num_workers > 0,
+        pin_memory=pin_memory and parts == 1,  # Parts are pinned once they are a batch.
+        generator=torch.Generator(),  # Else the loader draws from the process's own and shifts its numbers.
+    )
+    loader.pins = pin_memory
+    return loader
+
+
+def _worker_context() -> Any:
+    """Workers fork from a server that has imported this module and runs no threads: quick to start, and no lock or
+    decoder of the training process comes along.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    # A server that a scheduler's SIGTERM ends takes its workers along; they inherit that they do not hear it.
+    resource_tracker.ensure_running()  # Starting it would let the signal through again.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return context
+
+
+def _become_worker(_: int) -> None:
+    keep_memory()
+    _leave_signals_to_the_run()
+    threading.Thread(target=_end_with_the_run, daemon=True).start()
+
+
+def _end_with_the_run() -> None:
+    """End when the training process does, even by SIGKILL: torch's workers watch their parent, which is the server they
+    were forked from, and that one waits for them.
+    """
+    if run := multiprocessing.parent_process():
+        run.join()
+        os._exit(1)
+
+
+def _leave_signals_to_the_run() -> None:
+    """Obey the training process only: Ctrl-C and a scheduler's SIGTERM reach the workers as well, but a run that was
+    asked to stop needs them until its step is done.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):
+        return  # macOS has no schedulers that signal whole groups.
+    # SIGTERM is blocked in this thread and in all that it starts, and waits for the one thread that asks who sent it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_obey_the_run, daemon=True).start()
+
+
+def _obey_the_run() -> None:
+    run = multiprocessing.parent_process()
+    while run and signal.sigwaitinfo({signal.SIGTERM}).si_pid != run.pid:
+        pass
+    os._exit(1)
+
+
+def _pinned(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _pinned(inner) for key, inner in value.items()}
+    return value.pin_memory() if isinstance(value, torch.Tensor) else value

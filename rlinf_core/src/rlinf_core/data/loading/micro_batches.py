@@ -1,0 +1,86 @@
+"""The micro batches of a rank, by number: their rows, read and encoded, with the random numbers of each sample."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from rlinf_core.contract.policy import PolicyConfig
+from rlinf_core.data.loading.encoding import add_draws, encode_rows, read_rows
+from rlinf_core.data.loading.mixture import Indices, Source, order_of
+from rlinf_core.data.loading.sampling import check_batch, sample_generator, steps_per_epoch
+from rlinf_core.data.sample import SOURCE, Batch, Sample
+from rlinf_core.errors import UserError
+
+
+@dataclass
+class MicroBatches(Dataset[Any]):
+    """The micro batches of one rank by number: with `a` of them a step, number i is the `i % a`-th of step `i // a`."""
+
+    sources: Sequence[Source]
+    policy: PolicyConfig
+    seed: int
+    global_batch_size: int
+    micro_batch_size: int
+    rank: int
+    world_size: int
+
+    def __post_init__(self) -> None:
+        self.accumulation = check_batch(self.global_batch_size, self.micro_batch_size, self.world_size)
+        rows = sum(len(source.rows) for source in self.sources)
+        self.steps_per_epoch = steps_per_epoch(rows, self.global_batch_size)
+        self.epoch_samples = self.steps_per_epoch * self.global_batch_size
+        self._order = order_of(self.sources, self.seed, self.epoch_samples)
+        self._epoch: tuple[int, tuple[Indices, Indices]] | None = None
+
+    def __getitem__(self, number: int) -> Batch | UserError:
+        """A collated micro batch; a `UserError` is returned, as raised ones lose their form between processes."""
+        epoch, positions = self.positions(number)
+        numbers, indices = (order[positions] for order in self._order_of_epoch(epoch))
+        generators = [sample_generator(self.seed, epoch, position) for position in positions.tolist()]
+        try:
+            batch = self.policy.collate(add_draws(self._samples(numbers, indices), self.policy, generators))
+        except UserError as e:
+            return e
+        return batch if len(self.sources) == 1 else {**batch, SOURCE: torch.from_numpy(numbers)}
+
+    def positions(self, number: int) -> tuple[int, Indices]:
+        """Epoch of a micro batch, and the position in it of each of its samples, [B]."""
+        step, micro = divmod(number, self.accumulation)
+        epoch, step = divmod(step, self.steps_per_epoch)
+        return epoch, step * self.global_batch_size + self.places(micro, self.rank)
+
+    def places(self, micro: int, rank: int) -> Indices:
+        """[B], where in a step the samples of a rank's micro batch number `micro` stand."""
+        first: int = (micro * self.world_size + rank) * self.micro_batch_size
+        return np.arange(first, first + self.micro_batch_size)
+
+    def global_batch(self, step: int) -> tuple[Indices, Indices]:
+        """[global batch] each, of a step counted from 0: number of the source and row in it, over all ranks."""
+        epoch, step = divmod(step, self.steps_per_epoch)
+        positions = slice(step * self.global_batch_size, (step + 1) * self.global_batch_size)
+        numbers, indices = (order[positions] for order in self._order_of_epoch(epoch))
+        return numbers, indices
+
+    def _samples(self, numbers: Indices, indices: Indices) -> list[Sample]:
+        """The samples of a micro batch, without draws; each source's rows are read at once."""
+        samples: dict[int, Sample] = {}
+        for number in np.unique(numbers):
+            source, places = self.sources[number], np.flatnonzero(numbers == number).tolist()
+            own = indices[places].tolist()
+            encoded = encode_rows(source.rows, own, read_rows(source.rows, own), source.pipeline)
+            samples |= zip(places, encoded, strict=True)
+        return [samples[place] for place in range(len(numbers))]
+
+    def _order_of_epoch(self, epoch: int) -> tuple[Indices, Indices]:
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._epoch = epoch, self._order.epoch(epoch)
+        return self._epoch[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_epoch": None}

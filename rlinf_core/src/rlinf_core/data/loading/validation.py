@@ -1,0 +1,72 @@
+"""Held-out rows in batches: the same rows with the same random numbers at each validation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from rlinf_core.contract.datasets import SampleSource
+from rlinf_core.contract.policy import PolicyConfig
+from rlinf_core.data.loading.encoding import add_draws, encode_rows, read_rows
+from rlinf_core.data.loading.sampling import validation_generator
+from rlinf_core.data.pipeline import Pipeline
+from rlinf_core.data.sample import Batch, Sample
+
+
+class ValidationRow(NamedTuple):
+    """A held-out row as the policy sees it and as the data have it."""
+
+    row: int
+    """Its index in the source."""
+    sample: Sample
+    """Encoded; `Pipeline.decode` needs it."""
+    target: Sample
+    """In the data's own units: the `actions` that decoded ones are compared with."""
+
+
+class ValidationBatch(NamedTuple):
+    """A micro batch of held-out rows."""
+
+    batch: Batch
+    rows: list[ValidationRow]
+    """The rows of the batch; empty if another rank's or an earlier batch's row only fills it: it must not count."""
+
+
+def build_validation_batches(
+    source: SampleSource,
+    pipeline: Pipeline,
+    policy: PolicyConfig,
+    *,
+    seed: int,
+    val_samples: int,
+    micro_batch_size: int,
+    rank: int,
+    world_size: int,
+) -> Iterator[ValidationBatch]:
+    """A rank's share of the held-out rows that validations look at: the same rows and draws each time.
+
+    Every rank yields equally many batches, as sharded forward passes need all ranks; their sizes differ by one at
+    most. A rank without a row for a batch yields a filling one, whose `rows` are empty.
+
+    Args:
+        source: Held-out rows.
+        pipeline: Makes samples of them.
+        policy: Draws and collates.
+        seed: Keys the draws.
+        val_samples: Rows to look at over all ranks, evenly spread; all of them if there are fewer.
+        micro_batch_size: Largest number of rows a batch.
+        rank: This process, from 0.
+        world_size: Number of ranks.
+    """
+    chosen = np.unique(np.linspace(0, len(source) - 1, min(val_samples, len(source))).round().astype(np.int64))
+    batches = -(-len(chosen) // (world_size * micro_batch_size))
+    for part in np.array_split(chosen[rank::world_size], batches):
+        indices = part.tolist() or [int(chosen[0])]
+        rows = read_rows(source, indices)
+        generators = (validation_generator(seed, index) for index in indices)
+        samples = add_draws(encode_rows(source, indices, rows, pipeline), policy, generators)
+        targets = [pipeline.target(row) for row in rows]
+        counted = [ValidationRow(*row) for row in zip(indices, samples, targets, strict=True)] if part.size else []
+        yield ValidationBatch(policy.collate(samples), counted)

@@ -1,0 +1,1 @@
+"""Normalisation statistics: computed, imported, diagnosed."""

@@ -1,0 +1,96 @@
+"""Statistics in other projects' files: openpi's `norm_stats.json`, lerobot's `meta/stats.json` and processors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlinf_core.data.normalize import KEYS, NormStats, parse_norm_stats
+from rlinf_core.errors import UserError, did_you_mean
+from rlinf_core.untrusted import read_json
+
+LEROBOT_COLUMNS = {"state": ("observation.state",), "actions": ("action",)}
+"""Where lerobot's own datasets have them."""
+FIELDS = ("mean", "std", "q01", "q99")
+
+
+def read_openpi(path: Path) -> dict[str, NormStats]:
+    """Statistics from openpi's file, with its root `norm_stats` or without.
+
+    Raises:
+        UserError: The file is none of openpi's; the message lists what it holds.
+    """
+    content = _read_json(path)
+    tables = content.get("norm_stats", content)
+    if not isinstance(tables, dict):
+        raise UserError(f"{path} is no norm_stats.json of openpi: its norm_stats is no table")
+    stats = {key: _parse(path, key, tables[key]) for key in KEYS if key in tables}
+    if not stats:
+        raise UserError(f"{path} is no norm_stats.json of openpi: it holds {_listed(tables)}, not state or actions")
+    return stats
+
+
+def read_lerobot(path: Path, columns: Mapping[str, Sequence[str]] = LEROBOT_COLUMNS) -> dict[str, NormStats]:
+    """Statistics from a dataset's `meta/stats.json`, or from a policy's `*normalizer_processor.safetensors`.
+
+    They are of the columns as recorded, and a dataset's quantiles are means of its episodes' quantiles.
+
+    Args:
+        path: The file.
+        columns: `state` and `actions` -> lerobot's names; several are concatenated. One that is empty is left out.
+
+    Raises:
+        UserError: The file is none of lerobot's, or lacks a column.
+    """
+    tables = _read_processor(path) if path.suffix == ".safetensors" else _read_json(path)
+    stats = {}
+    for key, names in columns.items():
+        parts = []
+        for name in names:
+            if name not in tables:
+                near = did_you_mean(name, tables)
+                raise UserError(f"{path} has no statistics of {name!r}{near}; it holds {_listed(tables)}")
+            parts.append(_parse(path, name, tables[name]))
+        if parts:
+            stats[key] = NormStats(*(np.concatenate([getattr(part, field) for part in parts]) for field in FIELDS))
+    return stats
+
+
+def _read_processor(path: Path) -> dict[str, Any]:
+    """Column -> its statistics, from tensors named `<column>.<statistic>`."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"{path} cannot be read: {e}") from e
+    tables: dict[str, Any] = {}
+    for name, values in tensors.items():
+        column, _, statistic = name.rpartition(".")
+        tables.setdefault(column, {})[statistic] = values
+    return tables
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = read_json(path)
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} cannot be read: {e}") from e
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no table of statistics")
+    return content
+
+
+def _parse(path: Path, name: str, table: Any) -> NormStats:
+    try:
+        return parse_norm_stats(table)
+    except (KeyError, TypeError, ValueError) as e:
+        raise UserError(f"{path}: {name!r} has no mean and std, or they do not fit ({type(e).__name__}: {e})") from e
+
+
+def _listed(tables: Mapping[str, Any]) -> str:
+    return ", ".join(map(repr, tables)) or "nothing"

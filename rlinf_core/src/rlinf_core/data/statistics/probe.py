@@ -1,0 +1,84 @@
+"""A look at the training data before a run: samples of rows from all over it, without images. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlinf_core.contract.datasets import ColumnSource, SampleSource
+from rlinf_core.data.pipeline import Pipeline
+from rlinf_core.data.sample import Sample
+from rlinf_core.data.statistics.compute import ROWS_AT_A_TIME, apply, takes_batches
+from rlinf_core.data.transforms import Transform
+from rlinf_core.errors import UserError
+
+PROBED_ROWS = 4096
+"""Rows that are looked at, at most: a few seconds."""
+
+
+def probe(source: SampleSource, pipeline: Pipeline, most: int = PROBED_ROWS) -> Iterator[Sample]:
+    """Samples from all over a split, made as they are asked for: see `spread_rows` for which, `encode` for how."""
+    yield from encode_without_images(source, pipeline, spread_rows(source.episodes, most).tolist())
+
+
+def spread_rows(episodes: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+    """Up to `most` rows: the first of every episode (what changes between episodes is seen whole), then evenly spread.
+
+    Args:
+        episodes: [N], the episode of each row.
+        most: If there are more episodes, they are spread evenly themselves.
+    """
+    if len(episodes) <= most:
+        return np.arange(len(episodes))
+    first = np.flatnonzero(np.diff(episodes, prepend=episodes[0] - 1))
+    first = first[np.linspace(0, len(first) - 1, min(most, len(first))).astype(np.int64)]
+    spread = np.linspace(0, len(episodes) - 1, most - len(first)).astype(np.int64)
+    return np.union1d(first, spread)
+
+
+def encode_without_images(
+    source: SampleSource, pipeline: Pipeline, rows: Sequence[int], at_once: int = 256
+) -> Iterator[Sample]:
+    """Encode rows without their images; an error names the row it comes from."""
+    for start in range(0, len(rows), at_once):
+        indices = rows[start : start + at_once]
+        for index, row in zip(indices, source.without_images(indices), strict=True):
+            try:
+                yield pipeline.encode(row)
+            except UserError as error:
+                raise UserError(f"{error} [{source.describe(index)}]") from error
+
+
+def different_prompts(
+    source: SampleSource, transforms: Sequence[Transform], *, read_images: bool = False
+) -> Iterator[str]:
+    """Every prompt of a split once, in one pass over its rows.
+
+    Args:
+        source: The rows.
+        transforms: Everything before normalisation: repacking and the dataset's transforms.
+        read_images: Decode images for transforms that look at them; slow.
+    """
+    seen: set[str] = set()
+    in_columns = not read_images and isinstance(source, ColumnSource) and all(map(takes_batches, transforms))
+    for start in range(0, len(source), ROWS_AT_A_TIME):
+        rows = range(start, min(start + ROWS_AT_A_TIME, len(source)))
+        for prompt in _prompts(source, rows, transforms, in_columns=in_columns, read_images=read_images):
+            if prompt not in seen:
+                seen.add(prompt)
+                yield prompt
+
+
+def _prompts(
+    source: SampleSource, rows: Sequence[int], transforms: Sequence[Transform], *, in_columns: bool, read_images: bool
+) -> list[str]:
+    if in_columns:
+        assert isinstance(source, ColumnSource)
+        prompts: Any = apply(source.columns(rows), transforms, read_images=False).get("prompt", [])
+        return [prompts] if isinstance(prompts, str) else list(prompts)
+    read = source.__getitems__(rows) if read_images else source.without_images(rows)
+    samples = [apply(row, transforms, read_images=read_images) for row in read]
+    return [sample["prompt"] for sample in samples if "prompt" in sample]

@@ -1,0 +1,144 @@
+"""The statistics of a run: found or computed by rank 0 before the first step, and examined. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rlinf_core.contract.datasets import SampleSource
+from rlinf_core.contract.run import RunConfig
+from rlinf_core.data.normalize import Mode, NormStats, Origin, Stats, load_with_origin, save_norm_stats
+from rlinf_core.data.statistics.action_kind import examine_actions
+from rlinf_core.data.statistics.compute import ROWS_WITH_IMAGES, Survey, stats_fingerprint, survey
+from rlinf_core.data.statistics.diagnose import Finding, compare_origins, examine
+from rlinf_core.data.transforms import Transform
+from rlinf_core.errors import UserError
+
+if TYPE_CHECKING:
+    from rlinf_core.training.distributed.processes import Processes
+
+
+@dataclass(frozen=True, eq=False)
+class Diagnosis:
+    """Statistics with which a run normalises, the data they were held against, and what is wrong."""
+
+    stats: dict[str, NormStats]
+    origin: Origin
+    mode: Mode
+    surveyed: dict[str, Survey]
+    findings: tuple[Finding, ...]
+    """Errors first."""
+
+    def refuse(self) -> None:
+        """Raise `UserError` for findings that would spoil the run."""
+        errors = [str(finding) for finding in self.findings if finding.severity == "error"]
+        if errors:
+            raise UserError("\n".join(errors))
+
+
+def run_statistics(
+    run: RunConfig, source: SampleSource, group: Processes, *, resuming: bool, file: str = "norm_stats.json"
+) -> tuple[Stats | None, tuple[Finding, ...]]:
+    """The statistics with which this run normalises, kept in the run's folder, and warnings about them.
+
+    Args:
+        run: The run.
+        source: Training rows.
+        group: All ranks call this; they wait for rank 0 as long as it takes.
+        resuming: The run continues from a checkpoint, whose weights know only the statistics they were trained with.
+        file: Where they are kept, `RunSource.statistics`.
+
+    Returns:
+        None if its policy does not normalise. Warnings are told when a run begins, not when it continues.
+
+    Raises:
+        UserError: The statistics would spoil the run; or it continues but they are gone or no longer those of the data.
+    """
+    if run.policy.normalization == "none":
+        return None, ()
+    path = run.folder / file
+
+    def prepare() -> tuple[Stats, tuple[Finding, ...]]:
+        if resuming:
+            return resumed_statistics(run, source, path), ()
+        diagnosis = diagnose(run, source, computed=path)
+        diagnosis.refuse()
+        save_norm_stats(path, diagnosis.stats, diagnosis.origin)
+        return diagnosis.stats, diagnosis.findings
+
+    return group.decide(prepare)
+
+
+def resumed_statistics(run: RunConfig, source: SampleSource, path: Path) -> dict[str, NormStats]:
+    """What a run began with; `UserError` if that is gone or was computed from other data than there are now."""
+    stats, made_of = load_with_origin(path)
+    if not run.data.given_statistics() and made_of.fingerprint != _origin(run, source, _transforms(run)).fingerprint:
+        raise UserError(
+            f"{path} was computed from other rows, transforms or another horizon than the data have now: the run "
+            "cannot continue on it. Restore the dataset, its settings or its plugin, or use another runner.name"
+        )
+    return stats
+
+
+def diagnose(
+    run: RunConfig, source: SampleSource, *, rows: int | None = None, computed: Path | None = None
+) -> Diagnosis:
+    """The statistics that a run would begin with, given or computed, and what is wrong with them.
+
+    Args:
+        run: The run; its policy normalises.
+        source: Training rows.
+        rows: Look at no more than about so many, evenly spread.
+        computed: Where they may lie already; images are not decoded again for the same ones.
+
+    Raises:
+        UserError: A file is missing or damaged, or statistics cannot be computed.
+    """
+    if run.policy.normalization == "none":
+        raise UserError(f"the policy {run.policy.type!r} does not normalise: it needs no statistics")
+    mode, images, transforms = run.policy.normalization, run.data.stats_need_images, _transforms(run)
+    findings: list[Finding] = []
+    origin = _origin(run, source, transforms)
+    stats: dict[str, NormStats] | None = None
+    if given := run.data.given_statistics():
+        stats, made_of = load_with_origin(Path(given).expanduser())
+        findings += compare_origins(made_of, origin)
+        origin = made_of
+    elif images and computed and computed.exists():
+        known, made_of = load_with_origin(computed)
+        same = (made_of.fingerprint, made_of.norm_floor) == (origin.fingerprint, run.data.norm_floor)
+        stats = known if same else None
+    if images and stats is not None:
+        rows = ROWS_WITH_IMAGES  # Enough to compare.
+    surveyed = survey(source, transforms, read_images=images, rows=rows)
+    if stats is None:
+        stats = {key: one.stats for key, one in surveyed.items()}
+    stats = {key: one.cut(len(surveyed[key].stats.mean)) if key in surveyed else one for key, one in stats.items()}
+    if run.data.norm_floor:
+        stats = {key: one.floored(run.data.norm_floor) for key, one in stats.items()}
+    findings += examine(stats, surveyed, mode)
+    if not images:
+        findings += examine_actions(source, transforms)
+    findings.sort(key=lambda finding: finding.severity != "error")
+    origin = Origin(**(vars(origin) | {"norm_floor": max(run.data.norm_floor, origin.norm_floor)}))
+    return Diagnosis(stats, origin, mode, surveyed, tuple(findings))
+
+
+def _transforms(run: RunConfig) -> Sequence[Transform]:
+    """Everything before normalisation."""
+    return (run.data.repack(), *run.data.transforms())
+
+
+def _origin(run: RunConfig, source: SampleSource, transforms: Sequence[Transform]) -> Origin:
+    horizon = run.policy.chunk_length()
+    return Origin(
+        fingerprint=stats_fingerprint(source, transforms, horizon, read_images=run.data.stats_need_images),
+        dataset=run.data.repo_id,
+        rows=len(source),
+        episodes=len(np.unique(source.episodes)),
+        horizon=horizon,
+    )

@@ -1,0 +1,1 @@
+"""The two loggers that always run."""

@@ -1,0 +1,221 @@
+"""The console: a line now and then while training, a table and a plot at the end. Torch-free."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rlinf_core.contract.logger import Logger, LoggerConfig
+from rlinf_core.contract.run import RunConfig
+from rlinf_core.loggers.jsonl import FILE, read_rows
+from rlinf_core.plain import printable
+
+SECONDS_BETWEEN_LINES = 10.0
+SHOWN = {
+    "loss": "loss [bold]{:.4f}[/]",
+    "lr": "lr {:.2e}",
+    "grad_norm": "grad norm {:.3f}",
+    "samples_per_second": "{:.1f} samples/s",
+    "mfu": "MFU {:.1%}",
+    "data_wait_share": "data wait {:.0%}",
+}
+"""Metrics that a line shows, of those that the trainer reports."""
+PLOT_SIZE = (76, 16)
+"""Columns and rows of the plot in characters."""
+
+
+class ConsoleLoggerConfig(LoggerConfig):
+    """Tells a person how the run is doing. Always on."""
+
+    type: Literal["console"] = "console"
+
+    def build(self, run: RunConfig, *, start_step: int, stop_step: int) -> Logger:
+        """Greet with the run's name, size and place."""
+        # torchrun's children write to a pipe; 100 columns hold every line and table.
+        console = Console(width=None if Console().is_terminal else 100, highlight=False)
+        return ConsoleLogger(console, run, start_step, stop_step)
+
+
+class ConsoleLogger:
+    """Prints the first and last step, and one in between every few seconds."""
+
+    def __init__(self, console: Console, run: RunConfig, start_step: int, stop_step: int) -> None:
+        self._console, self._run = console, run
+        self._started, self._start_step, self._stop_step = time.monotonic(), start_step, stop_step
+        self._last_line = float("-inf")
+        where = f"continues at step {start_step}" if start_step else "starts"
+        self._sources = [source.name for source in run.sources if source.name]
+        datasets = " + ".join(self._sources or [run.data.config_name])
+        self._print(
+            f"[bold]{run.runner.name}[/] {where}: {run.policy.type} on {datasets}, "
+            f"{stop_step} steps of {run.trainer.global_batch_size} samples, files in {run.folder}"
+        )
+        self._note_the_schedule()
+
+    def _note_the_schedule(self) -> None:
+        optim, last = self._run.optim, self._stop_step
+        if optim.warmup_steps >= last:
+            self._print(
+                f"[yellow]note: the warm-up of {optim.warmup_steps} steps (optim.warmup_steps) does not end within "
+                f"this run[/]"
+            )
+        elif optim.decay_steps > last:
+            self._print(
+                f"[dim]note: the learning rate decays until step {optim.decay_steps} (optim.decay_steps), "
+                f"after the end of the run[/]"
+            )
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Print the step if it is time for a line."""
+        now = time.monotonic()
+        if now - self._last_line < SECONDS_BETWEEN_LINES and step != self._stop_step:
+            return
+        self._last_line = now
+        left = (now - self._started) / (step - self._start_step) * (self._stop_step - step)
+        shown = [form.format(metrics[name]) for name, form in SHOWN.items() if name in metrics]
+        place = f"step {step:>{len(str(self._stop_step))}}/{self._stop_step}"
+        self._print("  ".join([place, *shown, f"ETA {_duration(left)}"]))
+
+    def validation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Print a validation; of a mixture a line for each source, too."""
+        for name, own in by_source(metrics, self._sources):
+            self._print(f"[cyan]step {step}: {name}{':' * bool(name)}{self._measured(own)}[/]")
+
+    def _measured(self, metrics: Mapping[str, float]) -> str:
+        line = ""
+        if "val_loss" in metrics:
+            line += f" held-out loss {metrics['val_loss']:.4f}{_of_ema(metrics, 'val_loss')}"
+        else:  # Of a trainer that measures something else.
+            line += " " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        line += "".join(
+            f", {_words(name)} {metrics[name]:.4g}{_of_ema(metrics, name)}" for name in _of_the_policy(metrics)
+        )
+        if "val_action_mse" in metrics:
+            line += (
+                f", action error² {metrics['val_action_mse']:.4f}{_of_ema(metrics, 'val_action_mse')} "
+                f"(mean action {metrics['val_action_mse_mean']:.4f}, "
+                f"repeated action {metrics['val_action_mse_repeat']:.4f})"
+            )
+        return line
+
+    def message(self, text: str) -> None:
+        """Print a message."""
+        self._console.print(Text(printable(text), style="dim"), soft_wrap=True)
+
+    def close(self, error: BaseException | None) -> None:
+        """Print how the run ended: the table of results and the plot of the loss."""
+        # The file has null where there was no number.
+        rows = [{k: math.nan if v is None else v for k, v in row.items()} for row in read_rows(self._run.folder / FILE)]
+        steps = [row for row in rows if math.isfinite(row.get("loss", math.nan))]
+        if error is not None:
+            done = [row["step"] for row in rows if "loss" in row]  # Skipped ones among them.
+            self._say_why_it_stopped(error, int(done[-1]) if done else 0)
+            return
+        validations = [row for row in rows if "val_loss" in row]
+        self._console.print(result_table(self._run.runner.name, steps, validations, self._sources))
+        if len(steps) > 1:
+            self._console.print(Text.from_ansi(loss_plot(steps)))
+
+    def _say_why_it_stopped(self, error: BaseException, step: int) -> None:
+        why = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped by an error"
+        saved = self._run.folder / "latest"
+        way_on = f"the same command continues after {saved.read_text()}" if saved.exists() else "nothing was saved yet"
+        self._print(f"[red]{self._run.runner.name}: {why} after step {step}; {way_on}[/]")
+
+    def _print(self, line: str) -> None:
+        self._console.print(printable(line), soft_wrap=True)
+
+
+def by_source(metrics: Mapping[str, float], sources: Sequence[str]) -> Iterator[tuple[str, dict[str, float]]]:
+    """Metrics of the whole, under no name, and of each source of a mixture, by the names they have without sources."""
+    own = {key for key in metrics if key.rpartition("/")[2] in sources and "/" in key}
+    yield "", {key: value for key, value in metrics.items() if key not in own}
+    for name in sources:
+        if found := {key.removesuffix(f"/{name}"): metrics[key] for key in metrics if key.endswith(f"/{name}")}:
+            yield name, found
+
+
+def result_table(
+    name: str,
+    steps: Sequence[Mapping[str, Any]],
+    validations: Sequence[Mapping[str, Any]],
+    sources: Sequence[str] = (),
+) -> Table:
+    """Loss at both ends, and the held-out action error beside what a policy that looks at nothing would reach."""
+    table = Table(title=f"{name}: {steps[-1]['step'] if steps else 0} steps", title_justify="left")
+    table.add_column("result")
+    table.add_column("value", justify="right")
+    table.add_column("")
+    if steps:
+        few = min(8, len(steps))
+        ends = [sum(row["loss"] for row in part) / few for part in (steps[:few], steps[-few:])]
+        table.add_row(f"training loss, first {few} steps", f"{ends[0]:.4f}", "")
+        table.add_row(f"training loss, last {few} steps", f"{ends[1]:.4f}", f"{ends[1] / ends[0]:.0%} of the first")
+    if validations:
+        first, last = (dict(by_source(validation, sources)) for validation in (validations[0], validations[-1]))
+        start = validations[0]["step"] if len(validations) > 1 else None
+        for source, result in last.items():
+            at = f"at step {validations[-1]['step']}"
+            before = {} if start is None else {n: f"{v:.4g} at step {start}" for n, v in first.get(source, {}).items()}
+            _add_results(table, f"{source}: " * bool(source), result, at, before)
+    return table
+
+
+def _add_results(table: Table, source: str, result: Mapping[str, float], at: str, before: Mapping[str, str]) -> None:
+    """The rows of a validation, or of a source's part in it."""
+    table.add_row(f"{source}held-out loss", f"{result['val_loss']:.4f}", at)
+    for name in _of_the_policy(result):
+        table.add_row(f"{source}held-out {_words(name)}", f"[bold]{result[name]:.4g}[/]", before.get(name, ""))
+    if "val_action_mse" in result:
+        baselines = {
+            "always the mean action": result["val_action_mse_mean"],
+            "repeating the last action": result["val_action_mse_repeat"],
+        }
+        best = min(baselines.values())
+        error = result["val_action_mse"]
+        table.add_row(
+            f"{source}held-out action error²", f"[bold]{error:.4f}[/]", f"{error / best:.0%} of the better baseline"
+        )
+        if "ema_val_action_mse" in result:
+            ema = result["ema_val_action_mse"]
+            table.add_row("  with EMA weights", f"[bold]{ema:.4f}[/]", f"{ema / best:.0%} of the better baseline")
+        for baseline, value in baselines.items():
+            table.add_row(f"  {baseline}", f"{value:.4f}", "")
+
+
+def loss_plot(steps: Sequence[Mapping[str, Any]]) -> str:
+    """The loss over steps as text with ANSI colours."""
+    import plotext
+
+    plotext.clear_figure()
+    plotext.theme("clear")
+    plotext.plot_size(*PLOT_SIZE)
+    plotext.title("training loss")
+    plotext.plot([row["step"] for row in steps], [row["loss"] for row in steps], marker="braille")
+    plotext.xlabel("step")
+    return str(plotext.build())
+
+
+def _of_the_policy(metrics: Mapping[str, float]) -> list[str]:
+    """The results that a policy adds to those that core knows."""
+    return [n for n in metrics if n.startswith("val_") and n != "val_loss" and not n.startswith("val_action_mse")]
+
+
+def _words(name: str) -> str:
+    return name.removeprefix("val_").replace("_", " ")
+
+
+def _of_ema(metrics: Mapping[str, float], name: str) -> str:
+    return f" (EMA {metrics[f'ema_{name}']:.4f})" if f"ema_{name}" in metrics else ""
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,1 @@
+"""Finds plugins, loads them, calls their hooks, and keeps what failed."""

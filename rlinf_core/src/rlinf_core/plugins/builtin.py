@@ -1,0 +1,66 @@
+"""Core's own plugin, found through core's own entry point: the FSDP2 trainer, the LeRobot reader, two loggers,
+and torchrun as launcher.
+
+Configs and readers are imported when a hook is called, so that loading the plugins costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rlinf_core.contract.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rlinf_core.contract.datasets import DatasetConfig, SampleSource, Split
+    from rlinf_core.contract.logger import LoggerConfig
+    from rlinf_core.contract.policy import PolicyConfig
+    from rlinf_core.contract.run import RunConfig
+    from rlinf_core.contract.trainer import TrainerConfig
+
+
+@hookimpl
+def rlinf_register_trainers() -> list[type[TrainerConfig]]:
+    """The trainer `fsdp2`."""
+    from rlinf_core.training.config import Fsdp2TrainerConfig
+
+    return [Fsdp2TrainerConfig]
+
+
+@hookimpl
+def rlinf_register_loggers() -> list[type[LoggerConfig]]:
+    """The loggers `console` and `jsonl`."""
+    from rlinf_core.loggers.console import ConsoleLoggerConfig
+    from rlinf_core.loggers.jsonl import JsonlLoggerConfig
+
+    return [ConsoleLoggerConfig, JsonlLoggerConfig]
+
+
+@hookimpl(trylast=True)
+def rlinf_open_dataset(dataset: DatasetConfig, policy: PolicyConfig, split: Split) -> SampleSource | None:
+    """Open a dataset in LeRobot's layout, unless another plugin has opened it."""
+    from rlinf_core.contract.datasets import LeRobotDatasetConfig
+
+    if not isinstance(dataset, LeRobotDatasetConfig):
+        return None
+    from rlinf_core.data.lerobot.source import open_lerobot
+
+    rows = open_lerobot(dataset, policy.chunk_length(), split)
+    if not dataset.cache:
+        return rows
+    from rlinf_core.data.frame_cache.source import open_cached
+
+    return open_cached(rows, dataset, policy)
+
+
+@hookimpl(trylast=True)
+def rlinf_launch(run: RunConfig, arguments: Sequence[str]) -> int | None:
+    """Start the processes with torchrun, if `cluster.launcher` says so."""
+    from rlinf_core.contract.cluster import TORCHRUN
+
+    if run.cluster.launcher != TORCHRUN:
+        return None
+    from rlinf_core.torchrun import launch
+
+    return launch(run, arguments)

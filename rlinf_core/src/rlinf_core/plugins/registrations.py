@@ -1,0 +1,128 @@
+"""What plugins register, and how each kind of it is read from what a hook returned.
+
+A reader takes the result of one implementation apart, item by item, so that a malformed item costs only itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args, get_origin
+
+from pydantic import BaseModel
+
+from rlinf_core.contract.command import Command
+from rlinf_core.contract.logger import LoggerConfig
+from rlinf_core.contract.policy import PolicyConfig
+from rlinf_core.contract.trainer import TrainerConfig
+from rlinf_core.errors import PluginError
+from rlinf_core.plugins.owners import Owner
+
+Kind = Literal["policy", "trainer", "logger", "options", "command"]
+
+
+@dataclass(frozen=True)
+class Registered[T]:
+    """Something that a plugin registered, under the name that selects it."""
+
+    kind: Kind
+    name: str
+    item: T
+    """A config class (of `options` any pydantic class), or of kind `command` the `Command`."""
+    owner: Owner
+
+
+class Reading(NamedTuple):
+    """One item of a result: its name and itself, or why it cannot be used."""
+
+    name: str
+    item: Any
+    mistake: PluginError | None = None
+
+
+@dataclass(frozen=True)
+class RegistrationHook:
+    """How a kind is asked for."""
+
+    name: str
+    noun: str
+    """What messages call an item."""
+    read: Callable[[Any], Iterator[Reading]]
+    """The items of what one implementation returned; raises what the result raises while it is read."""
+
+
+def type_of(config: object, base: type[BaseModel]) -> str:
+    """The name that selects a config class: the one value of its field `type`.
+
+    Raises:
+        PluginError: If it is no subclass of `base`, or does not declare its name.
+    """
+    if not (isinstance(config, type) and issubclass(config, base)):
+        raise PluginError(f"expected a subclass of {base.__name__}, found {config!r}")
+    annotation = config.model_fields["type"].annotation
+    names = get_args(annotation) if get_origin(annotation) is Literal else ()
+    if len(names) != 1 or not isinstance(names[0], str):
+        raise PluginError(f'{config.__qualname__} must declare its name as the one value of `type: Literal["name"]`')
+    return names[0]
+
+
+def _configs(base: type[BaseModel]) -> Callable[[Any], Iterator[Reading]]:
+    def read(result: Any) -> Iterator[Reading]:
+        for config in result:
+            yield _reading(config, type_of, config, base)
+
+    return read
+
+
+def _commands(result: Any) -> Iterator[Reading]:
+    for command in result:
+        yield _reading(command, _name_of_command, command)
+
+
+def _name_of_command(command: object) -> str:
+    if not isinstance(command, Command):
+        raise PluginError(f"expected a Command, found {command!r}")
+    if not re.fullmatch(r"[a-z][a-z0-9-]*", command.name):
+        raise PluginError(f"a command's name is of lower-case letters, digits and hyphens, not {command.name!r}")
+    return command.name
+
+
+def _options(result: Any) -> Iterator[Reading]:
+    if not isinstance(result, Mapping):
+        raise PluginError(f"expected a mapping of names to classes, found {result!r}")
+    for name, model in result.items():
+        earlier = next((other for other, found in result.items() if found is model), name)
+        yield _reading(model, _name_of_options, name, model, earlier)
+
+
+def _name_of_options(name: object, model: object, earlier: object) -> str:
+    if not isinstance(name, str) or not name:
+        raise PluginError(f"expected the name of a table, found {name!r}")
+    if not (isinstance(model, type) and issubclass(model, BaseModel)):
+        raise PluginError(f"expected a pydantic class for the table {name!r}, found {model!r}")
+    if model.model_config.get("extra") != "forbid":
+        raise PluginError(f"options class {model.__qualname__} must be a pydantic model that forbids extra keys")
+    for field, info in model.model_fields.items():
+        if info.is_required():
+            raise PluginError(f"field {field!r} of {model.__qualname__} has no default")
+    if earlier != name:  # `run.plugin_options(cls)` could not tell which table is meant.
+        raise PluginError(f"{model.__qualname__} stands for two tables, {earlier!r} and {name!r}: derive a class")
+    return name
+
+
+def _reading(item: Any, name_of: Callable[..., str], *arguments: Any) -> Reading:
+    try:
+        return Reading(name_of(*arguments), item)
+    except PluginError as error:
+        return Reading("", item, error)
+
+
+HOOKS: Mapping[Kind, RegistrationHook] = {
+    "policy": RegistrationHook("rlinf_register_policies", "policy", _configs(PolicyConfig)),
+    "trainer": RegistrationHook("rlinf_register_trainers", "trainer", _configs(TrainerConfig)),
+    "logger": RegistrationHook("rlinf_register_loggers", "logger", _configs(LoggerConfig)),
+    "options": RegistrationHook("rlinf_register_options", "plugin table", _options),
+    "command": RegistrationHook("rlinf_register_commands", "command", _commands),
+}
+"""The hook that asks for each kind."""

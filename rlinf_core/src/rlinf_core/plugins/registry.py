@@ -1,0 +1,336 @@
+"""Find plugins, load them, and explain those that fail.
+
+Plugins are found by entry point alone. The group `rlinf.plugins` names modules with hook implementations, which are
+loaded together when a hook or a registered class is first needed. The group `rlinf.datasets` names one config class
+each, which is loaded alone when it is used: listing two hundred datasets imports none of them.
+
+A plugin that fails costs itself and nobody else. The failure is kept with its owner and cause, and repeated where
+something that this plugin might have brought is missing.
+
+Listing imports nothing that takes long: pydantic and the config classes are loaded when one of them is asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+from rlinf_core.contract import hookspecs
+from rlinf_core.errors import PluginError, UserError, did_you_mean
+from rlinf_core.plugins.calls import Hooks, check_plugin
+from rlinf_core.plugins.owners import Failure, Owner, explain
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from rlinf_core.contract.command import Command
+    from rlinf_core.contract.datasets import DatasetConfig
+    from rlinf_core.contract.logger import Logger, LoggerConfig
+    from rlinf_core.contract.policy import PolicyConfig
+    from rlinf_core.contract.run import RunConfig
+    from rlinf_core.contract.trainer import TrainerConfig
+    from rlinf_core.plugins.registrations import Kind, Registered
+
+PLUGIN_GROUP = "rlinf.plugins"
+DATASET_GROUP = "rlinf.datasets"
+ALWAYS_ON = ("jsonl", "console")
+"""Loggers of every run, in the order in which they are told."""
+
+
+@dataclass(frozen=True)
+class DatasetEntry:
+    """A dataset format as its distribution's metadata announces it; nothing of it is imported."""
+
+    name: str
+    owner: Owner
+    read: Callable[[], Any]
+    """Import the object that the entry point names."""
+
+    @property
+    def qualified_name(self) -> str:
+        """`distribution:name`, which is unambiguous."""
+        return f"{self.owner.distribution}:{self.name}"
+
+    def load(self) -> type[DatasetConfig]:
+        """Import the config class.
+
+        Raises:
+            PluginError: If the import fails or yields something else; the message names the owner and the cause.
+        """
+        from rlinf_core.contract.datasets import DatasetConfig
+
+        try:
+            found = self.read()
+        except Exception as error:
+            raise PluginError(
+                f"dataset {self.name!r} of {self.owner} cannot be loaded: {explain(error, self.owner)}"
+            ) from error
+        if not (isinstance(found, type) and issubclass(found, DatasetConfig)):
+            raise PluginError(f"dataset {self.name!r} of {self.owner} is {found!r}, not a DatasetConfig")
+        return found
+
+
+class Plugins:
+    """The plugins of this process: their hooks, what they registered, and what failed.
+
+    Args:
+        entry_points: Entry points of both groups, with their distributions; `load()` takes those of the environment.
+        strict: Raise a plugin's failure at once instead of keeping it.
+        disabled: Distributions whose entry points are left out, in both groups.
+    """
+
+    def __init__(
+        self, entry_points: Iterable[metadata.EntryPoint] = (), *, strict: bool = False, disabled: Iterable[str] = ()
+    ) -> None:
+        named = {_normalize(name) for name in disabled}
+        # Every rank must call hooks in one order, and the order in which a file system lists distributions differs.
+        offered = sorted(((_owner(entry), entry) for entry in entry_points), key=lambda pair: pair[0])
+        used = [(owner, entry) for owner, entry in offered if _normalize(owner.distribution) not in named]
+        out = {owner.distribution for owner, _ in offered if _normalize(owner.distribution) in named}
+        self.blocked = tuple(sorted(out))
+        """Distributions that were left out because `RLINF_DISABLE_PLUGINS` names them."""
+        self._strict = strict
+        self._modules = [(owner, entry) for owner, entry in used if entry.group == PLUGIN_GROUP]
+        self._datasets = [DatasetEntry(e.name, owner, e.load) for owner, e in used if e.group == DATASET_GROUP]
+        self._owners: dict[str, Owner] = {}
+        self._failures: list[Failure] = []
+        self._registered: dict[Kind, tuple[Registered[Any], ...]] = {}
+
+    @classmethod
+    def load(cls) -> Plugins:
+        """The plugins of the environment, under `RLINF_STRICT_PLUGINS` and `RLINF_DISABLE_PLUGINS`."""
+        strict = os.environ.get("RLINF_STRICT_PLUGINS", "")
+        if strict not in ("", "0", "1"):
+            raise UserError(f"RLINF_STRICT_PLUGINS is {strict!r}: set it to 1 (raise plugin failures at once) or 0")
+        disabled = [name.strip() for name in os.environ.get("RLINF_DISABLE_PLUGINS", "").split(",") if name.strip()]
+        found = metadata.entry_points()
+        entry_points = [*found.select(group=PLUGIN_GROUP), *found.select(group=DATASET_GROUP)]
+        there = {_normalize(_owner(entry).distribution) for entry in entry_points}
+        if absent := [name for name in disabled if _normalize(name) not in there]:
+            raise UserError(
+                f"RLINF_DISABLE_PLUGINS names {absent[0]!r}, but no installed plugin package is called so"
+                f"{did_you_mean(_normalize(absent[0]), there)}"
+            )
+        return cls(entry_points, strict=strict == "1", disabled=disabled)
+
+    @functools.cached_property
+    def hook(self) -> Hooks:
+        """Call a hook in every plugin: `plugins.hook.rlinf_configure(run=run)`.
+
+        A `UserError` of an implementation is raised as a `PluginError` that names hook and owner (core's own stay as
+        they are); other exceptions carry a note that names them.
+        """
+        return Hooks(self._manager.hook, self._owners)
+
+    @property
+    def owners(self) -> tuple[Owner, ...]:
+        """The plugins of group `rlinf.plugins` that are loaded and in use."""
+        return tuple(self._owners[name] for name, _ in self._manager.list_name_plugin())
+
+    @property
+    def failures(self) -> tuple[Failure, ...]:
+        """What has failed so far: loading the plugins, and those registration hooks whose results were asked for."""
+        _ = self._manager
+        return tuple(self._failures)
+
+    def insist(self) -> None:
+        """Raise a plugin's failure now, if the mode is strict, rather than where something of it is missing."""
+        if self._strict:
+            _ = self.registered
+
+    @property
+    def registered(self) -> tuple[Registered[Any], ...]:
+        """Everything that plugins registered, of every kind; calls all registration hooks."""
+        from rlinf_core.plugins.registrations import HOOKS
+
+        return tuple(one for kind in HOOKS for one in self.registered_as(kind))
+
+    def registered_as(self, kind: Kind) -> tuple[Registered[Any], ...]:
+        """What plugins registered of one kind, with owners, by name; calls the hook of that kind only."""
+        if kind not in self._registered:
+            self._registered[kind] = tuple(sorted(self._collect(kind), key=lambda one: (one.name, one.owner)))
+        return self._registered[kind]
+
+    def find(self, kind: Kind, name: str) -> Registered[Any]:
+        """The one thing that is registered under a name.
+
+        Raises:
+            UserError: If there is none; the message has near names and the failures that may be why.
+            PluginError: If two plugins registered it; the message names both.
+        """
+        from rlinf_core.plugins.registrations import HOOKS
+
+        registered = self.registered_as(kind)
+        match [one for one in registered if one.name == name]:
+            case []:
+                failures = [failure for failure in self._failures if failure.hook in ("", HOOKS[kind].name)]
+                instead = self.instead_of(name) if kind == "policy" else ""
+                names = [one.name for one in registered]
+                raise UserError(self._unknown(HOOKS[kind].noun, name, names, failures, instead))
+            case [one]:
+                return one
+            case several:
+                owners = " and by ".join(str(one.owner) for one in several)
+                raise PluginError(
+                    f"{HOOKS[kind].noun} {name!r} is registered by {owners}. "
+                    f"Uninstall one, or leave it out: RLINF_DISABLE_PLUGINS={several[-1].owner.distribution}"
+                )
+
+    def policy(self, name: str) -> type[PolicyConfig]:
+        """The policy config of this `type`. Raises as `find` does."""
+        found: type[PolicyConfig] = self.find("policy", name).item
+        return found
+
+    def instead_of(self, policy: str) -> str:
+        """What a registered policy says there is in place of a type that is not there; empty if none knows it."""
+        said = (one.item.not_here.get(policy, "") for one in self.registered_as("policy"))
+        return next(filter(None, said), "")
+
+    def trainer(self, name: str) -> type[TrainerConfig]:
+        """The trainer config of this `type`. Raises as `find` does."""
+        found: type[TrainerConfig] = self.find("trainer", name).item
+        return found
+
+    def logger(self, name: str) -> type[LoggerConfig]:
+        """The logger config of this `type`. Raises as `find` does."""
+        found: type[LoggerConfig] = self.find("logger", name).item
+        return found
+
+    def build_loggers(self, run: RunConfig, *, start_step: int, stop_step: int) -> list[Logger]:
+        """The loggers of a run: those of every run and those in `runner.loggers`. Called on rank 0.
+
+        Args:
+            run: The frozen config.
+            start_step: Steps that are already done.
+            stop_step: The last step of the run.
+        """
+        names = dict.fromkeys((*ALWAYS_ON, *run.runner.loggers))
+        configs = [self.logger(name)(type=name) for name in names]
+        return [config.build(run, start_step=start_step, stop_step=stop_step) for config in configs]
+
+    def options(self, name: str) -> type[BaseModel]:
+        """The class of the table `[plugins.<name>]`. Raises as `find` does."""
+        found: type[BaseModel] = self.find("options", name).item
+        return found
+
+    def command(self, name: str) -> Command:
+        """The subcommand of this name. Raises as `find` does."""
+        found: Command = self.find("command", name).item
+        return found
+
+    def commands(self) -> tuple[Registered[Command], ...]:
+        """Every registered subcommand of `rlinf`, with its owner, by name."""
+        return self.registered_as("command")
+
+    def dataset(self, name: str) -> type[DatasetConfig]:
+        """Import the dataset config of this name, and no other; raises as `find_dataset` and `DatasetEntry.load`."""
+        return self.find_dataset(name).load()
+
+    def find_dataset(self, name: str) -> DatasetEntry:
+        """The one dataset format of a name; imports nothing.
+
+        Args:
+            name: The name of an entry point, or `distribution:name` when two distributions use one name.
+
+        Raises:
+            UserError: If there is no such dataset.
+            PluginError: If two distributions offer it.
+        """
+        distribution, _, short = name.rpartition(":")
+        found = [entry for entry in self._datasets if entry.name == short]
+        if distribution:
+            found = [entry for entry in found if _normalize(entry.owner.distribution) == _normalize(distribution)]
+        if not found:
+            names = [entry.name for entry in self._datasets]
+            raise UserError(self._unknown("dataset", name, names, [one for one in self.failures if not one.hook]))
+        if len(found) > 1:
+            owners = " and by ".join(str(entry.owner) for entry in found)
+            choices = " or ".join(f'config_name = "{entry.qualified_name}"' for entry in found)
+            raise PluginError(f"dataset {name!r} is offered by {owners}. Say which: {choices}")
+        return found[0]
+
+    def datasets(self) -> tuple[DatasetEntry, ...]:
+        """Every dataset format that the installed distributions announce; imports none of them."""
+        return tuple(sorted(self._datasets, key=lambda entry: (entry.name, entry.owner)))
+
+    @functools.cached_property
+    def _manager(self) -> pluggy.PluginManager:
+        manager = pluggy.PluginManager(hookspecs.PROJECT)
+        manager.add_hookspecs(hookspecs)
+        for owner, entry in self._modules:
+            name = f"{owner.distribution}: {owner.entry_point}"
+            try:
+                plugin = entry.load()
+                if earlier := manager.get_name(plugin):
+                    raise PluginError(f"this plugin is loaded already, for {self._owners[earlier]}")
+                check_plugin(manager, plugin)
+                self._owners[name] = owner
+                manager.register(plugin, name)
+            except Exception as error:
+                # Before pluggy 1.7 a plugin that fails validation is left half registered.
+                if manager.has_plugin(name):
+                    manager.unregister(name=name)
+                self._fail(owner, "loading the plugin", error)
+        return manager
+
+    def _collect(self, kind: Kind) -> Iterator[Registered[Any]]:
+        """Call a hook one implementation at a time, so that every result and every failure has an owner."""
+        from rlinf_core.plugins.registrations import HOOKS, Registered
+
+        hook = HOOKS[kind].name
+        for implementation in getattr(self._manager.hook, hook).get_hookimpls():
+            owner = self._owners[implementation.plugin_name]
+            try:
+                items = list(HOOKS[kind].read(implementation.function()))
+            except Exception as error:
+                self._fail(owner, f"calling {hook}", error, hook)
+                continue
+            for name, item, mistake in items:
+                if mistake:
+                    self._fail(owner, f"using what {hook} returned", mistake, hook)
+                else:
+                    yield Registered(kind, name, item, owner)
+
+    def _fail(self, owner: Owner, doing: str, cause: Exception, hook: str = "") -> None:
+        failure = Failure(owner, doing, cause, hook)
+        if self._strict:
+            raise PluginError(str(failure)) from cause
+        self._failures.append(failure)
+
+    def _unknown(
+        self, noun: str, name: str, names: Iterable[str], failures: Iterable[Failure], instead: str = ""
+    ) -> str:
+        known = sorted(set(names))
+        lines = [f"unknown {noun} {name!r}" + (f": {instead}" if instead else did_you_mean(name, known))]
+        lines.append(f"there is: {', '.join(known)}" if known else "no installed plugin brings one")
+        lines += [f"failed: {failure}" for failure in failures]
+        lines += [f"left out by RLINF_DISABLE_PLUGINS: {distribution}" for distribution in self.blocked]
+        if not self._modules and not self.blocked:
+            lines.append("no plugin is installed, not even rlinf-core's own: install rlinf-core with pip or uv")
+        return "\n".join([lines[0], textwrap.indent("\n".join(lines[1:]), "  ")])
+
+
+@functools.cache
+def get_plugins() -> Plugins:
+    """The plugins of the environment, found once a process."""
+    return Plugins.load()
+
+
+def _owner(entry: metadata.EntryPoint) -> Owner:
+    entry_point = f"{entry.name} = {entry.value}"
+    if entry.dist is None:
+        return Owner("(no distribution)", "", entry_point)
+    return Owner(entry.dist.name, entry.dist.version, entry_point)
+
+
+def _normalize(distribution: str) -> str:
+    """The form of a distribution's name that packaging compares (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", distribution).lower()

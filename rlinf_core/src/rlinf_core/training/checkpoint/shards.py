@@ -1,0 +1,187 @@
+"""The files of a checkpoint, in the format of `torch.distributed.checkpoint`: hashed while written, read without trust.
+
+That format keeps its index, `.metadata`, as a pickle, and a pickle can run code. Here it may name nothing but the
+classes that such an index is made of; the shards themselves are read with `weights_only`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import os
+import pickle
+import uuid
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from rlinf_core.errors import UserError
+from rlinf_core.training.checkpoint.state import FileSum
+
+INDEX = ".metadata"
+INDEX_NAMES: Mapping[str, frozenset[str]] = {
+    "torch": frozenset({"Size", "float64", "float32", "float16", "bfloat16", "int64", "int32", "bool", "uint8"}),
+    "torch.serialization": frozenset({"_get_layout"}),
+    "torch.distributed.checkpoint.metadata": frozenset(
+        {
+            *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "ChunkStorageMetadata"),
+            *("TensorProperties", "_MEM_FORMAT_ENCODING"),
+        }
+    ),
+    "torch.distributed.checkpoint.filesystem": frozenset({"_StorageInfo"}),
+    "collections": frozenset({"OrderedDict"}),
+}
+"""What the index may name, by module. None of it does anything but hold values. `BytesStorageMetadata` is not among it:
+what it describes would be unpickled without `weights_only`, and checkpoints hold tensors alone."""
+
+
+class HashedFile:
+    """A file that is written from its start to its end, and hashed on the way."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._hash, self._size = file, hashlib.sha256(), 0
+        self.failure: OSError | None = None
+        """Why something could not be written: torch.save, which calls from C++, raises a RuntimeError of its own."""
+
+    def write(self, data: Any) -> int:
+        """Append."""
+        self._hash.update(data)
+        try:
+            written = self._file.write(data)
+        except OSError as error:
+            self.failure = self.failure or error
+            raise
+        self._size += written
+        return written
+
+    def tell(self) -> int:
+        """Bytes written so far."""
+        return self._size
+
+    def flush(self) -> None:
+        """Hand on what is buffered."""
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close, with everything on disk."""
+        if not self._file.closed:
+            with self._file:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+
+    def sum(self) -> FileSum:
+        """What was written."""
+        return FileSum(self._size, self._hash.hexdigest())
+
+
+class HashingFiles(FileSystem):
+    """A folder in which files are synced and hashed as they are written."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, FileSum] = {}
+        self.failure: OSError | None = None
+        """Why a file could not be written; torch's writers do not hand every error on as it was."""
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[Any, None, None]:
+        """Open a file to be written."""
+        try:
+            with Path(path).open(mode) as file:
+                stream = HashedFile(file)
+                try:
+                    yield stream
+                finally:
+                    self.failure = self.failure or stream.failure
+                stream.close()
+            self.sums[Path(path).name] = stream.sum()
+        except OSError as error:
+            self.failure = self.failure or error
+            raise
+
+
+class ShardWriter(FileSystemWriter):
+    """Writes this rank's shards, and on the coordinator the index.
+
+    Args:
+        folder: Where to; it is there and empty.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, sync_files=False, per_thread_copy_ahead=0)  # HashedFile syncs.
+        self.files = HashingFiles()
+        self.fs = self.files
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write the shards."""
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            if self.files.failure is not None and not isinstance(error, OSError):
+                raise self.files.failure from error
+            raise
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Write the index under its own name, as what is in the folder counts only once `state.json` is there."""
+        storage = {result.index: result.storage_data for of_rank in results for result in of_rank}
+        # Without storage_meta, which is the folder's path of today: checkpoints may be moved.
+        metadata = dataclasses.replace(metadata, version="1.0.0", storage_data=storage, storage_meta=None)
+        with self.files.create_stream(Path(self.path) / INDEX, "wb") as stream:
+            pickle.dump(metadata, stream)
+
+
+class Planner(DefaultSavePlanner):
+    """Plans once which rank writes what, and again only when a plan is another or a save has failed."""
+
+    def __init__(self) -> None:
+        super().__init__(enable_plan_caching=True)
+        self._cached_plans_key = f"{__name__}-{uuid.uuid4()}"  # torch's caches are the process's.
+
+    def forget(self) -> None:
+        """Drop the plans."""
+        for cache in (
+            SavePlanner._cached_save_plan,
+            SavePlanner._cached_all_plans,
+            SavePlanner._cached_global_plan,
+            SavePlanner._cached_metadata,
+            SavePlanner._cached_final_save_plan,
+        ):
+            cache.pop(self._cached_plans_key, None)
+
+
+class ShardReader(FileSystemReader):
+    """Reads a checkpoint that may come from anywhere."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The index.
+
+        Raises:
+            UserError: It is none, or names what an index has no use for.
+        """
+        path = Path(self.path) / INDEX
+        try:
+            with path.open("rb") as file:
+                metadata = _IndexUnpickler(file).load()
+            if not isinstance(metadata, Metadata):
+                raise pickle.UnpicklingError(f"it holds a {type(metadata).__name__}")
+            for entry in metadata.storage_data.values():
+                if Path(entry.relative_path).name != entry.relative_path:
+                    raise pickle.UnpicklingError(f"it names a file outside of the checkpoint: {entry.relative_path}")
+        except Exception as error:  # Unpickling damaged bytes raises nearly anything.
+            raise UserError(f"{path} cannot be read: {error}. Choose another checkpoint.") from error
+        return metadata
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name in INDEX_NAMES.get(module, ()):
+            return getattr(importlib.import_module(module), name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}, for which an index has no use")

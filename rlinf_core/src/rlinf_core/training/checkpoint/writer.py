@@ -1,0 +1,242 @@
+"""Writing a checkpoint on all ranks: aside, synced and hashed, then under its name; or not at all, as all learn.
+
+Everything here runs beside training, in a thread of its own on each rank, and communicates over a process group of its
+own: whatever training sends meanwhile is not mixed up with it, and ranks may come to a save at different times.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_saver import save as write_shards
+
+from rlinf_core.files import sync_folder, write_text
+from rlinf_core.training.checkpoint.shards import Planner, ShardWriter
+from rlinf_core.training.checkpoint.state import (
+    NAMES,
+    STATE,
+    FileSum,
+    Position,
+    State,
+    dump_state,
+    read_state,
+    step_name,
+)
+
+THREAD = "save "
+"""How the name of a thread that writes begins."""
+TIMEOUT = timedelta(hours=2)
+"""How long ranks wait for one another's files; a rank that has died is known much sooner."""
+
+
+class SaveError(Exception):
+    """A file could not be written on some rank; raised on all of them, with the same message."""
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay."""
+
+    last: int
+    """As many of the newest."""
+    every: int = 0
+    """Those after every so many steps; 0: no others."""
+
+    def superfluous(self, names: list[str], best: str) -> list[str]:
+        """Those of some checkpoints that need not stay.
+
+        Args:
+            names: The checkpoints.
+            best: The one that stays besides.
+        """
+        old = sorted(names)[: -self.last]
+        kept = {best} | {name for name in old if self.every and int(name.removeprefix("step_")) % self.every == 0}
+        return [name for name in old if name not in kept]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run's checkpoints lie, and which of them stay."""
+
+    folder: Path
+    """The run's, with `latest` and `best`."""
+    checkpoints: Path
+    """That of the checkpoints."""
+    keep: Keep
+    rename: bool = True
+    """Whether folders can be renamed there; if not, checkpoints are written under their own names."""
+
+    def aside(self, step: int) -> Path:
+        """Where a checkpoint is written to."""
+        name = step_name(step)
+        return self.checkpoints / (f".{name}.tmp" if self.rename else name)
+
+    def path(self, step: int) -> Path:
+        """Where it lies when it is complete."""
+        return self.checkpoints / step_name(step)
+
+
+class Writers:
+    """The ranks, as those who write. Made on every rank, by the thread that trains.
+
+    Args:
+        rank: This one.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        self.planner = Planner()
+
+    def first(self, action: Callable[[], None]) -> None:
+        """Let rank 0 do something, and all ranks wait for it.
+
+        Raises:
+            SaveError: Rank 0 could not.
+        """
+        box: list[str] = [""]
+        if self.rank == 0:
+            try:
+                action()
+            except OSError as error:
+                box = [_in_words(error)]
+        dist.broadcast_object_list(box, src=0, group=self.group)
+        if box[0]:
+            raise SaveError(box[0])
+
+    def write(self, folder: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, FileSum]:
+        """Write the shards of all ranks; what their files are, on rank 0.
+
+        Raises:
+            SaveError: Some rank could not.
+        """
+        writer = ShardWriter(folder)
+        try:
+            write_shards(dict(tensors), storage_writer=writer, planner=self.planner, process_group=self.group)
+        except CheckpointException as error:
+            self.planner.forget()
+            causes = {rank: failure[0] for rank, failure in error.failures.items()}
+            if not all(isinstance(cause, OSError) for cause in causes.values()):
+                raise RuntimeError(str(error)) from error  # It is no Exception itself, which nobody would expect.
+            raise SaveError("; ".join(f"rank {rank}: {_in_words(cause)}" for rank, cause in causes.items())) from error
+        gathered: list[dict[str, FileSum]] = [{}] * dist.get_world_size(self.group)
+        dist.gather_object(writer.files.sums, gathered if self.rank == 0 else None, dst=0, group=self.group)
+        return {name: of for sums in gathered for name, of in sums.items()}
+
+
+def _in_words(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror + (f": {error.filename}" if error.filename else "")
+    return str(error)
+
+
+def write_checkpoint(
+    place: Place,
+    position: Position,
+    tensors: Mapping[str, torch.Tensor],
+    writers: Writers,
+    *,
+    best: str = "",
+    before: str = "",
+) -> int:
+    """Write a checkpoint; called on every rank, in the same order of checkpoints.
+
+    Args:
+        place: Where.
+        position: Where the run stands.
+        tensors: What to save; nobody changes them meanwhile.
+        writers: All ranks.
+        best: The checkpoint that the file `best` shall name; empty: there is none.
+        before: The run's checkpoint before this one; empty: there is none.
+
+    Returns:
+        Its size in bytes, on rank 0; elsewhere 0.
+
+    Raises:
+        SaveError: Some rank could not write; nothing is left of it.
+    """
+    aside = place.aside(position.step)
+    try:
+        writers.first(lambda: _make_room(place, aside))
+        files = writers.write(aside, tensors)
+        writers.first(lambda: _complete(place, position, files, best))
+    except SaveError:
+        writers.first(lambda: shutil.rmtree(aside, ignore_errors=True))
+        raise
+    writers.first(lambda: _remove_others(place, place.path(position.step).name, before, best))
+    return sum(entry.bytes for entry in files.values())
+
+
+def _make_room(place: Place, aside: Path) -> None:
+    place.checkpoints.mkdir(parents=True, exist_ok=True)
+    for unfinished in place.checkpoints.glob(".step_*.tmp"):
+        shutil.rmtree(unfinished)
+    if aside.exists():
+        (aside / STATE).unlink(missing_ok=True)  # First, so that what is left is no checkpoint.
+        shutil.rmtree(aside)
+    aside.mkdir()
+
+
+def _complete(place: Place, position: Position, files: Mapping[str, FileSum], best: str) -> None:
+    aside, path = place.aside(position.step), place.path(position.step)
+    state = dump_state(State(position, files))
+    if place.rename:
+        write_text(aside / STATE, state)
+        sync_folder(aside)
+        if path.exists():
+            shutil.rmtree(path)
+        aside.rename(path)
+    else:
+        _write_in_place(path / STATE, state)
+    sync_folder(place.checkpoints)
+    name_best(place, best)
+    write_text(place.folder / "latest", path.name)
+
+
+def _write_in_place(file: Path, text: str) -> None:
+    with file.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _remove_others(place: Place, name: str, before: str, best: str) -> None:
+    """Remove what need not stay now that a checkpoint is complete; what cannot be removed is told, and no failure.
+
+    After the checkpoint before, this run has no other than this one. What else is there was left when the run went on
+    from an earlier one, and must not be taken for its own once it has come past.
+    """
+    others = [other for other in place.checkpoints.glob(NAMES) if other.name != name]
+    complete = [other.name for other in others if other.name <= before and (other / STATE).exists()]
+    kept = set(complete) - set(place.keep.superfluous([*complete, name], best))
+    for other in others:
+        if other.name not in kept:
+            try:
+                (other / STATE).unlink(missing_ok=True)  # First, so that what is left is no checkpoint.
+                shutil.rmtree(other)
+            except OSError as error:
+                print(f"warning: {other} cannot be removed: {_in_words(error)}", file=sys.stderr, flush=True)
+
+
+def restate(place: Place, position: Position, best: str) -> None:
+    """Correct what the checkpoint of a position says of validations. Called on rank 0."""
+    path = place.path(position.step)
+    (write_text if place.rename else _write_in_place)(path / STATE, dump_state(State(position, read_state(path).files)))
+    name_best(place, best)
+
+
+def name_best(place: Place, best: str) -> None:
+    """Make the file `best` name a checkpoint, if that is complete, or none. Called on rank 0."""
+    if best and (place.checkpoints / best / STATE).exists():
+        write_text(place.folder / "best", best)
+    else:
+        (place.folder / "best").unlink(missing_ok=True)

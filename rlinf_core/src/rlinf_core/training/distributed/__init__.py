@@ -1,0 +1,1 @@
+"""Processes, devices, and how the ranks of a run meet."""

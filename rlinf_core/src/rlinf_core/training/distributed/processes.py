@@ -1,0 +1,158 @@
+"""Processes and devices: who am I, what do I compute on, and how do we start and leave together.
+
+Works under torchrun, and alone (`python -m rlinf_core.train`), where it makes a process group of one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from rlinf_core.errors import UserError
+from rlinf_core.training.distributed.rendezvous import meet
+from rlinf_core.training.monitor.flight_recorder import remember_collectives
+
+T = TypeVar("T")
+
+SETUP_TIMEOUT = timedelta(hours=12)
+"""How long ranks wait for rank 0 to prepare data; in training they wait `trainer.timeout_seconds`."""
+TIMEOUT = 600.0
+"""`trainer.timeout_seconds` where nothing is configured."""
+
+
+def device(wanted: Literal["auto", "cpu"] = "auto") -> torch.device:
+    """The device of this process: its own CUDA device, or the CPU if that is wanted or there is no CUDA device.
+
+    Raises:
+        UserError: More processes on this machine than CUDA devices.
+    """
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    devices, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if processes > devices:
+        raise UserError(
+            f"{processes} processes on this machine but {devices} CUDA devices: start torchrun with --nproc-per-node "
+            f'{devices}, or set trainer.device = "cpu"'
+        )
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch on a device; copies from page-locked memory do not wait."""
+    return {
+        key: to_device(value, device) if isinstance(value, Mapping) else value.to(device, non_blocking=True)
+        for key, value in batch.items()
+    }
+
+
+class Processes:
+    """The running process group.
+
+    Args:
+        device: What this process computes on.
+        timeout_seconds: How long ranks wait for one another in training.
+    """
+
+    def __init__(self, device: torch.device, timeout_seconds: float = TIMEOUT) -> None:
+        self.rank = dist.get_rank()
+        self.size = dist.get_world_size()
+        self.device = device
+        self._setup = dist.new_group(backend="gloo", timeout=SETUP_TIMEOUT)
+        self._training = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+
+    def mesh(self, num_replicas: int = 1) -> DeviceMesh:
+        """The ranks as FSDP2 wants them: one dimension that shards, or one that replicates before it."""
+        if num_replicas == 1:
+            return init_device_mesh(self.device.type, (self.size,), mesh_dim_names=("shard",))
+        shape = (num_replicas, self.size // num_replicas)
+        return init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+    def decide(self, decision: Callable[[], T]) -> T:
+        """Let rank 0 decide (or prepare files) and tell all ranks what came of it.
+
+        The others wait as long as preparing data may take. A `UserError` on rank 0 is raised on every rank.
+        """
+        box: list[T | UserError | None] = [None]
+        if self.rank == 0:
+            try:
+                box = [decision()]
+            except UserError as error:
+                box = [error]
+        dist.broadcast_object_list(box, src=0, group=self._setup)
+        if isinstance(box[0], UserError):
+            raise box[0]
+        return cast("T", box[0])
+
+    def gather(self, value: T) -> list[T]:
+        """What every rank has to say, by rank; all ranks get the same answer."""
+        answers: list[T] = [value] * self.size
+        dist.all_gather_object(answers, value, group=self._setup)
+        return answers
+
+    @contextmanager
+    def first_on_each_machine(self) -> Iterator[None]:
+        """One process of each machine goes first; the others follow when all of those are through."""
+        first = os.environ.get("LOCAL_RANK", "0") == "0"
+        if not first:
+            self.wait()
+        yield
+        if first:
+            self.wait()
+
+    def any(self, flag: bool) -> bool:
+        """Whether a flag is set on any rank; all ranks get the same answer."""
+        flags = torch.tensor(float(flag))
+        dist.all_reduce(flags, group=self._training)
+        return bool(flags)
+
+    def wait(self) -> None:
+        """Wait until every rank is here."""
+        dist.barrier(group=self._setup)
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks, in place."""
+        dist.all_reduce(tensor)
+        return tensor
+
+
+@contextmanager
+def processes(
+    wanted: Literal["auto", "cpu"] = "auto", *, timeout_seconds: float = TIMEOUT, folder: Path | None = None
+) -> Iterator[Processes]:
+    """Join the process group; leave it together, because gloo may abort when one rank leaves early.
+
+    Args:
+        wanted: See `device`.
+        timeout_seconds: How long ranks wait for one another in a collective of training.
+        folder: The run's, where NCCL writes its flight record if one takes longer; None: nowhere in particular.
+    """
+    here = device(wanted)
+    if here.type == "cuda":
+        torch.cuda.set_device(here)
+        if folder is not None:
+            remember_collectives(folder)
+    timeout = timedelta(seconds=timeout_seconds)
+    backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        store, rank, size = meet(timeout)
+    else:
+        store, rank, size = dist.HashStore(), 0, 1  # type: ignore[attr-defined]  # torch's stubs leave it out
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    group = Processes(here, timeout_seconds)
+    try:
+        yield group
+    except BaseException:
+        # The others may wait in a collective: an orderly end would break or block them before the error is told.
+        if group.size == 1:
+            dist.destroy_process_group()
+        raise
+    group.wait()
+    dist.destroy_process_group()

@@ -1,0 +1,1 @@
+"""What is watched, measured and reported while a run trains."""

@@ -1,0 +1,1 @@
+"""The policy in other projects' layouts."""

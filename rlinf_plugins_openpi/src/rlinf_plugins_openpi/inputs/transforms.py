@@ -1,0 +1,131 @@
+"""What π0 and π0.5 do to a normalised sample: resize, tokenise, pad. NumPy and PIL only.
+
+The order matters: the prompt is tokenised before the state is padded, because π0.5 can read the state as text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from rlinf_core import Sample, UserError
+from rlinf_core.data.transforms import Transform
+from rlinf_plugins_openpi.inputs.tokenizer import PromptTokenizer, load_processor
+from rlinf_plugins_openpi.model.dimensions import CAMERAS as CAMERAS
+from rlinf_plugins_openpi.model.dimensions import IMAGE_SIZE as IMAGE_SIZE
+
+
+class OpenpiSample(Sample, total=False):
+    """A sample as the policies' `collate` takes it."""
+
+    tokens: NDArray[np.int64]
+    """[T], prompt ids, filled up with 0."""
+    token_mask: NDArray[np.bool_]
+    """[T], True where there is a token."""
+    action_width: int
+    """Numbers of the robot's own action; the policy's is filled up with zeros."""
+    prompt_length: int
+    """Tokens of the whole prompt, those that were cut off included."""
+
+
+@dataclass(frozen=True)
+class ResizeWithPad(Transform):
+    """Fit every camera's image into `height` x `width`: aspect kept, bilinear (antialiased), black around it."""
+
+    resizes: ClassVar[bool] = True
+
+    height: int
+    width: int
+
+    def __call__(self, sample: Sample) -> Sample:
+        """Images uint8 [any height, any width, 3] -> uint8 [height, width, 3]."""
+        if "images" not in sample:
+            return sample
+        return {**sample, "images": {name: self._resize(name, image) for name, image in sample["images"].items()}}
+
+    def _resize(self, name: str, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        if not isinstance(image, np.ndarray):
+            raise UserError(f"camera {name!r} is a {type(image).__name__}: images are arrays of NumPy")
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+            raise UserError(
+                f"camera {name!r} is {image.dtype} {list(image.shape)}: images are uint8 [height, width, 3]"
+            )
+        height, width = image.shape[:2]
+        if (height, width) == (self.height, self.width):
+            return image
+        # Rounding as openpi's image_tools.resize_with_pad_pil: a pixel more or less would shift the whole image.
+        ratio = max(width / self.width, height / self.height)
+        new_height, new_width = int(height / ratio), int(width / ratio)
+        top, left = (self.height - new_height) // 2, (self.width - new_width) // 2
+        resized = Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BILINEAR)
+        out = np.zeros((self.height, self.width, 3), dtype=np.uint8)
+        out[top : top + new_height, left : left + new_width] = np.asarray(resized)
+        return out
+
+
+@dataclass(frozen=True)
+class TokenizePrompt(Transform):
+    """Turn the prompt into `tokens` and `token_mask`, with the state as text if `discrete_state`."""
+
+    tokenizer: PromptTokenizer
+    discrete_state: bool
+    allowed: frozenset[int] | None = None
+    """The only tokens that prompts may have: the embedding's other rows are not trained. None: all."""
+
+    def __call__(self, sample: Sample) -> Sample:
+        """Needs a `state` that is normalised and not yet padded if `discrete_state`, else only the prompt."""
+        if self.discrete_state and "state" not in sample:
+            raise UserError("policy.discrete_state_input is true but the dataset has no state: set it to false")
+        ids = self.tokenizer.encode(sample["prompt"], sample["state"] if self.discrete_state else None)
+        tokens, token_mask = self.tokenizer.fill(ids)
+        if self.allowed is not None and not self.allowed.issuperset(ids[: len(tokens)]):
+            raise self._not_allowed(sample["prompt"], ids[: len(tokens)])
+        out = cast("OpenpiSample", sample.copy())
+        out["tokens"], out["token_mask"], out["prompt_length"] = tokens, token_mask, len(ids)
+        return out
+
+    def _not_allowed(self, prompt: str, ids: Sequence[int]) -> UserError:
+        assert self.allowed is not None
+        token = next(token for token in ids if token not in self.allowed)
+        return UserError(
+            f"the prompt {prompt!r} has the token {token}, {load_processor(self.tokenizer.path).id_to_piece(token)!r}, "
+            'that none of the run\'s rows had when it started, and policy.train_embedding = "used_rows" knows theirs '
+            'only: set it to "all", or start a new run with the data as they are now'
+        )
+
+
+@dataclass(frozen=True)
+class PadToActionDim(Transform):
+    """Fill `state` and `actions` up with zeros to the width of the policy; without a state it is all zeros.
+
+    The inverse is the identity: unnormalising works at the policy's width, and the dataset knows the robot's.
+    """
+
+    batched: ClassVar[bool] = True
+
+    action_dim: int
+
+    def __call__(self, sample: Sample) -> Sample:
+        """State [D] -> [A], actions [H, D] -> [H, A] with `action_width` = D."""
+        out = cast("OpenpiSample", sample.copy())
+        axes = sample["actions"].shape[:-2] if "actions" in sample else ()
+        out["state"] = self._pad("state", sample.get("state", np.zeros((*axes, 0), dtype=np.float32)))
+        if "actions" in sample:
+            # A dataset that filled its actions up already has said how wide they are.
+            out["action_width"] = out.get("action_width", sample["actions"].shape[-1])
+            out["actions"] = self._pad("actions", sample["actions"])
+        return out
+
+    def _pad(self, name: str, vector: NDArray[np.floating]) -> NDArray[np.floating]:
+        missing = self.action_dim - vector.shape[-1]
+        if missing < 0:
+            raise UserError(
+                f"`{name}` has {vector.shape[-1]} numbers, the policy takes {self.action_dim}: "
+                f"name fewer columns in data.{name} (policy.action_dim is fixed for pretrained weights)"
+            )
+        return np.pad(vector, [(0, 0)] * (vector.ndim - 1) + [(0, missing)])

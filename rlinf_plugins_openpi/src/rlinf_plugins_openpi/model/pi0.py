@@ -1,0 +1,300 @@
+"""π0 and π0.5: a vision-language model and an action expert that turn noise into action chunks by flow matching.
+
+Torch and the standard library only: this is single-device code that runs on a bare CUDA machine; sharding, precision
+and compilation are applied from outside. Axes: B batch, C camera, L text tokens, R rows of the packed prefix (of each
+sample the images it has, then its text; see `packing`), G places of a sample in the grid, T suffix tokens, H action
+horizon, A action width, W VLM width, E expert width.
+
+What differs between the two: π0 has a state token before the actions (in an attention block of its own) and mixes time
+into the action tokens; π0.5 ignores the continuous state and lets time steer the expert's norms.
+
+The reference is openpi's JAX implementation. Noise is at t = 1 and data at t = 0, as there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rlinf_core.contract.module import PolicyOutput, ShardUnit
+from rlinf_plugins_openpi.model.attention import KeysValues, PrefixContext, SuffixContext, bias, rotation
+from rlinf_plugins_openpi.model.augment import augment, normalise, resize_with_pad
+from rlinf_plugins_openpi.model.flow import euler_times, time_features
+from rlinf_plugins_openpi.model.gemma import (
+    AdaptiveRMSNorm,
+    EmbeddingRows,
+    JointLayer,
+    Modulation,
+    PrefixEnd,
+    RMSNorm,
+    TokenEmbedding,
+)
+from rlinf_plugins_openpi.model.initialization import initial_value
+from rlinf_plugins_openpi.model.packing import Packing, packing_of, rearrange
+from rlinf_plugins_openpi.model.siglip import SigLIP
+
+if TYPE_CHECKING:
+    from rlinf_plugins_openpi.model.dimensions import Pi0Dimensions
+
+
+class Prefix(NamedTuple):
+    """What the model has read: of every sample the image tokens of its cameras, then text."""
+
+    tokens: torch.Tensor
+    """[R, W] in the compute dtype."""
+    packing: Packing
+    """Which row is what."""
+
+
+class Suffix(NamedTuple):
+    """What the action expert reads at one flow time."""
+
+    tokens: torch.Tensor
+    """[B, T, E] float32: π0's state token, then the noisy actions."""
+    cond: torch.Tensor | None
+    """[B, E] float32, the condition of π0.5's adaptive norms."""
+
+
+class Pi0(nn.Module):
+    """π0 or π0.5, after `dimensions.pi05`.
+
+    Parameters are whatever memory held until `initial_value` or weights fill them.
+
+    Args:
+        dimensions: All sizes.
+        num_sampling_steps: Default number of Euler steps of `sample_actions`.
+        mask_padded_steps: Leave actions past the end of an episode out of the loss. The reference does not.
+        mask_padded_dims: Leave action dims that the robot does not have out of the loss. The reference does not.
+        embedding_rows: The only tokens, ascending, that it is going to read. Their rows are a parameter of their own
+            beside the whole embedding, which then is not read. Empty: it reads the embedding.
+    """
+
+    def __init__(
+        self,
+        dimensions: Pi0Dimensions,
+        *,
+        num_sampling_steps: int = 10,
+        mask_padded_steps: bool = False,
+        mask_padded_dims: bool = False,
+        embedding_rows: Sequence[int] = (),
+    ) -> None:
+        super().__init__()
+        vlm, expert, action_dim = dimensions.vlm, dimensions.expert, dimensions.action_dim
+        self.dimensions = dimensions
+        self.num_sampling_steps = num_sampling_steps
+        self.mask_padded_steps, self.mask_padded_dims = mask_padded_steps, mask_padded_dims
+        self.vision = SigLIP(dimensions.vision, vlm.width)
+        self.embedding = TokenEmbedding(dimensions.vocab_size, vlm.width)
+        self.embedding_rows = (
+            EmbeddingRows(embedding_rows, dimensions.vocab_size, vlm.width) if embedding_rows else None
+        )
+        self.layers = nn.ModuleList(
+            JointLayer(vlm, expert, adaptive=dimensions.pi05, last=depth + 1 == vlm.depth) for depth in range(vlm.depth)
+        )
+        self.prefix_end = PrefixEnd(vlm)
+        self.expert_norm = AdaptiveRMSNorm() if dimensions.pi05 else RMSNorm(expert.width)
+        self.action_in_proj = nn.Linear(action_dim, expert.width)
+        self.action_out_proj = nn.Linear(expert.width, action_dim)
+        if dimensions.pi05:
+            self.modulation = Modulation(expert.width, expert.depth)
+            self.time_mlp_in = nn.Linear(expert.width, expert.width)
+            self.time_mlp_out = nn.Linear(expert.width, expert.width)
+        else:
+            self.state_proj = nn.Linear(action_dim, expert.width)
+            self.action_time_mlp_in = nn.Linear(2 * expert.width, expert.width)
+            self.action_time_mlp_out = nn.Linear(expert.width, expert.width)
+
+    def forward(self, batch: Mapping[str, Any]) -> PolicyOutput:
+        """The flow-matching loss of a batch.
+
+        Args:
+            batch: `images` uint8 [B, C, height, width, 3], resized if they are not the image tower's 224 x 224;
+                `image_mask` bool [B, C], `tokens` int [B, L], `token_mask` bool [B, L]; float32 `state` [B, A],
+                `actions` [B, H, A], `noise` [B, H, A], `time` [B]. Best with `packing`, see `packing.pack`: without it
+                the masks are read on the host. In training mode the images are changed if there
+                are the numbers for it: `crop_and_rotation` [B, G, 3] and `color_jitter` [B, C, 4], see `augment`.
+
+        Returns:
+            Sum over samples and horizon of the squared error's mean over action dims, and the number of such terms: B·H
+            and all dims, as in the reference, unless padding is masked.
+        """
+        loss_BH = self.losses(batch)
+        counted_BH = torch.ones_like(loss_BH)
+        if self.mask_padded_steps:
+            counted_BH = (~batch["actions_is_pad"]).float()
+            loss_BH = loss_BH * counted_BH
+        sample_losses = torch.stack((loss_BH.detach().sum(1), counted_BH.sum(1)), dim=1)
+        return PolicyOutput(loss_BH.sum(), counted_BH.sum(), {}, sample_losses)
+
+    def losses(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        """The loss of every action of every chunk, [B, H]."""
+        noise, actions, time = batch["noise"], batch["actions"], batch["time"]
+        t = time[:, None, None]
+        prefix = self.embed_prefix(batch, augmented=self.training)
+        suffix = self.embed_suffix(batch["state"], t * noise + (1.0 - t) * actions, time)
+        suffix_out = self.run(prefix, suffix)
+        error_BHA = F.mse_loss(self.velocity(suffix_out), noise - actions, reduction="none")
+        if not self.mask_padded_dims:
+            return error_BHA.mean(-1)
+        width_B = batch["action_width"]
+        own_BA = torch.arange(error_BHA.shape[-1], device=width_B.device) < width_B[:, None]
+        own_BH: torch.Tensor = (error_BHA * own_BA[:, None]).sum(-1) / width_B[:, None]
+        return own_BH
+
+    @torch.no_grad()
+    def sample_actions(
+        self, batch: Mapping[str, Any], noise: torch.Tensor, num_steps: int | None = None
+    ) -> torch.Tensor:
+        """Draw action chunks by Euler integration from t = 1 to 0; the prefix runs once.
+
+        Args:
+            batch: Observations as in `forward`; actions, noise and time in it are ignored.
+            noise: [B, H, A] float32, standard normal.
+            num_steps: Euler steps; None: `num_sampling_steps`.
+
+        Returns:
+            [B, H, A] float32, normalised actions.
+        """
+        steps = self.num_sampling_steps if num_steps is None else num_steps
+        prefix = self.embed_prefix(batch)
+        cache, x_t = self.prefill(prefix), noise
+        for time in euler_times(steps):
+            suffix = self.embed_suffix(batch["state"], x_t, noise.new_full(noise.shape[:1], time))
+            suffix_out = self.run(prefix, suffix, cache=cache)
+            x_t = x_t + (-1.0 / steps) * self.velocity(suffix_out)
+        return x_t
+
+    def embed_prefix(self, batch: Mapping[str, Any], *, augmented: bool = False) -> Prefix:
+        """Encode the images that are there (changed by the batch's numbers if `augmented`), in one call, and text."""
+        images, vision = batch["images"], self.dimensions.vision
+        packing = packing_of(batch, vision.num_tokens)
+        if images.shape[2:4] != (vision.image_size, vision.image_size):
+            images = resize_with_pad(normalise(images), vision.image_size, vision.image_size)
+        if augmented and "color_jitter" in batch:
+            images = augment(images, batch["crop_and_rotation"], batch["color_jitter"])
+        images = images.flatten(0, 1)
+        if len(packing.images) < len(images):
+            images = images[packing.images]
+        text = (self.embedding_rows or self.embedding)(batch["tokens"])
+        pool = torch.cat((self.vision(images).flatten(0, 1), text.flatten(0, 1)))
+        return Prefix(rearrange(pool, packing.from_pool, packing.to_pool), packing)
+
+    def embed_suffix(self, state: torch.Tensor, x_t: torch.Tensor, time: torch.Tensor) -> Suffix:
+        """Noisy actions [B, H, A] at flow time [B] (and π0's state [B, A]) as tokens of the action expert."""
+        actions = _linear(self.action_in_proj, x_t)
+        features = time_features(time, actions.shape[-1])
+        if self.dimensions.pi05:
+            hidden = F.silu(_linear(self.time_mlp_in, features))
+            return Suffix(actions, F.silu(self.time_mlp_out(hidden)))
+        features = features.to(actions.dtype)[:, None].expand_as(actions)
+        hidden = F.silu(self.action_time_mlp_in(torch.cat((actions, features), dim=-1)))
+        state_token = _linear(self.state_proj, state)[:, None]
+        return Suffix(torch.cat((state_token, self.action_time_mlp_out(hidden)), dim=1), None)
+
+    def prefill(self, prefix: Prefix) -> list[KeysValues]:
+        """Every layer's keys and values of the prefix."""
+        context, cache = self.prefix_context(prefix), []
+        tokens: torch.Tensor | None = prefix.tokens
+        for layer in self.layers:
+            tokens, _, kv = layer((tokens, context), None)
+            cache.append(kv)
+        return cache
+
+    def run(self, prefix: Prefix, suffix: Suffix, *, cache: list[KeysValues] | None = None) -> torch.Tensor:
+        """Both experts over all layers.
+
+        Args:
+            prefix: What was read; with a cache only its packing counts.
+            suffix: The action expert's tokens.
+            cache: What `prefill` returned for this prefix.
+
+        Returns:
+            Suffix outputs [B, T, E], after their final norm.
+        """
+        context = self.prefix_context(prefix) if cache is None else None
+        suffix_context = self.suffix_context(prefix, suffix)
+        modulations, last = ([None] * len(self.layers), None) if suffix.cond is None else self.modulation(suffix.cond)
+        tokens: torch.Tensor | None = prefix.tokens
+        suffix_tokens = suffix.tokens
+        for index, (layer, modulation) in enumerate(zip(self.layers, modulations, strict=True)):
+            source = cache[index] if cache is not None else (tokens, context)
+            tokens, suffix_tokens, _ = layer(source, (suffix_tokens, suffix_context), modulation)
+        out: torch.Tensor = self.expert_norm(suffix_tokens, last)[0]
+        return out
+
+    def read(self, prefix: Prefix) -> torch.Tensor:
+        """What the VLM makes of the prefix, [R, W] after its final norm. No action depends on it."""
+        context, tokens = self.prefix_context(prefix), prefix.tokens
+        for layer in self.layers[:-1]:
+            tokens, _, _ = layer((tokens, context), None)
+        out: torch.Tensor = self.prefix_end(tokens, self.layers[-1].vlm, context)
+        return out
+
+    def velocity(self, suffix_out: torch.Tensor) -> torch.Tensor:
+        """Suffix outputs [B, T, E] -> predicted velocity [B, H, A], float32."""
+        return _linear(self.action_out_proj, suffix_out[:, -self.dimensions.action_horizon :])
+
+    def prefix_context(self, prefix: Prefix) -> PrefixContext:
+        """Positions count valid tokens only, so that leaving invalid ones out changes nothing."""
+        packing = prefix.packing
+        return PrefixContext(
+            rotation(packing.positions, self.dimensions.vlm.head_dim),
+            packing,
+            bias(packing.valid[:, None, None], prefix.tokens.dtype),
+        )
+
+    def suffix_context(self, prefix: Prefix, suffix: Suffix) -> SuffixContext:
+        """Suffix positions continue after the valid prefix; see `suffix_visible` for who sees whom."""
+        packing, num_tokens = prefix.packing, suffix.tokens.shape[1]
+        positions = packing.lengths[:, None] + torch.arange(num_tokens, device=packing.lengths.device)
+        return SuffixContext(
+            rotation(positions, self.dimensions.expert.head_dim),
+            bias(self.suffix_visible(packing.valid, num_tokens)[:, None], prefix.tokens.dtype),
+        )
+
+    def suffix_visible(self, prefix_valid: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        """Which keys the suffix's queries see, bool [B, T or 1, G+T]; one row where all queries see the same.
+
+        All suffix tokens see the valid prefix. π0.5's see one another; π0's state token does not see the actions.
+        """
+        batch = prefix_valid.shape[0]
+        if self.dimensions.pi05:
+            return torch.cat((prefix_valid, prefix_valid.new_ones(batch, num_tokens)), dim=1)[:, None]
+        own = prefix_valid.new_ones(num_tokens, num_tokens)
+        own[0, 1:] = False
+        rows = prefix_valid[:, None].expand(-1, num_tokens, -1)
+        return torch.cat((rows, own.expand(batch, -1, -1)), dim=2)
+
+    def shard_units(self) -> Iterator[ShardUnit]:
+        """Modules that are gathered together, about in the order of use; the small projections are left to the root."""
+        yield ShardUnit(self.vision.patch_embedding, "fp32")
+        yield from (ShardUnit(block, block=True) for block in self.vision.blocks)
+        yield ShardUnit(self.vision.head)
+        yield ShardUnit(self.embedding, reached=self.embedding_rows is None)
+        if self.embedding_rows is not None:
+            yield ShardUnit(self.embedding_rows)
+        yield ShardUnit(self.modulation if self.dimensions.pi05 else self.expert_norm)
+        yield from (ShardUnit(layer, block=True) for layer in self.layers)
+        yield ShardUnit(self.prefix_end, reached=False)
+
+    def initial_value(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+        """The initial value of the parameter `name`, float32 on the CPU; see `initialization`."""
+        if self.embedding_rows is not None and name == "embedding_rows.weight":
+            whole = (self.dimensions.vocab_size, *shape[1:])
+            return initial_value("embedding.weight", whole, generator)[list(self.embedding_rows.rows)]
+        return initial_value(name, shape, generator)
+
+    def rebuild_buffers(self) -> None:
+        """Where the rows of tokens are; rotary frequencies and time periods are computed where they are used."""
+        if self.embedding_rows is not None:
+            self.embedding_rows.rebuild_buffers()
+
+
+def _linear(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """A small projection in its own dtype: float32 by contract, whatever the blocks compute in."""
+    projected: torch.Tensor = linear(x.to(linear.weight.dtype))
+    return projected

@@ -1,0 +1,1 @@
+"""`rlinf new-plugin`: a dataset format proposed from a dataset's metadata."""

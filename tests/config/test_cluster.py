@@ -1,0 +1,131 @@
+"""The `[cluster]` table: RLinf's placement, and what of it a machine has."""
+
+from types import SimpleNamespace
+
+import pytest
+from pydantic import ValidationError
+
+from rlinf_core.contract.cluster import ClusterConfig, check_world_size
+from rlinf_core.errors import UserError
+from rlinf_core.torchrun import Share, share_of_machine, visible_devices
+
+
+def cluster(actor="all", **fields):
+    return ClusterConfig(component_placement={"actor": actor}, **fields)
+
+
+def two_nodes(actor="all"):
+    return cluster(actor, num_nodes=2, rdzv_endpoint="node0:29500")
+
+
+@pytest.mark.parametrize(
+    ("placement", "ranks"),
+    [
+        ("all", None),
+        ("0-3", (0, 1, 2, 3)),
+        ("0,2,5-7", (0, 2, 5, 6, 7)),
+        (" 4 - 5 , 1", (1, 4, 5)),
+        ("3", (3,)),
+        (3, (3,)),
+    ],
+)
+def test_placements_are_read_as_rlinf_does(placement, ranks):
+    assert cluster(placement).ranks == ranks
+
+
+def test_everything_is_placed_by_default_and_keys_may_be_joined():
+    assert ClusterConfig().ranks is None
+    assert ClusterConfig(component_placement={" actor ": "0-1"}).ranks == (0, 1)
+    with pytest.raises(ValidationError, match="there is no component 'rollout'"):
+        ClusterConfig(component_placement={"actor,rollout": "0-1"})
+    with pytest.raises(ValidationError, match="'actor' is placed twice"):
+        ClusterConfig(component_placement={"actor,actor": "0-1"})
+
+
+@pytest.mark.parametrize(
+    ("placement", "complaint"),
+    [
+        ("3-0", "'3-0' is no placement: write \"all\", a range"),
+        ("some", "'some' is no placement"),
+        ("0-1,all", "is no placement"),
+        ("", "is no placement"),
+        ("-1", "is no placement"),
+        (True, "True is no placement"),
+        ([0, 1], r"\[0, 1\] is no placement"),
+        ("0-2,1", "names 1 twice"),
+        ("0-3:0-7", "assigns process ranks .* Write '0-3'"),
+        ({"node_group": "a100", "placement": "0-3"}, "node groups are not supported"),
+    ],
+)
+def test_what_is_no_placement_is_told_what_is(placement, complaint):
+    with pytest.raises(ValidationError, match=complaint):
+        cluster(placement)
+
+
+@pytest.mark.parametrize("table", [{}, "0-3"])
+def test_a_placement_is_a_table_with_an_actor(table):
+    with pytest.raises(ValidationError, match='actor = "all"'):
+        ClusterConfig(component_placement=table)
+
+
+def test_several_machines_need_a_place_to_meet_and_processes_for_each():
+    with pytest.raises(ValidationError, match="num_nodes = 2 needs rdzv_endpoint: host:port"):
+        ClusterConfig(num_nodes=2)
+    assert ClusterConfig(num_nodes=2, launcher="ray").rdzv_endpoint == ""
+    with pytest.raises(ValidationError, match="num_nodes = 2, but component_placement has 1 processes"):
+        two_nodes("0")
+    for endpoint in ("node0", "node0:", ":29500", "node0:0", "node0:port"):
+        with pytest.raises(ValidationError, match="must be host:port"):
+            ClusterConfig(rdzv_endpoint=endpoint)
+
+
+@pytest.mark.parametrize(
+    ("config", "devices", "share"),
+    [
+        (cluster(), 8, Share(8)),
+        (cluster(), 0, Share(1)),
+        (cluster("0-7"), 8, Share(8)),
+        (cluster("2,5"), 8, Share(2, (2, 5))),
+        (cluster("0-1"), 0, Share(2)),
+        (two_nodes(), 8, Share(8)),
+        (two_nodes("0-15"), 8, Share(8)),
+        (two_nodes("0-3,8-11"), 8, Share(4, (0, 1, 2, 3))),
+        (two_nodes("0-3"), 0, Share(2)),
+    ],
+)
+def test_a_machine_has_its_share_of_the_placement(config, devices, share):
+    assert share_of_machine(config, devices) == share
+
+
+@pytest.mark.parametrize(
+    ("config", "devices", "complaint"),
+    [
+        (cluster("6-8"), 8, r"names accelerator 8, but 1 x 8 are there \(0-7\)"),
+        (cluster("1"), 1, r"names accelerator 1, but 1 x 1 are there \(0\)"),
+        (cluster("2-3"), 0, r'no accelerators to choose from.*from 0: "0-1"'),
+        (two_nodes("0-2"), 0, r'a multiple of the 2 machines, from 0: "0-1"'),
+        (two_nodes("0-7"), 8, r"machine 0: \[0, 1, 2, 3, 4, 5, 6, 7\]; machine 1: none"),
+        (two_nodes("0-3,8-9"), 8, r"machine 0: \[0, 1, 2, 3\]; machine 1: \[0, 1\]"),
+    ],
+)
+def test_a_placement_that_does_not_fit_the_machines_is_refused(config, devices, complaint):
+    with pytest.raises(UserError, match=complaint):
+        share_of_machine(config, devices)
+
+
+def test_some_of_the_visible_accelerators_stay_visible():
+    assert visible_devices((1, 2), {}) == "1,2"
+    assert visible_devices((1, 2), {"CUDA_VISIBLE_DEVICES": "4,5,6,7"}) == "5,6"
+
+
+def test_a_run_that_others_started_is_held_to_its_placement():
+    def check(config, world_size):
+        check_world_size(SimpleNamespace(cluster=config), world_size)
+
+    check(cluster(), 5)
+    check(cluster("0-3"), 4)
+    check(two_nodes(), 16)
+    with pytest.raises(UserError, match='actor = "0-3" } asks for 4 processes, but 2 were started'):
+        check(cluster("0-3"), 2)
+    with pytest.raises(UserError, match=r"cluster\.num_nodes = 2, but 3 processes were started"):
+        check(two_nodes(), 3)

@@ -1,0 +1,78 @@
+import numpy as np
+import torch
+from toy_data import Repack, Rows, ToyPolicy
+
+from rlinf_core.data import batch_memory
+from rlinf_core.data.batch_memory import batch_tensor
+from rlinf_core.data.loading.loader import build_train_loader
+from rlinf_core.data.loading.mixture import Source
+from rlinf_core.data.pipeline import Pipeline
+
+
+class Marking(ToyPolicy):
+    """Fills large tensors with the number of a batch's first row."""
+
+    def collate(self, samples):
+        batch = super().collate(samples)
+        first = int(batch["index"][0])
+        for name, dtype in (("large", torch.float32), ("also", torch.uint8)):
+            batch[name] = batch_tensor((len(samples), 5000), dtype)
+            batch[name].fill_(first)
+        shared = batch_tensor((2, 3), torch.int64)
+        shared.copy_(torch.tensor([[first, 1, 2], [3, 4, 5]]))
+        return batch | {"parts": [shared[0], shared[:, 2]]}
+
+
+def marked(workers=1, steps=40):
+    return build_train_loader(
+        [Source(Rows(200), Pipeline(Repack()))],
+        Marking(),
+        seed=0,
+        global_batch_size=2,
+        micro_batch_size=2,
+        rank=0,
+        world_size=1,
+        start_step=0,
+        stop_step=steps,
+        num_workers=workers,
+        pin_memory=False,
+    )
+
+
+def check(batch):
+    first = batch["index"][0]
+    assert torch.equal(batch["large"], torch.full((2, 5000), float(first)))
+    assert torch.equal(batch["also"], torch.full((2, 5000), int(first), dtype=torch.uint8))
+    assert [part.tolist() for part in batch["parts"]] == [[first, 1, 2], [2, 5]]
+
+
+def test_memory_of_batches_is_used_again_once_they_are_gone_and_not_before():
+    held, addresses = [], []
+    for number, batch in enumerate(marked()):
+        check(batch)
+        if 10 <= number < 16:
+            held.append(batch)
+        if number > 20:
+            addresses.append(batch["large"].data_ptr())
+    for one in held:
+        check(one)
+    # Held ones have theirs; the rest take turns: two read ahead, one in use, one being made and some slack.
+    assert len({one["large"].data_ptr() for one in held}) == len(held)
+    assert len(set(addresses)) <= 6
+    blocks = len(next(reversed(batch_memory._received.values())))
+    assert blocks <= 3 * (len(held) + 6)
+
+
+def test_a_part_of_a_batch_keeps_its_memory():
+    batches = iter(marked())
+    views = [next(batches)["large"][1, 7:9] for _ in range(12)]
+    firsts = [one.tolist() for one in views]
+    for _ in range(12):
+        next(batches)
+    assert [one.tolist() for one in views] == firsts
+    assert len({one[0] for one in firsts}) > 1
+
+
+def test_without_workers_a_batch_has_ordinary_memory():
+    for with_workers, without in zip(marked(1, 4), marked(0, 4), strict=True):
+        assert np.array_equal(with_workers["large"], without["large"])

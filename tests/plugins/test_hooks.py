@@ -1,0 +1,336 @@
+"""Every hook: what calls it hands over and what becomes of its results. The plugin of docs/hook_examples.py is run.
+
+A test named for each hook, an entry in docs/hooks.md and a docstring of the agreed form are required.
+"""
+
+import inspect
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
+
+import pluggy
+import pytest
+import torch
+from distributions import entry_point
+from torch import nn
+
+from rlinf_core import LeRobotDatasetConfig, PluginError, PolicyConfig, UserError, hookimpl
+from rlinf_core.config.load import load_config
+from rlinf_core.contract import hookspecs
+from rlinf_core.plugins.calls import CORE, check_plugin, specified_hooks
+from rlinf_core.plugins.registry import PLUGIN_GROUP, Plugins
+from rlinf_core.testing import plugins_in_memory
+
+DOCS = Path(__file__).parents[2] / "docs"
+OWNER = "in-memory 0 (entry point 'plugin0 = hook_examples')"
+
+
+@pytest.fixture(scope="module")
+def examples():
+    """The example plugin as a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(DOCS))
+        import hook_examples
+
+        yield hook_examples
+
+
+@pytest.fixture(scope="module")
+def plugins(examples):
+    return plugins_in_memory(examples, datasets={"made-up": examples.MemoryDataset})
+
+
+@pytest.fixture
+def configure(plugins, tmp_path):
+    """A run's config with overrides."""
+
+    def configure(*overrides):
+        path = tmp_path / "run.toml"
+        path.write_text('[data]\nconfig_name = "made-up"\n[policy]\ntype = "arm"\n')
+        return load_config(path, overrides, plugins)
+
+    return configure
+
+
+@pytest.fixture
+def trainer(configure):
+    return SimpleNamespace(run=configure("runner.name=demo", "plugins.arm.largest_loss=10"), step=3)
+
+
+def plugins_of(**named):
+    """Plugins by distribution; each is a mapping of hooks to functions, which get their marks here."""
+    entries = []
+    for distribution, functions in named.items():
+        marked = {name: hookimpl(function) for name, function in functions.items()}
+        entries.append(entry_point(PLUGIN_GROUP, "p", SimpleNamespace(__name__="toy", **marked), distribution))
+    return Plugins(entries, strict=True)
+
+
+# --- one test for each hook -------------------------------------------------------------------------------------------
+
+
+def test_rlinf_register_policies(plugins, examples):
+    assert plugins.policy("arm") is examples.ArmPolicy
+
+
+def test_rlinf_register_trainers(plugins, examples):
+    assert plugins.trainer("counting") is examples.CountingTrainer
+    assert [one.name for one in plugins.registered_as("trainer")] == ["counting", "fsdp2"]
+
+
+def test_rlinf_register_loggers(plugins, examples):
+    assert plugins.logger("sheet") is examples.SheetLogger
+
+
+def test_rlinf_register_commands(plugins):
+    [rest] = [one for one in plugins.commands() if one.name == "arm-rest"]
+    assert (rest.item, str(rest.owner)) == (plugins.command("arm-rest"), OWNER)
+    assert rest.item.module == "acme_arm.rest"
+    with pytest.raises(UserError, match="unknown command 'arm-rset'; did you mean 'arm-rest'"):
+        plugins.command("arm-rset")
+
+
+def test_rlinf_register_options(plugins, examples, configure):
+    assert plugins.options("arm") is examples.ArmOptions
+    assert configure("plugins.arm.freeze=layers.").plugin_options(examples.ArmOptions).freeze == "layers."
+    assert configure().plugin_options(examples.ArmOptions) == examples.ArmOptions()
+    assert configure().plugins == {}
+
+
+def test_rlinf_configure(plugins, configure):
+    assert plugins.hook.rlinf_configure(run=configure("policy.weights=arm.safetensors")) == []
+    with pytest.raises(PluginError) as caught:
+        plugins.hook.rlinf_configure(run=configure("policy.weights=random"))
+    assert str(caught.value) == (
+        "plugins.arm.freeze would freeze random weights: set policy.weights, or freeze nothing "
+        f"[rlinf_configure of {OWNER}]"
+    )
+    assert type(caught.value.__cause__) is UserError
+
+
+def test_rlinf_launch(plugins, configure, examples, monkeypatch):
+    commands = []
+    monkeypatch.setattr(examples.subprocess, "call", lambda command: commands.append(command) or 7)
+    run = configure("cluster.launcher=one-process")
+    assert plugins.hook.rlinf_launch(run=run, arguments=["run.toml", "seed=3"]) == 7
+    assert commands == [[sys.executable, "-m", "rlinf_core.train", "run.toml", "seed=3"]]
+    assert plugins.hook.rlinf_launch(run=configure("cluster.launcher=ray"), arguments=["run.toml"]) is None
+
+
+def test_rlinf_open_dataset(plugins, configure):
+    run = configure("data.rows=5")
+    rows = plugins.hook.rlinf_open_dataset(dataset=run.data, policy=run.policy, split="train")
+    assert (len(rows), rows.describe(4)) == (5, "made-up row 4")
+    nobody = PolicyConfig(type="arm")
+    # Core's own reader answers last, and its errors stay as they are: the folder is the user's mistake, not a plugin's.
+    with pytest.raises(UserError) as caught:
+        plugins.hook.rlinf_open_dataset(
+            dataset=LeRobotDatasetConfig(repo_id="/nowhere"), policy=nobody, split="validation"
+        )
+    assert type(caught.value) is UserError
+    assert "rlinf_open_dataset" not in str(caught.value)
+
+
+def test_rlinf_policy_built(plugins, configure):
+    with torch.device("meta"):
+        policy = nn.ModuleDict({"vision": nn.Linear(2, 2), "leave": nn.Linear(2, 2)})
+    plugins.hook.rlinf_policy_built(policy=policy, run=configure())
+    assert [name for name, parameter in policy.named_parameters() if parameter.requires_grad] == [
+        "leave.weight",
+        "leave.bias",
+    ]
+
+
+def test_rlinf_train_started(plugins, trainer, capsys):
+    assert plugins.hook.rlinf_train_started(trainer=trainer) == []
+    assert capsys.readouterr().out.startswith("demo trains on ")
+
+
+def test_rlinf_step_finished(plugins, trainer):
+    plugins.hook.rlinf_step_finished(trainer=trainer, step=4, metrics={"loss": 9.0})
+    with pytest.raises(PluginError) as caught:
+        plugins.hook.rlinf_step_finished(trainer=trainer, step=5, metrics={"loss": 11.0})
+    assert str(caught.value) == f"the run has diverged: its loss is 11 after step 5 [rlinf_step_finished of {OWNER}]"
+
+
+def test_rlinf_validation_finished(plugins, trainer, capsys):
+    plugins.hook.rlinf_validation_finished(trainer=trainer, step=4, metrics={"val_loss": 0.5})
+    assert capsys.readouterr().out == "held-out loss after step 4: 0.5000\n"
+
+
+def test_rlinf_checkpoint_saved(plugins, trainer, capsys):
+    plugins.hook.rlinf_checkpoint_saved(trainer=trainer, step=4, path=Path("checkpoints/step_000000004"))
+    assert capsys.readouterr().out == "to be uploaded: checkpoints/step_000000004, of step 4\n"
+
+
+def test_rlinf_train_finished(plugins, trainer, capsys):
+    plugins.hook.rlinf_train_finished(trainer=trainer, error=None)
+    plugins.hook.rlinf_train_finished(trainer=trainer, error=KeyboardInterrupt("stopped by SIGINT"))
+    assert capsys.readouterr().out.splitlines() == [
+        "demo ended after step 3: done",
+        "demo ended after step 3: stopped by SIGINT",
+    ]
+
+
+# --- calling ----------------------------------------------------------------------------------------------------------
+
+
+def test_implementations_run_last_registered_first_unless_they_say_otherwise():
+    calls = []
+
+    def note(name):
+        return lambda: calls.append(name) or name
+
+    named = {name: {"rlinf_configure": note(name)} for name in "abcd"}
+    entries = []
+    for name, functions in named.items():
+        options = {"b": {"tryfirst": True}, "c": {"trylast": True}}.get(name, {})
+        marked = hookimpl(**options)(functions["rlinf_configure"])
+        entries.append(entry_point(PLUGIN_GROUP, "p", SimpleNamespace(__name__="toy", rlinf_configure=marked), name))
+    assert Plugins(entries).hook.rlinf_configure(run=None) == ["b", "d", "a", "c"]
+    assert calls == ["b", "d", "a", "c"]
+
+
+def test_the_first_result_ends_a_call():
+    plugins = plugins_of(
+        first={"rlinf_launch": lambda: 1}, second={"rlinf_launch": lambda: 0}, third={"rlinf_launch": lambda: None}
+    )
+    assert plugins.hook.rlinf_launch(run=None, arguments=[]) == 0
+
+
+def test_defects_keep_their_type_and_name_the_plugin():
+    def fail(run):
+        raise KeyError("arm")
+
+    with pytest.raises(KeyError) as caught:
+        plugins_of(acme={"rlinf_configure": fail}).hook.rlinf_configure(run=None)
+    assert caught.value.__notes__ == ["in rlinf_configure of acme 1.0 (entry point 'p = toy:toy')"]
+    assert caught.traceback[-1].name == "fail"
+
+
+def test_cores_own_errors_stay_as_they_are():
+    def refuse(run):
+        raise UserError("no such file")
+
+    with pytest.raises(UserError) as caught:
+        plugins_of(**{CORE: {"rlinf_configure": refuse}}).hook.rlinf_configure(run=None)
+    assert (type(caught.value), str(caught.value)) == (UserError, "no such file")
+
+
+def test_calls_are_checked():
+    plugins = plugins_of(acme={"rlinf_configure": lambda run: None})
+    with pytest.raises(TypeError, match="rlinf_configure has no argument 'config'; it has: run"):
+        plugins.hook.rlinf_configure(config=None)
+    with pytest.raises(TypeError, match=r"rlinf_configure was called without 'run', which acme 1\.0 .* asks for"):
+        plugins.hook.rlinf_configure()
+    with pytest.raises(AttributeError, match="there is no hook 'rlinf_configur'; did you mean 'rlinf_configure'"):
+        plugins.hook.rlinf_configur(run=None)
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+async def awaited(run): ...
+
+
+def yielding(run):
+    yield
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "options", "complaint"),
+    [
+        ("rlinf_configur", lambda run: None, {}, "there is no hook 'rlinf_configur'; did you mean 'rlinf_configure'?"),
+        (
+            "rlinf_step_finished",
+            lambda trayner, step: None,
+            {},
+            "rlinf_step_finished has no argument 'trayner' (its arguments are trainer, step, metrics); "
+            "did you mean 'trainer'?",
+        ),
+        (
+            "rlinf_register_policies",
+            lambda run: None,
+            {},
+            "rlinf_register_policies has no argument 'run' (it takes none)",
+        ),
+        (
+            "rlinf_configure",
+            lambda run=None: None,
+            {},
+            "rlinf_configure gives its argument 'run' a default, which would always be used: remove it",
+        ),
+        (
+            "rlinf_configure",
+            lambda **rest: None,
+            {},
+            "rlinf_configure takes **rest, which no call fills: name the arguments it needs (its arguments are run)",
+        ),
+        ("rlinf_configure", awaited, {}, "rlinf_configure is async: hooks are called, not awaited"),
+        ("rlinf_configure", yielding, {}, "rlinf_configure contains yield: its body would never run"),
+        *(
+            (
+                "rlinf_configure",
+                yielding,
+                {kind: True},
+                "rlinf_configure is a hook wrapper, which rlinf does not have: write a plain implementation",
+            )
+            for kind in ("wrapper", "hookwrapper")
+        ),
+    ],
+)
+def test_implementations_that_would_be_misunderstood_are_refused(name, function, options, complaint):
+    def copy():  # A mark stays on the function.
+        return type(function)(function.__code__, function.__globals__, name, function.__defaults__)
+
+    plugin = SimpleNamespace(__name__="toy", **{name: hookimpl(**options)(copy())})
+    with pytest.raises(PluginError) as caught:
+        check_plugin(pluggy.PluginManager(hookspecs.PROJECT), plugin)
+    assert str(caught.value) == complaint
+
+
+def test_hooks_of_a_later_release_may_be_optional():
+    plugin = SimpleNamespace(
+        rlinf_configure=hookimpl(lambda: None), rlinf_not_yet=hookimpl(optionalhook=True)(lambda anything: None)
+    )
+    check_plugin(pluggy.PluginManager(hookspecs.PROJECT), plugin)
+
+
+def test_registrations_may_be_generators():
+    class Arm(PolicyConfig):
+        type: Literal["arm"]
+
+    def register():
+        yield Arm
+
+    assert plugins_of(acme={"rlinf_register_policies": register}).policy("arm") is Arm
+
+
+# --- documentation ----------------------------------------------------------------------------------------------------
+
+
+def test_the_page_is_what_the_sources_say(examples):
+    import render_hooks  # beside the examples
+
+    assert render_hooks.PAGE.read_text(encoding="utf-8") == render_hooks.render(), "run docs/render_hooks.py"
+
+
+@pytest.mark.parametrize("name", specified_hooks())
+def test_every_hook_has_a_test_an_entry_and_a_docstring_of_the_agreed_form(name):
+    assert callable(globals().get(f"test_{name}")), "a test must be named for the hook"
+    assert f"\n## {name}\n" in (DOCS / "hooks.md").read_text(encoding="utf-8")
+    spec = specified_hooks()[name]
+    doc = inspect.getdoc(spec)
+    first, *_, last = doc.split("\n\n")
+    assert first[0].isupper()
+    assert last.startswith("Called on: ")
+    assert last.endswith("Since 0.1.")
+    documented = [line.split(":")[0].strip() for line in doc.splitlines() if line.startswith("    ") and ": " in line]
+    assert set(inspect.signature(spec).parameters) <= set(documented)
+    assert ("The first result counts." in " ".join(doc.split())) == spec.rlinf_spec["firstresult"]
+    assert ("results are collected" in " ".join(doc.split())) == name.startswith("rlinf_register_")
+
+
+def test_the_example_plugin_implements_every_hook(examples):
+    assert [name for name in specified_hooks() if not hasattr(examples, name)] == []
