@@ -43,7 +43,7 @@ from rlinf_core.data.frame_cache.manifest import caches_of
 from rlinf_core.data.frame_cache.parts import Conversion
 from rlinf_core.data.frame_cache.source import open_cached
 from rlinf_core.data.frame_cache.writer import convert, find_missing
-from rlinf_core.data.images.ffmpeg_libraries import lend_ffmpeg
+from rlinf_core.data.images.decoders import lend_ffmpeg
 from rlinf_core.data.lerobot.source import open_lerobot
 from rlinf_core.data.loading.chunked_sampling import Chunks
 from rlinf_core.data.loading.loader import build_train_loader

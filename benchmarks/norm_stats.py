@@ -22,8 +22,7 @@ import pyarrow.parquet as pq
 
 from rlinf_core.contract.datasets import LeRobotDatasetConfig
 from rlinf_core.data.lerobot.source import open_lerobot
-from rlinf_core.data.statistics.compute import survey
-from rlinf_core.data.statistics.running_stats import RunningStats
+from rlinf_core.data.statistics.compute import RunningStats, survey
 from rlinf_core.data.transforms import RelativeActions
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "data" / "metaworld_3tasks"

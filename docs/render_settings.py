@@ -14,9 +14,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from rlinf_core import DatasetConfig, LeRobotDatasetConfig, PolicyConfig, RunConfig, TrainerConfig
-from rlinf_core.config.mixture import MixtureShare
 from rlinf_core.config.toml import dotted, write_toml
 from rlinf_core.contract.cluster import ClusterConfig
+from rlinf_core.contract.mixture import MixtureShare
 from rlinf_core.contract.run import OptimConfig, RunnerConfig
 from rlinf_core.training.config import Fsdp2TrainerConfig
 from rlinf_plugins_openpi import Pi0Config, Pi05Config

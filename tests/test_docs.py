@@ -21,8 +21,8 @@ from rlinf_core.ending import Reason
 from rlinf_core.errors import Exit
 from rlinf_core.plugins.calls import specified_hooks
 from rlinf_core.plugins.registry import DATASET_GROUP, PLUGIN_GROUP, Plugins
-from rlinf_core.training.changes import MAY_CHANGE
 from rlinf_core.training.config import Fsdp2TrainerConfig
+from rlinf_core.training.resume import MAY_CHANGE
 
 PATTERNS = ("*.md", "docs/*.md", "rlinf_*/README.md", "plugins/*/README.md", "examples/*/README.md")
 PAGES = sorted(path for pattern in PATTERNS for path in ROOT.glob(pattern))

@@ -30,10 +30,9 @@ from rlinf_core.data.images.pictures import decode
 from rlinf_core.data.lerobot.source import open_lerobot
 from rlinf_core.errors import Exit, UserError
 from rlinf_core.inference import load_policy
-from rlinf_core.plain import printable
 from rlinf_core.testing.lerobot import CAMERAS
 from rlinf_core.training.checkpoint.shards import INDEX, ShardReader
-from rlinf_core.untrusted import path_inside
+from rlinf_core.untrusted import path_inside, printable
 from rlinf_plugins_openpi.weights.files import open_files, shards
 from rlinf_plugins_text.rows.chat import ChatTemplate
 from rlinf_plugins_text.weights.folder import weight_files

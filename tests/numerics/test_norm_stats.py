@@ -7,7 +7,7 @@ import pytest
 from golden import GOLDEN
 
 from rlinf_core.data.normalize import Normalize, load_norm_stats
-from rlinf_core.data.statistics.running_stats import RunningStats
+from rlinf_core.data.statistics.compute import RunningStats
 
 RECORDED = GOLDEN / "norm_stats" / "running_stats.npz"
 CASES = sorted({key.split("|")[0] for key in np.load(RECORDED)}) if RECORDED.is_file() else []

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlinf_core.errors import Exit, Interrupted, RunError, UserError
 from rlinf_core.files import write_text
-from rlinf_core.plain import printable
+from rlinf_core.untrusted import printable
 
 if TYPE_CHECKING:
     from rlinf_core.contract.trainer import Trainer

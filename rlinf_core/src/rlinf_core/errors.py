@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from enum import IntEnum
 from signal import Signals
 
-from rlinf_core.plain import printable
+from rlinf_core.untrusted import printable
 
 
 class Exit(IntEnum):

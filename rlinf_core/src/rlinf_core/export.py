@@ -28,9 +28,8 @@ from rlinf_core.errors import UserError, did_you_mean
 from rlinf_core.files import check_writable, writing
 from rlinf_core.plugins.registry import Plugins
 from rlinf_core.training.build import DTYPES, build_on_meta
-from rlinf_core.training.checkpoint.integrity import find_damage, newest_whole
 from rlinf_core.training.checkpoint.shards import ShardReader
-from rlinf_core.training.checkpoint.state import NAMES, read_position, step_name
+from rlinf_core.training.checkpoint.state import NAMES, find_damage, newest_whole, read_position, step_name
 from rlinf_core.training.fsdp import layout
 
 DESCRIPTION = "rlinf.json"

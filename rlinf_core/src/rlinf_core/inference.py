@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
-from rlinf_core.config.mixture import MixtureShare
 from rlinf_core.contract.datasets import DatasetConfig
+from rlinf_core.contract.mixture import MixtureShare
 from rlinf_core.contract.policy import PolicyConfig
 from rlinf_core.contract.run import no_source
 from rlinf_core.data.normalize import load_norm_stats

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from rlinf_core.data.images.ffmpeg_libraries import MACHINES, alias_library, lend_ffmpeg
+from rlinf_core.data.images.decoders import MACHINES, alias_library, lend_ffmpeg
 
 here = pytest.mark.skipif(
     sys.platform != "linux" or platform.machine() not in MACHINES, reason="lends libraries on Linux only"
@@ -28,7 +28,7 @@ def test_an_alias_brings_what_it_needs(tmp_path):
 def test_torchcodec_loads_with_pyavs_libraries_and_there_is_one_ffmpeg():
     code = """
 import sys
-from rlinf_core.data.images.ffmpeg_libraries import lend_ffmpeg
+from rlinf_core.data.images.decoders import lend_ffmpeg
 assert lend_ffmpeg() == lend_ffmpeg() and "torch" not in sys.modules
 import torchcodec.decoders
 fields = [line.split() for line in open("/proc/self/maps") if "/libavcodec" in line]

@@ -8,9 +8,15 @@ import pytest
 from toy_data import HORIZON, Repack, Rows, Shift, ToyDataset, ToyPolicy
 
 from rlinf_core.data.normalize import NormStats, load_with_origin, save_norm_stats
-from rlinf_core.data.statistics.compute import compute_norm_stats, outputs, survey, takes_batches
+from rlinf_core.data.statistics.compute import (
+    RunningStats,
+    compute_norm_stats,
+    count_in_bins,
+    outputs,
+    survey,
+    takes_batches,
+)
 from rlinf_core.data.statistics.run import diagnose, resumed_statistics
-from rlinf_core.data.statistics.running_stats import RunningStats, count_in_bins
 from rlinf_core.data.transforms import Concatenate, RelativeActions, SliceActions, Transform
 from rlinf_core.errors import UserError
 

@@ -13,10 +13,9 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from rlinf_core.errors import UserError
 from rlinf_core.training.checkpoint import shards
-from rlinf_core.training.checkpoint.integrity import find_damage
 from rlinf_core.training.checkpoint.load import load
 from rlinf_core.training.checkpoint.manager import Checkpoints
-from rlinf_core.training.checkpoint.state import Position
+from rlinf_core.training.checkpoint.state import Position, find_damage
 from rlinf_core.training.checkpoint.writer import Keep, Place
 from rlinf_core.training.distributed.processes import processes
 

@@ -17,10 +17,17 @@ import torch
 from rlinf_core.errors import UserError
 from rlinf_core.training.checkpoint import shards
 from rlinf_core.training.checkpoint import writer as saving
-from rlinf_core.training.checkpoint.integrity import find_damage, newest_whole
 from rlinf_core.training.checkpoint.load import load
 from rlinf_core.training.checkpoint.manager import Checkpoints
-from rlinf_core.training.checkpoint.state import Position, State, dump_state, read_position, read_state
+from rlinf_core.training.checkpoint.state import (
+    Position,
+    State,
+    dump_state,
+    find_damage,
+    newest_whole,
+    read_position,
+    read_state,
+)
 from rlinf_core.training.checkpoint.writer import Keep, Place
 from rlinf_core.training.distributed.processes import processes
 from rlinf_core.training.stopping import seconds_from_now

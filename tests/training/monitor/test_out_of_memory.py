@@ -9,9 +9,8 @@ import torch
 from rlinf_core.costs.memory import States
 from rlinf_core.errors import UserError
 from rlinf_core.training.config import Fsdp2TrainerConfig
-from rlinf_core.training.monitor.errors import in_words
+from rlinf_core.training.monitor.errors import Shortage, in_words, tell_shortage, ways_out
 from rlinf_core.training.monitor.flight_recorder import Watch
-from rlinf_core.training.monitor.out_of_memory import Shortage, tell_shortage, ways_out
 
 GB = 10**9
 PLAIN = Fsdp2TrainerConfig(global_batch_size=64, micro_batch_size=32)

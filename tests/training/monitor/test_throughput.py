@@ -6,8 +6,8 @@ import pytest
 import torch
 from toy_policy import ToyModule
 
-from rlinf_core.training.monitor import throughput
-from rlinf_core.training.monitor.throughput import Throughput
+from rlinf_core.training.monitor import metrics as throughput
+from rlinf_core.training.monitor.metrics import Throughput
 
 BATCH = {"state": torch.zeros(4, 3), "noise": torch.zeros(4, 4, 5), "actions": torch.zeros(4, 4, 5)}
 

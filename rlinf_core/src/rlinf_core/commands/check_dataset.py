@@ -89,7 +89,7 @@ def _check(name: str, config: LeRobotDatasetConfig | None, depth: Depth) -> tupl
     from rlinf_core.data.check.files import check_files, number_columns
     from rlinf_core.data.lerobot.files import find_dataset
     from rlinf_core.data.lerobot.metadata import read_metadata
-    from rlinf_core.data.lerobot.wanted import check_columns
+    from rlinf_core.data.lerobot.source import check_columns
 
     name = config.repo_id if config else name
     place = find_dataset(name, config.revision) if config else find_dataset(name, setting="dataset")

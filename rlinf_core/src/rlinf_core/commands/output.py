@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rlinf_core.plain import printable
+from rlinf_core.untrusted import printable
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -19,7 +19,6 @@ from pydantic_core import ErrorDetails
 
 from rlinf_core.config import mixture
 from rlinf_core.config.mistakes import COMMAND_LINE, Layer, Place, Tables, explain, is_model, mistake, value_at
-from rlinf_core.config.mixture import MixtureConfig, MixtureEntry, MixtureShare
 from rlinf_core.config.toml import (
     Table,
     diff_tables,
@@ -32,13 +31,14 @@ from rlinf_core.config.toml import (
     write_toml,
 )
 from rlinf_core.contract.datasets import DatasetConfig
+from rlinf_core.contract.mixture import LOADER_KEYS, MixtureConfig, MixtureEntry, MixtureShare
 from rlinf_core.contract.run import RunConfig
 from rlinf_core.contract.section import Section
 from rlinf_core.errors import UserError
-from rlinf_core.plain import without_secrets
 from rlinf_core.plugins.owners import Owner
 from rlinf_core.plugins.registrations import Kind
 from rlinf_core.plugins.registry import Plugins, get_plugins
+from rlinf_core.untrusted import without_secrets
 
 __all__ = ["diff_tables", "dump_config", "load_config", "read_toml"]
 
@@ -170,12 +170,12 @@ class _Draft:
         for number, (entry, name) in enumerate(zip(entries, mixture.name_sources(entries), strict=True)):
             place = (*_MIXTURE, number)
             share = self._try(MixtureShare, {"name": name} | {key: entry[key] for key in own if key in entry}, place)
-            table = {key: value for key, value in entry.items() if key not in (*own, *mixture.LOADER_KEYS)}
+            table = {key: value for key, value in entry.items() if key not in (*own, *LOADER_KEYS)}
             chosen = self._chosen[place]
             data = self._try(chosen.model, table, place, chosen.owner) if chosen else None
             if share and data:
                 made.append(MixtureEntry(name=name, weight=share.weight, data=data))
-        beside = {key: value for key, value in (self._get("data") or {}).items() if key in mixture.LOADER_KEYS}
+        beside = {key: value for key, value in (self._get("data") or {}).items() if key in LOADER_KEYS}
         if self._try(DatasetConfig, beside, ("data",)) and len(made) == len(entries):
             return self._try(MixtureConfig, beside | {"mixture": made}, ("data",))
         return None

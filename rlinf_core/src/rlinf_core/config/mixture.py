@@ -1,8 +1,4 @@
-"""`[[data.mixture]]`: several datasets in one run, and how they are drawn from.
-
-An entry is the table of a dataset, as `[data]` would hold it, with a name and a weight beside. A class knows nothing of
-being mixed: what works with a run of one dataset sees each source as such a run (`RunConfig.sources`).
-"""
+"""The tables of `[[data.mixture]]` before they become classes: names, misplaced keys, and shared defaults."""
 
 from __future__ import annotations
 
@@ -10,66 +6,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from pydantic import Field, InstanceOf, SerializeAsAny, SerializerFunctionWrapHandler, model_serializer, model_validator
-
 from rlinf_core.config.mistakes import value_at
 from rlinf_core.config.toml import Table, leaves, merge
-from rlinf_core.contract.datasets import DatasetConfig
-from rlinf_core.contract.section import Section
+from rlinf_core.contract.mixture import LOADER_KEYS
 
-LOADER_KEYS = ("num_workers",)
-"""Keys that stay in `[data]`: one set of workers loads every source."""
 NOT_CHUNKED = (
     "is for a run of one dataset: several are mixed in random order only; leave it out, and convert videos that are "
     "slow to seek in with `rlinf cache`"
 )
-
-
-class MixtureShare(Section):
-    """What an entry of `[[data.mixture]]` has besides its dataset's own keys."""
-
-    name: str = Field(default="", pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$")
-    """What metrics, files and messages call the source; empty: its `config_name`, numbered if that is taken."""
-    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    """How often a training sample comes from this source: its weight divided by the sum of all is the probability."""
-
-
-class MixtureEntry(MixtureShare):
-    """An entry of `[[data.mixture]]`."""
-
-    data: SerializeAsAny[InstanceOf[DatasetConfig]]
-    """The dataset; written out, its keys stand in the entry itself."""
-
-    @model_serializer(mode="wrap")
-    def _in_one_table(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        table: dict[str, Any] = write(self)
-        data = {key: value for key, value in table.pop("data").items() if key not in LOADER_KEYS}
-        return table | data
-
-
-class MixtureConfig(DatasetConfig):
-    """A `[data]` table that lists datasets instead of being one: all it has are `mixture` and `LOADER_KEYS`."""
-
-    mixture: tuple[MixtureEntry, ...] = Field(min_length=1)
-    """The datasets."""
-
-    @model_validator(mode="after")
-    def _is_no_dataset(self) -> MixtureConfig:
-        if foreign := sorted(self.model_fields_set - {"mixture", *LOADER_KEYS}):
-            raise ValueError(f"{', '.join(foreign)}: set in the entries of data.mixture, not beside them")
-        if twice := sorted({one.name for one in self.mixture if [o.name for o in self.mixture].count(one.name) > 1}):
-            raise ValueError(f"two entries of data.mixture have the name {twice[0]!r}")
-        return self
-
-    @model_serializer(mode="wrap")
-    def _own_keys(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        table = write(self)
-        return {key: table[key] for key in (*LOADER_KEYS, "mixture") if key in table}
-
-    @property
-    def has_validation(self) -> bool:
-        """Whether any source holds out episodes."""
-        return any(entry.data.has_validation for entry in self.mixture)
 
 
 def wrong_shape(found: object, below: int) -> str:

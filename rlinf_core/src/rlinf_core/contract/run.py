@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, InstanceOf, SerializeAsAny, model_validator
 
-from rlinf_core.config.mixture import MixtureConfig
 from rlinf_core.contract.cluster import ClusterConfig
 from rlinf_core.contract.datasets import DatasetConfig
+from rlinf_core.contract.mixture import MixtureConfig
 from rlinf_core.contract.policy import PolicyConfig
 from rlinf_core.contract.section import Section
 from rlinf_core.contract.trainer import TrainerConfig

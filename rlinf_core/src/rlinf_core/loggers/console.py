@@ -14,7 +14,7 @@ from rich.text import Text
 from rlinf_core.contract.logger import Logger, LoggerConfig
 from rlinf_core.contract.run import RunConfig
 from rlinf_core.loggers.jsonl import FILE, read_rows
-from rlinf_core.plain import printable
+from rlinf_core.untrusted import printable
 
 SECONDS_BETWEEN_LINES = 10.0
 SHOWN = {

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from rlinf_core.contract.run import RunConfig
     from rlinf_core.data.loading.micro_batches import MicroBatches
     from rlinf_core.training.config import Fsdp2TrainerConfig
-    from rlinf_core.training.monitor.throughput import Throughput
+    from rlinf_core.training.monitor.metrics import Throughput
 
 
 @dataclass(frozen=True)

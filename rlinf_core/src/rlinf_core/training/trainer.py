@@ -25,18 +25,18 @@ from rlinf_core.training.checkpoint.manager import Checkpoints
 from rlinf_core.training.checkpoint.state import Position, step_name
 from rlinf_core.training.config import Fsdp2TrainerConfig
 from rlinf_core.training.distributed.processes import Processes
+from rlinf_core.training.evaluation import open_validation
 from rlinf_core.training.fsdp import layout
 from rlinf_core.training.monitor.anomalies import Guard, read_history
 from rlinf_core.training.monitor.errors import in_words
 from rlinf_core.training.monitor.flight_recorder import Watch
+from rlinf_core.training.monitor.metrics import Throughput
 from rlinf_core.training.monitor.profiling import Profile
 from rlinf_core.training.monitor.reports import StepReports
 from rlinf_core.training.monitor.stragglers import Stragglers
-from rlinf_core.training.monitor.throughput import Throughput
 from rlinf_core.training.resume import Start
 from rlinf_core.training.step import StepRecord, TrainStep
 from rlinf_core.training.stopping import GRACE, Best, StopSignal, best_metric, seconds_from_now, stop_signals
-from rlinf_core.training.validations import open_validation
 
 
 class Fsdp2Trainer:

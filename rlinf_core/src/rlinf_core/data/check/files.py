@@ -17,8 +17,7 @@ import numpy as np
 from rlinf_core.data.check.findings import Damage, Finding
 from rlinf_core.data.check.numbers import check_data_file, check_metadata, check_missing, check_unlisted
 from rlinf_core.data.check.pictures import check_images, check_video
-from rlinf_core.data.lerobot.info import NUMBERS
-from rlinf_core.data.lerobot.metadata import Metadata
+from rlinf_core.data.lerobot.metadata import NUMBERS, Metadata
 
 Depth = Literal["fast", "ends", "full"]
 AT_ONCE = 4

@@ -21,8 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rlinf_core.data.images.decoders import Decoder, Frame, PyavDecoder, TorchcodecDecoder
-from rlinf_core.data.images.ffmpeg_libraries import lend_ffmpeg
+from rlinf_core.data.images.decoders import Decoder, Frame, PyavDecoder, TorchcodecDecoder, lend_ffmpeg
 from rlinf_core.errors import UserError
 
 DecoderName = Literal["torchcodec", "pyav"]

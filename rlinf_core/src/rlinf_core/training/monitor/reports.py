@@ -17,9 +17,8 @@ from rlinf_core.training import data as sources
 from rlinf_core.training.distributed.processes import Processes
 from rlinf_core.training.monitor.anomalies import AnomalyFile, Guard, have_diverged, not_finite, number, suspects
 from rlinf_core.training.monitor.flight_recorder import Watch
-from rlinf_core.training.monitor.metrics import peak_memory_gb
+from rlinf_core.training.monitor.metrics import Throughput, peak_memory_gb
 from rlinf_core.training.monitor.stragglers import Stragglers
-from rlinf_core.training.monitor.throughput import Throughput
 from rlinf_core.training.step import StepNumbers, StepRecord
 
 LAG = {"cuda": 1}
