@@ -17,7 +17,7 @@ from rlinf_core import DatasetConfig, LeRobotDatasetConfig, PolicyConfig, RunCon
 from rlinf_core.config.toml import dotted, write_toml
 from rlinf_core.contract.cluster import ClusterConfig
 from rlinf_core.contract.mixture import MixtureShare
-from rlinf_core.contract.run import OptimConfig, RunnerConfig
+from rlinf_core.contract.tables import OptimConfig, RunnerConfig
 from rlinf_core.training.config import Fsdp2TrainerConfig
 from rlinf_plugins_openpi import Pi0Config, Pi05Config
 from rlinf_plugins_openpi.config import OpenpiPolicyConfig

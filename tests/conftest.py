@@ -127,7 +127,7 @@ def train_toy(configure_toy, toy_plugins, monkeypatch):
     Returns the trainer, None if the run is finished; `results` are what its validations measure.
     """
     from rlinf_core.training.distributed.processes import processes
-    from rlinf_core.training.resume import prepare_folder
+    from rlinf_core.training.run_folder import prepare_folder
 
     monkeypatch.delenv("RANK", raising=False)
 

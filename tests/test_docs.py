@@ -16,7 +16,8 @@ from distributions import ROOT, entry_point, repository_entry_points, repository
 from rlinf_core import UserError
 from rlinf_core.cli import COMMANDS, _parse
 from rlinf_core.config.load import load_config
-from rlinf_core.contract.run import RunConfig, RunnerConfig
+from rlinf_core.contract.run import RunConfig
+from rlinf_core.contract.tables import RunnerConfig
 from rlinf_core.ending import Reason
 from rlinf_core.errors import Exit
 from rlinf_core.plugins.calls import specified_hooks

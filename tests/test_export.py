@@ -15,7 +15,7 @@ from rlinf_core.data.splits import open_split
 from rlinf_core.inference import load_policy
 from rlinf_core.plugins.registry import get_plugins
 from rlinf_core.training.distributed.processes import processes
-from rlinf_core.training.resume import prepare_folder
+from rlinf_core.training.run_folder import prepare_folder
 from rlinf_plugins_openpi.model.parts import unpacked
 from rlinf_plugins_openpi.weights import UNUSED, published_names
 

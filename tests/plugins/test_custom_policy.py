@@ -10,7 +10,7 @@ from rlinf_core.loggers.jsonl import read_rows
 from rlinf_core.plugins.registry import DATASET_GROUP, PLUGIN_GROUP, Plugins
 from rlinf_core.testing import check_dataset, check_policy
 from rlinf_core.training.distributed.processes import processes
-from rlinf_core.training.resume import prepare_folder
+from rlinf_core.training.run_folder import prepare_folder
 
 FOLDER = ROOT / "examples" / "custom_policy"
 

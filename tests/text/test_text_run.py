@@ -18,7 +18,7 @@ from rlinf_core.inference import load_policy
 from rlinf_core.loggers.jsonl import read_rows
 from rlinf_core.plugins.registry import get_plugins
 from rlinf_core.training.distributed.processes import processes
-from rlinf_core.training.resume import prepare_folder
+from rlinf_core.training.run_folder import prepare_folder
 from rlinf_plugins_text.rows.source import open_text
 from rlinf_plugins_text.weights.model import model_config
 

@@ -29,7 +29,15 @@ from rlinf_core.files import check_writable, writing
 from rlinf_core.plugins.registry import Plugins
 from rlinf_core.training.build import DTYPES, build_on_meta
 from rlinf_core.training.checkpoint.shards import ShardReader
-from rlinf_core.training.checkpoint.state import NAMES, find_damage, newest_whole, read_position, step_name
+from rlinf_core.training.checkpoint.state import (
+    NAMES,
+    candidates,
+    find_damage,
+    newest_whole,
+    none_whole,
+    read_position,
+    step_name,
+)
 from rlinf_core.training.fsdp import layout
 
 DESCRIPTION = "rlinf.json"
@@ -162,7 +170,8 @@ def find_checkpoint(folder: Path, checkpoints: Path, choice: Choice, tell: Calla
 
 def _newest(folder: Path, checkpoints: Path, tell: Callable[[str], object]) -> Path:
     damaged: dict[str, str] = {}
-    while newest := newest_whole(folder, checkpoints, damaged):
+    paths = candidates(folder, checkpoints)
+    while newest := newest_whole(paths, damaged):
         path, _ = newest
         if why := find_damage(path, ranks=1):
             damaged[path.name] = why
@@ -170,6 +179,8 @@ def _newest(folder: Path, checkpoints: Path, tell: Callable[[str], object]) -> P
         for name, why in damaged.items():
             tell(f"warning: the checkpoint {name} is damaged: {why}; {path.name} is exported")
         return path
+    if damaged:
+        raise none_whole(checkpoints, damaged, "Restore one, or name an undamaged one with --step.")
     raise UserError(f"{folder} holds no checkpoint (there is: none)")
 
 

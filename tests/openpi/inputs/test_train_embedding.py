@@ -18,7 +18,7 @@ from rlinf_core.testing import check_policy
 from rlinf_core.training.build import initial_value
 from rlinf_core.training.data import know_data
 from rlinf_core.training.distributed.processes import processes
-from rlinf_core.training.resume import prepare_folder
+from rlinf_core.training.run_folder import prepare_folder
 from rlinf_plugins_openpi import Pi05Config
 from rlinf_plugins_openpi.inputs.prompting import ROWS
 from rlinf_plugins_openpi.inputs.tokenizer import SMALL_MODEL, PromptTokenizer

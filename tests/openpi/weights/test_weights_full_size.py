@@ -23,7 +23,7 @@ from rlinf_core.data.normalize import NormStats
 from rlinf_core.plugins.registry import get_plugins
 from rlinf_core.training.build import build_policy
 from rlinf_core.training.distributed.processes import processes
-from rlinf_core.training.fsdp import materialize, shard
+from rlinf_core.training.fsdp import materialize, ranks_mesh, shard
 from rlinf_plugins_openpi.inputs.tokenizer import SMALL_MODEL
 from rlinf_plugins_openpi.model.dimensions import Pi0Dimensions
 from rlinf_plugins_openpi.model.pi0 import Pi0
@@ -100,7 +100,7 @@ def test_loading_holds_the_model_and_one_tensor(published):
 
     before = own_memory()
     with processes("cpu") as group:
-        shard(model, group.mesh(), compute_dtype=torch.bfloat16)
+        shard(model, ranks_mesh(group.device.type, group.size), compute_dtype=torch.bfloat16)
         materialize(model, torch.device("cpu"), value)
         peak = max(peak, own_memory())
         size = sum(math.prod(shape) for shape in shapes.values()) * 4 / GB

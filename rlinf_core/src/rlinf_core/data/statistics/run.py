@@ -19,7 +19,7 @@ from rlinf_core.data.transforms import Transform
 from rlinf_core.errors import UserError
 
 if TYPE_CHECKING:
-    from rlinf_core.training.distributed.processes import Processes
+    from rlinf_core.contract.process_group import ProcessGroup
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +41,7 @@ class Diagnosis:
 
 
 def run_statistics(
-    run: RunConfig, source: SampleSource, group: Processes, *, resuming: bool, file: str = "norm_stats.json"
+    run: RunConfig, source: SampleSource, group: ProcessGroup, *, resuming: bool, file: str = "norm_stats.json"
 ) -> tuple[Stats | None, tuple[Finding, ...]]:
     """The statistics with which this run normalises, kept in the run's folder, and warnings about them.
 

@@ -14,7 +14,6 @@ from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from rlinf_core.errors import UserError
 from rlinf_core.training.distributed.rendezvous import meet
@@ -67,13 +66,6 @@ class Processes:
         self.device = device
         self._setup = dist.new_group(backend="gloo", timeout=SETUP_TIMEOUT)
         self._training = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
-
-    def mesh(self, num_replicas: int = 1) -> DeviceMesh:
-        """The ranks as FSDP2 wants them: one dimension that shards, or one that replicates before it."""
-        if num_replicas == 1:
-            return init_device_mesh(self.device.type, (self.size,), mesh_dim_names=("shard",))
-        shape = (num_replicas, self.size // num_replicas)
-        return init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
     def decide(self, decision: Callable[[], T]) -> T:
         """Let rank 0 decide (or prepare files) and tell all ranks what came of it.
