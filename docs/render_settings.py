@@ -25,6 +25,7 @@ from rlinf_plugins_openpi.datasets import OpenpiDatasetConfig
 from rlinf_plugins_openpi.datasets.aloha import AlohaRobotwinConfig
 from rlinf_plugins_openpi.inputs.prompting import PromptedPolicyConfig
 from rlinf_plugins_text import TextDatasetConfig, TextPolicyConfig
+from rlinf_plugins_text.settings import TextPolicySettings
 
 PAGE = Path(__file__).with_name("settings.md")
 HEAD = """\
@@ -85,7 +86,7 @@ PARTS = (
         "Of [text](text.md), which knows of core's keys `config_name`, `revision` and `num_workers` besides these.",
         [TextDatasetConfig],
     ),
-    Part("`[policy]` of `text`", "Of [text](text.md).", [TextPolicyConfig]),
+    Part("`[policy]` of `text`", "Of [text](text.md).", [TextPolicySettings, TextPolicyConfig]),
     Part("`[optim]`", "AdamW with linear warm-up, cosine decay and clipping by the global norm.", [OptimConfig]),
     Part("`[trainer]`", "Of the trainer `fsdp2`.", [TrainerConfig, Fsdp2TrainerConfig]),
 )
