@@ -5,6 +5,7 @@ import gc
 import os
 import pickle
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # Read when huggingface_hub is imported.
@@ -18,6 +19,8 @@ pytest_plugins = ["rlinf_core.testing", "distances"]
 
 MOST_PROCESSES = 4
 """A process of tests takes a gigabyte, and the longest file decides when more make no difference."""
+DATASETS = "RLINF_TEST_DATASETS"
+"""Variable: a folder with datasets that `write_once` wrote in another environment, one with lerobot."""
 LAUNCHING = ("test_kills", "test_trainer_options", "test_run", "test_stopping", "test_launch", "test_text_run")
 """Files whose tests start ranks: the longest, which begin first."""
 
@@ -46,6 +49,29 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: [*LAUNCHING, item.path.stem].index(item.path.stem))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup():
+    with _skipped_without_lerobot():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call():
+    with _skipped_without_lerobot():
+        return (yield)
+
+
+@contextmanager
+def _skipped_without_lerobot():
+    """Skip what needs a dataset that only lerobot can write, where there is no lerobot."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error.__cause__, ModuleNotFoundError) and error.__cause__.name == "lerobot":
+            pytest.skip(str(error))
+        raise
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
     os.environ["RLINF_CACHE"] = str(tmp_path_factory.mktemp("cache"))  # Workers inherit it.
@@ -60,6 +86,7 @@ def write_once(tmp_path_factory):
 
         base = tmp_path_factory.getbasetemp()
         folder = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # A process of several has its own.
+        folder = Path(os.environ.get(DATASETS, folder))
         known = folder / f"{name}.pickle"
         with (folder / f"{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)

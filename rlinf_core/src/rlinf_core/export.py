@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch.distributed.checkpoint.state_dict_loader import load as read_shards
 
 from rlinf_core.config.load import load_config
 from rlinf_core.contract.policy import TrainedOn
@@ -27,6 +26,7 @@ from rlinf_core.data.normalize import Stats, load_norm_stats
 from rlinf_core.errors import UserError, did_you_mean
 from rlinf_core.files import check_writable, writing
 from rlinf_core.plugins.registry import Plugins
+from rlinf_core.torch_names import read_shards
 from rlinf_core.training.build import DTYPES, build_on_meta
 from rlinf_core.training.checkpoint.shards import ShardReader
 from rlinf_core.training.checkpoint.state import (

@@ -12,7 +12,7 @@ import numpy as np
 
 from rlinf_core import Sample
 from rlinf_core.data.sample import Batch
-from rlinf_plugins_text.rows.samples import TextSample, describe, illustrate
+from rlinf_plugins_text.rows.files.samples import TextSample, describe, illustrate
 from rlinf_plugins_text.rows.tokenizer import template_source
 from rlinf_plugins_text.settings import RANDOM, TextPolicySettings
 from rlinf_plugins_text.weights.folder import find_folder, find_weights, weight_files
@@ -102,14 +102,14 @@ class TextPolicyConfig(TextPolicySettings):
 
     def save_weights(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
         """Write a folder that `from_pretrained` loads: weights, config, tokenizer."""
-        from rlinf_plugins_text.weights.tensors import save_folder
+        from rlinf_plugins_text.weights.model.tensors import save_folder
 
         published = {self.published_name(name): tensor for name, tensor in tensors.items()}
         save_folder(folder, published, self.model_table(), self.text_tokenizer(), self._weights_folder())
 
     def open_weights(self) -> WeightSource:
         """Open the safetensors files of `weights`; a model on the hub is downloaded first."""
-        from rlinf_plugins_text.weights.tensors import PublishedWeights
+        from rlinf_plugins_text.weights.model.tensors import PublishedWeights
 
         return PublishedWeights(find_weights(self.weights), self.published_name)
 

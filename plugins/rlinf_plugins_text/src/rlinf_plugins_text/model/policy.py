@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rlinf_core import PolicyOutput, ShardUnit
 from rlinf_core.data.sample import Batch
 from rlinf_plugins_text.model.generation import answers
-from rlinf_plugins_text.model.language_model import LanguageModel
+from rlinf_plugins_text.model.policy.language_model import LanguageModel
 
 if TYPE_CHECKING:
     from rlinf_plugins_text.settings import TextPolicySettings
@@ -79,5 +79,5 @@ class TextPolicy(nn.Module):
         for parameter in self.parameters():
             parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         for module in self.lm.model.modules():
-            if any(buffer is not None for buffer in module._buffers.values()):
+            if any(True for _ in module.named_buffers(recurse=False)):
                 self.lm.model._init_weights(module)

@@ -23,6 +23,8 @@ Frame = NDArray[np.uint8]
 """[height, width, 3], RGB."""
 MOST_PIXELS = 2**26
 """Of a picture: a few bytes can claim any size."""
+_ANY_METADATA: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
+"""What is written beside the images is no matter, and may not be UTF-8; PyAV 19 accepts that without an option."""
 
 
 class Decoder(Protocol):
@@ -59,7 +61,7 @@ def open_video(path: Path) -> Any:
         UserError: The file is no such video, or its pictures claim more than `MOST_PIXELS`.
     """
     try:
-        container = av.open(str(path), metadata_errors="replace")  # What is written beside the pictures is no matter.
+        container = av.open(str(path), **_ANY_METADATA)
     except (av.FFmpegError, ValueError) as e:
         raise UserError(f"{path} cannot be opened as a video: {e}") from e
     stream: Any = container.streams.video[0] if container.streams.video else None

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from rlinf_core.errors import UserError
+from rlinf_core.torch_names import HashStore
 from rlinf_core.training.distributed.rendezvous import meet
 from rlinf_core.training.monitor.flight_recorder import remember_collectives
 
@@ -136,7 +137,7 @@ def processes(
     if "RANK" in os.environ:
         store, rank, size = meet(timeout)
     else:
-        store, rank, size = dist.HashStore(), 0, 1  # type: ignore[attr-defined]  # torch's stubs leave it out
+        store, rank, size = HashStore(), 0, 1
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     group = Processes(here, timeout_seconds)
     try:
