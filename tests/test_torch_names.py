@@ -31,9 +31,8 @@ ATTRIBUTES = re.compile(
     r"\._(cdata|schema|overloadpacket|destroy|spec|cached_\w+|scaled_dot_product\w*|flash_attention\w*|varlen_attn)\b"
 )
 """Attributes of torch's objects."""
-SOURCES = [
-    path for name in ("rlinf_core", "rlinf_plugins_openpi", "plugins") for path in (ROOT / name).rglob("src/**/*.py")
-]
+PROJECTS = ("rlinf_core", "rlinf_plugins_openpi", "plugins")
+SOURCES = [path for name in PROJECTS for path in (ROOT / name).rglob("src/**/*.py")]
 
 
 def imported(path):
@@ -97,10 +96,9 @@ def test_a_checkpoints_writer_and_index_take_what_we_give_them(tmp_path):
     assert writer.fs is writer.files
     assert {"storage_meta", "storage_data", "version"} <= {f.name for f in dataclasses.fields(torch_names.Metadata)}
     assert {"index", "storage_data"} <= {field.name for field in dataclasses.fields(torch_names.WriteResult)}
-    assert {"storage_writer", "planner", "process_group"} <= inspect.signature(
-        torch_names.write_shards
-    ).parameters.keys()
-    assert {"storage_reader", "no_dist"} <= inspect.signature(torch_names.read_shards).parameters.keys()
+    save, load = (inspect.signature(one).parameters for one in (torch_names.write_shards, torch_names.read_shards))
+    assert {"storage_writer", "planner", "process_group"} <= save.keys()
+    assert {"storage_reader", "no_dist"} <= load.keys()
 
 
 def test_a_shard_can_live_elsewhere_than_its_mesh():
@@ -184,14 +182,16 @@ def test_a_fused_optimizer_divides_gradients_and_skips_steps():
 
     def stepped(scale, skip):
         parameter = nn.Parameter(torch.ones(1))
-        optimizer = torch.optim.SGD([parameter], lr=1.0, fused=True)
+        optimizer = torch.optim.AdamW([parameter], lr=1.0, betas=(0.5, 0.5), weight_decay=0.0, fused=True)
         parameter.grad = torch.full((1,), 8.0)
         optimizer.grad_scale, optimizer.found_inf = torch.tensor(scale), torch.tensor(skip)
         optimizer.step()
-        return parameter.item()
+        return parameter.item(), optimizer.state[parameter]["exp_avg"].item()
 
-    assert stepped(16.0, 0.0) == 0.5
-    assert stepped(16.0, 1.0) == 1.0
+    weight, mean = stepped(16.0, 0.0)
+    assert weight < 1
+    assert mean == 0.25  # Half of 8 / 16.
+    assert stepped(16.0, 1.0) == (1.0, 0.0)
 
 
 def test_core_trains_on_a_lerobot_dataset_without_lerobot(tmp_path):

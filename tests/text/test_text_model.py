@@ -5,13 +5,13 @@ import sys
 
 import pytest
 import torch
-from rlinf_plugins_text.weights.model import model_config
 from tiny_text import QWEN3, SIZES, sample, some_tokens, tiny_policy, with_values
 from transformers import AutoModelForCausalLM
 
 from rlinf_core import UserError
 from rlinf_core.testing import check_policy
 from rlinf_plugins_text.model.cross_entropy import HeadShape, linear_cross_entropy
+from rlinf_plugins_text.weights import model_config
 
 FAMILIES = {
     "qwen3": QWEN3,
@@ -225,7 +225,7 @@ def test_answers_are_those_of_generate():
 def test_configs_load_without_torch():
     """In a fresh interpreter; `model_config` is found in the package `weights` all the same."""
     code = (
-        "import sys, rlinf_plugins_text.plugin, rlinf_plugins_text.weights.model as weights\n"
+        "import sys, rlinf_plugins_text.plugin, rlinf_plugins_text.weights as weights\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
         "assert callable(weights.model_config)"
     )

@@ -7,7 +7,6 @@ import shutil
 import pytest
 import torch
 from distributions import ROOT
-from rlinf_plugins_text.weights.model import model_config
 from safetensors.torch import load_file, save_file
 from tiny_text import PLANS, dataset, tiny_policy
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -21,6 +20,7 @@ from rlinf_core.plugins.registry import get_plugins
 from rlinf_core.training.distributed.processes import processes
 from rlinf_core.training.run_folder import prepare_folder
 from rlinf_plugins_text.plugin import rlinf_open_dataset as open_text
+from rlinf_plugins_text.weights import model_config
 
 SMALL = [
     *("policy.config.num_hidden_layers=2", "policy.config.hidden_size=32", "policy.config.head_dim=8"),

@@ -102,14 +102,14 @@ class TextPolicyConfig(TextPolicySettings):
 
     def save_weights(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
         """Write a folder that `from_pretrained` loads: weights, config, tokenizer."""
-        from rlinf_plugins_text.weights.model.tensors import save_folder
+        from rlinf_plugins_text.weights.tensors import save_folder
 
         published = {self.published_name(name): tensor for name, tensor in tensors.items()}
         save_folder(folder, published, self.model_table(), self.text_tokenizer(), self._weights_folder())
 
     def open_weights(self) -> WeightSource:
         """Open the safetensors files of `weights`; a model on the hub is downloaded first."""
-        from rlinf_plugins_text.weights.model.tensors import PublishedWeights
+        from rlinf_plugins_text.weights.tensors import PublishedWeights
 
         return PublishedWeights(find_weights(self.weights), self.published_name)
 

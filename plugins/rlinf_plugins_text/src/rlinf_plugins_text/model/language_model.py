@@ -17,7 +17,7 @@ from rlinf_core import UserError
 from rlinf_core.data.sample import Batch
 from rlinf_plugins_text.model.attention import NAME
 from rlinf_plugins_text.model.cross_entropy import HeadShape, liger_cross_entropy, linear_cross_entropy
-from rlinf_plugins_text.weights.model.architecture import check_keys, model_config, refused_values
+from rlinf_plugins_text.weights.architecture import check_keys, model_config, refused_values
 
 if TYPE_CHECKING:
     from rlinf_plugins_text.settings import TextPolicySettings

@@ -6,7 +6,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rlinf_plugins_text.weights.model.architecture import model_config as model_config
+    from rlinf_plugins_text.weights.architecture import model_config as model_config
 
 __all__ = ["model_config"]
 
@@ -14,6 +14,6 @@ __all__ = ["model_config"]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from rlinf_plugins_text.weights.model import architecture
+    from rlinf_plugins_text.weights import architecture
 
     return getattr(architecture, name)

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 
 from rlinf_core import UserError
 from rlinf_plugins_text.rows.tokenizer import FILES, TextTokenizer
+from rlinf_plugins_text.weights.architecture import model_class, model_config
 from rlinf_plugins_text.weights.folder import CONFIG, GENERATION, INDEX, SINGLE, weight_files
-from rlinf_plugins_text.weights.model.architecture import model_class, model_config
 
 PREFIX = "model."
 """Prefix of every name, missing in files of a model saved without its head."""
