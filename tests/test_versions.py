@@ -14,19 +14,11 @@ import pytest
 from distributions import ROOT
 
 UV = os.environ.get("UV") or shutil.which("uv")
-TESTS = [
-    "test_torch_names.py",
-    "numerics",
-    "test_optim.py",
-    "test_trainer.py",
-    "test_checkpoint.py",
-    "test_counting.py",
-    "test_packing.py",
-    "test_lerobot_reader.py",
-    "test_video.py",
-    "test_pictures.py",
+TESTS = (
+    *("test_torch_names.py", "numerics", "test_optim.py", "test_trainer.py", "test_checkpoint.py"),
+    *("test_counting.py", "test_packing.py", "test_lerobot_reader.py", "test_video.py", "test_pictures.py"),
     "test_text_model.py",
-]
+)
 """What meets other libraries most, and takes a few minutes."""
 SHOWN = ("torch", "torchcodec", "lerobot", "numpy", "av", "pillow", "pyarrow", "transformers", "tokenizers", "datasets")
 ENDS = {
