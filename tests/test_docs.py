@@ -246,8 +246,7 @@ def test_the_datasets_are_up_to_date():
     assert page.read_text(encoding="utf-8") == render(), "run: python docs/render_datasets.py"
 
 
-def test_the_message_shown_is_the_message(monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_the_message_shown_is_the_message():
     page = ROOT / "docs" / "training.md"
     (shown,) = [block for block in blocks(page, "") if block.startswith("error: ")]
     (words,) = [words for words in command_lines(page) if "optim.lrr=1" in words]

@@ -26,7 +26,6 @@ QUICKSTART = "examples/quickstart.toml"
 @pytest.fixture
 def validate(monkeypatch, capsys, tmp_path):
     """Run the command on the quickstart; returns (exit code, the JSON it printed)."""
-    monkeypatch.chdir(ROOT)
 
     def validate(*arguments, plugins=None):
         monkeypatch.setattr("rlinf_core.plugins.registry.get_plugins", lambda: plugins or repository_plugins())
@@ -60,7 +59,7 @@ def test_a_sound_run_is_told_in_facts_without_torch(tmp_path, weights):
     code = "import sys; from rlinf_core.cli import main; code = main(sys.argv[1:]); assert 'torch' not in sys.modules"
     command = [sys.executable, "-c", f"{code}; sys.exit(code)", "validate", QUICKSTART]
     command += [f"runner.output_dir={tmp_path / 'runs'}", "--ranks", "2", f"policy.weights={weights}"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run(command, capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
     rows = [line.split(maxsplit=1) for line in result.stdout.splitlines()]
     assert rows[0] == ["ok", QUICKSTART]
@@ -134,7 +133,6 @@ def test_the_name_of_a_source_stands_in_the_facts_as_it_is_written(capsys, monke
 
 
 def test_problems_are_listed_for_people(validate, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
     monkeypatch.setattr("rlinf_core.plugins.registry.get_plugins", repository_plugins)
     code = cli.main(["validate", QUICKSTART, "--ranks=3", "data.state=['a','b']"])
     out, error = capsys.readouterr()
