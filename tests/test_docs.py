@@ -96,6 +96,14 @@ def test_there_are_pages():
     assert named >= {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md", "docs/training.md"}
 
 
+def test_the_readme_begins_with_the_two_commands_that_ci_runs():
+    readme = ROOT / "README.md"
+    marked = re.findall(r"^<!-- (\w+) -->\n```bash\n(.*)\n```$", readme.read_text(encoding="utf-8"), re.MULTILINE)
+    assert [f"{command}\n" for _, command in marked] == blocks(readme, "bash")[:2]
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert [mark for mark, _ in marked] == re.findall(r"^readme (\w+)$", ci, re.MULTILINE)
+
+
 @pages
 def test_links_resolve(page):
     for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
