@@ -12,7 +12,7 @@ import numpy as np
 
 from rlinf_core import Sample
 from rlinf_core.data.sample import Batch
-from rlinf_plugins_text.rows.files.samples import TextSample, describe, illustrate
+from rlinf_plugins_text.rows.samples import TextSample, describe, illustrate
 from rlinf_plugins_text.rows.tokenizer import template_source
 from rlinf_plugins_text.settings import RANDOM, TextPolicySettings
 from rlinf_plugins_text.weights.folder import find_folder, find_weights, weight_files

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rlinf_core.data.sample import Batch
-from rlinf_plugins_text.model.policy.language_model import LanguageModel
+from rlinf_plugins_text.model.language_model import LanguageModel
 
 if TYPE_CHECKING:
     from rlinf_plugins_text.settings import TextPolicySettings

@@ -10,7 +10,7 @@ from torch import Tensor
 from rlinf_core.data.sample import Batch
 
 if TYPE_CHECKING:
-    from rlinf_plugins_text.model.policy.language_model import LanguageModel
+    from rlinf_plugins_text.model.language_model import LanguageModel
     from rlinf_plugins_text.settings import TextPolicySettings
 
 SEED = 0

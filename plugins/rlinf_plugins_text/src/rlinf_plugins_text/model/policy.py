@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rlinf_core import PolicyOutput, ShardUnit
 from rlinf_core.data.sample import Batch
 from rlinf_plugins_text.model.generation import answers
-from rlinf_plugins_text.model.policy.language_model import LanguageModel
+from rlinf_plugins_text.model.language_model import LanguageModel
 
 if TYPE_CHECKING:
     from rlinf_plugins_text.settings import TextPolicySettings

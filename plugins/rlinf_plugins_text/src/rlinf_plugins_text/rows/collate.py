@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlinf_plugins_text.rows.files.samples import TextSample
+from rlinf_plugins_text.rows.samples import TextSample
 
 TOKEN_STEP, TEXT_STEP = 64, 8
 """T and M are rounded up to multiples of these, so that compiled code sees few shapes."""
