@@ -20,10 +20,9 @@ from rlinf_core.contract.mixture import MixtureShare
 from rlinf_core.contract.tables import OptimConfig, RunnerConfig
 from rlinf_core.training.config import Fsdp2TrainerConfig
 from rlinf_plugins_openpi import Pi0Config, Pi05Config
-from rlinf_plugins_openpi.config import OpenpiPolicyConfig
-from rlinf_plugins_openpi.datasets import OpenpiDatasetConfig
 from rlinf_plugins_openpi.datasets.aloha import AlohaRobotwinConfig
-from rlinf_plugins_openpi.inputs.prompting import PromptedPolicyConfig
+from rlinf_plugins_openpi.datasets.config import OpenpiDatasetConfig
+from rlinf_plugins_openpi.settings import OpenpiSettings
 from rlinf_plugins_text import TextDatasetConfig, TextPolicyConfig
 from rlinf_plugins_text.settings import TextPolicySettings
 
@@ -76,7 +75,7 @@ PARTS = (
     Part(
         "`[policy]` of `pi0` and `pi05`",
         "Besides the keys above.",
-        [PromptedPolicyConfig, OpenpiPolicyConfig],
+        [OpenpiSettings],
         without=[Pi0Config, Pi05Config],
     ),
     Part("`[policy]` of `pi0`", "Besides the keys above.", [Pi0Config]),

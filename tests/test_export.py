@@ -17,7 +17,7 @@ from rlinf_core.plugins.registry import get_plugins
 from rlinf_core.training.distributed.processes import processes
 from rlinf_core.training.run_folder import prepare_folder
 from rlinf_plugins_openpi.model.parts import unpacked
-from rlinf_plugins_openpi.weights import UNUSED, published_names
+from rlinf_plugins_openpi.weights.names import UNUSED, published_names
 
 SETTINGS = [
     *("runner.max_steps=4", "runner.save_interval=2", "runner.val_check_interval=2", "runner.save_best=true"),
@@ -200,7 +200,7 @@ def test_an_observation_unlike_those_of_training_is_refused(export):
         ("observation.state", np.zeros((1, 4)), r"is of shape \[1, 4\]"),
         ("observation.state", np.full(4, np.nan), "holds NaN or infinity"),
         ("task", ["push"], r"'task' is \['push'\]: one text is needed"),
-        ("observation.image", [[0]], "camera 'base_0_rgb' is a list: images are arrays of NumPy"),
+        ("observation.image", [[0]], "camera 'base_0_rgb' is a list: images are NumPy arrays"),
     ]:
         with pytest.raises(UserError, match=message):
             policy.infer(seen | {key: value})

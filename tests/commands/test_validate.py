@@ -17,7 +17,7 @@ from rlinf_core.config.load import dump_config, load_config
 from rlinf_core.plugins.registry import PLUGIN_GROUP, Plugins
 from rlinf_core.preflight import Report
 from rlinf_plugins_openpi import Pi05Config
-from rlinf_plugins_openpi.weights import published_names
+from rlinf_plugins_openpi.weights.names import published_names
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = "examples/quickstart.toml"

@@ -20,10 +20,10 @@ from rlinf_core.training.data import know_data
 from rlinf_core.training.distributed.processes import processes
 from rlinf_core.training.run_folder import prepare_folder
 from rlinf_plugins_openpi import Pi05Config
-from rlinf_plugins_openpi.inputs.prompting import ROWS
-from rlinf_plugins_openpi.inputs.tokenizer import SMALL_MODEL, PromptTokenizer
-from rlinf_plugins_openpi.inputs.vocabulary import possible_tokens
-from rlinf_plugins_openpi.weights import EMBEDDING_IN_FILES, save_published
+from rlinf_plugins_openpi.config import ROWS
+from rlinf_plugins_openpi.inputs.tokenizer import SMALL_MODEL, PromptTokenizer, possible_tokens
+from rlinf_plugins_openpi.weights.names import EMBEDDING_IN_FILES
+from rlinf_plugins_openpi.weights.saving import save_published
 
 DECAY = ("optim.weight_decay=1e-10", "optim.clip_grad=1000.0")
 """The reference's, which rounding loses; gradients are not clipped, as a norm's last bits depend on what it is over."""

@@ -8,7 +8,7 @@ from rlinf_core.config.load import load_config
 from rlinf_core.plugins.registry import get_plugins
 from rlinf_core.training.distributed.processes import processes
 from rlinf_core.training.run_folder import prepare_folder
-from rlinf_plugins_openpi.weights import save_published
+from rlinf_plugins_openpi.weights.saving import save_published
 
 TRAINED = {
     "vision": (".embedding.", ".layers.", ".modulation.", ".action_", ".time_"),

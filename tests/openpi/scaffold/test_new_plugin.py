@@ -97,8 +97,8 @@ def test_columns_of_their_own_are_put_together():
         ("action", JOINTS, False, "have the names of the state's"),
         ("action", ["delta_x", "dy", "gripper"], True, "displacements or velocities (delta_x, dy)"),
         ("action.joint_velocity", ["a", "b"], True, "displacements or velocities (action.joint_velocity)"),
-        ("action", ["a", "b"], True, "Nothing in the names tells."),
-        ("action", None, True, "Nothing in the names tells."),
+        ("action", ["a", "b"], True, "The names give no evidence."),
+        ("action", None, True, "The names give no evidence."),
     ],
 )
 def test_what_actions_are_is_taken_from_names_and_said(column, names, is_delta, evidence):

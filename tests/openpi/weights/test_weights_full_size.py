@@ -27,9 +27,10 @@ from rlinf_core.training.fsdp import materialize, ranks_mesh, shard
 from rlinf_plugins_openpi.inputs.tokenizer import SMALL_MODEL
 from rlinf_plugins_openpi.model.dimensions import Pi0Dimensions
 from rlinf_plugins_openpi.model.pi0 import Pi0
-from rlinf_plugins_openpi.weights import UNUSED, PublishedWeights
 from rlinf_plugins_openpi.weights.convert import convert
+from rlinf_plugins_openpi.weights.names import UNUSED
 from rlinf_plugins_openpi.weights.saving import Entry, write_safetensors
+from rlinf_plugins_openpi.weights.source import PublishedWeights
 
 LAYOUT = Path(__file__).parents[2] / "golden" / "model" / "published_layout.json"
 DIMENSIONS = Pi0Dimensions.of("base", pi05=True, action_dim=32, action_horizon=50)
