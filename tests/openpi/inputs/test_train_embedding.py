@@ -173,7 +173,7 @@ def test_any_state_has_tokens_that_are_trained():
 
 
 def test_nothing_is_trained_of_a_frozen_embedding(tmp_path, weights):
-    with pytest.raises(UserError, match=r'train_embedding = "used_rows" does nothing where freeze = "vlm"'):
+    with pytest.raises(UserError, match=r'train_embedding = "used_rows" has no effect with freeze = "vlm"'):
         configure(tmp_path, "any", weights[0], "policy.freeze=vlm", "policy.train_embedding=used_rows")
 
 

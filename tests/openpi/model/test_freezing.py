@@ -69,7 +69,7 @@ def test_a_frozen_part_keeps_its_bits(configure, weights, part, checkpointing, m
 
 
 def test_freezing_random_numbers_is_refused(configure):
-    with pytest.raises(UserError, match=r"freeze = \"vlm\" keeps random numbers as they are: set policy\.weights"):
+    with pytest.raises(UserError, match=r"freeze = \"vlm\" would keep random weights untrained: set policy\.weights"):
         configure("policy.freeze=vlm")
 
 
