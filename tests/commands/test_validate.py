@@ -202,7 +202,7 @@ def test_rows_that_fill_no_step_are_a_problem(findings):
 
 def test_a_sample_that_the_policy_cannot_take_names_its_row(findings):
     (found,) = findings("policy.action_dim=2")
-    assert "`state` has 4 numbers, the policy takes 2" in found
+    assert "`state` has 4 numbers, the policy takes at most 2" in found
     assert "episode 0, frame 0]" in found
 
 
