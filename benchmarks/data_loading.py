@@ -48,7 +48,7 @@ from rlinf_core.data.lerobot.source import open_lerobot
 from rlinf_core.data.loading.chunked_sampling import Chunks
 from rlinf_core.data.loading.loader import build_train_loader
 from rlinf_core.data.loading.mixture import Source
-from rlinf_core.data.loading.sampling import epoch_order
+from rlinf_core.data.loading.sampling import Batching, epoch_order
 from rlinf_core.data.pipeline import build_pipeline
 
 BATCH, WORKERS = 32, 2
@@ -112,9 +112,8 @@ def ours(root: Path, case: Case, workers: int = WORKERS) -> Batches:
         write_cache(rows, config, policy)
         rows = open_cached(rows, config, policy)
     source = Source(rows, build_pipeline(config, policy, None))
-    sizes = {"global_batch_size": case.batch, "micro_batch_size": case.batch, "rank": 0, "world_size": 1}
-    steps = {"start_step": 0, "stop_step": 10**6, "num_workers": workers, "pin_memory": False}
-    for batch in build_train_loader([source], policy, seed=0, **sizes, **steps, chunks=case.chunks):
+    batching, steps = Batching(case.batch, case.batch), (0, 10**6)
+    for batch in build_train_loader([source], policy, batching, steps, num_workers=workers, chunks=case.chunks):
         assert batch["actions"].shape == (case.batch, case.horizon, WIDTHS["action"])
         yield len(batch["front"])
 

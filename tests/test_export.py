@@ -44,7 +44,7 @@ def trained(tmp_path_factory):
             return measure(*arguments)
 
         def noted_errors(actions, row, mean):
-            acted[trainer.measuring][row.row] = trainer.sources[0].pipeline.decode(actions, row.sample)
+            acted[trainer.measuring][row.row] = trainer.data.sources[0].pipeline.decode(actions, row.sample)
             return errors(actions, row, mean)
 
         patch.setattr(trainer._validation, "_measure", noted_measure)

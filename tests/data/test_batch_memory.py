@@ -6,6 +6,7 @@ from rlinf_core.data import batch_memory
 from rlinf_core.data.batch_memory import batch_tensor
 from rlinf_core.data.loading.loader import build_train_loader
 from rlinf_core.data.loading.mixture import Source
+from rlinf_core.data.loading.sampling import Batching
 from rlinf_core.data.pipeline import Pipeline
 
 
@@ -27,15 +28,9 @@ def marked(workers=1, steps=40):
     return build_train_loader(
         [Source(Rows(200), Pipeline(Repack()))],
         Marking(),
-        seed=0,
-        global_batch_size=2,
-        micro_batch_size=2,
-        rank=0,
-        world_size=1,
-        start_step=0,
-        stop_step=steps,
+        Batching(2, 2),
+        (0, steps),
         num_workers=workers,
-        pin_memory=False,
     )
 
 

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from rlinf_core.training.distributed.processes import Processes
 from rlinf_core.training.ema import Ema
 from rlinf_core.training.fsdp import materialize, shard
-from rlinf_core.training.monitor.flight_recorder import Watch
+from rlinf_core.training.monitor.flight_recorder import FlightRecorder
 from rlinf_core.training.monitor.metrics import PHASES
 from rlinf_core.training.optim import Optimizer, Schedule
 from rlinf_core.training.step import TrainStep
@@ -102,17 +102,10 @@ def test_steps_wait_for_nothing_and_their_numbers_come_late(group, tmp_path, dec
     size = MICRO_BATCH * ACCUMULATION
     places = [np.arange(micro * MICRO_BATCH, (micro + 1) * MICRO_BATCH) for micro in range(ACCUMULATION)]
     order = SimpleNamespace(accumulation=ACCUMULATION, sources=(1, 2), places=lambda micro, rank: places[micro])
+    order.batching = SimpleNamespace(seed=0)
     config = SimpleNamespace(global_batch_size=size, reduce_every_micro_batch=False, reshard_after_forward=reshard)
-    step = TrainStep(
-        SimpleNamespace(seed=0),
-        config,
-        group,
-        order,
-        policy=policy,
-        optimizer=optimizer,
-        ema=Ema(policy, decay) if decay else None,
-        watch=Watch(tmp_path, 0, timeout=600.0),
-    )
+    state = SimpleNamespace(policy=policy, optimizer=optimizer, ema=Ema(policy, decay) if decay else None)
+    step = TrainStep(config, group, order, state, FlightRecorder(tmp_path, 0, timeout=600.0))
     waiting, read, stream = deque(), [], itertools.repeat(batch())
     for number in range(WARM_UP):
         step(number, stream, asked=lambda: False).read(size)

@@ -16,7 +16,7 @@ from rlinf_core.data.sample import PACKING
 from rlinf_core.inference import load_policy
 from rlinf_core.loggers.jsonl import read_rows
 from rlinf_core.testing import write_tiny_dataset
-from rlinf_core.training.data import know_data, open_held_out_rows, open_loader
+from rlinf_core.training.data import bind_policy
 from rlinf_core.training.distributed.processes import processes
 from rlinf_core.training.run_folder import prepare_folder
 
@@ -96,7 +96,7 @@ def trained(robots, config):
     alone = {}
 
     def watch(trainer):
-        batches = iter(open_loader(trainer.run, trainer.sources, trainer._group, trainer.step, trainer.stop_step))
+        batches = iter(trainer.data.loader(trainer._group, trainer.step))
         sums = {number: [0.0, 0.0] for number in range(2)}
         trainer.policy.train()
         for batch in (next(batches) for _ in range(2)):
@@ -151,8 +151,7 @@ def test_an_exported_mixture_acts_as_either_robot(trained, tmp_path, capsys):
     assert code == 0, said
     hashes = json.loads((tmp_path / "policy" / "rlinf.json").read_text())["sha256"]
     assert {"norm_stats/two_arms.json", "norm_stats/gantry.json"} < hashes.keys()
-    held_out = open_held_out_rows(trainer.run, repository_plugins())
-    for source, rows in zip(trainer.sources, held_out, strict=True):
+    for source, rows in zip(trainer.data.sources, trainer.data.held_out, strict=True):
         policy = load_policy(tmp_path / "policy", source=source.name)
         noise = trainer.run.policy.draw(validation_generator(0, 0))["noise"]
         (row,) = rows.__getitems__([2])
@@ -208,7 +207,7 @@ def test_commands_look_at_one_robot_of_a_mixture(config, capsys, monkeypatch):
 
 def test_rows_of_the_embedding_are_those_of_all_sources_prompts(robots, config):
     plugins = repository_plugins()
-    run, layout = know_data(load_config(config, ["policy.train_embedding=used_rows"], plugins), plugins)
+    run, layout = bind_policy(load_config(config, ["policy.train_embedding=used_rows"], plugins), plugins)
     (rows,) = layout.values()
     tokenize = run.sources[1].run.policy.transforms()[1]
     own, other = (tokenize({"prompt": text, "state": np.zeros(5)})["tokens"] for text in ("go there", "push the block"))

@@ -26,6 +26,7 @@ from rlinf_core.data.loading.chunked_sampling import Chunks, chunks_of
 from rlinf_core.data.loading.loader import TrainLoader, build_train_loader
 from rlinf_core.data.loading.micro_batches import MicroBatches
 from rlinf_core.data.loading.mixture import Source
+from rlinf_core.data.loading.sampling import Batching
 from rlinf_core.data.pipeline import build_pipeline
 from rlinf_core.data.sample import Batch, Row, Sample
 from rlinf_core.data.splits import open_split
@@ -106,20 +107,8 @@ def measure(run: RunConfig, plugins: Plugins, *, ranks: int, seconds: float) -> 
 def _loader(
     run: RunConfig, sources: Sequence[Source], chunks: Chunks | None, rank: int, ranks: int, workers: int
 ) -> TrainLoader:
-    return build_train_loader(
-        sources,
-        run.policy,
-        seed=run.seed,
-        global_batch_size=run.trainer.global_batch_size,
-        micro_batch_size=run.trainer.micro_batch_size,
-        rank=rank,
-        world_size=ranks,
-        start_step=0,
-        stop_step=ENDLESS,
-        num_workers=workers,
-        pin_memory=False,
-        chunks=chunks,
-    )
+    batching = Batching.of(run, rank, ranks)
+    return build_train_loader(sources, run.policy, batching, (0, ENDLESS), num_workers=workers, chunks=chunks)
 
 
 @dataclass(frozen=True)
@@ -138,7 +127,7 @@ def _count(loader: TrainLoader, chunks: Chunks | None, seconds: float) -> _Count
     first = time.perf_counter() - begin
     for _ in range(2 * loader.num_workers):
         next(batches)
-    filling = 1 + chunks.buffer // (made.micro_batch_size * made.world_size) if chunks else 0
+    filling = 1 + chunks.buffer // (made.batching.micro_batch_size * made.batching.ranks) if chunks else 0
     begin = time.perf_counter()
     while filling and time.perf_counter() - begin < seconds:
         next(batches)
@@ -223,7 +212,7 @@ def _shares(
     made.policy = _TimedPolicy(run.policy, clock)
     begin, whole, samples = time.perf_counter(), 0.0, 0
     for _ in loader:
-        samples += made.micro_batch_size
+        samples += made.batching.micro_batch_size
         whole = time.perf_counter() - begin
         if whole > seconds:
             break

@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
 from rlinf_core.contract.cluster import TORCHRUN, check_world_size
-from rlinf_core.contract.datasets import DatasetConfig, LeRobotDatasetConfig, SampleSource
+from rlinf_core.contract.datasets import DatasetConfig, DecodingSource, LeRobotDatasetConfig, SampleSource
 from rlinf_core.contract.run import RunConfig, RunSource
 from rlinf_core.data.loading.chunked_sampling import check_streams, chunks_of
 from rlinf_core.data.loading.sampling import check_batch, sample_generator, steps_per_epoch
@@ -127,24 +126,16 @@ def _check_data(run: RunConfig, plugins: Plugins, report: Report) -> SampleSourc
             report.facts["held_out_rows"] = len(held_out)
             report.facts["held_out_episodes"] = len(np.unique(held_out.episodes))
         report.facts["data"] = describe_splits(train, held_out)
-        _check_pictures(run.data, train, report)
+        _check_images(run.data, train, report)
     return train
 
 
-def _check_pictures(data: DatasetConfig, train: SampleSource, report: Report) -> None:
-    """Whether what shall make pictures is there; decoding none, as that may need torch."""
-    if not isinstance(data, LeRobotDatasetConfig):
-        return
-    if data.cache_dir and not data.cache:
+def _check_images(data: DatasetConfig, train: SampleSource, report: Report) -> None:
+    """Whether the images can be had; decodes none, as that may need torch."""
+    if isinstance(data, LeRobotDatasetConfig) and data.cache_dir and not data.cache:
         report.warnings.append('data.cache_dir does nothing here: set data.cache = "raw" or "jpeg" to read from there')
-    if data.cache or data.decoder != "torchcodec":
-        return
-    from rlinf_core.data.lerobot.source import LeRobotSource
-
-    if isinstance(train, LeRobotSource) and train.metadata.videos(train.images):
-        if find_spec("torchcodec") is None:
-            raise UserError('data.decoder = "torchcodec", but torchcodec is not installed: install it, or set "auto"')
-        report.facts["decoder"] = "torchcodec; not checked here: whether it loads"
+    if isinstance(train, DecodingSource) and (decoder := train.check_decoder()):
+        report.facts["decoder"] = decoder
 
 
 def _check_batch(run: RunConfig, ranks: int | None, report: Report) -> None:

@@ -13,7 +13,7 @@ import pytest
 from distributions import repository_plugins
 from toy_data import ToyPolicy
 
-from rlinf_core import UserError, preflight
+from rlinf_core import UserError
 from rlinf_core.cli import main
 from rlinf_core.commands import cache
 from rlinf_core.config.load import load_config
@@ -355,7 +355,7 @@ def test_what_makes_pictures_is_looked_for_before_a_run(monkeypatch):
     assert "there is no cache of" in str(report("data.cache=raw", "data.cache_dir=/none").findings)
     assert "data.cache_dir does nothing here" in str(report("data.cache_dir=/none").warnings)
     assert "not checked here: whether it loads" in report("data.decoder=torchcodec").facts["decoder"]
-    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
+    monkeypatch.setattr("rlinf_core.data.lerobot.source.find_spec", lambda name: None)
     assert "torchcodec is not installed" in str(report("data.decoder=torchcodec").findings)
     assert "decoder" not in report().facts
 

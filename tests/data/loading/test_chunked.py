@@ -11,7 +11,7 @@ from rlinf_core.data.loading.chunked_batches import HeldRuns, pack, unpack
 from rlinf_core.data.loading.chunked_sampling import ChunkedOrder, Chunks, check_streams, chunks_of
 from rlinf_core.data.loading.loader import build_train_loader
 from rlinf_core.data.loading.mixture import Source
-from rlinf_core.data.loading.sampling import epoch_order
+from rlinf_core.data.loading.sampling import Batching, epoch_order
 from rlinf_core.data.pipeline import Pipeline
 from rlinf_core.loggers.jsonl import read_rows
 
@@ -113,15 +113,9 @@ def loader(*, rank=0, ranks=1, micro=2, workers=0, start=98, stop=103, chunks=SM
     return build_train_loader(
         [Source(rows or Rows(ROWS), Pipeline(Repack()))],
         ToyPolicy(),
-        seed=3,
-        global_batch_size=GLOBAL,
-        micro_batch_size=micro,
-        rank=rank,
-        world_size=ranks,
-        start_step=start,
-        stop_step=stop,
+        Batching(GLOBAL, micro, 3, rank, ranks),
+        (start, stop),
         num_workers=workers,
-        pin_memory=False,
         chunks=chunks,
     )
 

@@ -14,7 +14,14 @@ from rlinf_core.contract.datasets import LeRobotDatasetConfig
 from rlinf_core.data.lerobot.source import open_lerobot
 from rlinf_core.data.loading.loader import build_train_loader
 from rlinf_core.data.loading.mixture import Source
-from rlinf_core.data.loading.sampling import TRAINING, check_batch, epoch_order, sample_generator, steps_per_epoch
+from rlinf_core.data.loading.sampling import (
+    TRAINING,
+    Batching,
+    check_batch,
+    epoch_order,
+    sample_generator,
+    steps_per_epoch,
+)
 from rlinf_core.data.loading.validation import build_validation_batches
 from rlinf_core.data.pipeline import Pipeline
 from rlinf_core.errors import UserError
@@ -27,15 +34,9 @@ def loader(source=None, *, rank=0, ranks=1, micro=2, workers=0, start=0, stop=5,
     return build_train_loader(
         [Source(source or Rows(ROWS), pipeline or Pipeline(Repack()))],
         ToyPolicy(),
-        seed=seed,
-        global_batch_size=GLOBAL,
-        micro_batch_size=micro,
-        rank=rank,
-        world_size=ranks,
-        start_step=start,
-        stop_step=stop,
+        Batching(GLOBAL, micro, seed, rank, ranks),
+        (start, stop),
         num_workers=workers,
-        pin_memory=False,
     )
 
 

@@ -16,12 +16,11 @@ from rlinf_core.config.load import load_config
 from rlinf_core.data.loading.loader import build_train_loader
 from rlinf_core.data.loading.micro_batches import SOURCE
 from rlinf_core.data.loading.mixture import Order, Source
-from rlinf_core.data.loading.sampling import epoch_order, sample_generator
+from rlinf_core.data.loading.sampling import Batching, epoch_order, sample_generator
 from rlinf_core.data.normalize import load_norm_stats
 from rlinf_core.data.pipeline import Pipeline
 from rlinf_core.loggers.jsonl import read_rows
 from rlinf_core.preflight import check_run
-from rlinf_core.training.data import open_loader
 from rlinf_core.training.distributed.processes import processes
 from rlinf_core.training.run_folder import prepare_folder
 
@@ -82,15 +81,9 @@ def loader(*, rank=0, ranks=1, micro=3, workers=0, start=0, stop=9, sources=None
         build_train_loader(
             sources or default,
             Collating(),
-            seed=3,
-            global_batch_size=12,
-            micro_batch_size=micro,
-            rank=rank,
-            world_size=ranks,
-            start_step=start,
-            stop_step=stop,
+            Batching(12, micro, 3, rank, ranks),
+            (start, stop),
             num_workers=workers,
-            pin_memory=False,
         )
     )
 
@@ -170,7 +163,7 @@ def test_the_loss_of_each_source_is_that_of_its_samples(train):
     expected: list[dict[int, list[float]]] = []  # Of each step: source -> loss sum and weight.
 
     def watch(trainer):
-        loader = open_loader(trainer.run, trainer.sources, trainer._group, trainer.step, trainer.stop_step)
+        loader = trainer.data.loader(trainer._group, trainer.step)
         forward, batches, calls = trainer.policy.forward, iter(loader), count()
 
         def by_hand(batch):
@@ -212,7 +205,7 @@ def test_each_source_has_its_own_statistics_and_a_run_goes_on_only_with_them(tra
     assert not (folder / "norm_stats.json").exists()
     wide, narrow = (load_norm_stats(folder / source.statistics) for source in trainer.run.sources)
     assert (len(wide["actions"].mean), len(narrow["actions"].mean)) == (2, 1)
-    assert [len(source.pipeline.normalize.stats["actions"].mean) for source in trainer.sources] == [2, 1]
+    assert [len(source.pipeline.normalize.stats["actions"].mean) for source in trainer.data.sources] == [2, 1]
     content = json.loads((folder / "norm_stats" / "narrow.json").read_text())
     content["made_of"]["fingerprint"] = "another"
     (folder / "norm_stats" / "narrow.json").write_text(json.dumps(content))

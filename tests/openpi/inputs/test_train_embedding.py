@@ -16,7 +16,7 @@ from rlinf_core.plan.step import plan
 from rlinf_core.plugins.registry import get_plugins
 from rlinf_core.testing import check_policy
 from rlinf_core.training.build import initial_value
-from rlinf_core.training.data import know_data
+from rlinf_core.training.data import bind_policy
 from rlinf_core.training.distributed.processes import processes
 from rlinf_core.training.run_folder import prepare_folder
 from rlinf_plugins_openpi import Pi05Config
@@ -158,7 +158,7 @@ def test_rows_of_held_out_tasks_are_among_them(tmp_path, weights):
     held_out = ("data.validation_fraction=0.0", 'data.validation_tasks=["Push the puck to a goal"]')
     used = "policy.train_embedding=used_rows"
     some, every = (configure(tmp_path, "any", *extra, used) for extra in (held_out, ("data.validation_fraction=0.0",)))
-    layouts = [know_data(run, plugins)[1] for run in (some, every)]
+    layouts = [bind_policy(run, plugins)[1] for run in (some, every)]
     assert layouts[0] == layouts[1]
 
 

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -22,9 +23,11 @@ from rlinf_core.training.checkpoint.manager import Checkpoints
 from rlinf_core.training.checkpoint.state import (
     Position,
     State,
+    candidates,
     dump_state,
     find_damage,
     newest_whole,
+    none_whole,
     read_position,
     read_state,
 )
@@ -65,7 +68,7 @@ def names(*steps):
 
 
 def newest(folder):
-    found = newest_whole(folder, folder / "checkpoints", {})
+    found = newest_whole(candidates(folder, folder / "checkpoints"), {})
     return found and found[0]
 
 
@@ -238,7 +241,7 @@ def test_damage_is_recognised_and_named(tmp_path, open_checkpoints, damage, why)
     damage(path)
     assert why in find_damage(path, ranks=1)
     damaged = {path.name: why}
-    assert newest_whole(tmp_path, tmp_path / "checkpoints", damaged)[0].name == "step_000000001"
+    assert newest_whole(candidates(tmp_path, tmp_path / "checkpoints"), damaged)[0].name == "step_000000001"
 
 
 def test_ranks_share_the_files_that_they_check(tmp_path):
@@ -263,14 +266,18 @@ def test_no_checkpoint_left_is_an_error_that_names_all(tmp_path, open_checkpoint
     checkpoints.finish()
     for name in names(1, 2):
         (tmp_path / "checkpoints" / name / "state.json").unlink()
-    with pytest.raises(UserError, match=r"(?s)continued from:\n  step_000000002: .*\n  step_000000001: .*--overwrite"):
-        newest(tmp_path)
+    damaged = {}
+    assert newest_whole(candidates(tmp_path, tmp_path / "checkpoints"), damaged) is None
+    error = str(none_whole(tmp_path / "checkpoints", damaged, "Restore one."))
+    lines = r"(?s)continued from:\n  step_000000002: it has no state.*\n  step_000000001: it has no .*\nRestore one\."
+    assert re.search(lines, error)
 
 
 def test_a_missing_checkpoint_is_named(tmp_path):
     (tmp_path / "latest").write_text("step_000000007")
-    with pytest.raises(UserError, match="step_000000007: it is not there"):
-        newest(tmp_path)
+    damaged = {}
+    assert newest_whole(candidates(tmp_path, tmp_path / "checkpoints"), damaged) is None
+    assert damaged == {"step_000000007": "it is not there"}
 
 
 def test_another_format_is_no_damage(tmp_path, open_checkpoints):

@@ -13,7 +13,7 @@ import toy_policy
 
 from rlinf_core.errors import UserError
 from rlinf_core.loggers.jsonl import read_rows
-from rlinf_core.training.monitor import reports
+from rlinf_core.training.monitor import monitor
 from rlinf_core.training.monitor.anomalies import (
     FEWEST,
     WINDOW,
@@ -266,7 +266,7 @@ def test_steps_that_are_read_late_change_nothing_but_when(train, tmp_path, monke
     settings = ("runner.max_steps=9", "runner.save_interval=4", "runner.keep_last=3", "runner.val_check_interval=3")
     break_samples(monkeypatch, {5}, third_is_nan)
     at_once = train(*settings, "runner.name=at_once")
-    monkeypatch.setitem(reports.LAG, "cpu", 2)
+    monkeypatch.setitem(monitor.LAG, "cpu", 2)
     break_samples(monkeypatch, {5}, third_is_nan)
     late = train(*settings, "runner.name=late")
     (late.run.folder / "latest").write_text("step_000000004")
@@ -282,7 +282,7 @@ def test_steps_that_are_read_late_change_nothing_but_when(train, tmp_path, monke
 
 @pytest.mark.parametrize(("lag", "stop"), [(0, 2), (2, 4)])
 def test_a_signal_stops_a_run_later_by_as_many_steps_as_its_numbers_are(train, monkeypatch, lag, stop):
-    monkeypatch.setitem(reports.LAG, "cpu", lag)
+    monkeypatch.setitem(monitor.LAG, "cpu", lag)
 
     def asks_to_stop(out, call):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -296,7 +296,7 @@ def test_a_signal_stops_a_run_later_by_as_many_steps_as_its_numbers_are(train, m
 
 
 def test_steps_before_an_error_are_told_though_they_are_read_late(train, tmp_path, monkeypatch):
-    monkeypatch.setitem(reports.LAG, "cpu", 2)
+    monkeypatch.setitem(monitor.LAG, "cpu", 2)
 
     def fails(out, call):
         raise ZeroDivisionError

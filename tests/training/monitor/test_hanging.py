@@ -9,7 +9,7 @@ import distributions
 import pytest
 
 from rlinf_core.errors import RunError
-from rlinf_core.training.monitor.flight_recorder import Watch, remember_collectives
+from rlinf_core.training.monitor.flight_recorder import FlightRecorder, remember_collectives
 
 HANGS = """
 import os, time
@@ -58,7 +58,7 @@ def test_a_rank_that_stops_joining_is_shown_with_its_stack(toy_site, tmp_path, s
 
 
 def test_what_takes_long_is_written_down_once(tmp_path, capsys):
-    watch = Watch(tmp_path, 3, timeout=0.2)
+    watch = FlightRecorder(tmp_path, 3, timeout=0.2)
     with watch.watching():
         watch.enter("data_wait", 7)
         until = time.monotonic() + 20
@@ -73,7 +73,7 @@ def test_what_takes_long_is_written_down_once(tmp_path, capsys):
 
 
 def test_a_run_that_hangs_nowhere_leaves_no_record(tmp_path):
-    watch = Watch(tmp_path, 0, timeout=60, beside_nccl=True)
+    watch = FlightRecorder(tmp_path, 0, timeout=60, beside_nccl=True)
     with watch.watching():
         watch.enter("forward", 1)
         assert watch.file.parent.exists()
@@ -88,7 +88,7 @@ def test_a_run_that_hangs_nowhere_leaves_no_record(tmp_path):
     ],
 )
 def test_a_backends_words_become_ours(tmp_path, text):
-    watch = Watch(tmp_path, 1, timeout=5)
+    watch = FlightRecorder(tmp_path, 1, timeout=5)
     watch.enter("backward", 12)
     fault = watch.explain(RuntimeError(text))
     assert isinstance(fault, RunError)
@@ -97,7 +97,7 @@ def test_a_backends_words_become_ours(tmp_path, text):
 
 @pytest.mark.parametrize("error", [RuntimeError("Connection closed by peer"), ValueError("timeout of c10d")])
 def test_other_errors_keep_their_words(tmp_path, error):
-    assert Watch(tmp_path, 1, timeout=5).explain(error) is None
+    assert FlightRecorder(tmp_path, 1, timeout=5).explain(error) is None
 
 
 def test_nccls_recorder_writes_into_the_runs_folder_unless_told_otherwise(tmp_path, monkeypatch):

@@ -9,8 +9,8 @@ import torch
 from rlinf_core.costs.memory import States
 from rlinf_core.errors import UserError
 from rlinf_core.training.config import Fsdp2TrainerConfig
-from rlinf_core.training.monitor.errors import Shortage, in_words, tell_shortage, ways_out
-from rlinf_core.training.monitor.flight_recorder import Watch
+from rlinf_core.training.monitor.errors import Shortage, describe_shortage, explain, ways_out
+from rlinf_core.training.monitor.flight_recorder import FlightRecorder
 
 GB = 10**9
 PLAIN = Fsdp2TrainerConfig(global_batch_size=64, micro_batch_size=32)
@@ -18,7 +18,7 @@ SHORT = Shortage(80 * GB, 78 * GB, States(13 * GB, 13 * GB, 26 * GB, 0), micro_b
 
 
 def test_the_largest_consumers_come_first_and_a_fitting_micro_batch_is_named():
-    said = tell_shortage(SHORT, PLAIN, where="rank 3, step 1, forward", ranks=1)
+    said = describe_shortage(SHORT, PLAIN, where="rank 3, step 1, forward", ranks=1)
     assert said.startswith("rank 3, step 1, forward: out of memory, of 80.0 GB.")
     held = said.partition("Taken: ")[2]
     assert held.index("optimizer moments 26.0 GB") < held.index("weights 13.0 GB")
@@ -39,7 +39,7 @@ def test_a_micro_batch_that_fits_is_smaller_divides_the_share_and_stays_below_th
 
 @pytest.mark.parametrize("change", [{"micro_batch": 1}, {"states": States(30 * GB, 30 * GB, 60 * GB, 0)}])
 def test_where_no_micro_batch_fits_the_message_says_so(change):
-    said = tell_shortage(replace(SHORT, **change), PLAIN, where="", ranks=1)
+    said = describe_shortage(replace(SHORT, **change), PLAIN, where="", ranks=1)
     assert "no smaller trainer.micro_batch_size" in said
 
 
@@ -58,14 +58,15 @@ def test_ways_out_are_those_that_are_not_taken_yet():
 def test_an_error_of_the_device_becomes_a_mistake_that_names_rank_step_and_phase(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * GB))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 79 * GB)
-    watch = Watch(tmp_path, 3, timeout=600.0)
+    watch = FlightRecorder(tmp_path, 3, timeout=600.0)
     watch.enter("backward", 12)
     group = SimpleNamespace(device=torch.device("cuda", 0), size=1)
     layer = torch.nn.Linear(4, 4)
     parameters = dict(layer.named_parameters())
     tensors = {f"model.{name}": parameter for name, parameter in parameters.items()}
-    told = in_words(torch.OutOfMemoryError("CUDA out of memory"), watch, PLAIN, group, parameters, tensors)
+    state = SimpleNamespace(parameters=parameters, tensors=lambda: tensors)
+    told = explain(torch.OutOfMemoryError("CUDA out of memory"), watch, PLAIN, group, state)
     assert isinstance(told, UserError)
     assert str(told).startswith("rank 3, step 12, backward: out of memory, of 80.0 GB.")
     other = ValueError("something else")
-    assert in_words(other, watch, PLAIN, group, parameters, tensors) is other
+    assert explain(other, watch, PLAIN, group, state) is other

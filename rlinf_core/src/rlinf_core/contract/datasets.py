@@ -63,6 +63,23 @@ class ColumnSource(SampleSource, Protocol):
         ...
 
 
+@runtime_checkable
+class DecodingSource(SampleSource, Protocol):
+    """A source that decodes its images from videos, and reports with what."""
+
+    def check_decoder(self) -> str:
+        """The decoder that the config names, without loading it; empty: there is no video, or no decoder is named.
+
+        Raises:
+            UserError: It is not installed.
+        """
+        ...
+
+    def try_decoder(self) -> str:
+        """What decodes the videos, and how fast, measured on a few rows; empty without videos."""
+        ...
+
+
 class DatasetConfig(BaseModel):
     """The `[data]` table. Subclasses add fields; every field may be set in TOML."""
 

@@ -19,7 +19,7 @@ from rlinf_core.data.statistics.run import diagnose
 from rlinf_core.errors import UserError
 from rlinf_core.hub import cache_only
 from rlinf_core.plugins.registry import Plugins
-from rlinf_core.training.data import know_data
+from rlinf_core.training.data import bind_policy
 
 PROBED_ROWS = 256
 """Evenly spread over the training rows: the mean length of prompts is known to a few hundredths."""
@@ -57,10 +57,10 @@ def probe_sources(run: RunConfig, plugins: Plugins) -> list[Probed]:
 
 
 def know_data_at_hand(run: RunConfig, plugins: Plugins) -> tuple[RunConfig, list[str]]:
-    """`sources.know_data`, or the run as it is and an assumption; the hub is not asked."""
+    """`training.data.bind_policy`, or the run as it is and an assumption; the hub is not asked."""
     with cache_only():
         try:
-            return know_data(run, plugins)[0], []
+            return bind_policy(run, plugins)[0], []
         except UserError as error:
             first = str(error).splitlines()[0]
             return run, [f"what of the policy's size follows from the data is as it assumes: {first}"]

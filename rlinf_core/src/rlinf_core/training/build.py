@@ -1,10 +1,13 @@
-"""What a run is made of besides its rows: its policy with weights, its loggers, each of the plugin that knows it."""
+"""What trains: the policy, sharded and with its weights, its optimizer and its moving average."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from rlinf_core.contract.module import ShardUnit, WeightSource
 from rlinf_core.contract.policy import PolicyConfig
@@ -13,11 +16,53 @@ from rlinf_core.contract.run import LoadedPlugins, RunConfig
 from rlinf_core.errors import UserError
 from rlinf_core.training.blocks import Checkpointing, prepare_block
 from rlinf_core.training.ema import Ema
-from rlinf_core.training.fsdp import derived_seed, materialize, ranks_mesh, shard, unreached
+from rlinf_core.training.fsdp import derived_seed, layout, materialize, ranks_mesh, shard, unreached
 from rlinf_core.training.optim import Optimizer, Schedule, decays
 from rlinf_core.training.settings import Fsdp2Settings
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True, eq=False)
+class TrainState:
+    """What a step changes and a checkpoint holds."""
+
+    policy: Any
+    """The sharded policy; see `contract.module.Policy`."""
+    optimizer: Optimizer
+    ema: Ema | None
+    """The moving average of the weights; None if none is kept."""
+    parameters: Mapping[str, nn.Parameter]
+    """The policy's, taken now: while parameters are gathered, the policy shows those instead, in the compute dtype."""
+
+    @property
+    def layout(self) -> str:
+        """A tag of parameter names and shapes."""
+        return layout(self.parameters.items())
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything that a checkpoint holds, in place: `<part>.<name>`."""
+        parts: dict[str, Mapping[str, torch.Tensor]] = {
+            "model": {name: parameter.detach() for name, parameter in self.parameters.items()},
+            "optim": self.optimizer.state_dict(),
+            "ema": self.ema.state_dict() if self.ema else {},
+        }
+        return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+
+
+def build_state(
+    run: RunConfig,
+    config: Fsdp2Settings,
+    group: ProcessGroup,
+    plugins: LoadedPlugins,
+    weights: WeightSource | None,
+    *,
+    filled: bool = True,
+) -> TrainState:
+    """Build the policy, its optimizer and its moving average; see `build_policy`."""
+    policy = build_policy(run, config, group, plugins, weights, filled=filled)
+    optimizer, ema = build_optimizer(run, policy), build_ema(run, config, policy)
+    return TrainState(policy, optimizer, ema, dict(policy.named_parameters()))
 
 
 def open_weights(run: RunConfig) -> WeightSource | None:

@@ -1,4 +1,4 @@
-"""The datasets of a run on their way into the trainer: rows, statistics, pipelines, and each one's loss.
+"""`RunData`: a run bound to its datasets, on their way from rows to a trainer's micro batches.
 
 A run of one dataset and a mixture go the same way; only a mixture's sources have names.
 """
@@ -6,15 +6,15 @@ A run of one dataset and a mixture go the same way; only a mixture's sources hav
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field, replace
 
-from rlinf_core.contract.datasets import SampleSource, Split
+from rlinf_core.contract.datasets import DecodingSource, SampleSource, Split
 from rlinf_core.contract.process_group import ProcessGroup
 from rlinf_core.contract.run import LoadedPlugins, RunConfig, RunSource
-from rlinf_core.data.lerobot.source import LeRobotSource
-from rlinf_core.data.loading.chunked_sampling import chunks_of
-from rlinf_core.data.loading.loader import build_train_loader
+from rlinf_core.data.loading.chunked_sampling import check_streams, chunks_of
+from rlinf_core.data.loading.loader import TrainLoader, build_train_loader
 from rlinf_core.data.loading.mixture import Source
+from rlinf_core.data.loading.sampling import Batching, steps_per_epoch
 from rlinf_core.data.pipeline import build_pipeline
 from rlinf_core.data.splits import describe_splits, open_split
 from rlinf_core.data.statistics.probe import different_prompts, probe
@@ -22,21 +22,118 @@ from rlinf_core.data.statistics.run import run_statistics
 from rlinf_core.errors import UserError
 
 
-def open_training_rows(run: RunConfig, plugins: LoadedPlugins) -> list[SampleSource]:
+@dataclass(frozen=True, eq=False)
+class RunData:
+    """A run whose policy is bound to its data. `open` reads rows, `prepare` adds statistics and pipelines."""
+
+    run: RunConfig
+    """The run; its policy has what `PolicyConfig.data_layout` found in the data."""
+    rows: tuple[SampleSource, ...]
     """The training rows of each dataset."""
-    return [_open(source, plugins, "train") for source in run.sources]
+    held_out: tuple[SampleSource | None, ...]
+    """Its held-out rows; None where the run does not validate or the dataset holds out nothing."""
+    layout: Mapping[str, Sequence[int]]
+    """What of the module's layout follows from the data; checkpoints hold it."""
+    sources: tuple[Source, ...] = ()
+    """The datasets as the loader takes them; empty before `prepare`."""
+    warnings: tuple[str, ...] = field(default=())
+    """What may be wrong with their statistics."""
+
+    @classmethod
+    def open(cls, run: RunConfig, plugins: LoadedPlugins) -> RunData:
+        """Open the rows of all splits that the run uses, and bind its policy to them.
+
+        Raises:
+            UserError: A dataset cannot be opened, or a split has no rows.
+        """
+        rows = tuple(_open(source, plugins, "train") for source in run.sources)
+        run, layout = bind_policy(run, plugins)
+        validates = run.runner.val_check_interval
+        held_out = tuple(
+            _open(source, plugins, "validation") if validates and source.run.data.has_validation else None
+            for source in run.sources
+        )
+        return cls(run, rows, held_out, layout)
+
+    def prepare(self, group: ProcessGroup, *, resuming: bool) -> RunData:
+        """With the statistics of each dataset, which rank 0 computes or reads, and the pipelines that use them.
+
+        Args:
+            group: All ranks call this.
+            resuming: The run continues from a checkpoint; see `data.statistics.run.run_statistics`.
+
+        Raises:
+            UserError: The statistics would spoil the run, or are no longer those of the data.
+        """
+        sources, warnings = [], []
+        for given, rows in zip(self.run.sources, self.rows, strict=True):
+            with given.naming():
+                stats, findings = run_statistics(given.run, rows, group, resuming=resuming, file=given.statistics)
+                pipeline = build_pipeline(given.run.data, self.run.policy, stats)
+            sources.append(Source(rows, pipeline, given.name, given.share))
+            warnings += [f"{_prefix(given.name)}{finding}" for finding in findings]
+        return replace(self, sources=tuple(sources), warnings=tuple(warnings))
+
+    @property
+    def size(self) -> int:
+        """Training rows of all datasets: the samples of an epoch before it is cut to whole steps."""
+        return sum(map(len, self.rows))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch."""
+        return steps_per_epoch(self.size, self.run.trainer.global_batch_size)
+
+    @property
+    def stop_step(self) -> int:
+        """The last step of the run."""
+        return self.run.runner.stop_step(self.steps_per_epoch)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of what the rows are made of; empty where there are statistics, which have their own."""
+        if self.run.policy.normalization != "none":
+            return ""
+        return " ".join(source.fingerprint() for source in self.rows)
+
+    def loader(self, group: ProcessGroup, start_step: int) -> TrainLoader:
+        """This rank's micro batches of the steps after `start_step`."""
+        batching, chunks = Batching.of(self.run, group.rank, group.size), chunks_of(self.run.data)
+        return build_train_loader(
+            self.sources,
+            self.run.policy,
+            batching,
+            (start_step, self.stop_step),
+            num_workers=self.run.data.num_workers,
+            pin_memory=group.device.type == "cuda",
+            chunks=chunks,
+        )
+
+    def facts(self) -> Iterator[str]:
+        """What to report of each dataset: episodes, rows, decoder; in a mixture, how often it is drawn from."""
+        for given, rows, held_out in zip(self.run.sources, self.rows, self.held_out, strict=True):
+            text = f"data: {describe_splits(rows, held_out)}"
+            if isinstance(rows, DecodingSource) and (decoder := rows.try_decoder()):
+                text += f"; videos by {decoder}"
+            yield f"{given.name}: {text}; {given.drawn(len(rows), self.size)}" if given.name else text
+
+    def sample_facts(self) -> Iterator[str]:
+        """What the policy reports of each dataset's samples."""
+        for given, source in zip(self.run.sources, self.sources, strict=True):
+            if not given.run.data.stats_need_images:
+                for name, fact in self.run.policy.describe(probe(source.rows, source.pipeline)).items():
+                    yield f"{_prefix(source.name)}{name}: {fact}"
 
 
-def _open(source: RunSource, plugins: LoadedPlugins, split: Split) -> SampleSource:
-    with source.naming():
-        rows = open_split(source.run, plugins, split)
-        if not len(rows):
-            raise UserError(f"the dataset {source.run.data.config_name!r} has no rows for {split}")
-        return rows
+def check_batching(run: RunConfig, ranks: int) -> None:
+    """Raise `UserError` if the run's batches, or the streams of the chunked order, do not divide among the ranks."""
+    run.trainer.check_ranks(ranks)
+    _ = Batching.of(run, 0, ranks).accumulation
+    check_streams(chunks_of(run.data), ranks)
 
 
-def know_data(run: RunConfig, plugins: LoadedPlugins) -> tuple[RunConfig, Mapping[str, Sequence[int]]]:
-    """The run with a policy that knows the data as far as its layout follows from them, and what it knows."""
+def bind_policy(run: RunConfig, plugins: LoadedPlugins) -> tuple[RunConfig, Mapping[str, Sequence[int]]]:
+    """The run with its policy bound to what its layout takes from the data (e.g. embedding rows), and that layout."""
     layout = run.policy.data_layout(_prompts(run, plugins))
     return run.model_copy(update={"policy": run.policy.with_data_layout(layout)}), layout
 
@@ -51,88 +148,13 @@ def _prompts(run: RunConfig, plugins: LoadedPlugins) -> Iterator[str]:
                 yield from different_prompts(rows, transforms, read_images=data.stats_need_images)
 
 
-def open_loader(run: RunConfig, sources: Sequence[Source], group: ProcessGroup, start_step: int, stop_step: int) -> Any:
-    """This rank's micro batches from the step after `start_step` to `stop_step`."""
-    return build_train_loader(
-        sources,
-        run.policy,
-        seed=run.seed,
-        global_batch_size=run.trainer.global_batch_size,
-        micro_batch_size=run.trainer.micro_batch_size,
-        rank=group.rank,
-        world_size=group.size,
-        start_step=start_step,
-        stop_step=stop_step,
-        num_workers=run.data.num_workers,
-        pin_memory=group.device.type == "cuda",
-        chunks=chunks_of(run.data),
-    )
+def _open(source: RunSource, plugins: LoadedPlugins, split: Split) -> SampleSource:
+    with source.naming():
+        rows = open_split(source.run, plugins, split)
+        if not len(rows):
+            raise UserError(f"the dataset {source.run.data.config_name!r} has no rows for {split}")
+        return rows
 
 
-def made_of(run: RunConfig, rows: Sequence[SampleSource]) -> str:
-    """A hash of what the rows are made of; empty where statistics are, which know what they were computed from."""
-    return "" if run.policy.normalization != "none" else " ".join(source.fingerprint() for source in rows)
-
-
-def build_sources(
-    run: RunConfig, rows: Sequence[SampleSource], group: ProcessGroup, *, resuming: bool
-) -> tuple[tuple[Source, ...], list[str]]:
-    """The datasets as the loader takes them, and warnings about their statistics.
-
-    Args:
-        run: The run.
-        rows: What `open_training_rows` gave.
-        group: All ranks call this.
-        resuming: See `training.statistics.run_statistics`, which says what is raised, too.
-    """
-    sources, warnings = [], []
-    for source, own in zip(run.sources, rows, strict=True):
-        with source.naming():
-            stats, found = run_statistics(source.run, own, group, resuming=resuming, file=source.statistics)
-            pipeline = build_pipeline(source.run.data, run.policy, stats)
-        sources.append(Source(own, pipeline, source.name, source.share))
-        warnings += [f"{source.name}: {finding}" if source.name else str(finding) for finding in found]
-    return tuple(sources), warnings
-
-
-def open_held_out_rows(run: RunConfig, plugins: LoadedPlugins) -> list[SampleSource | None]:
-    """The held-out rows of each dataset; None where the run does not validate, or a source holds out nothing."""
-    return [
-        _open(source, plugins, "validation")
-        if run.runner.val_check_interval and source.run.data.has_validation
-        else None
-        for source in run.sources
-    ]
-
-
-def describe_splits_of(
-    run: RunConfig, sources: Sequence[Source], held_out: Sequence[SampleSource | None]
-) -> Iterator[str]:
-    """Episodes and rows of each dataset and, in a mixture, how often it is drawn from."""
-    total = sum(len(source.rows) for source in sources)
-    for given, source, own in zip(run.sources, sources, held_out, strict=True):
-        text = f"data: {describe_splits(source.rows, own)}"
-        if isinstance(source.rows, LeRobotSource) and (decoder := source.rows.try_decoder()):
-            text += f"; videos by {decoder}"
-        yield f"{source.name}: {text}; {given.drawn(len(source.rows), total)}" if source.name else text
-
-
-def describe_samples(run: RunConfig, sources: Sequence[Source]) -> Iterator[str]:
-    """The policy's facts of each dataset."""
-    for given, source in zip(run.sources, sources, strict=True):
-        if not given.run.data.stats_need_images:
-            for name, fact in run.policy.describe(probe(source.rows, source.pipeline)).items():
-                yield f"{source.name}: {name}: {fact}" if source.name else f"{name}: {fact}"
-
-
-def source_losses(sources: Sequence[Source], sums: Sequence[float]) -> dict[str, float]:
-    """`loss/<name>` of the sources that the step has samples of, from `step.source_sums` of the global batch."""
-    pairs = zip(sources, sums[::2], sums[1::2], strict=True) if sums else ()
-    return {f"loss/{source.name}": loss / weight for source, loss, weight in pairs if weight}
-
-
-def missing_losses(sources: Sequence[Source], metrics: Mapping[str, float]) -> str:
-    """What to tell of a mixture whose first step has no losses of sources; empty where it has."""
-    if len(sources) == 1 or any(key.startswith("loss/") for key in metrics):
-        return ""
-    return "note: no loss/<source> is measured: the policy does not tell PolicyOutput.sample_losses"
+def _prefix(source: str) -> str:
+    return f"{source}: " if source else ""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,71 +16,16 @@ import torch
 from rlinf_core.contract.process_group import ProcessGroup
 from rlinf_core.data.sample import SOURCE
 from rlinf_core.training.distributed.processes import to_device
-from rlinf_core.training.ema import Ema
 from rlinf_core.training.fsdp import communicate, derived_seed
-from rlinf_core.training.monitor.flight_recorder import Watch
-from rlinf_core.training.monitor.metrics import StepClock, record_event
-from rlinf_core.training.optim import Optimizer
+from rlinf_core.training.monitor.flight_recorder import FlightRecorder
+from rlinf_core.training.monitor.metrics import StepClock, StepRecord, record_event
 
 if TYPE_CHECKING:
     from rlinf_core.contract.module import PolicyOutput
-    from rlinf_core.contract.run import RunConfig
     from rlinf_core.data.loading.micro_batches import MicroBatches
+    from rlinf_core.training.build import TrainState
     from rlinf_core.training.monitor.metrics import Throughput
     from rlinf_core.training.settings import Fsdp2Settings
-
-
-@dataclass(frozen=True)
-class StepNumbers:
-    """What is known of a step, the same on every rank but for times and memory."""
-
-    metrics: dict[str, float]
-    by_source: list[float]
-    """Loss sum and weight of each source of a mixture."""
-    asked: bool
-    """Whether any rank had been asked to stop when it had computed the step."""
-    times: list[float]
-    """`Stragglers.own` of each rank, where the step brought them; else empty."""
-    useful_tflop: float
-    """Useful operations of the step over all ranks, in 10¹²; 0: not known."""
-    sample_losses: list[float]
-    """[global batch]; of a policy that does not tell them, each has the mean of its micro batch."""
-    told: bool
-    """Whether the policy tells them."""
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """A step whose numbers may still be on their way."""
-
-    step: int
-    """Number of the step, from 1."""
-    clock: StepClock
-    _keys: tuple[str, ...]
-    _sizes: tuple[int, ...]
-    """Of metrics, sums of sources, the request to stop with useful operations, times and sample losses."""
-    _values: torch.Tensor
-    _arrived: torch.cuda.Event | None
-    _told: bool
-
-    @property
-    def is_here(self) -> bool:
-        """Whether reading will not wait."""
-        return self._arrived is None or bool(self._arrived.query())  # type: ignore[no-untyped-call]
-
-    def read(self, samples: int) -> StepNumbers:
-        """The numbers; waits until the device has computed them.
-
-        Args:
-            samples: Of the step, over all ranks.
-        """
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        values, by_source, asked, times, losses = (
-            part.tolist() for part in torch.split(self._values, list(self._sizes))
-        )
-        metrics = dict(zip(self._keys, values, strict=True)) | self.clock.read(samples)
-        return StepNumbers(metrics, by_source, asked[0] > 0, times, asked[1], losses, self._told)
 
 
 class TrainStep:
@@ -89,20 +33,16 @@ class TrainStep:
 
     def __init__(
         self,
-        run: RunConfig,
         config: Fsdp2Settings,
         group: ProcessGroup,
         batches: MicroBatches,
-        *,
-        policy: Any,
-        optimizer: Optimizer,
-        ema: Ema | None,
-        watch: Watch,
+        state: TrainState,
+        recorder: FlightRecorder,
         throughput: Throughput | None = None,
     ) -> None:
-        self._throughput, self._useful = throughput, 0.0
-        self._run, self._config, self._group, self._batches = run, config, group, batches
-        self._policy, self._optimizer, self._ema, self._watch = policy, optimizer, ema, watch
+        self._config, self._group, self._batches = config, group, batches
+        self._policy, self._optimizer, self._ema = state.policy, state.optimizer, state.ema
+        self._recorder, self._throughput, self._useful = recorder, throughput, 0.0
         self._places = [
             torch.from_numpy(batches.places(micro, group.rank)).to(group.device)
             for micro in range(batches.accumulation)
@@ -125,7 +65,7 @@ class TrainStep:
             times: This rank's own, at the steps that compare ranks.
         """
         clock = self._clock = StepClock(self._group.device, self._clock)
-        self._watch.enter("data_wait", step + 1)
+        self._recorder.enter("data_wait", step + 1)
         self._policy.train()
         device, size = self._group.device, self._config.global_batch_size
         sums, losses = torch.zeros(()), torch.zeros(size, device=device)
@@ -179,7 +119,7 @@ class TrainStep:
             batch = next(batches)
         self._useful += self._throughput.tflop(batch) if self._throughput else 0.0  # Here its numbers are on the host.
         # Modules with randomness of their own (dropout) draw the same numbers after a resume.
-        self._seed(derived_seed(self._run.seed, step, self._group.rank, micro))
+        self._seed(derived_seed(self._batches.batching.seed, step, self._group.rank, micro))
         with self._phase(clock, "forward"):
             batch = to_device(batch, self._group.device)
             numbers = batch.pop(SOURCE, None)  # The loader's, not the policy's.
@@ -190,7 +130,7 @@ class TrainStep:
 
     @contextmanager
     def _phase(self, clock: StepClock, name: str) -> Iterator[None]:
-        self._watch.enter(name)
+        self._recorder.enter(name)
         with clock.time(name):
             yield
 

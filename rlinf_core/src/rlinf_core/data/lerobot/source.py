@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Collection, Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -112,6 +113,7 @@ class LeRobotSource:
         self._video_columns = tuple(name for name in images if metadata.features[name]["dtype"] == "video")
         self._picture_columns = tuple(name for name in images if metadata.features[name]["dtype"] == "image")
         self._file_stops = file_stops
+        self._decoder = decoder
         self._videos = VideoReader(decoder=None if decoder == "auto" else decoder)
         self._pictures: dict[int, ParquetImages] = {}
 
@@ -191,6 +193,18 @@ class LeRobotSource:
             digest.update(np.ascontiguousarray(self._columns[name]).data)
         digest.update(self.positions.data)
         return digest.hexdigest()
+
+    def check_decoder(self) -> str:
+        """The decoder that `data.decoder` names, without loading it; empty without videos, or if none is named.
+
+        Raises:
+            UserError: It is torchcodec, which is not installed.
+        """
+        if not self._video_columns or self._decoder != "torchcodec":
+            return ""
+        if find_spec("torchcodec") is None:
+            raise UserError('data.decoder = "torchcodec", but torchcodec is not installed: install it, or set "auto"')
+        return "torchcodec; not checked here: whether it loads"
 
     def try_decoder(self, most: int = 16) -> str:
         """What decodes the videos and how fast, measured on a few rows from all over; empty without videos."""

@@ -47,10 +47,10 @@ class ChunkedMicroBatches(MicroBatches):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_streams(self.chunks, self.world_size)
+        check_streams(self.chunks, self.batching.ranks)
         if len(self.sources) > 1:
             raise UserError('data.shuffle = "chunked" is for a run of one dataset, and this one has several')
-        self._chunked = ChunkedOrder(self.seed, self.sources[0].rows.episodes, self.epoch_samples, self.chunks)
+        self._chunked = ChunkedOrder(self.batching.seed, self.sources[0].rows.episodes, self.epoch_samples, self.chunks)
         self.held = HeldRuns()
         self._drawn: tuple[int, ChunkedEpoch] | None = None
 
@@ -59,10 +59,10 @@ class ChunkedMicroBatches(MicroBatches):
         number, part = divmod(number, self.parts)
         epoch, positions = self.positions(number)
         # The streams of a rank are every world_size-th, and of those a worker's are every parts-th.
-        own = np.flatnonzero(positions % self.chunks.streams // self.world_size % self.parts == part)
+        own = np.flatnonzero(positions % self.chunks.streams // self.batching.ranks % self.parts == part)
         positions = positions[own]
         order = self._order_drawn(epoch, number)
-        generators = (sample_generator(self.seed, epoch, position) for position in positions.tolist())
+        generators = (sample_generator(self.batching.seed, epoch, position) for position in positions.tolist())
         try:
             encoded = self.held.take(order.rows[positions].tolist(), self._encode)
             samples = add_draws(encoded, self.policy, generators)
@@ -77,8 +77,8 @@ class ChunkedMicroBatches(MicroBatches):
 
     def places(self, micro: int, rank: int) -> Indices:
         """[B], where in a step a rank's samples stand: every world_size-th, which are those of its streams."""
-        numbers = np.arange(micro * self.micro_batch_size, (micro + 1) * self.micro_batch_size)
-        return numbers * self.world_size + rank
+        numbers = np.arange(micro * self.batching.micro_batch_size, (micro + 1) * self.batching.micro_batch_size)
+        return numbers * self.batching.ranks + rank
 
     def _order_of_epoch(self, epoch: int) -> tuple[Indices, Indices]:
         return self._chunked.epoch(epoch)
@@ -90,7 +90,7 @@ class ChunkedMicroBatches(MicroBatches):
     def _order_drawn(self, epoch: int, number: int) -> ChunkedEpoch:
         if self._drawn is None or self._drawn[0] != epoch:
             self._drawn = epoch, self._chunked.draw(epoch)
-            done = number // self.accumulation % self.steps_per_epoch * self.global_batch_size
+            done = number // self.accumulation % self.steps_per_epoch * self.batching.global_batch_size
             self.held.begin(self._drawn[1], done)
         return self._drawn[1]
 

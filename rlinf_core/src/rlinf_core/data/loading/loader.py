@@ -23,6 +23,7 @@ from rlinf_core.data.loading.chunked_batches import ChunkedMicroBatches
 from rlinf_core.data.loading.chunked_sampling import Chunks
 from rlinf_core.data.loading.micro_batches import MicroBatches
 from rlinf_core.data.loading.mixture import Source
+from rlinf_core.data.loading.sampling import Batching
 from rlinf_core.data.sample import Batch
 from rlinf_core.errors import UserError
 
@@ -54,31 +55,21 @@ class TrainLoader(DataLoader[Any]):
 def build_train_loader(
     sources: Sequence[Source],
     policy: PolicyConfig,
+    batching: Batching,
+    steps: tuple[int, int],
     *,
-    seed: int,
-    global_batch_size: int,
-    micro_batch_size: int,
-    rank: int,
-    world_size: int,
-    start_step: int,
-    stop_step: int,
-    num_workers: int,
-    pin_memory: bool,
+    num_workers: int = 0,
+    pin_memory: bool = False,
     chunks: Chunks | None = None,
 ) -> TrainLoader:
-    """A rank's micro batches of the steps `start_step` to `stop_step - 1`, in the order of use.
+    """A rank's micro batches of the steps from `steps[0]` up to `steps[1] - 1`, in the order of use.
 
     Args:
-        sources: The datasets with their training rows; of several, batches tell each sample's under `SOURCE`.
+        sources: The datasets with their training rows; of several, batches hold each sample's under `SOURCE`.
         policy: Draws each sample's random numbers and collates.
-        seed: Keys order and draws.
-        global_batch_size: Samples a step, over all ranks.
-        micro_batch_size: Samples a batch.
-        rank: This process, from 0.
-        world_size: Number of ranks.
-        start_step: Finished steps of the run, counted over all epochs.
-        stop_step: Steps of the whole run.
-        num_workers: Processes that read ahead; 0: read when asked.
+        batching: Sizes, ranks and seed.
+        steps: Finished steps of the run, counted over all epochs, and the steps of the whole run.
+        num_workers: Processes that read ahead; 0: batches are read when asked for.
         pin_memory: Whether batches are put into page-locked memory, for copies to a GPU that do not wait.
         chunks: Take rows in the chunked order; None: in random order.
 
@@ -86,13 +77,16 @@ def build_train_loader(
         UserError: The sizes or streams do not divide, the rows do not fill a step, or (while iterating) a row cannot be
             read.
     """
-    common = sources, policy, seed, global_batch_size, micro_batch_size, rank, world_size
     parts = num_workers if chunks and num_workers > 1 else 1
-    batches = ChunkedMicroBatches(*common, chunks, parts) if chunks else MicroBatches(*common)
+    batches = (
+        ChunkedMicroBatches(sources, policy, batching, chunks, parts)
+        if chunks
+        else MicroBatches(sources, policy, batching)
+    )
     scale = batches.accumulation * parts
     loader = TrainLoader(
         batches,
-        sampler=range(start_step * scale, stop_step * scale),
+        sampler=range(steps[0] * scale, steps[1] * scale),
         batch_size=None,
         collate_fn=hand_over,
         num_workers=num_workers,

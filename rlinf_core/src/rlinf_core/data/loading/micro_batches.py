@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from rlinf_core.contract.policy import PolicyConfig
 from rlinf_core.data.loading.encoding import add_draws, encode_rows, read_rows
 from rlinf_core.data.loading.mixture import Indices, Source, order_of
-from rlinf_core.data.loading.sampling import check_batch, sample_generator, steps_per_epoch
+from rlinf_core.data.loading.sampling import Batching, sample_generator, steps_per_epoch
 from rlinf_core.data.sample import SOURCE, Batch, Sample
 from rlinf_core.errors import UserError
 
@@ -24,25 +24,21 @@ class MicroBatches(Dataset[Any]):
 
     sources: Sequence[Source]
     policy: PolicyConfig
-    seed: int
-    global_batch_size: int
-    micro_batch_size: int
-    rank: int
-    world_size: int
+    batching: Batching
 
     def __post_init__(self) -> None:
-        self.accumulation = check_batch(self.global_batch_size, self.micro_batch_size, self.world_size)
+        self.accumulation = self.batching.accumulation
         rows = sum(len(source.rows) for source in self.sources)
-        self.steps_per_epoch = steps_per_epoch(rows, self.global_batch_size)
-        self.epoch_samples = self.steps_per_epoch * self.global_batch_size
-        self._order = order_of(self.sources, self.seed, self.epoch_samples)
+        self.steps_per_epoch = steps_per_epoch(rows, self.batching.global_batch_size)
+        self.epoch_samples = self.steps_per_epoch * self.batching.global_batch_size
+        self._order = order_of(self.sources, self.batching.seed, self.epoch_samples)
         self._epoch: tuple[int, tuple[Indices, Indices]] | None = None
 
     def __getitem__(self, number: int) -> Batch | UserError:
         """A collated micro batch; a `UserError` is returned, as raised ones lose their form between processes."""
         epoch, positions = self.positions(number)
         numbers, indices = (order[positions] for order in self._order_of_epoch(epoch))
-        generators = [sample_generator(self.seed, epoch, position) for position in positions.tolist()]
+        generators = [sample_generator(self.batching.seed, epoch, position) for position in positions.tolist()]
         try:
             batch = self.policy.collate(add_draws(self._samples(numbers, indices), self.policy, generators))
         except UserError as e:
@@ -53,17 +49,17 @@ class MicroBatches(Dataset[Any]):
         """Epoch of a micro batch, and the position in it of each of its samples, [B]."""
         step, micro = divmod(number, self.accumulation)
         epoch, step = divmod(step, self.steps_per_epoch)
-        return epoch, step * self.global_batch_size + self.places(micro, self.rank)
+        return epoch, step * self.batching.global_batch_size + self.places(micro, self.batching.rank)
 
     def places(self, micro: int, rank: int) -> Indices:
         """[B], where in a step the samples of a rank's micro batch number `micro` stand."""
-        first: int = (micro * self.world_size + rank) * self.micro_batch_size
-        return np.arange(first, first + self.micro_batch_size)
+        first: int = (micro * self.batching.ranks + rank) * self.batching.micro_batch_size
+        return np.arange(first, first + self.batching.micro_batch_size)
 
     def global_batch(self, step: int) -> tuple[Indices, Indices]:
         """[global batch] each, of a step counted from 0: number of the source and row in it, over all ranks."""
         epoch, step = divmod(step, self.steps_per_epoch)
-        positions = slice(step * self.global_batch_size, (step + 1) * self.global_batch_size)
+        positions = slice(step * self.batching.global_batch_size, (step + 1) * self.batching.global_batch_size)
         numbers, indices = (order[positions] for order in self._order_of_epoch(epoch))
         return numbers, indices
 

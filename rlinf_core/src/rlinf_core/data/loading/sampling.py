@@ -7,16 +7,44 @@ step. Imports no torch: what does not divide is told before anything starts.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 from numpy.random.bit_generator import ISeedSequence
 from numpy.typing import NDArray
 
+from rlinf_core.contract.run import RunConfig
 from rlinf_core.errors import UserError
 
 # The third word of Philox's counter separates the uses of one key; the first counts blocks of a use.
 ORDER, TRAINING, VALIDATION, COUNTS, VISITS, CHUNKS = range(6)
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How samples are divided into steps, ranks and micro batches, and what keys their order."""
+
+    global_batch_size: int
+    """Samples a step, over all ranks."""
+    micro_batch_size: int
+    """Samples a rank computes at a time."""
+    seed: int = 0
+    """Keys order and draws."""
+    rank: int = 0
+    """This process."""
+    ranks: int = 1
+    """Number of processes."""
+
+    @classmethod
+    def of(cls, run: RunConfig, rank: int, ranks: int) -> Self:
+        """As a run is configured."""
+        return cls(run.trainer.global_batch_size, run.trainer.micro_batch_size, run.seed, rank, ranks)
+
+    @property
+    def accumulation(self) -> int:
+        """Micro batches a rank computes for a step. Raises `UserError` if the sizes do not divide."""
+        return check_batch(self.global_batch_size, self.micro_batch_size, self.ranks)
 
 
 def epoch_order(seed: int, epoch: int, rows: int) -> NDArray[np.int64]:

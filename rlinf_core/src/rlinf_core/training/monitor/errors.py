@@ -2,58 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from rlinf_core.contract.process_group import ProcessGroup
 from rlinf_core.costs.memory import GAPS, States
 from rlinf_core.errors import UserError
-from rlinf_core.training.monitor.flight_recorder import Watch
+from rlinf_core.training.build import TrainState
+from rlinf_core.training.monitor.flight_recorder import FlightRecorder
 from rlinf_core.training.settings import Fsdp2Settings
 
 if TYPE_CHECKING:
     import torch
 
 
-def in_words(
-    error: BaseException,
-    watch: Watch,
-    config: Fsdp2Settings,
-    group: ProcessGroup,
-    parameters: Mapping[str, nn.Parameter],
-    tensors: Mapping[str, torch.Tensor],
+def explain(
+    error: BaseException, recorder: FlightRecorder, config: Fsdp2Settings, group: ProcessGroup, state: TrainState
 ) -> BaseException:
-    """What to raise for an error of training: the error itself, or one whose message says more.
+    """The error to raise for an error of training: the error itself, or one whose message says more.
 
     Args:
         error: What was raised.
-        watch: Knows rank, step and phase.
+        recorder: Knows rank, step and phase.
         config: The trainer's settings.
         group: All ranks.
-        parameters: The policy's.
-        tensors: What a checkpoint holds, `<part>.<name>`.
+        state: What trains.
     """
     if isinstance(error, torch.OutOfMemoryError) and group.device.type == "cuda":
-        where = f"rank {watch.rank}, step {watch.step}, {watch.phase}"
-        shortage = _shortage(config, group, parameters, tensors)
-        return UserError(tell_shortage(shortage, config, where=where, ranks=group.size))
-    return (watch.explain(error) if group.size > 1 else None) or error
+        where = f"rank {recorder.rank}, step {recorder.step}, {recorder.phase}"
+        return UserError(describe_shortage(_shortage(config, group, state), config, where=where, ranks=group.size))
+    return (recorder.explain(error) if group.size > 1 else None) or error
 
 
-def _shortage(
-    config: Fsdp2Settings,
-    group: ProcessGroup,
-    parameters: Mapping[str, nn.Parameter],
-    tensors: Mapping[str, torch.Tensor],
-) -> Shortage:
+def _shortage(config: Fsdp2Settings, group: ProcessGroup, state: TrainState) -> Shortage:
     share = config.global_batch_size // group.size
-    trained = [parameter for parameter in parameters.values() if parameter.requires_grad]
+    trained = [parameter for parameter in state.parameters.values() if parameter.requires_grad]
     accumulates = share > config.micro_batch_size and not config.reduce_every_micro_batch
     kept = (p.numel() if accumulates else getattr(p, "to_local", lambda p=p: p)().numel() for p in trained)
+    tensors = state.tensors()
 
     def part(name: str) -> list[torch.Tensor]:
         return [tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")]
@@ -95,7 +84,7 @@ class Shortage:
         return max((size for size in range(1, most + 1) if self.share % size == 0), default=0)
 
 
-def tell_shortage(shortage: Shortage, config: Fsdp2Settings, *, where: str, ranks: int) -> str:
+def describe_shortage(shortage: Shortage, config: Fsdp2Settings, *, where: str, ranks: int) -> str:
     """One message: the largest consumers first, a micro batch that would fit, and other ways out.
 
     Args:

@@ -40,7 +40,7 @@ def remember_collectives(folder: Path) -> None:
     os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", f"{folder.absolute() / FOLDER}/nccl_rank_")
 
 
-class Watch:
+class FlightRecorder:
     """Knows what this rank is doing, and writes it down when that takes too long.
 
     Args:
@@ -77,7 +77,7 @@ class Watch:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch from a thread for as long as the body lasts."""
+        """FlightRecorder from a thread for as long as the body lasts."""
         thread = threading.Thread(target=self._watch, name="flight record", daemon=True)
         thread.start()
         if self._beside_nccl:

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -76,6 +77,59 @@ class StepClock:
 
     def _mark(self) -> Mark:
         return record_event() if self._cuda else time.perf_counter()
+
+
+@dataclass(frozen=True)
+class StepNumbers:
+    """What is known of a step, the same on every rank but for times and memory."""
+
+    metrics: dict[str, float]
+    by_source: list[float]
+    """Loss sum and weight of each source of a mixture."""
+    asked: bool
+    """Whether any rank had been asked to stop when it had computed the step."""
+    times: list[float]
+    """`Stragglers.own` of each rank, where the step brought them; else empty."""
+    useful_tflop: float
+    """Useful operations of the step over all ranks, in 10¹²; 0: not known."""
+    sample_losses: list[float]
+    """[global batch]; of a policy that does not tell them, each has the mean of its micro batch."""
+    told: bool
+    """Whether the policy tells them."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """A step whose numbers may still be on their way."""
+
+    step: int
+    """Number of the step, from 1."""
+    clock: StepClock
+    _keys: tuple[str, ...]
+    _sizes: tuple[int, ...]
+    """Of metrics, sums of sources, the request to stop with useful operations, times and sample losses."""
+    _values: torch.Tensor
+    _arrived: torch.cuda.Event | None
+    _told: bool
+
+    @property
+    def is_here(self) -> bool:
+        """Whether reading will not wait."""
+        return self._arrived is None or bool(self._arrived.query())  # type: ignore[no-untyped-call]
+
+    def read(self, samples: int) -> StepNumbers:
+        """The numbers; waits until the device has computed them.
+
+        Args:
+            samples: Of the step, over all ranks.
+        """
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        values, by_source, asked, times, losses = (
+            part.tolist() for part in torch.split(self._values, list(self._sizes))
+        )
+        metrics = dict(zip(self._keys, values, strict=True)) | self.clock.read(samples)
+        return StepNumbers(metrics, by_source, asked[0] > 0, times, asked[1], losses, self._told)
 
 
 def record_event() -> torch.cuda.Event:
