@@ -1,12 +1,12 @@
-"""How long training stands still for a checkpoint, beside `torch.save` on rank 0 while the others wait.
+"""How long training stalls for a checkpoint, beside `torch.save` on rank 0 while the others wait.
 
     python benchmarks/checkpoint.py [--ranks 2] [--rounds 5] [--folder FOLDER] [--json]
 
-A model of 100 million parameters in float32, on the CPU, in turns within one run, with AdamW's moments, 12 bytes a
-parameter on both sides: ours, sharded over the ranks, in the background and waited for, synced and hashed; and openpi's
-way, as its PyTorch trainer saves: rank 0 holds model and optimizer whole, calls `torch.save` on both and renames the
-folder, the others wait at a barrier; nothing is synced. `--ema`: ours with a moving average besides, which openpi's
-port has not.
+A model of 100 million parameters in float32 on the CPU, with AdamW's moments: 12 bytes per parameter on both sides,
+which take turns in one run. Ours is sharded over the ranks, fsynced and hashed, and saved both in the background and
+synchronously. The peer saves as openpi's PyTorch trainer does: rank 0 holds the whole model and optimizer, calls
+`torch.save` on both and renames the folder while the others wait at a barrier; nothing is fsynced. With `--ema` ours
+also saves a moving average, which openpi's PyTorch port does not have.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-LAYERS, WIDTH = 12, 1024
-WIDER = 4 * WIDTH
+from reporting.result_line import ResultLine
+
+LAYERS = 12
 
 
-def measure(folder: Path, rounds: int, *, ema: bool) -> None:
+def measure(folder: Path, rounds: int, width: int, *, ema: bool) -> None:
     """Measure on every rank; rank 0 writes `found.json` into the folder."""
     import torch
     from torch import nn
@@ -43,7 +46,7 @@ def measure(folder: Path, rounds: int, *, ema: bool) -> None:
     def build() -> nn.Module:
         torch.manual_seed(0)
         return nn.ModuleList(
-            nn.Sequential(nn.Linear(WIDTH, WIDER), nn.GELU(), nn.Linear(WIDER, WIDTH)) for _ in range(LAYERS)
+            nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)) for _ in range(LAYERS)
         )
 
     with processes("cpu") as group:
@@ -78,7 +81,7 @@ def measure(folder: Path, rounds: int, *, ema: bool) -> None:
             return sum(file.stat().st_size for file in path.iterdir())
 
         def longest(action: Callable[[], object]) -> float:
-            """Seconds of an action on the rank where it takes longest, with the disk idle at its start."""
+            """The seconds of an action on its slowest rank, with the disk idle at the start."""
             if group.rank == 0:
                 subprocess.run(["rm", "-rf", str(folder / "rank0")], check=True)
                 os.sync()
@@ -92,7 +95,7 @@ def measure(folder: Path, rounds: int, *, ema: bool) -> None:
             place = Place(folder, folder / name, Keep(1))
             saving[name] = Checkpoints(place, group, tensors, in_background=in_background)
         begin = time.perf_counter()
-        for checkpoints in saving.values():  # On a busy machine seconds; training begins with more than a save.
+        for checkpoints in saving.values():  # Seconds on a busy machine; a run spends them before its first save.
             checkpoints.wait_for_memory()
         ready = max(group.gather(time.perf_counter() - begin))
         times: dict[str, list[float]] = {}
@@ -115,21 +118,25 @@ def measure(folder: Path, rounds: int, *, ema: bool) -> None:
             times.setdefault("rank0_save_seconds", []).append(longest(alone))
             sizes["rank0_bytes"] = size
         if group.rank == 0:
-            (folder / "found.json").write_text(json.dumps({"times": times, "sizes": sizes, "ready": ready}))
+            count = sum(parameter.numel() for parameter in whole.parameters())
+            found = {"times": times, "sizes": sizes, "ready": ready, "parameters": count}
+            (folder / "found.json").write_text(json.dumps(found))
 
 
 def main() -> None:
-    """Measure, and print."""
+    """Measure, and report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--ranks", type=int, default=2, help="processes, with gloo")
     parser.add_argument("--rounds", type=int, default=5, help="saves of each kind that count, after a first one")
+    parser.add_argument("--width", type=int, default=1024, help="of the model; 1024: 100 million parameters")
     parser.add_argument("--folder", type=Path, default=None, help="where to write 5 GB; default: the temporary folder")
-    parser.add_argument("--ema", action="store_true", help="ours saves a moving average, too")
-    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument("--ema", action="store_true", help="ours also saves a moving average")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, on the last line")
     options = parser.parse_args()
     if "RANK" in os.environ:
-        measure(options.folder, options.rounds, ema=options.ema)
+        measure(options.folder, options.rounds, options.width, ema=options.ema)
         return
+    line = ResultLine("checkpoint", wanted=options.json)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += [
@@ -137,10 +144,19 @@ def main() -> None:
             __file__,
             f"--folder={folder}",
             f"--rounds={options.rounds}",
+            f"--width={options.width}",
             *["--ema"] * options.ema,
         ]
         subprocess.run(command, check=True, stdout=sys.stderr, env={"OMP_NUM_THREADS": "1", **os.environ})
         raw = json.loads((Path(folder) / "found.json").read_text())
+    results = {name: round(value, 4) for name, value in _medians(raw).items()}
+    text = "\n".join(f"{name.replace('_', ' '):30}{value:18.4f}" for name, value in results.items())
+    settings = {"ranks": options.ranks, "rounds": options.rounds, "ema": options.ema, "parameters": raw["parameters"]}
+    line.write(results, text, seconds=raw["times"], settings=settings, versions={"torch": version("torch")})
+
+
+def _medians(raw: dict[str, Any]) -> dict[str, float]:
+    """Medians over the rounds without the first, and the ratios of each round's stalls."""
     found = {name: statistics.median(values[1:]) for name, values in raw["times"].items()}
     found["async_first_stall_seconds"] = raw["times"]["async_stall_seconds"][0]
     found["async_memory_seconds"] = raw["ready"]
@@ -149,11 +165,7 @@ def main() -> None:
         turns = zip(raw["times"][f"{kind}_stall_seconds"], raw["times"]["rank0_save_seconds"], strict=True)
         name = "stall_vs_rank0_save" if kind == "async" else "sync_stall_vs_rank0_save"
         found[name] = statistics.median(ours / theirs for ours, theirs in list(turns)[1:])
-    if options.json:
-        print(json.dumps({name: round(value, 4) for name, value in found.items()}, indent=2))
-        return
-    for name, value in found.items():
-        print(f"{name.replace('_', ' '):30}{value:18.4f}")
+    return found
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
-"""How fast LeRobot data are read: rlinf's train loader beside `LeRobotDataset` in a `DataLoader`.
+"""How fast LeRobot datasets are read: rlinf's train loader beside `LeRobotDataset` in a `DataLoader`.
 
     python benchmarks/data_loading.py [--cases video_h264,pyav] [--rounds 5] [--json] [--markdown FILE]
 
-Both read the same files, which this script writes (`camera_data.py`), on the same cores in batches of the same size,
-and hand over the same: pictures as uint8, the state, an action chunk. They take turns; a ratio is the median over the
-rounds. LeRobotDataset has `return_uint8` and the number of workers out of 0, 1 and 2 that is best for it; ours has the
-two that runs have by default. Where nothing else is said, both decode with the same torchcodec and FFmpeg.
+Both read the same files, which this script writes (`camera_loading/data.py`), on the same cores, and return batches of
+the same size and content: images as uint8, the state, an action chunk. They take turns; a ratio is the median over the
+rounds. LeRobotDataset runs with `return_uint8` and whichever of 0, 1 or 2 workers is fastest for it; ours runs with the
+default of two. Unless noted, both decode with the same torchcodec and FFmpeg.
 
-`pyav` is what an installation without FFmpeg on the system does: LeRobotDataset falls back to PyAV. `raw_cache` reads
-what `rlinf cache --format raw` wrote of the videos that LeRobotDataset decodes. `long_gop` has a key frame every 250
-frames and takes rows in the chunked order, over whole epochs; the random one stands beside it. `decode_share` is the
-speed of our loader over that of torchcodec alone, which does nothing but decode the same frames, batch by batch, with a
-process on each core.
+`pyav` is an installation without FFmpeg on the system, where LeRobotDataset falls back to PyAV. `raw_cache` reads what
+`rlinf cache --format raw` wrote from the videos that LeRobotDataset decodes. `long_gop` has a key frame every 250
+frames and takes rows in the chunked order, over whole epochs; random order is measured as well. `decode_share` is the
+speed of our loader over that of torchcodec alone, which only decodes the same frames, batch by batch, with one process
+per core.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from camera_data import CAMERAS, DATASETS, FPS, WIDTHS, write_dataset
-from loader_turns import Batches, Runner, Speed
+from camera_loading.data import CAMERAS, DATASETS, FPS, WIDTHS, write_dataset
+from camera_loading.turns import Batches, Runner, Speed
+from reporting.result_line import ResultLine
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from rlinf_core import PolicyConfig, Sample
@@ -56,17 +57,17 @@ BATCH, WORKERS = 32, 2
 
 @dataclass(frozen=True)
 class Case:
-    """What one ratio compares."""
+    """What a ratio compares."""
 
     data: str
-    """One of `camera_data.DATASETS`."""
+    """A key of `camera_loading.data.DATASETS`."""
     horizon: int = 10
-    """Actions of a chunk."""
+    """Actions per chunk."""
     backend: str = "torchcodec"
     """LeRobotDataset's decoder."""
     batch: int = BATCH
     raw_cache: bool = False
-    """Ours reads a cache."""
+    """Ours reads a raw cache."""
     chunks: Chunks | None = None
     """Ours takes rows in the chunked order."""
 
@@ -85,7 +86,7 @@ CASES = {
 
 
 class Stacking(PolicyConfig):
-    """A policy that only stacks: what is measured is reading."""
+    """A policy that only stacks samples, so that only reading is measured."""
 
     type: Literal["stacking"] = "stacking"
     horizon: int = 10
@@ -96,14 +97,14 @@ class Stacking(PolicyConfig):
     def collate(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
         batch = {key: torch.from_numpy(np.stack([one[key] for one in samples])) for key in ("state", "actions")}
         for name in ("front", "wrist"):
-            pictures = [one["images"][name] for one in samples]
-            batch[name] = batch_tensor((len(pictures), *pictures[0].shape), torch.uint8)
-            np.stack(pictures, out=batch[name].numpy())
+            images = [one["images"][name] for one in samples]
+            batch[name] = batch_tensor((len(images), *images[0].shape), torch.uint8)
+            np.stack(images, out=batch[name].numpy())
         return batch
 
 
 def ours(root: Path, case: Case, workers: int = WORKERS) -> Batches:
-    """The loader of a run."""
+    """The train loader of a run."""
     config = LeRobotDatasetConfig(repo_id=str(root), images=dict(zip(("front", "wrist"), CAMERAS, strict=True)))
     policy = Stacking(horizon=case.horizon)
     rows: Any = open_lerobot(config, case.horizon, "train")
@@ -119,7 +120,7 @@ def ours(root: Path, case: Case, workers: int = WORKERS) -> Batches:
 
 
 def write_cache(rows: Any, config: LeRobotDatasetConfig, policy: PolicyConfig) -> None:
-    """What `rlinf cache --format raw` writes, if it is not there yet."""
+    """Write what `rlinf cache --format raw` writes, unless it is there already."""
     conversion = Conversion(caches_of(rows.metadata, config, policy, "raw"), (rows,))
     convert(conversion, find_missing(conversion), workers=0, progress=lambda done, parts: None)
 
@@ -137,12 +138,12 @@ def theirs(root: Path, case: Case, workers: int) -> Batches:
     loader = DataLoader(dataset, case.batch, sampler=_endless(dataset), num_workers=workers, drop_last=True)
     for batch in loader:
         assert batch["action"].shape == (case.batch, case.horizon, WIDTHS["action"])
-        assert batch[CAMERAS[0]].dtype == torch.uint8 or case.data == "image"  # Pictures in columns: always float32.
+        assert batch[CAMERAS[0]].dtype == torch.uint8 or case.data == "image"  # Images in columns are always float32.
         yield len(batch["index"])
 
 
 def decoding(root: Path, case: Case, workers: int = WORKERS) -> Batches:
-    """Torchcodec alone: the frames of a batch, file by file in the order of time, thrown away."""
+    """Torchcodec alone: decode the frames of each batch, file by file in order of time, and discard them."""
     rows = DecodeOnly(root, case.batch)
     loader = DataLoader(rows, None, sampler=range(10**6), num_workers=workers, worker_init_fn=_single_thread)
     for batch in loader:
@@ -150,7 +151,7 @@ def decoding(root: Path, case: Case, workers: int = WORKERS) -> Batches:
 
 
 class DecodeOnly(Dataset[int]):
-    """An item decodes the batch of that number in a run. There is one file a camera: frame i is row i."""
+    """Item i decodes the frames of a run's batch i. There is one file per camera, so frame i is row i."""
 
     def __init__(self, root: Path, batch: int) -> None:
         self.files = [path for camera in CAMERAS for path in sorted(root.glob(f"videos/{camera}/*/*.mp4"))]
@@ -179,7 +180,7 @@ def _single_thread(_: int) -> None:
 
 
 def compare(name: str, root: Path, rounds: int, seconds: float) -> dict[str, Any]:
-    """Speeds of both sides of a case, and the median of their ratios."""
+    """The speeds of both sides of a case, and the median of their ratios."""
     case = CASES[name]
     with contextlib.ExitStack() as stack:
 
@@ -193,7 +194,7 @@ def compare(name: str, root: Path, rounds: int, seconds: float) -> dict[str, Any
             workers = best_workers(root, case, seconds)
             beside = f"LeRobotDataset, {workers} workers, {'Pillow' if case.data == 'image' else case.backend}"
             other = opened(theirs(root, case, workers), workers)
-        # In chunks, reading comes in bursts: whole epochs count.
+        # The chunked order reads in bursts, so whole epochs are timed.
         epoch = json.loads((root / "meta/info.json").read_text())["total_frames"] // case.batch
         sides = {"ours": opened(ours(root, case), WORKERS, epoch if case.chunks else 0), "other": other}
         if case.chunks:
@@ -215,7 +216,7 @@ def compare(name: str, root: Path, rounds: int, seconds: float) -> dict[str, Any
 
 
 def best_workers(root: Path, case: Case, seconds: float) -> int:
-    """With how many workers LeRobotDataset is fastest."""
+    """The number of workers with which LeRobotDataset is fastest."""
     tried = {}
     for workers in (0, 1, 2):
         with contextlib.closing(Runner(theirs(root, case, workers), workers)) as runner:
@@ -224,7 +225,7 @@ def best_workers(root: Path, case: Case, seconds: float) -> int:
 
 
 def decode_alone(root: Path) -> dict[str, float]:
-    """Frames a second of one process, 32 frames out of one file at a time, by decoder."""
+    """Frames per second of one process by decoder, 32 frames of one file at a time."""
     from rlinf_core.data.images.video import VideoReader
 
     path, speeds = next(root.glob(f"videos/{CAMERAS[0]}/*/*.mp4")), {}
@@ -239,17 +240,18 @@ def decode_alone(root: Path) -> dict[str, float]:
     return speeds
 
 
-def table(result: dict[str, Any]) -> str:
+def table(found: dict[str, Any], versions: dict[str, str], load: list[float]) -> str:
     """The ratios in Markdown."""
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    packages = ", ".join(f"{name} {version}" for name, version in versions.items())
+    cores = len(os.sched_getaffinity(0))
+    date = time.strftime("%Y-%m-%d")
     lines = [
-        f"{result['date']}, {result['cores']} cores, load {result['load'][0]} at the start and {result['load'][1]} at "
-        f"the end; {versions}.",
+        f"{date}, {cores} cores, load {load[0]} at the start and {load[1]} at the end; {packages}.",
         "",
         "| case | ratio | lowest and highest round | ratio of processor time | ours, samples/s | beside, samples/s |",
         "|---|---:|---:|---:|---:|---|",
     ]
-    for name, case in result["cases"].items():
+    for name, case in found.items():
         span = f"{min(case['ratios']):.2f} - {max(case['ratios']):.2f}"
         beside = f"{case['other']['samples_per_second']:.0f}, {case['beside']}"
         if "ours_random" in case:
@@ -258,22 +260,24 @@ def table(result: dict[str, Any]) -> str:
         lines.append(
             f"| `{name}` | {case['ratio']:.2f} | {span} | {case['processor_time_ratio']:.2f} | {own:.0f} | {beside} |"
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def main() -> None:
-    """Write the data, measure, and print."""
+    """Write the datasets, measure, and report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--cases", default=",".join(CASES), help="some of them, separated by commas")
-    parser.add_argument("--rounds", type=int, default=5, help="turns that both sides of a case take")
-    parser.add_argument("--seconds", type=float, default=1.5, help="least time of a turn")
-    parser.add_argument("--data", type=Path, help="a folder to keep the data in between runs")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, else the table")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table, too")
+    parser.add_argument("--cases", default=",".join(CASES), help="which cases, separated by commas")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each side")
+    parser.add_argument("--seconds", type=float, default=1.5, help="shortest turn")
+    parser.add_argument("--frames", type=int, help="frames per episode; default: 60 to 250, by dataset")
+    parser.add_argument("--data", type=Path, help="a folder that keeps the datasets between runs")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, on the last line")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table to this file")
     options = parser.parse_args()
-    import datasets  # Not at the top, as every worker of ours imports this module.
+    line = ResultLine("data_loading", wanted=options.json)
+    import datasets  # Not at the top: each of our workers imports this module.
 
-    lend_ffmpeg()  # Else torchcodec, and with it LeRobotDataset, would need an FFmpeg on the system.
+    lend_ffmpeg()  # Otherwise torchcodec, and so LeRobotDataset, would need FFmpeg on the system.
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
     found: dict[str, Any] = {}
@@ -283,7 +287,8 @@ def main() -> None:
         for name in options.cases.split(","):
             root = folder / CASES[name].data
             if not root.exists():
-                write_dataset(root, DATASETS[CASES[name].data])
+                recording = DATASETS[CASES[name].data]
+                write_dataset(root, replace(recording, frames=options.frames or recording.frames))
             found[name] = compare(name, root, options.rounds, options.seconds)
             print(f"{name:14}{found[name]['ratio']:9.2f}  {found[name]}", file=sys.stderr, flush=True)
         alone = {
@@ -292,12 +297,11 @@ def main() -> None:
     packages = ("rlinf-core", "lerobot", "torchcodec", "av", "torch", "datasets")
     versions = {name: importlib.metadata.version(name) for name in packages}
     ratios = {name: case["ratio"] for name, case in found.items()}
-    about = {"cores": len(os.sched_getaffinity(0)), "date": time.strftime("%Y-%m-%d"), "versions": versions}
-    about["load"] = [*load, round(os.getloadavg()[0], 1)]
-    result = ratios | {"decode_alone_frames_per_second": alone, "cases": found} | about
-    print(json.dumps(result, indent=2) if options.json else table(result))
+    details = {"decode_alone_frames_per_second": alone, "cases": found, "versions": versions}
+    rows = table(found, versions, [*load, round(os.getloadavg()[0], 1)])
+    line.write(ratios, rows, **details)
     if options.markdown:
-        options.markdown.write_text(table(result))
+        options.markdown.write_text(rows + "\n")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""How fast normalisation statistics are computed, beside a loader that decodes images as openpi's script does.
+"""How fast normalization statistics are computed, beside a loader that decodes images as openpi's script does.
 
     python benchmarks/norm_stats.py [--dataset FOLDER] [--frames 512] [--json]
 
-On the same files, in one run: all statistics of `rlinf norm-stats`, opening the dataset included; and the frames that
-openpi's `compute_norm_stats.py` would go through one by one: lerobot's dataset in a `DataLoader` of two workers, images
-decoded. Then a table of LIBERO's size (273,465 frames, state 8, action 7), as files without images.
+One run measures both on the same files: all statistics of `rlinf norm-stats`, including opening the dataset; and the
+way of openpi's `compute_norm_stats.py`, which iterates over lerobot's dataset in a `DataLoader` with two workers and
+decodes every image. Then it times ours on a dataset of LIBERO's size without images (273,465 frames, state of 8
+numbers, action of 7).
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import json
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from reporting.result_line import ResultLine
 
 from rlinf_core.contract.datasets import LeRobotDatasetConfig
 from rlinf_core.data.lerobot.source import open_lerobot
@@ -31,7 +34,7 @@ WORKERS, BATCH = 2, 32  # openpi's defaults.
 
 
 def ours(root: Path, horizon: int) -> tuple[int, float]:
-    """Rows of a dataset, and seconds from nothing to their statistics; the action is relative to the state."""
+    """The rows of a dataset, and the seconds from opening it to its statistics; actions are relative to the state."""
     begin = time.perf_counter()
     config = LeRobotDatasetConfig(repo_id=str(root))
     source = open_lerobot(config, horizon, "train")
@@ -40,7 +43,7 @@ def ours(root: Path, horizon: int) -> tuple[int, float]:
 
 
 def openpi_loader(root: Path, horizon: int, frames: int) -> tuple[int, float]:
-    """Frames taken, and seconds for them, once the workers deliver: starting them is not counted."""
+    """The frames read and the seconds for them, after the first batch: starting the workers is not counted."""
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
     from torch.utils.data import DataLoader
 
@@ -102,14 +105,15 @@ def write_table(root: Path) -> None:
 
 
 def main() -> None:
-    """Measure, and print."""
+    """Measure, and report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--dataset", type=Path, default=EXAMPLE, help="a LeRobot v3.0 folder with images")
-    parser.add_argument("--horizon", type=int, default=10, help="actions a chunk, on that dataset")
-    parser.add_argument("--frames", type=int, default=512, help="frames of it that the decoding loader goes through")
-    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument("--horizon", type=int, default=10, help="actions per chunk on that dataset")
+    parser.add_argument("--frames", type=int, default=512, help="frames of it that the decoding loader reads")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, on the last line")
     options = parser.parse_args()
-    ours(options.dataset, options.horizon)  # What is imported late is imported now.
+    line = ResultLine("norm_stats", wanted=options.json)
+    ours(options.dataset, options.horizon)  # The first call pays for late imports.
     rows, seconds = ours(options.dataset, options.horizon)
     taken, decoding = openpi_loader(options.dataset, options.horizon, options.frames)
     found = {
@@ -121,11 +125,10 @@ def main() -> None:
         write_table(Path(folder) / "table")
         for horizon in (10, 50):
             found[f"libero_size_horizon_{horizon}_seconds"] = ours(Path(folder) / "table", horizon)[1]
-    if options.json:
-        print(json.dumps({name: round(value, 2) for name, value in found.items()}, indent=2))
-        return
-    for name, value in found.items():
-        print(f"{name.replace('_', ' '):40}{value:12.2f}")
+    results = {name: round(value, 2) for name, value in found.items()}
+    text = "\n".join(f"{name.replace('_', ' '):40}{value:12.2f}" for name, value in results.items())
+    settings = {"frames": options.frames, "horizon": options.horizon, "workers": WORKERS, "batch": BATCH}
+    line.write(results, text, settings=settings, versions={name: version(name) for name in ("lerobot", "pyarrow")})
 
 
 if __name__ == "__main__":

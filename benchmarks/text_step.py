@@ -1,10 +1,15 @@
-"""Tokens a second of text SFT on a CPU, beside trl's SFTTrainer: the same tiny model, data and batches, in one run.
+"""Tokens a second of text SFT on a CPU, beside trl's SFTTrainer and transformers' Trainer.
 
     python benchmarks/text_step.py --json
 
-Needs the dependency group `benchmarks`. Each side trains the same steps in turn, several rounds, so that what else the
-machine does meets both; the medians are compared. Counted are tokens of texts, not padding. Packed, both sides fill
-sequences of the same length; trl's texts do not see one another either, as transformers masks them by their positions.
+Each side runs in a process of its own, on one thread, and trains the same weights on the same batches, which rlinf's
+loader makes: float32, AdamW, texts of up to 256 tokens, one per sample or packed. The sides take turns over several
+rounds, and medians are compared. Warm-up steps do not count; what happens between steps does. Time is processor time,
+user and system, because other processes disturb it least; speeds by the clock are in `cases`. Unless the losses of the
+first step agree within 1e-4, nothing is reported. A profile after the timed steps shows where the time goes.
+
+`trl_trained_only` is trl with one name patched, so that it computes logits of trained tokens only, as it does on CUDA.
+Needs the dependency group `benchmarks`; a peer that is not installed is left out.
 """
 
 from __future__ import annotations
@@ -13,170 +18,144 @@ import argparse
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
-import time
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-ROOT = Path(__file__).parents[1]
-DATA = ROOT / "examples" / "data" / "text_plans"
-MODEL = {"model_type": "qwen3", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4}
-MODEL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "tie_word_embeddings": True}
-LENGTH = 256
+from reporting.result_line import ResultLine
 
-
-def ours(batch: int, steps: int, *, packing: bool, vocabulary: int, folder: Path) -> float:
-    """Tokens a second of core's trainer, its first step left out."""
-    from rlinf_core.config.load import load_config
-    from rlinf_core.plugins.registry import get_plugins
-    from rlinf_core.training.distributed.processes import processes
-    from rlinf_core.training.run_folder import prepare_folder
-
-    given = {
-        "runner.output_dir": folder,
-        "runner.name": "ours",
-        "runner.max_steps": steps + 1,
-        "runner.val_check_interval": 0,
-        "policy.packing": str(packing).lower(),
-        "policy.config.vocab_size": vocabulary,
-        "trainer.global_batch_size": batch,
-        "trainer.micro_batch_size": batch,
-        "data.validation_fraction": 0.0,
-        "runner.save_interval": 0,
-    }
-    run = load_config(ROOT / "examples" / "text_sft.toml", [f"{key}={value}" for key, value in given.items()])
-    plugins, times, counts = get_plugins(), [], []
-    with processes("cpu") as group:
-        trainer = run.trainer.build(run, start=prepare_folder(run, overwrite=True), group=group, plugins=plugins)
-        step = trainer._train_step
-
-        def timed(batches, stop):
-            before = time.perf_counter()
-            result = step(noted(batches), stop)
-            times.append(time.perf_counter() - before)
-            return result
-
-        def noted(batches):
-            for one in batches:
-                counts.append(int(one["document_lengths"][:, :-1].sum()))
-                yield one
-
-        trainer._train_step = timed
-        trainer.train()
-    return sum(counts[1:]) / sum(times[1:])
+CASES = {"unpacked": False, "packed": True}
+PEERS = {
+    "trl": ("trl", "accelerate"),
+    "trl_trained_only": ("trl", "accelerate"),
+    "transformers": ("transformers", "accelerate", "datasets"),
+}
+"""Side -> what has to be installed."""
+COUNTS = ("tokens_per_second", "logit_rows_per_step", "logit_numbers_read_per_step", "gflops_per_step")
+TOLERANCE = 1e-4
+"""Relative, between the sides' losses of the first step in float32."""
 
 
-def theirs(batch: int, steps: int, *, packing: bool, vocabulary: int, folder: Path) -> float:
-    """Tokens a second of trl, its first step left out."""
-    import torch
-    from datasets import Dataset
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
-
-    from rlinf_plugins_text.rows.chat import CHATML
-
-    tokenizer = AutoTokenizer.from_pretrained(DATA)
-    tokenizer.chat_template = CHATML
-    torch.manual_seed(0)
-    rest = {key: value for key, value in MODEL.items() if key != "model_type"}
-    settings = AutoConfig.for_model(MODEL["model_type"], vocab_size=vocabulary, **rest)
-    model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
-    rows = [json.loads(line) for line in (DATA / "plans.jsonl").read_text(encoding="utf-8").splitlines()]
-    config = SFTConfig(
-        output_dir=str(folder / "theirs"),
-        max_steps=steps + 1,
-        per_device_train_batch_size=batch,
-        max_length=LENGTH,
-        packing=packing,
-        assistant_only_loss=True,
-        learning_rate=3e-3,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-    )
-    times: list[float] = []
-    counts: list[int] = []
-
-    class Clock(TrainerCallback):
-        def on_step_end(self, *_, **__):
-            times.append(time.perf_counter())
-
-    trainer = SFTTrainer(
-        model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=[Clock()]
-    )
-    collate = trainer.data_collator
-
-    def noted(examples):
-        counts.append(sum(len(one["input_ids"]) for one in examples))
-        return collate(examples)
-
-    trainer.data_collator = noted
-    trainer.train()
-    # The loader collates a batch ahead; those of the timed steps are the second to the last trained.
-    return sum(counts[1 : steps + 1]) / (times[-1] - times[0])
-
-
-def main() -> None:
-    """Measure and tell."""
+def main() -> int:
+    """Measure, and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="results for programs")
-    parser.add_argument("--steps", type=int, default=12, help="timed steps a round")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of each side")
-    parser.add_argument("--batch", type=int, default=16, help="texts (or packs) a step")
-    parser.add_argument("--vocabulary", type=int, default=32_000, help="words of the model")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, on the last line")
+    parser.add_argument("--steps", type=int, default=6, help="timed steps per side and round")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds; every side trains once in each")
+    parser.add_argument("--batch", type=int, default=8, help="texts (or packs) per step")
+    parser.add_argument("--vocabulary", type=int, default=32_000, help="size of the model's vocabulary")
+    parser.add_argument("--sides", default=",".join(PEERS), help="peers, separated by commas")
+    parser.add_argument("--job", help=argparse.SUPPRESS)  # One side's training, in its own process.
     options = parser.parse_args()
-    cases = {"unpacked": False, "packed": True}
-    speeds: dict[str, dict[str, list[float]]] = {case: {"ours": [], "trl": []} for case in cases}
+    if options.job:
+        return _work(json.loads(options.job))
+    line = ResultLine("text_step", wanted=options.json)
+    peers = _installed(options.sides.split(","))
+    given = {key: getattr(options, key) for key in ("batch", "steps", "vocabulary")}
     with tempfile.TemporaryDirectory() as folder:
-        for _ in range(options.rounds):
-            for case, packing in cases.items():
-                for side, measure in (("ours", ours), ("trl", theirs)):
-                    share = {"packing": packing, "vocabulary": options.vocabulary, "folder": Path(folder)}
-                    sys.stdout.flush()
-                    speeds[case][side].append(_quietly(measure, options.batch, options.steps, **share))
-    median = {case: {side: statistics.median(found) for side, found in sides.items()} for case, sides in speeds.items()}
-    ratio = {case: sides["ours"] / sides["trl"] for case, sides in median.items()}
-    result = {
-        "tokens_per_second_vs_trl": round(ratio["unpacked"], 3),
-        "packed_vs_trl_packed": round(ratio["packed"], 3),
-        "tokens_per_second": {
-            case: {side: round(one) for side, one in sides.items()} for case, sides in median.items()
-        },
-        "rounds": {
-            case: {s: [round(one) for one in found] for s, found in sides.items()} for case, sides in speeds.items()
-        },
-        "settings": {"batch": options.batch, "steps": options.steps, "vocabulary": options.vocabulary, "model": MODEL},
-        "versions": {name: version(name) for name in ("torch", "transformers", "trl")},
-        "cores": os.cpu_count(),
+        found = {
+            case: _measure(given | {"packed": packed, "folder": folder}, peers, options.rounds)
+            for case, packed in CASES.items()
+        }
+    if different := [name for name, case in found.items() if case["loss_difference"] > TOLERANCE]:
+        print(f"error: {different[0]}: the sides' first losses differ: {found[different[0]]}", file=sys.stderr)
+        return 1
+    packages = ("torch", "transformers", *(name for name in ("trl", "accelerate") if peers))
+    details = {
+        "cases": found,
+        "settings": given | {"rounds": options.rounds, "threads": 1, "dtype": "float32"},
+        "versions": {name: version(name) for name in packages},
     }
-    print(json.dumps(result, indent=1) if options.json else _table(result))
+    line.write(_results(found, peers), _table(found), **details)
+    return 0
 
 
-def _quietly(measure, *arguments, **options):
-    """Run without what the trainers print."""
-    out = os.dup(1)
-    with open(os.devnull, "w") as nothing:
-        os.dup2(nothing.fileno(), 1)
-        try:
-            return measure(*arguments, **options)
-        finally:
-            sys.stdout.flush()
-            os.dup2(out, 1)
-            os.close(out)
+def _work(job: dict[str, Any]) -> int:
+    from text_sft.job import Job, run_job
+
+    folder = Path(job.pop("folder"))
+    (folder / "found.json").write_text(json.dumps(run_job(Job(folder=folder, **job))))
+    return 0
 
 
-def _table(result) -> str:
-    speeds = result["tokens_per_second"].items()
-    lines = [f"{case}: {sides['ours']} tokens/s, trl {sides['trl']}" for case, sides in speeds]
-    unpacked, packed = result["tokens_per_second_vs_trl"], result["packed_vs_trl_packed"]
-    return "\n".join([*lines, f"times as fast as trl: unpacked {unpacked}, packed {packed}"])
+def _installed(wanted: list[str]) -> list[str]:
+    missing = {side: [name for name in PEERS[side] if find_spec(name) is None] for side in wanted}
+    for side, names in missing.items():
+        if names:
+            print(f"{side} is left out: {names[0]} is not installed", file=sys.stderr)
+    return [side for side, names in missing.items() if not names]
+
+
+def _measure(job: dict[str, Any], peers: list[str], rounds: int) -> dict[str, Any]:
+    """All sides of a case, in turn."""
+    batches = _process(job | {"side": "record"})
+    turns: dict[str, list[dict[str, Any]]] = {side: [] for side in ("rlinf", *peers)}
+    for number in range(rounds):
+        for side in list(turns)[:: 1 if number % 2 == 0 else -1]:  # Nobody always follows the same neighbour.
+            turns[side].append(_process(job | {"side": side}))
+            speed = batches["tokens"] / turns[side][-1]["processor_seconds"]
+            print(f"round {number + 1}, packed: {job['packed']}, {side}: {speed:.0f} tokens/s", file=sys.stderr)
+    losses = [turn["first_loss"] for side in turns.values() for turn in side]
+    return {
+        "loss_difference": (max(losses) - min(losses)) / min(losses),
+        "timed_batches": batches,
+        "sides": {side: _median(found, batches["tokens"]) for side, found in turns.items()},
+    }
+
+
+def _process(job: dict[str, Any]) -> dict[str, Any]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, "--job", json.dumps(job)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(done.stdout + done.stderr, file=sys.stderr)
+        raise SystemExit(f"error: the process of {job['side']} ended with code {done.returncode}; its output is above")
+    found: dict[str, Any] = json.loads((Path(job["folder"]) / "found.json").read_text())
+    return found
+
+
+def _median(turns: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
+    """A side's speeds over the rounds, and the profile of the last."""
+    speeds = {
+        name: [tokens / turn[f"{clock}_seconds"] for turn in turns]
+        for name, clock in (("tokens_per_second", "processor"), ("tokens_per_second_by_the_clock", "wall"))
+    }
+    medians = {name: round(statistics.median(values)) for name, values in speeds.items()}
+    rounds = {f"{name}_rounds": [round(one) for one in values] for name, values in speeds.items()}
+    profile = {key: value for key, value in turns[-1].items() if not key.endswith("_seconds")}
+    return medians | rounds | profile
+
+
+def _results(found: dict[str, Any], peers: list[str]) -> dict[str, float]:
+    """How many times as fast rlinf is as each peer, then every side's speed and what it computes."""
+    results: dict[str, float] = {}
+    for case, measured in found.items():
+        sides = measured["sides"]
+        for peer in peers:
+            name = f"packed_vs_{peer}_packed" if case == "packed" else f"tokens_per_second_vs_{peer}"
+            results[name] = round(sides["rlinf"]["tokens_per_second"] / sides[peer]["tokens_per_second"], 3)
+        for side, numbers in sides.items():
+            for count in COUNTS:
+                results[f"{case}_{side}_{count}"] = round(numbers[count], 3)
+    return results
+
+
+def _table(found: dict[str, Any]) -> str:
+    lines = []
+    for case, measured in found.items():
+        own = measured["sides"]["rlinf"]
+        for side, numbers in measured["sides"].items():
+            ratio = own["tokens_per_second"] / numbers["tokens_per_second"]
+            shares = ", ".join(f"{part} {share:.0%}" for part, share in list(numbers["shares"].items())[:3])
+            lines.append(
+                f"{case}, {side}: {numbers['tokens_per_second']} tokens/s (rlinf: {ratio:.2f} times); {shares}"
+            )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

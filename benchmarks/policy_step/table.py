@@ -56,18 +56,23 @@ def markdown(found: Mapping[str, Any]) -> str:
     measured = found["rows"]
     lines = [" | ".join(("", *HEAD, "")).strip(), "|" + "---|" * len(HEAD)]
     lines += ["| " + " | ".join(_cells(name, row)) + " |" for name, row in measured.items()]
-    ratios = [
-        f"- {name}: {measured[ours]['samples_per_second'] / measured[peer]['samples_per_second']:.2f} times as fast"
-        for name, (ours, peer) in RATIOS.items()
-        if ours in measured and peer in measured
-    ]
+    compared = [f"- {name}: {ratio:.2f} times as fast" for name, ratio in ratios(measured).items()]
     missing = [f"- {name}: {reason}" for name, reason in found["not_measured"].items()]
     notes = [
         f"- {name}: {row['card'] or 'CPU'}; " + ", ".join(f"{key} {value}" for key, value in row["versions"].items())
         for name, row in measured.items()
     ]
-    parts = [lines, ["Ours:", "", *ratios], ["Not measured:", "", *missing], ["Card and versions:", "", *notes]]
+    parts = [lines, ["Ours:", "", *compared], ["Not measured:", "", *missing], ["Card and versions:", "", *notes]]
     return "\n\n".join("\n".join(part) for part in parts if len(part) > 2) + "\n"
+
+
+def ratios(measured: Mapping[str, Any]) -> dict[str, float]:
+    """How many times as fast ours is, for each of `RATIOS` whose rows were measured."""
+    return {
+        name: round(measured[ours]["samples_per_second"] / measured[peer]["samples_per_second"], 3)
+        for name, (ours, peer) in RATIOS.items()
+        if ours in measured and peer in measured
+    }
 
 
 def _cells(name: str, row: Mapping[str, Any]) -> list[str]:

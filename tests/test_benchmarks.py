@@ -1,0 +1,107 @@
+"""Every command in `benchmarks/`, at a size that is quick: the shape of what it prints, not how fast anything is."""
+
+import datetime
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from reporting.result_line import ResultLine
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = {
+    "checkpoint": ("--rounds=1", "--width=16"),
+    "data_loading": ("--cases=image_h10", "--rounds=1", "--seconds=0.1", "--frames=12"),
+    "norm_stats": ("--frames=32",),
+    "text_step": ("--rounds=1", "--steps=1", "--batch=2", "--vocabulary=512", "--sides=transformers"),
+    "training_step": ("--size=minimal", "--batch=1", "--rounds=1", "--without-peers"),
+}
+EXPECTED = {
+    "checkpoint": {"stall_vs_rank0_save", "sync_stall_vs_rank0_save"},
+    "data_loading": {"image_h10"},
+    "norm_stats": {"vs_openpi_loader", "frames_per_second"},
+    "text_step": {"tokens_per_second_vs_transformers", "packed_vs_transformers_packed"},
+    "training_step": {"flops_over_useful"},
+}
+NEEDED = {"text_step": "accelerate", "norm_stats": "lerobot", "data_loading": "lerobot"}
+
+
+def run(name, arguments, folder):
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def result_of(stdout, name):
+    """The object that the last line is, after seeing that it has the shape."""
+    assert stdout.endswith("\n")
+    found = json.loads(stdout.splitlines()[-1], parse_constant=lambda text: pytest.fail(f"{text} is not JSON"))
+    assert found["benchmark"] == name
+    datetime.date.fromisoformat(found["date"])
+    assert found["machine"].keys() >= {"processor", "cores", "memory_gb", "load"}
+    assert found["results"]
+    for key, value in found["results"].items():
+        assert isinstance(value, int | float), key
+        assert math.isfinite(value), key
+    return found
+
+
+def test_every_file_is_a_command_that_is_tested():
+    assert {path.stem for path in (ROOT / "benchmarks").glob("*.py")} == COMMANDS.keys()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_json_is_one_line_and_the_last(name, tmp_path):
+    if name in NEEDED:
+        pytest.importorskip(NEEDED[name], reason="the peer needs it: uv sync --all-groups")
+    stdout = run(name, ("--json", *COMMANDS[name]), tmp_path)
+    assert len(stdout.splitlines()) == 1  # What libraries print goes to standard error.
+    assert result_of(stdout, name)["results"].keys() >= EXPECTED[name]
+
+
+def test_the_table_of_a_gpu_has_the_same_line_and_still_writes_its_files(tmp_path):
+    arguments = ("--json", "--table", "--device=cpu", "--size=minimal", "--samples=1", "--micro-batch=1", "--steps=1")
+    stdout = run("training_step", (*arguments, "--eager", "--rows=MetaWorld", "--output=found"), tmp_path)
+    assert result_of(stdout, "training_step")["results"].keys() == {"ours, π0.5, MetaWorld-like"}
+    assert {path.name for path in (tmp_path / "found").iterdir()} == {"training_step.json", "training_step.md"}
+
+
+def test_nothing_follows_the_line(tmp_path):
+    """Exit handlers, C code and child processes print, too."""
+    program = (
+        "import atexit, os, subprocess, sys\n"
+        "from reporting.result_line import ResultLine\n"
+        "line = ResultLine('one', wanted=True)\n"
+        "atexit.register(print, 'late')\n"
+        "os.write(1, b'C code\\n')\n"
+        "print('a library')\n"
+        "subprocess.run(['echo', 'a child'])\n"
+        "line.write({'ratio': 2}, 'text', rounds=[1, 3])\n"
+        "print('after')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT / "benchmarks", capture_output=True, text=True, check=True
+    )
+    assert result_of(done.stdout, "one")["rounds"] == [1, 3]
+    assert len(done.stdout.splitlines()) == 1
+    assert all(text in done.stderr for text in ("late", "C code", "a library", "a child", "after"))
+
+
+def test_without_json_people_get_text(capsys):
+    ResultLine("one", wanted=False).write({"ratio": 2}, "twice as fast")
+    assert capsys.readouterr().out == "twice as fast\n"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, None, True, "2"])
+def test_results_are_finite_numbers(value):
+    program = f"line.write({{'ratio': {value!r}}}, '')".replace("nan", "float('nan')").replace("inf", "float('inf')")
+    program = f"from reporting.result_line import ResultLine\nline = ResultLine('one', wanted=True)\n{program}"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT / "benchmarks", capture_output=True, text=True, check=False
+    )
+    assert done.stdout == ""
+    assert "ratio is" in done.stderr
+    assert "not a finite number" in done.stderr
