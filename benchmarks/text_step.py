@@ -35,7 +35,8 @@ PEERS = {
     "transformers": ("transformers", "accelerate", "datasets"),
 }
 """Side -> what has to be installed."""
-COUNTS = ("tokens_per_second", "logit_rows_per_step", "logit_numbers_read_per_step", "gflops_per_step")
+COUNTS = ("tokens_per_second", "logit_rows_per_step", "gflops_per_step")
+"""What is reported of every side; a row of logits has the vocabulary's size, computed again counts again."""
 TOLERANCE = 1e-4
 """Relative, between the sides' losses of the first step in float32."""
 

@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from reporting.result_line import ResultLine
+from text_sft.profile import ATTENTION, HEAD, LAYERS, Profile
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = {
@@ -67,6 +69,25 @@ def test_the_table_of_a_gpu_has_the_same_line_and_still_writes_its_files(tmp_pat
     stdout = run("training_step", (*arguments, "--eager", "--rows=MetaWorld", "--output=found"), tmp_path)
     assert result_of(stdout, "training_step")["results"].keys() == {"ours, π0.5, MetaWorld-like"}
     assert {path.name for path in (tmp_path / "found").iterdir()} == {"training_step.json", "training_step.md"}
+
+
+def test_a_profile_counts_products_and_tells_the_head_from_layers():
+    profile = Profile(width=8, vocabulary=40)
+    hidden, weight, square = torch.ones(5, 8), torch.ones(40, 8), torch.ones(8, 8)
+    query = torch.ones(1, 2, 6, 8)
+    profile.start()
+    logits = torch.empty(5, 40)
+    torch.mm(hidden, weight.t(), out=logits)
+    logits.exp().sum(-1)
+    torch.zeros(5, 8).addmm_(logits, weight)
+    torch.nn.functional.linear(hidden, square)
+    torch.nn.functional.scaled_dot_product_attention(query, query, query)
+    profile.stop(steps=1)
+    assert profile.found["logit_rows_per_step"] == 5
+    products = 2 * 5 * 8 * 40 * 2 + 2 * 5 * 8 * 8 + 4 * query.numel() * 6
+    assert profile.found["gflops_per_step"] == pytest.approx(products / 1e9)
+    assert profile.found["shares"].keys() >= {HEAD, LAYERS, ATTENTION}
+    assert sum(profile.found["shares"].values()) == pytest.approx(1, abs=0.01)
 
 
 def test_nothing_follows_the_line(tmp_path):

@@ -48,7 +48,7 @@ class Profile:
         whole = time.perf_counter() - self._begin
         self._profiler.stop()
         seconds: dict[str, float] = defaultdict(float)
-        logits = passes = flops = 0.0
+        logits = flops = 0.0
         for event in self._profiler.key_averages(group_by_input_shape=True):
             shapes = [tuple(shape) for shape in event.input_shapes if shape]
             part = self._part(event.key, shapes)
@@ -56,10 +56,6 @@ class Profile:
             flops += event.count * _flops(event.key, shapes)
             if event.key == "aten::mm" and len(shapes) > 1 and shapes[1] == (self._width, self._vocabulary):
                 logits += event.count * shapes[0][0]
-            elif part == HEAD and event.key not in PRODUCTS and event.self_cpu_time_total > 0:
-                passes += event.count * max(
-                    (math.prod(shape) for shape in shapes if self._vocabulary in shape), default=0
-                )
         seconds[PYTHON] = whole - sum(value for part, value in seconds.items() if part != PYTHON)
         self.found = {
             "shares": {
@@ -67,7 +63,6 @@ class Profile:
             },
             "profiled_seconds_per_step": {part: value / steps for part, value in seconds.items()},
             "logit_rows_per_step": logits / steps,
-            "logit_numbers_read_per_step": passes / steps,
             "gflops_per_step": flops / steps / 1e9,
         }
 
@@ -96,5 +91,6 @@ def _flops(name: str, shapes: list[Shape]) -> float:
         return (10 if "backward" in name else 4) * math.prod(query) * key[2]
     if name not in PRODUCTS:
         return 0.0
-    left, right = (shapes[-2], shapes[-1]) if name in PRODUCTS[:1] + PRODUCTS[3:4] else (shapes[1], shapes[2])
+    first = 0 if name in ("aten::mm", "aten::bmm") else 1  # After what the product is added to.
+    left, right = shapes[first : first + 2]  # An `out` may follow.
     return 2.0 * math.prod(left) * right[-1]
