@@ -55,6 +55,7 @@ def test_every_file_is_a_command_that_is_tested():
     assert {path.stem for path in (ROOT / "benchmarks").glob("*.py")} == COMMANDS.keys()
 
 
+@pytest.mark.timeout(900)  # Half a minute alone; several processes each, which a busy machine starts slowly.
 @pytest.mark.parametrize("name", COMMANDS)
 def test_json_is_one_line_and_the_last(name, tmp_path):
     if name in NEEDED:
