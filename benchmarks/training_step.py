@@ -6,7 +6,7 @@
 
 Without a CUDA device, a small model takes steps on one thread. Ours and lerobot's take turns in one process, with the
 same weights and batches, after a check that their losses agree. The results are how many times as fast ours is (ratio
-of medians, AdamW included) and `flops_over_useful`: operations counted over useful ones (`rlinf_plugins_openpi.model.flops`).
+of medians, AdamW included) and `flops_over_useful`: operations counted over useful ones (openpi's `model.flops`).
 
 With one, the model has its published size and random weights and takes 32 samples per optimizer step. Each side runs in
 a process of its own, in the environment that `--peer-python` names. Plain files, torch and NumPy are enough for ours.
