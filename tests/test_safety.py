@@ -25,7 +25,7 @@ from rlinf_core.commands.output import print_table, print_text
 from rlinf_core.config.load import load_config
 from rlinf_core.contract.datasets import LeRobotDatasetConfig
 from rlinf_core.data.images.decoders import open_video
-from rlinf_core.data.images.parquet import picture_batches
+from rlinf_core.data.images.parquet import image_batches
 from rlinf_core.data.images.pictures import decode
 from rlinf_core.data.lerobot.source import open_lerobot
 from rlinf_core.errors import Exit, UserError
@@ -127,7 +127,7 @@ def test_pictures_of_a_dataset_lie_in_its_folder(path, dataset, tmp_path):
     path = path.replace("/{outside}", str(tmp_path / SECRET_PICTURE))
     table = pa.table({"front": pa.array([{"bytes": None, "path": path}])})
     pq.write_table(table, dataset / "pictures.parquet")
-    [batch] = picture_batches(dataset / "pictures.parquet", ["front"], dataset)
+    [batch] = image_batches(dataset / "pictures.parquet", ["front"], dataset)
     assert batch["front"].null_count == 1
 
 

@@ -31,7 +31,7 @@ from rlinf_core.data.sample import Batch, Row, Sample
 from rlinf_core.data.splits import open_split
 from rlinf_core.data.statistics.run import diagnose
 from rlinf_core.plugins.registry import Plugins
-from rlinf_core.preflight import SURVEYED_ROWS
+from rlinf_core.preflight import DIAGNOSED_ROWS
 
 ENDLESS = 10**9
 """Steps: the time is what ends it."""
@@ -69,7 +69,7 @@ def open_sources(run: RunConfig, plugins: Plugins) -> tuple[Source, ...]:
         with given.naming():
             rows = open_split(given.run, plugins, "train")
             normalizes = run.policy.normalization != "none"
-            stats = diagnose(given.run, rows, rows=SURVEYED_ROWS).stats if normalizes else None
+            stats = diagnose(given.run, rows, rows=DIAGNOSED_ROWS).stats if normalizes else None
             sources.append(Source(rows, build_pipeline(given.run.data, run.policy, stats), given.name, given.share))
     return tuple(sources)
 

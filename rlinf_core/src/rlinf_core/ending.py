@@ -25,7 +25,7 @@ from rlinf_core.untrusted import printable
 if TYPE_CHECKING:
     from rlinf_core.contract.trainer import Trainer
 
-FILE = "exit.json"
+EXIT_FILE = "exit.json"
 OTHER_RANKS_WAIT = 5.0
 """Seconds that a rank other than 0 waits with its message: what all ranks found, rank 0 alone should say."""
 
@@ -57,7 +57,7 @@ class Ending:
         """Say where the run is recorded and where it stands; what an earlier process left there is out of date."""
         self.folder, self.start_step = folder, start_step
         if self.rank == 0:
-            (folder / FILE).unlink(missing_ok=True)
+            (folder / EXIT_FILE).unlink(missing_ok=True)
 
     def follow(self, main: Callable[[Ending], object]) -> int:
         """Do what the process is for, and record how that ended; returns the exit code.
@@ -129,13 +129,13 @@ class Ending:
             signal.signal(number, signal.SIG_IGN)  # The end is near, and must not be lost.
         # torchrun ends the other ranks with SIGTERM once one has failed: who writes first knows why, a mistake better.
         try:
-            first = self.folder is not None and not (self.folder / FILE).exists()
+            first = self.folder is not None and not (self.folder / EXIT_FILE).exists()
             if self.folder and (reason == "mistake" or (first and (self.rank == 0 or reason == "defect"))):
                 end: dict[str, Any] = {"code": int(code), "reason": reason, "message": printable(message)}
                 end |= {"step": self.step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-                write_text(self.folder / FILE, json.dumps(end, indent=1) + "\n", writer=f"rank_{self.rank}")
+                write_text(self.folder / EXIT_FILE, json.dumps(end, indent=1) + "\n", writer=f"rank_{self.rank}")
         except OSError as error:  # What ended the run may be the disk, and it was told; the code still counts.
-            _say(f"warning: {FILE} could not be written to {self.folder}: {error.strerror}")
+            _say(f"warning: {EXIT_FILE} could not be written to {self.folder}: {error.strerror}")
         return code
 
 

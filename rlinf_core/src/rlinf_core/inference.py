@@ -37,7 +37,7 @@ ELSEWHERE = {
 
 
 @dataclass(frozen=True)
-class HoldToTraining(Transform):
+class CheckTrainingState(Transform):
     """Refuse a state that is not as wide as those of training, or not finite; changes nothing."""
 
     width: int
@@ -141,7 +141,7 @@ def load_policy(
     stats = load_norm_stats(statistics) if statistics.exists() else None
     pipeline = build_pipeline(data, config, stats)
     if pipeline.normalize and stats and "state" in stats:  # Narrower ones would pass, and be filled up.
-        pipeline = replace(pipeline, dataset=(*pipeline.dataset, HoldToTraining(len(stats["state"].mean))))
+        pipeline = replace(pipeline, dataset=(*pipeline.dataset, CheckTrainingState(len(stats["state"].mean))))
     with torch.device("meta"):
         module: Any = config.build()
     weights = config.open_weights()

@@ -28,7 +28,7 @@ from PIL import Image
 from rlinf_core import cli
 from rlinf_core.contract.datasets import LeRobotDatasetConfig
 from rlinf_core.data.check.files import check_files, number_columns
-from rlinf_core.data.check.findings import LISTED, Damage, Finding
+from rlinf_core.data.check.findings import LISTED, Damage, FileFinding
 from rlinf_core.data.lerobot.metadata import read_metadata
 from rlinf_core.data.lerobot.source import open_lerobot
 from rlinf_core.data.loading.encoding import read_rows
@@ -153,14 +153,14 @@ def test_times_in_float32_of_long_episodes_are_right(good, tmp_path):
 
 def test_damages_of_a_kind_are_counted_and_some_listed():
     damage = Damage()
-    damage.add(Finding("not_finite", "NaN", f"{i:03}.parquet", i) for i in range(100))
-    damage.add([Finding("missing_file", "gone", "z.parquet"), Finding("no_statistics", "none")])
+    damage.add(FileFinding("not_finite", "NaN", f"{i:03}.parquet", i) for i in range(100))
+    damage.add([FileFinding("missing_file", "gone", "z.parquet"), FileFinding("no_statistics", "none")])
     assert list(damage.by_kind()) == ["missing_file", "not_finite", "no_statistics"]
     assert len(damage.by_kind()["not_finite"]) == LISTED
     assert damage.counts["not_finite"] == 100
     assert not damage.ok
     notes = Damage()
-    notes.add([Finding("spare_frames", "two")])
+    notes.add([FileFinding("spare_frames", "two")])
     assert notes.ok
 
 

@@ -24,7 +24,7 @@ from rlinf_core.data.frame_cache import writer as frame_cache_writing
 from rlinf_core.data.frame_cache.manifest import caches_of, read_manifest, resizing_to_keep
 from rlinf_core.data.frame_cache.parts import Conversion
 from rlinf_core.data.frame_cache.source import CachedSource, open_cached
-from rlinf_core.data.frame_cache.writer import check_room, convert, find_missing, hold
+from rlinf_core.data.frame_cache.writer import check_room, convert, find_missing, lock
 from rlinf_core.data.lerobot.source import open_lerobot
 from rlinf_core.data.splits import open_split
 from rlinf_core.data.transforms import Transform
@@ -248,7 +248,7 @@ def test_room_is_asked_for_before_the_work(video_dataset, tmp_path, monkeypatch)
 
 
 def test_two_commands_do_not_write_one_cache(tmp_path):
-    with hold(tmp_path), pytest.raises(UserError, match="is being written by another process"), hold(tmp_path):
+    with lock(tmp_path), pytest.raises(UserError, match="is being written by another process"), lock(tmp_path):
         pass
 
 

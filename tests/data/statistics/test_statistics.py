@@ -13,7 +13,7 @@ from rlinf_core.data.statistics.compute import (
     compute_norm_stats,
     count_in_bins,
     outputs,
-    survey,
+    summarize,
     takes_batches,
 )
 from rlinf_core.data.statistics.run import diagnose, resumed_statistics
@@ -138,12 +138,12 @@ def test_a_class_that_overrides_a_transform_gets_rows():
 
 
 def test_a_survey_knows_the_range_of_each_episode():
-    found = survey(Columns(35), TRANSFORMS)["state"]
+    found = summarize(Columns(35), TRANSFORMS)["state"]
     assert found.episodes.tolist() == [0, 1, 2, 3]
     assert found.episode_low[:, 0].tolist() == [0, 10, 20, 30]
     assert found.episode_high[:, 1].tolist() == [0, -20, -40, -60]
     assert (found.rows, found.running.low[0], found.running.high[0]) == (35, 0, 34)
-    some = survey(Columns(35), TRANSFORMS, rows=4)["state"]
+    some = summarize(Columns(35), TRANSFORMS, rows=4)["state"]
     assert (some.rows, some.episodes.tolist()) == (4, [0, 1, 2])
 
 
@@ -154,7 +154,7 @@ def test_a_number_that_is_none_names_its_row():
                 return {**sample, "state": sample["state"] / (sample["state"] - 17)}
 
     with pytest.raises(UserError, match=r"data-not-finite: state .* at \[0\], first in toy, .* episode 1, frame 7"):
-        survey(Rows(30), [Repack(), Divide()])
+        summarize(Rows(30), [Repack(), Divide()])
 
 
 class ToyRun(SimpleNamespace):
@@ -228,6 +228,8 @@ def test_images_are_not_decoded_again_for_the_same_statistics(tmp_path, monkeypa
     run, path = ToyRun(stats_need_images=True), tmp_path / "norm_stats.json"
     first = diagnose(run, Rows(250), computed=path)
     save_norm_stats(path, first.stats, first.origin)
-    assert diagnose(run, Rows(250), computed=path).surveyed["state"].rows < first.surveyed["state"].rows == 250
+    assert (
+        diagnose(run, Rows(250), computed=path).distributions["state"].rows < first.distributions["state"].rows == 250
+    )
     save_norm_stats(path, first.stats, replace(first.origin, fingerprint="of other data"))
-    assert diagnose(run, Rows(250), computed=path).surveyed["state"].rows == 250
+    assert diagnose(run, Rows(250), computed=path).distributions["state"].rows == 250

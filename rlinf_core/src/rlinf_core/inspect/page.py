@@ -158,7 +158,7 @@ def _source(number: int, source: SourceView, files: Files) -> dict[str, Any]:
 
 
 def _distributions(prefix: str, source: SourceView, files: Files) -> Iterator[Distribution]:
-    for key, data in source.surveyed.items():
+    for key, data in source.distributions.items():
         stats, mode, width = source.stats.get(key), source.mode, len(data.running.low)
         plot = plot_distribution(f"{prefix}{key}", key, data, stats, mode)
         used = stats or data.stats

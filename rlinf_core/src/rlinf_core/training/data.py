@@ -16,7 +16,7 @@ from rlinf_core.data.loading.loader import build_train_loader
 from rlinf_core.data.loading.mixture import Source
 from rlinf_core.data.pipeline import build_pipeline
 from rlinf_core.data.splits import describe_splits, open_split
-from rlinf_core.data.statistics.probe import different_prompts, probe
+from rlinf_core.data.statistics.preview import different_prompts, preview_samples
 from rlinf_core.data.statistics.run import run_statistics
 from rlinf_core.errors import UserError
 from rlinf_core.plugins.registry import Plugins
@@ -122,7 +122,7 @@ def describe_samples(run: RunConfig, sources: Sequence[Source]) -> Iterator[str]
     """The policy's facts of each dataset."""
     for given, source in zip(run.sources, sources, strict=True):
         if not given.run.data.stats_need_images:
-            for name, fact in run.policy.describe(probe(source.rows, source.pipeline)).items():
+            for name, fact in run.policy.describe(preview_samples(source.rows, source.pipeline)).items():
                 yield f"{source.name}: {name}: {fact}" if source.name else f"{name}: {fact}"
 
 

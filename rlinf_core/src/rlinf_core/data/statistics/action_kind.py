@@ -24,7 +24,7 @@ FEWEST = 16
 Flags = NDArray[np.bool_]
 
 
-def examine_actions(source: SampleSource, transforms: Sequence[Transform]) -> list[Finding]:
+def diagnose_actions(source: SampleSource, transforms: Sequence[Transform]) -> list[Finding]:
     """Findings where the config treats displacements as positions, or the reverse.
 
     Args:

@@ -25,7 +25,7 @@ ROWS_WITH_IMAGES = 256  # Decoded, two cameras of 640 x 480 take half a gigabyte
 
 
 @dataclass(frozen=True, eq=False)
-class Survey:
+class Distribution:
     """How the numbers of `state` or of `actions` are distributed."""
 
     stats: NormStats
@@ -43,14 +43,14 @@ class Survey:
 def compute_norm_stats(
     source: SampleSource, transforms: Sequence[Transform], *, read_images: bool = False, rows: int | None = None
 ) -> dict[str, NormStats]:
-    """Statistics of `state` and `actions` over all rows, after `transforms`; in float64. See `survey`."""
-    surveyed = survey(source, transforms, read_images=read_images, rows=rows)
-    return {key: found.stats for key, found in surveyed.items()}
+    """Statistics of `state` and `actions` over all rows, after `transforms`; in float64. See `summarize`."""
+    distributions = summarize(source, transforms, read_images=read_images, rows=rows)
+    return {key: found.stats for key, found in distributions.items()}
 
 
-def survey(
+def summarize(
     source: SampleSource, transforms: Sequence[Transform], *, read_images: bool = False, rows: int | None = None
-) -> dict[str, Survey]:
+) -> dict[str, Distribution]:
     """Look at all rows, after `transforms`, in float64.
 
     Args:
@@ -82,7 +82,9 @@ def survey(
             np.maximum.at(extremes[key][1], episode_of_row[indices], values.max(axis=steps))
     seen = np.unique(episode_of_row[looked_at]) if batches else np.zeros(0, np.int64)
     return {
-        key: Survey(one.result(), one, episodes[seen], extremes[key][0][seen], extremes[key][1][seen], len(looked_at))
+        key: Distribution(
+            one.result(), one, episodes[seen], extremes[key][0][seen], extremes[key][1][seen], len(looked_at)
+        )
         for key, one in running.items()
     }
 

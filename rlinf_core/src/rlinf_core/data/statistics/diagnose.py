@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlinf_core.data.normalize import EPSILON, Mode, Normalize, NormStats, Origin, Stats
-from rlinf_core.data.statistics.compute import Survey
+from rlinf_core.data.statistics.compute import Distribution
 
 FAR = 5.0
 """Normalised numbers beyond this are told."""
@@ -50,18 +50,18 @@ class Finding:
         return f"{self.id}: {place}{': ' if place else ''}{self.message}. {self.way_out}"
 
 
-def examine(stats: Stats, surveyed: Mapping[str, Survey], mode: Mode) -> list[Finding]:
+def compare_with_data(stats: Stats, distributions: Mapping[str, Distribution], mode: Mode) -> list[Finding]:
     """Compare statistics with the data that they are to normalise.
 
     Args:
         stats: With which the run would normalise, floor included.
-        surveyed: The training rows.
+        distributions: The training rows.
         mode: How the policy normalises.
     """
     findings: list[Finding] = []
-    for key, data in surveyed.items():
+    for key, data in distributions.items():
         broken = list(_broken(key, stats.get(key), len(data.running.low), mode))
-        findings += broken or _examine(key, stats, surveyed, mode)
+        findings += broken or _compare_with_data(key, stats, distributions, mode)
     return findings
 
 
@@ -108,13 +108,15 @@ def _broken(key: str, stats: NormStats | None, width: int, mode: Mode) -> Iterat
         yield Finding("negative-spread", "error", key, _where(wrong), message, recompute)
 
 
-def _examine(key: str, stats: Stats, surveyed: Mapping[str, Survey], mode: Mode) -> Iterator[Finding]:
-    data = surveyed[key]
+def _compare_with_data(
+    key: str, stats: Stats, distributions: Mapping[str, Distribution], mode: Mode
+) -> Iterator[Finding]:
+    data = distributions[key]
     spread = stats[key].spread(mode)[: len(data.running.low)]
     extremes = normalized_extremes(key, stats, data, mode)
     moving = data.running.high - data.running.low > 1e-6 * np.maximum(np.abs(data.running.high), 1e-6)
     none = spread < NO_SPREAD
-    yield from _without_spread(key, stats, surveyed, mode, none & ~moving, none & moving)
+    yield from _without_spread(key, stats, distributions, mode, none & ~moving, none & moving)
     # Far numbers in a few episodes are the fault of those; in many, of the spread.
     common = (extremes > FAR).mean(axis=0) > FEW_EPISODES
     small = ~none & moving & common & (spread < SMALL_PART / 2 * (data.running.high - data.running.low))
@@ -124,7 +126,9 @@ def _examine(key: str, stats: Stats, surveyed: Mapping[str, Survey], mode: Mode)
             f"the spread is {spread[small].min():.2g}, {part:.1%} of the range: it hardly ever changes, and when it "
             f"does, {_far(small, extremes, data)}"
         )
-        yield Finding("scale-near-zero", "warning", key, _where(small), message, offer_floor(stats, surveyed, mode))
+        yield Finding(
+            "scale-near-zero", "warning", key, _where(small), message, offer_floor(stats, distributions, mode)
+        )
     share = share_beyond(key, stats, data, mode)
     far = ((share > SHARE_FAR) | (extremes.max(axis=0) > VERY_FAR)) & moving & ~none & ~small
     if far.any():
@@ -141,12 +145,12 @@ def _examine(key: str, stats: Stats, surveyed: Mapping[str, Survey], mode: Mode)
 def _without_spread(
     key: str,
     stats: Stats,
-    surveyed: Mapping[str, Survey],
+    distributions: Mapping[str, Distribution],
     mode: Mode,
     constant: NDArray[np.bool_],
     moving: NDArray[np.bool_],
 ) -> Iterator[Finding]:
-    data = surveyed[key]
+    data = distributions[key]
     if mode == "mean_std":  # Zeros with which a format fills vectors up are normalised to zeros.
         constant = constant & ~((data.running.low == 0) & (data.running.high == 0))
     if constant.any():
@@ -155,15 +159,15 @@ def _without_spread(
             f"never changes in the data{at}; a robot that is off by 0.01 shows the policy "
             f"{0.01 / (stats[key].spread(mode)[: len(constant)][constant].max() + EPSILON):.0f}"
         )
-        yield Finding("constant", "warning", key, _where(constant), message, offer_floor(stats, surveyed, mode))
+        yield Finding("constant", "warning", key, _where(constant), message, offer_floor(stats, distributions, mode))
     if moving.any():
         extremes = normalized_extremes(key, stats, data, mode)
         message = f"the statistics have no spread, the data move; {_far(moving, extremes, data)}"
-        yield Finding("no-spread", "warning", key, _where(moving), message, offer_floor(stats, surveyed, mode))
+        yield Finding("no-spread", "warning", key, _where(moving), message, offer_floor(stats, distributions, mode))
 
 
 def _of_other_data(
-    key: str, stats: NormStats, data: Survey, mode: Mode, looked_at: NDArray[np.bool_]
+    key: str, stats: NormStats, data: Distribution, mode: Mode, looked_at: NDArray[np.bool_]
 ) -> Iterator[Finding]:
     """Statistics that do not fit the data, as far as numbers tell."""
     width, own = len(looked_at), data.stats
@@ -190,14 +194,14 @@ def _of_other_data(
         yield Finding("too-tight", "warning", key, _where(narrow), message, way_out)
 
 
-def normalized_extremes(key: str, stats: Stats, data: Survey, mode: Mode) -> NDArray[np.float64]:
+def normalized_extremes(key: str, stats: Stats, data: Distribution, mode: Mode) -> NDArray[np.float64]:
     """[E, D], the largest absolute normalised number of each episode."""
     normalize = Normalize({key: stats[key]}, mode)
     low, high = normalize.normalized(key, data.episode_low), normalize.normalized(key, data.episode_high)
     return np.asarray(np.maximum(np.abs(low), np.abs(high)))
 
 
-def share_beyond(key: str, stats: Stats, data: Survey, mode: Mode, limit: float = FAR) -> NDArray[np.float64]:
+def share_beyond(key: str, stats: Stats, data: Distribution, mode: Mode, limit: float = FAR) -> NDArray[np.float64]:
     """[D], the share of normalised numbers beyond ±`limit`, to within a bin of the histogram."""
     middles = (data.running.edges[:, 1:] + data.running.edges[:, :-1]) / 2
     normalized = Normalize({key: stats[key]}, mode).normalized(key, middles.T).T
@@ -205,13 +209,17 @@ def share_beyond(key: str, stats: Stats, data: Survey, mode: Mode, limit: float 
     return np.asarray((counted * (np.abs(normalized) > limit)).sum(axis=1) / counted.sum(axis=1).clip(1))
 
 
-def offer_floor(stats: Stats, surveyed: Mapping[str, Survey], mode: Mode) -> str:
+def offer_floor(stats: Stats, distributions: Mapping[str, Distribution], mode: Mode) -> str:
     """Which `data.norm_floor` would bring the numbers without spread within ±5, and what it would change."""
-    spreads = {key: stats[key].spread(mode)[: len(data.running.low)] for key, data in surveyed.items() if key in stats}
+    spreads = {
+        key: stats[key].spread(mode)[: len(data.running.low)] for key, data in distributions.items() if key in stats
+    }
     for floor in 10.0 ** np.arange(-3, 3):
         widened = {key: stats[key].floored(floor) for key in spreads}
         worst = {
-            key: float(normalized_extremes(key, widened, surveyed[key], mode)[:, spreads[key] < floor].max(initial=0))
+            key: float(
+                normalized_extremes(key, widened, distributions[key], mode)[:, spreads[key] < floor].max(initial=0)
+            )
             for key in spreads
         }
         changes = {key: _where(spread < floor) for key, spread in spreads.items() if (spread < floor).any()}
@@ -223,7 +231,7 @@ def offer_floor(stats: Stats, surveyed: Mapping[str, Survey], mode: Mode) -> str
     return "No data.norm_floor helps: leave the number out of the dataset's columns, or the outliers out of the data"
 
 
-def _far(which: NDArray[np.bool_], extremes: NDArray[np.float64], data: Survey) -> str:
+def _far(which: NDArray[np.bool_], extremes: NDArray[np.float64], data: Distribution) -> str:
     """The largest normalised number among some dimensions, and the episode that has it."""
     chosen = extremes[:, which]
     episode, _ = np.unravel_index(int(chosen.argmax()), chosen.shape)

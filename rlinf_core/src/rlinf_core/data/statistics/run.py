@@ -12,9 +12,9 @@ import numpy as np
 from rlinf_core.contract.datasets import SampleSource
 from rlinf_core.contract.run import RunConfig
 from rlinf_core.data.normalize import Mode, NormStats, Origin, Stats, load_with_origin, save_norm_stats
-from rlinf_core.data.statistics.action_kind import examine_actions
-from rlinf_core.data.statistics.compute import ROWS_WITH_IMAGES, Survey, stats_fingerprint, survey
-from rlinf_core.data.statistics.diagnose import Finding, compare_origins, examine
+from rlinf_core.data.statistics.action_kind import diagnose_actions
+from rlinf_core.data.statistics.compute import ROWS_WITH_IMAGES, Distribution, stats_fingerprint, summarize
+from rlinf_core.data.statistics.diagnose import Finding, compare_origins, compare_with_data
 from rlinf_core.data.transforms import Transform
 from rlinf_core.errors import UserError
 
@@ -29,7 +29,7 @@ class Diagnosis:
     stats: dict[str, NormStats]
     origin: Origin
     mode: Mode
-    surveyed: dict[str, Survey]
+    distributions: dict[str, Distribution]
     findings: tuple[Finding, ...]
     """Errors first."""
 
@@ -114,18 +114,20 @@ def diagnose(
         stats = known if same else None
     if images and stats is not None:
         rows = ROWS_WITH_IMAGES  # Enough to compare.
-    surveyed = survey(source, transforms, read_images=images, rows=rows)
+    distributions = summarize(source, transforms, read_images=images, rows=rows)
     if stats is None:
-        stats = {key: one.stats for key, one in surveyed.items()}
-    stats = {key: one.cut(len(surveyed[key].stats.mean)) if key in surveyed else one for key, one in stats.items()}
+        stats = {key: one.stats for key, one in distributions.items()}
+    stats = {
+        key: one.cut(len(distributions[key].stats.mean)) if key in distributions else one for key, one in stats.items()
+    }
     if run.data.norm_floor:
         stats = {key: one.floored(run.data.norm_floor) for key, one in stats.items()}
-    findings += examine(stats, surveyed, mode)
+    findings += compare_with_data(stats, distributions, mode)
     if not images:
-        findings += examine_actions(source, transforms)
+        findings += diagnose_actions(source, transforms)
     findings.sort(key=lambda finding: finding.severity != "error")
     origin = Origin(**(vars(origin) | {"norm_floor": max(run.data.norm_floor, origin.norm_floor)}))
-    return Diagnosis(stats, origin, mode, surveyed, tuple(findings))
+    return Diagnosis(stats, origin, mode, distributions, tuple(findings))
 
 
 def _transforms(run: RunConfig) -> Sequence[Transform]:

@@ -15,11 +15,11 @@ from rlinf_core.data.statistics.compute import ROWS_AT_A_TIME, apply, takes_batc
 from rlinf_core.data.transforms import Transform
 from rlinf_core.errors import UserError
 
-PROBED_ROWS = 4096
+PREVIEW_ROWS = 4096
 """Rows that are looked at, at most: a few seconds."""
 
 
-def probe(source: SampleSource, pipeline: Pipeline, most: int = PROBED_ROWS) -> Iterator[Sample]:
+def preview_samples(source: SampleSource, pipeline: Pipeline, most: int = PREVIEW_ROWS) -> Iterator[Sample]:
     """Samples from all over a split, made as they are asked for: see `spread_rows` for which, `encode` for how."""
     yield from encode_without_images(source, pipeline, spread_rows(source.episodes, most).tolist())
 

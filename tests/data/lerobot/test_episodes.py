@@ -8,8 +8,9 @@ from pydantic import ValidationError
 from toy_data import Rows
 
 from rlinf_core.contract.datasets import DatasetConfig, LeRobotDatasetConfig
+from rlinf_core.data.lerobot.episodes import EpisodeTable, held_out_episodes, split_episodes
 from rlinf_core.data.lerobot.source import open_lerobot
-from rlinf_core.data.splits import EpisodeTable, describe_splits, held_out_episodes, split_episodes
+from rlinf_core.data.splits import describe_splits
 from rlinf_core.errors import UserError
 from rlinf_core.testing import write_tiny_dataset
 
@@ -89,13 +90,13 @@ def test_episodes_are_chosen_by_number_task_length_and_quality(fields, training,
             {"tasks": ("push the pucks",)},
             r"names 'push the pucks', .*did you mean 'push the puck'\?; it has 3: 0 'reach'",
         ),
-        ({"validation_tasks": (2,)}, r"data\.validation_tasks names 2, which is no task of me/data; it has 3"),
+        ({"validation_tasks": (2,)}, r"data\.validation_tasks names 2, which is not a task of me/data; it has 3"),
         ({"validation_tasks": (0,), "tasks": (1,)}, r"data\.validation_tasks holds out no episode"),
         ({"validation_tasks": (1,), "tasks": (1,)}, r"data\.validation_tasks holds out every episode"),
         ({"validation_episodes": (3,), "episodes": (1,)}, r"data\.validation_episodes names \[3\], .* used of me/data"),
         (
             {"tasks": (0,), "min_episode_length": 7},
-            r"of its 6, of 5 to 50 frames, none passes data\.tasks, data\.min_ep",
+            r"none of its 6 episodes \(5 to 50 frames\) passes data\.tasks, data\.min_ep",
         ),
     ],
 )
