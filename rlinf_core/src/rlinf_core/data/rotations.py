@@ -254,8 +254,8 @@ def _of_quaternion(quaternion: _Vector) -> _Vector:
 def _to_quaternion(matrix: _Vector) -> _Vector:
     """[..., 3, 3] -> w, x, y, z with w >= 0.
 
-    Each of the four rows of `table` is the quaternion times four times one of its components; the longest is numerically
-    stable (Shepperd).
+    Each row of `table` is the quaternion times four times one of its components; the longest is numerically stable
+    (Shepperd).
     """
     m = np.moveaxis(matrix, (-2, -1), (0, 1))
     trace = m[0, 0] + m[1, 1] + m[2, 2]

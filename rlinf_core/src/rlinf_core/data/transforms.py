@@ -53,7 +53,7 @@ class Box(NamedTuple):
         if self.top + self.height > height or self.left + self.width > width:
             raise UserError(
                 f"data.crops.{name} reaches row {self.top + self.height} and column {self.left + self.width}, but the "
-                f"image has {height} rows and {width} columns: correct the crop, or use images of the size it was made for"
+                f"image has {height} rows and {width} columns: correct the crop, or use images of its size"
             )
         return image[self.top : self.top + self.height, self.left : self.left + self.width]
 

@@ -1,7 +1,7 @@
 """Write a frame cache (`rlinf cache`): decode each frame once, in order, part by part. Imports no torch.
 
-The manifest of a column is written once all of its parts exist. So the command can be interrupted at any point: the next
-one verifies the existing parts and writes the missing ones. On a complete cache it only verifies.
+The manifest of a column is written once all of its parts exist. So the command can be interrupted at any point: the
+next one verifies the existing parts and writes the missing ones. On a complete cache it only verifies.
 """
 
 from __future__ import annotations

@@ -51,8 +51,8 @@ def decode(data: Any, what: str, *, deep: bool = False) -> NDArray[np.uint8]:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise UserError(
-                    f"{what} claims an image of {image.width} x {image.height} pixels; at most {MOST_PIXELS} pixels are "
-                    "read. Record, convert or download it again"
+                    f"{what} claims an image of {image.width} x {image.height} pixels; at most {MOST_PIXELS} pixels "
+                    "are read. Record, convert or download it again"
                 )
             if image.mode[0] in "IF" and not deep:  # Pillow would clip them at 255: all white.
                 raise UserError(
@@ -69,9 +69,8 @@ def decode(data: Any, what: str, *, deep: bool = False) -> NDArray[np.uint8]:
 def plain_png(data: Any) -> tuple[int, int] | None:
     """Height and width of a non-interlaced RGB PNG with 8 bits per channel; None for anything else."""
     head = bytes(data[:29])
-    if (
-        head[:16] != PLAIN_PNG or head[24:] != b"\x08\x02\0\0\0"
-    ):  # 8 bits, RGB, the standard compression and filter, no interlacing.
+    eight_bit_rgb_not_interlaced = b"\x08\x02\0\0\0"
+    if head[:16] != PLAIN_PNG or head[24:] != eight_bit_rgb_not_interlaced:
         return None
     return int.from_bytes(head[20:24], "big"), int.from_bytes(head[16:20], "big")
 

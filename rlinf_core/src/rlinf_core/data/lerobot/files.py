@@ -1,7 +1,7 @@
 """Find a LeRobot dataset and read its files.
 
-A dataset is a local folder or a snapshot on the hub. From the hub, only the files that are used are downloaded, metadata
-first.
+A dataset is a local folder or a snapshot on the hub. From the hub, only the files that are used are downloaded,
+metadata first.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from stream `p % streams`.
 
 This is simulated on row numbers, in 0.2 to 1 us per sample (256 to 32 streams), so the order is a pure function of
 (seed, epoch): the same on any number of ranks and workers, and known in the middle of an epoch. The reader of a stream
-reads each run once and keeps the rows that are not drawn yet: at most the stream's buffer and one run. Imports no torch.
+reads each run once and keeps the rows that are not drawn yet: at most the stream's buffer and one run. Torch-free.
 """
 
 from __future__ import annotations

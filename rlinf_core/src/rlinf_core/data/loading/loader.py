@@ -138,8 +138,8 @@ def _end_with_the_run() -> None:
 
 
 def _leave_signals_to_the_run() -> None:
-    """Obey only the training process. Ctrl-C and a scheduler's SIGTERM also reach the workers, but a run that is asked to
-    stop needs them until its step is done.
+    """Obey only the training process. Ctrl-C and a scheduler's SIGTERM also reach the workers, but a run that is asked
+    to stop needs them until its step is done.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):
