@@ -138,20 +138,20 @@ def test_shards_lie_beside_their_index(name, tmp_path):
     (folder / "sub").mkdir(parents=True)
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"w": name.format(outside=tmp_path / "part.safetensors")}}))
-    with pytest.raises(UserError, match="leads out of the folder"):
+    with pytest.raises(UserError, match="is outside the folder"):
         shards(index)
-    with pytest.raises(UserError, match="leads out of the folder"):
+    with pytest.raises(UserError, match="is outside the folder"):
         weight_files(folder, str(folder))
 
 
 def test_files_of_an_exported_folder_lie_in_it(tmp_path):
     described = {"format": 1, "policy": {"type": "pi05"}, "data": {"config_name": "pi05_libero"}}
     (tmp_path / "rlinf.json").write_text(json.dumps(described | {"files": {"tokenizer": "../../tokenizer.model"}}))
-    with pytest.raises(UserError, match=r"rlinf\.json: .* leads out of the folder"):
+    with pytest.raises(UserError, match=r"rlinf\.json: .* is outside the folder"):
         load_policy(tmp_path, plugins=repository_plugins())
     described["data"] = {"mixture": [{"name": "../x", "config_name": "pi05_libero"}]}
     (tmp_path / "rlinf.json").write_text(json.dumps(described | {"files": {}}))
-    with pytest.raises(UserError, match=r"rlinf\.json: .* leads out of the folder"):
+    with pytest.raises(UserError, match=r"rlinf\.json: .* is outside the folder"):
         load_policy(tmp_path, plugins=repository_plugins())
 
 

@@ -100,7 +100,7 @@ def test_jpeg_frames_are_off_by_what_was_said(video_dataset, tmp_path):
     assert means[1] < means[0]
     again = np.stack([row[CAMERAS[0]] for row in cached(made[0]).__getitems__(range(24))])
     assert np.abs(again - decoded).mean() == means[0]  # Another quality does not change what a run has begun on.
-    with pytest.raises(UserError, match=r"there is jpeg80, jpeg95 of it \(data.cache, data.cache_quality\)"):
+    with pytest.raises(UserError, match=r"it has caches as jpeg80, jpeg95 \(data.cache, data.cache_quality\)"):
         cached(made[0].model_copy(update={"cache_quality": 90}))
 
 
@@ -228,7 +228,7 @@ def test_a_cache_of_other_data_is_refused(video_dataset, tmp_path):
     cached(with_cache.model_copy(update={"repo_id": str(moved)}))  # A copy of the data is the same data.
     video = sorted(root.glob("videos/**/*.mp4"))[0]
     video.write_bytes(video.read_bytes() + b"\0")
-    with pytest.raises(UserError, match=rf"is of other data: {video.relative_to(root)} had \d+ bytes and has \d+"):
+    with pytest.raises(UserError, match=rf"is of other data: {video.relative_to(root)} had \d+ bytes and now has \d+"):
         cached(with_cache)
 
 
@@ -239,7 +239,7 @@ def test_room_is_asked_for_before_the_work(video_dataset, tmp_path, monkeypatch)
     assert 36 * 2 * FRAME < needed < 36 * 2 * FRAME * 1.1
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(frame_cache_writing.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match=r"needs 0.000226 GB more, and 1e-06 GB are free: make room, use --format jpeg"):
+    with pytest.raises(UserError, match=r"needs 0.000226 GB more, but 1e-06 GB are free: make room, use --format jpeg"):
         check_room(work, missing)
     assert not work.place.folder.exists()
     (tmp_path / "file").write_text("")
@@ -381,7 +381,7 @@ def test_frames_of_several_sizes_need_jpeg(image_dataset, tmp_path, monkeypatch)
         return found
 
     monkeypatch.setattr(Conversion, "rows", smaller)
-    with pytest.raises(UserError, match=r"are of several sizes, \[8, 32\] and \[32, 32\]: .* use --format jpeg"):
+    with pytest.raises(UserError, match=r"have several sizes, \[8, 32\] and \[32, 32\]: .* use --format jpeg"):
         convert(work, find_missing(work), workers=0, progress=lambda done, all: None)
 
 

@@ -142,9 +142,9 @@ def test_a_datasets_own_columns_say_which_episodes_are_good(root):
     assert set(opened(root, quality_column="success", min_quality=float(means[best]) - 1e-6).episodes) == {best}
     with pytest.raises(UserError, match=r"names 'goood', .* its episodes have good, .* its frames have"):
         opened(root, quality_column="goood")
-    with pytest.raises(UserError, match=r"names 'tasks', which does not hold one number"):
+    with pytest.raises(UserError, match=r"names 'tasks', whose values are not single numbers"):
         opened(root, quality_column="tasks")
-    with pytest.raises(UserError, match=r"names 'action', which does not hold one number"):
+    with pytest.raises(UserError, match=r"names 'action', whose values are not single numbers"):
         opened(root, quality_column="action")
 
 

@@ -137,7 +137,7 @@ def test_a_missing_column_is_named_with_near_ones_first(image_dataset):
         open_lerobot(config(image_dataset.root, state=("observation.stat",)), 1, "train")
     with pytest.raises(UserError, match=r"data\.images\.front names 'observation\.images\.fron'"):
         open_lerobot(config(image_dataset.root).model_copy(update={"images": {"front": CAMERAS[0][:-1]}}), 1, "train")
-    with pytest.raises(UserError, match="holds float32, not pictures"):
+    with pytest.raises(UserError, match="contains float32, not images"):
         open_lerobot(config(image_dataset.root).model_copy(update={"images": {"front": "action"}}), 1, "train")
 
 
@@ -171,7 +171,7 @@ def test_incomplete_datasets_are_refused(image_dataset, tmp_path):
     with pytest.raises(UserError, match=r"file-002\.parquet cannot be read"):
         open_lerobot(config(root), 1, "train")
     shutil.copy(root / "data/chunk-000/file-001.parquet", root / "data/chunk-000/file-002.parquet")
-    with pytest.raises(UserError, match=r"file-002\.parquet has 7 rows, and the episodes .* it holds have 12 frames"):
+    with pytest.raises(UserError, match=r"file-002\.parquet has 7 rows, but its episodes have 12 frames"):
         open_lerobot(config(root), 1, "train")
 
 
@@ -180,7 +180,7 @@ def test_incomplete_datasets_are_refused(image_dataset, tmp_path):
     [
         ("", r"data\.repo_id is not set"),
         ("./nowhere", r"data\.repo_id: there is no file or folder \./nowhere"),
-        ("somebody/something", r"could not be had from the hub.*HF_HUB_OFFLINE is set"),
+        ("somebody/something", r"is neither available from the hub.*HF_HUB_OFFLINE is set"),
     ],
 )
 def test_a_dataset_that_cannot_be_had(repo_id, message):

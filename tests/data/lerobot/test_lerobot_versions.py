@@ -135,7 +135,7 @@ def test_pictures_may_be_files_or_plain_bytes(kind, older, tmp_path):
     if kind == "files":
         (root / "images" / CAMERAS[0] / "episode_000001" / "frame_000003.png").unlink()
         shutil.move(root, tmp_path / "moved")  # Else the pictures are unpacked already.
-        with pytest.raises(UserError, match=r"episode_000001\.parquet: row 3 of '.*front' holds no picture"):
+        with pytest.raises(UserError, match=r"episode_000001\.parquet: row 3 of '.*front' contains no image"):
             rows_of(tmp_path / "moved")
 
 
@@ -147,22 +147,22 @@ def test_pictures_may_be_files_or_plain_bytes(kind, older, tmp_path):
             '{"episode_index": 0, "length": 9}\n{"episode_',
             r"episodes\.jsonl, line 2, is no JSON",
         ),
-        ("meta/episodes.jsonl", '{"episode_index": 0}\n', "line 1, is no JSON object with episode_index, length"),
+        ("meta/episodes.jsonl", '{"episode_index": 0}\n', "line 1, is not a JSON object with episode_index, length"),
         ("meta/episodes.jsonl", '{"episode_index": 0, "length": 9}\n', "counts 4 episodes, meta/episodes lists 1"),
         ("meta/tasks.jsonl", None, r"tasks\.jsonl cannot be read"),
         ("meta/info.json", '{"codebase_version": "v2.1"}', "damaged: fps: Field required; features: "),
         ("meta/info.json", '{"codebase', r"info\.json cannot be read"),
-        ("meta/info.json", "[]", r"info\.json is damaged: the whole: Input should be a valid dictionary"),
+        ("meta/info.json", "[]", r"info\.json is damaged: the whole file: Input should be a valid dictionary"),
         ("meta/info.json", ('"dtype": "image"', '"type": "image"'), r"features\.observation\.images.*has no dtype"),
         (
             "meta/info.json",
             ('"shape": [\n                3\n', '"forms": [\n                3\n'),
-            r"has no shape, a list",
+            r"has no shape, which must be a list",
         ),
-        ("meta/tasks.jsonl", '{"task_index": "0", "task": "push"}\n', "'0': 'push' is no whole number with a text"),
-        ("meta/info.json", ("episode_index:", "episode:"), r"the path 'data/.*asks for more than episode_chunk, "),
-        ("meta/episodes.jsonl", ('"length": 9', '"length": "9"'), "a length is no whole number"),
-        ("meta/info.json", ('"data/', '"../'), r"the path '\.\./.*' leads out of the dataset's folder"),
+        ("meta/tasks.jsonl", '{"task_index": "0", "task": "push"}\n', "'0': 'push' is not an integer with a text"),
+        ("meta/info.json", ("episode_index:", "episode:"), r"the path 'data/.*uses fields other than episode_chunk, "),
+        ("meta/episodes.jsonl", ('"length": 9', '"length": "9"'), "a length is not an integer"),
+        ("meta/info.json", ('"data/', '"../'), r"the path '\.\./.*' is outside the dataset's folder"),
     ],
 )
 def test_damaged_metadata_are_named(file, content, message, older, tmp_path):
@@ -286,12 +286,12 @@ def test_what_lerobot_recorded_here_needs_no_hub(empty_cache, image_dataset):
     shutil.copytree(image_dataset.root, empty_cache / "home/lerobot/lab/arm")
     assert find_dataset("lab/arm").root == empty_cache / "home/lerobot/lab/arm"
     (empty_cache / "home/lerobot/lab/arm/.cache/huggingface/download").mkdir(parents=True)
-    with pytest.raises(UserError, match="could not be had"):  # Parts that an old version of lerobot downloaded.
+    with pytest.raises(UserError, match="is neither available"):  # Parts that an old version of lerobot downloaded.
         find_dataset("lab/arm")
 
 
 def test_a_revision_belongs_to_a_hub_id_and_is_said_once(image_dataset):
-    with pytest.raises(UserError, match="is for hub ids"):
+    with pytest.raises(UserError, match="applies to hub ids"):
         find_dataset(str(image_dataset.root), "main")
     with pytest.raises(UserError, match="set one"):
         find_dataset("lab/arm@v1", "v2")

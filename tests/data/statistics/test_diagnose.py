@@ -103,7 +103,7 @@ CORPUS = [
     ("constant", "mean_std", constant, "state", (2,), "warning", "never changes in the data"),
     ("beyond-5", "mean_std", outlier, "actions", (1,), "warning", "in episode 103"),
     ("beyond-5", "quantile", outlier, "actions", (1,), "warning", "in episode 103"),
-    ("no-spread", "quantile", hardly_ever, "actions", (3,), "warning", "the data move"),
+    ("no-spread", "quantile", hardly_ever, "actions", (3,), "warning", "the data vary"),
     ("scale-near-zero", "quantile", {"q01": (0, 0.0), "q99": (0, 2e-4)}, "state", (0,), "warning", "of the range"),
     ("no-spread", "mean_std", {"std": (1, 0.0)}, "state", (1,), "warning", "no spread"),
     ("not-finite", "mean_std", {"mean": (0, np.nan)}, "state", (0,), "error", "mean is NaN or infinite"),

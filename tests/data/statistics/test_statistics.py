@@ -116,7 +116,7 @@ def test_statistics_are_those_of_all_transformed_rows(monkeypatch):
 
 
 def test_a_transform_that_looks_at_images_is_told_what_to_set():
-    with pytest.raises(UserError, match=r"LookAtCamera asks for 'base'.*data\.stats_need_images = true"):
+    with pytest.raises(UserError, match=r"LookAtCamera needs 'base'.*data\.stats_need_images = true"):
         compute_norm_stats(Rows(20), [Repack(), LookAtCamera()])
     stats = compute_norm_stats(Rows(20), [Repack(), LookAtCamera()], read_images=True)
     np.testing.assert_allclose(stats["state"].mean, [19.0, -9.5, 10.5])

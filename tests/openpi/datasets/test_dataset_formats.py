@@ -50,12 +50,12 @@ def test_a_gripper_without_a_counterpart_in_the_state_stays_absolute():
     row = numbers(dataset) | {"observation.state": np.arange(6.0)}
     assert np.allclose(there_and_back(dataset, row)[1], row["action"], atol=1e-5)
     row["observation.state"] = np.arange(5.0)
-    with pytest.raises(UserError, match=r"number 5 of the action.*7 numbers and the state 5.*data\.gripper"):
+    with pytest.raises(UserError, match=r"dimension 5 of the action.*7 numbers and the state 5.*data\.gripper"):
         transformed(dataset, row)
 
 
 def test_a_gripper_that_is_not_there_is_named():
-    with pytest.raises(UserError, match=r"data\.gripper names number 6.*0 to 3"):
+    with pytest.raises(UserError, match=r"data\.gripper names dimension 6.*0 to 3"):
         transformed(FrankaPick(), numbers(FrankaPick(), width=4))
 
 

@@ -102,7 +102,7 @@ def test_relative_actions_come_back_for_a_batch():
 
 
 def test_relative_mask_longer_than_the_state_is_refused():
-    with pytest.raises(UserError, match=r"number 5 of the action.*7 numbers.*state 4.*data\.relative"):
+    with pytest.raises(UserError, match=r"dimension 5 of the action.*7 numbers.*state 4.*data\.relative"):
         RelativeActions((True,) * 6)({"state": np.zeros(4), "actions": np.zeros((2, 7))})
 
 

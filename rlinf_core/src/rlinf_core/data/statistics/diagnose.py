@@ -105,7 +105,7 @@ def _broken(key: str, stats: NormStats | None, width: int, mode: Mode) -> Iterat
         return
     for name, values in used.items():
         if (wrong := ~np.isfinite(values[:width])).any():
-            yield Finding("not-finite", "error", key, _where(wrong), f"{name} is NaN or infinity", recompute)
+            yield Finding("not-finite", "error", key, _where(wrong), f"{name} is NaN or infinite", recompute)
     spread = stats.spread(mode)[:width]
     if (wrong := np.isfinite(spread) & (spread < 0)).any():
         message = "std is negative" if mode == "mean_std" else "q99 is smaller than q01"
