@@ -168,7 +168,7 @@ def test_a_picture_that_claims_any_size_is_refused_before_it_is_unpacked():
     out = io.BytesIO()
     Image.new("1", (12_000, 8_000)).save(out, "PNG")
     assert len(out.getvalue()) < 100_000
-    with pytest.raises(UserError, match="row 3 claims a picture of 12000 x 8000 pixels"):
+    with pytest.raises(UserError, match="row 3 claims an image of 12000 x 8000 pixels"):
         decode(out.getvalue(), "row 3")
 
 
@@ -185,7 +185,7 @@ def test_a_video_that_claims_any_size_is_refused(tmp_path, monkeypatch):
         file.mux(stream.encode(None))
     open_video(path).close()
     monkeypatch.setattr("rlinf_core.data.images.decoders.MOST_PIXELS", 64 * 32 - 1)
-    with pytest.raises(UserError, match="its pictures are of 64 x 32 pixels"):
+    with pytest.raises(UserError, match="its frames have 64 x 32 pixels"):
         open_video(path)
 
 

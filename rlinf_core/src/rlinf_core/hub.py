@@ -268,7 +268,7 @@ def _unavailable(
     options = " --repo-type dataset" * (kind == "dataset") + (f" --revision {revision}" if revision else "")
     return UserError(
         f"{setting}: {repository!r} is not a file or folder (in {Path.cwd()}), and {what} of the {kind} "
-        f"{full_name(repository, revision)} is neither available from the hub nor in the cache "
+        f"{full_name(repository, revision)} cannot be loaded from the hub or from the cache "
         f"{constants.HF_HUB_CACHE}: {_reason(error)}. Check the id and the connection (a private or gated {kind} needs "
         "`hf auth login` or HF_TOKEN, and HF_HUB_OFFLINE must not be set), or run "
         f"`hf download {repository}{options} --local-dir FOLDER` on a machine with a network and use that folder"

@@ -177,7 +177,7 @@ def test_the_command_reports_and_its_exit_code_says_whether_there_is_damage(good
     assert told.out.splitlines()[0].endswith("(v3.0, 4 episodes, 36 frames): 1 finding")
     assert told.out.splitlines()[1:] == [
         "not_finite (1)",
-        f"  {NEW_DATA}, episode 1, frame 3: 'action' holds NaN or infinity in 1 frame of the episode",
+        f"  {NEW_DATA}, episode 1, frame 3: 'action' contains NaN or infinity in 1 frame of the episode",
     ]
     code, told = rlinf(capsys, damaged / "no statistics")
     assert code == Exit.OK
@@ -226,7 +226,8 @@ UNTRAINABLE = {
     "frames miscounted": "have 36 rows, but meta/info.json counts 35",
     "episodes miscounted": "counts 5 episodes, meta/episodes lists 4",
     "index with a gap": rf"{OLD_DATA}, episode 1, frame 4, has index 99 instead of 13",
-    "NaN in actions": rf"'action' contains NaN .* 1 frames of 1 episodes \(1\), first in .*{NEW_DATA}, episode 1, frame 3",
+    "NaN in actions": rf"'action' contains NaN .* in 1 frames of 1 episodes \(1\), first in "
+    rf".*{NEW_DATA}, episode 1, frame 3",
     "infinite state": rf"'observation\.state' contains NaN .*{OLD_DATA}, episode 1, frame 6: .*rlinf check-dataset ",
     "another width": rf"{OLD_DATA}: 'action' has 3 numbers in row 0, but meta/info.json says 2",
     "ragged": rf"{OLD_DATA}: 'action' has 1 numbers in row 2, but meta/info.json says 2",

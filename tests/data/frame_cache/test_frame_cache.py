@@ -91,7 +91,7 @@ def test_jpeg_frames_are_off_by_what_was_said(video_dataset, tmp_path):
     means, made = [], []
     for quality in (80, 95):
         work, with_cache = make(data, tmp_path, form="jpeg", quality=quality)
-        manifest = read_manifest(work.place.manifest(CAMERAS[0]))
+        manifest = read_manifest(work.cache.manifest(CAMERAS[0]))
         off = np.abs(np.stack([row[CAMERAS[0]] for row in cached(with_cache).__getitems__(range(24))]) - decoded)
         assert 0 < off.max() <= manifest.largest_loss  # All 36 frames were sampled.
         assert off.mean() == pytest.approx(manifest.mean_loss, rel=0.2)
@@ -170,7 +170,7 @@ def test_an_interrupted_conversion_goes_on_where_it_was(video_dataset, tmp_path)
         convert(work, find_missing(work), workers=0, progress=stop)
     with pytest.raises(UserError, match=r"is not complete .* run `rlinf cache` with this config and --format raw"):
         cached(with_cache)
-    kept = {path: path.stat().st_mtime_ns for path in work.place.folder.glob("*.raw")}
+    kept = {path: path.stat().st_mtime_ns for path in work.cache.folder.glob("*.raw")}
     assert len(kept) == 4
     again = conversion(data, tmp_path)
     missing = find_missing(again)
@@ -185,7 +185,7 @@ def test_worker_processes_make_the_same_files(video_dataset, tmp_path):
     one, _ = make(data, tmp_path / "one")
     two = conversion(data, tmp_path / "two")
     convert(two, find_missing(two), workers=2, progress=lambda done, all: None)
-    ours, theirs = (sorted(work.place.folder.glob("*[0-9].*")) for work in (one, two))
+    ours, theirs = (sorted(work.cache.folder.glob("*[0-9].*")) for work in (one, two))
     assert [path.read_bytes() for path in ours] == [path.read_bytes() for path in theirs]
 
 
@@ -241,7 +241,7 @@ def test_room_is_asked_for_before_the_work(video_dataset, tmp_path, monkeypatch)
     monkeypatch.setattr(frame_cache_writing.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError, match=r"needs 0.000226 GB more, but 1e-06 GB are free: make room, use --format jpeg"):
         check_room(work, missing)
-    assert not work.place.folder.exists()
+    assert not work.cache.folder.exists()
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is not a folder"):
         check_room(conversion(config(video_dataset.root), tmp_path / "file"), missing)

@@ -93,7 +93,10 @@ def test_episodes_are_chosen_by_number_task_length_and_quality(fields, training,
         ({"validation_tasks": (2,)}, r"data\.validation_tasks names 2, which is not a task of me/data; it has 3"),
         ({"validation_tasks": (0,), "tasks": (1,)}, r"data\.validation_tasks holds out no episode"),
         ({"validation_tasks": (1,), "tasks": (1,)}, r"data\.validation_tasks holds out every episode"),
-        ({"validation_episodes": (3,), "episodes": (1,)}, r"data\.validation_episodes names \[3\], .* used of me/data"),
+        (
+            {"validation_episodes": (3,), "episodes": (1,)},
+            r"data\.validation_episodes names \[3\], .* selected episodes of me/data",
+        ),
         (
             {"tasks": (0,), "min_episode_length": 7},
             r"none of its 6 episodes \(5 to 50 frames\) passes data\.tasks, data\.min_ep",

@@ -223,7 +223,7 @@ def test_ranks_must_divide_the_streams():
     check_streams(SMALL, 3)
     with pytest.raises(UserError, match=r"data.streams = 64 is not a multiple of the 3 ranks: set it to 63 or 66"):
         check_streams(Chunks(64, 16, 8192), 3)
-    with pytest.raises(UserError, match="no multiple of the 3 ranks"):
+    with pytest.raises(UserError, match="not a multiple of the 3 ranks"):
         loader(ranks=3, chunks=Chunks(64, 4, 64 * 6))
 
 

@@ -153,7 +153,9 @@ def test_a_number_that_is_none_names_its_row():
             with np.errstate(divide="ignore", invalid="ignore"):
                 return {**sample, "state": sample["state"] / (sample["state"] - 17)}
 
-    with pytest.raises(UserError, match=r"data-not-finite: state .* at \[0\], first in toy, .* episode 1, frame 7"):
+    with pytest.raises(
+        UserError, match=r"data-not-finite: state .* in dimensions \[0\], first in toy, .* episode 1, frame 7"
+    ):
         summarize(Rows(30), [Repack(), Divide()])
 
 

@@ -156,7 +156,7 @@ def test_filling_up_early_or_late_is_the_same_to_pi0():
             for key in ("state", "actions")
         }
         seen.append(build_pipeline(dataset, policy_of(dataset), stats).encode(row))
-    assert "number 8" in str(pytest.raises(UserError, transformed, Pi0CustomConfig(**fields), row).value)
+    assert "dimension 8" in str(pytest.raises(UserError, transformed, Pi0CustomConfig(**fields), row).value)
     for key in ("state", "actions", "action_width"):
         assert np.array_equal(seen[0][key], seen[1][key])
 

@@ -110,7 +110,7 @@ def test_slice_checks_the_data_and_cuts_the_policys_actions():
     sample = {"actions": np.zeros((2, 7))}
     assert SliceActions(7)(sample) is sample
     assert SliceActions(7).inverse({"actions": np.zeros((2, 32))})["actions"].shape == (2, 7)
-    with pytest.raises(UserError, match="7 numbers, its config says 4"):
+    with pytest.raises(UserError, match="7 numbers, the config says 4"):
         SliceActions(4)(sample)
 
 
