@@ -1,4 +1,4 @@
-"""Rotations: every recorded form against SciPy, six numbers and back, relative to a state, in a batch."""
+"""Rotations: every format against SciPy, the 6D representation and its inverse, relative rotations, batches."""
 
 from typing import get_args
 

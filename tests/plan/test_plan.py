@@ -59,10 +59,10 @@ def test_operations_are_those_of_the_data():
     plugins = repository_plugins()
     run = load_config(QUICKSTART, STEP, plugins)
     made = plan(run, plugins)
-    from rlinf_core.plan.samples import probe_sources
+    from rlinf_core.plan.samples import sample_sources
     from rlinf_core.training.build import build_on_meta
 
-    (source,) = probe_sources(run, plugins)
+    (source,) = sample_sources(run, plugins)
     policy, batch = build_on_meta(run, plugins), run.policy.collate(source.samples[::64])
     policy.to_empty(device="cpu")
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

@@ -30,7 +30,7 @@ from rlinf_core.training.run_folder import check_folder
 from rlinf_core.training.stopping import best_metric, result_names
 
 DIAGNOSED_ROWS = 65_536
-"""Rows from which statistics are examined; the run looks at all."""
+"""Rows from which statistics are diagnosed; the run uses all."""
 
 
 @dataclass

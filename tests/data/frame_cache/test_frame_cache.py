@@ -1,4 +1,4 @@
-"""`rlinf cache`: frames that are decoded once, and what a run does with a cache that is not right."""
+"""`rlinf cache`: frames are decoded once, and a run rejects a cache that does not fit."""
 
 import pickle
 import shutil

@@ -1,4 +1,4 @@
-"""One dataset in formats v2.0, v2.1 and v3.0: the same rows and pixels from each, from a folder and from a hub."""
+"""One dataset in formats v2.0, v2.1 and v3.0: each gives the same rows and pixels, from a folder and from a hub."""
 
 import json
 import shutil

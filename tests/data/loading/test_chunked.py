@@ -1,4 +1,4 @@
-"""The chunked order (contract 13): which rows it takes, how well they are mixed, and that each run is read once."""
+"""The chunked order (contract 13): which rows it uses, how well it mixes, and that each run is read once."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""A corpus of bad statistics and bad data, each found by its name, and good ones in which nothing is found."""
+"""A corpus of bad statistics and data, each with its finding, and good ones without findings."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Rows from all over the data, encoded as they are asked for."""
+"""Evenly spread rows, encoded lazily."""
 
 import numpy as np
 import pytest

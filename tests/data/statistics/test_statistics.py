@@ -1,4 +1,4 @@
-"""Statistics of rows: the reference's histogram, batches of rows, and what a run begins and continues with."""
+"""Statistics of rows: openpi's histogram, batches of rows, and the statistics that a run begins and resumes with."""
 
 from dataclasses import dataclass, replace
 from types import SimpleNamespace

@@ -19,7 +19,7 @@ from rlinf_core.data.statistics.diagnose import normalized_extremes, share_beyon
 from rlinf_core.errors import UserError
 from rlinf_core.files import check_writable, writing
 from rlinf_core.illustration import Camera, Grid, Illustration, Picture
-from rlinf_core.inspect.look import RunView, SourceView
+from rlinf_core.inspect.gather import RunView, SourceView
 from rlinf_core.inspect.plots import MOST_PANELS, Plot, plot_chunk, plot_distribution, plot_lengths
 from rlinf_core.inspect.samples import SampleView
 

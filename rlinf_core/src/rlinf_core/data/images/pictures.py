@@ -44,9 +44,9 @@ def decode(data: Any, what: str, *, deep: bool = False) -> NDArray[np.uint8]:
             "images"
         )
     if (size := plain_png(data)) is not None and 0 < size[0] * size[1] <= MOST_PIXELS:
-        picture = _decode_png(data, size)
-        if picture is not None:
-            return picture
+        decoded = _decode_png(data, size)
+        if decoded is not None:
+            return decoded
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > MOST_PIXELS:
@@ -98,5 +98,5 @@ def _decode_png(data: Any, size: tuple[int, int]) -> NDArray[np.uint8] | None:
         return None
     if len(frames) != 1 or frames[0].format.name != "rgb24" or (frames[0].height, frames[0].width) != size:
         return None
-    picture: NDArray[np.uint8] = frames[0].to_ndarray()
-    return picture
+    decoded: NDArray[np.uint8] = frames[0].to_ndarray()
+    return decoded

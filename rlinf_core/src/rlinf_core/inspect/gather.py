@@ -98,7 +98,7 @@ class RunView:
         return [*self.report.warnings, *found]
 
 
-def look(run: RunConfig, plugins: Plugins, at: Sequence[tuple[str, int, int]] = ()) -> RunView:
+def gather(run: RunConfig, plugins: Plugins, at: Sequence[tuple[str, int, int]] = ()) -> RunView:
     """Gather all that the page shows.
 
     Args:
