@@ -5,12 +5,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
-from toy_data import Rows
 
 from rlinf_core.contract.datasets import DatasetConfig, LeRobotDatasetConfig
 from rlinf_core.data.lerobot.episodes import EpisodeTable, held_out_episodes, split_episodes
 from rlinf_core.data.lerobot.source import open_lerobot
-from rlinf_core.data.splits import describe_splits
 from rlinf_core.errors import UserError
 from rlinf_core.testing import write_tiny_dataset
 
@@ -170,9 +168,3 @@ def test_numbers_that_are_none_do_not_matter_in_episodes_that_are_left_out(root,
     ):
         opened(damaged)
     assert set(opened(damaged, exclude_episodes=(1,)).episodes) == {0, 2, 3}
-
-
-def test_splits_are_told_with_their_tasks(root):
-    train, held_out = (opened(root, split, validation_episodes=(3,)) for split in ("train", "validation"))
-    assert describe_splits(train, held_out) == "3 episodes of 2 tasks, 28 rows; held out: 1 episode of 1 task, 8 rows"
-    assert describe_splits(Rows(25), None) == "3 episodes, 25 rows"
