@@ -120,7 +120,7 @@ def test_changes_that_make_it_fit_do(monkeypatch):
 
 
 def test_another_trainer_and_ranks_that_do_not_divide_are_refused():
-    with pytest.raises(UserError, match=r"no multiple of 3 ranks"):
+    with pytest.raises(UserError, match=r"not a multiple of 3 ranks"):
         planned(QUICKSTART, ranks=3)
 
 

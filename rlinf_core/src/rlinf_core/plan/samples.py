@@ -108,6 +108,7 @@ def _longest_possible(source: RunSource, reason: UserError) -> SampledSource:
 
 def _why(dataset: str, reason: UserError) -> str:
     """Why data were not read, in a line."""
-    if f"'{dataset}' is no file or folder" in str(reason):  # The rest tells how to reach the hub.
+    # The rest of the message is about reaching the hub; the text plugin's wording differs.
+    if any(f"'{dataset}' is {no} file or folder" in str(reason) for no in ("no", "not a")):
         return f"{dataset} is not on this machine, and the hub was not asked"
     return "the data were not read: " + str(reason).splitlines()[0]
