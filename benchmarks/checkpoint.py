@@ -37,6 +37,7 @@ def measure(folder: Path, rounds: int, *, ema: bool) -> None:
     from rlinf_core.training.checkpoint.writer import Keep, Place
     from rlinf_core.training.distributed.processes import processes
     from rlinf_core.training.ema import Ema
+    from rlinf_core.training.fsdp import ranks_mesh
     from rlinf_core.training.optim import Optimizer, Schedule
 
     def build() -> nn.Module:
@@ -48,7 +49,7 @@ def measure(folder: Path, rounds: int, *, ema: bool) -> None:
     with processes("cpu") as group:
         model = build()
         for layer in model:
-            fully_shard(layer, mesh=group.mesh())
+            fully_shard(layer, mesh=ranks_mesh(group.device.type, group.size))
         schedule = Schedule(1e-4, 1e-5, 10, 100)
         optimizer = Optimizer(
             model.named_parameters(), schedule, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, clip_grad=1.0

@@ -32,7 +32,7 @@ def ours(batch: int, steps: int, *, packing: bool, vocabulary: int, folder: Path
     from rlinf_core.config.load import load_config
     from rlinf_core.plugins.registry import get_plugins
     from rlinf_core.training.distributed.processes import processes
-    from rlinf_core.training.resume import prepare_folder
+    from rlinf_core.training.run_folder import prepare_folder
 
     given = {
         "runner.output_dir": folder,

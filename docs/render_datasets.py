@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rlinf_core.config.toml import dotted
-from rlinf_plugins_openpi.datasets import OpenpiDatasetConfig
+from rlinf_plugins_openpi.datasets.config import OpenpiDatasetConfig
 
 PAGE = Path(__file__).with_name("datasets.md")
 DISTRIBUTION = PAGE.parents[1] / "rlinf_plugins_openpi"

@@ -50,7 +50,8 @@ keeps its type and traceback, with a note of the same content.
 read with `run.plugin_options(cls)`. Mistakes in it are reported with all others.
 
 **Tests.** `rlinf_core.testing` proves that policies and datasets conform (`check_policy`, `check_dataset`) and has
-fixtures for a tiny dataset, a two-step run, and plugins that are not installed.
+fixtures for a tiny dataset (written by lerobot: `pip install 'rlinf-core[lerobot]'`), a two-step run, and plugins that
+are not installed.
 """
 EXAMPLES = """
 ## The examples as one file

@@ -17,14 +17,14 @@ from rlinf_core import DatasetConfig, LeRobotDatasetConfig, PolicyConfig, RunCon
 from rlinf_core.config.toml import dotted, write_toml
 from rlinf_core.contract.cluster import ClusterConfig
 from rlinf_core.contract.mixture import MixtureShare
-from rlinf_core.contract.run import OptimConfig, RunnerConfig
+from rlinf_core.contract.tables import OptimConfig, RunnerConfig
 from rlinf_core.training.config import Fsdp2TrainerConfig
 from rlinf_plugins_openpi import Pi0Config, Pi05Config
-from rlinf_plugins_openpi.config import OpenpiPolicyConfig
-from rlinf_plugins_openpi.datasets import OpenpiDatasetConfig
 from rlinf_plugins_openpi.datasets.aloha import AlohaRobotwinConfig
-from rlinf_plugins_openpi.inputs.prompting import PromptedPolicyConfig
+from rlinf_plugins_openpi.datasets.config import OpenpiDatasetConfig
+from rlinf_plugins_openpi.settings import OpenpiSettings
 from rlinf_plugins_text import TextDatasetConfig, TextPolicyConfig
+from rlinf_plugins_text.settings import TextPolicySettings
 
 PAGE = Path(__file__).with_name("settings.md")
 HEAD = """\
@@ -75,7 +75,7 @@ PARTS = (
     Part(
         "`[policy]` of `pi0` and `pi05`",
         "Besides the keys above.",
-        [PromptedPolicyConfig, OpenpiPolicyConfig],
+        [OpenpiSettings],
         without=[Pi0Config, Pi05Config],
     ),
     Part("`[policy]` of `pi0`", "Besides the keys above.", [Pi0Config]),
@@ -85,7 +85,7 @@ PARTS = (
         "Of [text](text.md), which knows of core's keys `config_name`, `revision` and `num_workers` besides these.",
         [TextDatasetConfig],
     ),
-    Part("`[policy]` of `text`", "Of [text](text.md).", [TextPolicyConfig]),
+    Part("`[policy]` of `text`", "Of [text](text.md).", [TextPolicySettings, TextPolicyConfig]),
     Part("`[optim]`", "AdamW with linear warm-up, cosine decay and clipping by the global norm.", [OptimConfig]),
     Part("`[trainer]`", "Of the trainer `fsdp2`.", [TrainerConfig, Fsdp2TrainerConfig]),
 )

@@ -1,8 +1,8 @@
-"""The loss of chats by transformers alone, of a folder that `rlinf export` wrote or any other.
+"""The loss of a model on chats, computed with transformers alone; for a folder of `rlinf export` or any other.
 
     python examples/text_loss.py FOLDER CHATS.jsonl
 
-The mean over what the assistant says, which the chat template must mark by {% generation %}.
+The mean is over the assistant's tokens, which the chat template must mark by {% generation %}.
 """
 
 import json
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def loss_of(folder, chats):
-    """The mean loss of the assistant's tokens."""
+    """Mean loss per assistant token."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     total, count = 0.0, 0

@@ -1,9 +1,9 @@
-"""Write examples/data/text_plans: requests to a robot in a kitchen with the plan it answers, and a small tokenizer.
+"""Write examples/data/text_plans: requests to a kitchen robot, the plans that answer them, and a small tokenizer.
 
     python examples/write_text_plans.py
 
-The plans follow from a few rules (what is closed is opened first, a hand is emptied before it grasps), so that a tiny
-model can learn them, and held-out requests show whether it has. The text is the project's own, made by this script.
+The plans follow a few rules (closed things are opened first, the hand must be empty before it grasps), so that a tiny
+model can learn them and held-out requests show whether it has. This script generates all of the text.
 """
 
 import json
@@ -24,7 +24,7 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
 def plan(thing, source, target, held):
-    """The steps, in order."""
+    """The numbered steps that bring `thing` from `source` to `target`; `held` is in the hand at first, or empty."""
     steps = [f"Place the {held} on the table."] if held else []
     if source in CLOSABLE:
         steps.append(f"Open the {source}.")
@@ -40,12 +40,12 @@ def plan(thing, source, target, held):
 
 
 def where(place):
-    """With its preposition."""
+    """A place with its preposition."""
     return f"{'on' if place in ('table', 'shelf', 'tray') else 'in'} the {place}"
 
 
 def examples():
-    """Chats, no two alike, the same at every call."""
+    """Yield distinct chats, the same ones at every call."""
     draw = random.Random(0)
     things = [f"{color} {thing}" for color, thing in product(COLORS, THINGS)]
     seen = set()
@@ -64,7 +64,7 @@ def examples():
 
 
 def main():
-    """Write the rows, and a tokenizer trained on them."""
+    """Write the chats and a tokenizer trained on them."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     chats = list(examples())
     lines = [json.dumps({"messages": chat}, ensure_ascii=False, separators=(",", ":")) for chat in chats]

@@ -1,10 +1,10 @@
-"""Make the small tokenizer that the package ships: 512 entries, for models that are trained from scratch.
+"""Make the small built-in tokenizer: 512 entries, for models trained from scratch.
 
     python make_small_tokenizer.py src/rlinf_plugins_openpi/assets/small_tokenizer.model
 
 It follows Gemma's conventions, so that the prompt formats are the same: <pad> 0, </s> 1, <s> 2, <unk> 3, byte fallback,
-one token a digit, the newline a token of its own, no normalisation. The corpus is the grid of sentences below; the
-result is the same every time (sentencepiece 0.2).
+one token per digit, the newline as a token of its own, no normalisation. The corpus is the sentences generated below;
+the result is deterministic (sentencepiece 0.2).
 """
 
 import io
@@ -49,7 +49,7 @@ WHOLE = """
 
 
 def sentences() -> Iterator[str]:
-    """Sentences as tasks are written, capitalised and not, and π0.5's frame with every bin of a state."""
+    """Task descriptions, partly also capitalised, and π0.5's prompt format with every bin of a state."""
     for verb, colour, thing, place in itertools.product(VERBS, COLOURS.split(), OBJECTS.split(), PLACES):
         yield f"{verb} the {colour} {thing} {place}"
     for whole in WHOLE * 500:

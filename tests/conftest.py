@@ -1,23 +1,49 @@
-"""What all tests share: no network, one thread, a cache of their own, and tiny datasets that lerobot writes once."""
+"""What all tests share: no network, one thread, a working directory and caches of their own, nothing of the user's
+environment, and tiny datasets that lerobot writes once.
+"""
 
+import atexit
 import fcntl
 import gc
 import os
 import pickle
+import re
+import shutil
 import sys
+import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # Read when huggingface_hub is imported.
 os.environ["OMP_NUM_THREADS"] = "1"  # Read when torch is; the models are tiny: threads only get in each other's way.
 
 import pytest
-from distributions import install
+from distributions import ROOT, install
 from ranks import Ranks
 
 pytest_plugins = ["rlinf_core.testing", "distances"]
 
+ASKED = (
+    *("RLINF_FUZZ", "RLINF_TEST_DATASETS", "RLINF_GOLDEN_DIR"),
+    *("RLINF_NUMERICS_PAGE", "RLINF_PALIGEMMA_TOKENIZER", "RLINF_CHECK_DEVICE"),
+)
+"""Variables with which a person asks something of the tests."""
+USERS = re.compile(
+    r"(RLINF|HF|HUGGING_?FACE|TRANSFORMERS|DATASETS|WANDB|TORCH\w*|PYTORCH|NCCL|GLOO|KINETO|MASTER|GROUP|ROLE)_\w+"
+    r"|(LOCAL_)?(RANK|WORLD_SIZE)|LOGLEVEL|COLUMNS|LINES|NO_COLOR|FORCE_COLOR"
+    r"|PYTHON(SAFEPATH|WARNINGS|OPTIMIZE|DEVMODE|INSPECT|VERBOSE|IOENCODING)"
+)
+"""Variables that change what the project, its libraries or Python do: a user's shell may have them, tests do not."""
+if "PYTEST_XDIST_WORKER" not in os.environ:  # Workers inherit what follows.
+    for name in filter(USERS.fullmatch, set(os.environ).difference(ASKED)):
+        del os.environ[name]
+    os.environ["HF_HUB_OFFLINE"] = "1"  # Read when huggingface_hub is imported, as is HF_HOME.
+    os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="rlinf-tests-")
+    atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
+
 MOST_PROCESSES = 4
 """A process of tests takes a gigabyte, and the longest file decides when more make no difference."""
+DATASETS = "RLINF_TEST_DATASETS"
+"""Variable: a folder with datasets that `write_once` wrote in another environment, one with lerobot."""
 LAUNCHING = ("test_kills", "test_trainer_options", "test_run", "test_stopping", "test_launch", "test_text_run")
 """Files whose tests start ranks: the longest, which begin first."""
 
@@ -46,9 +72,49 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: [*LAUNCHING, item.path.stem].index(item.path.stem))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup():
+    with _skipped_without_lerobot():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call():
+    with _skipped_without_lerobot():
+        return (yield)
+
+
+@contextmanager
+def _skipped_without_lerobot():
+    """Skip what needs a dataset that only lerobot can write, where there is no lerobot."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error.__cause__, ModuleNotFoundError) and error.__cause__.name == "lerobot":
+            pytest.skip(str(error))
+        raise
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
     os.environ["RLINF_CACHE"] = str(tmp_path_factory.mktemp("cache"))  # Workers inherit it.
+
+
+@pytest.fixture(scope="session", autouse=True)
+def working_directory(tmp_path_factory):
+    """The working directory of all tests: the repository's examples, and nothing that a user left in the repository."""
+    folder = tmp_path_factory.mktemp("working_directory")
+    (folder / "examples").symlink_to(ROOT / "examples")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        yield folder
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left(working_directory):
+    yield
+    left = {path.name for path in working_directory.iterdir()} - {"examples"}
+    assert not left, f"left in the working directory: {', '.join(sorted(left))}; write to tmp_path"
 
 
 @pytest.fixture(scope="session")
@@ -60,6 +126,7 @@ def write_once(tmp_path_factory):
 
         base = tmp_path_factory.getbasetemp()
         folder = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # A process of several has its own.
+        folder = Path(os.environ.get(DATASETS, folder))
         known = folder / f"{name}.pickle"
         with (folder / f"{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -127,7 +194,7 @@ def train_toy(configure_toy, toy_plugins, monkeypatch):
     Returns the trainer, None if the run is finished; `results` are what its validations measure.
     """
     from rlinf_core.training.distributed.processes import processes
-    from rlinf_core.training.resume import prepare_folder
+    from rlinf_core.training.run_folder import prepare_folder
 
     monkeypatch.delenv("RANK", raising=False)
 

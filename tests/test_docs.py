@@ -16,7 +16,8 @@ from distributions import ROOT, entry_point, repository_entry_points, repository
 from rlinf_core import UserError
 from rlinf_core.cli import COMMANDS, _parse
 from rlinf_core.config.load import load_config
-from rlinf_core.contract.run import RunConfig, RunnerConfig
+from rlinf_core.contract.run import RunConfig
+from rlinf_core.contract.tables import RunnerConfig
 from rlinf_core.ending import Reason
 from rlinf_core.errors import Exit
 from rlinf_core.plugins.calls import specified_hooks
@@ -93,6 +94,14 @@ def implements_hooks(module):
 def test_there_are_pages():
     named = {path.relative_to(ROOT).as_posix() for path in PAGES}
     assert named >= {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md", "docs/training.md"}
+
+
+def test_the_readme_begins_with_the_two_commands_that_ci_runs():
+    readme = ROOT / "README.md"
+    marked = re.findall(r"^<!-- (\w+) -->\n```bash\n(.*)\n```$", readme.read_text(encoding="utf-8"), re.MULTILINE)
+    assert [f"{command}\n" for _, command in marked] == blocks(readme, "bash")[:2]
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert [mark for mark, _ in marked] == re.findall(r"^readme (\w+)$", ci, re.MULTILINE)
 
 
 @pages
@@ -245,8 +254,7 @@ def test_the_datasets_are_up_to_date():
     assert page.read_text(encoding="utf-8") == render(), "run: python docs/render_datasets.py"
 
 
-def test_the_message_shown_is_the_message(monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_the_message_shown_is_the_message():
     page = ROOT / "docs" / "training.md"
     (shown,) = [block for block in blocks(page, "") if block.startswith("error: ")]
     (words,) = [words for words in command_lines(page) if "optim.lrr=1" in words]

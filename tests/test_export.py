@@ -15,9 +15,9 @@ from rlinf_core.data.splits import open_split
 from rlinf_core.inference import load_policy
 from rlinf_core.plugins.registry import get_plugins
 from rlinf_core.training.distributed.processes import processes
-from rlinf_core.training.resume import prepare_folder
+from rlinf_core.training.run_folder import prepare_folder
 from rlinf_plugins_openpi.model.parts import unpacked
-from rlinf_plugins_openpi.weights import UNUSED, published_names
+from rlinf_plugins_openpi.weights.names import UNUSED, published_names
 
 SETTINGS = [
     *("runner.max_steps=4", "runner.save_interval=2", "runner.val_check_interval=2", "runner.save_best=true"),
@@ -202,7 +202,7 @@ def test_an_observation_unlike_those_of_training_is_refused(export):
         ("observation.state", np.zeros((1, 4)), r"has shape \[1, 4\]"),
         ("observation.state", np.full(4, np.nan), "contains NaN or infinity"),
         ("task", ["push"], r"'task' is \['push'\], but must be a string"),
-        ("observation.image", [[0]], "camera 'base_0_rgb' is a list: images are arrays of NumPy"),
+        ("observation.image", [[0]], "camera 'base_0_rgb' is a list: images are NumPy arrays"),
     ]:
         with pytest.raises(UserError, match=message):
             policy.infer(seen | {key: value})

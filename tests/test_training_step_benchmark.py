@@ -23,6 +23,7 @@ def one_case(ways):
 
 
 def test_both_sides_compute_the_same_and_are_timed():
+    pytest.importorskip("lerobot")
     pytest.importorskip("transformers", reason="lerobot's policies need it: uv sync --group test")
     found = one_case([RECIPE, NO_EMPTY])
     assert found["loss_difference"] <= on_cpu.TOLERANCE
@@ -32,6 +33,7 @@ def test_both_sides_compute_the_same_and_are_timed():
 
 
 def test_sides_that_differ_are_not_timed(monkeypatch):
+    pytest.importorskip("lerobot")
     pytest.importorskip("transformers", reason="lerobot's policies need it: uv sync --group test")
     monkeypatch.setattr(on_cpu, "_copy", lambda theirs, ours, sized: on_cpu._random(ours))
     with pytest.raises(on_cpu.DifferentLossesError, match=r"LIBERO: our loss .* Nothing is timed"):

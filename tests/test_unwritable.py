@@ -16,7 +16,6 @@ STATISTICS = '{"norm_stats": {"state": {"mean": [0.0], "std": [1.0], "q01": [-1.
 @pytest.fixture
 def command(monkeypatch, capsys):
     """Run a command; returns (exit code, what it printed)."""
-    monkeypatch.chdir(ROOT)
     monkeypatch.setattr("rlinf_core.plugins.registry.get_plugins", repository_plugins)
 
     def command(*arguments):

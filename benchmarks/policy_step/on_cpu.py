@@ -166,7 +166,8 @@ def _copy(theirs: torch.nn.Module, ours: torch.nn.Module, sized: Pi0Dimensions) 
     """Give ours the weights of lerobot's model, as a run reads them from a file of lerobot's."""
     from safetensors.torch import save_file
 
-    from rlinf_plugins_openpi.weights import EMBEDDING, EMBEDDING_IN_FILES, PublishedWeights
+    from rlinf_plugins_openpi.weights.names import EMBEDDING, EMBEDDING_IN_FILES
+    from rlinf_plugins_openpi.weights.source import PublishedWeights
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.safetensors"

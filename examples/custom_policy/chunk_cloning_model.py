@@ -1,4 +1,4 @@
-"""Behaviour cloning of action chunks: the model, single-device code. B samples, H actions in a chunk, A numbers."""
+"""Behaviour cloning of action chunks: the model. Axes: B samples, H actions in a chunk, A action dimensions."""
 
 import math
 
@@ -9,11 +9,11 @@ from torch import nn
 from rlinf_core import PolicyOutput, ShardUnit, UserError
 
 SIZE = 64
-"""Pictures are shrunk to so many pixels a side."""
+"""Images are resized to this many pixels per side."""
 
 
 class ChunkCloning(nn.Module):
-    """Picture and state -> chunk of actions."""
+    """Image and state -> chunk of actions."""
 
     def __init__(self, state_dim, horizon, action_dim, width):
         super().__init__()
@@ -26,38 +26,38 @@ class ChunkCloning(nn.Module):
         )
 
     def forward(self, batch):
-        """The squared error, summed over the samples; the trainer divides by their number."""
+        """Squared error summed over the samples; the trainer divides by their number."""
         error = (self._actions(batch) - batch["actions"]).square().mean(-1)
-        within = ~batch["actions_is_pad"]  # Past the end of an episode the last action repeats.
+        within = ~batch["actions_is_pad"]  # Past the end of an episode the last action is repeated; it does not count.
         losses = (error * within).sum(1) / within.sum(1)
         return PolicyOutput(losses.sum(), torch.tensor(float(len(losses)), device=losses.device), {})
 
     def sample_actions(self, batch, noise):
-        """[B, H, A] normalised actions; nothing is random."""
+        """Normalised actions [B, H, A]; deterministic, so `noise` is unused."""
         return self._actions(batch)
 
     def _actions(self, batch):
         state = batch["state"]
         if "images" in batch:
-            picture = batch["images"].permute(0, 3, 1, 2).float() / 127.5 - 1.0
-            seen = self.eye(nn.functional.interpolate(picture, (SIZE, SIZE), mode="bilinear", antialias=True))
+            image = batch["images"].permute(0, 3, 1, 2).float() / 127.5 - 1.0
+            seen = self.eye(nn.functional.interpolate(image, (SIZE, SIZE), mode="bilinear", antialias=True))
         else:
             seen = state.new_zeros(len(state), self.enter.in_features - state.shape[1])
         return self.body(self.enter(torch.cat((seen, state), dim=1))).view(-1, *self.shape)
 
     def shard_units(self):
-        """What is gathered together. The network is small and stays in float32."""
+        """Modules whose parameters are gathered together. The network is small and stays in float32."""
         yield ShardUnit(self.eye, "fp32")
         yield ShardUnit(self.body, "fp32", block=True)
 
     def initial_value(self, name, shape, generator):
-        """Normal with variance 2 / inputs; biases are zero."""
+        """Normal with variance 2 / number of inputs; zero for biases."""
         if len(shape) == 1:
             return torch.zeros(shape)
         return torch.randn(shape, generator=generator) * math.sqrt(2.0 / math.prod(shape[1:]))
 
     def rebuild_buffers(self):
-        """There are none."""
+        """The model has no buffers."""
 
 
 class Weights:
@@ -67,12 +67,12 @@ class Weights:
         self.folder, self.tensors = folder, load_file(folder / "model.safetensors")
 
     def tensor(self, name):
-        """One of them."""
+        """A parameter's tensor."""
         return self.tensors[name]
 
     def check(self, shapes):
-        """They are those of the model."""
+        """Raise `UserError` if names or shapes differ from the model's."""
         found = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
         if found != shapes:
             wrong = sorted(name for name in found.keys() | shapes if found.get(name) != shapes.get(name))
-            raise UserError(f"policy.weights: {self.folder} does not fit the model: {', '.join(wrong)}")
+            raise UserError(f"policy.weights: {self.folder} does not match the model: {', '.join(wrong)}")

@@ -4,20 +4,13 @@ import json
 import multiprocessing
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from rlinf_core.cli import main
 from rlinf_core.commands import bench_data
 
-ROOT = Path(__file__).parents[2]
 FEW = ("examples/quickstart.toml", "data.episodes=['0-5']", "data.validation_fraction=0", "runner.val_check_interval=0")
-
-
-@pytest.fixture(autouse=True)
-def _here(monkeypatch):
-    monkeypatch.chdir(ROOT)
 
 
 @pytest.mark.parametrize("settings", [[], ["data.shuffle=chunked"]], ids=["random", "chunked"])

@@ -22,7 +22,6 @@ COMMAND = [sys.executable, "-c", "import sys; from rlinf_core.cli import main; s
 @pytest.fixture
 def launch(monkeypatch, capsys):
     """Run the command in this process; returns (exit code, stderr)."""
-    monkeypatch.chdir(ROOT)
 
     def launch(*arguments, plugins=None):
         monkeypatch.setattr("rlinf_core.plugins.registry.get_plugins", lambda: plugins or repository_plugins())
@@ -217,7 +216,6 @@ def test_a_mistake_in_a_worker_is_one_message(tmp_path):
     (tmp_path / "quickstart" / "notes.txt").touch()
     result = subprocess.run(
         [*COMMAND, f"runner.output_dir={tmp_path}", "cluster.component_placement.actor=0"],
-        cwd=ROOT,
         capture_output=True,
         text=True,
     )

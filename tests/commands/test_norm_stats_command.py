@@ -21,7 +21,6 @@ LEROBOT = "examples/data/metaworld_3tasks/meta/stats.json"
 @pytest.fixture
 def command(monkeypatch, capsys):
     """Run the command; returns (exit code, stdout, stderr)."""
-    monkeypatch.chdir(ROOT)
     monkeypatch.setattr("rlinf_core.plugins.registry.get_plugins", repository_plugins)
     return lambda *arguments: (cli.main(["norm-stats", *map(str, arguments)]), *capsys.readouterr())
 
@@ -34,7 +33,7 @@ def stats_of(width, **fields):
 def test_what_a_run_would_use_is_computed_without_torch(tmp_path):
     code = "import sys; from rlinf_core.cli import main; code = main(sys.argv[1:]); assert 'torch' not in sys.modules"
     command = [sys.executable, "-c", f"{code}; sys.exit(code)", "norm-stats", QUICKSTART, f"--output={tmp_path}/s.json"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run(command, capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
     rows = [line.split() for line in result.stdout.splitlines()]
     assert rows[0][:7] == ["mean", "std", "q01", "q99", "min", "max", "share"]

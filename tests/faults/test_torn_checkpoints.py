@@ -9,7 +9,8 @@ from faulty import FaultyData, assert_same
 
 from rlinf_core.config.load import load_config
 from rlinf_core.plugins.registry import DATASET_GROUP, PLUGIN_GROUP, Plugins
-from rlinf_core.training.resume import agree_on_start, choose_start
+from rlinf_core.training.resume import decide_start
+from rlinf_core.training.run_folder import read_folder, verify_start
 
 FILES = ("__0_0.distcp", "__1_0.distcp", ".metadata", "state.json")
 
@@ -57,7 +58,7 @@ def test_damage_of_any_file_is_found_and_the_checkpoint_before_is_used(faulty_si
     for name in FILES:
         shutil.copytree(whole, run.folder)
         damage(checkpoint(run.folder, 12) / name)
-        start = agree_on_start(run, OneRank(), choose_start(run, overwrite=False))
+        start = verify_start(run, OneRank(), decide_start(run, read_folder(run)))
         assert start.step == 9, name
         notes = [note for note in start.notes if note.startswith("warning: the checkpoint step_000000012 is damaged")]
         assert name in notes[0]

@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rlinf_plugins_openpi.inputs.transforms import CAMERAS
-from rlinf_plugins_openpi.model.dimensions import GemmaDimensions, Pi0Dimensions, VisionDimensions
+from rlinf_plugins_openpi.model.dimensions import CAMERAS, GemmaDimensions, Pi0Dimensions, VisionDimensions
 from rlinf_plugins_openpi.model.pi0 import Pi0
-from rlinf_plugins_openpi.weights import PublishedWeights
+from rlinf_plugins_openpi.weights.source import PublishedWeights
 
 
 def read_dimensions(folder: Path) -> Pi0Dimensions:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from rlinf_plugins_openpi.inputs.transforms import CAMERAS
 from rlinf_plugins_openpi.model.augment import augment
+from rlinf_plugins_openpi.model.dimensions import CAMERAS
 
 TOLERANCE = 4e-5
 """On a scale of [-1, 1]."""

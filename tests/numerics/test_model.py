@@ -9,12 +9,10 @@ from golden import GOLDEN, name_of
 from pi0_case import max_distance, read_batch, read_model, without_absent
 from safetensors.torch import load_file
 
-from rlinf_plugins_openpi.inputs.transforms import CAMERAS
-from rlinf_plugins_openpi.model.dimensions import Pi0Dimensions
-from rlinf_plugins_openpi.model.flow import time_features
+from rlinf_plugins_openpi.model.dimensions import CAMERAS, Pi0Dimensions
 from rlinf_plugins_openpi.model.parts import unpacked
-from rlinf_plugins_openpi.model.pi0 import Pi0
-from rlinf_plugins_openpi.weights import EMBEDDING, EMBEDDING_IN_FILES, UNUSED, published_names
+from rlinf_plugins_openpi.model.pi0 import Pi0, time_features
+from rlinf_plugins_openpi.weights.names import EMBEDDING, EMBEDDING_IN_FILES, UNUSED, published_names
 
 TOKENS = 1e-5
 TIME = 2e-5

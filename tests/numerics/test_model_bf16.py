@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from rlinf_core.training.fsdp import shard
-from rlinf_plugins_openpi.inputs.transforms import CAMERAS
+from rlinf_plugins_openpi.model.dimensions import CAMERAS
 
 FLOOR = 0.019
 """bfloat16 and float32 differ by 0.7 to 1.9 % within the reference."""

@@ -4,8 +4,8 @@ import torch
 from pi0_case import read_dimensions
 
 from rlinf_plugins_openpi.model.pi0 import Pi0
-from rlinf_plugins_openpi.weights import PublishedWeights
 from rlinf_plugins_openpi.weights.layouts import JAX
+from rlinf_plugins_openpi.weights.source import PublishedWeights
 
 
 def test_the_references_parameters_are_the_published_ones(model_case, report):

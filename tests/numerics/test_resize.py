@@ -6,8 +6,9 @@ import torch
 from golden import GOLDEN
 from PIL import Image
 
-from rlinf_plugins_openpi.inputs.transforms import IMAGE_SIZE, ResizeWithPad
+from rlinf_plugins_openpi.inputs.transforms import ResizeWithPad
 from rlinf_plugins_openpi.model.augment import normalise, resize_with_pad
+from rlinf_plugins_openpi.model.dimensions import IMAGE_SIZE
 
 FOLDER = GOLDEN / "resize"
 CASES = sorted(path.stem.removeprefix("in_") for path in FOLDER.glob("in_*.png"))

@@ -11,8 +11,8 @@ from pi0_case import read_batch, read_model
 from rlinf_core.training.ema import Ema
 from rlinf_core.training.optim import Optimizer, Schedule
 from rlinf_plugins_openpi.model.parts import unpacked
-from rlinf_plugins_openpi.weights import PublishedWeights
 from rlinf_plugins_openpi.weights.layouts import JAX
+from rlinf_plugins_openpi.weights.source import PublishedWeights
 
 FIRST_LOSSES, LOSSES = 1e-4, 5e-4
 GRADIENT_NORM = 1e-3

@@ -16,7 +16,7 @@ from golden import GOLDEN, cases
 from rlinf_core.data.normalize import Normalize, load_norm_stats
 from rlinf_plugins_openpi import Pi0Config, Pi05Config
 from rlinf_plugins_openpi.inputs.collate import stack
-from rlinf_plugins_openpi.inputs.transforms import CAMERAS
+from rlinf_plugins_openpi.model.dimensions import CAMERAS
 
 OURS = Path(__file__).parents[1] / "golden"
 """The set in the repository, wherever the one under test lies."""

@@ -18,7 +18,7 @@ from rlinf_core.loggers.jsonl import read_rows
 from rlinf_core.testing import write_tiny_dataset
 from rlinf_core.training.data import know_data, open_held_out_rows, open_loader
 from rlinf_core.training.distributed.processes import processes
-from rlinf_core.training.resume import prepare_folder
+from rlinf_core.training.run_folder import prepare_folder
 
 CONFIG = """
 [data]

@@ -163,7 +163,8 @@ def test_metaworld_has_one_camera_and_libero_two():
     [
         *("rlinf_plugins_openpi", "rlinf_plugins_openpi.config", "rlinf_plugins_openpi.plugin"),
         *(
-            "rlinf_plugins_openpi.datasets",
+            "rlinf_plugins_openpi.settings",
+            "rlinf_plugins_openpi.datasets.config",
             "rlinf_plugins_openpi.inputs.transforms",
             "rlinf_plugins_openpi.inputs.tokenizer",
         ),

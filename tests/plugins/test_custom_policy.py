@@ -10,7 +10,7 @@ from rlinf_core.loggers.jsonl import read_rows
 from rlinf_core.plugins.registry import DATASET_GROUP, PLUGIN_GROUP, Plugins
 from rlinf_core.testing import check_dataset, check_policy
 from rlinf_core.training.distributed.processes import processes
-from rlinf_core.training.resume import prepare_folder
+from rlinf_core.training.run_folder import prepare_folder
 
 FOLDER = ROOT / "examples" / "custom_policy"
 
@@ -47,7 +47,6 @@ def test_policy_and_dataset_conform(package, plugins):
 
 def test_it_trains_exports_and_acts(plugins, tmp_path, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.chdir(ROOT)
     small = ["runner.max_steps=16", "runner.val_check_interval=16", "runner.val_samples=4", "optim.warmup_steps=0"]
     given = [f"runner.output_dir={tmp_path}", "trainer.global_batch_size=8", "trainer.micro_batch_size=8", *small]
     run = load_config(FOLDER / "train.toml", given, plugins)

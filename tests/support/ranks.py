@@ -16,10 +16,8 @@ import threading
 import time
 from datetime import timedelta
 from importlib import import_module
-from pathlib import Path
 from subprocess import CompletedProcess
 
-ROOT = Path(__file__).parents[2]
 NOTICED = 0.3
 """Seconds until the others are ended once a rank has failed: torchrun, too, looks now and then only."""
 LIMIT = 900
@@ -89,7 +87,7 @@ class Ranks:
 def serving():
     command, environment = [sys.executable, __file__], os.environ | {"OMP_NUM_THREADS": "1"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
+    return subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
 
 
 def serve():

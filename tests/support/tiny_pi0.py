@@ -5,7 +5,7 @@ import torch
 from rlinf_plugins_openpi.model.dimensions import GemmaDimensions, Pi0Dimensions, VisionDimensions
 from rlinf_plugins_openpi.model.parts import unpacked
 from rlinf_plugins_openpi.model.pi0 import Pi0
-from rlinf_plugins_openpi.weights import published_names
+from rlinf_plugins_openpi.weights.names import published_names
 
 GEMMA = GemmaDimensions(width=8, depth=2, mlp_dim=6, num_heads=2, num_kv_heads=1, head_dim=4)
 EXPERT = GemmaDimensions(width=4, depth=2, mlp_dim=6, num_heads=2, num_kv_heads=1, head_dim=4)

@@ -14,8 +14,8 @@ from pyarrow import parquet
 from tiny_text import PLANS, dataset, tiny_policy
 
 from rlinf_core.inference import load_policy
+from rlinf_plugins_text.plugin import rlinf_open_dataset as open_text
 from rlinf_plugins_text.rows.chat import ChatTemplate
-from rlinf_plugins_text.rows.source import open_text
 from rlinf_plugins_text.rows.tokenizer import TextTokenizer
 from rlinf_plugins_text.weights.folder import config_table, weight_files
 

@@ -127,8 +127,8 @@ def test_words_that_occur_elsewhere_are_not_mistaken():
 @pytest.mark.parametrize(
     ("template", "messages", "says"),
     [
-        (SEEING, TWO, "in message 1 cannot be told"),  # It drops texts that come without a type.
-        (LLAMA3, CALLING, "in message 1 cannot be told"),  # It drops calls of tools.
+        (SEEING, TWO, "in message 1 cannot be found"),  # It drops texts that come without a type.
+        (LLAMA3, CALLING, "in message 1 cannot be found"),  # It drops calls of tools.
         (CHATML, CALLING, "no form for tools"),
         (GEMMA, [SYSTEM, *TWO], "System role not supported"),
     ],

@@ -15,8 +15,8 @@ from transformers import AutoTokenizer
 from rlinf_core import UserError
 from rlinf_core.testing import check_dataset
 from rlinf_core.testing.samples import same
-from rlinf_plugins_text.rows.packing import pack
-from rlinf_plugins_text.rows.source import open_text
+from rlinf_plugins_text.plugin import rlinf_open_dataset as open_text
+from rlinf_plugins_text.rows.source import pack
 from rlinf_plugins_text.rows.tokenizer import load_tokenizer
 
 CHAT = [
@@ -126,8 +126,8 @@ def test_a_template_that_ends_turns_by_later_messages_is_refused_with_the_place(
 @pytest.mark.parametrize(
     ("row", "settings", "says"),
     [
-        ({"massages": CHAT}, {}, "no 'messages'; there is: massages"),
-        ({"messages": "hello"}, {}, "'messages' must be a list of messages"),
+        ({"massages": CHAT}, {}, "no 'messages'; found: massages"),
+        ({"messages": "hello"}, {}, "'messages' must be a non-empty list of messages"),
         ({"messages": [{"role": "user"}]}, {}, r"no 'content' \(message 0\)"),
         ({"messages": [{"role": "user", "content": 3}]}, {}, "'content' of message 0 must be text, not int 3"),
         ({"conversations": [{"from": "narrator", "value": "x"}]}, {"format": "sharegpt"}, "'narrator', a speaker"),
@@ -144,12 +144,12 @@ def test_a_wrong_row_is_named_with_file_and_line(tmp_path, row, settings, says):
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        (b"", "holds no text: it has no rows"),
-        (b"\r\n\n", "holds no text: it has no rows"),
-        (b"[1]\n", "line 1: a line must be an object with the data's columns, not list"),
-        (b'{"text": "a\\ud800b"}\n', "line 1: the text is no Unicode"),
-        ('{"text": "é"}'.encode("latin-1"), "is no UTF-8 text"),
-        (b'{"text": ""}\n' * 2, "holds nothing to train"),
+        (b"", "is empty: it has no rows"),
+        (b"\r\n\n", "is empty: it has no rows"),
+        (b"[1]\n", "line 1: a line must be an object of columns, not list"),
+        (b'{"text": "a\\ud800b"}\n', "line 1: the text is not valid Unicode"),
+        ('{"text": "é"}'.encode("latin-1"), "is not UTF-8 text"),
+        (b'{"text": ""}\n' * 2, "has no token to train"),
     ],
 )
 def test_files_without_texts_are_told(tmp_path, data, says):
@@ -176,7 +176,7 @@ def test_settings_of_the_hub_are_refused_for_files(tmp_path, setting):
 def test_what_is_no_json_is_named_with_its_line(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text('{"text": "a b"}\n{"text": \n', encoding="utf-8")
-    with pytest.raises(UserError, match=r"data\.jsonl, line 2 is no JSON"):
+    with pytest.raises(UserError, match=r"data\.jsonl, line 2 is not valid JSON"):
         rows_of(path, format="text")
 
 
@@ -185,8 +185,11 @@ def test_what_is_no_json_is_named_with_its_line(tmp_path):
     [
         ({"keys": {"prompt": "q"}}, "format 'messages' has no prompt"),
         ({"as_chat": True}, "as_chat is for format"),
-        ({"format": "text", "roles": {"a": "user"}}, "roles are those of chats"),
-        ({"validation_fraction": 0.1, "validation_files": ["a"]}, "set one of validation_fraction, validation_files"),
+        ({"format": "text", "roles": {"a": "user"}}, "roles are for chats"),
+        (
+            {"validation_fraction": 0.1, "validation_files": ["a"]},
+            "only one of validation_fraction, validation_files",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(settings, says):
@@ -224,12 +227,12 @@ def test_long_texts_are_cut_split_or_dropped_as_asked(tmp_path):
     }
     assert rows["split"][1]["trained"].tolist() == [False, True]
     facts = tiny_policy(max_length=most).describe(rows["cut"])
-    assert f"the longest has {whole[0]}; 1 of them cut at policy.max_length = {most}" in facts["texts"]
+    assert f"{whole[0]} in the longest; 1 of them cut at policy.max_length = {most}" in facts["texts"]
 
 
 def test_a_cut_that_leaves_nothing_to_train_is_told(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"messages": CHAT}])
-    with pytest.raises(UserError, match=r"holds nothing to train.*policy\.max_length = 8"):
+    with pytest.raises(UserError, match=r"has no token to train: .*policy\.max_length = 8"):
         rows_of(path, tiny_policy(max_length=8))
 
 
@@ -237,7 +240,7 @@ def test_texts_that_are_left_out_are_counted(tmp_path):
     silent = [CHAT[1]]
     path = write_jsonl(tmp_path / "a.jsonl", [{"messages": CHAT[1:3]}, {"messages": silent}, {"messages": CHAT}])
     for policy in (tiny_policy(), tiny_policy(packing=True)):
-        silent_one = f"1 text with nothing to train (the assistant says nothing), first: {path}, line 2"
+        silent_one = f"1 text without a trained token (the assistant says nothing), first: {path}, line 2"
         assert policy.describe(rows_of(path, policy))["left out"] == silent_one
     short = tiny_policy(max_length=60, overlong="drop")
     longer = f"1 text longer than policy.max_length = 60, first: {path}, line 3"
@@ -247,7 +250,7 @@ def test_texts_that_are_left_out_are_counted(tmp_path):
 
 def test_conversations_without_an_answer_are_named_as_the_cause(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"messages": CHAT[:2]}] * 3)
-    with pytest.raises(UserError, match=r"3 texts with nothing to train \(the assistant says nothing\).*line 1 "):
+    with pytest.raises(UserError, match=r"3 texts without a trained token \(the assistant says nothing\).*line 1 "):
         rows_of(path)
 
 

@@ -1,5 +1,8 @@
 """The text policy computes what transformers computes: loss, gradients, packs, windows, tied heads, generation."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from tiny_text import QWEN3, SIZES, sample, some_tokens, tiny_policy, with_values
@@ -8,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from rlinf_core import UserError
 from rlinf_core.testing import check_policy
 from rlinf_plugins_text.model.cross_entropy import HeadShape, linear_cross_entropy
-from rlinf_plugins_text.weights.model import model_config
+from rlinf_plugins_text.weights import model_config
 
 FAMILIES = {
     "qwen3": QWEN3,
@@ -150,7 +153,7 @@ def test_models_without_attention_are_refused_unless_padded():
         ({"hidden_size": "big"}, "policy.config.*'hidden_size' expected int, got str"),
         ({"num_key_value_heads": 0}, "policy.config.*ZeroDivisionError"),
         ({"model_type": "qwenn"}, "no model_type 'qwenn'; did you mean '.{0,60}$"),
-        ({"model_type": "vit"}, "'vit' is no causal language model"),
+        ({"model_type": "vit"}, "'vit' is not a causal language model"),
     ],
 )
 def test_settings_of_the_model_that_cannot_be_are_refused(change, says):
@@ -217,3 +220,13 @@ def test_answers_are_those_of_generate():
         prompt = torch.tensor([text[:5]])
         said = model.generate(prompt, max_new_tokens=6, do_sample=False, attention_mask=torch.ones_like(prompt))
         assert f"⟦{tokenizer.decode(said[0, 5:].tolist())}⟧".replace("\n", "↵") in line
+
+
+def test_configs_load_without_torch():
+    """In a fresh interpreter; `model_config` is found in the package `weights` all the same."""
+    code = (
+        "import sys, rlinf_plugins_text.plugin, rlinf_plugins_text.weights as weights\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
+        "assert callable(weights.model_config)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -18,9 +18,9 @@ from rlinf_core.inference import load_policy
 from rlinf_core.loggers.jsonl import read_rows
 from rlinf_core.plugins.registry import get_plugins
 from rlinf_core.training.distributed.processes import processes
-from rlinf_core.training.resume import prepare_folder
-from rlinf_plugins_text.rows.source import open_text
-from rlinf_plugins_text.weights.model import model_config
+from rlinf_core.training.run_folder import prepare_folder
+from rlinf_plugins_text.plugin import rlinf_open_dataset as open_text
+from rlinf_plugins_text.weights import model_config
 
 SMALL = [
     *("policy.config.num_hidden_layers=2", "policy.config.hidden_size=32", "policy.config.head_dim=8"),
@@ -237,7 +237,9 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
     policy = tiny_policy(weights=str(tmp_path), tokenizer=str(PLANS), config={})
     with torch.device("meta"):
         module = policy.build()
-    with pytest.raises(UserError, match=r"lacks model\.norm\.weight; it has, .*model\.layers\.9\.extra\.weight"):
+    with pytest.raises(
+        UserError, match=r"lacks model\.norm\.weight; it has unexpected model\.layers\.9\.extra\.weight"
+    ):
         policy.open_weights().check({name: tuple(p.shape) for name, p in module.named_parameters()})
 
 
@@ -248,7 +250,7 @@ def test_a_folder_without_weights_is_told(tmp_path):
 
 
 def test_a_tokenizer_with_too_many_entries_is_refused():
-    with pytest.raises(UserError, match="the model embeds 7: they are not of the same model"):
+    with pytest.raises(UserError, match="the model embeds only 7: they belong to different models"):
         tiny_policy(config=tiny_policy().config | {"vocab_size": 7}).check_files()
 
 

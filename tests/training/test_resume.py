@@ -4,25 +4,29 @@ import errno
 import os
 import threading
 from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 from saved_run import checkpoint
 
-from rlinf_core.config.load import load_config
+from rlinf_core.config.load import dump_config, load_config, read_toml
 from rlinf_core.errors import UserError
 from rlinf_core.files import write_text
 from rlinf_core.loggers.jsonl import read_rows
-from rlinf_core.training.agents import is_restart, own_agent
-from rlinf_core.training.resume import (
-    agree_on_start,
-    choose_start,
-    confirm,
-    explain,
-    leave_ready,
+from rlinf_core.training.checkpoint.state import Position
+from rlinf_core.training.resume import CheckpointDir, Flags, FolderState, decide_start, explain
+from rlinf_core.training.run_folder import (
+    RunFolder,
+    begin,
+    commit,
+    is_restart,
+    lock_folder,
+    own_agent,
     prepare_folder,
-    put_back,
+    read_folder,
+    roll_back,
+    verify_start,
 )
-from rlinf_core.training.run_folder import hold_folder
 
 
 @pytest.fixture
@@ -32,6 +36,11 @@ def run(tmp_path):
         return load_config("examples/quickstart.toml", settings)
 
     return make
+
+
+def decided(run, **flags):
+    """Where the run would start, by what is in its folder."""
+    return decide_start(run, read_folder(run), Flags(**flags))
 
 
 def test_a_new_run_starts_at_zero_and_leaves_its_config(run):
@@ -100,14 +109,14 @@ def test_overwrite_starts_afresh_and_the_old_run_goes_when_the_new_one_is_ready(
     assert (begun.step, begun.checkpoint) == (0, None)
     assert not (run().folder / "checkpoints").exists()
     assert (begun.replaced / "checkpoints" / "step_000000004").exists()
-    confirm(run(), begun)
+    commit(run(), begun)
     assert [path.name for path in run().folder.parent.iterdir()] == ["r"]
 
 
 def test_a_run_whose_successor_never_came_to_train_is_back_in_its_place(run):
     prepare_folder(run(), overwrite=False)
     checkpoint(run(), 4)
-    put_back(run(), prepare_folder(run("optim.lr=0.5"), overwrite=True))
+    roll_back(run(), prepare_folder(run("optim.lr=0.5"), overwrite=True))
     assert prepare_folder(run(), overwrite=False).step == 4
     assert [path.name for path in run().folder.parent.iterdir()] == ["r"]
 
@@ -122,20 +131,20 @@ def test_an_overwrite_that_was_killed_before_it_was_ready_has_lost_nothing(run, 
 
 
 def test_two_processes_do_not_write_one_run(run):
-    with hold_folder(run()):
-        with pytest.raises(UserError, match=rf"in use by process {os.getpid()} on "), hold_folder(run()):
+    with lock_folder(run()):
+        with pytest.raises(UserError, match=rf"in use by process {os.getpid()} on "), lock_folder(run()):
             pass
-        with hold_folder(run("runner.name=other")):
+        with lock_folder(run("runner.name=other")):
             pass
-    with hold_folder(run()):
+    with lock_folder(run()):
         pass
 
 
 def test_a_start_of_the_same_job_waits_for_a_process_that_is_about_to_leave(run):
     before = ExitStack()
-    before.enter_context(hold_folder(run()))
+    before.enter_context(lock_folder(run()))
     threading.Timer(0.3, before.close).start()
-    with hold_folder(run(), patience=20.0):
+    with lock_folder(run(), patience=20.0):
         pass
 
 
@@ -143,7 +152,7 @@ def test_an_output_folder_that_cannot_be_is_named(run, tmp_path):
     (tmp_path / "file").touch()
     with (
         pytest.raises(UserError, match=r"runner\.output_dir = .*file"),
-        hold_folder(run(f"runner.output_dir={tmp_path / 'file'}")),
+        lock_folder(run(f"runner.output_dir={tmp_path / 'file'}")),
     ):
         pass
 
@@ -167,23 +176,23 @@ def test_a_job_is_known_by_any_of_its_agents_however_machines_come_and_go(run, m
     folder = run().folder
     for agents, known in (({first}, False), ({first, second}, True), ({second, third}, True), ({third}, True)):
         assert is_restart(folder, agents) == known
-        begun = choose_start(run(), overwrite=True, restarted=known)
-        leave_ready(run(), begun, agents)
-        confirm(run(), begun)
+        begun = decided(run(), overwrite=True, restarted=known)
+        begin(run(), begun, agents)
+        commit(run(), begun)
         assert begun.step == (4 if known else 0)
         checkpoint(run(), 4)
     assert not is_restart(folder, {stranger})
-    begun = choose_start(run(), overwrite=True)
-    leave_ready(run(), begun, {stranger})
+    begun = decided(run(), overwrite=True)
+    begin(run(), begun, {stranger})
     assert not is_restart(folder, {first, second, third})
-    put_back(run(), begun)  # It has come to nothing: whoever starts next still replaces the run.
+    roll_back(run(), begun)  # It has come to nothing: whoever starts next still replaces the run.
     assert not is_restart(folder, {stranger})
 
 
 def test_processes_that_torchrun_did_not_start_have_no_agent(run, monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
     assert own_agent() == ""
-    leave_ready(run(), choose_start(run(), overwrite=False), set())
+    begin(run(), decided(run()), set())
     assert not is_restart(run().folder, set())
     assert not (run().folder / "agents").exists()
 
@@ -212,9 +221,9 @@ class OneRank:
 
 def settle(run, **options):
     """Where the run starts once all ranks have looked at the bytes of the checkpoint."""
-    begun = agree_on_start(run, OneRank(), choose_start(run, overwrite=False, **options))
-    leave_ready(run, begun)
-    confirm(run, begun)
+    begun = verify_start(run, OneRank(), decided(run, **options))
+    begin(run, begun)
+    commit(run, begun)
     return begun
 
 
@@ -251,7 +260,7 @@ def test_a_folder_that_is_full_is_named(run, monkeypatch):
     def fail(path, text):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr("rlinf_core.training.resume.write_text", fail)
+    monkeypatch.setattr("rlinf_core.training.run_folder.write_text", fail)
     with pytest.raises(UserError, match=r"/r cannot be written: No space left on device.* Make room there"):
         prepare_folder(run(), overwrite=False)
 
@@ -285,7 +294,9 @@ def test_an_order_that_changes_within_an_epoch_is_a_warning(run):
     prepare_folder(run(), overwrite=False)
     for sample, warned in ((32, True), (0, False)):
         checkpoint(run(), 4, sample=sample)
-        notes = choose_start(run("seed=1", "optim.lr=0.5"), overwrite=False, allow_change=True).notes
+        notes = decide_start(
+            run("seed=1", "optim.lr=0.5"), read_folder(run("seed=1", "optim.lr=0.5")), Flags(allow_change=True)
+        ).notes
         assert [note for note in notes if note.startswith("warning: seed: the order of samples")] == list(notes[1:])
         assert len(notes[1:]) == warned
 
@@ -293,28 +304,30 @@ def test_an_order_that_changes_within_an_epoch_is_a_warning(run):
 def test_a_finished_run_does_not_go_on_with_another_config(run):
     prepare_folder(run(), overwrite=False)
     checkpoint(run(), 10)
-    begun = choose_start(run("optim.lr=0.5"), overwrite=False, allow_change=True)
+    begun = decided(run("optim.lr=0.5"), allow_change=True)
     assert (begun.finished, begun.notes, begun.changed) == (True, (), False)
 
 
 def test_a_run_that_cannot_begin_names_what_has_changed_as_the_cause(run):
     prepare_folder(run(), overwrite=False)
     checkpoint(run(), 4)
-    begun = choose_start(run("data.validation_fraction=0.3"), overwrite=False, allow_change=True)
+    begun = decide_start(
+        run("data.validation_fraction=0.3"), read_folder(run("data.validation_fraction=0.3")), Flags(allow_change=True)
+    )
     assert str(explain(UserError("other rows"), begun)).splitlines() == [
         "other rows",
         "The cause may be what --allow-change lets differ from the run's config so far:",
         "  data.validation_fraction: 0.15 -> 0.3 (changes what a step computes)",
         "Without that the run goes on as it was; to train with it, give another runner.name.",
     ]
-    assert str(explain(UserError("other rows"), choose_start(run(), overwrite=False))) == "other rows"
+    assert str(explain(UserError("other rows"), decided(run()))) == "other rows"
 
 
 def test_a_change_that_turns_out_to_be_impossible_is_not_recorded(run):
     prepare_folder(run(), overwrite=False)
     checkpoint(run(), 4)
     changed = run("trainer.global_batch_size=2")
-    leave_ready(changed, choose_start(changed, overwrite=False, allow_change=True))  # Then the trainer refuses.
+    begin(changed, decided(changed, allow_change=True))  # Then the trainer refuses.
     assert load_config(run().folder / "config.toml") == run()
     assert settle(run()).notes == ()
 
@@ -334,11 +347,11 @@ def test_checkpoints_may_lie_elsewhere(run, tmp_path):
     there = tmp_path / "large" / "r"
     path.rename(there / path.name)
     assert settle(elsewhere).checkpoint == there / path.name
-    put_back(elsewhere, prepare_folder(elsewhere, overwrite=True))
+    roll_back(elsewhere, prepare_folder(elsewhere, overwrite=True))
     assert settle(elsewhere).checkpoint == there / path.name
     begun = prepare_folder(elsewhere, overwrite=True)
     assert begun.checkpoint is None
-    confirm(elsewhere, begun)
+    commit(elsewhere, begun)
     assert not list(there.glob("step_*"))
     assert settle(elsewhere).step == 0
 
@@ -366,10 +379,10 @@ def test_two_runs_of_one_name_do_not_share_a_folder_for_checkpoints(run, tmp_pat
 def test_the_second_of_two_runs_that_begin_at_once_is_refused(run, tmp_path):
     settings = [f"runner.checkpoint_dir={tmp_path / 'large'}"]
     mine, other = run(*settings), run(*settings, f"runner.output_dir={tmp_path / 'other'}")
-    starts = [choose_start(one, overwrite=False) for one in (mine, other)]
-    leave_ready(mine, starts[0])
+    starts = [decided(one) for one in (mine, other)]
+    begin(mine, starts[0])
     with pytest.raises(UserError, match="another run"):
-        leave_ready(other, starts[1])
+        begin(other, starts[1])
 
 
 def test_checkpoints_that_were_left_elsewhere_are_named_with_the_way_out(run, tmp_path):
@@ -435,3 +448,96 @@ def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before_as_if_nothi
     assert "continues at step 4" in said
     assert losses == train("whole", "runner.max_steps=8")[1]
     assert [step for step, _ in losses] == list(range(1, 9))
+
+
+AT_4 = Position(step=4, epoch=0, sample=8, rows=10, seed=0, layout="", validated=4)
+
+
+def state_with(run, **changes):
+    """A folder with a checkpoint at step 4, as it is read from disk."""
+    table = {"is_empty": False, "has_config": True, "config": read_toml(dump_config(run)), "has_metrics": True}
+    table |= {"checkpoint": run.checkpoints / "step_000000004", "position": AT_4}
+    return FolderState(**table | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "flags", "expected"),
+    [
+        ({}, {}, (4, False, None)),
+        ({"position": replace(AT_4, step=10, validated=10)}, {}, (10, True, None)),
+        ({}, {"overwrite": True}, (0, False, ".r.replaced")),
+        ({}, {"overwrite": True, "restarted": True}, (4, False, None)),
+        ({"checkpoint": None, "position": None}, {}, (0, False, None)),
+        ({"error": UserError("config.toml is no TOML")}, {"overwrite": True}, (0, False, ".r.replaced")),
+    ],
+)
+def test_a_start_is_decided_without_a_disk(run, changes, flags, expected):
+    start = decide_start(run(), state_with(run(), **changes), Flags(**flags))
+    assert (start.step, start.finished, start.replaced and start.replaced.name) == expected
+    assert not run().folder.parent.joinpath("r").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"obstacle": "/x is not a folder"}, r"runner\.output_dir = .* cannot hold the run 'r': /x is not a folder"),
+        ({"has_config": False}, "is not empty and holds no run"),
+        ({"error": UserError("config.toml is no TOML")}, "is no TOML"),
+        ({"config": {"seed": 1}}, "holds a run with another config"),
+        (
+            {"checkpoint": None, "damaged": {"step_000000004": "shard is missing"}},
+            "(?s)no checkpoint .*shard is missing",
+        ),
+        ({"checkpoint_dir": CheckpointDir(obstacle="it is full")}, r"cannot hold the checkpoints of 'r': it is full"),
+    ],
+)
+def test_a_start_is_refused_without_a_disk(run, changes, complaint):
+    with pytest.raises(UserError, match=complaint):
+        decide_start(run(), state_with(run(), **changes))
+
+
+def fail_beside(replaced):
+    assert replaced.exists()
+    raise UserError("out of memory")
+
+
+def test_an_error_before_the_first_step_undoes_everything(run):
+    prepare_folder(run())
+    checkpoint(run(), 4)
+    with RunFolder(run("optim.lr=0.5"), OneRank()) as folder:
+        start = folder.start(overwrite=True)
+        with pytest.raises(UserError, match="out of memory"), folder.transaction(start):
+            fail_beside(start.replaced)
+    assert decided(run()).step == 4
+    with RunFolder(run("optim.lr=0.5"), OneRank()) as folder:
+        start = folder.start(overwrite=True)
+        with folder.transaction(start):
+            pass
+    assert not start.replaced.exists()
+    assert load_config(run().folder / "config.toml") == run("optim.lr=0.5")
+
+
+def test_a_replaced_run_that_cannot_be_moved_aside_stays(run, monkeypatch):
+    """What an earlier --overwrite left aside cannot be removed: nothing of the run may be touched."""
+    prepare_folder(run())
+    checkpoint(run(), 4)
+    begun = decided(run(), overwrite=True)
+    begun.replaced.mkdir()
+
+    def fail(path, **_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr("rlinf_core.training.run_folder.shutil.rmtree", fail)
+    with pytest.raises(UserError, match="cannot be written"):
+        begin(run(), begun)
+    monkeypatch.undo()
+    assert decided(run()).step == 4
+
+
+def test_a_run_whose_config_is_damaged_can_only_be_overwritten(run):
+    prepare_folder(run())
+    checkpoint(run(), 4)
+    (run().folder / "config.toml").write_text("[runner")
+    with pytest.raises(UserError, match=r"config\.toml"):
+        decided(run())
+    assert decided(run(), overwrite=True).replaced

@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     from rlinf_core.contract.datasets import LeRobotDatasetConfig as LeRobotDatasetConfig
     from rlinf_core.contract.datasets import SampleSource as SampleSource
     from rlinf_core.contract.hookspecs import hookimpl as hookimpl
-    from rlinf_core.contract.logger import Logger as Logger
-    from rlinf_core.contract.logger import LoggerConfig as LoggerConfig
     from rlinf_core.contract.module import Policy as Policy
     from rlinf_core.contract.module import PolicyOutput as PolicyOutput
     from rlinf_core.contract.module import ShardUnit as ShardUnit
     from rlinf_core.contract.policy import PolicyConfig as PolicyConfig
+    from rlinf_core.contract.run import Logger as Logger
+    from rlinf_core.contract.run import LoggerConfig as LoggerConfig
     from rlinf_core.contract.run import RunConfig as RunConfig
-    from rlinf_core.contract.trainer import Trainer as Trainer
-    from rlinf_core.contract.trainer import TrainerConfig as TrainerConfig
+    from rlinf_core.contract.run import Trainer as Trainer
+    from rlinf_core.contract.run import TrainerConfig as TrainerConfig
     from rlinf_core.data.sample import Sample as Sample
     from rlinf_core.errors import PluginError as PluginError
     from rlinf_core.errors import UserError as UserError
@@ -36,10 +36,10 @@ _HOME = {
     "Policy": "contract.module",
     "PolicyOutput": "contract.module",
     "ShardUnit": "contract.module",
-    "TrainerConfig": "contract.trainer",
-    "Trainer": "contract.trainer",
-    "LoggerConfig": "contract.logger",
-    "Logger": "contract.logger",
+    "TrainerConfig": "contract.run",
+    "Trainer": "contract.run",
+    "LoggerConfig": "contract.run",
+    "Logger": "contract.run",
     "Command": "contract.command",
     "Sample": "data.sample",
     "RunConfig": "contract.run",

@@ -23,7 +23,7 @@ from rlinf_core.files import write_text
 from rlinf_core.untrusted import printable
 
 if TYPE_CHECKING:
-    from rlinf_core.contract.trainer import Trainer
+    from rlinf_core.contract.run import Trainer
 
 EXIT_FILE = "exit.json"
 OTHER_RANKS_WAIT = 5.0

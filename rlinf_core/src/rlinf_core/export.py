@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch.distributed.checkpoint.state_dict_loader import load as read_shards
 
 from rlinf_core.config.load import load_config
 from rlinf_core.contract.policy import TrainedOn
@@ -27,9 +26,18 @@ from rlinf_core.data.normalize import Stats, load_norm_stats
 from rlinf_core.errors import UserError, did_you_mean
 from rlinf_core.files import check_writable, writing
 from rlinf_core.plugins.registry import Plugins
+from rlinf_core.torch_names import read_shards
 from rlinf_core.training.build import DTYPES, build_on_meta
 from rlinf_core.training.checkpoint.shards import ShardReader
-from rlinf_core.training.checkpoint.state import NAMES, find_damage, newest_whole, read_position, step_name
+from rlinf_core.training.checkpoint.state import (
+    NAMES,
+    candidates,
+    find_damage,
+    newest_whole,
+    none_whole,
+    read_position,
+    step_name,
+)
 from rlinf_core.training.fsdp import layout
 
 DESCRIPTION = "rlinf.json"
@@ -161,7 +169,8 @@ def find_checkpoint(folder: Path, checkpoints: Path, choice: Choice, log: Callab
 
 def _newest(folder: Path, checkpoints: Path, log: Callable[[str], object]) -> Path:
     damaged: dict[str, str] = {}
-    while newest := newest_whole(folder, checkpoints, damaged):
+    paths = candidates(folder, checkpoints)
+    while newest := newest_whole(paths, damaged):
         path, _ = newest
         if why := find_damage(path, ranks=1):
             damaged[path.name] = why
@@ -169,6 +178,8 @@ def _newest(folder: Path, checkpoints: Path, log: Callable[[str], object]) -> Pa
         for name, why in damaged.items():
             log(f"warning: the checkpoint {name} is damaged: {why}; exporting {path.name} instead")
         return path
+    if damaged:
+        raise none_whole(checkpoints, damaged, "Restore one, or name an undamaged one with --step.")
     raise UserError(f"{folder} has no checkpoint")
 
 

@@ -25,8 +25,8 @@ from rlinf_core.data.statistics.preview import encode_without_images, preview_sa
 from rlinf_core.data.statistics.run import diagnose
 from rlinf_core.errors import UserError, did_you_mean
 from rlinf_core.plugins.registry import Plugins
-from rlinf_core.training.resume import find_start
-from rlinf_core.training.run_folder import check_folder
+from rlinf_core.training.resume import Flags, decide_start
+from rlinf_core.training.run_folder import read_folder
 from rlinf_core.training.stopping import best_metric, result_names
 
 DIAGNOSED_ROWS = 65_536
@@ -153,7 +153,7 @@ def _check_batch(run: RunConfig, ranks: int | None, report: Report) -> None:
     report.facts["global_batch_size"] = whole
     if ranks is not None:
         with report.checking():
-            check_world_size(run, ranks)
+            check_world_size(run.cluster, ranks)
     elif run.cluster.ranks is not None:
         ranks = len(run.cluster.ranks)
     with report.checking():
@@ -201,8 +201,7 @@ def _check_sample(run: RunConfig, train: SampleSource, report: Report) -> None:
 
 def _check_folder(run: RunConfig, report: Report, *, allow_change: bool) -> None:
     """Whether the folder can be written to, whether a run of this name is there already, and what becomes of it."""
-    check_folder(run)
-    start = find_start(run, allow_change=allow_change)
+    start = decide_start(run, read_folder(run), Flags(allow_change=allow_change))
     report.facts["starts"] = "at step 0"
     if start.checkpoint:
         report.facts["starts"] = f"from checkpoint {start.checkpoint.name}" + ", finished" * start.finished

@@ -10,17 +10,16 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, TextIO
 
 from rlinf_core.ending import Ending
-from rlinf_core.errors import Interrupted, UserError
+from rlinf_core.errors import Interrupted
 
 if TYPE_CHECKING:
+    from rlinf_core.contract.process_group import ProcessGroup
     from rlinf_core.contract.run import RunConfig
     from rlinf_core.plugins.registry import Plugins
-    from rlinf_core.training.distributed.processes import Processes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,52 +79,36 @@ def train(
     plugins.hook.rlinf_configure(run=run)
 
     from rlinf_core.contract.cluster import check_world_size
-    from rlinf_core.training import resume
-    from rlinf_core.training.agents import is_restart, own_agent
     from rlinf_core.training.distributed.processes import processes
-    from rlinf_core.training.run_folder import ORPHANS_WAIT, hold_folder
+    from rlinf_core.training.resume import say_finished
+    from rlinf_core.training.run_folder import RunFolder
 
     joined = processes(run.trainer.device, timeout_seconds=run.trainer.timeout_seconds, folder=run.folder)
-    with joined as group, ExitStack() as held:
-        check_world_size(run, group.size)
-        if group.rank == 0:
-            for failure in plugins.failures:
-                print(f"plugin left out: {failure}", file=sys.stderr, flush=True)
-        agents = frozenset(group.gather(own_agent())) - {""}
-
-        def begin() -> resume.Start:
-            restarted = is_restart(run.folder, agents)
-            held.enter_context(hold_folder(run, patience=ORPHANS_WAIT if restarted else 0.0))
-            return resume.choose_start(run, overwrite=overwrite, restarted=restarted, allow_change=allow_change)
-
-        start = resume.agree_on_start(run, group, group.decide(begin), allow_change=allow_change)
-        if group.rank == 0:
-            for note in start.notes:
-                print(note, flush=True)
+    with joined as group, RunFolder(run, group) as folder:
+        check_world_size(run.cluster, group.size)
+        _report(group, (f"plugin left out: {failure}" for failure in plugins.failures), sys.stderr)
+        start = folder.start(overwrite=overwrite, allow_change=allow_change)
+        _report(group, start.notes)
         if start.finished:
-            if group.rank == 0:
-                print(resume.say_finished(run, start))
+            _report(group, [say_finished(run, start)])
             return
-        try:
-            group.decide(lambda: resume.leave_ready(run, start, agents))
+        with folder.transaction(start):
             ending.belongs_to(run.folder, start.step)
             if group.rank == 0:
                 record_environment(run, group, plugins)
             trainer = ending.trainer = run.trainer.build(run, start=start, group=group, plugins=plugins)
-        except BaseException as error:
-            if group.rank == 0:
-                resume.put_back(run, start)
-            if isinstance(error, UserError):
-                raise resume.explain(error, start) from error
-            raise
-        if group.rank == 0:
-            resume.confirm(run, start)
         received = trainer.train()
     if received:
         raise Interrupted(received, trainer.step)
 
 
-def record_environment(run: RunConfig, group: Processes, plugins: Plugins) -> None:
+def _report(group: ProcessGroup, lines: Iterable[str], stream: TextIO | None = None) -> None:
+    if group.rank == 0:
+        for line in lines:
+            print(line, file=stream, flush=True)
+
+
+def record_environment(run: RunConfig, group: ProcessGroup, plugins: Plugins) -> None:
     """Write `environment.json`: what the run, or its latest continuation, was made with."""
     import json
     import platform

@@ -1,7 +1,7 @@
 """The policies π0 and π0.5 for rlinf_core, and the dataset formats they are trained on.
 
-The names in `__all__` are what other packages build on. They load on first use: the model's modules must import where
-pydantic is not installed, and the configs where torch is not wanted.
+The names in `__all__` are the public interface for other packages. They are imported on first use, so that the model's
+modules can be imported where pydantic is not installed.
 """
 
 from importlib import import_module
@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rlinf_plugins_openpi.config import Pi0Config as Pi0Config
     from rlinf_plugins_openpi.config import Pi05Config as Pi05Config
-    from rlinf_plugins_openpi.datasets import Pi0DatasetConfig as Pi0DatasetConfig
-    from rlinf_plugins_openpi.datasets import Pi05DatasetConfig as Pi05DatasetConfig
+    from rlinf_plugins_openpi.datasets.config import Pi0DatasetConfig as Pi0DatasetConfig
+    from rlinf_plugins_openpi.datasets.config import Pi05DatasetConfig as Pi05DatasetConfig
 
 _HOME = {
     "Pi0Config": "config",
     "Pi05Config": "config",
-    "Pi0DatasetConfig": "datasets",
-    "Pi05DatasetConfig": "datasets",
+    "Pi0DatasetConfig": "datasets.config",
+    "Pi05DatasetConfig": "datasets.config",
 }
 
 __all__ = [*_HOME]

@@ -1,6 +1,6 @@
-"""What `rlinf inspect` shows of π0 and π0.5: images as a training step changes them, tokens, masks.
+"""What `rlinf inspect` shows for π0 and π0.5: images as augmented for training, prompt tokens and masks.
 
-Images are changed by the model's own code, in torch, which is imported only where there is something to change.
+Images are augmented by the model's own code in torch, which is imported only if there are images to augment.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ import numpy as np
 
 from rlinf_core.illustration import Camera, Grid, Illustration, Picture, Token, TokenText
 from rlinf_plugins_openpi.inputs.tokenizer import clean, find_tokenizer, load_processor
-from rlinf_plugins_openpi.inputs.transforms import CAMERAS, OpenpiSample
+from rlinf_plugins_openpi.inputs.transforms import OpenpiSample
+from rlinf_plugins_openpi.model.dimensions import CAMERAS
 
 if TYPE_CHECKING:
-    from rlinf_plugins_openpi.config import OpenpiPolicyConfig
+    from rlinf_plugins_openpi.settings import OpenpiSettings
 
 Draws = Mapping[str, Mapping[str, Any]]
 FORMAT, TASK, STATE = "format", "task", "state"
-"""Kinds of tokens."""
+"""What a token of the prompt belongs to."""
 
 
-def illustrate(policy: OpenpiPolicyConfig, sample: OpenpiSample, draws: Draws) -> Illustration:
+def illustrate(policy: OpenpiSettings, sample: OpenpiSample, draws: Draws) -> Illustration:
     """See `PolicyConfig.illustrate`."""
     return Illustration(
         cameras=tuple(_cameras(policy, sample, draws)),
@@ -34,7 +35,7 @@ def illustrate(policy: OpenpiPolicyConfig, sample: OpenpiSample, draws: Draws) -
     )
 
 
-def _cameras(policy: OpenpiPolicyConfig, sample: OpenpiSample, draws: Draws) -> Iterator[Camera]:
+def _cameras(policy: OpenpiSettings, sample: OpenpiSample, draws: Draws) -> Iterator[Camera]:
     present = [name for name in CAMERAS if name in sample.get("images", {})]
     changed = _augmented(sample, draws) if policy.augment and present and draws else {}
     note = "" if policy.augment else "policy.augment is off: training sees the same image each time."
@@ -42,11 +43,11 @@ def _cameras(policy: OpenpiPolicyConfig, sample: OpenpiSample, draws: Draws) -> 
         if name in present:
             yield Camera(name, tuple(changed.get(name, ())), note)
         else:
-            yield Camera(name, note="The data have no such camera: it is masked, the model does not read it.")
+            yield Camera(name, note="The data have no such camera: it is masked, and the model does not read it.")
 
 
 def _augmented(sample: OpenpiSample, draws: Draws) -> dict[str, list[Picture]]:
-    """Camera -> the images that the steps see in which the run meets the sample."""
+    """Camera -> its image at each training step that uses the sample."""
     import torch
 
     from rlinf_plugins_openpi.inputs.collate import stack
@@ -55,15 +56,15 @@ def _augmented(sample: OpenpiSample, draws: Draws) -> dict[str, list[Picture]]:
     batch = stack([{**sample, **drawn} for drawn in draws.values()])
     changed = augment(batch["images"], batch["crop_and_rotation"], batch["color_jitter"])
     pixels = ((changed + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
-    pictures: dict[str, list[Picture]] = {}
+    shown: dict[str, list[Picture]] = {}
     for column, name in enumerate(name for name in CAMERAS if name in sample["images"]):
         for row, (when, drawn) in enumerate(draws.items()):
-            pictures.setdefault(name, []).append(Picture(f"{when}: {_change(name, drawn)}", pixels[row, column]))
-    return pictures
+            shown.setdefault(name, []).append(Picture(f"{when}: {_change(name, drawn)}", pixels[row, column]))
+    return shown
 
 
 def _change(camera: str, drawn: Mapping[str, Any]) -> str:
-    """What the random numbers do to an image of a camera, in words."""
+    """Describe the augmentation of a camera's image in words."""
     on_wrist = "wrist" in camera
     parts = []
     if not on_wrist:
@@ -75,7 +76,7 @@ def _change(camera: str, drawn: Mapping[str, Any]) -> str:
     return "; ".join(parts) or "unchanged"
 
 
-def _prompt(policy: OpenpiPolicyConfig, sample: OpenpiSample) -> TokenText:
+def _prompt(policy: OpenpiSettings, sample: OpenpiSample) -> TokenText:
     processor = load_processor(find_tokenizer(policy.tokenizer))
     ids = sample["tokens"][sample["token_mask"]].tolist()
     kinds = _kinds(processor, clean(sample["prompt"]), ids, discrete_state=policy.discrete_state_input)
@@ -83,15 +84,15 @@ def _prompt(policy: OpenpiPolicyConfig, sample: OpenpiSample) -> TokenText:
     whole, most = sample["prompt_length"], policy.max_token_len
     note = f"The prompt has {whole} tokens; policy.max_token_len = {most}."
     if STATE in kinds:
-        note += " The state stands in the text, each number in one of 256 bins over [-1, 1] of its normalised value."
+        note += " The state is part of the text: each normalised number as one of 256 bins over [-1, 1]."
     return TokenText("Prompt", tuple(map(Token, ids, pieces, kinds)), max(0, whole - most), note)
 
 
 def _kinds(processor: Any, task: str, ids: Sequence[int], *, discrete_state: bool) -> list[str]:
-    """What each token of a prompt belongs to; see `tokenizer` for the two formats."""
+    """Classify each token of a prompt; see `tokenizer` for the two formats."""
 
     def reach(text: str) -> int:
-        """How many tokens of the prompt, <bos> included, are those of its beginning `text`."""
+        """How many tokens of the prompt, including <bos>, match those of its beginning `text`."""
         pairs = zip(processor.encode(text), ids[1:], strict=False)
         return 1 + sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
@@ -104,7 +105,7 @@ def _kinds(processor: Any, task: str, ids: Sequence[int], *, discrete_state: boo
 
 
 def _visible(piece: str) -> str:
-    """A piece of the vocabulary; of those that stand for a byte, its character if it has one."""
+    """A piece of the vocabulary as text; a byte piece as its character if that is printable."""
     byte = re.fullmatch(r"<0x([0-9A-F]{2})>", piece)
     character = chr(int(byte[1], 16)) if byte else piece
     return "↵" if character == "\n" else character if character.isascii() and character.isprintable() else piece
@@ -118,12 +119,12 @@ def _camera_mask(sample: OpenpiSample) -> Grid:
 def _token_mask(sample: OpenpiSample) -> Grid:
     mask = sample["token_mask"]
     return Grid(
-        "Token mask", (~mask[None]).astype(np.int64), ("read", "filled up, masked"), columns=f"{len(mask)} tokens"
+        "Token mask", (~mask[None]).astype(np.int64), ("read", "padding, masked"), columns=f"{len(mask)} tokens"
     )
 
 
-def _action_masks(policy: OpenpiPolicyConfig, sample: OpenpiSample) -> Iterator[Grid]:
-    """Which numbers of the target are the robot's, and which of them count."""
+def _action_masks(policy: OpenpiSettings, sample: OpenpiSample) -> Iterator[Grid]:
+    """Which numbers of the target are the robot's, and which are in the loss."""
     if "actions" not in sample:
         return
     steps, width = sample["actions"].shape

@@ -1,4 +1,4 @@
-"""What this distribution tells rlinf_core, through the entry point `rlinf-plugins-openpi`."""
+"""The hooks that this distribution implements, found through the entry point `rlinf-plugins-openpi`."""
 
 from rlinf_core import Command, PolicyConfig, hookimpl
 from rlinf_plugins_openpi.config import Pi0Config, Pi05Config

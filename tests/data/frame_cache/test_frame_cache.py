@@ -5,7 +5,6 @@ import shutil
 import signal
 from argparse import Namespace
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -31,7 +30,6 @@ from rlinf_core.data.transforms import Transform
 from rlinf_core.preflight import check_run
 from rlinf_core.testing.lerobot import CAMERAS, SIZE
 
-ROOT = Path(__file__).parents[3]
 FRAME = SIZE * SIZE * 3
 
 
@@ -253,7 +251,6 @@ def test_two_commands_do_not_write_one_cache(tmp_path):
 
 
 def test_the_command_makes_what_a_run_uses(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
     quickstart = "examples/quickstart.toml"
     few = ["data.episodes=[0, 1, 2]", "data.validation_fraction=0", "runner.val_check_interval=0"]
     use = [*few, "data.cache=raw", f"data.cache_dir={tmp_path}"]
@@ -350,7 +347,6 @@ def test_a_quality_without_jpeg_is_refused():
 
 
 def test_what_makes_pictures_is_looked_for_before_a_run(monkeypatch):
-    monkeypatch.chdir(ROOT)
     plugins = repository_plugins()
 
     def report(*settings):

@@ -31,11 +31,13 @@ def uint8_hwc(image):
 
 @pytest.mark.parametrize("kind", ["video_dataset", "image_dataset"])
 def test_every_row_equals_lerobots_own(kind, request):
-    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+    lerobot_dataset = pytest.importorskip("lerobot.datasets.lerobot_dataset")
 
     root = request.getfixturevalue(kind).root
     steps = {"action": [step / FPS for step in range(HORIZON)]}
-    theirs = LeRobotDataset("tests/tiny", root, delta_timestamps=steps, video_backend="pyav", return_uint8=True)
+    theirs = lerobot_dataset.LeRobotDataset(
+        "tests/tiny", root, delta_timestamps=steps, video_backend="pyav", return_uint8=True
+    )
     source = open_lerobot(config(root), HORIZON, "train")
     source._videos._decoder = "pyav"
     assert len(source) == len(theirs)

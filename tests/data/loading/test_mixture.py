@@ -23,7 +23,7 @@ from rlinf_core.loggers.jsonl import read_rows
 from rlinf_core.preflight import check_run
 from rlinf_core.training.data import open_loader
 from rlinf_core.training.distributed.processes import processes
-from rlinf_core.training.resume import prepare_folder
+from rlinf_core.training.run_folder import prepare_folder
 
 ROWS, SHARES = (1000, 300, 7), (0.5, 0.45, 0.05)
 ORDER = Order(seed=5, rows=ROWS, shares=SHARES, samples=1200)

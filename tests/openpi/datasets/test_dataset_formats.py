@@ -85,7 +85,7 @@ def test_what_is_set_covers_what_the_class_says_and_that_its_parents():
     assert "RelativeActions" not in names(Pi0LiberoConfig(raw_action_is_delta=True))
     assert "RelativeUnless" in names(Pi0LiberoConfig(raw_action_is_delta=False, gripper=(6,)))
     assert "RelativeUnless" not in names(FrankaPick(raw_action_is_delta=True))
-    assert "exclude one another" in wrong(FrankaPick, raw_action_is_delta=False, relative=(True,))
+    assert "exclude each other" in wrong(FrankaPick, raw_action_is_delta=False, relative=(True,))
     assert "gripper is for raw_action_is_delta = false" in wrong(FrankaPick, relative=(True,), gripper=(6,))
     said = wrong(Pi05CustomConfig, raw_action_is_delta=True, gripper=(6,))
     assert "leave data.gripper out, or set it to []" in said

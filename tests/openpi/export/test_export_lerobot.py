@@ -17,16 +17,16 @@ from rlinf_core.data.transforms import SliceActions
 from rlinf_core.inference import load_policy
 from rlinf_core.training.distributed.processes import processes
 from rlinf_plugins_openpi.export import lerobot as lerobot_export
-from rlinf_plugins_openpi.export import lerobot_features
 from rlinf_plugins_openpi.inputs.tokenizer import BOS, GEMMA_ENTRIES, SMALL_MODEL, load_processor
 from rlinf_plugins_openpi.model import dimensions
 from rlinf_plugins_openpi.model.parts import unpacked
 from rlinf_plugins_openpi.model.pi0 import Pi0
-from rlinf_plugins_openpi.weights import published_names
+from rlinf_plugins_openpi.weights.names import published_names
 from rlinf_plugins_openpi.weights.saving import Entry
 
 pytestmark = pytest.mark.skipif(
-    find_spec("transformers") is None, reason="lerobot's policies need transformers: uv sync --group test"
+    not (find_spec("lerobot") and find_spec("transformers")),
+    reason="needs lerobot, whose policies need transformers: uv sync --group test",
 )
 
 STATE_WIDTH, ACTION_WIDTH, HORIZON = 8, 7, 5
@@ -58,7 +58,7 @@ def made_up_stats(width, generator):
 
 @pytest.fixture(autouse=True)
 def small_vocabulary(monkeypatch):
-    monkeypatch.setattr(lerobot_features, "GEMMA_ENTRIES", 1)
+    monkeypatch.setattr(lerobot_export, "GEMMA_ENTRIES", 1)
 
 
 @pytest.fixture
@@ -250,7 +250,7 @@ def test_at_the_published_size_every_name_and_shape_is_lerobots(name):
 def test_what_lerobot_cannot_hold_is_said_and_nothing_is_written(saved, export, overrides, complaints):
     code, folder, said = export(saved(*overrides), "--format", "lerobot")
     assert code == 2
-    assert "lerobot cannot hold this policy: " in said
+    assert "lerobot cannot represent this policy: " in said
     assert all(complaint in said for complaint in complaints)
     assert not folder.exists()
 
@@ -264,15 +264,15 @@ def test_transforms_without_a_step_are_named(saved):
     data = run.data.model_copy()
     object.__setattr__(data, "transforms", lambda: (SliceActions(7), Halve(3)))
     with pytest.raises(UserError, match=r"it has no step for Halve of pi05_maniskill"):
-        lerobot_features.read_features(run.policy, data, stats)
+        lerobot_export.read_features(run.policy, data, stats)
 
 
 def test_a_tokenizer_other_than_paligemmas_is_refused(saved, monkeypatch):
     run = saved()
-    monkeypatch.setattr(lerobot_features, "GEMMA_ENTRIES", GEMMA_ENTRIES)
+    monkeypatch.setattr(lerobot_export, "GEMMA_ENTRIES", GEMMA_ENTRIES)
     stats = load_norm_stats(run.folder / "norm_stats.json")
     with pytest.raises(UserError, match=r"tokenizer, and policy.tokenizer has 512 entries"):
-        lerobot_features.read_features(run.policy, run.data, stats)
+        lerobot_export.read_features(run.policy, run.data, stats)
 
 
 def test_what_no_file_of_lerobots_says_stands_in_the_readme(saved, export):

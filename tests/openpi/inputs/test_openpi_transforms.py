@@ -12,7 +12,8 @@ from rlinf_plugins_openpi import Pi0Config
 from rlinf_plugins_openpi.datasets.libero import Pi0LiberoConfig
 from rlinf_plugins_openpi.inputs.collate import stack
 from rlinf_plugins_openpi.inputs.tokenizer import SMALL_MODEL, PromptTokenizer
-from rlinf_plugins_openpi.inputs.transforms import CAMERAS, PadToActionDim, ResizeWithPad, TokenizePrompt
+from rlinf_plugins_openpi.inputs.transforms import PadToActionDim, ResizeWithPad, TokenizePrompt
+from rlinf_plugins_openpi.model.dimensions import CAMERAS
 
 
 def image(height, width, value=200):

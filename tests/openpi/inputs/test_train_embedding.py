@@ -18,12 +18,12 @@ from rlinf_core.testing import check_policy
 from rlinf_core.training.build import initial_value
 from rlinf_core.training.data import know_data
 from rlinf_core.training.distributed.processes import processes
-from rlinf_core.training.resume import prepare_folder
+from rlinf_core.training.run_folder import prepare_folder
 from rlinf_plugins_openpi import Pi05Config
-from rlinf_plugins_openpi.inputs.prompting import ROWS
-from rlinf_plugins_openpi.inputs.tokenizer import SMALL_MODEL, PromptTokenizer
-from rlinf_plugins_openpi.inputs.vocabulary import possible_tokens
-from rlinf_plugins_openpi.weights import EMBEDDING_IN_FILES, save_published
+from rlinf_plugins_openpi.config import ROWS
+from rlinf_plugins_openpi.inputs.tokenizer import SMALL_MODEL, PromptTokenizer, possible_tokens
+from rlinf_plugins_openpi.weights.names import EMBEDDING_IN_FILES
+from rlinf_plugins_openpi.weights.saving import save_published
 
 DECAY = ("optim.weight_decay=1e-10", "optim.clip_grad=1000.0")
 """The reference's, which rounding loses; gradients are not clipped, as a norm's last bits depend on what it is over."""
@@ -173,7 +173,7 @@ def test_any_state_has_tokens_that_are_trained():
 
 
 def test_nothing_is_trained_of_a_frozen_embedding(tmp_path, weights):
-    with pytest.raises(UserError, match=r'train_embedding = "used_rows" does nothing where freeze = "vlm"'):
+    with pytest.raises(UserError, match=r'train_embedding = "used_rows" has no effect with freeze = "vlm"'):
         configure(tmp_path, "any", weights[0], "policy.freeze=vlm", "policy.train_embedding=used_rows")
 
 

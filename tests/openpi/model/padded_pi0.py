@@ -9,8 +9,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from rlinf_plugins_openpi.model.flow import time_features
 from rlinf_plugins_openpi.model.parts import unpacked
+from rlinf_plugins_openpi.model.pi0 import time_features
 
 
 def padded_losses(model, batch):

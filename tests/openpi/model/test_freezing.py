@@ -7,8 +7,8 @@ from rlinf_core import UserError
 from rlinf_core.config.load import load_config
 from rlinf_core.plugins.registry import get_plugins
 from rlinf_core.training.distributed.processes import processes
-from rlinf_core.training.resume import prepare_folder
-from rlinf_plugins_openpi.weights import save_published
+from rlinf_core.training.run_folder import prepare_folder
+from rlinf_plugins_openpi.weights.saving import save_published
 
 TRAINED = {
     "vision": (".embedding.", ".layers.", ".modulation.", ".action_", ".time_"),
@@ -69,7 +69,7 @@ def test_a_frozen_part_keeps_its_bits(configure, weights, part, checkpointing, m
 
 
 def test_freezing_random_numbers_is_refused(configure):
-    with pytest.raises(UserError, match=r"freeze = \"vlm\" keeps random numbers as they are: set policy\.weights"):
+    with pytest.raises(UserError, match=r"freeze = \"vlm\" would keep random weights untrained: set policy\.weights"):
         configure("policy.freeze=vlm")
 
 

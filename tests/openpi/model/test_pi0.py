@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from rlinf_plugins_openpi.model.attention import KeysValues, attend
 from rlinf_plugins_openpi.model.augment import normalise, resize_with_pad
 from rlinf_plugins_openpi.model.dimensions import GemmaDimensions, Pi0Dimensions
-from rlinf_plugins_openpi.model.flow import euler_times
-from rlinf_plugins_openpi.model.pi0 import Pi0
+from rlinf_plugins_openpi.model.pi0 import Pi0, euler_times
 
 SMALL_PROJECTIONS = ("action_in_proj.", "action_out_proj.", "state_proj.", "time_mlp_", "action_time_mlp_")
 

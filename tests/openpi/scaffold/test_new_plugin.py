@@ -94,11 +94,11 @@ def test_columns_of_their_own_are_put_together():
 @pytest.mark.parametrize(
     ("column", "names", "is_delta", "evidence"),
     [
-        ("action", JOINTS, False, "have the names of the state's"),
+        ("action", JOINTS, False, "have the same names as those of the state"),
         ("action", ["delta_x", "dy", "gripper"], True, "displacements or velocities (delta_x, dy)"),
         ("action.joint_velocity", ["a", "b"], True, "displacements or velocities (action.joint_velocity)"),
-        ("action", ["a", "b"], True, "Nothing in the names tells."),
-        ("action", None, True, "Nothing in the names tells."),
+        ("action", ["a", "b"], True, "The names give no evidence."),
+        ("action", None, True, "The names give no evidence."),
     ],
 )
 def test_what_actions_are_is_taken_from_names_and_said(column, names, is_delta, evidence):
@@ -124,7 +124,7 @@ def test_what_cannot_be_a_format_is_refused_with_the_columns(features, message):
 
 @pytest.fixture(scope="module")
 def absolute(tmp_path_factory):
-    """A dataset whose actions look like positions to reach."""
+    """A dataset whose actions look like target positions."""
     root = tmp_path_factory.mktemp("absolute") / "data"
     write_tiny_dataset(root, vectors={"observation.state": 7, "action": 7}, lengths=[12, 9])
     info = json.loads((root / "meta" / "info.json").read_text())

@@ -15,8 +15,8 @@ from tiny_pi0 import PI0, published_state, shapes_of
 from rlinf_core.data.normalize import load_norm_stats
 from rlinf_core.data.statistics.importers import read_lerobot, read_openpi
 from rlinf_plugins_openpi.inputs.tokenizer import SMALL_MODEL, PromptTokenizer, load_processor
-from rlinf_plugins_openpi.weights import PublishedWeights
 from rlinf_plugins_openpi.weights.convert import convert
+from rlinf_plugins_openpi.weights.source import PublishedWeights
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,9 @@ from tiny_pi0 import PI0, PI05, published_state, shapes_of, state_of
 
 from rlinf_core.errors import UserError
 from rlinf_plugins_openpi.model.parts import unpacked
-from rlinf_plugins_openpi.weights import (
-    EMBEDDING,
-    EMBEDDING_IN_FILES,
-    UNUSED,
-    PublishedWeights,
-    published_names,
-    save_published,
-)
+from rlinf_plugins_openpi.weights.names import EMBEDDING, EMBEDDING_IN_FILES, UNUSED, published_names
+from rlinf_plugins_openpi.weights.saving import save_published
+from rlinf_plugins_openpi.weights.source import PublishedWeights
 
 STATE_PROJ = "state_proj.weight"
 

@@ -15,10 +15,11 @@ from rlinf_core import cli
 from rlinf_core.errors import UserError
 from rlinf_plugins_openpi.model import dimensions as sizes
 from rlinf_plugins_openpi.model.parts import unpacked
-from rlinf_plugins_openpi.weights import EMBEDDING, EMBEDDING_IN_FILES, UNUSED, PublishedWeights
 from rlinf_plugins_openpi.weights.convert import convert
 from rlinf_plugins_openpi.weights.layouts import JAX
+from rlinf_plugins_openpi.weights.names import EMBEDDING, EMBEDDING_IN_FILES, UNUSED
 from rlinf_plugins_openpi.weights.saving import Entry, write_safetensors
+from rlinf_plugins_openpi.weights.source import PublishedWeights
 
 ORBAX = Path(__file__).parent / "orbax"
 """π0.5 of `tiny_pi0`, saved by orbax 0.11.1 (openpi's) under JAX 0.5.3 as openpi's training does: `params.….value`.

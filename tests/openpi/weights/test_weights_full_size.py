@@ -23,13 +23,14 @@ from rlinf_core.data.normalize import NormStats
 from rlinf_core.plugins.registry import get_plugins
 from rlinf_core.training.build import build_policy
 from rlinf_core.training.distributed.processes import processes
-from rlinf_core.training.fsdp import materialize, shard
+from rlinf_core.training.fsdp import materialize, ranks_mesh, shard
 from rlinf_plugins_openpi.inputs.tokenizer import SMALL_MODEL
 from rlinf_plugins_openpi.model.dimensions import Pi0Dimensions
 from rlinf_plugins_openpi.model.pi0 import Pi0
-from rlinf_plugins_openpi.weights import UNUSED, PublishedWeights
 from rlinf_plugins_openpi.weights.convert import convert
+from rlinf_plugins_openpi.weights.names import UNUSED
 from rlinf_plugins_openpi.weights.saving import Entry, write_safetensors
+from rlinf_plugins_openpi.weights.source import PublishedWeights
 
 LAYOUT = Path(__file__).parents[2] / "golden" / "model" / "published_layout.json"
 DIMENSIONS = Pi0Dimensions.of("base", pi05=True, action_dim=32, action_horizon=50)
@@ -100,7 +101,7 @@ def test_loading_holds_the_model_and_one_tensor(published):
 
     before = own_memory()
     with processes("cpu") as group:
-        shard(model, group.mesh(), compute_dtype=torch.bfloat16)
+        shard(model, ranks_mesh(group.device.type, group.size), compute_dtype=torch.bfloat16)
         materialize(model, torch.device("cpu"), value)
         peak = max(peak, own_memory())
         size = sum(math.prod(shape) for shape in shapes.values()) * 4 / GB

@@ -11,8 +11,8 @@ from tiny_pi0 import PI0, published_state, shapes_of
 
 from rlinf_core.errors import UserError
 from rlinf_plugins_openpi.config import Pi0Config
-from rlinf_plugins_openpi.weights import PublishedWeights
 from rlinf_plugins_openpi.weights.hub import find_cached_weights, find_weights
+from rlinf_plugins_openpi.weights.source import PublishedWeights
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

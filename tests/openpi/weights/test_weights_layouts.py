@@ -7,8 +7,9 @@ from tiny_pi0 import PI0, PI05, published_state, rlinf_state, shapes_of, state_o
 
 from rlinf_core.errors import UserError
 from rlinf_plugins_openpi.model.dimensions import Pi0Dimensions
-from rlinf_plugins_openpi.weights import EMBEDDING, EMBEDDING_IN_FILES, UNUSED, PublishedWeights
 from rlinf_plugins_openpi.weights.files import open_files
+from rlinf_plugins_openpi.weights.names import EMBEDDING, EMBEDDING_IN_FILES, UNUSED
+from rlinf_plugins_openpi.weights.source import PublishedWeights
 
 (HEAD,) = UNUSED
 
@@ -67,7 +68,7 @@ def test_problems_are_named_as_the_file_names_them(tmp_path):
     message = complaint(tmp_path, PI0)
     assert "missing: model.state_proj.bias [4]" in message
     assert "unexpected: model.normalize.mean [2]" in message
-    assert "openpi's PyTorch layout with every name after 'model.'" in message
+    assert "openpi's PyTorch layout with the prefix 'model.'" in message
 
 
 @pytest.mark.parametrize("place", ["full_weights.pt", "actor/model_state_dict/full_weights.pt"])
@@ -136,7 +137,7 @@ def test_a_long_list_is_summed_up_at_both_ends(tmp_path):
     counts = f"{len(state) - 3} missing, 0 unexpected, 0 misshapen"
     assert counts in first
     assert last.endswith(f"does not fit the model: {counts}")
-    assert guess == guess_again == "this looks like a part of the weights: is a file missing?"
+    assert guess == guess_again == "this looks like only a part of the weights: is a file missing?"
 
 
 @pytest.mark.parametrize(
@@ -146,7 +147,7 @@ def test_a_long_list_is_summed_up_at_both_ends(tmp_path):
             {"value_head.mlp.0.weight": torch.zeros(2)},
             "this looks like a reinforcement-learning checkpoint (value_head.",
         ),
-        ({"action_in_proj.lora_A.weight": torch.zeros(2)}, "this looks like weights with LoRA adapters beside them"),
+        ({"action_in_proj.lora_A.weight": torch.zeros(2)}, "this looks like weights with unmerged LoRA adapters"),
     ],
 )
 def test_what_others_add_is_refused_with_a_guess(tmp_path, change, guess):

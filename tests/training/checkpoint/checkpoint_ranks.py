@@ -18,6 +18,7 @@ from rlinf_core.training.checkpoint.manager import Checkpoints
 from rlinf_core.training.checkpoint.state import Position, find_damage
 from rlinf_core.training.checkpoint.writer import Keep, Place
 from rlinf_core.training.distributed.processes import processes
+from rlinf_core.training.fsdp import ranks_mesh
 
 
 def at(step):
@@ -32,7 +33,10 @@ def main(arguments):
     folder = Path(arguments[0]) / "saved"
     with processes("cpu") as group:
         whole = torch.arange(24.0).view(6, 4)
-        tensors = {"w": distribute_tensor(whole, group.mesh(), [Shard(0)]), "same": torch.ones(3)}
+        tensors = {
+            "w": distribute_tensor(whole, ranks_mesh(group.device.type, group.size), [Shard(0)]),
+            "same": torch.ones(3),
+        }
         checkpoints = Checkpoints(Place(folder, folder / "checkpoints", Keep(2)), group, tensors)
         for step in (1, 2):
             time.sleep(0.2 * group.rank * (step == 1))  # Ranks come to a save at different times.

@@ -1,6 +1,6 @@
-"""Text SFT for rlinf_core: causal language models of transformers, and the data they are tuned on.
+"""Text SFT for rlinf_core: causal language models of transformers, and the text they are fine-tuned on.
 
-The names in `__all__` load on first use, so that importing the package costs nothing and leaves torch unloaded.
+The names in `__all__` are imported on first use: importing the package is quick and does not import torch.
 """
 
 from importlib import import_module

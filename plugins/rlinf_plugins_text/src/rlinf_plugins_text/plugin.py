@@ -1,4 +1,4 @@
-"""What this distribution tells rlinf_core, through the entry point `rlinf-plugins-text`."""
+"""The hooks of this distribution, registered through the entry point `rlinf-plugins-text`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @hookimpl
 def rlinf_register_policies() -> list[type[PolicyConfig]]:
-    """Offer the policy `text`."""
+    """Register the policy `text`."""
     return [TextPolicyConfig]
 
 
@@ -24,7 +24,14 @@ def rlinf_open_dataset(dataset: DatasetConfig, policy: PolicyConfig, split: Spli
     if not isinstance(dataset, TextDatasetConfig):
         return None
     if not isinstance(policy, TextPolicyConfig):
-        raise UserError(f"the dataset {dataset.config_name!r} holds tokens for the policy 'text', not {policy.type!r}")
+        raise UserError(f"the dataset {dataset.config_name!r} is for the policy 'text', not {policy.type!r}")
     from rlinf_plugins_text.rows.source import open_text
 
-    return open_text(dataset, policy, split)
+    return open_text(
+        dataset,
+        policy.text_tokenizer(),
+        split,
+        max_length=policy.max_length,
+        overlong=policy.overlong,
+        packing=policy.packing,
+    )

@@ -25,14 +25,17 @@ def run(options: argparse.Namespace) -> int:
     from rlinf_core.config.load import load_config
     from rlinf_core.plugins.registry import get_plugins
     from rlinf_core.preflight import nobody_launches
-    from rlinf_core.training.resume import find_start, say_finished
+    from rlinf_core.training.resume import Flags, decide_start, say_finished
+    from rlinf_core.training.run_folder import read_folder
 
     plugins = get_plugins()
     config = load_config(options.config, options.overrides, plugins)
     plugins.hook.rlinf_configure(run=config)
-    if not options.overwrite and (start := find_start(config, allow_change=options.allow_change)).finished:
-        print(say_finished(config, start))
-        return 0
+    if not options.overwrite:
+        start = decide_start(config, read_folder(config), Flags(allow_change=options.allow_change))
+        if start.finished:
+            print(say_finished(config, start))
+            return 0
     arguments = [options.config, *options.overrides, *["--overwrite"] * options.overwrite]
     arguments += ["--allow-change"] * options.allow_change + ["--debug"] * options.debug
     code: int | None = plugins.hook.rlinf_launch(run=config, arguments=arguments)

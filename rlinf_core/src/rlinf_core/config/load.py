@@ -33,7 +33,7 @@ from rlinf_core.config.toml import (
 from rlinf_core.contract.datasets import DatasetConfig
 from rlinf_core.contract.mixture import LOADER_KEYS, MixtureConfig, MixtureEntry, MixtureShare
 from rlinf_core.contract.run import RunConfig
-from rlinf_core.contract.section import Section
+from rlinf_core.contract.tables import Section
 from rlinf_core.errors import UserError
 from rlinf_core.plugins.owners import Owner
 from rlinf_core.plugins.registrations import Kind

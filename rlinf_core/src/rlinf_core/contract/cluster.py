@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from rlinf_core.contract.section import Section
+from rlinf_core.contract.tables import Section
 from rlinf_core.errors import UserError
-
-if TYPE_CHECKING:
-    from rlinf_core.contract.run import RunConfig
 
 TORCHRUN = "torchrun"
 """The launcher that core brings."""
@@ -121,17 +118,16 @@ class ClusterConfig(Section):
         return parse_ranks(self.component_placement[COMPONENT])
 
 
-def check_world_size(run: RunConfig, world_size: int) -> None:
+def check_world_size(cluster: ClusterConfig, world_size: int) -> None:
     """Hold a run that somebody else started (torchrun by hand, Slurm) to its `[cluster]` table.
 
     Args:
-        run: The config.
+        cluster: The table.
         world_size: Processes that take part, over all machines.
 
     Raises:
         UserError: Their number is not what the placement says, or cannot be spread over `num_nodes` machines.
     """
-    cluster = run.cluster
     placement = f'cluster.component_placement = {{ {COMPONENT} = "{cluster.component_placement[COMPONENT]}" }}'
     if cluster.ranks is not None and len(cluster.ranks) != world_size:
         raise UserError(

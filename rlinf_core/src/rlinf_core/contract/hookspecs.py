@@ -19,10 +19,8 @@ if TYPE_CHECKING:
 
     from rlinf_core.contract.command import Command
     from rlinf_core.contract.datasets import DatasetConfig, SampleSource, Split
-    from rlinf_core.contract.logger import LoggerConfig
     from rlinf_core.contract.policy import PolicyConfig
-    from rlinf_core.contract.run import RunConfig
-    from rlinf_core.contract.trainer import Trainer, TrainerConfig
+    from rlinf_core.contract.run import LoggerConfig, RunConfig, Trainer, TrainerConfig
 
 PROJECT = "rlinf"
 hookspec = pluggy.HookspecMarker(PROJECT)

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import Field, InstanceOf, SerializeAsAny, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from rlinf_core.contract.datasets import DatasetConfig
-from rlinf_core.contract.section import Section
+from rlinf_core.contract.tables import Section
 
 LOADER_KEYS = ("num_workers",)
 """Keys that stay in `[data]`: one set of workers loads every source."""

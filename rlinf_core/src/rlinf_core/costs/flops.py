@@ -13,14 +13,28 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import flop_registry
+
+from rlinf_core.torch_names import (
+    FLASH,
+    FLASH_BACKWARD,
+    VARLEN,
+    VARLEN_BACKWARD,
+    TorchDispatchMode,
+    attention_spelt_out,
+    flash_attention,
+    flop_registry,
+    implemented,
+    name_of,
+    packet_of,
+    shares_memory,
+    storage_address,
+    tree_leaves,
+    tree_map,
+)
 
 _aten = torch.ops.aten
 _META = torch.device("meta")
@@ -66,7 +80,7 @@ def count(policy: Any, batch: Mapping[str, Any]) -> Counted:
     was_training = policy.training
     policy.train()
     try:
-        with _flash_attention(), meter:
+        with implemented("scaled_dot_product_attention", _as_on_cuda, "AutogradMeta"), meter:
             loss = policy(batch).loss_sum
             forward, saved = meter.flops, meter.alive
             peaks = [meter.take_peak()]
@@ -114,7 +128,7 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.alive = 0
         self._peak = 0
         tensors = [*policy.parameters(), *policy.buffers(), *tree_leaves(batch)]
-        self._known = {t.untyped_storage()._cdata for t in tensors if isinstance(t, torch.Tensor)}
+        self._known = {storage_address(t.untyped_storage()) for t in tensors if isinstance(t, torch.Tensor)}
         self._known_results: dict[Any, tuple[Any, int]] = {}
         self._kept = tensors  # Else their storages' places in memory could be taken by others.
 
@@ -140,8 +154,8 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         Torch works shapes out in Python, at a millisecond each, and a model is many equal blocks.
         """
-        name = str(func._overloadpacket)
-        formula: Any = _ATTENTION.get(name) or flop_registry.get(func._overloadpacket)
+        name = name_of(func)
+        formula: Any = _ATTENTION.get(name) or flop_registry.get(packet_of(func))
         given = args  # With the values that there are.
         args, kwargs = _all_on_meta(func, args, kwargs)
         key = (func, _signature(args), _signature(kwargs)) if _makes_new(func) else None
@@ -159,7 +173,7 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
     def _follow(self, storage: Any) -> None:
-        place = storage._cdata
+        place = storage_address(storage)
         if place in self._known:
             return
         size = storage.nbytes()
@@ -187,10 +201,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 @functools.cache
 def _makes_new(func: Any) -> bool:
     """Whether an operation's results share no memory with its arguments, which stay as they are."""
-    if str(func._overloadpacket) in _BY_VALUE:
-        return False
-    schema = func._schema
-    return not any(one.alias_info for one in (*schema.arguments, *schema.returns))
+    return name_of(func) not in _BY_VALUE and not shares_memory(func)
 
 
 def _signature(value: Any) -> Any:
@@ -243,17 +254,6 @@ def _floats_on_meta(value: Any) -> Any:
     return value.to(_META) if floats else value
 
 
-@contextmanager
-def _flash_attention() -> Iterator[None]:
-    """Send attention on the meta device to CUDA's flash kernel, which knows its shapes; torch would spell it out."""
-    library: Any = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
-    library.impl("scaled_dot_product_attention", _as_on_cuda, "AutogradMeta")
-    try:
-        yield
-    finally:
-        library._destroy()
-
-
 def _as_on_cuda(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -263,12 +263,10 @@ def _as_on_cuda(
     is_causal: bool = False,
     **others: Any,
 ) -> torch.Tensor:
+    """Attention on the meta device by CUDA's flash kernel, which knows its shapes; torch would spell it out."""
     if query.ndim != 4 or query.shape[-1] != value.shape[-1]:
-        whole = _aten._scaled_dot_product_attention_math
-        spelt: torch.Tensor = whole(query, key, value, attn_mask, dropout_p, is_causal, **others)[0]
-        return spelt
-    out: torch.Tensor = _aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal)[0]
-    return out
+        return attention_spelt_out(query, key, value, attn_mask, dropout_p, is_causal, **others)
+    return flash_attention(query, key, value, is_causal=is_causal)
 
 
 def _attention_forward(query: torch.Tensor, key: torch.Tensor, *_: Any, **__: Any) -> int:
@@ -298,11 +296,11 @@ def _pairs(starts: torch.Tensor, key_starts: torch.Tensor) -> int:
 
 
 _ATTENTION = {
-    "aten._scaled_dot_product_flash_attention": _attention_forward,
-    "aten._scaled_dot_product_flash_attention_backward": _attention_backward,
-    "torch_attn._varlen_attn": _end_to_end_forward,
-    "torch_attn._varlen_attn_backward": _end_to_end_backward,
+    FLASH: _attention_forward,
+    FLASH_BACKWARD: _attention_backward,
+    VARLEN: _end_to_end_forward,
+    VARLEN_BACKWARD: _end_to_end_backward,
 }
-_BY_VALUE = frozenset({"torch_attn._varlen_attn", "torch_attn._varlen_attn_backward"})
+_BY_VALUE = frozenset({VARLEN, VARLEN_BACKWARD})
 """Operations whose cost depends on values, so that one is not like another of the same shapes."""
 _INDEXING = frozenset({_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default})

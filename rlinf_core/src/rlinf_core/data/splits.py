@@ -5,12 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from rlinf_core.contract.datasets import ColumnSource, SampleSource, Split
-from rlinf_core.contract.run import RunConfig
+from rlinf_core.contract.run import LoadedPlugins, RunConfig
 from rlinf_core.errors import UserError
-from rlinf_core.plugins.registry import Plugins
 
 
-def open_split(run: RunConfig, plugins: Plugins, split: Split) -> SampleSource:
+def open_split(run: RunConfig, plugins: LoadedPlugins, split: Split) -> SampleSource:
     """The rows of a split, from the plugin that reads the dataset."""
     source: SampleSource | None = plugins.hook.rlinf_open_dataset(dataset=run.data, policy=run.policy, split=split)
     if source is None:

@@ -11,8 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rlinf_core.contract.logger import Logger, LoggerConfig
-from rlinf_core.contract.run import RunConfig
+from rlinf_core.contract.run import Logger, LoggerConfig, RunConfig
 from rlinf_core.loggers.jsonl import FILE, read_rows
 from rlinf_core.untrusted import printable
 

@@ -12,8 +12,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Literal
 
-from rlinf_core.contract.logger import Logger, LoggerConfig
-from rlinf_core.contract.run import RunConfig
+from rlinf_core.contract.run import Logger, LoggerConfig, RunConfig
 from rlinf_core.errors import UserError
 from rlinf_core.files import write_text
 

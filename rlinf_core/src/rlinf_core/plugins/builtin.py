@@ -14,10 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from rlinf_core.contract.datasets import DatasetConfig, SampleSource, Split
-    from rlinf_core.contract.logger import LoggerConfig
     from rlinf_core.contract.policy import PolicyConfig
-    from rlinf_core.contract.run import RunConfig
-    from rlinf_core.contract.trainer import TrainerConfig
+    from rlinf_core.contract.run import LoggerConfig, RunConfig, TrainerConfig
 
 
 @hookimpl

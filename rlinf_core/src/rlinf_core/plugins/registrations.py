@@ -13,9 +13,8 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 from pydantic import BaseModel
 
 from rlinf_core.contract.command import Command
-from rlinf_core.contract.logger import LoggerConfig
 from rlinf_core.contract.policy import PolicyConfig
-from rlinf_core.contract.trainer import TrainerConfig
+from rlinf_core.contract.run import LoggerConfig, TrainerConfig
 from rlinf_core.errors import PluginError
 from rlinf_core.plugins.owners import Owner
 

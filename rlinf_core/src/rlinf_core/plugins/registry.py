@@ -33,10 +33,8 @@ if TYPE_CHECKING:
 
     from rlinf_core.contract.command import Command
     from rlinf_core.contract.datasets import DatasetConfig
-    from rlinf_core.contract.logger import Logger, LoggerConfig
     from rlinf_core.contract.policy import PolicyConfig
-    from rlinf_core.contract.run import RunConfig
-    from rlinf_core.contract.trainer import TrainerConfig
+    from rlinf_core.contract.run import Logger, LoggerConfig, RunConfig, TrainerConfig
     from rlinf_core.plugins.registrations import Kind, Registered
 
 PLUGIN_GROUP = "rlinf.plugins"

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from rlinf_core.errors import UserError
 from rlinf_core.testing.lerobot_v2 import write_v2
 
 FPS = 10
@@ -64,7 +65,7 @@ def write_tiny_dataset(
     seed: int = 0,
     **create: Any,
 ) -> TinyDataset:
-    """Write a dataset of random numbers and small pictures; two tasks alternate by episode. Imports lerobot.
+    """Write a dataset of random numbers and small pictures; two tasks alternate by episode.
 
     Args:
         root: Folder to write; it must not exist.
@@ -75,9 +76,10 @@ def write_tiny_dataset(
         version: Format; of the older ones, lerobot's writer writes none, so that its v3.0 is taken apart.
         seed: Of the numbers.
         create: Further arguments of `LeRobotDataset.create`.
-    """
-    from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
+    Raises:
+        UserError: lerobot is not installed.
+    """
     root, asked = Path(root), Path(root)
     if version != "v3.0":
         root = asked.with_name(f"{asked.name}_v30")
@@ -87,7 +89,7 @@ def write_tiny_dataset(
         name: {"dtype": "float32", "shape": (width,), "names": [f"{name}{i}" for i in range(width)]}
         for name, width in vectors.items()
     }
-    dataset = LeRobotDataset.create("tests/tiny", FPS, features, root=root, use_videos=videos, **create)
+    dataset = _lerobot_dataset().create("tests/tiny", FPS, features, root=root, use_videos=videos, **create)
     generator = np.random.default_rng(seed)
     written = TinyDataset(asked, {name: [] for name in vectors}, [], [])
     for episode, length in enumerate(lengths):
@@ -107,3 +109,15 @@ def write_tiny_dataset(
         write_v2(root, asked, version)
         shutil.rmtree(root)
     return written
+
+
+def _lerobot_dataset() -> Any:
+    """All that this project imports of lerobot: the class that writes datasets."""
+    try:
+        from lerobot.datasets.lerobot_dataset import LeRobotDataset
+    except ImportError as error:
+        raise UserError(
+            f"tiny datasets are written by lerobot, which cannot be imported ({error}): "
+            "pip install 'rlinf-core[lerobot]'"
+        ) from error
+    return LeRobotDataset

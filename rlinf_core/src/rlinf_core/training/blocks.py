@@ -11,26 +11,15 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-import torch.nn.attention.varlen  # registers its operator
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from rlinf_core.torch_names import ATTENTION
 
 Checkpointing = Literal["none", "selective", "full"]
 
 _aten = torch.ops.aten
-EXPENSIVE = frozenset(
-    {
-        _aten.mm.default,
-        _aten.addmm.default,
-        _aten.bmm.default,
-        _aten._scaled_dot_product_flash_attention.default,
-        _aten._scaled_dot_product_efficient_attention.default,
-        _aten._scaled_dot_product_cudnn_attention.default,
-        _aten._scaled_dot_product_flash_attention_for_cpu.default,
-        _aten._flash_attention_forward.default,
-        torch.ops.torch_attn._varlen_attn.default,
-    }
-)
+EXPENSIVE = frozenset({_aten.mm.default, _aten.addmm.default, _aten.bmm.default, *ATTENTION})
 """What selective checkpointing keeps: results that cost more to compute than to store."""
 
 

@@ -8,15 +8,14 @@ import torch
 
 from rlinf_core.contract.module import ShardUnit, WeightSource
 from rlinf_core.contract.policy import PolicyConfig
-from rlinf_core.contract.run import RunConfig
+from rlinf_core.contract.process_group import ProcessGroup
+from rlinf_core.contract.run import LoadedPlugins, RunConfig
 from rlinf_core.errors import UserError
-from rlinf_core.plugins.registry import Plugins
 from rlinf_core.training.blocks import Checkpointing, prepare_block
-from rlinf_core.training.config import Fsdp2TrainerConfig
-from rlinf_core.training.distributed.processes import Processes
 from rlinf_core.training.ema import Ema
-from rlinf_core.training.fsdp import derived_seed, materialize, shard, unreached
+from rlinf_core.training.fsdp import derived_seed, materialize, ranks_mesh, shard, unreached
 from rlinf_core.training.optim import Optimizer, Schedule, decays
+from rlinf_core.training.settings import Fsdp2Settings
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -26,7 +25,7 @@ def open_weights(run: RunConfig) -> WeightSource | None:
     return run.policy.open_weights() if run.policy.weights not in ("", "random") else None
 
 
-def build_on_meta(run: RunConfig, plugins: Plugins, *, to_count: bool = False) -> Any:
+def build_on_meta(run: RunConfig, plugins: LoadedPlugins, *, to_count: bool = False) -> Any:
     """The policy without memory, as plugins have changed it; `to_count`: as far as it can be without its files."""
     with torch.device("meta"):
         policy: Any = run.policy.build_to_count() if to_count else run.policy.build()
@@ -37,9 +36,9 @@ def build_on_meta(run: RunConfig, plugins: Plugins, *, to_count: bool = False) -
 
 def build_policy(
     run: RunConfig,
-    config: Fsdp2TrainerConfig,
-    group: Processes,
-    plugins: Plugins,
+    config: Fsdp2Settings,
+    group: ProcessGroup,
+    plugins: LoadedPlugins,
     weights: WeightSource | None,
     *,
     filled: bool = True,
@@ -57,7 +56,7 @@ def build_policy(
     prepare_blocks(run, policy, config.activation_checkpointing, compiled=config.compile)
     shard(
         policy,
-        group.mesh(config.num_replicas),
+        ranks_mesh(group.device.type, group.size, config.num_replicas),
         compute_dtype=DTYPES[config.param_dtype],
         reshard_after_forward=config.reshard_after_forward,
         min_unit_size=config.min_unit_size,
@@ -101,7 +100,7 @@ def build_optimizer(run: RunConfig, policy: Any) -> Optimizer:
     )
 
 
-def build_ema(run: RunConfig, config: Fsdp2TrainerConfig, policy: Any) -> Ema | None:
+def build_ema(run: RunConfig, config: Fsdp2Settings, policy: Any) -> Ema | None:
     """The moving average of a sharded policy with its initial weights; None if none is kept."""
     if not run.optim.ema_decay:
         return None

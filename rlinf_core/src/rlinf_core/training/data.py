@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rlinf_core.contract.datasets import SampleSource, Split
-from rlinf_core.contract.run import RunConfig, RunSource
+from rlinf_core.contract.process_group import ProcessGroup
+from rlinf_core.contract.run import LoadedPlugins, RunConfig, RunSource
 from rlinf_core.data.lerobot.source import LeRobotSource
 from rlinf_core.data.loading.chunked_sampling import chunks_of
 from rlinf_core.data.loading.loader import build_train_loader
@@ -19,16 +20,14 @@ from rlinf_core.data.splits import describe_splits, open_split
 from rlinf_core.data.statistics.preview import different_prompts, preview_samples
 from rlinf_core.data.statistics.run import run_statistics
 from rlinf_core.errors import UserError
-from rlinf_core.plugins.registry import Plugins
-from rlinf_core.training.distributed.processes import Processes
 
 
-def open_training_rows(run: RunConfig, plugins: Plugins) -> list[SampleSource]:
+def open_training_rows(run: RunConfig, plugins: LoadedPlugins) -> list[SampleSource]:
     """The training rows of each dataset."""
     return [_open(source, plugins, "train") for source in run.sources]
 
 
-def _open(source: RunSource, plugins: Plugins, split: Split) -> SampleSource:
+def _open(source: RunSource, plugins: LoadedPlugins, split: Split) -> SampleSource:
     with source.naming():
         rows = open_split(source.run, plugins, split)
         if not len(rows):
@@ -36,13 +35,13 @@ def _open(source: RunSource, plugins: Plugins, split: Split) -> SampleSource:
         return rows
 
 
-def know_data(run: RunConfig, plugins: Plugins) -> tuple[RunConfig, Mapping[str, Sequence[int]]]:
+def know_data(run: RunConfig, plugins: LoadedPlugins) -> tuple[RunConfig, Mapping[str, Sequence[int]]]:
     """The run with a policy that knows the data as far as its layout follows from them, and what it knows."""
     layout = run.policy.data_layout(_prompts(run, plugins))
     return run.model_copy(update={"policy": run.policy.with_data_layout(layout)}), layout
 
 
-def _prompts(run: RunConfig, plugins: Plugins) -> Iterator[str]:
+def _prompts(run: RunConfig, plugins: LoadedPlugins) -> Iterator[str]:
     for source in run.sources:
         data = source.run.data
         splits: tuple[Split, ...] = ("train", "validation") if data.has_validation else ("train",)
@@ -52,7 +51,7 @@ def _prompts(run: RunConfig, plugins: Plugins) -> Iterator[str]:
                 yield from different_prompts(rows, transforms, read_images=data.stats_need_images)
 
 
-def open_loader(run: RunConfig, sources: Sequence[Source], group: Processes, start_step: int, stop_step: int) -> Any:
+def open_loader(run: RunConfig, sources: Sequence[Source], group: ProcessGroup, start_step: int, stop_step: int) -> Any:
     """This rank's micro batches from the step after `start_step` to `stop_step`."""
     return build_train_loader(
         sources,
@@ -76,7 +75,7 @@ def made_of(run: RunConfig, rows: Sequence[SampleSource]) -> str:
 
 
 def build_sources(
-    run: RunConfig, rows: Sequence[SampleSource], group: Processes, *, resuming: bool
+    run: RunConfig, rows: Sequence[SampleSource], group: ProcessGroup, *, resuming: bool
 ) -> tuple[tuple[Source, ...], list[str]]:
     """The datasets as the loader takes them, and warnings about their statistics.
 
@@ -96,7 +95,7 @@ def build_sources(
     return tuple(sources), warnings
 
 
-def open_held_out_rows(run: RunConfig, plugins: Plugins) -> list[SampleSource | None]:
+def open_held_out_rows(run: RunConfig, plugins: LoadedPlugins) -> list[SampleSource | None]:
     """The held-out rows of each dataset; None where the run does not validate, or a source holds out nothing."""
     return [
         _open(source, plugins, "validation")

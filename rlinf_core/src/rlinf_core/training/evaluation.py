@@ -14,12 +14,13 @@ import torch
 from numpy.typing import NDArray
 
 from rlinf_core.contract.datasets import SampleSource
+from rlinf_core.contract.process_group import ProcessGroup
 from rlinf_core.contract.run import RunConfig
 from rlinf_core.data.loading.mixture import Source
 from rlinf_core.data.loading.validation import ValidationBatch, ValidationRow, build_validation_batches
 from rlinf_core.data.pipeline import Pipeline
 from rlinf_core.errors import UserError
-from rlinf_core.training.distributed.processes import Processes, to_device
+from rlinf_core.training.distributed.processes import to_device
 from rlinf_core.training.ema import Ema
 from rlinf_core.training.fsdp import release
 from rlinf_core.training.stopping import BASELINES, HEADLINES, best_metric, result_names
@@ -34,7 +35,7 @@ class Validation:
     """Measures a policy on the same held-out rows, with the same draws, each time."""
 
     def __init__(
-        self, run: RunConfig, pipeline: Pipeline, held_out: SampleSource, training: SampleSource, group: Processes
+        self, run: RunConfig, pipeline: Pipeline, held_out: SampleSource, training: SampleSource, group: ProcessGroup
     ) -> None:
         self._run, self._pipeline, self._source, self._group = run, pipeline, held_out, group
         self._episodes = held_out.episodes
@@ -194,7 +195,7 @@ class MixtureValidation:
 
 
 def open_validation(
-    run: RunConfig, sources: Sequence[Source], held_out: Sequence[SampleSource | None], group: Processes
+    run: RunConfig, sources: Sequence[Source], held_out: Sequence[SampleSource | None], group: ProcessGroup
 ) -> Validation | MixtureValidation | None:
     """What measures a run's policy on its held-out rows; None if there are none.
 

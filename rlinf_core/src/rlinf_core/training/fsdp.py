@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -25,6 +25,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 FORWARD_METHODS = ("sample_actions", "demonstrate")
 """Entry points other than `forward` that must gather parameters too."""
+
+
+def ranks_mesh(device_type: str, ranks: int, num_replicas: int = 1) -> DeviceMesh:
+    """All ranks as FSDP2 takes them: one dimension that shards; with replicas, one that replicates before it."""
+    if num_replicas == 1:
+        return init_device_mesh(device_type, (ranks,), mesh_dim_names=("shard",))
+    return init_device_mesh(device_type, (num_replicas, ranks // num_replicas), mesh_dim_names=("replicate", "shard"))
 
 
 def shard(

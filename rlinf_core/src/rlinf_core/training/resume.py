@@ -1,24 +1,82 @@
-"""Where a run starts: afresh, from its last checkpoint, or not at all because it is finished (contract 9)."""
+"""Where a run starts: at step 0, at its last checkpoint, or not at all because it is finished (contract 9).
+
+`decide_start` is a pure function of the run, of what is in its folder (`FolderState`) and of the command's flags.
+Every refusal and every note of a start is made here; `training.run_folder` reads the folder and writes to it.
+"""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Mapping, Set
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from rlinf_core.config.load import diff_tables, dump_config, read_toml
 from rlinf_core.contract.run import RunConfig
 from rlinf_core.errors import UserError
-from rlinf_core.files import write_text, writing
-from rlinf_core.training.agents import remember
-from rlinf_core.training.checkpoint.state import NAMES, Position, find_damage, newest_whole, step_name
-from rlinf_core.training.ownership import claim, refuse_foreign
-from rlinf_core.training.run_folder import cannot_hold, check_folder
+from rlinf_core.training.checkpoint.state import Position, none_whole
 
-if TYPE_CHECKING:
-    from rlinf_core.training.distributed.processes import Processes
+
+@dataclass(frozen=True)
+class Flags:
+    """What a start was asked for beyond its config."""
+
+    overwrite: bool = False
+    """Replace the run of the same name."""
+    allow_change: bool = False
+    """Continue with a config that changes what a step computes."""
+    restarted: bool = False
+    """torchrun restarted the processes with the same arguments: what is in the folder is this run's own, which neither
+    `overwrite` nor `runner.resume = "never"` is about."""
+
+
+@dataclass(frozen=True)
+class CheckpointDir:
+    """The folder of the checkpoints and who owns it."""
+
+    obstacle: str = ""
+    """Why it cannot be created or written to; empty: it can."""
+    owner: str | None = None
+    """Content of the owner file in it; None: there is none."""
+    run_owner: str = ""
+    """Content of the owner file in the run's folder; empty: it has none."""
+    holds_checkpoints: bool = False
+    """Whether any checkpoint is in it."""
+    wanted_here: bool = False
+    """Whether the checkpoint that `latest` names is in it."""
+    before: Path | None = None
+    """Where the run's saved config puts the checkpoints; None: the run has no saved config."""
+    is_before: bool = False
+    """Whether that is the same folder, links followed."""
+    wanted_before: bool = False
+    """Whether the checkpoint that `latest` names is there."""
+
+
+@dataclass(frozen=True)
+class FolderState:
+    """What is in a run's folder before a start; `training.run_folder.read_folder` reads it."""
+
+    obstacle: str = ""
+    """Why the folder cannot be created, read or written to; empty: it can."""
+    is_empty: bool = True
+    """Whether it is missing or has nothing in it."""
+    has_config: bool = False
+    """Whether it has a `config.toml`, and so is a run's."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """That config's table."""
+    has_metrics: bool = False
+    """Whether any step was logged."""
+    checkpoint: Path | None = None
+    """The newest checkpoint that is not known to be damaged."""
+    position: Position | None = None
+    """Its position in the run."""
+    damaged: Mapping[str, str] = field(default_factory=dict)
+    """Newer checkpoints -> what is wrong with each, newest first."""
+    later: tuple[str, ...] = ()
+    """All checkpoints newer than `checkpoint`, damaged or not."""
+    error: UserError | None = None
+    """Why the config or the checkpoints cannot be read; only `Flags.overwrite` gets past it."""
+    checkpoint_dir: CheckpointDir = field(default_factory=CheckpointDir)
 
 
 @dataclass(frozen=True)
@@ -26,67 +84,59 @@ class Start:
     """Where a run starts."""
 
     step: int = 0
-    """Steps that are already done."""
+    """Steps already done."""
     checkpoint: Path | None = None
     """The checkpoint to continue from; None: from the initial weights."""
     finished: bool = False
-    """Nothing is left to do."""
+    """Whether nothing is left to do."""
     notes: tuple[str, ...] = ()
-    """What to tell of it: another config, damaged checkpoints."""
+    """What to report: a changed config, damaged checkpoints."""
     changes: tuple[str, ...] = ()
-    """What changes of what a step computes, as `--allow-change` lets it; a line for each key."""
+    """What `--allow-change` lets change of what a step computes, a line per key."""
     replaced: Path | None = None
-    """The run that `--overwrite` moved aside; it is removed once its successor is ready to train."""
+    """Where `--overwrite` moves the previous run; removed once its successor is ready to train."""
 
     @property
     def changed(self) -> bool:
-        """Whether the run goes on with a config that changes what a step computes."""
+        """Whether the run continues with a config that changes what a step computes."""
         return bool(self.changes)
 
 
-def find_start(
-    run: RunConfig, *, restarted: bool = False, allow_change: bool = False, damaged: Mapping[str, str] | None = None
-) -> Start:
-    """Where the run starts, from what is in its folder; touches nothing. Of checkpoints only sizes are checked.
-
-    Args:
-        run: The run.
-        allow_change: Go on with a config that changes what a step computes.
-        damaged: What is known to be wrong with which checkpoint; an earlier one is then taken.
-        restarted: torchrun started the processes again after a failure, with the same arguments: what is there is this
-            run's own, which `runner.resume = "never"` does not mean.
+def decide_start(run: RunConfig, state: FolderState, flags: Flags = Flags()) -> Start:  # noqa: B008
+    """Decide where a run starts. Reads and writes nothing.
 
     Raises:
-        UserError: If going on would mix two runs, or overwrite one, or if the folder is none that can be read.
+        UserError: Continuing would mix two runs or overwrite one, or the folders cannot hold the run.
     """
-    folder, saved = run.folder, run.folder / "config.toml"
-    try:
-        holds_something = folder.exists() and any(folder.iterdir())
-    except OSError as error:
-        raise cannot_hold(run, str(error)) from error
-    if holds_something and not restarted:
-        if not saved.exists():
-            raise UserError(f"{folder} is not empty and holds no run. Choose another runner.name or runner.output_dir.")
-        if run.runner.resume == "never":
-            raise UserError(
-                f"{folder} already holds a run and runner.resume is 'never'. "
-                "Give another runner.name, or --overwrite to remove it."
-            )
-    refuse_foreign(run)
-    bad = dict(damaged or {})
-    newest = newest_whole(folder, run.checkpoints, bad)
-    metrics = folder / "metrics.jsonl"
+    check_obstacles(run, state.obstacle, state.checkpoint_dir.obstacle)
+    if flags.overwrite and not flags.restarted and state.has_config:
+        _refuse_foreign_checkpoints(run, state.checkpoint_dir, overwrite=True)
+        return Start(replaced=run.folder.with_name(f".{run.folder.name}.replaced"))
+    if not state.is_empty and not flags.restarted:
+        _refuse_occupied(run, state)
+    if state.error:
+        raise state.error
+    _refuse_foreign_checkpoints(run, state.checkpoint_dir)
+    if state.checkpoint is None and state.damaged:
+        pointer = run.folder / "latest"
+        way_out = f"Restore one, write the name of another one into {pointer}, or --overwrite to start afresh."
+        raise none_whole(run.checkpoints, state.damaged, way_out)
     changes: list[Change] = []
-    if newest or (metrics.exists() and metrics.stat().st_size):
-        changes = find_changes(run, saved, allow_change=allow_change)
-    if newest is None:
+    if state.checkpoint or state.has_metrics:
+        changes = find_changes(run, state.config, allow_change=flags.allow_change)
+    if state.checkpoint is None or state.position is None:
         return Start()
-    checkpoint, position = newest
-    damage = _describe_damage(bad, checkpoint)
+    return _continue_from(run, state, state.checkpoint, state.position, changes)
+
+
+def _continue_from(
+    run: RunConfig, state: FolderState, checkpoint: Path, position: Position, changes: list[Change]
+) -> Start:
+    damage = _describe_damage(state.damaged, checkpoint)
     if _is_finished(run, position):
         return Start(position.step, checkpoint, finished=True, notes=tuple(damage))
     order = describe_order(changes, in_epoch=position.sample > 0)
-    notes = (describe_changes(changes), order, *damage, *_describe_left(checkpoint))
+    notes = (describe_changes(changes), order, *damage, *_describe_later(state.later, checkpoint))
     return Start(
         position.step,
         checkpoint,
@@ -95,96 +145,73 @@ def find_start(
     )
 
 
-def agree_on_start(run: RunConfig, group: Processes, start: Start, *, allow_change: bool = False) -> Start:
-    """Have every rank check its share of the checkpoint, and take an earlier one as long as it is damaged.
+def check_obstacles(run: RunConfig, folder: str, checkpoints: str) -> None:
+    """Raise `UserError` if there is an obstacle to the run's folder or to its checkpoints'; an empty text is none."""
+    if folder:
+        raise UserError(
+            f"runner.output_dir = {run.runner.output_dir!r} cannot hold the run {run.runner.name!r}: {folder}. "
+            "Name another folder"
+        )
+    if checkpoints:
+        raise UserError(
+            f"runner.checkpoint_dir = {run.runner.checkpoint_dir!r} cannot hold the checkpoints of "
+            f"{run.runner.name!r}: {checkpoints}. Name another folder"
+        )
+
+
+def _refuse_occupied(run: RunConfig, state: FolderState) -> None:
+    if not state.has_config:
+        raise UserError(f"{run.folder} is not empty and holds no run. Choose another runner.name or runner.output_dir.")
+    if run.runner.resume == "never":
+        raise UserError(
+            f"{run.folder} already holds a run and runner.resume is 'never'. "
+            "Give another runner.name, or --overwrite to remove it."
+        )
+
+
+def _refuse_foreign_checkpoints(run: RunConfig, there: CheckpointDir, *, overwrite: bool = False) -> None:
+    """Two runs of one name must not take turns in one `runner.checkpoint_dir`, nor a run leave its own behind."""
+    if not overwrite and there.wanted_before and not there.wanted_here:
+        raise UserError(
+            f"runner.checkpoint_dir has changed, and the checkpoints of {run.folder} are still in {there.before}: move "
+            f"them to {run.checkpoints}, or set runner.checkpoint_dir as it was."
+        )
+    if not run.runner.checkpoint_dir:
+        return
+    refuse_other_owner(run, there.owner, there.run_owner)
+    if there.owner is not None or not there.holds_checkpoints:
+        return
+    if not (there.wanted_here and not overwrite) and not there.is_before:
+        raise UserError(
+            f"{run.checkpoints} holds checkpoints of a run that is not in {run.folder}: give another runner.name or "
+            "runner.checkpoint_dir, or remove that folder."
+        )
+
+
+def refuse_other_owner(run: RunConfig, owner: str | None, own: str) -> None:
+    """Raise `UserError` where the folder of the checkpoints has another owner than this run.
 
     Args:
         run: The run.
-        group: All ranks.
-        start: Where the run would start.
-        allow_change: See `find_start`.
-
-    Returns:
-        Where it does start, on every rank.
-
-    Raises:
-        UserError: No checkpoint is whole.
+        owner: Content of the owner file there; None: it has none.
+        own: Content of the run's own.
     """
-    damaged: dict[str, str] = {}
-    while start.checkpoint is not None and not start.finished:
-        mine = find_damage(start.checkpoint, rank=group.rank, ranks=group.size)
-        found = [why for why in group.gather(mine) if why]
-        if not found:
-            break
-        damaged[start.checkpoint.name] = found[0]
-        start = group.decide(lambda: find_start(run, restarted=True, allow_change=allow_change, damaged=damaged))
-    return start
+    if owner is not None and owner != own:
+        whose = owner.partition(" ")[2].strip()
+        raise UserError(
+            f"{run.checkpoints} is for the checkpoints of another run{f', which began in {whose}' if whose else ''}: "
+            f"give another runner.name or runner.checkpoint_dir, or, if that run is gone, remove {run.checkpoints}."
+        )
 
 
 def say_finished(run: RunConfig, start: Start) -> str:
-    """What to tell who starts a finished run."""
+    """The message for someone who starts a finished run."""
     limits = "runner.max_steps, runner.max_epochs or runner.early_stop_patience"
     return f"{run.runner.name} is finished: its {start.step} steps are in {run.folder} (see {limits})."
 
 
-def choose_start(run: RunConfig, *, overwrite: bool, restarted: bool = False, allow_change: bool = False) -> Start:
-    """Decide where the run starts. Called on rank 0.
-
-    Args:
-        run: The run.
-        overwrite: Move a run of this name aside and start afresh, unless restarted.
-        restarted: See `find_start`.
-        allow_change: See `find_start`.
-
-    Raises:
-        UserError: If going on would mix two runs, or overwrite one.
-    """
-    check_folder(run)
-    if overwrite and not restarted and (run.folder / "config.toml").exists():
-        refuse_foreign(run, overwrite=True)
-        return Start(replaced=_move_aside(run.folder))
-    return find_start(run, restarted=restarted, allow_change=allow_change)
-
-
-def prepare_folder(run: RunConfig, *, overwrite: bool, restarted: bool = False) -> Start:
-    """Choose where the run starts and leave its folder ready: all that a run of one process needs before it trains.
-
-    Args:
-        run: The run.
-        overwrite: See `choose_start`.
-        restarted: See `find_start`.
-    """
-    start = choose_start(run, overwrite=overwrite, restarted=restarted)
-    if not start.finished:
-        leave_ready(run, start)
-    return start
-
-
-def leave_ready(run: RunConfig, start: Start, agents: Set[str] = frozenset()) -> None:
-    """Leave the folder ready for a run that starts there, with `config.toml` in it. Called on rank 0.
-
-    A config that changes what a step computes is recorded by `confirm`: it may turn out that it cannot go on.
-
-    Args:
-        run: The run.
-        start: Where it starts.
-        agents: torchrun's that started it.
-
-    Raises:
-        UserError: It cannot be written to, or another run has taken the folder for its checkpoints.
-    """
-    with writing(run.folder, "Make room there, or name another runner.output_dir"):
-        run.folder.mkdir(parents=True, exist_ok=True)
-        if not start.changed:
-            write_text(run.folder / "config.toml", dump_config(run))
-        if start.checkpoint is not None:
-            write_text(run.folder / "latest", start.checkpoint.name)
-        remember(run.folder, agents)
-    claim(run, start.replaced)
-
-
 def explain(error: UserError, start: Start) -> UserError:
-    """The error of a run that cannot begin; where its config has changed, with that as the likely cause."""
+    """The error of a run that cannot begin; if its config has changed, with the changes as the likely cause."""
     if not start.changed:
         return error
     lines = "\n".join(start.changes)
@@ -195,47 +222,13 @@ def explain(error: UserError, start: Start) -> UserError:
 
 
 def _is_finished(run: RunConfig, position: Position) -> bool:
-    """Whether nothing is left to do; raising a limit, or the patience, makes a finished run go on."""
+    """Whether nothing is left to do; raising a limit, or the patience, makes a finished run continue."""
     runner = run.runner
     if position.best.improves_no_more(runner.best_metric, runner.early_stop_patience):
         return True
     if runner.val_check_interval and position.validated < position.step:
-        return False  # At least the last validation is still to be done.
+        return False  # The last validation, at least, is still to be done.
     return position.step >= runner.stop_step(position.rows // run.trainer.global_batch_size)
-
-
-def _move_aside(folder: Path) -> Path:
-    aside = folder.with_name(f".{folder.name}.replaced")
-    if aside.exists() and not (folder / "latest").exists():
-        shutil.rmtree(folder)  # Left by an --overwrite that was killed; what it replaced is still aside.
-    else:
-        shutil.rmtree(aside, ignore_errors=True)
-        folder.rename(aside)
-    return aside
-
-
-def put_back(run: RunConfig, start: Start) -> None:
-    """Undo `--overwrite`: the successor never came to train. Called on rank 0."""
-    if start.replaced:
-        shutil.rmtree(run.folder, ignore_errors=True)  # It may not even be there.
-        start.replaced.rename(run.folder)
-
-
-def confirm(run: RunConfig, start: Start) -> None:
-    """The run is ready to train: what it replaces goes, and what it changes is recorded. Called on rank 0.
-
-    The config that the steps before were made with stays beside the new one.
-    """
-    if start.changed:
-        config = run.folder / "config.toml"
-        before = config.with_name(f"config.{step_name(start.step)}.toml")
-        if not before.exists():  # Else no step was made with what is there.
-            write_text(before, config.read_text(encoding="utf-8"))
-        write_text(config, dump_config(run))
-    if start.replaced:
-        shutil.rmtree(start.replaced)
-        for left in (*run.checkpoints.glob(NAMES), *run.checkpoints.glob(f".{NAMES}.tmp")):
-            shutil.rmtree(left)  # They lie elsewhere than in the folder that was moved.
 
 
 def _describe_damage(damaged: Mapping[str, str], used: Path) -> list[str]:
@@ -243,9 +236,8 @@ def _describe_damage(damaged: Mapping[str, str], used: Path) -> list[str]:
     return [*notes, f"warning: goes on from {used}, the newest that is whole"] if notes else []
 
 
-def _describe_left(used: Path) -> list[str]:
-    """What becomes of later checkpoints where a run goes on from an earlier one."""
-    later = sorted(path.name for path in used.parent.glob(NAMES) if path.name > used.name)
+def _describe_later(later: tuple[str, ...], used: Path) -> list[str]:
+    """What happens to later checkpoints when a run continues from an earlier one."""
     gone = f"later checkpoints are removed when the next one is complete: {', '.join(later)}"
     return [f"warning: goes on from {used}; {gone}"] if later else []
 
@@ -264,27 +256,27 @@ MAY_CHANGE = frozenset(
         *("trainer.compile", "trainer.cpu_offload", "trainer.ema_device"),
     }
 )
-"""Keys and tables that may differ when a run goes on: they change a step by no more than rounding."""
+"""Keys and tables that may differ when a run continues: they change a step by rounding at most."""
 
 CHANGE_ORDER = ("seed", "data.shuffle", "data.streams", "data.chunk_frames", "data.shuffle_buffer", "data.mixture")
-"""Keys and tables that change in which order the samples of an epoch come."""
+"""Keys and tables that change the order of an epoch's samples."""
 
 Change = tuple[str, object, object]
 """A key, its value before, and its value now."""
 
 
-def find_changes(run: RunConfig, saved: Path, *, allow_change: bool) -> list[Change]:
-    """What differs from the config that the run was made with so far.
+def find_changes(run: RunConfig, saved: Mapping[str, Any], *, allow_change: bool) -> list[Change]:
+    """What differs from the config that the run has been trained with so far.
 
     Args:
         run: The run.
-        saved: The config so far.
+        saved: The table of its config so far.
         allow_change: Whether what a step computes may differ.
 
     Raises:
-        UserError: It does, and may not.
+        UserError: What a step computes differs, and may not.
     """
-    changes = diff_tables(read_toml(saved), read_toml(dump_config(run)))
+    changes = diff_tables(dict(saved), read_toml(dump_config(run)))
     if not allow_change and any(not may_change(key) for key, _, _ in changes):
         lines = "\n".join(lines_of(changes))
         raise UserError(
@@ -301,7 +293,7 @@ def may_change(key: str) -> bool:
 
 
 def describe_changes(changes: list[Change]) -> str:
-    """What to tell of them: a line each below a heading; empty where there are none."""
+    """The changes as a note: a heading and a line per change; empty if there are none."""
     return "\n".join(["goes on with another config:", *lines_of(changes)]) if changes else ""
 
 
@@ -311,13 +303,13 @@ def describe_order(changes: list[Change], *, in_epoch: bool) -> str:
     if not keys or not in_epoch:
         return ""
     return (
-        f"warning: {', '.join(keys)}: the order of samples changes in the middle of an epoch, of whose rows some will "
+        f"warning: {', '.join(keys)}: the order of samples changes in the middle of an epoch: some of its rows will "
         "come twice and some not at all"
     )
 
 
 def lines_of(changes: list[Change]) -> list[str]:
-    """A line for each change."""
+    """A line per change."""
     return [
         f"  {key}: {before!r} -> {after!r}{'' if may_change(key) else ' (changes what a step computes)'}"
         for key, before, after in changes

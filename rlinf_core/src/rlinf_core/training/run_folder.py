@@ -1,51 +1,288 @@
-"""The run's folder is this process's alone, and can be written to."""
+"""A run's folder from the lock to the first step: read once, decided in `training.resume`, written once. Torch-free.
+
+Beside the run's own files it holds `agents` (the torchrun agents that started the run) and, where checkpoints go to a
+`runner.checkpoint_dir`, `owner`: a line that the checkpoints' folder holds, too, so that two runs of one name never
+share it and both folders may be moved, to another machine as well.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import IO
+import uuid
+from collections.abc import Iterator, Mapping, Set
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
 
+from rlinf_core.config.load import dump_config, read_toml
+from rlinf_core.contract.process_group import ProcessGroup
 from rlinf_core.contract.run import RunConfig
 from rlinf_core.errors import UserError
-from rlinf_core.files import find_obstacle
+from rlinf_core.files import find_obstacle, write_text, writing
+from rlinf_core.training.checkpoint.state import NAMES, candidates, find_damage, newest_whole, step_name
+from rlinf_core.training.resume import (
+    CheckpointDir,
+    Flags,
+    FolderState,
+    Start,
+    check_obstacles,
+    decide_start,
+    explain,
+    refuse_other_owner,
+)
 
+OWNER = "owner"
+"""A line: a random number, and the run's folder when it was written."""
+AGENTS = "agents"
+"""A line per torchrun agent that started the run."""
 ORPHANS_WAIT = 60.0
-"""Seconds in which a process of the same job is gone: its agent was killed, and it saves before it leaves."""
+"""Seconds to wait for the lock if the job's own orphans may hold it: after their agent was killed, they save first."""
 ASK_AGAIN = 0.2
-"""Seconds between two tries to hold the folder."""
+"""Seconds between two attempts to lock the folder."""
 
 
-def check_folder(run: RunConfig) -> None:
-    """Raise `UserError` where the run's folder, or its checkpoints', cannot be made or written to; nothing is made."""
-    if why := find_obstacle(run.folder):
-        raise cannot_hold(run, why)
-    if why := find_obstacle(run.checkpoints):
-        raise UserError(
-            f"runner.checkpoint_dir = {run.runner.checkpoint_dir!r} cannot hold the checkpoints of "
-            f"{run.runner.name!r}: {why}. Name another folder"
-        )
+class RunFolder:
+    """The folder of a run that is about to start. Every rank makes the same calls; rank 0 reads and writes.
+
+    As a context manager it keeps the folder locked while the run trains.
+    """
+
+    def __init__(self, run: RunConfig, group: ProcessGroup) -> None:
+        self._run, self._group = run, group
+        self._agents: frozenset[str] = frozenset()
+        self._locked = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._locked.close()
+
+    def start(self, *, overwrite: bool = False, allow_change: bool = False) -> Start:
+        """Lock the folder and decide where the run starts, the same on every rank.
+
+        Each rank hashes its share of the checkpoint; as long as one is damaged, the one before it is taken.
+
+        Raises:
+            UserError: The run cannot start here; see `resume.decide_start`.
+        """
+        run, group = self._run, self._group
+        self._agents = frozenset(group.gather(own_agent())) - {""}
+
+        def first() -> Start:
+            restarted = is_restart(run.folder, self._agents)
+            self._locked.enter_context(lock_folder(run, patience=ORPHANS_WAIT if restarted else 0.0))
+            return decide_start(run, read_folder(run), Flags(overwrite, allow_change, restarted))
+
+        return verify_start(run, group, group.decide(first), allow_change=allow_change)
+
+    @contextmanager
+    def transaction(self, start: Start) -> Iterator[None]:
+        """Prepare the folder; commit once the body, which builds the trainer, succeeds; undo everything if it fails.
+
+        Raises:
+            UserError: The folder cannot be written to, or another run has taken the checkpoints' folder. A `UserError`
+                of the body is raised with the config's changes as its likely cause.
+        """
+        run, first = self._run, self._group.rank == 0
+        try:
+            self._group.decide(lambda: begin(run, start, self._agents))
+            try:
+                yield
+            except BaseException:
+                if first:
+                    roll_back(run, start)
+                raise
+        except UserError as error:
+            raise explain(error, start) from error
+        if first:
+            commit(run, start)
 
 
-def cannot_hold(run: RunConfig, why: str) -> UserError:
-    """The error of a run whose folder is not to be had."""
-    return UserError(
-        f"runner.output_dir = {run.runner.output_dir!r} cannot hold the run {run.runner.name!r}: {why}. "
-        "Name another folder"
-    )
+def prepare_folder(run: RunConfig, *, overwrite: bool = False, restarted: bool = False) -> Start:
+    """Decide the start of a run of one process and prepare its folder, without a lock."""
+    start = decide_start(run, read_folder(run), Flags(overwrite=overwrite, restarted=restarted))
+    if not start.finished:
+        begin(run, start)
+    return start
 
 
-@contextmanager
-def hold_folder(run: RunConfig, *, patience: float = 0.0) -> Iterator[None]:
-    """Keep other processes from the run's folder for as long as this one lives. Called on rank 0.
+def verify_start(run: RunConfig, group: ProcessGroup, start: Start, *, allow_change: bool = False) -> Start:
+    """Have every rank hash its share of the checkpoint, and start from an earlier one as long as it is damaged.
+
+    Raises:
+        UserError: No checkpoint is whole.
+    """
+    damaged: dict[str, str] = {}
+    flags = Flags(allow_change=allow_change, restarted=True)
+    while start.checkpoint is not None and not start.finished:
+        mine = find_damage(start.checkpoint, rank=group.rank, ranks=group.size)
+        found = [why for why in group.gather(mine) if why]
+        if not found:
+            break
+        damaged[start.checkpoint.name] = found[0]
+        start = group.decide(lambda: decide_start(run, read_folder(run, damaged), flags))
+    return start
+
+
+def read_folder(run: RunConfig, damaged: Mapping[str, str] | None = None) -> FolderState:
+    """Read what is in a run's folder; writes nothing. Of checkpoints only states and sizes are checked.
 
     Args:
         run: The run.
-        patience: Seconds to wait for another process that holds it.
+        damaged: Checkpoint -> what is already known to be wrong with it.
+    """
+    folder, error = run.folder, None
+    obstacle, is_empty = find_obstacle(folder), True
+    try:
+        is_empty = not (folder.exists() and any(folder.iterdir()))
+    except OSError as denied:
+        obstacle = obstacle or str(denied)
+    if obstacle:
+        return FolderState(obstacle=obstacle, is_empty=is_empty)
+    config: Mapping[str, Any] = {}
+    saved, metrics = folder / "config.toml", folder / "metrics.jsonl"
+    wanted = candidates(folder, run.checkpoints)
+    bad, newest = dict(damaged or {}), None
+    try:
+        config = read_toml(saved) if saved.exists() else {}
+        newest = newest_whole(wanted, bad)
+    except UserError as unreadable:
+        error = unreadable
+    there = sorted((path.name for path in run.checkpoints.glob(NAMES)), reverse=True)
+    return FolderState(
+        is_empty=is_empty,
+        has_config=saved.exists(),
+        config=config,
+        has_metrics=metrics.exists() and bool(metrics.stat().st_size),
+        checkpoint=newest[0] if newest else None,
+        position=newest[1] if newest else None,
+        damaged={path.name: bad[path.name] for path in wanted if path.name in bad},
+        later=tuple(sorted(name for name in there if newest and name > newest[0].name)),
+        error=error,
+        checkpoint_dir=_read_checkpoint_dir(run, config if saved.exists() else None, wanted, bool(there)),
+    )
+
+
+def _read_checkpoint_dir(
+    run: RunConfig, config: Mapping[str, Any] | None, wanted: list[Path], holds_checkpoints: bool
+) -> CheckpointDir:
+    before = None
+    if config is not None:
+        given = config.get("runner", {}).get("checkpoint_dir", "")
+        before = run.runner.model_copy(update={"checkpoint_dir": given}).checkpoints_of(run.folder)
+    owner = run.checkpoints / OWNER
+    return CheckpointDir(
+        obstacle=find_obstacle(run.checkpoints),
+        owner=_read(owner) if owner.exists() else None,
+        run_owner=_read(run.folder / OWNER),
+        holds_checkpoints=holds_checkpoints,
+        wanted_here=bool(wanted) and wanted[0].exists(),
+        is_before=before is not None and os.path.realpath(before) == os.path.realpath(run.checkpoints),
+        wanted_before=before is not None and bool(wanted) and (before / wanted[0].name).exists(),
+        before=before,
+    )
+
+
+def check_folder(run: RunConfig) -> None:
+    """Raise `UserError` if the run's folder, or its checkpoints', cannot be created or written to; creates nothing."""
+    check_obstacles(run, find_obstacle(run.folder), find_obstacle(run.checkpoints))
+
+
+def begin(run: RunConfig, start: Start, agents: Set[str] = frozenset()) -> None:
+    """Prepare the folder for a run that starts there: move a replaced run aside, write `config.toml`, claim ownership.
+
+    A config that changes what a step computes is recorded by `commit`: the trainer may still refuse it.
+
+    Args:
+        run: The run.
+        start: Where it starts.
+        agents: The torchrun agents that started it.
+
+    Raises:
+        UserError: The folder cannot be written to, or another run has taken the checkpoints' folder.
+    """
+    way_out = "Make room there, or name another runner.output_dir"
+    if start.replaced:
+        with writing(run.folder, way_out):
+            _move_aside(run.folder, start.replaced)
+    try:
+        with writing(run.folder, way_out):
+            run.folder.mkdir(parents=True, exist_ok=True)
+            if not start.changed:
+                write_text(run.folder / "config.toml", dump_config(run))
+            if start.checkpoint is not None:
+                write_text(run.folder / "latest", start.checkpoint.name)
+            _remember(run.folder, agents)
+        _claim_checkpoints(run, start.replaced)
+    except BaseException:
+        roll_back(run, start)
+        raise
+
+
+def roll_back(run: RunConfig, start: Start) -> None:
+    """Put back the run that `begin` moved aside: its successor never came to train."""
+    if start.replaced:
+        shutil.rmtree(run.folder, ignore_errors=True)  # It may not even exist.
+        start.replaced.rename(run.folder)
+
+
+def commit(run: RunConfig, start: Start) -> None:
+    """The run is ready to train: remove the run it replaces, record a changed config beside the one before."""
+    if start.changed:
+        config = run.folder / "config.toml"
+        before = config.with_name(f"config.{step_name(start.step)}.toml")
+        if not before.exists():  # Otherwise no step was made with the config that is there.
+            write_text(before, config.read_text(encoding="utf-8"))
+        write_text(config, dump_config(run))
+    if start.replaced:
+        shutil.rmtree(start.replaced)
+        for left in (*run.checkpoints.glob(NAMES), *run.checkpoints.glob(f".{NAMES}.tmp")):
+            shutil.rmtree(left)  # In a `runner.checkpoint_dir`: they were not moved with the folder.
+
+
+def _move_aside(folder: Path, aside: Path) -> None:
+    if aside.exists() and not (folder / "latest").exists():
+        shutil.rmtree(folder)  # Left by an --overwrite that was killed; what it replaced is still aside.
+        return
+    if aside.exists():
+        shutil.rmtree(aside)
+    folder.rename(aside)
+
+
+def _claim_checkpoints(run: RunConfig, replaced: Path | None) -> None:
+    """Write this run's owner file where its checkpoints will go, inheriting that of the run it replaces."""
+    if not run.runner.checkpoint_dir:
+        return
+    own, there = run.folder / OWNER, run.checkpoints / OWNER
+    with writing(run.checkpoints, "Name another runner.checkpoint_dir"):
+        run.checkpoints.mkdir(parents=True, exist_ok=True)
+        if not own.exists():
+            inherited = _read(replaced / OWNER) if replaced else ""
+            write_text(own, inherited or f"{uuid.uuid4().hex} {run.folder.absolute()}\n")
+        if replaced:
+            write_text(replaced / OWNER, _read(own))  # It may be put back.
+        try:
+            with there.open("x", encoding="utf-8") as file:
+                file.write(_read(own))
+        except FileExistsError:
+            refuse_other_owner(run, _read(there), _read(own))
+
+
+@contextmanager
+def lock_folder(run: RunConfig, *, patience: float = 0.0) -> Iterator[None]:
+    """Keep other processes out of the run's folder for as long as this one lives. Called on rank 0.
+
+    Args:
+        run: The run.
+        patience: Seconds to wait for another process that holds the lock.
 
     Raises:
         UserError: Another process holds it, or the output folder cannot be written to.
@@ -55,7 +292,8 @@ def hold_folder(run: RunConfig, *, patience: float = 0.0) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+")
     except OSError as error:
-        raise cannot_hold(run, str(error)) from error
+        check_obstacles(run, str(error), "")
+        raise
     with file:
         try:
             _lock(file, patience)
@@ -81,3 +319,30 @@ def _lock(file: IO[str], patience: float) -> None:
             if time.monotonic() >= end:
                 raise
         time.sleep(ASK_AGAIN)
+
+
+def own_agent() -> str:
+    """The torchrun agent that started this process, by a unique name; empty: torchrun did not start it.
+
+    torchrun restarts all processes with the same arguments when one fails and when machines come or go, and reports
+    only the former to them. A job is the same as long as one of its agents, one per machine, is.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE", "")  # <a new folder for each agent>/attempt_0/0/error.json
+    return f"{socket.gethostname()} {Path(file).parents[2]}" if file else ""
+
+
+def is_restart(folder: Path, agents: Set[str]) -> bool:
+    """Whether one of these agents has started the run in this folder before."""
+    return not agents.isdisjoint(_read(folder / AGENTS).splitlines())
+
+
+def _remember(folder: Path, agents: Set[str]) -> None:
+    """Record who started the run; earlier agents of the same job, which may come back, stay recorded."""
+    if agents:
+        known = set(_read(folder / AGENTS).splitlines())
+        agents = agents | known if not agents.isdisjoint(known) else agents
+        write_text(folder / AGENTS, "".join(f"{agent}\n" for agent in sorted(agents)))
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""

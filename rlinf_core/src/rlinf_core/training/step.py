@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rlinf_core.contract.process_group import ProcessGroup
 from rlinf_core.data.sample import SOURCE
-from rlinf_core.training.distributed.processes import Processes, to_device
+from rlinf_core.training.distributed.processes import to_device
 from rlinf_core.training.ema import Ema
 from rlinf_core.training.fsdp import communicate, derived_seed
 from rlinf_core.training.monitor.flight_recorder import Watch
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
     from rlinf_core.contract.module import PolicyOutput
     from rlinf_core.contract.run import RunConfig
     from rlinf_core.data.loading.micro_batches import MicroBatches
-    from rlinf_core.training.config import Fsdp2TrainerConfig
     from rlinf_core.training.monitor.metrics import Throughput
+    from rlinf_core.training.settings import Fsdp2Settings
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,8 @@ class TrainStep:
     def __init__(
         self,
         run: RunConfig,
-        config: Fsdp2TrainerConfig,
-        group: Processes,
+        config: Fsdp2Settings,
+        group: ProcessGroup,
         batches: MicroBatches,
         *,
         policy: Any,

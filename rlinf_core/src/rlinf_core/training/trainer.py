@@ -13,18 +13,16 @@ from typing import Any
 
 import torch
 
-from rlinf_core.contract.run import RunConfig
+from rlinf_core.contract.process_group import ProcessGroup
+from rlinf_core.contract.run import LoadedPlugins, RunConfig, Start
 from rlinf_core.data.loading.chunked_sampling import check_streams, chunks_of
 from rlinf_core.data.loading.sampling import check_batch, steps_per_epoch
 from rlinf_core.errors import Interrupted
-from rlinf_core.plugins.registry import Plugins
 from rlinf_core.training import data as sources
 from rlinf_core.training.build import build_ema, build_optimizer, build_policy, open_weights
 from rlinf_core.training.checkpoint.load import load
 from rlinf_core.training.checkpoint.manager import Checkpoints
 from rlinf_core.training.checkpoint.state import Position, step_name
-from rlinf_core.training.config import Fsdp2TrainerConfig
-from rlinf_core.training.distributed.processes import Processes
 from rlinf_core.training.evaluation import open_validation
 from rlinf_core.training.fsdp import layout
 from rlinf_core.training.monitor.anomalies import Guard, read_history
@@ -34,7 +32,7 @@ from rlinf_core.training.monitor.metrics import Throughput
 from rlinf_core.training.monitor.profiling import Profile
 from rlinf_core.training.monitor.reports import StepReports
 from rlinf_core.training.monitor.stragglers import Stragglers
-from rlinf_core.training.resume import Start
+from rlinf_core.training.settings import Fsdp2Settings
 from rlinf_core.training.step import StepRecord, TrainStep
 from rlinf_core.training.stopping import GRACE, Best, StopSignal, best_metric, seconds_from_now, stop_signals
 
@@ -43,7 +41,7 @@ class Fsdp2Trainer:
     """Fully sharded training of one policy on one dataset or a mixture of several."""
 
     def __init__(
-        self, run: RunConfig, config: Fsdp2TrainerConfig, *, start: Start, group: Processes, plugins: Plugins
+        self, run: RunConfig, config: Fsdp2Settings, *, start: Start, group: ProcessGroup, plugins: LoadedPlugins
     ) -> None:
         self.step = start.step
         self._config, self._group, self._plugins = config, group, plugins

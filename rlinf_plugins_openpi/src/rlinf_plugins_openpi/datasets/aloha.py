@@ -1,4 +1,4 @@
-"""RoboTwin in Aloha's columns: two arms of six joints and a gripper each, a camera above and one on each wrist."""
+"""RoboTwin in Aloha's columns: two arms with six joints and a gripper each, one overhead and two wrist cameras."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from numpy.typing import NDArray
 
 from rlinf_core import Sample, UserError
 from rlinf_core.data.transforms import Transform
-from rlinf_plugins_openpi.datasets import OpenpiDatasetConfig
+from rlinf_plugins_openpi.datasets.config import OpenpiDatasetConfig
 
 SIGNS = np.array([1, -1, -1, 1, 1, 1, 1] * 2)
-"""Joints that turn the other way in the space that π0 was pretrained in."""
+"""-1 for joints that turn the other way in the space that π0 was pretrained in."""
 GRIPPERS = (6, 13)
 
-# Aloha's gripper: 0..1 between finger positions in metres, driven by a horn of which arm and radius are known; and
-# between the leader's joint angles. π0 knows the angle, as 0..1 between encoder counts. Source: openpi, aloha_policy.
+# Aloha normalises a gripper's state to 0..1 between finger positions in metres (driven by a servo horn with a known arm
+# and radius), its action to 0..1 between joint angles of the leader. π0 uses the angle, as 0..1 between encoder counts.
+# Source: openpi, aloha_policy.
 _POSITION = (0.01844, 0.05800)
 _ARM, _HORN = 0.036, 0.022
 _ANGLE = (0.5476, 1.6296)
@@ -29,9 +30,9 @@ Change = Callable[[NDArray[np.floating]], NDArray[np.floating]]
 
 @dataclass(frozen=True)
 class AlohaToPi(Transform):
-    """From Aloha's joints to the space that π0 was pretrained in: other signs, grippers as angles.
+    """Convert Aloha's joints to the space that π0 was pretrained in: other signs, grippers as angles.
 
-    A state's gripper is a position of the fingers, an action's an angle of the leader: they convert differently.
+    A gripper's state is a finger position, its action an angle of the leader, so they are converted differently.
     """
 
     batched: ClassVar[bool] = True
@@ -41,12 +42,12 @@ class AlohaToPi(Transform):
         return _changed(sample, _state_gripper, _action_gripper)
 
     def inverse(self, sample: Sample) -> Sample:
-        """Back to Aloha's space. A gripper beyond its reach comes back at its limit."""
+        """Convert back to Aloha's space. A gripper beyond its range comes back at its limit."""
         return _changed(sample, _state_gripper_back, _action_gripper_back)
 
 
 class AlohaRobotwinConfig(OpenpiDatasetConfig):
-    """The columns. The actions are joint positions, the grippers' are not trained relative to the state."""
+    """The columns. The actions are joint positions; gripper actions are not made relative to the state."""
 
     images: dict[str, str] = {
         "base_0_rgb": "observation.images.cam_high",
@@ -58,11 +59,11 @@ class AlohaRobotwinConfig(OpenpiDatasetConfig):
     state_width: int = 14
     action_width: int = 14
     adapt_to_pi: bool = False
-    """Whether joints and grippers are converted to the space that π0 was pretrained in, as data of a real Aloha need
-    it. RLinf does so for π0.5 and not for π0, and so do these formats."""
+    """Whether joints and grippers are converted to the space that π0 was pretrained in, as data of a real Aloha need.
+    These formats follow RLinf, which converts them for π0.5 but not for π0."""
 
     def transforms(self) -> Sequence[Transform]:
-        """The change of space comes first, so that its inverse runs last, on the robot's 14 numbers."""
+        """The conversion comes first, so that its inverse runs last, on the robot's 14 numbers."""
         return (*([AlohaToPi()] if self.adapt_to_pi else []), *super().transforms())
 
 
@@ -92,7 +93,7 @@ def _changed(sample: Sample, state_gripper: Change, action_gripper: Change) -> S
 
 
 def _converted(what: str, vector: NDArray[np.floating], gripper: Change) -> NDArray[np.floating]:
-    """Signs and grippers of the first 14 numbers; what a policy fills up with follows as it is."""
+    """Convert signs and grippers of the first 14 numbers; padding after them is unchanged."""
     width = len(SIGNS)
     if vector.shape[-1] < width:
         raise UserError(
@@ -119,7 +120,7 @@ def _state_gripper(opening: NDArray[np.floating]) -> NDArray[np.floating]:
 
 
 def _state_gripper_back(angle: NDArray[np.floating]) -> NDArray[np.floating]:
-    """The positive root of the law of cosines that `_state_gripper` solves for the angle."""
+    """The positive root of the equation that `_state_gripper` solves for the angle."""
     reach = _HORN * np.sin(_unscaled(angle, _ANGLE))
     return _scaled(reach + np.sqrt(reach**2 + _ARM**2 - _HORN**2), _POSITION)
 

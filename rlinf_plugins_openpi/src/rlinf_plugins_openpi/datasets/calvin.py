@@ -1,11 +1,11 @@
-"""CALVIN in RLinf's columns: two cameras; end-effector position, rotation and gripper in columns of their own."""
+"""CALVIN in RLinf's columns: two cameras; end-effector position, rotation and gripper in separate columns."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from rlinf_plugins_openpi.datasets import OpenpiDatasetConfig
+from rlinf_plugins_openpi.datasets.config import OpenpiDatasetConfig
 
 
 class CalvinConfig(OpenpiDatasetConfig):

@@ -1,15 +1,15 @@
-"""A dataset of your own without a line of Python: every fact is a key of `[data]`. The columns are RLinf's."""
+"""A dataset of your own without any Python: every fact is a key of `[data]`. The default columns are RLinf's."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from rlinf_plugins_openpi.datasets import OpenpiDatasetConfig
+from rlinf_plugins_openpi.datasets.config import OpenpiDatasetConfig
 
 
 class CustomConfig(OpenpiDatasetConfig):
-    """One camera, state and actions, where RLinf's custom format has them. How actions are trained must be said."""
+    """One camera, state and actions, in the columns of RLinf's custom format. How actions are trained must be set."""
 
     images: dict[str, str] = {"base_0_rgb": "image"}
     state: tuple[str, ...] = ("state",)
@@ -19,8 +19,8 @@ class CustomConfig(OpenpiDatasetConfig):
 class Pi0CustomConfig(CustomConfig):
     """Your own format for π0, in chunks of 50 actions.
 
-    RLinf fills state and action up to 32 numbers before it normalises, and cuts actions to 7: `padded_width = 32` and
-    `action_width = 7`. To π0 it is all the same.
+    RLinf pads state and action to 32 numbers before normalisation and cuts actions to 7, which would be
+    `padded_width = 32` and `action_width = 7`. For π0 this makes no difference.
     """
 
     run_defaults: ClassVar[Mapping[str, Any]] = {"policy": {"type": "pi0", "action_horizon": 50}}
@@ -29,7 +29,7 @@ class Pi0CustomConfig(CustomConfig):
 class Pi05CustomConfig(CustomConfig):
     """Your own format for π0.5: openpi's defaults, chunks of 50 actions, the state in the prompt, quantiles.
 
-    States and actions are filled up after they are normalised: quantiles would turn the filling into -1.
+    States and actions are padded after normalisation: quantiles would turn the padding into -1.
     """
 
     run_defaults: ClassVar[Mapping[str, Any]] = {

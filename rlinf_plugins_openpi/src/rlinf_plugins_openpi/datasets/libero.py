@@ -1,7 +1,7 @@
 """LIBERO in the columns of `physical-intelligence/libero`: two cameras, 10 Hz, 256 px.
 
-The state is the end effector's position and axis-angle and two finger positions; the action is the displacement of the
-first six and the gripper's command.
+The state is the end effector's position, its rotation as an axis-angle vector, and two finger positions. The action is
+the displacement of the first six numbers and a gripper command.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from rlinf_plugins_openpi.datasets import OpenpiDatasetConfig
+from rlinf_plugins_openpi.datasets.config import OpenpiDatasetConfig
 
 
 class LiberoConfig(OpenpiDatasetConfig):
@@ -27,8 +27,8 @@ class LiberoConfig(OpenpiDatasetConfig):
 class Pi0LiberoConfig(LiberoConfig):
     """LIBERO for π0, in chunks of 50 actions.
 
-    The actions are displacements already. openpi subtracts the state all the same, and π0's published LIBERO weights
-    were trained so.
+    The actions are already displacements. openpi subtracts the state nevertheless, and π0's published LIBERO weights
+    were trained that way.
     """
 
     run_defaults: ClassVar[Mapping[str, Any]] = {"policy": {"type": "pi0", "action_horizon": 50}}
@@ -39,7 +39,7 @@ class Pi0LiberoConfig(LiberoConfig):
 class Pi05LiberoConfig(LiberoConfig):
     """LIBERO for π0.5, in chunks of 10 actions and without the state, as openpi and RLinf train it.
 
-    The optimizer's settings are theirs as well, for batches of 256: a learning rate that stays where it warmed up to.
+    The optimizer settings are theirs as well, for batches of 256: after warm-up the learning rate stays constant.
     """
 
     run_defaults: ClassVar[Mapping[str, Any]] = {

@@ -1,11 +1,11 @@
-"""ManiSkill in RLinf's columns: one camera, a state of eight and an action of seven numbers."""
+"""ManiSkill in RLinf's columns: one camera, a state of eight numbers and an action of seven."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from rlinf_plugins_openpi.datasets import OpenpiDatasetConfig
+from rlinf_plugins_openpi.datasets.config import OpenpiDatasetConfig
 
 
 class ManiskillConfig(OpenpiDatasetConfig):

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from rlinf_plugins_openpi.datasets import OpenpiDatasetConfig
+from rlinf_plugins_openpi.datasets.config import OpenpiDatasetConfig
 
 
 class MetaworldConfig(OpenpiDatasetConfig):
-    """The columns. The action is already a displacement (three axes and the gripper's effort, each in -1..1)."""
+    """The columns. The action is already a displacement (three axes and the gripper's effort, each in [-1, 1])."""
 
     repo_id: str = "lerobot/metaworld_mt50"
     images: dict[str, str] = {"base_0_rgb": "observation.image"}

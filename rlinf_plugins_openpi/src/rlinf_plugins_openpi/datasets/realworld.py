@@ -1,17 +1,17 @@
-"""RLinf's real-world Franka: two cameras; gripper, forces, pose and velocities in a state of 19 numbers."""
+"""RLinf's real-world Franka: two cameras; a state of 19 numbers (gripper, forces, pose and velocities)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from rlinf_plugins_openpi.datasets import OpenpiDatasetConfig
+from rlinf_plugins_openpi.datasets.config import OpenpiDatasetConfig
 
 
 class Pi0RealworldConfig(OpenpiDatasetConfig):
-    """A real Franka for π0, in chunks of 10 actions, with statistics of 32 numbers as RLinf makes them.
+    """A real Franka for π0, in chunks of 10 actions, with statistics of 32 numbers as in RLinf.
 
-    The actions are already displacements: position, rotation and the gripper's command.
+    The actions are already displacements: position, rotation and the gripper command.
     """
 
     run_defaults: ClassVar[Mapping[str, Any]] = {"policy": {"type": "pi0", "action_horizon": 10}}

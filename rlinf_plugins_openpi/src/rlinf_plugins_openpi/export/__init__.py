@@ -1,1 +1,1 @@
-"""The policy in other projects' layouts."""
+"""Exports a policy in the formats of other projects."""

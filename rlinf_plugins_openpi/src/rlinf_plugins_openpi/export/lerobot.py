@@ -1,23 +1,33 @@
-"""Write a policy as lerobot reads it: `config.json`, `model.safetensors` and the two pipelines around the model.
+"""Write a policy for lerobot: `config.json`, `model.safetensors` and the two pipelines around the model.
 
-lerobot (0.6) keeps as steps of a pipeline what is a dataset's and a policy's transforms here. Some of ours have such a
-step; what has none is an error that names it, so that no exported policy acts otherwise than the trained one. lerobot
-itself is not needed for writing; the tests hold the files against its own loaders.
+lerobot (0.6) has pipeline steps where datasets and policies have transforms here. A transform without an equivalent
+step is an error that names it, so that an exported policy never acts differently from the trained one. Writing does not
+need lerobot; the tests load the files with lerobot's own loaders.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rlinf_core import LeRobotDatasetConfig, UserError
 from rlinf_core.data.normalize import EPSILON
-from rlinf_plugins_openpi.export.lerobot_features import ACTION, STATE, TOKENIZER, Features, read_features
-from rlinf_plugins_openpi.inputs.transforms import IMAGE_SIZE
+from rlinf_core.data.transforms import (
+    CheckState,
+    Concatenate,
+    RelativeActions,
+    RelativeUnless,
+    SliceActions,
+    Transform,
+)
+from rlinf_plugins_openpi.inputs.tokenizer import GEMMA_ENTRIES, load_processor
+from rlinf_plugins_openpi.model.dimensions import CAMERAS, IMAGE_SIZE
 from rlinf_plugins_openpi.model.parts import unpacked
 from rlinf_plugins_openpi.weights.files import DTYPES
 from rlinf_plugins_openpi.weights.names import EMBEDDING, EMBEDDING_IN_FILES, UNUSED_HEAD
@@ -27,33 +37,44 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from rlinf_core import DatasetConfig
+    from rlinf_core.contract.policy import TrainedOn
     from rlinf_core.data.normalize import NormStats, Stats
-    from rlinf_plugins_openpi.config import OpenpiPolicyConfig
     from rlinf_plugins_openpi.model.dimensions import Pi0Dimensions
+    from rlinf_plugins_openpi.settings import OpenpiSettings
 
 PREFIX = "model."
-"""Before every key: lerobot's policies hold the model under this name."""
+"""Prefix of every key: lerobot's policies have the model as an attribute of this name."""
+TOKENIZER = "google/paligemma-3b-pt-224"
+"""The tokenizer that lerobot's policies load from the hub."""
+STATE, ACTION = "observation.state", "action"
+RELATIVE = (RelativeActions, RelativeUnless)
 NORMALIZATION = {"mean_std": "MEAN_STD", "quantile": "QUANTILES"}
 Json = dict[str, Any]
 Numbers = NDArray[np.floating]
 
 
 def export_lerobot(
-    policy: OpenpiPolicyConfig, tensors: Mapping[str, Tensor], folder: Path, data: DatasetConfig, stats: Stats
+    policy: OpenpiSettings, tensors: Mapping[str, Tensor], folder: Path, sources: Sequence[TrainedOn]
 ) -> None:
-    """Write what lerobot's `PI0Policy` or `PI05Policy` and its `make_pre_post_processors` load.
+    """Write the files that lerobot's `PI0Policy` or `PI05Policy` and its `make_pre_post_processors` load.
 
     Args:
-        policy: Whose weights these are.
-        tensors: As `PolicyConfig.export` takes them.
+        policy: The policy to export.
+        tensors: Its parameters, with the whole embedding.
         folder: An empty folder.
-        data: The dataset the policy was trained on.
-        stats: The statistics it was trained with.
+        sources: The dataset that the policy was trained on, with its statistics.
 
     Raises:
-        UserError: lerobot cannot express the policy or what is done to its data; every reason is named.
+        UserError: There are several datasets, or lerobot cannot express the policy or the transforms of its data; the
+            message lists every reason.
     """
-    features = read_features(policy, data, stats)
+    if len(sources) > 1:
+        names = ", ".join(source.name for source in sources)
+        raise UserError(f"lerobot's format has statistics of one dataset: give --source, one of {names}")
+    (source,) = sources
+    stats = source.stats
+    assert stats is not None  # Both policies normalise, so the run has statistics.
+    features = read_features(policy, source.data, stats)
     _save_weights(tensors, folder / "model.safetensors", policy.dimensions)
     in_bf16 = all(str(tensor.dtype) == "torch.bfloat16" for tensor in tensors.values())
     _write_json(folder / "config.json", _config(policy, features, "bfloat16" if in_bf16 else "float32"))
@@ -70,8 +91,8 @@ def export_lerobot(
     (folder / "README.md").write_text(_readme(policy, features), encoding="utf-8")
 
 
-def _config(policy: OpenpiPolicyConfig, features: Features, dtype: str) -> Json:
-    """What the policy decides; the rest, how lerobot would train it, is left to lerobot's defaults."""
+def _config(policy: OpenpiSettings, features: Features, dtype: str) -> Json:
+    """The settings that inference needs; lerobot's training settings keep their defaults."""
     normalization = NORMALIZATION[policy.normalization]
     config = {
         "type": policy.type,
@@ -89,7 +110,7 @@ def _config(policy: OpenpiPolicyConfig, features: Features, dtype: str) -> Json:
         "image_resolution": [IMAGE_SIZE, IMAGE_SIZE],
         "tokenizer_max_length": policy.max_token_len,
     }
-    if features.relative:  # Not in every version's config, so left out where it says nothing.
+    if features.relative:  # Not in every lerobot version, so left out if unused.
         step = _relative_step(features)["config"]
         config |= {
             "use_relative_actions": True,
@@ -99,8 +120,8 @@ def _config(policy: OpenpiPolicyConfig, features: Features, dtype: str) -> Json:
     return config
 
 
-def _input_steps(policy: OpenpiPolicyConfig, features: Features) -> list[Json]:
-    """The order is π0.5's in lerobot: the prompt may hold the normalised state."""
+def _input_steps(policy: OpenpiSettings, features: Features) -> list[Json]:
+    """In the order of lerobot's π0.5, whose prompt may contain the normalised state."""
     if policy.discrete_state_input:
         prompt = _step("pi05_prepare_state_tokenizer_processor_step", {})
     else:
@@ -124,7 +145,7 @@ def _input_steps(policy: OpenpiPolicyConfig, features: Features) -> list[Json]:
     ]
 
 
-def _output_steps(policy: OpenpiPolicyConfig, features: Features) -> list[Json]:
+def _output_steps(policy: OpenpiSettings, features: Features) -> list[Json]:
     return [
         _step("unnormalizer_processor", _normalization(policy, features.of_output())),
         _step("absolute_actions_processor", {"enabled": bool(features.relative)}),
@@ -137,7 +158,7 @@ def _step(name: str, config: Json) -> Json:
 
 
 def _relative_step(features: Features) -> Json:
-    """Lerobot tells absolute numbers by names, of which any part may match: numbered ones, equally long."""
+    """Lerobot finds absolute numbers by substrings of their names, so the names here are numbers of equal length."""
     names = [f"action_{number:03}" for number in range(features.action_width)] if features.relative else None
     absolute = [name for name, relative in zip(names or (), features.relative, strict=True) if not relative]
     return _step(
@@ -146,9 +167,9 @@ def _relative_step(features: Features) -> Json:
     )
 
 
-def _normalization(policy: OpenpiPolicyConfig, features: Json) -> Json:
+def _normalization(policy: OpenpiSettings, features: Json) -> Json:
     kind = NORMALIZATION[policy.normalization]
-    # Beside the spread itself for mean_std (see _statistics); in place of a spread of 0 for quantiles.
+    # mean_std: the exported std includes epsilon (see _statistics). Quantiles: lerobot uses epsilon if the range is 0.
     return {
         "eps": 0.0 if kind == "MEAN_STD" else EPSILON,
         "features": features,
@@ -157,10 +178,11 @@ def _normalization(policy: OpenpiPolicyConfig, features: Json) -> Json:
 
 
 def _statistics(features: Features, stats: Stats) -> dict[str, Numbers]:
-    """The statistics by lerobot's names, float32, such that lerobot's formulas give what ours give.
+    """Statistics under lerobot's names, float32, adjusted so that lerobot's formulas give the same results as ours.
 
-    Ours add 1e-6 to every spread, both ways. lerobot's add nothing to a quantile range, and their epsilon to a standard
-    deviation one way only. So it is part of the statistics here.
+    We add 1e-6 to every standard deviation or quantile range, when normalising and when unnormalising. lerobot adds
+    nothing to a quantile range, and adds epsilon to a standard deviation only when normalising. Therefore the exported
+    statistics include it.
     """
     widths = {STATE: features.state_width, ACTION: features.action_width}
     found: dict[str, Numbers] = {}
@@ -173,7 +195,7 @@ def _statistics(features: Features, stats: Stats) -> dict[str, Numbers]:
 def _with_epsilon(stats: NormStats) -> dict[str, Numbers]:
     values = {"mean": stats.mean, "std": stats.std + EPSILON}
     if not np.isnan(stats.q01).any():
-        # A range of 0 stays 0: there lerobot takes its own epsilon, which is the same and is not rounded beside q01.
+        # A range of 0 stays 0: lerobot then uses its own epsilon, which is equal and not lost in float32 next to q01.
         values |= {"q01": stats.q01, "q99": stats.q99 + np.where(stats.q99 > stats.q01, EPSILON, 0.0)}
     return values
 
@@ -187,8 +209,9 @@ def _save_statistics(statistics: Mapping[str, Numbers], path: Path) -> None:
 
 
 def stored_entries(entries: Mapping[str, Entry], dimensions: Pi0Dimensions) -> dict[str, Entry]:
-    """What lerobot's file holds: openpi's names behind a prefix, the embedding under both of its names, which lerobot
-    does not tie.
+    """The tensors of lerobot's file: openpi's names with a prefix, and the embedding under both of its names.
+
+    lerobot does not tie the two.
     """
     published = published_entries(entries, dimensions)
     published[EMBEDDING] = published[EMBEDDING_IN_FILES]
@@ -212,16 +235,109 @@ def _write_json(path: Path, content: Json) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _readme(policy: OpenpiPolicyConfig, features: Features) -> str:
-    """What whoever runs it with lerobot has to know."""
+def _readme(policy: OpenpiSettings, features: Features) -> str:
+    """Notes for running the policy with lerobot."""
     lines = [f"# {'π0.5' if policy.type == 'pi05' else 'π0'} for lerobot", ""]
     lines += [f"- `{name}` is the training data's column `{column}`." for name, column in features.images.items()]
     lines += [f"- {note}" for note in features.notes]
     if features.relative:
-        lines.append("- Actions are relative to the state at the start of a chunk: decode whole chunks, or run it with")
+        lines.append(
+            "- Actions are relative to the state at the start of a chunk: execute whole chunks, or run it with"
+        )
         lines.append("  `--inference.type=rtc`. `select_action` would add the state of each later step.")
     lines.append("- Images that are not 224 x 224 are resized by lerobot without antialiasing, unlike in training:")
     lines.append(
-        "  hand in 224 x 224 for the same actions. Underscores in `task` are kept, in training they are spaces."
+        "  pass 224 x 224 images for equal actions. lerobot keeps underscores in `task`; in training they are spaces."
     )
     return "\n".join(lines) + "\n"
+
+
+@dataclass(frozen=True)
+class Features:
+    """The inputs and outputs of a policy under lerobot's names."""
+
+    images: Mapping[str, str]
+    """lerobot's name -> column of the dataset, in the model's camera order."""
+    state_width: int
+    """0: no state."""
+    action_width: int
+    relative: tuple[bool, ...]
+    """[action_width], which numbers of the action are relative to the state; empty if none is."""
+    notes: tuple[str, ...]
+    """Requirements on the caller that lerobot's files cannot express."""
+
+    def of_input(self) -> dict[str, Any]:
+        """Cameras, then the state."""
+        # The model accepts images of any size; lerobot only uses the shape to recognise images.
+        images = {name: {"type": "VISUAL", "shape": [3, IMAGE_SIZE, IMAGE_SIZE]} for name in self.images}
+        return images | ({STATE: {"type": "STATE", "shape": [self.state_width]}} if self.state_width else {})
+
+    def of_output(self) -> dict[str, Any]:
+        """The action."""
+        return {ACTION: {"type": "ACTION", "shape": [self.action_width]}}
+
+
+def read_features(policy: OpenpiSettings, data: DatasetConfig, stats: Stats) -> Features:
+    """The features of a policy. Raises `UserError` with everything that lerobot cannot express."""
+    transforms = tuple(data.transforms())
+    if problems := [*_problems(policy, data, transforms, stats)]:
+        raise UserError("lerobot cannot represent this policy: " + "; ".join(problems))
+    assert isinstance(data, LeRobotDatasetConfig)
+    width = min([t.width for t in transforms if isinstance(t, SliceActions)] or [len(stats["actions"].mean)])
+    # Statistics from a file (data.norm_stats) may be wider than the data.
+    widths = [len(stats["state"].mean)] if data.state else []
+    widths += [t.width for t in transforms if isinstance(t, CheckState)]
+    # lerobot recognises observations by their prefix; other columns get the policy's camera names.
+    columns = [(camera, data.images[camera]) for camera in CAMERAS if camera in data.images]
+    return Features(
+        images={
+            column if column.startswith("observation.") else f"observation.images.{camera}": column
+            for camera, column in columns
+        },
+        state_width=min(widths) if data.state else 0,
+        action_width=width,
+        relative=next((_mask(t, width) for t in transforms if isinstance(t, RELATIVE)), ()),
+        notes=tuple(_notes(data)),
+    )
+
+
+def _notes(data: LeRobotDatasetConfig) -> Iterator[str]:
+    if data.default_prompt and not data.prompt_from_task:
+        yield f"`task` was always `{data.default_prompt}` in training: pass the same."
+    elif data.default_prompt:
+        yield f"Without a task, pass `{data.default_prompt}` as `task`, as in training."
+    if data.stride > 1:
+        yield f"The actions of a chunk are {data.stride} frames of the training data apart, not one."
+
+
+def _mask(transform: RelativeActions | RelativeUnless, width: int) -> tuple[bool, ...]:
+    if isinstance(transform, RelativeUnless):
+        return tuple(number not in transform.absolute for number in range(width))
+    return (*transform.mask, *(False,) * width)[:width]
+
+
+def _problems(
+    policy: OpenpiSettings, data: DatasetConfig, transforms: tuple[Transform, ...], stats: Stats
+) -> Iterator[str]:
+    if policy.variant != "base":
+        yield f"it builds the published size only, and policy.variant is {policy.variant!r}"
+    elif (entries := load_processor(policy.files()["tokenizer"]).vocab_size()) < GEMMA_ENTRIES:
+        yield f"it reads {TOKENIZER}'s tokenizer, and policy.tokenizer has {entries} entries"
+    name = data.config_name or type(data).__name__
+    repack = data.repack()
+    if not isinstance(data, LeRobotDatasetConfig) or type(repack) is not Concatenate:
+        yield f"{name} repacks rows by {type(repack).__name__}, for which it has no step"
+        return
+    if repack.crops:
+        yield f"{name} crops {', '.join(repack.crops)}, for which it has no step"
+    if len(data.state) > 1:
+        yield f"its state is one column, and data.state joins {', '.join(data.state)}"
+    if not data.state and policy.type == "pi0":
+        yield "its π0 needs a state, and data.state is empty"
+    if others := [type(t).__name__ for t in transforms if type(t) not in (SliceActions, CheckState, *RELATIVE)]:
+        yield f"it has no step for {', '.join(others)} of {name}"
+    relative = [t for t in transforms if isinstance(t, RELATIVE)]
+    if len(relative) > 1:
+        yield f"it makes actions relative only once, {name} does so {len(relative)} times"
+    if relative and data.state and len(stats["state"].mean) < len(stats["actions"].mean):
+        yield "its relative actions need a state with at least as many numbers as the action"

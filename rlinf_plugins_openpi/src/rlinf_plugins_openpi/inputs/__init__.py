@@ -1,1 +1,1 @@
-"""From samples to the model's tensors."""
+"""Turns samples into the model's input tensors."""

@@ -1,6 +1,6 @@
-"""Samples to a batch of tensors. Runs in loader workers; a camera that no sample of the batch has takes no room.
+"""Stack samples into a batch of tensors, in loader workers. Cameras that no sample of the batch has are left out.
 
-What a sample lacks of the batch's cameras and of its longest prompt is masked, and `packing` leaves it out.
+Cameras that a sample lacks and padding of its prompt are masked; `packing` leaves them out.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rlinf_plugins_openpi.model.dimensions import CAMERAS, IMAGE_SIZE
 Image = NDArray[np.uint8]
 
 TOKEN_STEP = 16
-"""Prompts are padded to a multiple of this many tokens: few lengths, so that compiled code sees few shapes."""
+"""Prompts are padded to a multiple of this many tokens, so that compiled code sees few shapes."""
 
 
 def stack(samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -30,13 +30,13 @@ def stack(samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         samples: Encoded samples, all with actions (training) or all without (inference).
 
     Returns:
-        `images` uint8 [B, C, 224, 224, 3] and `image_mask` bool [B, C]: the cameras that any sample has, in `CAMERAS`'
-        order, black and masked where a sample lacks one; at least one camera.
+        `images` uint8 [B, C, 224, 224, 3] and `image_mask` bool [B, C]: the cameras that any sample has, in the order
+        of `CAMERAS`, black and masked where a sample lacks one; at least one camera.
         `tokens` int64 [B, T] and `token_mask` bool [B, T]: cut to the longest prompt, rounded up to `TOKEN_STEP`.
         `state` float32 [B, A]. If the samples have them: `actions` float32 [B, H, A], `actions_is_pad` bool [B, H] and
         `action_width` int64 [B], the robot's own share of A; `noise` float32 [B, H, A], `time` float32 [B];
-        `crop_and_rotation` float32 [B, G, 3] of the first G cameras, those on no wrist, and `color_jitter` float32
-        [B, C, 4].
+        `crop_and_rotation` float32 [B, G, 3] for the first G cameras, which are not on a wrist, and `color_jitter`
+        float32 [B, C, 4].
     """
     cameras, images, image_mask = _stack_images([sample.get("images", {}) for sample in samples])
     token_mask = np.stack([sample["token_mask"] for sample in samples])
@@ -58,8 +58,8 @@ def stack(samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
 
 
 def _augmentation(samples: Sequence[Mapping[str, Any]], cameras: Sequence[str]) -> dict[str, Tensor]:
-    """Each camera's numbers: a sample has them for two kinds of cameras, those on no wrist and those on one."""
-    on_wrist = ["wrist" in name for name in cameras]  # the reference tells them by their names, too
+    """Random numbers per camera: a sample has one set for wrist cameras and one for all others."""
+    on_wrist = ["wrist" in name for name in cameras]  # The reference also decides by the name.
     moving = on_wrist.count(False)
     return {
         "crop_and_rotation": _stack_floats(samples, "crop_and_rotation")[:, None].repeat(1, moving, 1),

@@ -1,4 +1,4 @@
-"""What π0 and π0.5 do to a normalised sample: resize, tokenise, pad. NumPy and PIL only.
+"""Transforms of a normalised sample for π0 and π0.5: resize, tokenise, pad. NumPy and PIL only.
 
 The order matters: the prompt is tokenised before the state is padded, because π0.5 can read the state as text.
 """
@@ -16,26 +16,24 @@ from PIL import Image
 from rlinf_core import Sample, UserError
 from rlinf_core.data.transforms import Transform
 from rlinf_plugins_openpi.inputs.tokenizer import PromptTokenizer, load_processor
-from rlinf_plugins_openpi.model.dimensions import CAMERAS as CAMERAS
-from rlinf_plugins_openpi.model.dimensions import IMAGE_SIZE as IMAGE_SIZE
 
 
 class OpenpiSample(Sample, total=False):
-    """A sample as the policies' `collate` takes it."""
+    """An encoded sample, the input of the policies' `collate`."""
 
     tokens: NDArray[np.int64]
-    """[T], prompt ids, filled up with 0."""
+    """[T], prompt ids, padded with 0."""
     token_mask: NDArray[np.bool_]
     """[T], True where there is a token."""
     action_width: int
-    """Numbers of the robot's own action; the policy's is filled up with zeros."""
+    """Width of the robot's own action; the policy's action is padded with zeros."""
     prompt_length: int
-    """Tokens of the whole prompt, those that were cut off included."""
+    """Tokens of the whole prompt, including those that were cut."""
 
 
 @dataclass(frozen=True)
 class ResizeWithPad(Transform):
-    """Fit every camera's image into `height` x `width`: aspect kept, bilinear (antialiased), black around it."""
+    """Fit every camera's image into `height` x `width`: same aspect ratio, bilinear (antialiased), black borders."""
 
     resizes: ClassVar[bool] = True
 
@@ -50,7 +48,7 @@ class ResizeWithPad(Transform):
 
     def _resize(self, name: str, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         if not isinstance(image, np.ndarray):
-            raise UserError(f"camera {name!r} is a {type(image).__name__}: images are arrays of NumPy")
+            raise UserError(f"camera {name!r} is a {type(image).__name__}: images are NumPy arrays")
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
             raise UserError(
                 f"camera {name!r} is {image.dtype} {list(image.shape)}: images are uint8 [height, width, 3]"
@@ -58,7 +56,7 @@ class ResizeWithPad(Transform):
         height, width = image.shape[:2]
         if (height, width) == (self.height, self.width):
             return image
-        # Rounding as openpi's image_tools.resize_with_pad_pil: a pixel more or less would shift the whole image.
+        # Rounded as in openpi's image_tools.resize_with_pad_pil: one pixel more or less would shift the whole image.
         ratio = max(width / self.width, height / self.height)
         new_height, new_width = int(height / ratio), int(width / ratio)
         top, left = (self.height - new_height) // 2, (self.width - new_width) // 2
@@ -75,10 +73,10 @@ class TokenizePrompt(Transform):
     tokenizer: PromptTokenizer
     discrete_state: bool
     allowed: frozenset[int] | None = None
-    """The only tokens that prompts may have: the embedding's other rows are not trained. None: all."""
+    """The tokens that prompts may contain; other rows of the embedding are not trained. None: all."""
 
     def __call__(self, sample: Sample) -> Sample:
-        """Needs a `state` that is normalised and not yet padded if `discrete_state`, else only the prompt."""
+        """Needs the prompt and, with `discrete_state`, a `state` that is normalised and not yet padded."""
         if self.discrete_state and "state" not in sample:
             raise UserError("policy.discrete_state_input is true but the dataset has no state: set it to false")
         ids = self.tokenizer.encode(sample["prompt"], sample["state"] if self.discrete_state else None)
@@ -94,16 +92,16 @@ class TokenizePrompt(Transform):
         token = next(token for token in ids if token not in self.allowed)
         return UserError(
             f"the prompt {prompt!r} has the token {token}, {load_processor(self.tokenizer.path).id_to_piece(token)!r}, "
-            'that none of the run\'s rows had when it started, and policy.train_embedding = "used_rows" knows theirs '
-            'only: set it to "all", or start a new run with the data as they are now'
+            'that none of the run\'s rows had when it started, and policy.train_embedding = "used_rows" trains only '
+            'theirs: set it to "all", or start a new run with the data as they are now'
         )
 
 
 @dataclass(frozen=True)
 class PadToActionDim(Transform):
-    """Fill `state` and `actions` up with zeros to the width of the policy; without a state it is all zeros.
+    """Pad `state` and `actions` with zeros to the width of the policy; a missing state becomes all zeros.
 
-    The inverse is the identity: unnormalising works at the policy's width, and the dataset knows the robot's.
+    The inverse is the identity: actions are unnormalised at the policy's width, then the dataset cuts them.
     """
 
     batched: ClassVar[bool] = True
@@ -116,7 +114,7 @@ class PadToActionDim(Transform):
         axes = sample["actions"].shape[:-2] if "actions" in sample else ()
         out["state"] = self._pad("state", sample.get("state", np.zeros((*axes, 0), dtype=np.float32)))
         if "actions" in sample:
-            # A dataset that filled its actions up already has said how wide they are.
+            # If the dataset's own transforms padded the actions, they have recorded the width already.
             out["action_width"] = out.get("action_width", sample["actions"].shape[-1])
             out["actions"] = self._pad("actions", sample["actions"])
         return out
@@ -125,7 +123,7 @@ class PadToActionDim(Transform):
         missing = self.action_dim - vector.shape[-1]
         if missing < 0:
             raise UserError(
-                f"`{name}` has {vector.shape[-1]} numbers, the policy takes {self.action_dim}: "
+                f"`{name}` has {vector.shape[-1]} numbers, the policy takes at most {self.action_dim}: "
                 f"name fewer columns in data.{name} (policy.action_dim is fixed for pretrained weights)"
             )
         return np.pad(vector, [(0, 0)] * (vector.ndim - 1) + [(0, missing)])

@@ -1,1 +1,1 @@
-"""π0 and π0.5 as single-device modules: torch alone."""
+"""π0 and π0.5 as single-device modules in plain torch."""

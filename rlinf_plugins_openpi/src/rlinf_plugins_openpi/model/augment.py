@@ -1,9 +1,9 @@
-"""Images on their way into the model, on the device: changed at random for training, resized if of another size.
+"""Preprocessing of images on the device: augmentation for training, and resizing if they are of another size.
 
-After the reference's `preprocess_observation` (openpi, `models/model.py`), whose parts are augmax's and jax.image's.
-Torch and the standard library only. Nothing is drawn here: a sample brings its own numbers (`draws.py`), so that it
-looks the same in every batch it may stand in. All is float32. Axes: B batch, C camera, G cameras that are moved, N
-images.
+Follows the reference's `preprocess_observation` (openpi, `models/model.py`), which uses augmax and jax.image. Torch and
+the standard library only. Nothing is drawn here: each sample brings its own random numbers (`draws.py`), so that it
+looks the same in every batch. All computations are float32. Axes: B batch, C camera, G cameras that are cropped and
+rotated, N images.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ import torch
 import torch.nn.functional as F
 
 CROP = 0.95
-"""Share of height and width that is left of a cropped image, rounded down to whole pixels."""
+"""Fraction of height and width that a crop keeps, rounded down to whole pixels."""
 
 
 def normalise(images: torch.Tensor) -> torch.Tensor:
-    """Images uint8 -> float32 in [-1, 1]; what is no uint8 is taken to be that already."""
+    """Images uint8 -> float32 in [-1, 1]; other dtypes are assumed to be in [-1, 1] already."""
     return images.float() / 255.0 * 2.0 - 1.0 if images.dtype == torch.uint8 else images.float()
 
 
 @torch.no_grad()
 def augment(images: torch.Tensor, crop_and_rotation: torch.Tensor, color_jitter: torch.Tensor) -> torch.Tensor:
-    """Images as a training step sees them.
+    """Augment images for training.
 
     Args:
         images: [B, C, height, width, 3], uint8 or in [-1, 1].
-        crop_and_rotation: [B, G, 3] for the first G cameras, see `crop_and_rotate`. The others, those on wrists, stay
-            as they are: what they show has its place in the hand.
+        crop_and_rotation: [B, G, 3] for the first G cameras, see `crop_and_rotate`. The others are wrist cameras, which
+            are not moved: their view is fixed to the hand.
         color_jitter: [B, C, 4], see `jitter_colors`.
 
     Returns:
@@ -43,29 +43,29 @@ def augment(images: torch.Tensor, crop_and_rotation: torch.Tensor, color_jitter:
 
 
 def crop_and_rotate(images: torch.Tensor, crop_and_rotation: torch.Tensor) -> torch.Tensor:
-    """Crop, resize back and rotate in one bilinear resampling; black where there was no image.
+    """Crop, resize back and rotate in one bilinear resampling; black outside the image.
 
     Args:
         images: [N, height, width, 3] float32; black is 0.
-        crop_and_rotation: [N, 3]: how far the crop's centre lies below and right of the image's (pixels, fractions
-            allowed), and the angle (radians).
+        crop_and_rotation: [N, 3]: offset of the crop's centre from the image's, down and right (in pixels, may be
+            fractional), and the angle (radians).
     """
     height, width = images.shape[1:3]
     down, right, angle = (column[:, None, None] for column in crop_and_rotation.float().unbind(-1))
     y, x = (torch.arange(n, dtype=torch.float32, device=images.device) - (n - 1) / 2 for n in (height, width))
-    y, x = y[:, None], x[None]  # Pixels from the centre. What is there in the output comes from:
+    y, x = y[:, None], x[None]  # Output pixels, relative to the centre. Their sources:
     from_y = (angle.cos() * y + angle.sin() * x) * (int(CROP * height) / height) + (down + (height - 1) / 2)
     from_x = (angle.cos() * x - angle.sin() * y) * (int(CROP * width) / width) + (right + (width - 1) / 2)
     return _bilinear(images, from_y, from_x)
 
 
 def _bilinear(images: torch.Tensor, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Images [N, height, width, 3] at real-valued pixels y and x [N, any height, any width]; 0 outside.
+    """Sample images [N, height, width, 3] at fractional pixels y and x [N, any height, any width]; 0 outside.
 
-    `grid_sample` would do the same in coordinates over [-1, 1], which double the distance to the reference (4e-5).
+    `grid_sample` does the same in coordinates over [-1, 1], but with twice the error to the reference (4e-5).
     """
     height, width = images.shape[1:3]
-    pixels = F.pad(images, (0, 0, 1, 1, 1, 1)).flatten(0, 2)  # What is outside is read from a frame of zeros.
+    pixels = F.pad(images, (0, 0, 1, 1, 1, 1)).flatten(0, 2)  # Pixels outside are read from a border of zeros.
     first = torch.arange(len(images), device=images.device)[:, None, None] * ((height + 2) * (width + 2))
     top, left = y.floor(), x.floor()
     out = torch.zeros((), device=images.device)
@@ -78,12 +78,12 @@ def _bilinear(images: torch.Tensor, y: torch.Tensor, x: torch.Tensor) -> torch.T
 
 
 def jitter_colors(images: torch.Tensor, color_jitter: torch.Tensor) -> torch.Tensor:
-    """Change brightness, contrast and hue. The saturation stays: the reference asks for it and drops the result.
+    """Change brightness, contrast and hue, not saturation: the reference computes that change and discards it.
 
     Args:
         images: [N, height, width, 3] float32 RGB in [0, 1].
-        color_jitter: [N, 4]: 1 to change an image or 0 to keep it, brightness and contrast in (-1, 1), and by how much
-            of a turn the hue moves.
+        color_jitter: [N, 4]: 1 to change an image or 0 to keep it, brightness and contrast in (-1, 1), and the shift
+            of the hue as a fraction of a full turn.
     """
     applied, brightness, contrast, turn = (column[:, None, None] for column in color_jitter.float().unbind(-1))
     hue, saturation, value = _hue_saturation_value(images)
@@ -94,9 +94,9 @@ def jitter_colors(images: torch.Tensor, color_jitter: torch.Tensor) -> torch.Ten
 
 
 def _change_contrast(value: torch.Tensor, contrast: torch.Tensor) -> torch.Tensor:
-    """Steeper by the tangent in the middle and by its inverse at both ends, so that 0 and 1 keep their places."""
+    """A piecewise linear curve: slope tan(...) in the middle, its inverse at both ends, so that 0 and 1 are fixed."""
     slope = torch.tan((contrast + 1) * (math.pi / 4))
-    # The reference's (s - s²) / (2 (1 - s²)) without its 0/0 at a contrast of 0.
+    # Equals the reference's (s - s²) / (2 (1 - s²)), without 0/0 at contrast 0.
     bend = slope / (2 * (1 + slope))
     middle = slope * (value - 0.5) + 0.5
     upper = value / slope + 1 - 1 / slope
@@ -115,7 +115,7 @@ def _hue_saturation_value(images: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 
 
 def _rgb(hue: torch.Tensor, saturation: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """The inverse of `_hue_saturation_value`; the hue may lie outside of its circle."""
+    """The inverse of `_hue_saturation_value`; the hue may be outside [0, 6)."""
     channels = []
     for offset in (5, 3, 1):  # red, green, blue
         k = (hue + offset).remainder(6)
@@ -124,14 +124,14 @@ def _rgb(hue: torch.Tensor, saturation: torch.Tensor, value: torch.Tensor) -> to
 
 
 def resize_with_pad(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Fit images into `height` x `width` as the reference's model does, aspect kept: bilinear, antialiased, padded.
+    """Fit images into `height` x `width` as the reference does: same aspect ratio, bilinear, antialiased, padded.
 
-    The pipeline resizes on the CPU with `transforms.ResizeWithPad`, whose pixels differ by up to one grey level.
+    The pipeline resizes on the CPU with `transforms.ResizeWithPad`, whose pixels differ by at most one grey level.
 
     Args:
-        images: [..., any height, any width, 3], uint8 or float32 in [-1, 1]; they are filled up with 0 or -1.
-        height: Pixels of the result.
-        width: Pixels of the result.
+        images: [..., any height, any width, 3], uint8 or float32 in [-1, 1]; padded with 0 or -1.
+        height: Height of the result in pixels.
+        width: Width of the result in pixels.
 
     Returns:
         [..., height, width, 3] of the same dtype.

@@ -1,4 +1,4 @@
-"""The sizes of π0 and π0.5. Only numbers: every variant runs the same code.
+"""The sizes of π0 and π0.5. Variants differ only in these numbers.
 
 Standard library only, so that configs can name a variant without loading torch.
 """
@@ -11,10 +11,10 @@ from typing import Literal, NamedTuple
 Variant = Literal["base", "dummy"]
 
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
-"""The policies' cameras, in the order in which the model reads them."""
+"""The cameras of the policies, in the model's order."""
 
 IMAGE_SIZE = 224
-"""Pixels, both ways: what the image tower's position table is made for."""
+"""Height and width in pixels, for which the image tower has positions."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class GemmaDimensions:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
         if self.head_dim % 2:
-            raise ValueError(f"head_dim ({self.head_dim}) must be even: rotary embedding turns pairs")
+            raise ValueError(f"head_dim ({self.head_dim}) must be even: rotary embedding rotates pairs")
 
 
 @dataclass(frozen=True)
 class VisionDimensions:
-    """A SigLIP image tower: square images, square patches, both in pixels."""
+    """A SigLIP image tower with square images and square patches; both sizes are in pixels."""
 
     width: int
     depth: int
@@ -54,7 +54,7 @@ class VisionDimensions:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens an image becomes."""
+        """Number of tokens per image."""
         return (self.image_size // self.patch_size) ** 2
 
 
@@ -64,7 +64,7 @@ class Pi0Dimensions:
 
     pi05: bool
     action_dim: int
-    """Width A of state and actions as the model sees them, padding included."""
+    """Width A of state and actions in the model, including padding."""
     action_horizon: int
     """Actions H in a chunk."""
     vocab_size: int
@@ -82,7 +82,7 @@ class Pi0Dimensions:
                 )
         if self.expert.width % 2 or self.expert.width < 4:
             raise ValueError(
-                f"expert width ({self.expert.width}) must be even and at least 4: half sines, half cosines"
+                f"expert width ({self.expert.width}) must be even and at least 4: half are sines, half cosines"
             )
 
     @classmethod
@@ -92,7 +92,7 @@ class Pi0Dimensions:
         Args:
             variant: `"base"`: the published size, 3.3 billion parameters; `"dummy"`: trains from scratch on a CPU.
             pi05: π0.5 rather than π0.
-            action_dim: Width of state and actions, padding included.
+            action_dim: Width of state and actions, including padding.
             action_horizon: Actions in a chunk.
 
         Raises:
@@ -103,7 +103,7 @@ class Pi0Dimensions:
 
 
 class VariantSizes(NamedTuple):
-    """What a variant fixes; the rest of `Pi0Dimensions` follows from the policy's config."""
+    """The sizes that a variant sets; the rest of `Pi0Dimensions` comes from the policy's config."""
 
     vocab_size: int
     vlm: GemmaDimensions
@@ -119,7 +119,7 @@ VARIANTS: dict[Variant, VariantSizes] = {
         expert=GemmaDimensions(width=1024, depth=18, mlp_dim=4096, num_heads=8, num_kv_heads=1, head_dim=256),
         vision=VisionDimensions(width=1152, depth=27, mlp_dim=4304, num_heads=16),
     ),
-    # Sized by trial on examples/data/metaworld_3tasks: wider towers or patches of 14 learn no better in the same time.
+    # Chosen by trial on examples/data/metaworld_3tasks: wider towers or 14-pixel patches learn no better in equal time.
     "dummy": VariantSizes(
         vocab_size=512,
         vlm=GemmaDimensions(width=64, depth=3, mlp_dim=256, num_heads=4, num_kv_heads=1, head_dim=16),
@@ -127,4 +127,4 @@ VARIANTS: dict[Variant, VariantSizes] = {
         vision=VisionDimensions(width=64, depth=3, mlp_dim=256, num_heads=4, patch_size=28),
     ),
 }
-"""What the variants fix. The published sizes and, for tests and the quickstart, a small one of the same code."""
+"""The published sizes, and a small variant for tests and the quickstart."""

@@ -1,4 +1,4 @@
-"""The random numbers of a training sample: noise, flow time, and how its images are changed. NumPy only.
+"""The random numbers of a training sample: noise, flow time and image augmentation. NumPy only.
 
 They are drawn here and used on the device (`pi0.py`, `augment.py`), so that a sample looks the same on any number of
 ranks and in any batch. The ranges are the reference's (openpi, `models/model.py` and `models/pi0.py`).
@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 Draws = dict[str, NDArray[np.float32] | np.float32]
 
 MAX_SHIFT = 6.0
-"""Pixels: a crop of 212 out of 224 stays within the image."""
+"""In pixels: a crop of 212 out of 224 stays within the image."""
 MAX_ANGLE = math.radians(5.0)
 JITTER_PROBABILITY = 0.5
 MAX_BRIGHTNESS, MAX_CONTRAST = 0.3, 0.4
 MAX_HUE = 0.1
-"""Turns. Nobody asked for it in the reference: it is its library's default, and it is on."""
+"""In turns. The reference does not set it, but the default of its library applies."""
 
 
 def draw_flow(generator: np.random.Generator, action_horizon: int, action_dim: int) -> Draws:
@@ -30,11 +30,11 @@ def draw_flow(generator: np.random.Generator, action_horizon: int, action_dim: i
 
 
 def draw_augmentation(generator: np.random.Generator) -> Draws:
-    """How a sample's images are changed, float32.
+    """Random numbers for augmenting a sample's images, float32.
 
     Returns:
-        `crop_and_rotation` [3] of its cameras that are on no wrist, and `color_jitter` [2, 4], of those and of its
-        wrist cameras; cameras of one kind share their numbers. See `augment.augment` for what they mean.
+        `crop_and_rotation` [3] for cameras that are not on a wrist, and `color_jitter` [2, 4], one row for these and
+        one for wrist cameras; cameras of one kind share their numbers. See `augment.augment` for the meaning.
     """
     crop_and_rotation = generator.uniform(-1.0, 1.0, 3) * (MAX_SHIFT, MAX_SHIFT, MAX_ANGLE)
     applied = generator.uniform(size=(2, 1)) < JITTER_PROBABILITY

@@ -1,10 +1,9 @@
-"""How much computing a sample of π0 or π0.5 is worth: what any implementation must do, whatever it does besides.
+"""The useful operations of a π0 or π0.5 sample: those that any implementation has to do.
 
-Standard library only, so that a plan can be made without torch. Counted are matrix products and attention, two
-operations a multiply-add, over tokens that exist and only where they reach the loss: no camera that the sample lacks,
-no padding, no language-model head, and of the VLM's last layer keys and values alone. The backward pass counts twice
-the forward pass, but once where the input is data; norms, activations and the softmax count nothing, and neither does
-what is computed anew to save memory.
+Standard library only, so that `rlinf plan` needs no torch. Counted are matrix products and attention, with two
+operations per multiply-add, for real tokens and only where they reach the loss: no missing cameras, no padding, no
+language-model head, and only keys and values in the VLM's last layer. The backward pass counts twice the forward pass,
+but once where the input is data. Norms, activations, the softmax and recomputation are not counted.
 
 Letters: E width of the action expert, H action horizon, A action width.
 """
@@ -25,18 +24,18 @@ class ForwardFlops(NamedTuple):
     vlm: float
     """The VLM's matrices."""
     attention: float
-    """The prefix's attention to itself, the suffix's to the prefix and itself."""
+    """Attention of the prefix to itself, and of the suffix to prefix and suffix."""
     expert: float
-    """The action expert's matrices, the norms' modulations and the small projections among them."""
+    """The action expert's matrices, including the norms' modulations and the small projections."""
 
 
 def forward_flops(dimensions: Pi0Dimensions, *, images: int, text: int) -> ForwardFlops:
     """Operations of one sample's forward pass, by part.
 
     Args:
-        dimensions: The model's sizes; the action horizon counts.
-        images: Cameras that the sample has.
-        text: Tokens of its prompt, padding not counted.
+        dimensions: The sizes of the model, including the action horizon.
+        images: Number of cameras in the sample.
+        text: Tokens of its prompt, without padding.
     """
     vlm, expert, depth = dimensions.vlm, dimensions.expert, dimensions.vlm.depth
     prefix = images * dimensions.vision.num_tokens + text
@@ -53,18 +52,18 @@ def forward_flops(dimensions: Pi0Dimensions, *, images: int, text: int) -> Forwa
 
 def training_flops(dimensions: Pi0Dimensions, *, images: int, text: int) -> float:
     """Operations of one sample's forward and backward pass with all parameters trained; arguments as above."""
-    # Backward, a product for the weights and one for the input each: pixels, actions, state and time need none.
+    # Backward has a product for the weights and one for the input; pixels, actions, state and time need no gradient.
     return 3 * sum(forward_flops(dimensions, images=images, text=text)) - 2.0 * _on_data(dimensions, images)
 
 
 def _layer(gemma: GemmaDimensions) -> int:
-    """Multiply-adds of a token in one layer's matrices: queries and output, keys and values, gate, up and down."""
+    """Multiply-adds per token in one layer's matrices: queries and output, keys and values, gate, up and down."""
     heads = 2 * gemma.num_heads + 2 * gemma.num_kv_heads
     return gemma.width * (heads * gemma.head_dim + 3 * gemma.mlp_dim)
 
 
 def _vision(vision: VisionDimensions, output_width: int) -> int:
-    """Multiply-adds of an image: patches, blocks with their attention, projection."""
+    """Multiply-adds per image: patches, blocks with their attention, projection."""
     width, tokens = vision.width, vision.num_tokens
     block = 4 * width * width + 2 * width * vision.mlp_dim + 2 * tokens * width
     return _patches(vision) + tokens * (vision.depth * block + width * output_width)
@@ -75,13 +74,13 @@ def _patches(vision: VisionDimensions) -> int:
 
 
 def _conditioning(dimensions: Pi0Dimensions) -> int:
-    """Multiply-adds that turn actions, time and state into tokens, steer the norms and turn tokens into velocity."""
+    """Multiply-adds that embed actions, time and state, modulate the norms, and project tokens to the velocity."""
     width, horizon = dimensions.expert.width, dimensions.action_horizon
     ends = 2 * horizon * dimensions.action_dim * width  # [A -> E] and back, for every action.
     if not dimensions.pi05:
         return ends + dimensions.action_dim * width + 3 * horizon * width * width  # State; [2E -> E -> E].
     norms = 2 * dimensions.expert.depth + 1
-    return ends + 2 * width * width + 3 * norms * width * width  # [E -> E -> E]; a scale, shift and gate a norm.
+    return ends + 2 * width * width + 3 * norms * width * width  # [E -> E -> E]; scale, shift and gate per norm.
 
 
 def _on_data(dimensions: Pi0Dimensions, images: int) -> int:

@@ -1,9 +1,9 @@
 """Two Gemma transformers that attend jointly: the VLM reads the prefix, the action expert the suffix.
 
 Torch and the standard library only. Axes: B batch, T suffix tokens, R rows of the packed prefix, W VLM width, E a
-block's width. `JointLayer` holds the blocks of both experts at one depth: it is one unit of sharding, always called as
-a module. The compute dtype is that of the weights found there; norm statistics are float32 (float64 in a float64
-model). What is multiplied with the same input is one matrix: queries, keys and values; gate and up; all modulations.
+block's width. `JointLayer` contains the blocks of both experts at one depth: it is one unit of sharding, always called
+as a module. The compute dtype is that of its weights; norm statistics are float32 (float64 in a float64 model).
+Matrices with the same input are merged into one: queries, keys and values; gate and up; all modulations.
 """
 
 from __future__ import annotations
@@ -47,23 +47,23 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(width))
 
     def forward(self, x: torch.Tensor, modulation: torch.Tensor | None = None) -> tuple[torch.Tensor, None]:
-        """X [..., E] -> (normed in x's dtype, None: the residual is not gated)."""
+        """X [..., E] -> (normed x in its dtype, None: the residual is not gated)."""
         normed = _normalize(x)
         return (normed * (1.0 + self.weight.to(normed.dtype))).to(x.dtype), None
 
 
 class AdaptiveRMSNorm(nn.Module):
-    """π0.5's norm: x / rms(x) · (1 + scale) + shift; scale, shift and the residual's gate come from `Modulation`."""
+    """π0.5's norm: x / rms(x) · (1 + scale) + shift. Scale, shift and the residual's gate come from `Modulation`."""
 
     def forward(self, x: torch.Tensor, modulation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """X [B, T, E], modulation [B, 3, E] -> (normed in x's dtype, gate [B, 1, E])."""
+        """X [B, T, E], modulation [B, 3, E] -> (normed x in its dtype, gate [B, 1, E])."""
         scale, shift, gate = modulation[:, :, None].unbind(1)
         normed = _normalize(x)
         return torch.addcmul(shift.to(normed.dtype), normed, 1.0 + scale.to(normed.dtype)).to(x.dtype), gate
 
 
 class Modulation(nn.Module):
-    """Scale, shift and gate of every adaptive norm, from a condition: one product a step instead of one a norm."""
+    """Scale, shift and gate of all adaptive norms from a condition, by one product instead of one per norm."""
 
     def __init__(self, width: int, depth: int) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class Modulation(nn.Module):
         self.bias = nn.Parameter(torch.empty(norms * 3 * width))
 
     def forward(self, cond: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Cond [B, E] -> [B, 2, 3, E] for each layer's two norms, and [B, 3, E] for the final one."""
+        """Cond [B, E] -> [B, 2, 3, E] for the two norms of each layer, and [B, 3, E] for the final norm."""
         every = F.linear(cond.to(self.weight.dtype), self.weight, self.bias)
         all_norms = every.view(len(cond), -1, 3, self.width)
         *layers, last = torch.split(all_norms, [2] * self.depth + [1], dim=1)
@@ -85,7 +85,7 @@ def _residual(x: torch.Tensor, update: torch.Tensor, gate: torch.Tensor | None) 
 
 
 class _AfterAttention(nn.Module):
-    """The parameters and steps after the attention of one block."""
+    """The part of a block after its attention."""
 
     def __init__(self, dimensions: GemmaDimensions, *, adaptive: bool) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class _AfterAttention(nn.Module):
 
 
 class GemmaBlock(_AfterAttention):
-    """The parameters of one expert at one depth, and the steps before and after the joint attention."""
+    """One expert at one depth: the steps before and after the joint attention."""
 
     def __init__(self, dimensions: GemmaDimensions, *, adaptive: bool) -> None:
         super().__init__(dimensions, adaptive=adaptive)
@@ -127,7 +127,7 @@ class GemmaBlock(_AfterAttention):
 
 
 class KeysValuesBlock(nn.Module):
-    """All that the last layer needs of the prefix: nothing but its keys and values reaches the actions."""
+    """The VLM's part of the last layer: of the prefix, only keys and values reach the actions."""
 
     def __init__(self, dimensions: GemmaDimensions) -> None:
         super().__init__()
@@ -146,9 +146,9 @@ def _keys_values(heads: torch.Tensor, by: Rotation) -> KeysValues:
 
 
 class PrefixEnd(_AfterAttention):
-    """What would finish the prefix: the rest of its last layer, and its final norm. No loss reaches it.
+    """The rest of the VLM: its last layer after keys and values, and its final norm. No loss reaches these parameters.
 
-    Published weights have it, so it is kept and exported; its keys and values are the last layer's own.
+    Published weights contain them, so they are kept and exported. Keys and values come from the last layer.
     """
 
     def __init__(self, dimensions: GemmaDimensions) -> None:
@@ -157,7 +157,7 @@ class PrefixEnd(_AfterAttention):
         self.norm = RMSNorm(dimensions.width)
 
     def forward(self, x: torch.Tensor, last: KeysValuesBlock, context: PrefixContext) -> torch.Tensor:
-        """What enters the last layer [R, W] -> the VLM's output [R, W], after its final norm."""
+        """Input of the last layer [R, W] -> the VLM's output [R, W], after its final norm."""
         normed, _ = last.input_norm(x)
         kv = last.project(normed, context.rotation)
         queries = rotate(self.q_proj(normed).unflatten(-1, (-1, self.head_dim)), context.rotation)
@@ -167,13 +167,13 @@ class PrefixEnd(_AfterAttention):
 
 
 class JointLayer(nn.Module):
-    """One depth of both experts. The prefix attends to itself, the suffix to the prefix and itself.
+    """Both experts at one depth. The prefix attends to itself, the suffix to the prefix and itself.
 
     Args:
-        vlm: Dimensions of the prefix's expert.
-        expert: Dimensions of the suffix's.
-        adaptive: The suffix's norms are modulated (π0.5).
-        last: The prefix ends here, at its keys and values.
+        vlm: Dimensions of the expert for the prefix.
+        expert: Dimensions of the expert for the suffix.
+        adaptive: Modulate the norms of the suffix (π0.5).
+        last: The last layer, where the prefix needs only keys and values.
     """
 
     def __init__(self, vlm: GemmaDimensions, expert: GemmaDimensions, *, adaptive: bool, last: bool) -> None:
@@ -187,16 +187,16 @@ class JointLayer(nn.Module):
         suffix: tuple[torch.Tensor, SuffixContext] | None,
         modulation: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, KeysValues]:
-        """Run both experts, or the one whose tokens are given.
+        """Run both experts, or only the one whose tokens are given.
 
         Args:
             prefix: Rows of the prefix [R, W] and their context, or the keys and values that an earlier call returned.
-            suffix: Suffix tokens [B, T, E] and their context; None when only the prefix is wanted.
-            modulation: Of the suffix's two norms, [B, 2, 3, E]; None for π0.
+            suffix: Suffix tokens [B, T, E] and their context; None to run the prefix only.
+            modulation: [B, 2, 3, E] for the two norms of the suffix; None for π0.
 
         Returns:
-            Rows of the prefix, or None where it is not given or ends here; suffix tokens or None; the prefix's keys and
-            values [B, L, K, D].
+            Rows of the prefix, or None if they are not given or this is the last layer; suffix tokens or None; the
+            prefix's keys and values [B, L, K, D].
         """
         prefix_out = suffix_out = None
         if isinstance(prefix, KeysValues):
@@ -239,17 +239,17 @@ class TokenEmbedding(nn.Module):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Token ids int [B, T] -> [B, T, W] in the dtype of the table."""
         rows = F.embedding(tokens, self.weight)
-        # A Python factor stays float32 inside the kernel; as a bfloat16 tensor it would be off by up to 0.2 %.
+        # A Python factor stays float32 inside the kernel; as a bfloat16 tensor it would have an error of up to 0.2 %.
         return rows.mul(math.sqrt(self.weight.shape[1]))
 
 
 class EmbeddingRows(TokenEmbedding):
-    """The rows of a token embedding that prompts use, as a table of their own: all that is read while it is trained.
+    """The trained rows of a token embedding as a table of their own, the only one read in training.
 
     Args:
-        rows: The ids of its tokens, ascending.
+        rows: The token ids of its rows, ascending.
         vocab_size: Rows of the whole embedding.
-        width: Of both.
+        width: The width of both.
     """
 
     def __init__(self, rows: Sequence[int], vocab_size: int, width: int) -> None:
@@ -260,7 +260,7 @@ class EmbeddingRows(TokenEmbedding):
         self.rebuild_buffers()
 
     def rebuild_buffers(self) -> None:
-        """Where each id's row is; out of range for ids that have none, so that looking them up fails."""
+        """Fill in the row of each token id; out of range for ids without a row, so that looking them up fails."""
         self.places.fill_(len(self.rows))
         self.places[torch.tensor(self.rows, device=self.places.device)] = torch.arange(
             len(self.rows), dtype=torch.int32, device=self.places.device

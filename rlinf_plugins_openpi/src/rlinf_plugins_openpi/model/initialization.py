@@ -1,7 +1,7 @@
-"""Initial values of π0's parameters, each a function of its name, its shape and a generator.
+"""Initial values of π0's parameters, as a function of name, shape and a random generator.
 
-Torch and the standard library only. The distributions were read off openpi's JAX sources (`models/gemma.py`,
-`models/siglip.py`, `models/pi0.py`) and flax's defaults; `initial_value` says where it departs from them.
+Torch and the standard library only. The distributions are those of openpi's JAX sources (`models/gemma.py`,
+`models/siglip.py`, `models/pi0.py`) and flax's defaults; `initial_value` documents the one deviation.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import torch
 
 TRUNCATED_STD = 0.87962566103423978
-"""Standard deviation of a unit normal cut off at ±2, by which flax corrects truncated draws."""
+"""Standard deviation of a unit normal truncated at ±2, by which flax corrects truncated draws."""
 
 
 def initial_value(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
@@ -21,13 +21,14 @@ def initial_value(name: str, shape: tuple[int, ...], generator: torch.Generator)
       one; the biases of SigLIP's MLP are normal(1e-6).
     - SigLIP's attention and MLP are Glorot-uniform, its positions normal(1/sqrt(width)).
     - The token embedding is normal(0.01) (flax's default).
-    - All other matrices, the patch embedding among them, are LeCun-normal, truncated at two standard deviations.
-    - So is the image projector, which is zero in the reference (there PaliGemma is always loaded over it): from zero,
-      the image tower would start without a gradient, and RMSNorm would multiply the projector's own by 1/sqrt(1e-6).
+    - All other matrices, including the patch embedding, are LeCun-normal, truncated at two standard deviations.
+    - So is the image projector, unlike in the reference, where it is zero because PaliGemma is always loaded. From
+      zero, the image tower would have no gradient at first, and RMSNorm would multiply the projector's gradient by
+      1/sqrt(1e-6).
 
     Args:
-        name: The module's own name of the parameter.
-        shape: Its whole shape; matrices are [output, input]. Of a packed one, the shape of the part that is wanted.
+        name: The parameter's name in the module.
+        shape: Its whole shape; matrices are [output, input]. For a merged matrix, the shape of one part.
         generator: The only source of randomness.
 
     Returns:

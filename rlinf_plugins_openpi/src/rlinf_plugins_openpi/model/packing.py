@@ -1,11 +1,11 @@
-"""Prefixes of different lengths laid end to end: absent cameras and padding are no rows, and cost nothing.
+"""Pack prefixes of different lengths end to end, so that missing cameras and padding cost nothing.
 
-Torch and the standard library only. Axes: B samples, C cameras, P tokens of an image, I images that are there, M rows
-of the pool (tokens of those I images, then all B·T text tokens), R rows of the packed prefix: sample after sample, in
-each its images and its text, then filler up to a multiple. L places of the grid, which holds a sample in each row.
+Torch and the standard library only. Axes: B samples, C cameras, P tokens per image, I images present, M rows of the
+pool (tokens of the I images, then all B·T text tokens), R rows of the packed prefix (sample after sample, each its
+images and then its text; then filler up to a multiple), L slots per sample of the grid, which has one row per sample.
 
-There is always at least one filler row, the last, and one padded place in the grid. No loss reaches either, so their
-gradients are exactly zero: one row stands for all padding, and what was moved by an index is moved back by another.
+There is always at least one filler row, the last, and one padded slot in the grid. No loss reaches either, so their
+gradients are exactly zero. Therefore one row can represent all padding, and the gradient of a gather is another gather.
 """
 
 from __future__ import annotations
@@ -16,44 +16,44 @@ from typing import Any, NamedTuple
 import torch
 
 GRID_MULTIPLES = (16, 64)
-"""Of the places in the grid: never fewer, for the sake of vectors, and no more, for the sake of padding."""
+"""Least and greatest multiple for the slots of the grid: 16 for vectorised kernels, 64 to limit padding."""
 MULTIPLES = (16, 256)
-"""Of the rows of a prefix, where nothing else is asked for: the least and the greatest."""
+"""Least and greatest default multiple for the rows of a prefix."""
 LONGEST_FILLER = 512
-"""Rows of filler at most."""
+"""Maximum number of filler rows."""
 
 
 class Packing(NamedTuple):
-    """Which token goes where. All indices are int64."""
+    """Index tensors of a packed batch, int64 unless noted."""
 
     images: torch.Tensor
-    """[I]: the images that are there, of B·C; image 0 where there is none."""
+    """[I]: indices of the images present, among B·C; [0] if there are none."""
     from_pool: torch.Tensor
-    """[R]: the row of the pool that each row of the prefix is; that of filler is any."""
+    """[R]: the row of the pool for each row of the prefix; arbitrary for filler."""
     to_pool: torch.Tensor
-    """[M]: where each row of the pool went; filler where nowhere."""
+    """[M]: the row of the prefix for each row of the pool; the filler row if it is not used."""
     positions: torch.Tensor
-    """[R]: each row's place within its sample, which counts valid tokens only."""
+    """[R]: the position of each row within its sample, counting valid tokens only."""
     starts: torch.Tensor
-    """Int32 [B + 2]: where each sample begins, where filler begins, and R."""
+    """Int32 [B + 2]: the first row of each sample, the first row of filler, and R."""
     to_grid: torch.Tensor
-    """[B, L]: the row at each place of the grid; filler where there is none."""
+    """[B, L]: the row of the prefix for each slot of the grid; the filler row for padding."""
     from_grid: torch.Tensor
-    """[R]: each row's place in the flattened grid; of filler, a padded one."""
+    """[R]: the slot of each row in the flattened grid; a padded slot for filler."""
 
     @property
     def valid(self) -> torch.Tensor:
-        """Bool [B, L]: the places of the grid that hold a token."""
+        """Bool [B, L]: the slots of the grid that contain a token."""
         return self.to_grid != len(self.from_grid) - 1
 
     @property
     def lengths(self) -> torch.Tensor:
-        """[B]: tokens of each sample."""
+        """[B]: number of tokens per sample."""
         return self.starts[1:-1] - self.starts[:-2]
 
 
 def multiple_for(tokens: int) -> int:
-    """What to fill a prefix up to a multiple of: filler is a 64th of it or 16 tokens at most, and shapes are few."""
+    """The default multiple for this many tokens: few shapes, and filler of at most 1/64 of them, or 16."""
     least, most = MULTIPLES
     return min(max(1 << max((tokens // 64).bit_length() - 1, 0), least), most)
 
@@ -61,14 +61,14 @@ def multiple_for(tokens: int) -> int:
 def pack(
     image_mask: torch.Tensor, token_mask: torch.Tensor, *, image_tokens: int, multiple: int | None = None
 ) -> dict[str, torch.Tensor]:
-    """The packing of a batch, as a mapping that a loader can carry; on the CPU, so that no device is waited for.
+    """Compute the packing of a batch, as a mapping for the loader; on the CPU, so that no device is synchronised.
 
     Args:
         image_mask: Bool [B, C]: which cameras a sample has.
-        token_mask: Bool [B, T]: which text tokens count.
-        image_tokens: Tokens of an image, P.
-        multiple: R is a multiple of this, and L of the nearest to it in 16 to 64: few shapes for compiled code; None:
-            `multiple_for` the tokens of all samples, and of the longest.
+        token_mask: Bool [B, T]: which text tokens are valid.
+        image_tokens: Tokens per image, P.
+        multiple: R is a multiple of this, and L of this clamped to [16, 64], so that compiled code sees few shapes.
+            None: `multiple_for` the tokens of all samples and of the longest sample.
 
     Raises:
         ValueError: `multiple` is above 512.
@@ -78,7 +78,7 @@ def pack(
     batch, text = token_mask.shape
     images = image_mask.flatten().nonzero().flatten()
     images = images if len(images) else torch.zeros(1, dtype=torch.int64)
-    # For every token of the padded prefix: whether it counts, and its row in the pool.
+    # For every token of the padded prefix: whether it is valid, and its row in the pool.
     valid = torch.cat((image_mask.repeat_interleave(image_tokens, dim=1), token_mask), dim=1)
     image = (image_mask.flatten().cumsum(0) - 1).view(batch, -1, 1)
     of_images = (image * image_tokens + torch.arange(image_tokens)).flatten(1)
@@ -105,7 +105,7 @@ def pack(
 
 
 def packing_of(batch: Mapping[str, Any], image_tokens: int) -> Packing:
-    """The packing that a batch brings, or (where it was not made by `collate`) that of its masks."""
+    """The packing of a batch; computed from its masks if `collate` did not add one."""
     if "packing" in batch:
         return Packing(**batch["packing"])
     masks = (batch["image_mask"], batch["token_mask"])
@@ -114,9 +114,9 @@ def packing_of(batch: Mapping[str, Any], image_tokens: int) -> Packing:
 
 
 def rearrange(rows: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-    """`rows[index]` along the first axis, with a gradient that is moved by `inverse` instead of being added up.
+    """`rows[index]` along the first axis; the gradient is gathered by `inverse` instead of scattered and summed.
 
-    Exact where every row with a gradient is taken once: see the head of this file.
+    Exact if every row with a gradient is taken once: see the module docstring.
     """
     taken: torch.Tensor = _Rearrange.apply(rows, index.flatten(), inverse.flatten())  # type: ignore[no-untyped-call]
     return taken.view(*index.shape, *rows.shape[1:])
@@ -142,7 +142,7 @@ def _up(number: int, multiple: int) -> int:
 
 
 def _filled(size: int, value: int, where: slice | torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """`size` times `value`, but for `values` at `where`."""
+    """A tensor of `size` times `value`, with `values` at `where`."""
     out = torch.full((size,), value)
     out[where] = values
     return out

@@ -1,15 +1,17 @@
-"""Which published tensors each of the model's parameters is made of. Standard library only.
+"""How the model's parameters are divided: the published tensors each is made of, and what `policy.freeze` freezes.
 
-What the model multiplies with the same input it holds as one matrix (queries, keys and values; gate and up; all
-modulations), and what no loss reaches it keeps apart. Files hold neither: `weights.names` and `weights.layouts` know
-one name a published tensor, and this is the one table from parameters to those.
+The model merges matrices that are multiplied with the same input (queries, keys and values; gate and up; all
+modulations), and keeps parameters that no loss reaches in a module of their own. Published files do neither.
+`weights.names` and `weights.layouts` have one name per published tensor; the table here leads from parameters to these
+names. Standard library only.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,16 +19,35 @@ if TYPE_CHECKING:
     from rlinf_plugins_openpi.model.dimensions import GemmaDimensions, Pi0Dimensions
 
 
+Frozen = Literal["nothing", "vision", "vlm", "all_but_expert"]
+
+_FROZEN: dict[Frozen, re.Pattern[str]] = {
+    "nothing": re.compile(r"$^"),
+    "vision": re.compile(r"vision\."),
+    "vlm": re.compile(r"(vision|embedding|prefix_end)\.|layers\.\d+\.vlm\."),
+    "all_but_expert": re.compile(r"(?!layers\.\d+\.expert\.|expert_norm\.|modulation\.)"),
+}
+
+
+def is_frozen(name: str, frozen: Frozen) -> bool:
+    """Whether a parameter (by the model's own name) is frozen: no gradient, no optimizer state, no moving average.
+
+    `vision` is the image tower with its projection, `vlm` also the language model; `all_but_expert` trains only the
+    layers and norms of the action expert, not the projections of states, actions and time.
+    """
+    return _FROZEN[frozen].match(name) is not None
+
+
 class Part(NamedTuple):
-    """A published tensor among those that lie one below the other in a parameter."""
+    """One of the published tensors that a parameter stacks along its first axis."""
 
     name: str
-    """In the tables of `weights`."""
+    """The name in the tables of `weights`."""
     rows: int
 
 
 def parameter_parts(dimensions: Pi0Dimensions) -> dict[str, tuple[Part, ...]]:
-    """The parameters that are not a published tensor under its own name -> what they are made of, from the top."""
+    """Parameters that do not correspond to one published tensor of the same name -> their parts, first rows first."""
     return dict(_all(dimensions))
 
 
@@ -36,7 +57,7 @@ def _all(dimensions: Pi0Dimensions) -> tuple[tuple[str, tuple[Part, ...]], ...]:
 
 
 def unpacked(state: Mapping[str, Tensor], dimensions: Pi0Dimensions) -> dict[str, Tensor]:
-    """A tensor for each published one, by the names of the tables; views of those given by parameter name."""
+    """Split parameters into published tensors, by the names of the tables; the parts are views."""
     table, out = parameter_parts(dimensions), {}
     for name, tensor in state.items():
         if name not in table:
@@ -50,7 +71,7 @@ def unpacked(state: Mapping[str, Tensor], dimensions: Pi0Dimensions) -> dict[str
 
 
 def unpacked_shapes(shapes: Mapping[str, tuple[int, ...]], dimensions: Pi0Dimensions) -> dict[str, tuple[int, ...]]:
-    """As `unpacked`, of shapes alone."""
+    """As `unpacked`, for shapes."""
     table = parameter_parts(dimensions)
     out: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
@@ -87,7 +108,7 @@ def _pairs(dimensions: Pi0Dimensions) -> Iterator[tuple[str, tuple[Part, ...]]]:
 
 
 def _prefix_end(sizes: GemmaDimensions, block: str) -> Iterator[tuple[str, tuple[Part, ...]]]:
-    """What the prefix's last layer keeps apart."""
+    """The parameters of the prefix's last layer that no loss reaches."""
     yield "prefix_end.q_proj.weight", _stack(block, "weight", {"q_proj": _qkv(sizes)["q_proj"]})
     yield "prefix_end.gate_up.weight", _stack(block, "weight", _gate_up(sizes))
     for name in ("o_proj", "post_attention_norm", "down_proj"):

@@ -2,17 +2,18 @@
 
 Torch and the standard library only: this is single-device code that runs on a bare CUDA machine; sharding, precision
 and compilation are applied from outside. Axes: B batch, C camera, L text tokens, R rows of the packed prefix (of each
-sample the images it has, then its text; see `packing`), G places of a sample in the grid, T suffix tokens, H action
+sample the images it has, then its text; see `packing`), G slots per sample of the grid, T suffix tokens, H action
 horizon, A action width, W VLM width, E expert width.
 
-What differs between the two: π0 has a state token before the actions (in an attention block of its own) and mixes time
-into the action tokens; π0.5 ignores the continuous state and lets time steer the expert's norms.
+The two differ as follows: π0 has a state token before the actions (in an attention block of its own) and mixes time
+into the action tokens; π0.5 ignores the continuous state, and time modulates the expert's norms.
 
 The reference is openpi's JAX implementation. Noise is at t = 1 and data at t = 0, as there.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,7 +24,6 @@ from torch import nn
 from rlinf_core.contract.module import PolicyOutput, ShardUnit
 from rlinf_plugins_openpi.model.attention import KeysValues, PrefixContext, SuffixContext, bias, rotation
 from rlinf_plugins_openpi.model.augment import augment, normalise, resize_with_pad
-from rlinf_plugins_openpi.model.flow import euler_times, time_features
 from rlinf_plugins_openpi.model.gemma import (
     AdaptiveRMSNorm,
     EmbeddingRows,
@@ -41,36 +41,40 @@ if TYPE_CHECKING:
     from rlinf_plugins_openpi.model.dimensions import Pi0Dimensions
 
 
+MIN_PERIOD, MAX_PERIOD = 4e-3, 4.0
+"""Shortest and longest period of the time features; t is in [0, 1]."""
+
+
 class Prefix(NamedTuple):
-    """What the model has read: of every sample the image tokens of its cameras, then text."""
+    """The packed observations: for every sample the image tokens of its cameras, then text."""
 
     tokens: torch.Tensor
     """[R, W] in the compute dtype."""
     packing: Packing
-    """Which row is what."""
+    """The assignment of rows to samples and images."""
 
 
 class Suffix(NamedTuple):
-    """What the action expert reads at one flow time."""
+    """The input of the action expert at one flow time."""
 
     tokens: torch.Tensor
     """[B, T, E] float32: π0's state token, then the noisy actions."""
     cond: torch.Tensor | None
-    """[B, E] float32, the condition of π0.5's adaptive norms."""
+    """[B, E] float32, the condition of π0.5's adaptive norms; None for π0."""
 
 
 class Pi0(nn.Module):
-    """π0 or π0.5, after `dimensions.pi05`.
+    """π0 or π0.5, depending on `dimensions.pi05`.
 
-    Parameters are whatever memory held until `initial_value` or weights fill them.
+    Parameters are uninitialised memory until `initial_value` or weights fill them.
 
     Args:
         dimensions: All sizes.
         num_sampling_steps: Default number of Euler steps of `sample_actions`.
         mask_padded_steps: Leave actions past the end of an episode out of the loss. The reference does not.
         mask_padded_dims: Leave action dims that the robot does not have out of the loss. The reference does not.
-        embedding_rows: The only tokens, ascending, that it is going to read. Their rows are a parameter of their own
-            beside the whole embedding, which then is not read. Empty: it reads the embedding.
+        embedding_rows: Token ids, ascending, whose embedding rows become a parameter of their own; then the model can
+            read only these tokens, and never reads the whole embedding. Empty: it reads the whole embedding.
     """
 
     def __init__(
@@ -114,13 +118,13 @@ class Pi0(nn.Module):
         Args:
             batch: `images` uint8 [B, C, height, width, 3], resized if they are not the image tower's 224 x 224;
                 `image_mask` bool [B, C], `tokens` int [B, L], `token_mask` bool [B, L]; float32 `state` [B, A],
-                `actions` [B, H, A], `noise` [B, H, A], `time` [B]. Best with `packing`, see `packing.pack`: without it
-                the masks are read on the host. In training mode the images are changed if there
-                are the numbers for it: `crop_and_rotation` [B, G, 3] and `color_jitter` [B, C, 4], see `augment`.
+                `actions` [B, H, A], `noise` [B, H, A], `time` [B]. Preferably also `packing`, see `packing.pack`:
+                without it the masks are read on the host. In training mode, images are augmented if the batch has
+                `crop_and_rotation` [B, number of cameras to move, 3] and `color_jitter` [B, C, 4], see `augment`.
 
         Returns:
-            Sum over samples and horizon of the squared error's mean over action dims, and the number of such terms: B·H
-            and all dims, as in the reference, unless padding is masked.
+            Sum over samples and horizon of the squared error averaged over action dims, and the number of terms in the
+            sum. As in the reference these are B·H terms over all dims, unless padding is masked.
         """
         loss_BH = self.losses(batch)
         counted_BH = torch.ones_like(loss_BH)
@@ -169,7 +173,7 @@ class Pi0(nn.Module):
         return x_t
 
     def embed_prefix(self, batch: Mapping[str, Any], *, augmented: bool = False) -> Prefix:
-        """Encode the images that are there (changed by the batch's numbers if `augmented`), in one call, and text."""
+        """Embed all images present in one call (augmented if `augmented`), and text."""
         images, vision = batch["images"], self.dimensions.vision
         packing = packing_of(batch, vision.num_tokens)
         if images.shape[2:4] != (vision.image_size, vision.image_size):
@@ -184,7 +188,7 @@ class Pi0(nn.Module):
         return Prefix(rearrange(pool, packing.from_pool, packing.to_pool), packing)
 
     def embed_suffix(self, state: torch.Tensor, x_t: torch.Tensor, time: torch.Tensor) -> Suffix:
-        """Noisy actions [B, H, A] at flow time [B] (and π0's state [B, A]) as tokens of the action expert."""
+        """Embed noisy actions [B, H, A] at flow time [B] (and π0's state [B, A]) as tokens of the action expert."""
         actions = _linear(self.action_in_proj, x_t)
         features = time_features(time, actions.shape[-1])
         if self.dimensions.pi05:
@@ -196,7 +200,7 @@ class Pi0(nn.Module):
         return Suffix(torch.cat((state_token, self.action_time_mlp_out(hidden)), dim=1), None)
 
     def prefill(self, prefix: Prefix) -> list[KeysValues]:
-        """Every layer's keys and values of the prefix."""
+        """Compute the prefix's keys and values of every layer."""
         context, cache = self.prefix_context(prefix), []
         tokens: torch.Tensor | None = prefix.tokens
         for layer in self.layers:
@@ -205,12 +209,12 @@ class Pi0(nn.Module):
         return cache
 
     def run(self, prefix: Prefix, suffix: Suffix, *, cache: list[KeysValues] | None = None) -> torch.Tensor:
-        """Both experts over all layers.
+        """Run both experts over all layers.
 
         Args:
-            prefix: What was read; with a cache only its packing counts.
-            suffix: The action expert's tokens.
-            cache: What `prefill` returned for this prefix.
+            prefix: The packed observations; with a cache, only their packing is used.
+            suffix: The tokens of the action expert.
+            cache: The result of `prefill` for this prefix.
 
         Returns:
             Suffix outputs [B, T, E], after their final norm.
@@ -227,7 +231,7 @@ class Pi0(nn.Module):
         return out
 
     def read(self, prefix: Prefix) -> torch.Tensor:
-        """What the VLM makes of the prefix, [R, W] after its final norm. No action depends on it."""
+        """The VLM's output for the prefix, [R, W] after its final norm. No action depends on it."""
         context, tokens = self.prefix_context(prefix), prefix.tokens
         for layer in self.layers[:-1]:
             tokens, _, _ = layer((tokens, context), None)
@@ -239,7 +243,7 @@ class Pi0(nn.Module):
         return _linear(self.action_out_proj, suffix_out[:, -self.dimensions.action_horizon :])
 
     def prefix_context(self, prefix: Prefix) -> PrefixContext:
-        """Positions count valid tokens only, so that leaving invalid ones out changes nothing."""
+        """Positions count only valid tokens, so that leaving out invalid ones changes nothing."""
         packing = prefix.packing
         return PrefixContext(
             rotation(packing.positions, self.dimensions.vlm.head_dim),
@@ -248,7 +252,7 @@ class Pi0(nn.Module):
         )
 
     def suffix_context(self, prefix: Prefix, suffix: Suffix) -> SuffixContext:
-        """Suffix positions continue after the valid prefix; see `suffix_visible` for who sees whom."""
+        """Suffix positions continue after the valid prefix; see `suffix_visible` for the attention mask."""
         packing, num_tokens = prefix.packing, suffix.tokens.shape[1]
         positions = packing.lengths[:, None] + torch.arange(num_tokens, device=packing.lengths.device)
         return SuffixContext(
@@ -257,7 +261,7 @@ class Pi0(nn.Module):
         )
 
     def suffix_visible(self, prefix_valid: torch.Tensor, num_tokens: int) -> torch.Tensor:
-        """Which keys the suffix's queries see, bool [B, T or 1, G+T]; one row where all queries see the same.
+        """Which keys the suffix's queries see, bool [B, T or 1, G+T]; one row if all queries see the same.
 
         All suffix tokens see the valid prefix. π0.5's see one another; π0's state token does not see the actions.
         """
@@ -270,7 +274,7 @@ class Pi0(nn.Module):
         return torch.cat((rows, own.expand(batch, -1, -1)), dim=2)
 
     def shard_units(self) -> Iterator[ShardUnit]:
-        """Modules that are gathered together, about in the order of use; the small projections are left to the root."""
+        """Modules to shard as units, roughly in order of use; the small projections are left to the root."""
         yield ShardUnit(self.vision.patch_embedding, "fp32")
         yield from (ShardUnit(block, block=True) for block in self.vision.blocks)
         yield ShardUnit(self.vision.head)
@@ -289,12 +293,37 @@ class Pi0(nn.Module):
         return initial_value(name, shape, generator)
 
     def rebuild_buffers(self) -> None:
-        """Where the rows of tokens are; rotary frequencies and time periods are computed where they are used."""
+        """Rebuild the lookup of embedding rows; rotary frequencies and time periods are computed when used."""
         if self.embedding_rows is not None:
             self.embedding_rows.rebuild_buffers()
 
 
 def _linear(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    """A small projection in its own dtype: float32 by contract, whatever the blocks compute in."""
+    """A small projection in its own dtype, which is float32 by contract, whatever the dtype of the blocks."""
     projected: torch.Tensor = linear(x.to(linear.weight.dtype))
     return projected
+
+
+def time_features(time: torch.Tensor, width: int) -> torch.Tensor:
+    """Sines, then cosines, of float32 time [B] at width/2 geometrically spaced periods from 0.004 to 4: [B, width].
+
+    Angles reach 1570 rad, where the spacing of float32 is 1e-4, so the reference's order of operations matters. XLA
+    turns its division by count - 1 into a product: with a product the features agree to 6e-8, with a division only to
+    6e-5.
+    """
+    count = width // 2
+    fraction = torch.arange(count, dtype=torch.float32, device=time.device) * (1.0 / (count - 1))
+    fraction[-1] = 1.0
+    period = MIN_PERIOD * (MAX_PERIOD / MIN_PERIOD) ** fraction
+    angles = time[:, None] * ((1.0 / period) * 2.0 * math.pi)
+    return torch.cat((angles.sin(), angles.cos()), dim=-1)
+
+
+def euler_times(num_steps: int) -> list[float]:
+    """Flow times at which n Euler steps evaluate the velocity, accumulated in float32 from 1 down to 1/n."""
+    time, times = torch.ones((), dtype=torch.float32, device="cpu"), []
+    step = -1.0 / num_steps
+    while time >= -step / 2:
+        times.append(time.item())
+        time = time + step
+    return times

@@ -1,7 +1,7 @@
-"""SigLIP, the image tower: patches with learned positions, pre-LN blocks, a projection to the VLM's width.
+"""The SigLIP image tower: patches with learned positions, pre-LN blocks, and a projection to the VLM's width.
 
 Torch and the standard library only. Axes: N images, P patches, D vision width, W VLM width. A module computes in the
-dtype of the weights it finds: patches and positions are float32 by contract (their unit is never cast), the blocks not.
+dtype of its weights: patches and positions are float32 by contract (their unit is never cast), the blocks are not.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LAYER_NORM_EPS = 1e-6
 
 
 class PatchEmbedding(nn.Module):
-    """Images to patch tokens with positions, in the dtype of its weights."""
+    """Embeds images as patch tokens with positions, in the dtype of its weights."""
 
     def __init__(self, dimensions: VisionDimensions) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class PatchEmbedding(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Images [N, height, width, 3], uint8 or float32 in [-1, 1] -> [N, P, D], patches row by row.
 
-        A convolution whose stride is its kernel is one matrix product; bytes are rearranged before they are converted.
+        A convolution with stride equal to kernel size is one matrix product; bytes are rearranged before conversion.
         """
         expected = (self.image_size, self.image_size, 3)
         if images.dtype not in (torch.uint8, torch.float32) or images.shape[1:] != expected:
@@ -53,7 +53,7 @@ class PatchEmbedding(nn.Module):
 
 
 class VisionBlock(nn.Module):
-    """Pre-LN block: full multi-head attention, then a two-layer MLP with the tanh form of GELU."""
+    """Pre-LN block: full multi-head attention, then a two-layer MLP with tanh-approximated GELU."""
 
     def __init__(self, dimensions: VisionDimensions) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class VisionHead(nn.Module):
 
 
 class SigLIP(nn.Module):
-    """The image tower. Its children are called as modules, so that each may be a unit of sharding."""
+    """The image tower. Its children are called as modules, so that each can be a unit of sharding."""
 
     def __init__(self, dimensions: VisionDimensions, output_width: int) -> None:
         super().__init__()

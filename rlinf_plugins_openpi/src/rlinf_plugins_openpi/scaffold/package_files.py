@@ -1,4 +1,4 @@
-"""The text of a package's files, as `rlinf new-plugin` writes them."""
+"""The files of a package that `rlinf new-plugin` writes."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from textwrap import dedent, wrap
 from rlinf_plugins_openpi.scaffold.proposal import Proposal, Vector
 
 _TO_FIND_OUT = (
-    "To find out: look at the action while the robot stands still. Near 0 in every number, it is a displacement "
-    "(True); near the state, it is a position to reach (False). `rlinf norm-stats train.toml` looks too, and warns."
+    "To find out, look at the action while the robot stands still. If every number is near 0, it is a displacement "
+    "(True); if near the state, it is a target position (False). `rlinf norm-stats train.toml` also checks, and warns."
 )
 
 
 @dataclass(frozen=True)
 class Format:
-    """What the files are about."""
+    """The content of the files."""
 
     distribution: str
     module: str
@@ -25,20 +25,20 @@ class Format:
     config_name: str
     policy: str
     dataset: str
-    """A folder, or an id on the hub: where the config finds the data."""
+    """A folder, or an id on the hub; the `repo_id` in the config."""
     hub_id: str
-    """The dataset's, for the class; empty for a folder, which others do not have."""
+    """The `repo_id` in the class; empty for a local folder, which other users do not have."""
     fps: float
     proposal: Proposal
 
     @property
     def horizon(self) -> int:
-        """Actions in a chunk: about a second, as π0's robots at 50 Hz have it, but no fewer than 10."""
+        """Actions in a chunk: about one second, as for π0's robots at 50 Hz, but at least 10 and at most 50."""
         return min(50, max(10, round(self.fps)))
 
     @property
     def base(self) -> str:
-        """The class that the format derives from."""
+        """The base class of the format."""
         return {"pi0": "Pi0DatasetConfig", "pi05": "Pi05DatasetConfig"}[self.policy]
 
     @property
@@ -48,7 +48,7 @@ class Format:
 
 
 def package_files(form: Format) -> dict[str, str]:
-    """File name -> text."""
+    """The files: name -> text."""
     return {
         f"{form.module}.py": _module(form),
         "pyproject.toml": _project(form),
@@ -73,18 +73,18 @@ def _module(form: Format) -> str:
         "",
         "",
         f"class {form.class_name}({form.base}):",
-        f'    """{cameras}, a state of {state} and an action of {action} numbers at {form.fps:g} Hz."""',
+        f'    """{cameras}, state of {state} and action of {action} numbers, {form.fps:g} Hz."""',
         "",
         *_comment(f"A chunk of {form.horizon} actions lasts {form.horizon / form.fps:.1f} s."),
         f'    run_defaults: ClassVar[Mapping[str, Any]] = {{"policy": {policy}}}',
         "",
         *([f"    repo_id: str = {_quoted(form.hub_id)}"] if form.hub_id else []),
-        *_comment("CHECK: which camera is which. Left out, a camera of the policy is masked."),
+        *_comment("CHECK: which camera is which. A camera of the policy that is left out is masked."),
         "    images: dict[str, str] = {",
         *(f"        {_quoted(camera)}: {_quoted(column)}," for camera, column in found.images.items()),
         "    }",
         *_not_used(found.other_images),
-        *_comment("CHECK: the numbers of the state and of the action, several columns one after the other."),
+        *_comment("CHECK: the numbers of the state and of the action; several columns are concatenated."),
         f"    state: tuple[str, ...] = {_columns(found.state)}",
         *_numbers(found.state),
         f"    actions: tuple[str, ...] = {_columns(found.actions)}",
@@ -98,25 +98,25 @@ def _module(form: Format) -> str:
 
 
 def _way(found: Proposal) -> list[str]:
-    """How the actions are trained, with what that rests on."""
+    """How actions are trained, with the evidence for it."""
     gripper = f"({', '.join(map(str, found.gripper))}{',' * (len(found.gripper) == 1)})"
-    of_names = "by their names" if found.gripper else "no name speaks of one"
+    of_names = "found by name" if found.gripper else "no name suggests one"
     check = (
-        "CHECK: True trains on actions as they are recorded; False, on their distance to the state at the start of a "
-        f"chunk, but for the numbers in gripper. {found.evidence} {_TO_FIND_OUT}"
+        "CHECK: True trains on actions as recorded; False, on their difference from the state at the start of a "
+        f"chunk, except for the numbers in gripper. {found.evidence} {_TO_FIND_OUT}"
     )
     lines = [*_comment(check), f"    raw_action_is_delta: bool = {found.is_delta}"]
     if found.is_delta:
-        return [*lines, f"    # gripper: tuple[int, ...] = {gripper}  # for False: the gripper's numbers, {of_names}"]
+        return [*lines, f"    # gripper: tuple[int, ...] = {gripper}  # for False: the gripper, {of_names}"]
     return [
         *lines,
-        *_comment(f"CHECK: the numbers of the action that are a gripper's, counted from 0: {of_names}."),
+        *_comment(f"CHECK: indices of the action that are a gripper, counted from 0: {of_names}."),
         f"    gripper: tuple[int, ...] = {gripper}",
     ]
 
 
 def _numbers(vectors: Iterable[Vector]) -> list[str]:
-    """Which number is which, as comments."""
+    """Comments that say which number is which."""
     lines, first = [], 0
     for vector in vectors:
         numbers = [f"{first + i} {name}" for i, name in enumerate(vector.names)]
@@ -146,7 +146,7 @@ def _width(vectors: Iterable[Vector]) -> int:
 
 
 def _quoted(text: str) -> str:
-    """As Python and TOML both read it."""
+    """A string literal for Python and for TOML."""
     return json.dumps(text, ensure_ascii=False)
 
 
@@ -175,8 +175,8 @@ def _project(form: Format) -> str:
 
 def _config(form: Format) -> str:
     return dedent(f"""\
-        # A first try: two steps on the CPU with a small model. To train in earnest, delete [trainer]'s lines and the
-        # variant, take the lines that are commented out, and set name and max_steps.
+        # A first try: two steps on the CPU with a small model. For a real run, delete the lines of [trainer] and the
+        # variant, uncomment the other lines, and set name and max_steps.
 
         [runner]
         name = "{form.module}_try"
@@ -218,7 +218,7 @@ def _test(form: Format) -> str:
 
 
         def test_the_format_conforms_and_the_data_fit():
-            """Columns, widths, inverses; rows are looked at if the dataset lies in a folder."""
+            """Columns, widths and inverses; also rows, if the dataset is a local folder."""
             dataset = {form.class_name}(repo_id=CONFIG["data"]["repo_id"])
             policy = {form.policy_class}(variant="dummy", action_horizon={form.horizon})
             print(check_dataset(dataset, policy=policy))
@@ -229,12 +229,12 @@ def _readme(form: Format) -> str:
     return dedent(f"""\
         # {form.distribution}
 
-        The dataset format `{form.config_name}` for rlinf-core. `{form.module}.py` states the facts of the robot.
+        The dataset format `{form.config_name}` for rlinf-core. `{form.module}.py` has the facts of the robot.
 
         ```bash
         pip install -e .            # from this folder
         pytest
-        rlinf norm-stats train.toml # what numbers are divided by; warns if actions are not what the format says
-        rlinf launch train.toml     # two steps on the CPU; the file tells how to train in earnest
+        rlinf norm-stats train.toml # normalisation statistics; warns if actions are not what the format says
+        rlinf launch train.toml     # two steps on the CPU; the file says how to do a real run
         ```
         """)

@@ -1,6 +1,6 @@
-"""What a dataset's metadata suggest of a format: which camera is which, which numbers are state and action.
+"""Propose a dataset format from metadata: which camera is which, which numbers are state and action.
 
-Names are all there is to go by, so everything here is a proposal, to be read by somebody who knows the robot.
+Only names are available, so everything here is a proposal, to be checked by somebody who knows the robot.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlinf_core import UserError
-from rlinf_plugins_openpi.inputs.transforms import CAMERAS
+from rlinf_plugins_openpi.model.dimensions import CAMERAS
 
 BASE, LEFT, RIGHT = CAMERAS
 
 Features = Mapping[str, Mapping[str, Any]]
-"""Column -> `dtype`, `shape` and `names`, as `meta/info.json` has them."""
+"""Column -> `dtype`, `shape` and `names`, as in `meta/info.json`."""
 
 _BOOKKEEPING = re.compile(r"(timestamp|index|frame_index|episode_index|task_index|next\..*|reward|done|success)")
 _WRIST = re.compile(r"wrist|gripper|hand")
@@ -27,43 +27,43 @@ _STATE = re.compile(r"state|qpos|propri")
 
 @dataclass(frozen=True)
 class Vector:
-    """A column of numbers."""
+    """A column that contains vectors."""
 
     column: str
     names: tuple[str, ...]
-    """One for each number; empty where the dataset has none."""
+    """One per number; empty strings if the dataset has no names."""
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A format for a dataset."""
+    """A proposed format for a dataset."""
 
     images: dict[str, str]
     """Camera of the policy -> column."""
     other_images: tuple[str, ...]
-    """Columns of pictures that found no place, or are none of three colours."""
+    """Image columns that are not used, or are not RGB."""
     state: tuple[Vector, ...]
     actions: tuple[Vector, ...]
     other_vectors: tuple[Vector, ...]
     gripper: tuple[int, ...]
-    """Numbers of the action that are a gripper's, by their names."""
+    """Indices of the action that are a gripper, by name."""
     is_delta: bool
-    """Whether actions look like displacements, or nothing tells: then they are trained on as they are."""
+    """Whether actions look like displacements; also true without evidence: then they are trained as recorded."""
     evidence: str
-    """What `is_delta` rests on, as a sentence."""
+    """The reason for `is_delta`, as a sentence."""
 
 
 def propose(dataset: str, features: Features) -> Proposal:
     """Propose a format.
 
     Args:
-        dataset: What the user calls it, for messages.
-        features: Its columns.
+        dataset: The name given by the user, for messages.
+        features: The columns of the dataset.
 
     Raises:
-        UserError: There is no camera, no action or no state among them.
+        UserError: The columns include no camera, no action or no state.
     """
-    colour, other = _pictures(features)
+    colour, other = _images(features)
     if not colour:
         raise UserError(f"{dataset} has no camera: a format needs a column of RGB images; {_listed(features)}")
     vectors = [Vector(name, _names(feature)) for name, feature in features.items() if _is_vector(name, feature)]
@@ -91,18 +91,18 @@ def propose(dataset: str, features: Features) -> Proposal:
     )
 
 
-def _pictures(features: Features) -> tuple[list[str], list[str]]:
-    """Columns of RGB pictures, and of other ones, such as depth."""
-    pictures = {name: feature for name, feature in features.items() if feature["dtype"] in ("image", "video")}
-    shapes = {name: feature.get("shape") or (3,) for name, feature in pictures.items()}  # A picture's may be unknown.
+def _images(features: Features) -> tuple[list[str], list[str]]:
+    """Columns of RGB images, and of other images, such as depth."""
+    images = {name: feature for name, feature in features.items() if feature["dtype"] in ("image", "video")}
+    shapes = {name: feature.get("shape") or (3,) for name, feature in images.items()}  # May be unknown.
     colour = [name for name, shape in shapes.items() if 3 in shape and "depth" not in name.lower()]
-    return colour, [name for name in pictures if name not in colour]
+    return colour, [name for name in images if name not in colour]
 
 
 def _place(columns: Iterable[str]) -> dict[str, str]:
-    """Cameras for columns: those on a wrist by their side, one that looks on as the base, others where there is room.
+    """Assign columns to cameras: wrist cameras by side, one external camera as the base, others to what is free.
 
-    Stereo pairs carry a side too (DROID's `wrist_image_left`), so that a side alone is the weakest sign.
+    Stereo pairs have a side in their names, too (DROID's `wrist_image_left`), so a side alone is the weakest evidence.
     """
     placed: dict[str, str] = {}
     rest = []
@@ -131,7 +131,7 @@ def _is_vector(name: str, feature: Mapping[str, Any]) -> bool:
 
 
 def _names(feature: Mapping[str, Any]) -> tuple[str, ...]:
-    """A name for each number: datasets have them in lists, in lists of lists, and in dicts of lists."""
+    """A name for each number: datasets store them as lists, lists of lists, or dicts of lists."""
     names = list(_flat(feature.get("names")))
     width = int(feature["shape"][0])
     return tuple(names) if len(names) == width else ("",) * width
@@ -139,7 +139,7 @@ def _names(feature: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _flat(names: Any) -> Iterable[str]:
     if isinstance(names, Mapping):
-        # Either a heading over a list of names, or names with their places.
+        # Either headings with lists of names, or names with their indices.
         names = list(names.values()) if any(isinstance(value, list) for value in names.values()) else list(names)
     if isinstance(names, str):
         yield " ".join(names.split())
@@ -148,7 +148,7 @@ def _flat(names: Any) -> Iterable[str]:
 
 
 def _pick(vectors: list[Vector], exact: tuple[str, ...], pattern: str | re.Pattern[str]) -> list[Vector]:
-    """The column of the usual name, or all whose names speak of it."""
+    """The column with the usual name, or all columns whose names match."""
     for name in exact:
         if found := [vector for vector in vectors if vector.column == name]:
             return found
@@ -158,13 +158,16 @@ def _pick(vectors: list[Vector], exact: tuple[str, ...], pattern: str | re.Patte
 def _is_delta(actions: list[Vector], state: list[Vector], gripper: tuple[int, ...]) -> tuple[bool, str]:
     names = [name for vector in actions for name in vector.names]
     texts = [vector.column for vector in actions] + names
-    if told := [text for text in texts if _DISPLACEMENT.search(text.lower())]:
-        return True, f"The names speak of displacements or velocities ({', '.join(dict.fromkeys(told))})."
+    if found := [text for text in texts if _DISPLACEMENT.search(text.lower())]:
+        return True, f"The names suggest displacements or velocities ({', '.join(dict.fromkeys(found))})."
     reached = [name for vector in state for name in vector.names]
     arm = [i for i in range(len(names)) if i not in gripper]
     if arm and all(i < len(reached) and names[i] and names[i] == reached[i] for i in arm):
-        return False, "The action's numbers have the names of the state's, so they look like positions to reach."
-    return True, "Nothing in the names tells."
+        return (
+            False,
+            "The numbers of the action have the same names as those of the state, so they look like target positions.",
+        )
+    return True, "The names give no evidence."
 
 
 def _listed(features: Features) -> str:

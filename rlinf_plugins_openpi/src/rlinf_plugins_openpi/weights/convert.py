@@ -31,17 +31,17 @@ NAME_OUTPUT = "Name another folder with --output"
 
 WHAT = """\
 SOURCE is a folder with openpi's JAX parameters (`params/`, of a gs://openpi-assets checkpoint), a folder or file of
-PyTorch weights from openpi, lerobot or RLinf, or a model's id on the hub. Its layout is told by its names; what is
-missing, unexpected or misshapen is an error. FOLDER gets model.safetensors, for policy.weights and openpi alike.
+PyTorch weights from openpi, lerobot or RLinf, or a model's id on the hub. Its layout is recognised by its tensor names;
+missing, unexpected or misshapen tensors are errors. FOLDER gets model.safetensors, for policy.weights and for openpi.
 """
 
 
 class Converted(NamedTuple):
-    """What a conversion made."""
+    """The result of a conversion."""
 
     path: Path
     layout: FoundLayout
-    """Of the source."""
+    """The layout of the source."""
     dimensions: Pi0Dimensions
     tensors: int
     size: int
@@ -53,11 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = WHAT
     parser.add_argument("source", metavar="SOURCE", help="a folder, a file, or owner/name[@revision] on the hub")
     parser.add_argument("--output", metavar="FOLDER", required=True, help="where model.safetensors is written")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), help="of all numbers in the file; default: as in SOURCE")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help="of all tensors in the file; default: as in SOURCE")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Convert, and say what came of it."""
+    """Convert, and print the result."""
     done = convert(options.source, Path(options.output).expanduser(), options.dtype)
     kind = "π0.5" if done.dimensions.pi05 else "π0"
     print(f"{options.source}: {kind} in {done.layout}")
@@ -68,13 +68,13 @@ def convert(source: str, output: Path, dtype: str | None = None) -> Converted:
     """Write weights in openpi's PyTorch layout.
 
     Args:
-        source: As the command's SOURCE.
-        output: The folder for `model.safetensors`; made if need be.
+        source: The command's SOURCE.
+        output: The folder for `model.safetensors`; created if needed.
         dtype: `"fp32"` or `"bf16"` for all tensors; None: each keeps its own.
 
     Raises:
-        UserError: The source does not fit π0 or π0.5 in a known size, or the output is there, cannot be written
-            or does not fit the disk.
+        UserError: The source does not fit π0 or π0.5 in a known size, or the output exists already, cannot be written
+            or does not fit on the disk.
     """
     path = output / SINGLE
     if path.exists():
@@ -87,7 +87,7 @@ def convert(source: str, output: Path, dtype: str | None = None) -> Converted:
     weights = PublishedWeights(where, dimensions, files)
     shapes = _shapes(dimensions)
     weights.check(shapes)
-    # Parts of one stored tensor one after another: stacked layers are read once.
+    # Parts of one stored tensor follow each other, so that stacked layers are read only once.
     names = sorted(shapes, key=lambda name: weights.slot(name).key)
     dtypes = {name: DTYPES[dtype] if dtype else files.dtypes[weights.slot(name).key] for name in names}
     published = published_entries({name: Entry(dtypes[name], shapes[name]) for name in names}, dimensions)
@@ -112,17 +112,17 @@ def _open(path: Path) -> TensorFiles:
 
 
 def dimensions_of(files: TensorFiles, layout: FoundLayout, path: Path) -> Pi0Dimensions:
-    """The sizes of the model whose weights these are, as far as its tensors tell them; the horizon they do not.
+    """The sizes of the model that these weights belong to; the horizon is unknown and set to 1.
 
     Raises:
-        UserError: Neither π0 nor π0.5, or of a size that no variant has.
+        UserError: Neither π0 nor π0.5, or a size that no variant has.
     """
     any_size = Pi0Dimensions.of("dummy", pi05=True, action_dim=1, action_horizon=1)
     slots, there = layout.slots(any_size), files.shapes
     bias = there.get(slots["action_out_proj.bias"].key)
     if bias is None:
         raise UserError(f"{path} holds no action_out_proj: it is neither π0 nor π0.5 (π0-FAST is another model)")
-    # The name is not in the table where the embedding has its other one.
+    # Ask for the slot: the embedding may be stored under its other name, which is not in the table.
     embedding = there.get(PublishedWeights(path, any_size, files).slot("embedding.weight").key)
     pi05 = slots["time_mlp_in.bias"].key in there
     for name, sizes in VARIANTS.items():

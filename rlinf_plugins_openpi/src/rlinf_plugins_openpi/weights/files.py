@@ -1,7 +1,7 @@
-"""Files of tensors: what is at a path, the names and shapes in it, and one tensor at a time out of it.
+"""Find the weight files at a path, list their names and shapes, and read one tensor at a time.
 
-safetensors in one file or in shards with an index, and the pickles that RLinf's trainer writes, of which only plain
-tensors are read. Importing this leaves torch unloaded, and so do names and shapes of safetensors.
+Supported are safetensors, in one file or in shards with an index, and the pickles that RLinf's trainer writes, from
+which only plain tensors are read. Importing this, or listing safetensors, loads no torch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FULL_WEIGHTS = tuple(
     for folder in ("", "model_state_dict/", "actor/model_state_dict/")
 )
 DTYPES = {"torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
-"""Of numbers that weights are made of: torch's names -> safetensors'."""
+"""Dtypes that weights may have: torch's name -> safetensors' name."""
 PICKLES = (".pt", ".pth", ".bin")
 
 
@@ -37,21 +37,21 @@ class TensorFiles(Protocol):
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Every tensor's name and shape; nothing else is read."""
+        """Names and shapes of all tensors, read without their values."""
         ...
 
     @property
     def dtypes(self) -> Mapping[str, str]:
-        """Every tensor's name and dtype, in safetensors' words: F32, BF16."""
+        """Names and dtypes of all tensors, in safetensors' terms: F32, BF16."""
         ...
 
     def read(self, key: str) -> torch.Tensor:
-        """A whole tensor on the CPU, in the dtype of the file."""
+        """Read a whole tensor to the CPU, in the dtype of the file."""
         ...
 
 
 class Safetensors:
-    """One safetensors file, or several that make up a whole."""
+    """One safetensors file, or several shards."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths: dict[str, Path] = {}
@@ -68,7 +68,7 @@ class Safetensors:
                 raise UserError(f"{path} is not a readable safetensors file: {error}") from error
 
     def read(self, key: str) -> torch.Tensor:
-        """See `TensorFiles`. Maps the file for this one tensor, so that pages read before can be given up."""
+        """See `TensorFiles`. Maps the file for this tensor only, so that pages read earlier can be freed."""
         try:
             with safe_open(self._paths[key], framework="pt", device="cpu") as file:
                 tensor: torch.Tensor = file.get_tensor(key)
@@ -78,7 +78,7 @@ class Safetensors:
 
 
 class Pickle:
-    """A `torch.save`d state dict; opened only when something in it is asked for, because that takes torch."""
+    """A state dict written by `torch.save`; opened on first use, because that needs torch."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -88,9 +88,9 @@ class Pickle:
         import torch
 
         try:
-            # Mapped, so that a tensor is read when it is used. Nothing but tensors and plain containers is unpickled.
+            # Mapped, so that a tensor is read when it is used. Only tensors and plain containers are unpickled.
             state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # A damaged pickle fails in any of its steps, with whatever that step raises.
+        except Exception as error:  # A damaged pickle may fail at any step, with any exception.
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(
                 f"{self.path} is no file of plain tensors written by torch.save (nothing else is unpickled): {reason}"
@@ -119,14 +119,14 @@ def open_files(path: Path) -> TensorFiles:
     """Open the weights at a path: a file, or a folder as openpi, lerobot or RLinf leave it.
 
     Raises:
-        UserError: Nothing readable there, or more than one candidate.
+        UserError: There is nothing readable, or more than one candidate.
     """
     files = weight_files(path)
     return Pickle(files[0]) if files[0].suffix in PICKLES else Safetensors(files)
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files that hold the weights at a path, all of which exist; raises `UserError` as `open_files` does."""
+    """The existing files that contain the weights at a path; raises `UserError` as `open_files` does."""
     if path.is_file():
         return [path]
     if not path.is_dir():
@@ -135,7 +135,7 @@ def weight_files(path: Path) -> list[Path]:
     tensors = [path / name for name in (SINGLE, INDEX) if (path / name).is_file()]
     if len(pickles) > 1 or (pickles and tensors):
         names = ", ".join(str(file.relative_to(path)) for file in (*tensors, *pickles))
-        raise UserError(f"{path} holds more than one set of weights ({names}): name the file that is meant")
+        raise UserError(f"{path} holds more than one set of weights ({names}): name one of these files")
     if pickles:
         return pickles
     if not tensors:
@@ -144,7 +144,7 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def orbax_folder(path: Path) -> Path | None:
-    """The folder of JAX parameters at a path, if there are any: `path` or its `params/`."""
+    """The folder with JAX parameters, `path` or its `params/`; None if there are none."""
     return next((folder for folder in (path, path / "params") if (folder / "manifest.ocdbt").is_file()), None)
 
 
@@ -152,15 +152,15 @@ def _hint(path: Path) -> str:
     if orbax_folder(path):
         return f". It holds openpi's JAX parameters: convert them with `rlinf convert {path} --output FOLDER`"
     if any(path.glob("**/*.distcp")):
-        return ". It holds a sharded training checkpoint: name the weights exported from it"
+        return ". It holds a sharded training checkpoint: name a folder with weights exported from it"
     return ""
 
 
 def shards(index: Path) -> list[Path]:
-    """The shards that an index names.
+    """The shards listed in an index.
 
     Raises:
-        UserError: No index, or shards that are not there.
+        UserError: Not an index, or shards are missing.
     """
     names = shard_names(index)
     if absent := [name for name in names if not (index.parent / name).is_file()]:
@@ -169,7 +169,7 @@ def shards(index: Path) -> list[Path]:
 
 
 def shard_names(index: Path) -> list[str]:
-    """The file names that an index holds, sorted; raises `UserError` if it is no index."""
+    """The file names in an index, sorted; raises `UserError` if it is not an index."""
     try:
         names = sorted(set(read_json(index)["weight_map"].values()))
         for name in names:

@@ -1,8 +1,8 @@
-"""Where everyone keeps the tensors: openpi's PyTorch names, RLinf's, and those of openpi's JAX parameters.
+"""The known layouts of weights: openpi's PyTorch names, RLinf's, and those of openpi's JAX parameters.
 
-A layout is a table from our names (see `names`) to slots in stored tensors. openpi's is `names`, tensor for
-tensor; lerobot's is the same behind a prefix. RLinf's own port and the JAX reference stack, join and transpose, which a
-slot describes. Which layout a file has is told by its keys. Importing this leaves torch unloaded.
+A layout is a table from our names (see `names`) to slots in stored tensors. openpi's is the table in `names`, one
+tensor each; lerobot's is the same with a prefix. RLinf's own port and the JAX reference stack, join and transpose
+tensors, which a slot describes. The layout of a file is recognised by its keys. Importing this loads no torch.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a parameter is stored: which part of which tensor, and how its axes lie there."""
+    """Where a parameter is stored: which part of which tensor, with which order of axes."""
 
     key: str
     at: tuple[tuple[int, int], ...] = ()
-    """Leading indices, each (which, of how many): a layer of stacked layers, a gate beside its up projection."""
+    """Leading indices as pairs (index, size of the axis): a layer of stacked layers, or gate and up in one tensor."""
     joined: bool = False
-    """The only leading index has no axis of its own: the parts follow one another along the first axis."""
+    """The single index in `at` has no axis of its own: the parts are concatenated along the first axis."""
     axes: tuple[int, ...] = ()
-    """The stored part's axes in the order of the parameter's; empty: as they are."""
+    """The permutation from the stored part's axes to the parameter's; empty: none."""
     heads: tuple[int, int] | None = None
-    """(axis, number): this axis of the parameter is stored as two, that many heads and what is in a head."""
+    """(axis, number of heads): this axis of the parameter is stored as two axes, heads and head dim."""
 
     def stored_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape of the whole stored tensor for a parameter of this shape."""
@@ -48,7 +48,7 @@ class Slot:
         return (*(number for _, number in self.at), *part)
 
     def take(self, stored: torch.Tensor) -> torch.Tensor:
-        """The parameter out of the whole stored tensor."""
+        """Extract the parameter from the whole stored tensor."""
         part = stored
         if self.joined:
             which, number = self.at[0]
@@ -67,7 +67,7 @@ class Layout:
 
     label: str
     mark: re.Pattern[str]
-    """Found at the start of keys that only this layout has; its first group is what stands before all keys."""
+    """Matches the start of keys that only this layout has; its first group is the prefix of all keys."""
     slots: Callable[[Pi0Dimensions], dict[str, Slot]]
     """Our names -> slots, keys without a prefix."""
 
@@ -127,7 +127,7 @@ def _rlinf_norm(own: str, stored: str, *, adaptive: bool) -> Iterator[tuple[str,
 
 
 def _projections(dimensions: Pi0Dimensions) -> tuple[str, ...]:
-    """The small projections, which every layout names alike."""
+    """The small projections, which have the same names in every layout."""
     return tuple(
         name[: -len(".bias")] for name in published_names(dimensions) if name.count(".") == 1 and "bias" in name
     )
@@ -208,31 +208,31 @@ def _jax_norm(own: str, stored: str, at: tuple[tuple[int, int], ...], *, adaptiv
 
 
 WRAPPERS = r"^((?:model\.|module\.|_orig_mod\.|_fsdp_wrapped_module\.)*)"
-"""Prefixes that wrapping a module leaves in its names: lerobot's and RLinf's own, DDP's, torch.compile's and FSDP's."""
+"""Prefixes of wrapped modules: lerobot's and RLinf's own, DDP's, torch.compile's and FSDP's."""
 
 OPENPI = Layout("openpi's PyTorch layout", re.compile(WRAPPERS + r"paligemma_with_expert\."), _openpi)
 RLINF = Layout("RLinf's PyTorch layout (openpi_rlinf)", re.compile(WRAPPERS + r"(?:img|llm)\."), _rlinf)
 JAX = Layout("openpi's JAX layout", re.compile(r"^((?:params/)?)PaliGemma/"), _jax)
 LAYOUTS = (OPENPI, RLINF, JAX)
 KNOWN = (
-    "known are openpi's PyTorch layout (`paligemma_with_expert.…`; lerobot's is that, mostly after `model.`), RLinf's "
-    "(`llm.…`, `img.…`), and openpi's JAX parameters (`PaliGemma/…`)"
+    "known are openpi's PyTorch layout (`paligemma_with_expert.…`; lerobot's is the same, usually with the prefix "
+    "`model.`), RLinf's (`llm.…`, `img.…`), and openpi's JAX parameters (`PaliGemma/…`)"
 )
 
 
 @dataclass(frozen=True)
 class FoundLayout:
-    """The layout of some files, told by their keys."""
+    """The layout of some files, recognised by their keys."""
 
     layout: Layout
     prefix: str
-    """What stands before every key."""
+    """The prefix of every key."""
 
     def __str__(self) -> str:
-        return self.layout.label + (f" with every name after {self.prefix!r}" if self.prefix else "")
+        return self.layout.label + (f" with the prefix {self.prefix!r}" if self.prefix else "")
 
     def slots(self, dimensions: Pi0Dimensions) -> dict[str, Slot]:
-        """Our names -> slots with their keys as in the files."""
+        """Our names -> slots, with the keys as in the files."""
         return {
             own: Slot(self.prefix + slot.key, slot.at, slot.joined, slot.axes, slot.heads)
             for own, slot in self.layout.slots(dimensions).items()
@@ -240,14 +240,14 @@ class FoundLayout:
 
 
 def find_layout(keys: Collection[str], where: str) -> FoundLayout:
-    """The layout that keys have.
+    """Recognise the layout of some keys.
 
     Args:
         keys: Names of stored tensors.
-        where: What to call their source in an error.
+        where: The name of their source in errors.
 
     Raises:
-        UserError: None of the known layouts, or more than one.
+        UserError: The keys match no known layout, or more than one.
     """
     found: dict[FoundLayout, str] = {}
     for key in keys:

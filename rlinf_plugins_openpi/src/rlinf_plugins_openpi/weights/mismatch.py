@@ -1,4 +1,4 @@
-"""What is wrong with weights that do not fit a model, and what they look like instead."""
+"""The error for weights that do not fit a model: every difference, and guesses at what the weights are instead."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ if TYPE_CHECKING:
     from rlinf_plugins_openpi.weights.layouts import FoundLayout
 
 LONG = 12
-"""Lists of more lines push their head off a terminal: what matters is said again below them."""
+"""Longer lists scroll their head off a terminal, so the summary is repeated below them."""
 RL_PARTS = ("value_head.", "noise_head.", "q_head.", "actor_image_encoder.", "critic_image_encoder.", "dsrl_")
-"""What RLinf's reinforcement learning adds to a policy."""
+"""Modules that RLinf's reinforcement learning adds to a policy."""
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Mismatch:
-    """All differences between files and a model. False if there are none."""
+    """All differences between files and a model; falsy if there are none."""
 
     path: Path
     layout: FoundLayout
     dimensions: Pi0Dimensions
-    """The model's."""
+    """The sizes of the model."""
     there: Mapping[str, Shape]
     """Every tensor in the files."""
     missing: Mapping[str, Shape | None] = field(default_factory=dict)
-    """Expected keys -> the shapes they should have, where those are known."""
+    """Expected keys -> their expected shapes, if known."""
     unexpected: Mapping[str, Shape] = field(default_factory=dict)
     misshapen: Mapping[str, tuple[Shape, Shape]] = field(default_factory=dict)
-    """Keys -> the shape they have, the shape they should have."""
+    """Keys -> (stored shape, expected shape)."""
     not_floats: Mapping[str, str] = field(default_factory=dict)
-    """Keys -> dtypes that no weights have."""
+    """Keys -> their dtypes, which are not floating-point."""
     ambiguous: tuple[str, str] | None = None
-    """Two names of one parameter that hold different values."""
+    """Two keys of one parameter with different values."""
 
     def __bool__(self) -> bool:
         return bool(self.missing or self.unexpected or self.misshapen or self.not_floats or self.ambiguous)
 
     def error(self) -> UserError:
-        """The error that names every difference, with a summary on top and, of a long list, below."""
+        """The error that lists every difference, with a summary above and, for long lists, also below."""
         counts = f"{len(self.missing)} missing, {len(self.unexpected)} unexpected, {len(self.misshapen)} misshapen"
         looks = [*self._looks_like()]
         lines = [
@@ -73,7 +73,7 @@ class Mismatch:
             yield f"ambiguous: {self.ambiguous[0]} and {self.ambiguous[1]} are one parameter but differ"
 
     def _looks_like(self) -> Iterator[str]:
-        """Guesses at what happened, each with the way out."""
+        """Guesses at the cause, each with a way to fix it."""
         other = replace(self.dimensions, pi05=not self.dimensions.pi05)
         if self.missing and self._stored("time_mlp_in.bias" if other.pi05 else "state_proj.bias", other):
             name, kind = ("π0.5", "pi05") if other.pi05 else ("π0", "pi0")
@@ -81,10 +81,10 @@ class Mismatch:
         elif self.missing and not self._stored("action_out_proj.bias", self.dimensions):
             yield "this looks like another model: it has no action_out_proj (π0-FAST has none)"
         elif self.missing and not self.unexpected and not self.misshapen:
-            yield "this looks like a part of the weights: is a file missing?"
+            yield "this looks like only a part of the weights: is a file missing?"
         yield from self._other_sizes()
         if any("lora" in key.lower() for key in self.unexpected):
-            yield "this looks like weights with LoRA adapters beside them: merge them where they were trained"
+            yield "this looks like weights with unmerged LoRA adapters: merge them with the software that trained them"
         elif parts := sorted({part for part in RL_PARTS for key in self.unexpected if part in key}):
             yield f"this looks like a reinforcement-learning checkpoint ({', '.join(parts)}…): save the policy alone"
 
@@ -101,5 +101,5 @@ class Mismatch:
             yield f"this looks like another action width: set policy.action_dim = {bias[0]}"
 
     def _stored(self, name: str, dimensions: Pi0Dimensions) -> Shape | None:
-        """The shape in the files of a tensor that is stored as it is; None if it is not there."""
+        """The stored shape of a tensor that has a key of its own; None if it is missing."""
         return self.there.get(self.layout.slots(dimensions)[name].key)

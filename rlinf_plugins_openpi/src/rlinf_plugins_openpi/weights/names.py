@@ -1,8 +1,7 @@
-"""Our names of published tensors and the published ones, openpi's in PyTorch: one table, read both ways.
+"""The table between our tensor names and the published ones, those of openpi's PyTorch checkpoints.
 
-Every relation is one to one and keeps the shape. Ours are the model's own parameter names, except where the model holds
-several published tensors as one (see `rlinf_plugins_openpi.model.parts`): there they are what the parts would be
-called.
+The relation is one to one and keeps shapes. Our names are the model's parameter names. Where the model merges several
+published tensors into one parameter (see `model.parts`), each part has a name of its own here.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ PALIGEMMA = "paligemma_with_expert.paligemma."
 EXPERT = "paligemma_with_expert.gemma_expert."
 EMBEDDING = f"{PALIGEMMA}model.language_model.embed_tokens.weight"
 EMBEDDING_IN_FILES = f"{PALIGEMMA}lm_head.weight"
-"""The embedding's other name: safetensors stores tied weights once, and published files keep this one."""
+"""The embedding's other name: safetensors stores tied weights once, in published files under this name."""
 UNUSED_HEAD = f"{EXPERT}lm_head.weight"
 UNUSED = frozenset({UNUSED_HEAD})
-"""In published files, but no part of the model: a token head [vocabulary, expert width] that no loss ever saw."""
+"""In published files but not in the model: a token head [vocabulary, expert width] that no loss reaches."""
 
 
 def published_names(dimensions: Pi0Dimensions) -> dict[str, str]:

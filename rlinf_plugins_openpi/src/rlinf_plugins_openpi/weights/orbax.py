@@ -1,8 +1,8 @@
-"""openpi's JAX parameters on disk: the arrays of an orbax checkpoint, read one at a time without JAX or orbax.
+"""Read openpi's JAX parameters from an orbax checkpoint, one array at a time, without JAX or orbax.
 
-Orbax keeps arrays in tensorstore's OCDBT database, under the path in the parameter tree joined by dots
-(`params.PaliGemma.llm.embedder.input_embedding`); training adds a last part `value`. Reading the arrays themselves
-needs tensorstore alone, and no second copy of the model as orbax's own restore would.
+Orbax stores arrays in tensorstore's OCDBT database. An array's name is its path in the parameter tree joined by dots
+(`params.PaliGemma.llm.embedder.input_embedding`); training checkpoints append `value`. Reading arrays directly needs
+only tensorstore and, unlike orbax's own restore, no second copy of the model.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     import torch
 
 ARRAYS = {"/.zarray": "zarr", "/zarr.json": "zarr3"}
-"""The file that describes an array -> tensorstore's driver for such arrays."""
+"""File that describes an array -> tensorstore's driver for it."""
 
 
 class OrbaxParameters:
-    """The arrays of a `params/` folder under their names joined by `/` (`files.TensorFiles`).
+    """The arrays of a `params/` folder, with `/` in names instead of dots (a `files.TensorFiles`).
 
-    The last array read is kept: stacked layers are taken out of it one after another.
+    The last array read is kept, because stacked layers are taken from it one after another.
 
     Args:
         folder: The folder with `manifest.ocdbt`.
@@ -48,7 +48,7 @@ class OrbaxParameters:
     def read(self, key: str) -> torch.Tensor:
         """See `files.TensorFiles`."""
         if self._last is None or self._last[0] != key:
-            self._last = None  # Two of these may be more than the memory holds.
+            self._last = None  # Free it first: memory may not hold two.
             self._last = (key, _tensor(self._stores[key].read().result()))
         return self._last[1]
 
@@ -82,7 +82,7 @@ def _tensorstore() -> Any:
 
 
 def _tensor(array: Any) -> torch.Tensor:
-    """A NumPy array as a tensor; bfloat16, which NumPy lacks, comes as a dtype of its own."""
+    """A NumPy array as a tensor. NumPy has no bfloat16: tensorstore returns an extension dtype."""
     import torch
 
     if array.dtype.name == "bfloat16":

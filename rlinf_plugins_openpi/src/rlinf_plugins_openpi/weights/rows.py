@@ -1,6 +1,7 @@
-"""The embedding of a model that trains some of its rows only: published files hold one table, the model two parameters.
+"""Weights of a model that trains only some rows of its embedding (`train_embedding = "used_rows"`).
 
-Importing this leaves torch unloaded.
+The model then has two parameters, the whole table and the trained rows; published files have one table. Importing this
+loads no torch.
 """
 
 from __future__ import annotations
@@ -14,20 +15,20 @@ if TYPE_CHECKING:
     from rlinf_core.contract.module import WeightSource
 
 WHOLE, TRAINED = "embedding.weight", "embedding_rows.weight"
-"""The model's names of the whole table, and of the rows that are trained."""
+"""The model's names of the whole table and of the trained rows."""
 
 
 def whole_name(name: str) -> str:
-    """The parameter in whose published tensor a parameter lies: the whole table for its trained rows, else itself."""
+    """The parameter whose published tensor contains a parameter: the whole table for trained rows, else itself."""
     return WHOLE if name == TRAINED else name
 
 
 def with_trained_rows(tensors: Mapping[str, torch.Tensor], rows: Sequence[int]) -> Mapping[str, torch.Tensor]:
-    """Parameters as published files have them: trained rows in their places in the whole table.
+    """Insert the trained rows into the whole table, as in published files.
 
     Args:
         tensors: The model's own parameter names -> whole tensors on the CPU.
-        rows: The ids of the trained rows; empty: the whole table is trained.
+        rows: The ids of the trained rows; empty if the whole table is trained.
     """
     if not rows:
         return tensors
@@ -38,10 +39,10 @@ def with_trained_rows(tensors: Mapping[str, torch.Tensor], rows: Sequence[int]) 
 
 
 class WithRows:
-    """Weights for a model that trains some rows: they are read from the whole table. A `WeightSource`.
+    """A `WeightSource` for a model that trains some rows, which are read from the whole table.
 
     Args:
-        weights: The published ones.
+        weights: The published weights.
         rows: The ids of the trained rows.
     """
 

@@ -1,4 +1,4 @@
-"""Writing weights: safetensors in openpi's PyTorch layout, one tensor in memory at a time, aside and then renamed."""
+"""Write weights as safetensors in openpi's PyTorch layout, atomically and with one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -21,45 +21,45 @@ if TYPE_CHECKING:
     from rlinf_plugins_openpi.model.dimensions import Pi0Dimensions
 
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-"""The bytes of an element of a dtype in safetensors' words."""
+"""Bytes per element, by safetensors' dtype."""
 METADATA = {"format": "pt", EMBEDDING: EMBEDDING_IN_FILES}
-"""As published files have it: the second name holds what the first one, a tied tensor, would."""
+"""As in published files: the first name is a tied tensor, stored under the second name."""
 
 
 class Entry(NamedTuple):
-    """A tensor to be written."""
+    """A tensor to write."""
 
     dtype: str
-    """In safetensors' words."""
+    """In safetensors' terms."""
     shape: tuple[int, ...]
 
 
 def published_entries(entries: Mapping[str, Entry], dimensions: Pi0Dimensions) -> dict[str, Entry]:
-    """What a published file holds, for tensors under the names of the tables.
+    """The tensors of a published file, for tensors under the names of the tables.
 
-    The embedding is stored as published files store it, under the name of the tied head, and the expert's unused head
-    is there, as zeros: strict loaders, openpi's and lerobot's, ask for it.
+    As in published files, the embedding has the name of the tied head. The expert's unused head is added, as zeros,
+    because strict loaders such as openpi's and lerobot's require it.
     """
     head = Entry(entries["embedding.weight"].dtype, (dimensions.vocab_size, dimensions.expert.width))
     return {published_key(name, dimensions): entry for name, entry in entries.items()} | {UNUSED_HEAD: head}
 
 
 def published_key(name: str, dimensions: Pi0Dimensions) -> str:
-    """The key of a tensor of the tables in a published file."""
+    """The key in a published file of a tensor of the tables."""
     return EMBEDDING_IN_FILES if name == "embedding.weight" else published_names(dimensions)[name]
 
 
 def save_published(state: Mapping[str, torch.Tensor], path: str | Path, dimensions: Pi0Dimensions) -> None:
-    """Write a model's parameters to one file in openpi's PyTorch layout, in the dtypes they have.
+    """Write a model's parameters to one file in openpi's PyTorch layout, keeping their dtypes.
 
     Args:
         state: The model's own parameter names (or those of their parts) -> whole tensors on the CPU.
         path: The `.safetensors` file to write.
-        dimensions: The model's.
+        dimensions: The sizes of the model.
 
     Raises:
-        ValueError: `state` does not hold exactly the model's parameters.
-        UserError: The disk is too small.
+        ValueError: `state` is not exactly the model's parameters.
+        UserError: The disk has too little space.
     """
     names, state = published_names(dimensions), unpacked(state, dimensions)
     if state.keys() != names.keys():
@@ -76,18 +76,18 @@ def write_safetensors(
     zeros: Iterable[str] = (),
     metadata: Mapping[str, str] = METADATA,
 ) -> None:
-    """Write a safetensors file without holding it: safetensors' own writer wants all tensors at once.
+    """Write a safetensors file tensor by tensor; safetensors' own writer needs all tensors at once.
 
     Args:
-        path: The file; it appears when it is complete.
+        path: The file; it is written under a temporary name and renamed when complete.
         entries: Every tensor's key, dtype and shape, in the order of the file.
-        tensors: The tensors, in any order, cast to the dtypes of `entries`.
-        zeros: Keys that are all zeros and not among `tensors`.
-        metadata: Texts for the header.
+        tensors: The tensors, in any order; they are cast to the dtypes of `entries`.
+        zeros: Keys of tensors that are all zeros and not among `tensors`.
+        metadata: Strings for the header.
 
     Raises:
-        UserError: The disk is too small.
-        ValueError: `tensors` are not those of `entries`.
+        UserError: The disk has too little space.
+        ValueError: `tensors` does not match `entries`.
     """
     header, starts = _header(entries, metadata)
     size = len(header) + sum(BYTES[entry.dtype] * math.prod(entry.shape) for entry in entries.values())
@@ -98,7 +98,7 @@ def write_safetensors(
     try:
         with aside.open("wb") as file:
             file.write(header)
-            file.truncate(size)  # What is not written is zeros, and takes no space on most file systems.
+            file.truncate(size)  # Bytes never written read as zeros, and take no space on most file systems.
             for key, tensor in tensors:
                 if key not in unwritten or tuple(tensor.shape) != tuple(entries[key].shape):
                     raise ValueError(f"{key} {list(tensor.shape)} is not to be written")
@@ -115,7 +115,7 @@ def write_safetensors(
 
 
 def _header(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
-    """The head of the file and where every tensor starts."""
+    """The header of the file, and the offset of each tensor."""
     table: dict[str, object] = {"__metadata__": dict(metadata)}
     ends, end = {}, 0
     for key, entry in entries.items():

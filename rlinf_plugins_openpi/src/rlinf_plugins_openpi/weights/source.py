@@ -1,4 +1,4 @@
-"""Pretrained weights as the trainer loads them: whichever layout the files have, checked name for name and shape."""
+"""Pretrained weights as the trainer loads them: in any known layout, with every name and shape checked."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 def check_names(path: Path, dimensions: Pi0Dimensions) -> None:
-    """Check the names of weights without torch: of safetensors, from their headers. A pickle is not opened.
+    """Check the names in safetensors files from their headers, without torch. A pickle is not opened.
 
     Raises:
-        UserError: Nothing readable at `path`, or a name is missing or unexpected.
+        UserError: There is nothing readable at `path`, or a name is missing or unexpected.
     """
     files = open_files(path)
     if not isinstance(files, Pickle):
@@ -30,15 +30,15 @@ def check_names(path: Path, dimensions: Pi0Dimensions) -> None:
 
 
 class PublishedWeights:
-    """Weights on disk, read one tensor at a time (`rlinf_core.contract.policy.WeightSource`).
+    """Weights on disk, read one tensor at a time: a `rlinf_core.contract.module.WeightSource`.
 
     Args:
-        path: A file, or a folder as openpi, lerobot or RLinf leave it (see `files.open_files`).
-        dimensions: Of the model that asks; they decide which names there are.
-        files: The tensors, where they are already open; then `path` is only what errors call them.
+        path: A file, or a folder written by openpi, lerobot or RLinf (see `files.open_files`).
+        dimensions: The sizes of the model; they determine the expected names.
+        files: The tensors, if already open; `path` is then only used in errors.
 
     Raises:
-        UserError: Nothing readable at `path`, or tensors in none of the known layouts.
+        UserError: There is nothing readable at `path`, or the tensors are in no known layout.
     """
 
     def __init__(self, path: str | Path, dimensions: Pi0Dimensions, files: TensorFiles | None = None) -> None:
@@ -48,16 +48,16 @@ class PublishedWeights:
         self.layout = find_layout(self._files.shapes, str(self.path))
         self._slots = self.layout.slots(dimensions)
         self._parts = parameter_parts(dimensions)
-        # Where openpi's names are used, the embedding has two, and the expert a head that the model has not.
+        # In openpi's layout the embedding has two names, and the expert has a head that is not in the model.
         own = self.layout.prefix if self.layout.layout is OPENPI else None
         self._embedding = None if own is None else own + EMBEDDING
         self._head = None if own is None else own + EMBEDDING_IN_FILES
         self._unused = None if own is None else own + UNUSED_HEAD
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor of the parameter `name` (the model's own name), whole, on the CPU, in the dtype of the file.
+        """Read the parameter `name` (the model's own name) whole, to the CPU, in the dtype of the file.
 
-        A name of the tables, of one of the parts that make up a parameter, is good as well.
+        `name` may also be that of a published tensor in the tables, i.e. of a part of a parameter.
         """
         parts = [self._part(part.name) for part in self._parts.get(name, (Part(name, 0),))]
         if len(parts) == 1:
@@ -71,20 +71,20 @@ class PublishedWeights:
         return slot.take(self._files.read(slot.key))
 
     def slot(self, name: str) -> Slot:
-        """Where the files hold a tensor of the tables, or should."""
+        """Where the files have, or should have, a tensor of the tables."""
         slot, there = self._slots[name], self._files.shapes
         if slot.key == self._embedding and self._embedding not in there and self._head in there:
             return Slot(str(self._head))
         return slot
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Compare the files with what the model expects; reads no more than their names and shapes.
+        """Compare names and shapes in the files with those of the model.
 
         Args:
             shapes: The model's own parameter names -> shapes, or those of the parts.
 
         Raises:
-            UserError: Names every stored tensor that is missing, unexpected or of another shape, and an embedding that
+            UserError: Lists every stored tensor that is missing, unexpected or of another shape, and an embedding that
                 is stored under both of its names with different values.
         """
         there, parts = self._files.shapes, unpacked_shapes(shapes, self._dimensions)
@@ -102,10 +102,10 @@ class PublishedWeights:
             raise mismatch.error()
 
     def check_names(self) -> None:
-        """Compare the names in the files with the table; builds no model.
+        """Compare the names in the files with the table, without building a model.
 
         Raises:
-            UserError: Names every stored tensor that is missing or unexpected.
+            UserError: Lists every stored tensor that is missing or unexpected.
         """
         expected = dict.fromkeys(self.slot(name).key for name in self._slots)
         missing = {key: None for key in expected if key not in self._files.shapes}
@@ -113,16 +113,16 @@ class PublishedWeights:
             raise mismatch.error()
 
     def _mismatch(self, *, expected: Collection[str], **differences: Any) -> Mismatch:
-        """The differences found, and what the files hold beyond the expected."""
+        """The given differences, and all unexpected tensors in the files."""
         there, known = self._files.shapes, {*expected, self._unused, self._head}
         unexpected = {key: shape for key, shape in there.items() if key not in known}
         return Mismatch(self.path, self.layout, self._dimensions, there, unexpected=unexpected, **differences)
 
     def _embeddings_differ(self) -> bool:
-        """Whether a published file contradicts itself: there, the two names are one tensor.
+        """Whether a published file contains different tensors under the embedding's two names, which should be one.
 
-        A whole state dict, lerobot's or RLinf's, may hold a head of its own that no loss has seen since it was copied
-        from the embedding; the embedding is what was trained.
+        A full state dict of lerobot or RLinf may have a separate head, copied from the embedding and never trained;
+        there, the embedding is used.
         """
         head, embedding, there = self._head, self._embedding, self._files.shapes
         whole_state = bool(self.layout.prefix) or isinstance(self._files, Pickle)

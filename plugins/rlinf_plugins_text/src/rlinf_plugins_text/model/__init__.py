@@ -1,1 +1,1 @@
-"""The policy: attention, loss and generation around a causal language model of transformers."""
+"""The policy's module: a causal language model with its attention, loss and generation."""

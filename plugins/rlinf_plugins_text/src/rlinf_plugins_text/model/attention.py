@@ -1,8 +1,8 @@
-"""Attention within documents that lie one after the other: how texts of a batch share a row without seeing one another.
+"""Attention within concatenated documents: the texts of a batch share a row without seeing one another.
 
 It is registered with transformers as the attention `rlinf_documents`, so that a model's own code calls it. On CUDA in
-half precision it is one kernel for all documents (`torch.nn.attention.varlen`); elsewhere one call a document, which
-computes nothing between documents either. Axes: H query heads, G key heads, N tokens of all documents, D head width.
+half precision it is one kernel for all documents (`torch.nn.attention.varlen`), elsewhere one call per document;
+neither computes anything between documents. Axes: H query heads, G key heads, N tokens of all documents, D head width.
 """
 
 from __future__ import annotations
@@ -35,30 +35,30 @@ def document_attention(
     longest: int = 0,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each document, as transformers calls it.
+    """Causal attention within each document, with the signature that transformers expects.
 
     Args:
-        module: The attention layer that asks.
+        module: The calling attention layer.
         query: [1, H, N, D]
         key: [1, G, N, D]
         value: [1, G, N, D]
-        attention_mask: None: the documents say who sees whom.
-        scaling: Factor of the scores; None: 1 / sqrt(D).
-        dropout: Share of the probabilities that is dropped in training.
+        attention_mask: Must be None: `documents` decides which tokens see each other.
+        scaling: Factor applied to the scores; None: 1 / sqrt(D).
+        dropout: Fraction of the probabilities dropped in training.
         sliding_window: A token sees itself and the `sliding_window - 1` before it; None: all before it.
-        softcap: Scores become softcap · tanh(score / softcap).
-        documents: int32 [number of documents + 1], where each begins, and N.
-        longest: No document is longer.
-        others: What else the architecture hands over; what would change the result is refused.
+        softcap: Scores become softcap · tanh(score / softcap); None: unchanged.
+        documents: int32 [number of documents + 1]: the start of each document, then N.
+        longest: Upper bound on the length of a document.
+        others: Further arguments of the architecture; those that would change the result are refused.
 
     Returns:
-        [1, N, H, D], and no probabilities.
+        Outputs [1, N, H, D]; no attention probabilities.
     """
     unknown = [name for name in ("s_aux", "position_bias", "head_mask") if others.get(name) is not None]
     if documents is None or attention_mask is not None or unknown:
-        why = f"it uses {unknown[0]}" if unknown else "it does not hand over where documents begin"
+        why = f"it uses {unknown[0]}" if unknown else "it does not pass on where documents begin"
         raise UserError(
-            f'{type(module).__name__} cannot attend within documents, {why}: set policy.attention = "padded"'
+            f'{type(module).__name__} cannot attend within documents: {why}. Set policy.attention = "padded"'
         )
     half = query.dtype in (torch.bfloat16, torch.float16)
     if (query.is_cuda or query.is_meta) and half and not softcap and not dropout:
@@ -81,7 +81,7 @@ def _one_kernel(
     heads = query.shape[1] // key.shape[1]
     if heads > 1:
         key, value = key.repeat_interleave(heads, 1), value.repeat_interleave(heads, 1)
-    # The model's code transposes what are views of [N, H, D]; the kernel wants those.
+    # transformers passes transposed views; the kernel takes [N, H, D].
     q, k, v = (one[0].transpose(0, 1).contiguous() for one in (query, key, value))
     reach = (window - 1 if window else -1, 0)
     out = varlen_attn(q, k, v, documents, documents, longest, longest, scale=scaling, window_size=reach)
@@ -100,7 +100,7 @@ def _each_document(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """One call a document. It is not compiled: how many there are differs from batch to batch."""
+    """One call per document. Not compiled, because the number of documents differs from batch to batch."""
     parts = []
     for begin, end in pairwise(documents.tolist()):
         if end > begin:
@@ -137,7 +137,7 @@ def _one_document(
 
 
 def _visible(length: int, window: int | None, device: torch.device) -> Tensor:
-    """Bool [length, length]: whether a query (row) sees a key."""
+    """Bool [length, length]: whether a query (row) sees a key (column)."""
     causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     return causal if window is None else causal.triu(1 - window)
 

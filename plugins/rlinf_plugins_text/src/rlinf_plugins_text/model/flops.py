@@ -1,65 +1,67 @@
-"""How much computing a batch of texts is worth, whatever an implementation does besides: no padding, no recomputation.
+"""The operations that a training step on texts needs, however it is implemented: no padding, no recomputation.
 
-Two operations a multiply-add, three times the forward pass. A token meets every matrix of the layers; it attends to
-itself and those before it in its text; only what precedes a trained token meets the head.
+A multiply-add counts as two operations, forward and backward together as three forward passes. Every token passes
+through the matrices of all layers and attends to itself and the earlier tokens of its text; only positions that
+predict a trained token pass through the head.
 """
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import torch
 
 from rlinf_core.data.sample import Batch
+from rlinf_plugins_text.model.language_model import LanguageModel
 
 if TYPE_CHECKING:
-    from rlinf_plugins_text.config import TextPolicyConfig
+    from rlinf_plugins_text.settings import TextPolicySettings
 
 FORWARD_AND_BACKWARD = 3
 
 
 @dataclass(frozen=True)
 class ModelCost:
-    """What a model's sizes say of its cost."""
+    """The sizes of a model that determine its cost."""
 
     matrices: int
-    """Numbers in the matrices of all layers: multiply-adds of a token."""
+    """Elements of the matrices of all layers: multiply-adds per token."""
     head: int
-    """Numbers in the head: multiply-adds of a trained token."""
+    """Elements of the head's matrix: multiply-adds per trained token."""
     attention: int
-    """Layers x query heads x their width: multiply-adds of a pair of tokens, once for scores and once for values."""
+    """Layers x query heads x head width: multiply-adds per pair of tokens, once for scores and once for values."""
 
     @classmethod
-    def of(cls, config: TextPolicyConfig) -> ModelCost | None:
-        """Those of a policy's model; None where cost does not follow from them: experts, windows, no attention."""
-        return _cost(config.model_dump_json(), type(config))
+    def of(cls, settings: TextPolicySettings) -> ModelCost | None:
+        """The sizes of a policy's model; None if they do not determine the cost: experts, windows, no attention."""
+        return _cost(settings.model_dump_json(), type(settings))
 
 
 @functools.lru_cache(maxsize=4)
-def _cost(config: str, cls: type[TextPolicyConfig]) -> ModelCost | None:
-    import torch
-
-    policy = cls.model_validate_json(config)
+def _cost(dumped: str, cls: type[TextPolicySettings]) -> ModelCost | None:
+    settings = cls.model_validate_json(dumped)
     with torch.device("meta"):
-        lm: Any = policy.build_to_count().lm
-    settings, shapes = lm.model.config, [tuple(p.shape) for layer in lm.layers for p in layer.parameters()]
-    window = getattr(settings, "sliding_window", None)
-    heads = getattr(settings, "num_attention_heads", 0)
-    known = policy.attention == "documents" and heads and not (window and window < policy.max_length)
-    if not known or any(len(shape) > 2 for shape in shapes) or "expert" in " ".join(settings.to_dict()):
+        lm = LanguageModel(settings, keeps_padding=True)
+    config, shapes = lm.model.config, [tuple(p.shape) for layer in lm.layers for p in layer.parameters()]
+    window = getattr(config, "sliding_window", None)
+    heads = getattr(config, "num_attention_heads", 0)
+    known = settings.attention == "documents" and heads and not (window and window < settings.max_length)
+    if not known or any(len(shape) > 2 for shape in shapes) or "expert" in " ".join(config.to_dict()):
         return None
-    width = getattr(settings, "head_dim", None) or settings.hidden_size // heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
     matrices = sum(shape[0] * shape[1] for shape in shapes if len(shape) == 2)
     head = lm.model.get_output_embeddings().weight.numel()
     return ModelCost(matrices, head, len(lm.layers) * heads * width)
 
 
 def training_flops(cost: ModelCost, batch: Batch) -> float:
-    """Operations of a batch's forward and backward pass.
+    """Operations of the forward and backward pass of a batch.
 
     Args:
         cost: The model's.
-        batch: As `collate.stack` made it, on the CPU.
+        batch: From `rows.collate.stack`, on the CPU.
     """
     lengths = batch["document_lengths"][:, :-1].double()  # The last column is padding.
     pairs = float((lengths * (lengths + 1) / 2).sum())

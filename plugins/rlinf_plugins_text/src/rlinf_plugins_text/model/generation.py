@@ -1,4 +1,4 @@
-"""Answers to held-out prompts, to be read while training. Every rank computes the same ones, in step with the rest."""
+"""Answers to held-out prompts, for people to read while training. All ranks compute the same answers, in lockstep."""
 
 from __future__ import annotations
 
@@ -10,30 +10,34 @@ from torch import Tensor
 from rlinf_core.data.sample import Batch
 
 if TYPE_CHECKING:
-    from rlinf_plugins_text.config import TextPolicyConfig
-    from rlinf_plugins_text.model.policy import LanguageModel
+    from rlinf_plugins_text.model.language_model import LanguageModel
+    from rlinf_plugins_text.settings import TextPolicySettings
 
 SEED = 0
-"""Of answers that are drawn: the same numbers at each validation."""
-PROMPT_SHOWN, STEP = 200, 64
+"""Seed of sampled answers: the same random numbers at each validation."""
+PROMPT_SHOWN = 200
+"""Characters shown of a prompt, from its end."""
+STEP = 64
+"""Lengths are rounded up to a multiple of this many tokens, so that compiled code sees few shapes."""
 
 
 @torch.no_grad()
-def answers(model: LanguageModel, batch: Batch, config: TextPolicyConfig) -> list[str]:
-    """A line for each sample: the end of its prompt, the model's answer, and the data's.
+def answers(model: LanguageModel, batch: Batch, settings: TextPolicySettings) -> list[str]:
+    """One line per sample: the end of its prompt, the model's answer, and the answer in the data.
 
-    The model reads the whole text anew for each token, without a cache of keys: a few dozen tokens now and then.
+    There is no key-value cache: the model reads the whole text again for each token, which a few dozen tokens per
+    validation can afford.
     """
-    tokenizer = config.text_tokenizer()
+    tokenizer = settings.text_tokenizer()
     device = batch["tokens"].device
     prompts, wanted = zip(*(_prompt(batch, row) for row in range(len(batch["tokens"]))), strict=True)
     texts = [prompt.tolist() for prompt in prompts]
     begins = [len(text) for text in texts]
     generator = torch.Generator().manual_seed(SEED)
-    # All of `shown_tokens`, also after the end of a text: ranks must call the sharded model equally often.
-    for _ in range(config.shown_tokens):
+    # Always `shown_tokens` steps, even past the end of a text: ranks must call the sharded model equally often.
+    for _ in range(settings.shown_tokens):
         logits = _next_logits(model, texts, device)
-        for text, token in zip(texts, _choose(logits.cpu(), config.temperature, generator), strict=True):
+        for text, token in zip(texts, _choose(logits.cpu(), settings.temperature, generator), strict=True):
             text.append(token)
     end = tokenizer.id_of("eos_token")
     lines = []
@@ -47,7 +51,7 @@ def answers(model: LanguageModel, batch: Batch, config: TextPolicyConfig) -> lis
 
 
 def _next_logits(model: LanguageModel, texts: list[list[int]], device: torch.device) -> Tensor:
-    """Logits [B, V] of what follows each text."""
+    """Logits [B, V] of the token after each text."""
     length = -(-max(map(len, texts)) // STEP) * STEP
     tokens = torch.zeros(len(texts), length, dtype=torch.int64)
     for row, text in enumerate(texts):
@@ -55,7 +59,7 @@ def _next_logits(model: LanguageModel, texts: list[list[int]], device: torch.dev
     sizes = torch.tensor([len(text) for text in texts])
     positions = torch.arange(length).expand(len(texts), -1)
     lengths = torch.stack([sizes, length - sizes], dim=1).to(torch.int32)
-    # The padding's positions count on; nothing looks at them.
+    # The positions of padding simply continue; nothing uses them.
     batch = {"tokens": tokens, "positions": positions, "trained": tokens < 0, "document_lengths": lengths}
     on_device = {name: tensor.to(device) for name, tensor in batch.items()}
     logits: Tensor = model(on_device, (sizes - 1).to(device))[0]
@@ -63,7 +67,7 @@ def _next_logits(model: LanguageModel, texts: list[list[int]], device: torch.dev
 
 
 def _prompt(batch: Batch, row: int) -> tuple[Tensor, Tensor]:
-    """The first text of a sample up to where training begins, at least its first token, and what follows there."""
+    """The first text of a sample, split where its trained part begins: prompt (at least one token) and answer."""
     length = int(batch["document_lengths"][row, 0])
     tokens, trained = (batch[name][row, :length].cpu() for name in ("tokens", "trained"))
     first = max(1, int(trained.int().argmax()))

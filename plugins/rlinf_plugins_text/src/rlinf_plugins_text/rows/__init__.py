@@ -1,1 +1,1 @@
-"""Files and hub datasets to conversations to tokens."""
+"""From files and hub datasets to chats, tokens, samples and batches."""

@@ -1,7 +1,7 @@
-"""Chat templates: from messages to text, and which parts of the text the assistant says. Imports no torch.
+"""Chat templates: from messages to text, and which parts of the text are the assistant's. Imports no torch.
 
-Templates are Jinja as transformers renders it. What the assistant says is what the template marks by
-`{% generation %}`; in a template without marks it is looked for (`turns`).
+Templates are Jinja, rendered as in transformers. The assistant's parts are those that the template marks by
+`{% generation %}`; in a template without such marks, `turns` finds them.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ CHATML = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
 """
-"""The template that `policy.chat_template = "chatml"` means: Qwen's without its thoughts."""
+"""The template selected by `policy.chat_template = "chatml"`: Qwen's, without thoughts."""
 OPEN, CLOSE = "\ue0f0\ue0f1", "\ue0f1\ue0f0"
-"""What marks the assistant's words while a template is rendered: characters for private use."""
+"""Marks around the assistant's parts while a template is rendered: private-use characters."""
 
 
 class ChatTemplate:
     """A compiled template.
 
     Args:
-        source: Jinja.
-        special_tokens: The tokenizer's, by the names that templates use (`bos_token`, ...).
+        source: The template, in Jinja.
+        special_tokens: The tokenizer's special tokens by the names that templates use (`bos_token`, ...).
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
@@ -58,23 +58,23 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(source)
         except (jinja2.TemplateError, RecursionError) as error:
-            raise UserError(f"policy.chat_template is no template: {error}") from error
+            raise UserError(f"policy.chat_template is not a valid template: {error}") from error
         self._special_tokens = dict(special_tokens)
         self._marks = re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source) is not None
 
     def render(self, messages: Sequence[Message], *, ask: bool = False) -> str:
-        """The text of messages; with `ask`, up to where the assistant is to speak."""
+        """The text of messages; with `ask`, followed by the prompt for the assistant's next turn."""
         return self._render(messages, ask, None).replace(OPEN, "").replace(CLOSE, "")
 
     def spans(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> tuple[str, list[Span]]:
-        """The text of messages, and which parts of it the assistant says, each with what ends it.
+        """The text of messages, and the assistant's parts, each including the token that ends it.
 
         Args:
             messages: The chat.
-            tools: What the assistant may call, for templates that write it.
+            tools: The tools that the assistant may call, for templates that write them.
 
         Raises:
-            UserError: Without marks, what the assistant says cannot be told; see `turns`.
+            UserError: The template has no marks and the assistant's parts cannot be found; see `turns`.
         """
         if self._marks:
             return self._marked(self._render(messages, False, tools))
@@ -94,8 +94,8 @@ class ChatTemplate:
             return self._template.render(
                 messages=messages, tools=tools, documents=None, add_generation_prompt=ask, **self._special_tokens
             )
-        except Exception as error:  # A template computes: it adds what is no text, divides by zero, looks up nothing.
-            raise UserError(f"the chat template refuses the messages: {error}") from error
+        except Exception as error:  # A template is code and can raise anything, such as ZeroDivisionError.
+            raise UserError(f"the chat template rejects the messages: {error}") from error
 
 
 class _Generation(Extension):
@@ -104,7 +104,7 @@ class _Generation(Extension):
     tags = {"generation"}
 
     def parse(self, parser: Parser) -> nodes.Node:
-        """The body, to be put between marks."""
+        """Put the body between marks."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("_say"), [], [], body).set_lineno(line)
@@ -114,7 +114,7 @@ class _Generation(Extension):
 
 
 def _tojson(value: Any, **options: Any) -> str:
-    """Unlike Jinja's own, this leaves HTML characters as they are."""
+    """JSON without escaped HTML characters, unlike Jinja's own filter."""
     return json.dumps(value, **({"ensure_ascii": False} | options))
 
 

@@ -1,6 +1,6 @@
-"""Samples to a batch of tensors. Runs in loader workers.
+"""From samples to a batch of tensors. Runs in loader workers.
 
-Axes: B samples, T tokens of the longest, M texts of the sample with most and one more for padding.
+Axes: B samples, T tokens, M texts of the sample that has most, plus one for padding; T and M are rounded up.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlinf_plugins_text.rows.describe import TextSample
+from rlinf_plugins_text.rows.samples import TextSample
 
 TOKEN_STEP, TEXT_STEP = 64, 8
-"""Sizes are rounded up to multiples: few shapes, so that compiled code sees few of them."""
+"""T and M are rounded up to multiples of these, so that compiled code sees few shapes."""
 
 
 def stack(samples: Sequence[TextSample], *, max_length: int, fixed: bool) -> dict[str, Tensor]:
@@ -22,12 +22,13 @@ def stack(samples: Sequence[TextSample], *, max_length: int, fixed: bool) -> dic
 
     Args:
         samples: Encoded samples.
-        max_length: Tokens of a sample at most.
-        fixed: Whether T is always `max_length`, instead of the longest rounded up.
+        max_length: Maximum number of tokens in a sample.
+        fixed: Whether T is always `max_length`, instead of the longest sample rounded up.
 
     Returns:
-        `tokens` and `positions` int64 [B, T], positions counted from 0 in each text; `trained` bool [B, T];
-        `document_lengths` int32 [B, M], zeros after the sample's own texts, the padding's length in the last column.
+        `tokens` and `positions` int64 [B, T], positions counting from 0 in each text; `trained` bool [B, T];
+        `document_lengths` int32 [B, M]: the sample's texts, then zeros, and the length of the padding in the last
+        column.
     """
     longest = max(len(sample["tokens"]) for sample in samples)
     length = max_length if fixed else min(_rounded(longest, TOKEN_STEP), max_length)

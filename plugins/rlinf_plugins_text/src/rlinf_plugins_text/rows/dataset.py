@@ -1,4 +1,4 @@
-"""`[data]` of text: where it lies, in which of the common shapes, and what of it is held out."""
+"""The `[data]` table of text: where the data are, their format, and which part is held out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KEYS: Mapping[str, Sequence[str]] = {
     "messages": ("messages", "role", "content"),
     "sharegpt": ("conversations", "from", "value"),
 }
-"""What a row of each format is made of: the names that `data.keys` may map to others."""
+"""Format -> the names in a row that `data.keys` can map to other columns."""
 ROLES: Mapping[str, str] = {
     "system": "system",
     "human": "user",
@@ -29,53 +29,53 @@ ROLES: Mapping[str, str] = {
     "chatgpt": "assistant",
     "assistant": "assistant",
 }
-"""Who speaks in ShareGPT's conversations -> roles of chat templates."""
+"""Speakers in ShareGPT conversations -> roles in chat templates."""
 
 
 @dataclass(frozen=True)
 class AsTokens(Transform):
-    """Rows are tokens already; the source made them."""
+    """Passes rows on: the source has already turned them into tokens."""
 
     def __call__(self, sample: Row) -> Sample:
-        """The row."""
+        """Return the row unchanged."""
         return dict(sample)  # type: ignore[return-value]
 
 
 class TextDatasetConfig(DatasetConfig):
-    """Text for language models: plain, prompts with completions, or conversations."""
+    """Text for language models: plain text, prompts with completions, or conversations."""
 
     run_defaults: ClassVar[Mapping[str, Any]] = {"policy": {"type": "text"}}
 
     repo_id: str = ""
-    """A file (`.jsonl`, `.json`, `.parquet`, `.csv`, `.txt`), a folder of such, or the id of a dataset on the hub."""
+    """A file (`.jsonl`, `.json`, `.parquet`, `.csv`, `.txt`), a folder of such files, or a dataset id on the hub."""
     format: Format = "messages"
-    """What a row is: `text`, plain text, trained as a whole; `prompt_completion`; `messages`, a chat as OpenAI and
-    transformers have it; `sharegpt`, a chat of `from` and `value`."""
+    """Format of a row: `text`, plain text, all of it trained; `prompt_completion`; `messages`, a chat in the format of
+    OpenAI and transformers; `sharegpt`, a chat of `from` and `value`."""
     keys: dict[str, str] = {}
-    """Columns of the data that are called otherwise: the format's name -> the column's. Formats' names: `text`;
-    `prompt`, `completion`; `messages`, `role`, `content`; `conversations`, `from`, `value`."""
+    """Renamed columns: the format's name -> the column in the data. The formats' names: `text`; `prompt`,
+    `completion`; `messages`, `role`, `content`; `conversations`, `from`, `value`."""
     roles: dict[str, str] = {}
-    """Speakers in the data -> `system`, `user`, `assistant` or another role that the chat template knows, besides
-    the usual names of ShareGPT."""
+    """Speakers in the data -> `system`, `user`, `assistant` or another role that the chat template knows, in addition
+    to the usual names of ShareGPT."""
     as_chat: bool = False
-    """Put prompt and completion into the chat template, as a user's message and the answer. Otherwise they follow one
-    another as they are, with the end-of-text token at the end."""
+    """Put prompt and completion into the chat template, as a user's message and the answer. Otherwise they are
+    concatenated, with the end-of-text token at the end."""
     loss_on: Literal["completion", "all"] = "completion"
-    """Tokens that are trained: those of completions and of the assistant, or all. Plain text is trained whole."""
+    """Which tokens are trained: those of completions and of the assistant, or all. In plain text, all are."""
     files: tuple[str, ...] = ()
-    """Patterns of file names in the folder or the hub's dataset; empty: all that can be read."""
+    """Patterns of file names in the folder or the hub dataset; empty: every readable file."""
     subset: str = ""
-    """Which configuration of a hub dataset."""
+    """Configuration (subset) of a hub dataset."""
     split: str = "train"
-    """Which split of a hub dataset to train on."""
+    """Split of a hub dataset to train on."""
     validation_files: tuple[str, ...] = ()
-    """Files whose rows are held out, instead of a share: paths, or patterns in the folder."""
+    """Files whose rows are held out, instead of a fraction: paths, or patterns in the folder."""
     validation_split: str = ""
-    """Split of a hub dataset that is held out, instead of a share."""
+    """Split of a hub dataset to hold out, instead of a fraction."""
     validation_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Share of the examples that is held out of training for validation."""
+    """Fraction of the texts held out for validation."""
     validation_episodes: tuple[int, ...] = ()
-    """Numbers of examples, from 0, to hold out instead of a share."""
+    """Indices of texts to hold out, from 0, instead of a fraction."""
 
     @model_validator(mode="after")
     def _keys_are_of_the_format(self) -> TextDatasetConfig:
@@ -84,21 +84,21 @@ class TextDatasetConfig(DatasetConfig):
                 f"keys: format {self.format!r} has no {', '.join(unknown)} (it has: {', '.join(KEYS[self.format])})"
             )
         if self.as_chat and self.format != "prompt_completion":
-            raise ValueError(f'as_chat is for format = "prompt_completion"; {self.format!r} is never or always a chat')
+            raise ValueError(f'as_chat is for format = "prompt_completion", not {self.format!r}')
         if self.roles and self.format not in ("messages", "sharegpt"):
-            raise ValueError(f"roles are those of chats; format = {self.format!r} has none")
+            raise ValueError(f"roles are for chats; format = {self.format!r} has none")
         return self
 
     @model_validator(mode="after")
     def _one_way_to_hold_out_rows(self) -> TextDatasetConfig:
         names = ("validation_fraction", "validation_episodes", "validation_files", "validation_split")
         if len(ways := [name for name in names if getattr(self, name)]) > 1:
-            raise ValueError(f"set one of {', '.join(ways)}")
+            raise ValueError(f"set only one of {', '.join(ways)}")
         return self
 
     @property
     def has_validation(self) -> bool:
-        """Whether any row is held out."""
+        """Whether any text is held out."""
         return super().has_validation or bool(self.validation_files or self.validation_split)
 
     @property
@@ -107,9 +107,9 @@ class TextDatasetConfig(DatasetConfig):
         return self.as_chat or self.format in ("messages", "sharegpt")
 
     def column(self, name: str) -> str:
-        """The data's name of a part of a row."""
+        """The column in the data for a name of the format."""
         return self.keys.get(name, name)
 
     def repack(self) -> Transform:
-        """Rows are samples already."""
+        """Rows are already samples."""
         return AsTokens()

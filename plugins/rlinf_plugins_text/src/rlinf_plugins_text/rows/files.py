@@ -1,4 +1,4 @@
-"""Rows of text files and hub datasets, each with the place it comes from. Imports no torch, and `datasets` late."""
+"""Rows of text files and hub datasets, each with its origin. Imports no torch, and `datasets` only when needed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlinf_core.untrusted import parse_json
 from rlinf_plugins_text.rows.dataset import TextDatasetConfig
 
 TextRow = tuple[str, dict[str, Any]]
-"""Where a row stands, for messages, and the row."""
+"""Origin of a row, for messages, and the row itself."""
 
 
 def read_rows(config: TextDatasetConfig, *, held_out: bool = False) -> Iterator[TextRow]:
@@ -22,10 +22,10 @@ def read_rows(config: TextDatasetConfig, *, held_out: bool = False) -> Iterator[
 
     Args:
         config: Which dataset.
-        held_out: Those of `validation_files` or `validation_split`, which are not among the others.
+        held_out: Read `validation_files` or `validation_split` instead of the rows to train on.
 
     Raises:
-        UserError: A file is missing or cannot be read; it is named with the line.
+        UserError: A file is missing or cannot be read; the message names it with the line.
     """
     path = local_path(config.repo_id, "data.repo_id")
     if path is None:
@@ -33,34 +33,34 @@ def read_rows(config: TextDatasetConfig, *, held_out: bool = False) -> Iterator[
         return
     wrong = [name for name in ("subset", "validation_split", "revision") if getattr(config, name)]
     if wrong := wrong + ["split"] * (config.split != "train"):
-        raise UserError(f"data.{wrong[0]} is for datasets on the hub, but {path} is a file or folder: leave it out")
+        raise UserError(f"data.{wrong[0]} is for datasets on the hub, but {path} is a file or folder: remove it")
     files = _held_out_files(config, path) if held_out else text_files(config)
     for file in files:
         try:
             yield from READERS[file.suffix.lower()](file)
         except UnicodeDecodeError as error:
-            raise UserError(f"{file} is no UTF-8 text: {error}") from error
+            raise UserError(f"{file} is not UTF-8 text: {error}") from error
 
 
 def text_files(config: TextDatasetConfig) -> list[Path]:
-    """The local files of a dataset without those held out; none for one on the hub."""
+    """The local files to train on; empty for a dataset on the hub."""
     path = local_path(config.repo_id, "data.repo_id")
     if path is None:
         return []
     found = _in_folder(path, config.files, "data.files") if path.is_dir() else [path]
     if path.is_file() and config.files:
-        raise UserError(f"data.files: data.repo_id = {config.repo_id} is a file already; leave one of them out")
+        raise UserError(f"data.files: data.repo_id = {config.repo_id} is already a file; set only one of them")
     if path.suffix.lower() not in READERS and path.is_file():
-        raise UserError(f"data.repo_id: {path} is none of {', '.join(READERS)}")
+        raise UserError(f"data.repo_id: {path} is not one of {', '.join(READERS)}")
     held_out = set(_held_out_files(config, path)) if config.validation_files else set()
     files = [file for file in found if file not in held_out]
     if not files:
-        raise UserError(f"data.repo_id: {path} holds no file to train on ({', '.join(READERS)})")
+        raise UserError(f"data.repo_id: {path} contains no file to train on ({', '.join(READERS)})")
     return files
 
 
 def all_files(config: TextDatasetConfig) -> list[Path]:
-    """The local files of a dataset, those held out at the end."""
+    """All local files of a dataset, those held out last."""
     path = local_path(config.repo_id, "data.repo_id")
     return [] if path is None else text_files(config) + _held_out_files(config, path)
 
@@ -70,7 +70,7 @@ def _held_out_files(config: TextDatasetConfig, path: Path) -> list[Path]:
     beside = [Path(one).expanduser() for one in patterns if Path(one).expanduser().is_file()]
     inside = tuple(one for one in patterns if not Path(one).expanduser().is_file())
     if inside and not path.is_dir():
-        raise UserError(f"data.validation_files: there is no file {inside[0]} (here: {Path.cwd()})")
+        raise UserError(f"data.validation_files: no file {inside[0]} (working directory: {Path.cwd()})")
     return beside + (_in_folder(path, inside, "data.validation_files") if inside else [])
 
 
@@ -80,7 +80,7 @@ def _in_folder(folder: Path, patterns: Sequence[str], setting: str) -> list[Path
         matches = [folder / one for one in sorted(glob.glob(pattern, root_dir=folder, recursive=True))]
         readable = [one for one in matches if one.is_file() and one.suffix.lower() in READERS]
         if patterns and not readable:
-            raise UserError(f"{setting}: nothing in {folder} that can be read matches {pattern!r}")
+            raise UserError(f"{setting}: no readable file in {folder} matches {pattern!r}")
         found |= dict.fromkeys(readable)
     return list(found)
 
@@ -95,27 +95,27 @@ def _from_jsonl(path: Path) -> Iterator[TextRow]:
 def _from_json(path: Path) -> Iterator[TextRow]:
     with _opened(path) as file:
         text = file.read()
-    if not text.lstrip().startswith("["):  # Lines of objects under another name.
+    if not text.lstrip().startswith("["):  # JSON lines with the wrong suffix.
         yield from _from_jsonl(path)
         return
     try:
         rows = parse_json(text)
     except ValueError as error:
-        raise UserError(f"{path} is no JSON: {error}") from error
+        raise UserError(f"{path} is not valid JSON: {error}") from error
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
-            raise UserError(f"{path}, row {number}: a row must be an object with the data's columns")
+            raise UserError(f"{path}, row {number}: a row must be an object of columns")
         yield f"{path}, row {number}", row
 
 
 def _from_csv(path: Path) -> Iterator[TextRow]:
-    csv.field_size_limit(2**31 - 1)  # The default refuses texts above 128 kB.
+    csv.field_size_limit(2**31 - 1)  # The default limit is 128 kB.
     with _opened(path, newline="") as file:
         reader = csv.DictReader(file)
         for row in reader:
             where = f"{path}, line {reader.line_num}"
             if None in row or None in row.values():
-                raise UserError(f"{where}: the line has not as many fields as the head, {', '.join(map(str, row))}")
+                raise UserError(f"{where}: the number of fields differs from the header's: {', '.join(map(str, row))}")
             yield where, row
 
 
@@ -135,7 +135,7 @@ def _from_parquet(path: Path) -> Iterator[TextRow]:
 
 
 def _from_txt(path: Path) -> Iterator[TextRow]:
-    """Paragraphs: texts with an empty line between them."""
+    """One text per paragraph; paragraphs are separated by empty lines."""
     with _opened(path) as file:
         text = file.read()
     for number, paragraph in enumerate(filter(str.strip, text.split("\n\n"))):
@@ -149,7 +149,7 @@ READERS: dict[str, Callable[[Path], Iterator[TextRow]]] = {
     ".csv": _from_csv,
     ".txt": _from_txt,
 }
-"""Suffix -> how a file is read."""
+"""Suffix -> function that reads such files."""
 
 
 def _from_hub(config: TextDatasetConfig, split: str) -> Iterator[TextRow]:
@@ -162,9 +162,9 @@ def _load_from_hub(config: TextDatasetConfig, split: str) -> Any:
 
     repository, revision = parse_hub_id(config.repo_id)
     if config.validation_files:
-        raise UserError("data.validation_files is for files; name a split of the hub's dataset: data.validation_split")
+        raise UserError("data.validation_files is for local files; for a dataset on the hub set data.validation_split")
     if config.revision and revision:
-        raise UserError(f"data.repo_id names the revision {revision}, data.revision another: leave one of them out")
+        raise UserError(f"data.repo_id gives the revision {revision}, data.revision another one: set only one of them")
     try:
         return load_dataset(
             repository,
@@ -173,12 +173,12 @@ def _load_from_hub(config: TextDatasetConfig, split: str) -> Any:
             revision=config.revision or revision,
             data_files=list(config.files) or None,
         )
-    except (OSError, ValueError, KeyError) as error:  # What `datasets` and the hub's client raise on their own.
+    except (OSError, ValueError, KeyError) as error:  # Raised by `datasets` and the hub's client.
         reason = (str(error).strip() or "-").splitlines()[0]
         raise UserError(
-            f"data.repo_id: {config.repo_id!r} is no file or folder (here: {Path.cwd()}), and its split {split!r} "
-            f"could not be had from the hub ({type(error).__name__}: {reason}). Check the id, data.subset, data.split "
-            "and the connection, or name a local file or folder"
+            f"data.repo_id: {config.repo_id!r} is not a file or folder (working directory: {Path.cwd()}), and its "
+            f"split {split!r} could not be loaded from the hub ({type(error).__name__}: {reason}). Check the id, "
+            "data.subset, data.split and the connection, or give a local file or folder"
         ) from error
 
 
@@ -186,9 +186,9 @@ def _object(line: str, where: str) -> dict[str, Any]:
     try:
         row = parse_json(line)
     except ValueError as error:
-        raise UserError(f"{where} is no JSON: {error}") from error
+        raise UserError(f"{where} is not valid JSON: {error}") from error
     if not isinstance(row, dict):
-        raise UserError(f"{where}: a line must be an object with the data's columns, not {type(row).__name__}")
+        raise UserError(f"{where}: a line must be an object of columns, not {type(row).__name__}")
     return row
 
 
@@ -197,9 +197,9 @@ def _opened(path: Path, newline: str | None = None) -> Any:
 
 
 def content_tag(config: TextDatasetConfig) -> list[Any]:
-    """What changes when the rows do: files with sizes and times, or what the hub's dataset was made of."""
+    """A value that changes with the rows: files with sizes and times, or the fingerprint of a hub dataset."""
     if not config.repo_id:
-        raise UserError("data.repo_id: name a file, a folder, or a dataset on the hub")
+        raise UserError("data.repo_id: give a file, a folder, or a dataset on the hub")
     if local_path(config.repo_id, "data.repo_id") is not None:
         files = [(path.resolve(), path.stat()) for path in all_files(config)]
         return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in files]

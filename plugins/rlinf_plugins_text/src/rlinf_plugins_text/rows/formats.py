@@ -1,4 +1,4 @@
-"""From a row of the data to text with the parts that are trained: one function a format. Imports no torch."""
+"""From a row of the data to a text and its trained parts, for each format. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from rlinf_plugins_text.rows.turns import Message, Span
 
 @dataclass(frozen=True)
 class Example:
-    """A text and which characters of it are trained."""
+    """A text and its trained parts."""
 
     text: str
     trained: tuple[Span, ...]
     whole: bool
-    """A document of its own: the tokens that begin and end a text are added. A chat template brings its own."""
+    """Whether to add the tokens that begin and end a text; a chat template writes its own."""
     prompt: int = 0
-    """Characters of a prompt that is not in a chat template, which is read as it would be alone."""
+    """Length in characters of a prompt outside a chat template; see `store.tokenize`."""
 
     def check_unicode(self) -> None:
-        """Raise `UserError` for halves of surrogate pairs, which JSON can hold and no tokenizer reads."""
+        """Raise `UserError` for lone surrogates, which JSON can encode but no tokenizer accepts."""
         try:
             self.text.encode()
         except UnicodeEncodeError as error:
-            raise UserError(f"the text is no Unicode: {error}") from error
+            raise UserError(f"the text is not valid Unicode: {error}") from error
 
 
 def to_example(row: Mapping[str, Any], config: TextDatasetConfig, chat: Callable[[], ChatTemplate]) -> Example:
-    """Read a row.
+    """Convert a row.
 
     Args:
         row: Columns of the data.
-        config: Says which they are.
-        chat: Gives the chat template; asked only for chats.
+        config: The format, and which columns it uses.
+        chat: Returns the chat template; called only for chats.
 
     Raises:
-        UserError: The row lacks a column, or holds something else than its format says.
+        UserError: The row lacks a column, or has a value that does not match its format.
     """
     if config.format == "text":
         text = _text(row, config.column("text"))
@@ -62,20 +62,20 @@ def _messages(row: Mapping[str, Any], config: TextDatasetConfig) -> Sequence[Mes
     column = config.column("conversations" if sharegpt else "messages")
     said = _value(row, column)
     if not isinstance(said, Sequence) or isinstance(said, str) or not said:
-        raise UserError(f"{column!r} must be a list of messages with at least one, not {_shown(said)}")
+        raise UserError(f"{column!r} must be a non-empty list of messages, not {_shown(said)}")
     return [_message(one, number, config) for number, one in enumerate(said)]
 
 
 def _tools(row: Mapping[str, Any], config: TextDatasetConfig) -> Sequence[Any] | None:
-    """What the assistant may call, beside messages; the chat template writes it as it does in transformers."""
+    """The tools that the assistant may call, from the column `tools`; the chat template writes them."""
     tools = row.get("tools") if config.format == "messages" else None
     if tools and (isinstance(tools, str) or not isinstance(tools, Sequence)):
-        raise UserError(f"'tools' must be a list of what can be called, not {_shown(tools)}")
+        raise UserError(f"'tools' must be a list of tools, not {_shown(tools)}")
     return tools or None
 
 
 def _message(one: Any, number: int, config: TextDatasetConfig) -> Message:
-    """A message as chat templates take it: `role`, `content`, and what else the data have, such as `tool_calls`."""
+    """A message for chat templates: `role`, `content`, and other keys of the data such as `tool_calls`."""
     sharegpt = config.format == "sharegpt"
     role_key, content_key = (config.column(name) for name in (("from", "value") if sharegpt else ("role", "content")))
     if not isinstance(one, Mapping):
@@ -86,7 +86,7 @@ def _message(one: Any, number: int, config: TextDatasetConfig) -> Message:
         raise UserError(f"{role_key!r} of message {number} must be text, not {_shown(speaker)}")
     if sharegpt and speaker not in roles:
         raise UserError(
-            f"message {number} is {role_key} {speaker!r}, a speaker without a role: set data.roles "
+            f"message {number} is {role_key} {speaker!r}, a speaker without a role: add it to data.roles "
             f"(known: {', '.join(roles)})"
         )
     content = one.get(content_key) if one.get("tool_calls") else _value(one, content_key, f" (message {number})")
@@ -105,7 +105,7 @@ def _text(row: Mapping[str, Any], column: str) -> str:
 
 def _value(row: Mapping[str, Any], column: str, where: str = "") -> Any:
     if column not in row:
-        raise UserError(f"no {column!r}{where}; there is: {', '.join(map(str, row)) or 'nothing'} (data.keys renames)")
+        raise UserError(f"no {column!r}{where}; found: {', '.join(map(str, row)) or 'nothing'} (data.keys renames)")
     return row[column]
 
 

@@ -1,9 +1,13 @@
-"""Rows of tokens: each a text, a part of one, or a pack of several. Files are mapped on first use, in each process."""
+"""Rows of tokens: a text, a piece of one, or a pack of several.
+
+The token files are memory-mapped on first use, in each process.
+"""
 
 from __future__ import annotations
 
 import functools
 import hashlib
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,12 +18,11 @@ from numpy.typing import NDArray
 from rlinf_core import UserError
 from rlinf_core.data.sample import Row
 from rlinf_plugins_text.rows.dataset import TextDatasetConfig
-from rlinf_plugins_text.rows.packing import flatten, pack
 from rlinf_plugins_text.rows.store import TokenStore, open_store
+from rlinf_plugins_text.rows.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
     from rlinf_core.contract.datasets import Split
-    from rlinf_plugins_text.config import TextPolicyConfig
 
 
 @dataclass(frozen=True)
@@ -28,32 +31,32 @@ class TextSource:
 
     store: TokenStore
     name: str
-    """The dataset, for messages."""
+    """Name of the dataset, for messages."""
     texts: NDArray[np.int64]
-    """[S], the text of each piece; a text that is split has several pieces."""
+    """[S], index of the text of each piece; a text that is split has several pieces."""
     begins: NDArray[np.int64]
-    """[S], the first token of each piece, counted over all texts."""
+    """[S], index of the first token of each piece, counted over all texts."""
     lengths: NDArray[np.int64]
     """[S], tokens of each piece."""
     pieces: NDArray[np.int64]
-    """[S], the pieces of the rows, one row after the other."""
+    """[S], indices of the pieces, ordered by row."""
     ends: NDArray[np.int64]
-    """[N + 1], where each row begins and ends in `pieces`."""
+    """[N + 1], row n is `pieces[ends[n] : ends[n + 1]]`."""
     left_out: str
-    """Which texts are in no row and why: too long to keep, or without a token to train; empty: none."""
+    """How many texts are in no row, and why: too long, or without a trained token; empty: none are left out."""
 
     def __len__(self) -> int:
         return len(self.ends) - 1
 
     def __getitems__(self, indices: Sequence[int]) -> list[Row]:
-        """Rows with the keys of `describe.TextSample`."""
+        """Rows with the keys of `samples.TextSample`."""
         return [self._row(index) for index in indices]
 
     without_images = __getitems__
 
     @property
     def episodes(self) -> NDArray[np.int64]:
-        """[N], the first text of each row."""
+        """[N], index of the first text of each row."""
         return self.texts[self.pieces[self.ends[:-1]]]
 
     def describe(self, index: int) -> str:
@@ -62,7 +65,7 @@ class TextSource:
         return self.store.where(int(self.episodes[index])) + (f" and {more} more" if more else "")
 
     def fingerprint(self) -> str:
-        """A hash of the tokens and of how they make rows."""
+        """A hash of the tokens and of how they form rows."""
         digest = hashlib.blake2b(self.store.digest().encode(), digest_size=12)
         for array in (self.begins, self.lengths, self.pieces, self.ends):
             digest.update(array.tobytes())
@@ -73,7 +76,7 @@ class TextSource:
         places = [slice(self.begins[one], self.begins[one] + self.lengths[one]) for one in pieces]
         trained = [np.array(self._arrays["trained"][place]) for place in places]
         for part in trained:
-            part[0] = False  # The first of a later piece: its predecessor is not in it.
+            part[0] = False  # Nothing predicts the first token of a piece.
         text_ends = self._arrays["ends"]
         return {
             "index": index,
@@ -89,61 +92,82 @@ class TextSource:
         return {name: self.store.array(name) for name in ("tokens", "trained", "ends")}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_arrays"}  # Mapped anew elsewhere.
+        return {key: value for key, value in self.__dict__.items() if key != "_arrays"}  # Each process maps its own.
 
 
-def open_text(dataset: TextDatasetConfig, policy: TextPolicyConfig, split: Split) -> TextSource:
+def open_text(
+    dataset: TextDatasetConfig,
+    tokenizer: TextTokenizer,
+    split: Split,
+    *,
+    max_length: int,
+    overlong: str,
+    packing: bool,
+) -> TextSource:
     """Open the rows of a split.
 
+    Args:
+        dataset: The `[data]` table.
+        tokenizer: The policy's.
+        split: Which split.
+        max_length: Maximum number of tokens in a row.
+        overlong: What to do with longer texts: `"cut"`, `"split"` or `"drop"`.
+        packing: Whether a row may hold several texts.
+
     Raises:
-        UserError: A row is wrong, the tokenizer does not fit, or no text holds anything to train.
+        UserError: A row is invalid, the tokenizer lacks something, or no token would be trained.
     """
-    store = open_store(dataset, policy.text_tokenizer())
+    store = open_store(dataset, tokenizer)
     if not len(store.array("held_out")):
-        raise UserError(f"data.repo_id: {dataset.repo_id} holds no text: it has no rows")
+        raise UserError(f"data.repo_id: {dataset.repo_id} is empty: it has no rows")
     given = _texts_of(dataset, store, split)
     if not len(given):
-        raise UserError(f"the {split} split of {dataset.repo_id} holds no rows")
-    begins, lengths, texts = _pieces(store, given, policy.max_length, policy.overlong)
-    left_out = _left_out(dataset, policy, store, np.setdiff1d(given, texts))
+        raise UserError(f"the {split} split of {dataset.repo_id} has no rows")
+    begins, lengths, texts = _pieces(store, given, max_length, overlong)
+    left_out = _left_out(dataset, store, np.setdiff1d(given, texts), max_length, overlong)
     if not len(texts):
         raise UserError(
-            f"the {split} split of {dataset.repo_id} holds nothing to train: {left_out} "
-            "(data.format, data.loss_on and the chat template say which tokens are trained)"
+            f"the {split} split of {dataset.repo_id} has no token to train: {left_out} "
+            "(data.format, data.loss_on and the chat template decide which tokens are trained)"
         )
-    groups = pack(lengths, policy.max_length) if policy.packing else np.split(np.arange(len(texts)), len(texts))
-    pieces, ends = flatten(groups)
+    groups = pack(lengths, max_length) if packing else np.split(np.arange(len(texts)), len(texts))
+    ends = np.cumsum([0, *(len(group) for group in groups)], dtype=np.int64)
+    pieces = np.concatenate(groups)
     return TextSource(store, dataset.repo_id, texts, begins, lengths, pieces, ends, left_out)
 
 
 def _texts_of(dataset: TextDatasetConfig, store: TokenStore, split: Split) -> NDArray[np.int64]:
-    """The texts of a split: which are held out depends on the dataset alone."""
+    """Indices of the texts of a split; which ones are held out depends on the dataset alone."""
     held_out = np.array(store.array("held_out"))
     count = len(held_out)
     if dataset.validation_episodes:
         if unknown := [one for one in dataset.validation_episodes if not 0 <= one < count]:
-            raise UserError(f"data.validation_episodes names {unknown}, but the texts are 0 to {count - 1}")
+            raise UserError(f"data.validation_episodes lists {unknown}, but the texts are numbered 0 to {count - 1}")
         held_out[list(dataset.validation_episodes)] = True
     if dataset.validation_fraction:
         wanted = max(1, round(count * dataset.validation_fraction))
         if wanted >= count:
-            raise UserError(f"data.validation_fraction = {dataset.validation_fraction} leaves none of {count} texts")
+            raise UserError(
+                f"data.validation_fraction = {dataset.validation_fraction} leaves none of {count} texts for training"
+            )
         held_out[np.random.Generator(np.random.Philox(key=count)).permutation(count)[:wanted]] = True
     return np.flatnonzero(held_out if split == "validation" else ~held_out)
 
 
-def _left_out(dataset: TextDatasetConfig, policy: TextPolicyConfig, store: TokenStore, texts: NDArray[np.int64]) -> str:
-    """Why texts are in no row, each reason with their number and where the first of them stands."""
+def _left_out(
+    dataset: TextDatasetConfig, store: TokenStore, texts: NDArray[np.int64], max_length: int, overlong: str
+) -> str:
+    """Why these texts are in no row: for each reason their number and where the first one comes from."""
     if not len(texts):
         return ""
     ends, trained = store.array("ends"), store.array("trained")
-    # A text's first token has no predecessor, and does not count.
+    # The first token of a text does not count: nothing predicts it.
     silent = np.array([not trained[ends[text] + 1 : ends[text + 1]].any() for text in texts])
-    nothing = "the assistant says nothing" if dataset.is_chat and dataset.loss_on == "completion" else "no words"
-    longer = "longer than" if policy.overlong == "drop" else "with something to train only after the end of"
+    nothing = "the assistant says nothing" if dataset.is_chat and dataset.loss_on == "completion" else "they are empty"
+    longer = "longer than" if overlong == "drop" else "with trained tokens only beyond"
     reasons = {
-        f"with nothing to train ({nothing})": silent,
-        f"{longer} policy.max_length = {policy.max_length}": ~silent,
+        f"without a trained token ({nothing})": silent,
+        f"{longer} policy.max_length = {max_length}": ~silent,
     }
     return "; ".join(
         f"{which.sum()} {'text' if which.sum() == 1 else 'texts'} {reason}, first: {store.where(int(texts[which][0]))}"
@@ -155,7 +179,7 @@ def _left_out(dataset: TextDatasetConfig, policy: TextPolicyConfig, store: Token
 def _pieces(
     store: TokenStore, texts: NDArray[np.int64], max_length: int, overlong: str
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """First token, length and text of each piece; pieces in which nothing is trained are left out."""
+    """First token, length and text of each piece that has a trained token."""
     ends, trained = store.array("ends"), store.array("trained")
     first, full = np.asarray(ends[texts]), np.asarray(ends[texts + 1] - ends[texts])
     if overlong == "drop":
@@ -166,7 +190,33 @@ def _pieces(
     begins = first + number * max_length
     lengths = np.minimum(full - number * max_length, max_length)
     so_far = np.concatenate([[0], np.cumsum(trained, dtype=np.int64)])
-    # A piece's first token has no predecessor in it, and does not count.
+    # The first token of a piece does not count: nothing predicts it.
     last = begins + lengths
     counted = so_far[last] - so_far[np.minimum(begins + 1, last)]
     return begins[counted > 0], lengths[counted > 0], texts[counted > 0]
+
+
+def pack(lengths: NDArray[np.int64], capacity: int) -> list[NDArray[np.int64]]:
+    """Choose which texts share a sequence: best fit, longest first, so that little stays empty.
+
+    Args:
+        lengths: [N], tokens in each text, at most `capacity`.
+        capacity: Tokens in a pack.
+
+    Returns:
+        The indices of each pack's texts, ascending; every text is in exactly one pack.
+    """
+    room: list[tuple[int, int]] = []  # (tokens left, pack), sorted.
+    packs: list[list[int]] = []
+    for text in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[text])
+        place = bisect_left(room, (length, -1))
+        if place == len(room):
+            packs.append([])
+            left, number = capacity, len(packs) - 1
+        else:
+            left, number = room.pop(place)
+        packs[number].append(text)
+        if left > length:
+            insort(room, (left - length, number))
+    return [np.array(sorted(texts), np.int64) for texts in packs]

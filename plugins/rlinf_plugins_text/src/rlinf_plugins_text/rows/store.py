@@ -1,7 +1,7 @@
-"""All texts of a dataset as tokens, made once a machine and kept on disk: ranks and loader workers map the same files.
+"""All texts of a dataset as tokens on disk, written once per machine; ranks and loader workers map the same files.
 
-They lie in the folder `RLINF_CACHE` (default `~/.cache/rlinf_core`), four bytes a token and one that says whether it is
-trained, under a name that changes with the data, the tokenizer and the settings that say what is trained.
+The folder is in `RLINF_CACHE` (default `~/.cache/rlinf_core`). Its name is a hash of the data, the tokenizer and the
+settings that decide what is trained. A token takes five bytes: four for its id, one for whether it is trained.
 """
 
 from __future__ import annotations
@@ -27,26 +27,28 @@ from rlinf_plugins_text.rows.formats import Example, to_example
 from rlinf_plugins_text.rows.tokenizer import TextTokenizer
 
 VERSION = 3
-"""Of the files and of how text becomes tokens."""
+"""Version of the file format and of tokenization; part of the folder's name."""
 AT_ONCE = 1000
-"""Texts that are tokenised together, by all cores."""
+"""Texts tokenized in one call, which uses all cores."""
 
 
 @dataclass(frozen=True)
 class TokenStore:
-    """The tokens of a dataset's texts, one after the other, in files."""
+    """The concatenated tokens of a dataset's texts, in files."""
 
     folder: Path
 
     def array(self, name: str) -> NDArray[Any]:
-        """One of the arrays, mapped: `tokens` int32 [N], `trained` bool [N], `ends` int64 [E + 1] of the E texts, and
-        `held_out` bool [E], which of them come from files or a split of their own.
+        """One of the arrays, memory-mapped, for N tokens in E texts.
+
+        `tokens` int32 [N]; `trained` bool [N]; `ends` int64 [E + 1], text e is `tokens[ends[e] : ends[e + 1]]`;
+        `held_out` bool [E], whether a text comes from the files or the split set aside for validation.
         """
         mapped: NDArray[Any] = np.load(self.folder / f"{name}.npy", mmap_mode="r")
         return mapped
 
     def digest(self) -> str:
-        """A hash of the tokens, of which are trained and of which are held out: the same wherever the files lie."""
+        """A hash of the tokens and of which are trained and held out; it does not depend on the folder's path."""
         return (self.folder / "digest.txt").read_text()
 
     def where(self, text: int) -> str:
@@ -55,10 +57,10 @@ class TokenStore:
 
 
 def open_store(config: TextDatasetConfig, tokenizer: TextTokenizer) -> TokenStore:
-    """The tokens of a dataset; made now if they are not on disk.
+    """The tokens of a dataset, written first if they are not on disk yet.
 
     Raises:
-        UserError: A row cannot be read, named with its file and line; or nothing is trained.
+        UserError: A row cannot be read (names its file and line), or the tokens cannot be written.
     """
     said = config.model_dump(include={"format", "keys", "roles", "as_chat", "loss_on", "repo_id", "subset", "split"})
     parts = [VERSION, said, config.validation_split, content_tag(config), _tokenizer_tag(tokenizer)]
@@ -70,7 +72,7 @@ def open_store(config: TextDatasetConfig, tokenizer: TextTokenizer) -> TokenStor
 
 
 def cache_folder() -> Path:
-    """Where data that can be made again are kept."""
+    """The folder for data that can be recomputed."""
     return Path(os.environ.get("RLINF_CACHE", "~/.cache/rlinf_core")).expanduser()
 
 
@@ -81,7 +83,7 @@ def _tokenizer_tag(tokenizer: TextTokenizer) -> str:
 
 
 def _make(config: TextDatasetConfig, tokenizer: TextTokenizer, folder: Path) -> None:
-    """Write the files aside, then give the folder its name: another process may do the same."""
+    """Write to a temporary folder, then rename it: another process may be doing the same."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -95,7 +97,7 @@ def _make(config: TextDatasetConfig, tokenizer: TextTokenizer, folder: Path) -> 
         if (folder / "ends.npy").exists():  # Another process was first.
             return
         raise UserError(
-            f"the tokens of {config.repo_id} cannot be written: {error}. Set RLINF_CACHE to a folder with room"
+            f"the tokens of {config.repo_id} cannot be written: {error}. Set RLINF_CACHE to a folder with free space"
         ) from error
 
 
@@ -110,7 +112,7 @@ def _write(config: TextDatasetConfig, tokenizer: TextTokenizer, folder: Path) ->
     ):
         for part in (False, True) if config.validation_files or config.validation_split else (False,):
             for places, examples in _batches(read_rows(config, held_out=part), config, tokenizer):
-                for ids, mask in tokenise(examples, tokenizer):
+                for ids, mask in tokenize(examples, tokenizer):
                     tokens.write(ids.tobytes())
                     trained.write(mask.tobytes())
                     digest.update(ids.tobytes() + mask.tobytes())
@@ -143,13 +145,13 @@ def _batches(
         yield [place for place, _ in some], examples
 
 
-def tokenise(
+def tokenize(
     examples: list[Example], tokenizer: TextTokenizer
 ) -> Iterator[tuple[NDArray[np.int32], NDArray[np.bool_]]]:
-    """Tokens [T] of each example, and whether each of them is trained [T].
+    """Tokens [T] of each example, and which of them are trained [T].
 
-    A token is trained if it begins in a trained part. A prompt is read as it would be alone, if that makes a difference
-    where the completion begins: so it will be when the model is used.
+    A token is trained if it begins in a trained part. A prompt is tokenized by itself where that gives other tokens
+    than tokenizing it together with its completion, because it will stand alone when the model is used.
     """
     whole = tokenizer.encode([one.text for one in examples])
     prompts = tokenizer.encode([one.text[: one.prompt] for one in examples])

@@ -1,4 +1,4 @@
-"""The tokenizer of a model: the files that transformers writes, read without transformers and so without torch."""
+"""A model's tokenizer: files written by transformers, read without transformers and therefore without torch."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ FILES = (
     "vocab.json",
     "merges.txt",
 )
-"""What a tokenizer may consist of; an exported policy carries those that are there."""
+"""Files that a tokenizer may consist of; an exported policy includes those that exist."""
 
 
 class TextTokenizer:
     """A tokenizer with its chat template.
 
     Args:
-        folder: Holds `tokenizer.json` and `tokenizer_config.json`.
-        chat_template: Instead of its own: `"chatml"`, the path of a Jinja file, or a template itself.
+        folder: The folder with `tokenizer.json` and `tokenizer_config.json`.
+        chat_template: Replaces its own template: `"chatml"`, the path of a Jinja file, or the template itself.
 
     Raises:
         UserError: A file is missing or cannot be read.
@@ -41,12 +41,12 @@ class TextTokenizer:
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise UserError(
-                f"policy.tokenizer: {folder} holds no tokenizer.json. If it holds a tokenizer in another form, write "
-                "it anew: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(OTHER_FOLDER)"
+                f"policy.tokenizer: {folder} has no tokenizer.json. Convert a tokenizer in another format with "
+                "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(OTHER_FOLDER)"
             )
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # `tokenizers` raises nothing more special.
+        except Exception as error:  # `tokenizers` raises plain `Exception`.
             raise UserError(f"policy.tokenizer: {path} cannot be read: {error}") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -60,29 +60,29 @@ class TextTokenizer:
         """The chat template. Raises `UserError` if there is none."""
         if not self._template_source:
             raise UserError(
-                f"the tokenizer in {self.folder} has no chat template: set policy.chat_template, or use a format that "
-                "is no chat (data.format, data.as_chat)"
+                f"the tokenizer in {self.folder} has no chat template: set policy.chat_template, or use a format "
+                "other than a chat (data.format, data.as_chat)"
             )
         return ChatTemplate(self._template_source, self.special_tokens)
 
     @property
     def template_source(self) -> str:
-        """The chat template; empty: there is none."""
+        """The source of the chat template; empty: there is none."""
         return self._template_source
 
     @property
     def size(self) -> int:
-        """The largest id and one more."""
+        """Largest id plus one."""
         return int(max(self._tokenizer.get_vocab(with_added_tokens=True).values())) + 1
 
     @functools.cached_property
     def end(self) -> int:
-        """The end-of-text token. Raises `UserError` if the tokenizer names none."""
+        """The end-of-text token. Raises `UserError` if the tokenizer has none."""
         return self._id("eos_token")
 
     @functools.cached_property
     def start(self) -> tuple[int, ...]:
-        """The tokens that precede every text: one that begins it, for tokenizers that add it."""
+        """The tokens that begin every text; empty for tokenizers that add none."""
         whole, plain = (self._tokenizer.encode("a", add_special_tokens=special).ids for special in (True, False))
         places = [place for place in range(len(whole)) if whole[place : place + len(plain)] == plain]
         return tuple(whole[: places[0]]) if places else ()
@@ -93,19 +93,19 @@ class TextTokenizer:
         return None if token is None else self._tokenizer.token_to_id(token)
 
     def encode(self, texts: Sequence[str]) -> list[Any]:
-        """`tokenizers` encodings with `ids` and character `offsets`, without special tokens of its own."""
+        """Encodings of `tokenizers` with `ids` and character `offsets`; no special tokens are added."""
         encodings: list[Any] = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return encodings
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of tokens, with special ones."""
+        """The text of tokens, including special ones."""
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False)
         return text
 
     def _id(self, name: str) -> int:
         found = self.id_of(name)
         if found is None:
-            raise UserError(f"the tokenizer in {self.folder} names no {name}: add it to its tokenizer_config.json")
+            raise UserError(f"the tokenizer in {self.folder} has no {name}: add it to its tokenizer_config.json")
         return found
 
     def _own_template(self) -> str:
@@ -113,25 +113,25 @@ class TextTokenizer:
         if path.is_file():
             return _read_text(path)
         template = self._config.get("chat_template") or ""
-        if isinstance(template, list):  # Several, by name.
+        if isinstance(template, list):  # Several named templates.
             named = [one.get("template") for one in template if isinstance(one, dict) and one.get("name") == "default"]
             template = named[-1] if named else ""
         if not isinstance(template, str):
-            raise UserError(f"{self.folder / 'tokenizer_config.json'}: its chat_template is no text")
+            raise UserError(f"{self.folder / 'tokenizer_config.json'}: its chat_template must be text")
         return template
 
 
 @functools.lru_cache(maxsize=4)
 def load_tokenizer(folder: Path, chat_template: str) -> TextTokenizer:
-    """A tokenizer, read once a process."""
+    """A tokenizer, read once per process."""
     return TextTokenizer(folder, chat_template)
 
 
 def template_source(chat_template: str) -> str:
-    """The template that `policy.chat_template` means.
+    """The template that `policy.chat_template` selects.
 
     Raises:
-        UserError: It is neither a template nor a file.
+        UserError: It is neither a template nor a readable file.
     """
     if chat_template == "chatml":
         return CHATML
@@ -139,9 +139,9 @@ def template_source(chat_template: str) -> str:
         return chat_template
     try:
         return Path(chat_template).expanduser().read_text(encoding="utf-8")
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: of a home that there is not.
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: there is no home folder.
         raise UserError(
-            f'policy.chat_template is neither "chatml", nor a template, nor a file that can be read: {error}'
+            f'policy.chat_template is neither "chatml", nor a template, nor a readable file: {error}'
         ) from error
 
 
@@ -158,14 +158,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         table = read_json(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no JSON: {error}") from error
+        raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(table, dict):
-        raise UserError(f"{path} holds no table of settings")
+        raise UserError(f"{path} must hold a JSON object")
     return table
 
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """`eos_token` and others; older files write them as tables."""
+    """`eos_token` and others; some files write them as objects with a `content`."""
     found = {}
     for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
         token = config.get(name)

@@ -1,8 +1,8 @@
-"""What the assistant says in a chat whose template does not mark it. Imports no torch.
+"""Finds the assistant's turns in a chat whose template does not mark them. Imports no torch.
 
-A chat is rendered a second time with marks around the assistant's words, characters that no text has: where they come
-out, the words are, whatever the template puts around them or drops of them (Qwen3 drops earlier thoughts). A turn
-begins where the assistant would be asked to speak, and ends with what the template puts after a last message.
+The chat is rendered a second time with private-use characters as marks around the assistant's words. Their positions in
+the output show where the words are, whatever the template adds or drops (Qwen3 drops earlier thoughts). A turn begins
+where the prompt for the assistant ends, and ends with what the template writes after the last message of a chat.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from rlinf_core import UserError
 
 Message = Mapping[str, Any]
 Span = tuple[int, int]
-"""First character and the one after the last."""
+"""Index of the first character, and of the one after the last."""
 Render = Callable[[Sequence[Message], bool], str]
-"""The text of messages; with true, up to where the assistant is to speak."""
+"""The text of messages; with True, followed by the prompt for the assistant's next turn."""
 
 MARKS, LAST_MARK = 0xF0000, 0xFFFFD
-"""Characters for private use: two for each message."""
-WAY_OUT = 'set policy.chat_template to "chatml", or to a template that marks them by {% generation %}'
+"""Range of private-use characters; each message takes two."""
+WAY_OUT = 'set policy.chat_template to "chatml", or to a template that marks the words by {% generation %}'
 
 
 def find_turns(render: Render, messages: Sequence[Message]) -> tuple[str, list[Span]]:
-    """The text of a chat, and what the assistant says in it, each with what ends it.
+    """The text of a chat, and the assistant's turns in it, each including the token that ends it.
 
     Raises:
-        UserError: It cannot be told: the template changes the words, or what ends them depends on later messages.
+        UserError: A turn cannot be found: the template changes its words, or ends it differently if messages follow.
     """
     text = render(messages, False)
     said = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
@@ -44,15 +44,15 @@ def find_turns(render: Render, messages: Sequence[Message]) -> tuple[str, list[S
             span = _difference(render(messages[: number + 1], False), text, asked, messages[number])
         if span is None or span[0] < (spans[-1][1] if spans else 0):
             raise UserError(
-                f"what the assistant says in message {number} cannot be told from the rest: the chat template drops or "
-                f"changes it, or ends it otherwise where messages follow; {WAY_OUT}"
+                f"the assistant's words in message {number} cannot be found in the rendered chat: the template drops "
+                f"or changes them, or ends them differently if messages follow; {WAY_OUT}"
             )
         spans.append(span)
     return text, spans
 
 
 def _between_marks(until: str, text: str, places: Mapping[int, int], asked: str | None, number: int) -> Span | None:
-    """A turn by the marks of its words; `until` is the marked text of the chat that ends with it."""
+    """Find a turn by its marks; `until` is the marked text of the chat up to and including this turn."""
     begin, end = places.get(2 * number), places.get(2 * number + 1)
     alone, there = _read(until)
     last = there.get(2 * number + 1)
@@ -65,14 +65,15 @@ def _between_marks(until: str, text: str, places: Mapping[int, int], asked: str 
         return len(asked), stop
     if begin is None:
         return None
-    # A space before the first word is a part of its token.
+    # A space before the first word belongs to its token.
     return len(text[:begin].rstrip(" ")), stop
 
 
 def _ended(tail: str, text: str, place: int) -> int | None:
-    """Where in `text` a turn ends whose words end at `place`; `tail` follows the words in a chat that ends with them.
+    """The end in `text` of a turn whose words end at `place`; None: not found.
 
-    A line's end belongs to what follows. Phi-3 ends every turn, and a chat once more: then the tokens that agree count.
+    `tail` follows the words in a chat that ends with this turn. Trailing white space belongs to what follows. Phi-3
+    writes an end token after each turn and another one after the chat: the part of `tail` found in `text` counts.
     """
     whole = tail.rstrip() or tail
     if text.startswith(whole, place):
@@ -87,17 +88,17 @@ def _ended(tail: str, text: str, place: int) -> int | None:
 
 
 def _difference(after: str, text: str, asked: str | None, message: Message) -> Span | None:
-    """A turn by what it adds to the text before; for messages that take no marks, or lose them."""
+    """Find a turn by the text that it adds; for messages whose marks are missing or lost."""
     if asked is None or not (after.startswith(asked) and text.startswith(after)):
         return None
     said = message["content"].strip() or _called(message)
-    if said not in after[len(asked) :]:  # Templates of models that see expect parts with a type, and drop mere text.
+    if said not in after[len(asked) :]:  # Templates of vision models expect typed parts, and drop plain text.
         return None
     return len(asked), max(len(asked), len(after.rstrip()))
 
 
 def _asked(render: Render, before: Sequence[Message]) -> str | None:
-    """What the assistant is given to answer; None: the template refuses, for an assistant that speaks first."""
+    """The text that prompts the assistant; None if the template rejects it, e.g. when the assistant speaks first."""
     try:
         return render(before, True)
     except UserError:
@@ -105,11 +106,11 @@ def _asked(render: Render, before: Sequence[Message]) -> str | None:
 
 
 def _marked(message: Message, number: int) -> Message:
-    """A message with marks before and after its words; of a tool that is called without words, after the name."""
+    """A message with marks around its words; a tool call without words has one mark, after the tool's name."""
     begin, end = chr(MARKS + 2 * number), chr(MARKS + 2 * number + 1)
     content = message["content"]
     if words := content.strip():
-        # Templates cut blanks at both ends, and thoughts before the words.
+        # Templates strip white space at both ends, and thoughts before the words.
         first = content.index(words)
         if thoughts := re.match(r".*</think>\s*", words, re.DOTALL):
             first += thoughts.end() if thoughts.end() < len(words) else 0
@@ -123,7 +124,7 @@ def _marked(message: Message, number: int) -> Message:
 
 
 def _called(message: Message) -> str:
-    """The name of the first tool that a message calls; empty: none."""
+    """The name of the first tool that a message calls; empty: it calls none."""
     try:
         (call, *_) = message["tool_calls"]
         name = call.get("function", call)["name"]
@@ -133,7 +134,7 @@ def _called(message: Message) -> str:
 
 
 def _read(marked: str) -> tuple[str, dict[int, int]]:
-    """The text without marks, and where each of them stood; those that come out twice are left out."""
+    """The text without marks, and the position of each mark; marks that occur twice are left out."""
     places: dict[int, int] = {}
     parts, length, twice = [], 0, set()
     for part in re.split(f"([{chr(MARKS)}-{chr(LAST_MARK)}])", marked):

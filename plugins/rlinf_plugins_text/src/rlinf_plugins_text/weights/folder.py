@@ -1,4 +1,4 @@
-"""The folder of a model, local or of the hub: what transformers' `save_pretrained` writes. Imports no torch."""
+"""Model folders as `save_pretrained` of transformers writes them, local or on the hub. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def find_folder(text: str, setting: str) -> Path:
-    """The folder that a setting names; of a model on the hub, with all files but the weights.
+    """The folder that a setting names; for a model on the hub, downloaded without the weights.
 
     Raises:
-        UserError: There is nothing, or the hub does not have it, does not let one in or does not answer.
+        UserError: The folder does not exist, or the hub does not have it, denies access or does not answer.
     """
     path = local_path(text, setting)
     if path is not None:
         if not path.is_dir():
-            raise UserError(f"{setting}: {path} is a file; name the folder with {CONFIG} and its neighbours")
+            raise UserError(f"{setting}: {path} is a file; name the folder that holds {CONFIG}")
         return path
     snapshot = _snapshot(text, setting)
     _fetch(snapshot, (CONFIG, GENERATION, *FILES))
@@ -32,7 +32,7 @@ def find_folder(text: str, setting: str) -> Path:
 
 
 def find_weights(text: str) -> Path:
-    """The folder that `policy.weights` names, with the weights."""
+    """The folder that `policy.weights` names; for a model on the hub, downloaded with the weights."""
     path = local_path(text, "policy.weights")
     if path is not None:
         return find_folder(text, "policy.weights")
@@ -45,10 +45,10 @@ def find_weights(text: str) -> Path:
 
 
 def weight_files(folder: Path, name: str) -> list[Path]:
-    """The safetensors files of a folder; none for a model on the hub whose weights are not here yet.
+    """The safetensors files of a folder; empty for a model on the hub whose weights are not downloaded yet.
 
     Raises:
-        UserError: A local folder holds none, or lacks some.
+        UserError: A local folder lacks some or all of them.
     """
     on_hub = local_path(name, "policy.weights") is None
     names = _shards(folder / INDEX) if (folder / INDEX).exists() else [SINGLE]
@@ -57,21 +57,21 @@ def weight_files(folder: Path, name: str) -> list[Path]:
         return []
     if missing:
         raise UserError(
-            f"policy.weights: {folder} lacks {', '.join(missing)}. Weights in another form than safetensors are "
-            "written anew by AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(OTHER_FOLDER)"
+            f"policy.weights: {folder} lacks {', '.join(missing)}. Convert weights in another format with "
+            "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(OTHER_FOLDER)"
         )
     return [folder / one for one in names]
 
 
 def config_table(folder: Path, setting: str) -> dict[str, Any]:
-    """The `config.json` of a folder."""
+    """The `config.json` of a folder. Raises `UserError` if it cannot be read."""
     path = folder / CONFIG
     try:
         table = read_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{setting}: {path} cannot be read: {error}") from error
     if not isinstance(table, dict):
-        raise UserError(f"{setting}: {path} holds no table of settings")
+        raise UserError(f"{setting}: {path} must hold a JSON object")
     return table
 
 
@@ -83,13 +83,13 @@ def _shards(index: Path) -> list[str]:
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"policy.weights: {index} cannot be read: {type(error).__name__}: {error}") from error
     if not names:
-        raise UserError(f"policy.weights: {index} names no file of weights")
+        raise UserError(f"policy.weights: {index} lists no weight files")
     return names
 
 
 def _snapshot(text: str, setting: str) -> Snapshot:
     repository, revision = parse_hub_id(text)
-    for file in (CONFIG, "tokenizer.json"):  # A repository may hold a tokenizer alone.
+    for file in (CONFIG, "tokenizer.json"):  # A repository may hold only a tokenizer.
         try:
             return open_snapshot(repository, revision, "model", setting, file)
         except NotInRepositoryError:
@@ -98,6 +98,6 @@ def _snapshot(text: str, setting: str) -> Snapshot:
 
 
 def _fetch(snapshot: Snapshot, files: Iterable[str]) -> None:
-    """Have files that a model may or may not have; without a network, those in the cache must do."""
+    """Download those of the files that the model has; without a network, the ones in the cache are used."""
     if snapshot.silence is None:
         snapshot.fetch(files)

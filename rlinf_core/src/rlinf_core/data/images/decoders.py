@@ -27,6 +27,8 @@ Frame = NDArray[np.uint8]
 """[height, width, 3], RGB."""
 MOST_PIXELS = 2**26
 """Upper bound on the size of an image: a few bytes of a header can claim any size."""
+_ANY_METADATA: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
+"""Accept invalid UTF-8 in tags, which do not matter; PyAV 19 does so without an option."""
 
 
 class Decoder(Protocol):
@@ -63,7 +65,7 @@ def open_video(path: Path) -> Any:
         UserError: The file is not such a video, or its frames have more than `MOST_PIXELS` pixels.
     """
     try:
-        container = av.open(str(path), metadata_errors="replace")  # Invalid text in tags does not matter.
+        container = av.open(str(path), **_ANY_METADATA)
     except (av.FFmpegError, ValueError) as e:
         raise UserError(f"{path} cannot be opened as a video: {e}") from e
     stream: Any = container.streams.video[0] if container.streams.video else None

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,13 +18,8 @@ from rlinf_core.data.statistics.diagnose import Finding, compare_origins, compar
 from rlinf_core.data.transforms import Transform
 from rlinf_core.errors import UserError
 
-
-class Group(Protocol):
-    """The part of a process group that is needed here; `training.distributed.Processes` has it."""
-
-    def decide[T](self, decision: Callable[[], T], /) -> T:
-        """Call `decision` on rank 0 and return its result on all ranks."""
-        ...
+if TYPE_CHECKING:
+    from rlinf_core.contract.process_group import ProcessGroup
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +41,7 @@ class Diagnosis:
 
 
 def run_statistics(
-    run: RunConfig, source: SampleSource, group: Group, *, resuming: bool, file: str = "norm_stats.json"
+    run: RunConfig, source: SampleSource, group: ProcessGroup, *, resuming: bool, file: str = "norm_stats.json"
 ) -> tuple[Stats | None, tuple[Finding, ...]]:
     """The statistics of this run, saved in its folder, and warnings about them.
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint.state_dict_loader import load as read_shards
 
 from rlinf_core.errors import UserError
+from rlinf_core.torch_names import read_shards
 from rlinf_core.training.checkpoint.shards import ShardReader
 from rlinf_core.training.checkpoint.state import Position, read_state
 

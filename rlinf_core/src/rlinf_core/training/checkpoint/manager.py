@@ -17,13 +17,12 @@ from pathlib import Path
 
 import torch
 
-from rlinf_core.contract.run import RunConfig
+from rlinf_core.contract.process_group import ProcessGroup
+from rlinf_core.contract.run import RunConfig, Start
 from rlinf_core.errors import UserError
 from rlinf_core.training.checkpoint.staging import Staging
 from rlinf_core.training.checkpoint.state import Position
 from rlinf_core.training.checkpoint.writer import THREAD, Keep, Place, SaveError, Writers, restate, write_checkpoint
-from rlinf_core.training.distributed.processes import Processes
-from rlinf_core.training.resume import Start
 
 ASK_AGAIN = 0.2
 """Seconds between two looks at how long to wait."""
@@ -80,7 +79,7 @@ class Checkpoints:
     def __init__(
         self,
         place: Place,
-        group: Processes,
+        group: ProcessGroup,
         tensors: Mapping[str, torch.Tensor],
         *,
         in_background: bool = True,
@@ -98,7 +97,7 @@ class Checkpoints:
         self._touching.start()
 
     @classmethod
-    def of(cls, run: RunConfig, group: Processes, tensors: Mapping[str, torch.Tensor], start: Start) -> Checkpoints:
+    def of(cls, run: RunConfig, group: ProcessGroup, tensors: Mapping[str, torch.Tensor], start: Start) -> Checkpoints:
         """Those of a run, as its config says."""
         runner = run.runner
         keep = Keep(runner.keep_last, runner.keep_every)

@@ -17,14 +17,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
-from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from rlinf_core.errors import UserError
+from rlinf_core.torch_names import (
+    DefaultSavePlanner,
+    FileSystem,
+    FileSystemReader,
+    FileSystemWriter,
+    Metadata,
+    SavePlan,
+    SavePlanner,
+    WriteResult,
+    forget_plans,
+    set_plan_key,
+)
 from rlinf_core.training.checkpoint.state import FileSum
 
 INDEX = ".metadata"
@@ -143,18 +150,11 @@ class Planner(DefaultSavePlanner):
 
     def __init__(self) -> None:
         super().__init__(enable_plan_caching=True)
-        self._cached_plans_key = f"{__name__}-{uuid.uuid4()}"  # torch's caches are the process's.
+        set_plan_key(self, f"{__name__}-{uuid.uuid4()}")  # torch's caches are the process's.
 
     def forget(self) -> None:
         """Drop the plans."""
-        for cache in (
-            SavePlanner._cached_save_plan,
-            SavePlanner._cached_all_plans,
-            SavePlanner._cached_global_plan,
-            SavePlanner._cached_metadata,
-            SavePlanner._cached_final_save_plan,
-        ):
-            cache.pop(self._cached_plans_key, None)
+        forget_plans(self)
 
 
 class ShardReader(FileSystemReader):

@@ -14,6 +14,7 @@ from contextlib import suppress
 import torch
 from torch.distributed.tensor import DTensor
 
+from rlinf_core.torch_names import shard_like
 from rlinf_core.training.fsdp import local_shard
 
 ALIGNMENT = 64
@@ -89,6 +90,4 @@ class Staging:
 
 def _like(tensor: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
     """The buffer as a shard of what the tensor is a shard of, though it lives elsewhere than the mesh."""
-    if not isinstance(tensor, DTensor):
-        return buffer
-    return DTensor(buffer, tensor._spec, requires_grad=False)  # type: ignore[no-untyped-call]
+    return shard_like(tensor, buffer) if isinstance(tensor, DTensor) else buffer

@@ -201,29 +201,33 @@ def _share(files: Mapping[str, FileSum], rank: int, ranks: int) -> list[str]:
     return by_size[rank::ranks] if ranks else []
 
 
-def newest_whole(folder: Path, checkpoints: Path, damaged: dict[str, str]) -> tuple[Path, Position] | None:
-    """The newest checkpoint that a run may continue from and that is not known to be damaged; None: it has none yet.
+def newest_whole(paths: Sequence[Path], damaged: dict[str, str]) -> tuple[Path, Position] | None:
+    """The first checkpoint that is not known to be damaged; None: there is none.
 
-    Only what costs nothing is looked at: states and sizes.
+    Only what costs nothing is checked: states and sizes.
 
     Args:
-        folder: The run's.
-        checkpoints: The folder of its checkpoints.
-        damaged: What is wrong with which checkpoint; what is found is added.
+        paths: Checkpoints, newest first (`candidates`).
+        damaged: Checkpoint -> what is wrong with it; findings are added.
 
     Raises:
-        UserError: There are checkpoints, but none that is whole.
+        UserError: Another version of this package wrote one.
     """
-    there = candidates(folder, checkpoints)
-    for path in there:
+    for path in paths:
         why = damaged.get(path.name) or find_damage(path)
         if not why:
             return path, read_state(path).position
         damaged[path.name] = why
-    if there:
-        lines = "\n".join(f"  {path.name}: {damaged[path.name]}" for path in there)
-        raise UserError(
-            f"no checkpoint in {checkpoints} can be continued from:\n{lines}\n"
-            f"Restore one, write the name of another one into {folder / 'latest'}, or --overwrite to start afresh."
-        )
     return None
+
+
+def none_whole(checkpoints: Path, damaged: Mapping[str, str], way_out: str) -> UserError:
+    """The error where every checkpoint is damaged.
+
+    Args:
+        checkpoints: Their folder.
+        damaged: Checkpoint -> what is wrong with it.
+        way_out: What the user can do, a sentence.
+    """
+    lines = "\n".join(f"  {name}: {why}" for name, why in damaged.items())
+    return UserError(f"no checkpoint in {checkpoints} can be continued from:\n{lines}\n{way_out}")

@@ -16,10 +16,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict_saver import save as write_shards
 
 from rlinf_core.files import sync_folder, write_text
+from rlinf_core.torch_names import CheckpointException, write_shards
 from rlinf_core.training.checkpoint.shards import Planner, ShardWriter
 from rlinf_core.training.checkpoint.state import (
     NAMES,

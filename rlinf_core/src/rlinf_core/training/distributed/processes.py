@@ -14,9 +14,9 @@ from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from rlinf_core.errors import UserError
+from rlinf_core.torch_names import HashStore
 from rlinf_core.training.distributed.rendezvous import meet
 from rlinf_core.training.monitor.flight_recorder import remember_collectives
 
@@ -67,13 +67,6 @@ class Processes:
         self.device = device
         self._setup = dist.new_group(backend="gloo", timeout=SETUP_TIMEOUT)
         self._training = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
-
-    def mesh(self, num_replicas: int = 1) -> DeviceMesh:
-        """The ranks as FSDP2 wants them: one dimension that shards, or one that replicates before it."""
-        if num_replicas == 1:
-            return init_device_mesh(self.device.type, (self.size,), mesh_dim_names=("shard",))
-        shape = (num_replicas, self.size // num_replicas)
-        return init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
     def decide(self, decision: Callable[[], T]) -> T:
         """Let rank 0 decide (or prepare files) and tell all ranks what came of it.
@@ -144,7 +137,7 @@ def processes(
     if "RANK" in os.environ:
         store, rank, size = meet(timeout)
     else:
-        store, rank, size = dist.HashStore(), 0, 1  # type: ignore[attr-defined]  # torch's stubs leave it out
+        store, rank, size = HashStore(), 0, 1
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     group = Processes(here, timeout_seconds)
     try:

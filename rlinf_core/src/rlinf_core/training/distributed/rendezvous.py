@@ -13,14 +13,8 @@ import time
 import uuid
 from datetime import timedelta
 
-from torch.distributed import (  # type: ignore[attr-defined]  # torch's stubs
-    DistError,
-    PrefixStore,
-    Store,
-    rendezvous,
-)
-
 from rlinf_core.errors import RunError
+from rlinf_core.torch_names import DistError, PrefixStore, Store, rendezvous
 
 PAUSES = (0.02, 0.5)
 """Seconds between two looks into the store: at first, and when it takes long."""

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rlinf_core.contract.run import RunConfig, RunnerConfig
+from rlinf_core.contract.run import RunConfig
+from rlinf_core.contract.tables import RunnerConfig
 from rlinf_core.errors import UserError
 from rlinf_core.loggers.jsonl import FILE as METRICS
 from rlinf_core.loggers.jsonl import RowFile, cut_back, read_rows

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from rlinf_core.contract.process_group import ProcessGroup
 from rlinf_core.costs.memory import GAPS, States
 from rlinf_core.errors import UserError
-from rlinf_core.training.config import Fsdp2TrainerConfig
-from rlinf_core.training.distributed.processes import Processes
 from rlinf_core.training.monitor.flight_recorder import Watch
+from rlinf_core.training.settings import Fsdp2Settings
 
 if TYPE_CHECKING:
     import torch
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 def in_words(
     error: BaseException,
     watch: Watch,
-    config: Fsdp2TrainerConfig,
-    group: Processes,
+    config: Fsdp2Settings,
+    group: ProcessGroup,
     parameters: Mapping[str, nn.Parameter],
     tensors: Mapping[str, torch.Tensor],
 ) -> BaseException:
@@ -45,8 +45,8 @@ def in_words(
 
 
 def _shortage(
-    config: Fsdp2TrainerConfig,
-    group: Processes,
+    config: Fsdp2Settings,
+    group: ProcessGroup,
     parameters: Mapping[str, nn.Parameter],
     tensors: Mapping[str, torch.Tensor],
 ) -> Shortage:
@@ -95,7 +95,7 @@ class Shortage:
         return max((size for size in range(1, most + 1) if self.share % size == 0), default=0)
 
 
-def tell_shortage(shortage: Shortage, config: Fsdp2TrainerConfig, *, where: str, ranks: int) -> str:
+def tell_shortage(shortage: Shortage, config: Fsdp2Settings, *, where: str, ranks: int) -> str:
     """One message: the largest consumers first, a micro batch that would fit, and other ways out.
 
     Args:
@@ -123,7 +123,7 @@ def tell_shortage(shortage: Shortage, config: Fsdp2TrainerConfig, *, where: str,
     return f"{where}: out of memory, of {shortage.capacity / 1e9:.1f} GB. Taken: {consumers}. {fits}. Also: {ways}"
 
 
-def ways_out(shortage: Shortage, config: Fsdp2TrainerConfig, ranks: int) -> Iterable[str]:
+def ways_out(shortage: Shortage, config: Fsdp2Settings, ranks: int) -> Iterable[str]:
     """Settings that take less memory and are not in use yet, the cheapest first."""
     if shortage.states.ema and config.ema_device == "auto":
         yield 'trainer.ema_device = "cpu"'

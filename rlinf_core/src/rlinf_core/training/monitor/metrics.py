@@ -20,8 +20,8 @@ from rlinf_core.costs.flops import count
 from rlinf_core.costs.gpus import peak_tflops
 
 if TYPE_CHECKING:
+    from rlinf_core.contract.process_group import ProcessGroup
     from rlinf_core.contract.run import RunConfig
-    from rlinf_core.training.distributed.processes import Processes
 
 PHASES = ("data_wait", "forward", "backward", "optimizer")
 
@@ -105,7 +105,7 @@ def peak_memory_gb(device: torch.device) -> float:
 class Throughput:
     """Useful operations of a run's micro batches, and what they amount to."""
 
-    def __init__(self, run: RunConfig, policy: Any, group: Processes, say: Callable[[str], None]) -> None:
+    def __init__(self, run: RunConfig, policy: Any, group: ProcessGroup, say: Callable[[str], None]) -> None:
         self._config = run.policy
         self._ranks, self._say = group.size, say
         self._on_cuda = group.device.type == "cuda"

@@ -11,10 +11,10 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from rlinf_core.contract.process_group import ProcessGroup
 from rlinf_core.contract.run import RunConfig
 from rlinf_core.data.loading.micro_batches import MicroBatches
 from rlinf_core.training import data as sources
-from rlinf_core.training.distributed.processes import Processes
 from rlinf_core.training.monitor.anomalies import AnomalyFile, Guard, have_diverged, not_finite, number, suspects
 from rlinf_core.training.monitor.flight_recorder import Watch
 from rlinf_core.training.monitor.metrics import Throughput, peak_memory_gb
@@ -47,7 +47,7 @@ class StepReports:
     def __init__(
         self,
         run: RunConfig,
-        group: Processes,
+        group: ProcessGroup,
         batches: MicroBatches,
         *,
         start_step: int,

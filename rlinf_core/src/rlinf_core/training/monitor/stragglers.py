@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
-from rlinf_core.training.distributed.processes import Processes
+from rlinf_core.contract.process_group import ProcessGroup
 from rlinf_core.training.monitor.metrics import StepClock, record_event
 
 INTERVAL = 100
@@ -29,7 +29,7 @@ TIMED_PRODUCTS = 2048, 32
 class Stragglers:
     """Compares the ranks; every rank makes the same calls."""
 
-    def __init__(self, group: Processes) -> None:
+    def __init__(self, group: ProcessGroup) -> None:
         self._group = group
         self._steps, self._seconds, self._data, self._cpu = 0, 0.0, 0.0, 0.0
         self._probe: tuple[torch.cuda.Event, torch.cuda.Event] | None = None

@@ -1,0 +1,129 @@
+"""A causal language model of transformers with its loss.
+
+The architecture's own code runs, with attention within documents (`attention`) and a chunked loss (`cross_entropy`);
+neither changes the result. Axes: B samples, T tokens, N tokens of all samples, V vocabulary entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from rlinf_core import UserError
+from rlinf_core.data.sample import Batch
+from rlinf_plugins_text.model.attention import NAME
+from rlinf_plugins_text.model.cross_entropy import HeadShape, liger_cross_entropy, linear_cross_entropy
+from rlinf_plugins_text.weights.architecture import check_keys, model_config, refused_values
+
+if TYPE_CHECKING:
+    from rlinf_plugins_text.settings import TextPolicySettings
+
+LINEAR_HEADS = frozenset(
+    {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "olmo3", "smollm3"}
+    | {"gpt2", "gpt_neox", "cohere", "cohere2", "granite"}
+)
+"""Architectures whose logits are a linear function of the last hidden state, scaled or capped as in `_head_shape`;
+their loss is computed in chunks. Other architectures compute all their logits at once, by their own code."""
+
+
+class LanguageModel(nn.Module):
+    """The model and its loss in one module, so that a head tied to the embedding is gathered once.
+
+    Args:
+        settings: The `[policy]` table.
+        keeps_padding: Compute padding on the CPU as well, as on CUDA; for counting operations and memory.
+    """
+
+    def __init__(self, settings: TextPolicySettings, *, keeps_padding: bool = False) -> None:
+        super().__init__()
+        self._keeps_padding = keeps_padding
+        self._documents = settings.attention == "documents"
+        self._max_length, self._liger = settings.max_length, settings.liger == "auto"
+        table = {key: value for key, value in settings.model_table().items() if key not in ("torch_dtype", "dtype")}
+        config = model_config(table)
+        check_keys(settings.config, config)
+        try:
+            self.model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, dtype=torch.float32, attn_implementation=NAME if self._documents else "sdpa"
+            )
+        except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
+            raise refused_values(error) from error
+        if self._documents and not self.model._supports_attention_backend:
+            raise UserError(
+                f"{type(self.model).__name__} uses its own attention, or none, which cannot be confined to single "
+                'texts: set policy.attention = "padded"'
+            )
+        self.shape = _head_shape(config) if config.model_type in LINEAR_HEADS else None
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The decoder's layers, in order."""
+        lists = [list(m) for m in self.model.modules() if isinstance(m, nn.ModuleList)]
+        return max(lists, key=len, default=[])
+
+    def forward(self, batch: Batch, last: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Summed loss of the trained tokens, and how many of them the model ranks first: float32 scalars.
+
+        With `last` [B], the position of a token in each sample: float32 logits [B, V] of the next token, and their
+        argmax [B].
+        """
+        if last is not None:
+            logits = self._next_logits(batch, last)
+            return logits, logits.argmax(-1)
+        inputs, tokens, trained = self._laid_out(batch)
+        # Position t predicts t + 1. The first token of a text is never trained, so no prediction crosses texts.
+        counts, targets = trained[..., 1:], tokens[..., 1:]
+        if self.shape is None:
+            logits = self.model(**inputs, use_cache=False).logits[..., :-1, :][counts].float()
+            chosen = targets[counts]
+            loss = nn.functional.cross_entropy(logits, chosen, reduction="sum")
+            return loss, (logits.detach().argmax(-1) == chosen).sum().float()
+        hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
+        head = self.model.get_output_embeddings()
+        chosen = hidden[..., :-1, :][counts].to(head.weight.dtype)
+        kernel = liger_cross_entropy(self.shape) if self._liger and chosen.is_cuda else None
+        return (kernel or linear_cross_entropy)(chosen, head.weight, targets[counts], self.shape, head.bias)
+
+    def _next_logits(self, batch: Batch, last: Tensor) -> Tensor:
+        inputs, _, _ = self._laid_out(batch, keep_padding=True)
+        rows, length = batch["tokens"].shape
+        places = last + torch.arange(rows, device=last.device) * length
+        if self.shape is None:
+            every: Tensor = self.model(**inputs, use_cache=False).logits
+            return every.flatten(0, 1)[places].float()
+        hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[places]
+        head = self.model.get_output_embeddings()
+        logits: Tensor = head(hidden.to(head.weight.dtype)).float() * self.shape.scale
+        return self.shape.softcap * torch.tanh(logits / self.shape.softcap) if self.shape.softcap else logits
+
+    def _laid_out(self, batch: Batch, *, keep_padding: bool = False) -> tuple[Mapping[str, Any], Tensor, Tensor]:
+        """The model's inputs, the tokens and the mask of trained ones: [1, N] as documents, [B, T] when padded."""
+        tokens, trained, lengths = batch["tokens"], batch["trained"], batch["document_lengths"]
+        if not self._documents:  # Padding comes last, where a causal model does not see it.
+            return {"input_ids": tokens}, tokens, trained
+        flat = [tokens.flatten(), batch["positions"].flatten(), trained.flatten()]
+        if tokens.device.type == "cpu" and not (keep_padding or self._keeps_padding):
+            # Not on CUDA: the host would wait for the device, and every batch would have a shape of its own.
+            real = torch.arange(tokens.shape[1]) < tokens.shape[1] - lengths[:, -1:]
+            flat = [one[real.flatten()] for one in flat]
+            lengths = lengths[:, :-1]
+        ends = nn.functional.pad(lengths.flatten().cumsum(0, dtype=torch.int32), (1, 0))
+        tokens, positions, trained = (one[None] for one in flat)
+        # The same bound for all batches of a run: compiled code would treat another number as another shape.
+        longest = max(self._max_length, batch["tokens"].shape[1])
+        inputs = {"input_ids": tokens, "position_ids": positions, "documents": ends, "longest": longest}
+        return inputs, tokens, trained
+
+
+def _head_shape(config: Any) -> HeadShape:
+    """How the head's outputs become logits; Cohere and Granite scale them, Gemma 2 caps them."""
+    scale = 1.0
+    if config.model_type in ("cohere", "cohere2"):
+        scale = float(config.logit_scale)
+    if config.model_type == "granite":
+        scale = 1.0 / float(config.logits_scaling)
+    return HeadShape(scale, float(getattr(config, "final_logit_softcapping", None) or 0.0))

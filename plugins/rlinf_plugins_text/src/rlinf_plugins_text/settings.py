@@ -1,0 +1,103 @@
+"""The `[policy]` table of text: its keys, their rules, and the values that follow from them. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from rlinf_core import PolicyConfig, UserError
+from rlinf_plugins_text.rows.tokenizer import TextTokenizer, load_tokenizer
+from rlinf_plugins_text.weights.folder import config_table, find_folder
+
+RANDOM = "random"
+"""The value of `weights` that trains from scratch."""
+
+
+class TextPolicySettings(PolicyConfig):
+    """The keys of `[policy]`; `config.TextPolicyConfig` adds what the policy does with them."""
+
+    type: Literal["text"] = "text"
+    weights: str = ""
+    """A folder that `from_pretrained` loads, or a model on the hub as `owner/name`, optionally with `@revision`.
+    `"random"` trains from scratch; `config` or `config_from` then defines the model."""
+    config: dict[str, Any] = {}
+    """Keys of the model's `config.json` to override. With random weights and no `config_from`, the whole of it:
+    `model_type` and sizes; `vocab_size` and special tokens default to the tokenizer's."""
+    config_from: str = ""
+    """With random weights: a folder or hub id whose `config.json` defines the model."""
+    tokenizer: str = ""
+    """A folder or hub id with `tokenizer.json`; empty: the one in `weights`."""
+    chat_template: str = ""
+    """Replaces the tokenizer's own template: `"chatml"`, a Jinja file, or the template itself."""
+    max_length: int = Field(default=2048, ge=2)
+    """Maximum length of a sequence, in tokens."""
+    overlong: Literal["cut", "split", "drop"] = "cut"
+    """What to do with longer texts: cut off the end, split them into several sequences, or drop them."""
+    packing: bool = False
+    """Fill sequences of `max_length` with several texts, which do not see one another: fewer, fuller samples."""
+    attention: Literal["documents", "padded"] = "documents"
+    """`documents`: the texts of a batch are concatenated without padding, and each attends to itself only. `padded`:
+    one text per row, padded, with the architecture's own attention; state-space and hybrid models need it."""
+    liger: Literal["auto", "never"] = "auto"
+    """`auto`: compute the loss with `liger_kernel` if it is installed and the device is CUDA."""
+    shown_samples: int = Field(default=2, ge=0)
+    """Held-out prompts that the model answers after each validation, for people to read; 0: none."""
+    shown_tokens: int = Field(default=48, ge=1)
+    """Length of such an answer, in tokens."""
+    temperature: float = Field(default=0.0, ge=0.0)
+    """Sampling temperature of such an answer; 0: always the most likely token."""
+
+    @model_validator(mode="after")
+    def _the_model_is_known(self) -> TextPolicySettings:
+        if not self.weights:
+            raise ValueError(
+                'policy.weights is missing: a folder or hub id of pretrained weights, or "random" with policy.config'
+            )
+        if self.weights == RANDOM and not self.config_from and "model_type" not in self.config:
+            raise ValueError('weights = "random" needs policy.config with a model_type, or policy.config_from')
+        if self.weights == RANDOM and not self.tokenizer:
+            raise ValueError('weights = "random" needs policy.tokenizer: a folder or hub id')
+        if self.weights != RANDOM and self.config_from:
+            raise ValueError('config_from needs weights = "random": pretrained weights come with their own config.json')
+        return self
+
+    @model_validator(mode="after")
+    def _the_config_is_json(self) -> TextPolicySettings:
+        for name, value in self.config.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"config.{name} must be a finite number: JSON has neither NaN nor infinity")
+        return self
+
+    @model_validator(mode="after")
+    def _packs_are_documents(self) -> TextPolicySettings:
+        if self.packing and self.attention == "padded":
+            raise ValueError(
+                'packing needs attention = "documents": otherwise the texts of a pack would see one another'
+            )
+        return self
+
+    def text_tokenizer(self) -> TextTokenizer:
+        """The tokenizer with the chat template. Raises `UserError` if it cannot be found or read."""
+        setting = "policy.tokenizer" if self.tokenizer else "policy.weights"
+        return load_tokenizer(find_folder(self.tokenizer or self.weights, setting), self.chat_template)
+
+    def model_table(self) -> dict[str, Any]:
+        """The model's `config.json` with `config` applied. Raises `UserError` if there is none."""
+        source = self.config_from if self.weights == RANDOM else self.weights
+        if source:
+            setting = "policy.config_from" if self.weights == RANDOM else "policy.weights"
+            return config_table(find_folder(source, setting), setting) | self.config
+        tokenizer = self.text_tokenizer()
+        ids = {f"{name}_token_id": tokenizer.id_of(f"{name}_token") for name in ("bos", "eos", "pad")}
+        return {"vocab_size": tokenizer.size, **ids, **self.config}
+
+    def check_vocabulary(self) -> None:
+        """Raise `UserError` if the tokenizer has more entries than the model's embedding has rows."""
+        entries, embedded = self.text_tokenizer().size, self.model_table().get("vocab_size")
+        if isinstance(embedded, int) and entries > embedded:
+            raise UserError(
+                f"policy.tokenizer: {self.text_tokenizer().folder} has {entries} entries, but the model embeds only "
+                f"{embedded}: they belong to different models"
+            )
