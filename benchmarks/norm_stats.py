@@ -25,7 +25,7 @@ from reporting.result_line import ResultLine
 
 from rlinf_core.contract.datasets import LeRobotDatasetConfig
 from rlinf_core.data.lerobot.source import open_lerobot
-from rlinf_core.data.statistics.compute import RunningStats, survey
+from rlinf_core.data.statistics.compute import RunningStats, summarize
 from rlinf_core.data.transforms import RelativeActions
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "data" / "metaworld_3tasks"
@@ -38,7 +38,7 @@ def ours(root: Path, horizon: int) -> tuple[int, float]:
     begin = time.perf_counter()
     config = LeRobotDatasetConfig(repo_id=str(root))
     source = open_lerobot(config, horizon, "train")
-    survey(source, [config.repack(), RelativeActions((True,) * 3)])
+    summarize(source, [config.repack(), RelativeActions((True,) * 3)])
     return len(source), time.perf_counter() - begin
 
 

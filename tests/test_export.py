@@ -134,7 +134,7 @@ def test_a_checkpoint_is_chosen_by_step_or_by_validation(trained, export):
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (["--step", "3"], "holds no checkpoint of step 3 (there is: 2, 4)"),
+        (["--step", "3"], "has no checkpoint of step 3 (available: 2, 4)"),
         (["--format", "lerobott"], "has no export format 'lerobott'"),
     ],
 )
@@ -151,7 +151,7 @@ def test_what_is_there_is_not_overwritten(export, tmp_path):
     (tmp_path / "policy" / "thesis.tex").write_text("x")
     code, _, said = export()
     assert code == 2
-    assert "is there already: give another --output" in said
+    assert "already exists: name another --output" in said
 
 
 def test_folders_that_were_not_exported_are_refused(export, tmp_path):
@@ -165,15 +165,17 @@ def test_folders_that_were_not_exported_are_refused(export, tmp_path):
 
 def test_folders_for_others_are_recognised(trained, export, tmp_path):
     _, folder, _ = export("--format", "openpi")
-    with pytest.raises(UserError, match=r"in openpi's format.* Export the run once more without --format"):
+    with pytest.raises(UserError, match=r"in openpi's format.* Export the run again without --format"):
         load_policy(folder)
     shutil.rmtree(folder / "assets")
-    with pytest.raises(UserError, match=r"policy holds weights alone.*policy\.weights may name the folder"):
+    with pytest.raises(
+        UserError, match=r"policy contains weights alone.*train from these weights with policy\.weights"
+    ):
         load_policy(folder)
     (folder / "policy_preprocessor.json").touch()
     with pytest.raises(UserError, match=r"in lerobot's format"):
         load_policy(folder)
-    with pytest.raises(UserError, match=r"holds a run, not a policy: make one of it with `rlinf export "):
+    with pytest.raises(UserError, match=r"contains a run, not a policy: export it with `rlinf export "):
         load_policy(trained[0].run.folder)
 
 
@@ -196,10 +198,10 @@ def test_an_observation_unlike_those_of_training_is_refused(export):
     policy = load_policy(folder)
     seen = {"observation.image": np.zeros((64, 64, 3), np.uint8), "observation.state": np.zeros(4), "task": "push"}
     for key, value, message in [
-        ("observation.state", np.zeros(3), r"is of shape \[3\] .*, in training it was \[4\]"),
-        ("observation.state", np.zeros((1, 4)), r"is of shape \[1, 4\]"),
-        ("observation.state", np.full(4, np.nan), "holds NaN or infinity"),
-        ("task", ["push"], r"'task' is \['push'\]: one text is needed"),
+        ("observation.state", np.zeros(3), r"has shape \[3\] .*, in training it was \[4\]"),
+        ("observation.state", np.zeros((1, 4)), r"has shape \[1, 4\]"),
+        ("observation.state", np.full(4, np.nan), "contains NaN or infinity"),
+        ("task", ["push"], r"'task' is \['push'\], but must be a string"),
         ("observation.image", [[0]], "camera 'base_0_rgb' is a list: images are NumPy arrays"),
     ]:
         with pytest.raises(UserError, match=message):

@@ -25,7 +25,7 @@ from rlinf_core.commands.output import print_table, print_text
 from rlinf_core.config.load import load_config
 from rlinf_core.contract.datasets import LeRobotDatasetConfig
 from rlinf_core.data.images.decoders import open_video
-from rlinf_core.data.images.parquet import picture_batches
+from rlinf_core.data.images.parquet import image_batches
 from rlinf_core.data.images.pictures import decode
 from rlinf_core.data.lerobot.source import open_lerobot
 from rlinf_core.errors import Exit, UserError
@@ -127,7 +127,7 @@ def test_pictures_of_a_dataset_lie_in_its_folder(path, dataset, tmp_path):
     path = path.replace("/{outside}", str(tmp_path / SECRET_PICTURE))
     table = pa.table({"front": pa.array([{"bytes": None, "path": path}])})
     pq.write_table(table, dataset / "pictures.parquet")
-    [batch] = picture_batches(dataset / "pictures.parquet", ["front"], dataset)
+    [batch] = image_batches(dataset / "pictures.parquet", ["front"], dataset)
     assert batch["front"].null_count == 1
 
 
@@ -138,20 +138,20 @@ def test_shards_lie_beside_their_index(name, tmp_path):
     (folder / "sub").mkdir(parents=True)
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"w": name.format(outside=tmp_path / "part.safetensors")}}))
-    with pytest.raises(UserError, match="leads out of the folder"):
+    with pytest.raises(UserError, match="is outside the folder"):
         shards(index)
-    with pytest.raises(UserError, match="leads out of the folder"):
+    with pytest.raises(UserError, match="is outside the folder"):
         weight_files(folder, str(folder))
 
 
 def test_files_of_an_exported_folder_lie_in_it(tmp_path):
     described = {"format": 1, "policy": {"type": "pi05"}, "data": {"config_name": "pi05_libero"}}
     (tmp_path / "rlinf.json").write_text(json.dumps(described | {"files": {"tokenizer": "../../tokenizer.model"}}))
-    with pytest.raises(UserError, match=r"rlinf\.json: .* leads out of the folder"):
+    with pytest.raises(UserError, match=r"rlinf\.json: .* is outside the folder"):
         load_policy(tmp_path, plugins=repository_plugins())
     described["data"] = {"mixture": [{"name": "../x", "config_name": "pi05_libero"}]}
     (tmp_path / "rlinf.json").write_text(json.dumps(described | {"files": {}}))
-    with pytest.raises(UserError, match=r"rlinf\.json: .* leads out of the folder"):
+    with pytest.raises(UserError, match=r"rlinf\.json: .* is outside the folder"):
         load_policy(tmp_path, plugins=repository_plugins())
 
 
@@ -168,7 +168,7 @@ def test_a_picture_that_claims_any_size_is_refused_before_it_is_unpacked():
     out = io.BytesIO()
     Image.new("1", (12_000, 8_000)).save(out, "PNG")
     assert len(out.getvalue()) < 100_000
-    with pytest.raises(UserError, match="row 3 claims a picture of 12000 x 8000 pixels"):
+    with pytest.raises(UserError, match="row 3 claims an image of 12000 x 8000 pixels"):
         decode(out.getvalue(), "row 3")
 
 
@@ -185,7 +185,7 @@ def test_a_video_that_claims_any_size_is_refused(tmp_path, monkeypatch):
         file.mux(stream.encode(None))
     open_video(path).close()
     monkeypatch.setattr("rlinf_core.data.images.decoders.MOST_PIXELS", 64 * 32 - 1)
-    with pytest.raises(UserError, match="its pictures are of 64 x 32 pixels"):
+    with pytest.raises(UserError, match="its frames have 64 x 32 pixels"):
         open_video(path)
 
 

@@ -77,7 +77,7 @@ def test_every_output_names_what_was_asked_for(command, file, tmp_path):
 
 def test_without_permission_nothing_is_tried(monkeypatch, tmp_path):
     monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)  # The superuser may do everything.
-    with pytest.raises(UserError, match=f"a/b cannot be written: {tmp_path} is not a folder that you may write to"):
+    with pytest.raises(UserError, match=f"a/b cannot be written: {tmp_path} is not writable for you"):
         check_writable(tmp_path / "a" / "b", "Go elsewhere")
     (tmp_path / "a").mkdir()
     check_writable(tmp_path / "a" / "b", "Go elsewhere")
@@ -97,7 +97,7 @@ def test_what_is_no_run_is_told(command, file, tmp_path):
     def refusal(path):
         code, said = command("export", path, "--output", tmp_path / "out")
         assert code == 2
-        assert "give the run's folder, runs/<name>" in said
+        assert "name the run's folder, runs/<name>" in said
         return said
 
     run = tmp_path / "run"
@@ -105,10 +105,10 @@ def test_what_is_no_run_is_told(command, file, tmp_path):
     checkpoint.mkdir(parents=True)
     assert f"there is no {tmp_path / 'nothing'}" in refusal(tmp_path / "nothing")
     assert f"{file} is a file" in refusal(file)
-    assert "holds no run" in refusal(checkpoint)
-    assert "/ holds no run" in refusal("/")
+    assert "is not a run" in refusal(checkpoint)
+    assert "/ is not a run" in refusal("/")
     (run / "config.toml").touch()
-    assert f"is a part of the run in {run} (--step chooses a checkpoint)" in refusal(checkpoint)
+    assert f"is part of the run in {run} (--step selects a checkpoint)" in refusal(checkpoint)
 
 
 def test_a_file_that_is_no_dataset_is_told(command, file):

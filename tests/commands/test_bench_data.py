@@ -85,4 +85,4 @@ def test_numbers_that_make_no_sense_are_refused(option, capsys):
 
 def test_sizes_that_do_not_divide_are_told(capsys):
     assert main(["bench-data", *FEW, "--ranks", "3"]) == 2
-    assert "no multiple of 3 ranks" in capsys.readouterr().err
+    assert "not a multiple of 3 ranks" in capsys.readouterr().err

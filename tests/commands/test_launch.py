@@ -80,7 +80,7 @@ def test_what_does_not_fit_this_machine_starts_nothing(launch, monkeypatch):
     assert "no accelerators to choose from" in error
     code, error = launch("cluster.component_placement.actor=0-2")
     assert code == 2
-    assert "is no multiple of 3 ranks" in error
+    assert "is not a multiple of 3 ranks" in error
 
 
 def run_of(folder):

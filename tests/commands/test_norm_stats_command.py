@@ -140,7 +140,7 @@ def test_a_lerobot_policys_normalizer_is_imported(command, tmp_path):
         (["--import", "x.json", "--from=openpi"], "--import needs --output FILE"),
         (["--import", "no.json", "--from=openpi", "--output=y"], "no.json cannot be read"),
         (["--show", "no.json"], "no.json cannot be read"),
-        (["--import", LEROBOT, "--from=openpi", "--output=y"], "no norm_stats.json of openpi: it holds 'action'"),
+        (["--import", LEROBOT, "--from=openpi", "--output=y"], "not a norm_stats.json of openpi: it has 'action'"),
         (["--diff", "no.json", "no.json"], "no.json cannot be read"),
     ],
 )

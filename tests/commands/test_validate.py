@@ -97,7 +97,7 @@ def test_every_problem_is_found_at_once(findings, tmp_path):
     columns, batch, files, folder, launcher = found
     assert "data.images.base_0_rgb names 'camera'" in columns
     assert "data.state names 'velocity'" in columns
-    assert "32 is no multiple of 3 ranks" in batch
+    assert "32 is not a multiple of 3 ranks" in batch
     assert "policy.weights: there is no file or folder nowhere" in files
     assert "no tokenizer model at 'nowhere.model'" in files
     assert "is not empty and holds no run" in folder
@@ -190,7 +190,7 @@ def test_the_placement_says_how_many_ranks_there_are(validate, findings):
     assert (facts["ranks_that_fit"], "ranks" in facts) == ("1, 2, 4", False)
     two = ["cluster.num_nodes=2", "cluster.rdzv_endpoint=node0:29500"]
     assert validate("trainer.micro_batch_size=8", *two)[1]["facts"]["ranks_that_fit"] == "2, 4"
-    assert "is no multiple of 2 ranks" in findings("trainer.micro_batch_size=32", *two)[0]
+    assert "is not a multiple of 2 ranks" in findings("trainer.micro_batch_size=32", *two)[0]
     assert (
         "asks for 2 processes, but 1 were started" in findings("--ranks=1", "cluster.component_placement.actor=0-1")[0]
     )

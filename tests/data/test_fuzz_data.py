@@ -1,4 +1,4 @@
-"""Dataset folders of every format with damage in any file: one message that names the file, and nothing else."""
+"""Damage to any file of a dataset, in every format: reading raises one message that names the file."""
 
 import io
 import json

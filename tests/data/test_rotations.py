@@ -1,4 +1,4 @@
-"""Rotations: every recorded form against SciPy, six numbers and back, relative to a state, in a batch."""
+"""Rotations: every format against SciPy, the 6D representation and its inverse, relative rotations, batches."""
 
 from typing import get_args
 
@@ -170,7 +170,7 @@ def test_transforms_take_samples_without_actions_or_state():
 
 
 def test_a_rotation_beyond_the_vector_is_named():
-    with pytest.raises(UserError, match=r"data\.action_rotations.*numbers 5 to 8.*quaternion_wxyz.*7 numbers"):
+    with pytest.raises(UserError, match=r"data\.action_rotations.*dimensions 5 to 8.*quaternion_wxyz.*7 numbers"):
         RotationsTo6D("quaternion_wxyz", (), (5,))({"actions": np.zeros((2, 7)), "prompt": ""})
 
 

@@ -59,10 +59,10 @@ def test_operations_are_those_of_the_data():
     plugins = repository_plugins()
     run = load_config(QUICKSTART, STEP, plugins)
     made = plan(run, plugins)
-    from rlinf_core.plan.samples import probe_sources
+    from rlinf_core.plan.samples import sample_sources
     from rlinf_core.training.build import build_on_meta
 
-    (source,) = probe_sources(run, plugins)
+    (source,) = sample_sources(run, plugins)
     policy, batch = build_on_meta(run, plugins), run.policy.collate(source.samples[::64])
     policy.to_empty(device="cpu")
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -120,7 +120,7 @@ def test_changes_that_make_it_fit_do(monkeypatch):
 
 
 def test_another_trainer_and_ranks_that_do_not_divide_are_refused():
-    with pytest.raises(UserError, match=r"no multiple of 3 ranks"):
+    with pytest.raises(UserError, match=r"not a multiple of 3 ranks"):
         planned(QUICKSTART, ranks=3)
 
 

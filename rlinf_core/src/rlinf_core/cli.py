@@ -23,7 +23,7 @@ COMMANDS = (
     Command("validate", "check a run's config, data and files without starting it", "rlinf_core.commands.validate"),
     Command("plan", "say what memory, time and communication a run will take", "rlinf_core.commands.plan"),
     Command("inspect", "write a page that shows what a run's model will see", "rlinf_core.commands.inspect"),
-    Command("norm-stats", "compute, examine, compare and import statistics", "rlinf_core.commands.norm_stats"),
+    Command("norm-stats", "compute, diagnose, compare and import statistics", "rlinf_core.commands.norm_stats"),
     Command(
         "check-dataset", "find what is wrong with the files of a LeRobot dataset", "rlinf_core.commands.check_dataset"
     ),

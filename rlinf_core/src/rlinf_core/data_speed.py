@@ -1,7 +1,7 @@
-"""How fast a run's data come: its own train loader is opened and read as the trainer reads it, and nothing is trained.
+"""Measure the speed of a run's data loading: open its train loader and read it as the trainer does, without training.
 
-With `num_workers` the reading goes on beside the training, so that samples a second are what matters; where their time
-goes is measured apart, in this process, batch by batch.
+With `num_workers`, loading overlaps with training, so samples per second are what matters. The time of each stage is
+measured separately, in this process, batch by batch.
 """
 
 from __future__ import annotations
@@ -32,61 +32,61 @@ from rlinf_core.data.sample import Batch, Row, Sample
 from rlinf_core.data.splits import open_split
 from rlinf_core.data.statistics.run import diagnose
 from rlinf_core.plugins.registry import Plugins
-from rlinf_core.preflight import SURVEYED_ROWS
+from rlinf_core.preflight import DIAGNOSED_ROWS
 
 ENDLESS = 10**9
-"""Steps: the time is what ends it."""
+"""Steps; the measurement ends by time."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What was measured."""
+    """The result of a measurement."""
 
     ranks: int
     workers: int
-    """Of each rank."""
+    """Loader workers per rank."""
     micro_batch_size: int
     samples: int
-    """Counted, over all ranks."""
+    """Samples counted, over all ranks."""
     samples_per_second: float
-    """Of all ranks together."""
+    """Over all ranks."""
     first_batch_s: float
-    """From opening the loader to its first batch, of the slowest rank."""
+    """Seconds from opening the loader to its first batch, on the slowest rank."""
     shares: dict[str, float]
-    """Of the time of one process: `read` (numbers and pictures), of which `pictures`, `transform` and `collate`."""
+    """Shares of one process's time: `read` (with images), `pictures` (their part of it), `transform`, `collate`."""
     decoder: str
     worker_mb: float | None
-    """Memory of its own that the largest worker has; None without workers, or where the system does not tell."""
+    """Private memory of the largest worker; None without workers, or if the system does not report it."""
     most_held_mb: float
-    """Chunked: what all ranks together hold of samples to be drawn, with full buffers; else 0."""
+    """Chunked order: memory of the full shuffle buffers over all ranks; else 0."""
     steady: bool
-    """Chunked: whether buffers were full when counting began; what fills them takes time, too. Else true."""
+    """Chunked order: whether buffers were full when counting began, as filling them takes time; else true."""
 
 
 def open_sources(run: RunConfig, plugins: Plugins) -> tuple[Source, ...]:
-    """The run's datasets, with statistics of some of their rows, which take as long as the run's own."""
+    """Open the run's datasets, with statistics of a part of their rows; they do not affect the speed."""
     sources = []
     for given in run.sources:
         with given.naming():
             rows = open_split(given.run, plugins, "train")
             normalizes = run.policy.normalization != "none"
-            stats = diagnose(given.run, rows, rows=SURVEYED_ROWS).stats if normalizes else None
+            stats = diagnose(given.run, rows, rows=DIAGNOSED_ROWS).stats if normalizes else None
             sources.append(Source(rows, build_pipeline(given.run.data, run.policy, stats), given.name, given.share))
     return tuple(sources)
 
 
 def measure(run: RunConfig, plugins: Plugins, *, ranks: int, seconds: float) -> Speed:
-    """Read for some seconds as `ranks` ranks on this machine would, each with its workers.
+    """Read for some seconds like `ranks` ranks on this machine, each with its workers.
 
     Raises:
-        UserError: The data cannot be had or read, or the sizes do not divide.
+        UserError: The data are unavailable or unreadable, or the batch sizes do not divide evenly.
     """
     sources, chunks = open_sources(run, plugins), chunks_of(run.data)
     loaders = [_loader(run, sources, chunks, rank, ranks, run.data.num_workers) for rank in range(ranks)]
     with ThreadPoolExecutor(ranks) as threads:
         counts = list(threads.map(lambda loader: _count(loader, chunks, seconds), loaders))
     worker_mb = _largest_worker()
-    del loaders  # Ends their workers, which would disturb what follows.
+    del loaders  # Ends their workers, which would disturb the next measurement.
     shares, held = _shares(run, sources, chunks, seconds / 2)
     micro = run.trainer.micro_batch_size
     return Speed(
@@ -120,7 +120,7 @@ class _Count:
 
 
 def _count(loader: TrainLoader, chunks: Chunks | None, seconds: float) -> _Count:
-    """Read until the time is over. What workers had ready does not count, nor (for as long again) filling buffers."""
+    """Read until the time is over, not counting prefetched batches nor (for up to as long) filling buffers."""
     begin = time.perf_counter()
     batches, made = iter(loader), cast(MicroBatches, loader.dataset)
     next(batches)
@@ -140,7 +140,7 @@ def _count(loader: TrainLoader, chunks: Chunks | None, seconds: float) -> _Count
 
 
 def _largest_worker() -> float | None:
-    """MB that the largest of this process's children has for itself; None where nobody tells."""
+    """Private memory of this process's largest child, in MB; None if unknown."""
     sizes = []
     for child in multiprocessing.active_children():
         status = Path(f"/proc/{child.pid}/status")
@@ -156,9 +156,9 @@ class _Clock:
 
     seconds: dict[str, float] = field(default_factory=lambda: {"read": 0.0, "numbers": 0.0, "collate": 0.0})
     rows: int = 0
-    """Read; in the chunked order more than are drawn, at first."""
-    pictures: bool = False
-    """Whether any rows have them."""
+    """Rows read; in chunked order, at first more than are drawn."""
+    images: bool = False
+    """Whether any rows have images."""
 
     @contextmanager
     def time(self, name: str) -> Iterator[None]:
@@ -168,7 +168,7 @@ class _Clock:
 
 
 class _TimedRows:
-    """A source whose reading is timed; what it does besides is handed on."""
+    """A source whose reading is timed; everything else is delegated."""
 
     def __init__(self, rows: SampleSource, clock: _Clock) -> None:
         self._rows, self._clock = rows, clock
@@ -182,7 +182,7 @@ class _TimedRows:
             rows = self._rows.__getitems__(indices)
         with self._clock.time("numbers"):
             numbers = self._rows.without_images(indices)
-        self._clock.pictures |= any(row.keys() != number.keys() for row, number in zip(rows, numbers, strict=True))
+        self._clock.images |= any(row.keys() != number.keys() for row, number in zip(rows, numbers, strict=True))
         return rows
 
     def __getattr__(self, name: str) -> Any:
@@ -203,7 +203,7 @@ class _TimedPolicy:
 def _shares(
     run: RunConfig, sources: Sequence[Source], chunks: Chunks | None, seconds: float
 ) -> tuple[dict[str, float], float]:
-    """Where the time of a process goes, and the MB of full buffers in the chunked order."""
+    """The shares of a process's time, and in chunked order the MB of full buffers."""
     clock = _Clock()
     rows = [cast(SampleSource, _TimedRows(source.rows, clock)) for source in sources]
     timed = [replace(source, rows=own) for source, own in zip(sources, rows, strict=True)]
@@ -218,12 +218,12 @@ def _shares(
             break
     took = clock.seconds
     read = took["read"] / clock.rows
-    # Numbers are read again, to know them apart.
-    pictures = max(0.0, took["read"] - took["numbers"]) / clock.rows if clock.pictures else 0.0
+    # Numbers are read a second time, to separate their time from that of images.
+    images = max(0.0, took["read"] - took["numbers"]) / clock.rows if clock.images else 0.0
     transform = (whole - sum(took.values())) / clock.rows
     collate = took["collate"] / samples
     sample = read + transform + collate
-    shares = {"read": read, "pictures": pictures, "transform": transform, "collate": collate}
+    shares = {"read": read, "pictures": images, "transform": transform, "collate": collate}
     held = 0.0
     if chunks and isinstance(made, ChunkedMicroBatches) and len(made.held):
         held = made.held.bytes / len(made.held) * chunks.most_held / 1e6
@@ -231,7 +231,7 @@ def _shares(
 
 
 def _decoders(run: RunConfig, sources: Sequence[Source]) -> Iterator[str]:
-    """What makes pictures of the files of each source."""
+    """The image decoder of each source."""
     for given, source in zip(run.sources, sources, strict=True):
         rows, data = source.rows, given.run.data
         if isinstance(rows, CachedSource):

@@ -1,6 +1,6 @@
-"""How a training process ends: one message, `exit.json` in the run's folder, and an exit code (contract 10).
+"""The end of a training process: one message, `exit.json` in the run's folder, and an exit code (contract 10).
 
-torchrun answers 1 whatever its workers answer, so the code that is promised stands in the file. Torch-free.
+torchrun exits with 1 whatever its workers exit with, so the file contains the promised code. Torch-free.
 """
 
 from __future__ import annotations
@@ -25,42 +25,42 @@ from rlinf_core.untrusted import printable
 if TYPE_CHECKING:
     from rlinf_core.contract.run import Trainer
 
-FILE = "exit.json"
+EXIT_FILE = "exit.json"
 OTHER_RANKS_WAIT = 5.0
-"""Seconds that a rank other than 0 waits with its message: what all ranks found, rank 0 alone should say."""
+"""Seconds that other ranks wait before printing a message, so that rank 0 alone prints what all ranks found."""
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SIGNALS_APART = 1.0
-"""Seconds within which a signal that was sent to all ranks reaches the last of them."""
+"""Seconds within which a signal to all ranks reaches the last of them."""
 
 Reason = Literal["finished", "preempted", "interrupted", "mistake", "defect"]
 
 
 class Ending:
-    """What is known of the run when this process ends."""
+    """The state of the run that is needed when this process ends."""
 
     def __init__(self, *, debug: bool = False) -> None:
         self._debug = debug
         """Whether a mistake is shown with its traceback."""
         self.rank = int(os.environ.get("RANK", "0"))
         self.folder: Path | None = None
-        """The run's folder, once it is known to be this run's."""
+        """The run's folder, once this process owns it."""
         self.start_step = 0
         self.trainer: Trainer | None = None
 
     @property
     def step(self) -> int:
-        """Finished optimizer steps."""
+        """Number of finished optimizer steps."""
         return self.trainer.step if self.trainer else self.start_step
 
     def belongs_to(self, folder: Path, start_step: int) -> None:
-        """Say where the run is recorded and where it stands; what an earlier process left there is out of date."""
+        """Set the run's folder and start step, and remove an earlier process's exit file."""
         self.folder, self.start_step = folder, start_step
         if self.rank == 0:
-            (folder / FILE).unlink(missing_ok=True)
+            (folder / EXIT_FILE).unlink(missing_ok=True)
 
     def follow(self, main: Callable[[Ending], object]) -> int:
-        """Do what the process is for, and record how that ended; returns the exit code.
+        """Run `main` and record how it ended; returns the exit code.
 
         Raises:
             Exception: A defect, which keeps its traceback; Python then exits with 1.
@@ -80,7 +80,7 @@ class Ending:
         except RunError as error:
             return self._record_fault(error)
         except KeyboardInterrupt as error:
-            # torchrun ends the others once a rank has failed: a signal on top of a fault is not what ended the run.
+            # torchrun signals the other ranks once one has failed: then the fault, not the signal, ended the run.
             fault = _fault_before(error)
             return self._record_fault(fault) if fault else self._record_stop(error)
         except BaseException as error:
@@ -96,11 +96,11 @@ class Ending:
         return self._record(Exit.DEFECT, "defect", str(fault))
 
     def _leave(self, number: int, _: FrameType | None) -> None:
-        """A signal before there is anything to save; a trainer that can save catches the signal itself."""
+        """Stop on a signal before there is anything to save; a trainer that can save handles the signal itself."""
         raise Interrupted(signal.Signals(number), self.step)
 
     def _stop_on_its_way(self) -> KeyboardInterrupt | None:
-        """The signal that explains a failure: a rank that was asked to leave first breaks the others' connections."""
+        """The signal behind a failure, if any: the first rank to stop breaks the other ranks' connections."""
         try:
             time.sleep(SIGNALS_APART)
         except KeyboardInterrupt as stop:
@@ -115,41 +115,42 @@ class Ending:
         return self._record(*((Exit.OK, "preempted") if preempted else (Exit.INTERRUPTED, "interrupted")), said)
 
     def _say_once(self, error: UserError | RunError) -> None:
-        """Print the message once: rank 0 first, another rank only if rank 0 has not ended the run meanwhile."""
+        """Print the message once: rank 0 at once, another rank only if rank 0 has not ended the run meanwhile."""
         if self.rank:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's, once rank 0 has ended: nothing is left to say.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # From torchrun once rank 0 has ended: nothing to add.
             time.sleep(OTHER_RANKS_WAIT)
         where = f" on rank {self.rank}" if self.rank else ""
         shown = "".join(traceback.format_exception(error)) if self._debug else ""
         _say(f"{shown}error{where}: {printable(str(error))}")
 
     def _record(self, code: Exit, reason: Reason, message: str) -> int:
-        """Write the file, on rank 0; another rank writes only its mistake or defect, from which others' ends follow."""
+        """Write the file on rank 0; another rank writes only a mistake or defect, the cause of the others' end."""
         for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)  # The end is near, and must not be lost.
-        # torchrun ends the other ranks with SIGTERM once one has failed: who writes first knows why, a mistake better.
+            signal.signal(number, signal.SIG_IGN)  # The process is about to end and must write the file.
+        # torchrun ends the other ranks by SIGTERM once one has failed: the first writer knows the cause, and a mistake
+        # replaces other reasons.
         try:
-            first = self.folder is not None and not (self.folder / FILE).exists()
+            first = self.folder is not None and not (self.folder / EXIT_FILE).exists()
             if self.folder and (reason == "mistake" or (first and (self.rank == 0 or reason == "defect"))):
                 end: dict[str, Any] = {"code": int(code), "reason": reason, "message": printable(message)}
                 end |= {"step": self.step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-                write_text(self.folder / FILE, json.dumps(end, indent=1) + "\n", writer=f"rank_{self.rank}")
-        except OSError as error:  # What ended the run may be the disk, and it was told; the code still counts.
-            _say(f"warning: {FILE} could not be written to {self.folder}: {error.strerror}")
+                write_text(self.folder / EXIT_FILE, json.dumps(end, indent=1) + "\n", writer=f"rank_{self.rank}")
+        except OSError as error:  # The disk may be what ended the run; the exit code still counts.
+            _say(f"warning: {EXIT_FILE} could not be written to {self.folder}: {error.strerror}")
         return code
 
 
 def _say(text: str) -> None:
-    """Print to stderr; where that goes to a full disk, nothing is lost but the text."""
+    """Print to stderr; if it is redirected to a full disk, only the text is lost."""
     try:
         print(text, file=sys.stderr, flush=True)
     except OSError:
-        # Python tries again when it ends, and exits with 120 if that fails.
+        # Python flushes again at exit, and exits with 120 if that fails.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def _fault_before(error: BaseException) -> RunError | None:
-    """The fault that was being dealt with when this was raised."""
+    """The fault that was being handled when this was raised."""
     context = error.__context__
     while context is not None and not isinstance(context, RunError):
         context = context.__context__
@@ -157,12 +158,12 @@ def _fault_before(error: BaseException) -> RunError | None:
 
 
 def _marker() -> Path:
-    """A file that this torchrun's workers on this machine share: a mistake is not mended by starting again."""
+    """A file that this torchrun's workers on this machine share, as a restart does not fix a mistake."""
     return Path(tempfile.gettempdir()) / f"rlinf-{os.getuid()}-{os.getppid()}.mistake"
 
 
 def _ended_before(*, restarted: bool) -> bool:
-    """Whether torchrun has started this process again after a mistake; the first start removes stale marks."""
+    """Whether torchrun has restarted this process after a mistake; the first start removes stale markers."""
     if not restarted:
         _marker().unlink(missing_ok=True)
     return restarted and _marker().exists()

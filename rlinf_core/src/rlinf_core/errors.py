@@ -1,6 +1,6 @@
-"""The errors that are a user's to mend. They are shown as one message without a traceback.
+"""Errors that a user can fix, shown as one message without a traceback, and exit codes.
 
-A message names the thing, its owner and the way out. Anything else that is raised is a defect and keeps its traceback.
+A message names the thing, its owner and the way out. Any other exception is a defect and keeps its traceback.
 """
 
 import difflib
@@ -15,19 +15,19 @@ class Exit(IntEnum):
     """The exit codes of `rlinf` and of a training process (contract 10)."""
 
     OK = 0
-    """Done, or saved and left because the machine was asked for (SIGTERM)."""
+    """Finished, or preempted by SIGTERM after saving."""
     DEFECT = 1
     """A defect, with its traceback."""
     USER_ERROR = 2
-    """Something the user can mend, with one message."""
+    """Something the user can fix, with one message."""
     INTERRUPTED = 130
-    """Ctrl-C, as shells number it; a training run has saved before."""
+    """Ctrl-C, by the shell's convention; a training run has saved first."""
 
 
 class UserError(Exception):
-    """Something the user handed in is wrong: a config, a file, a dataset. The message says which and what to do.
+    """Something the user provided is wrong: a config, a file, a dataset. The message says what, and how to fix it.
 
-    It may repeat what others wrote; as text it is fit for a terminal and a log (`plain.printable`).
+    It may quote untrusted text; `str` makes it safe for terminals and logs (`untrusted.printable`).
     """
 
     def __str__(self) -> str:
@@ -35,22 +35,22 @@ class UserError(Exception):
 
 
 class PluginError(UserError):
-    """A plugin failed or contradicts another. The message names its distribution, version and entry point."""
+    """A plugin failed or conflicts with another. The message names its distribution, version and entry point."""
 
 
 class RunError(Exception):
-    """Something failed that is neither the user's nor the code's: a machine, a network. Starting again may help.
+    """A failure of a machine or a network, which a restart may fix.
 
-    The message is shown without a traceback, and torchrun's restarts are used up on it.
+    The message is shown without a traceback, and torchrun uses its restarts.
     """
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run was asked to stop by a signal, and has saved if it was training; the same command continues it.
+    """A signal stopped the run, which has saved if it was training; the same command continues it.
 
     Args:
         received: SIGINT or SIGTERM.
-        step: Finished optimizer steps.
+        step: Number of finished optimizer steps.
     """
 
     def __init__(self, received: Signals, step: int) -> None:
@@ -60,6 +60,6 @@ class Interrupted(KeyboardInterrupt):
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """`"; did you mean 'a' or 'b'?"` for the names closest to a misspelt one, or an empty string."""
+    """`"; did you mean 'a' or 'b'?"` with the names closest to a misspelt one, or an empty string."""
     near = difflib.get_close_matches(name, sorted(set(names)), n=3)
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""

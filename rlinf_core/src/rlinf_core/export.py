@@ -1,8 +1,8 @@
-"""From a run's checkpoint to a folder with everything that a policy needs to act.
+"""Export a run's checkpoint to a folder with everything that a policy needs to act.
 
-The folder holds the weights in the layout that the policy's `open_weights` reads, `norm_stats.json` (of a mixture
-`norm_stats/<source>.json`), copies of the policy's files (a tokenizer), and `rlinf.json`, which says how data become
-samples and what the files' hashes are. `inference.load_policy` reads it; `policy.weights` may name it.
+The folder contains the weights in the layout that the policy's `open_weights` reads, `norm_stats.json` (for a mixture
+`norm_stats/<source>.json`), copies of the policy's files (a tokenizer), and `rlinf.json`, which describes how to encode
+observations and lists the files' hashes. `inference.load_policy` reads it; `policy.weights` may name it.
 """
 
 from __future__ import annotations
@@ -45,45 +45,45 @@ STATISTICS = "norm_stats.json"
 FORMAT = 1
 NUMBERS_AT_A_TIME = 2**28
 NATIVE = "rlinf"
-"""The format that this project reads; the others are the policy's."""
+"""This project's own format; a policy may provide others."""
 NAME_OUTPUT = "Name another folder with --output"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What of a run to export."""
+    """What to export from a run."""
 
     step: int | None = None
     """The checkpoint after this step; None: the newest."""
     best: bool = False
-    """The checkpoint with the best validation."""
+    """The checkpoint with the best validation metric."""
     ema: bool = False
     """The moving average of the weights instead of the weights."""
     dtype: Literal["fp32", "bf16"] = "fp32"
-    """Floating-point format of the file."""
+    """Dtype of the exported weights."""
     format: str = NATIVE
-    """Whose loader reads the result."""
+    """Format of the result: `NATIVE` or one of the policy's."""
     source: str = ""
-    """The dataset of a mixture for which the policy is to act; empty: all, the one who loads it says which."""
+    """For a mixture, the dataset to export for; empty: all, of which `load_policy` chooses one."""
 
 
 def export_run(
-    folder: Path, output: Path, choice: Choice, plugins: Plugins, tell: Callable[[str], object] = print
+    folder: Path, output: Path, choice: Choice, plugins: Plugins, log: Callable[[str], object] = print
 ) -> Path:
-    """Export a run's policy; nothing is written unless all of it is.
+    """Export a run's policy; on failure, nothing is written.
 
     Args:
-        folder: The run's, `runs/<name>`.
-        output: The folder to make.
-        choice: Which weights, and how.
-        plugins: Where the run's classes come from.
-        tell: Learns of damaged checkpoints that were passed over.
+        folder: The run's folder, `runs/<name>`.
+        output: The folder to create.
+        choice: Which weights to export, and how.
+        plugins: Plugins that provide the run's classes.
+        log: Called with a warning for each damaged checkpoint that was skipped.
 
     Returns:
         The checkpoint that was exported.
 
     Raises:
-        UserError: There is no such run or checkpoint, or the output is there already or cannot be written.
+        UserError: There is no such run or checkpoint, or the output already exists or cannot be written.
     """
     _check_run(folder)
     run = load_config(folder / "config.toml", plugins=plugins)
@@ -92,12 +92,12 @@ def export_run(
     if choice.format not in formats:
         raise UserError(
             f"the policy {run.policy.type!r} has no export format {choice.format!r}"
-            f"{did_you_mean(choice.format, formats)} (there is: {', '.join(formats)})"
+            f"{did_you_mean(choice.format, formats)} (available: {', '.join(formats)})"
         )
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output} is there already: give another --output, or remove it")
+        raise UserError(f"{output} already exists: name another --output, or remove it")
     check_writable(output, NAME_OUTPUT)
-    checkpoint = find_checkpoint(folder, run.runner.checkpoints_of(folder), choice, tell)
+    checkpoint = find_checkpoint(folder, run.runner.checkpoints_of(folder), choice, log)
     policy = run.policy.with_data_layout(read_position(checkpoint).data_layout)
     run = run.model_copy(update={"policy": policy})
     tensors = read_weights(run, checkpoint, choice, plugins)
@@ -120,55 +120,54 @@ def export_run(
 
 
 def _check_run(folder: Path) -> None:
-    """Raise `UserError` for what is no run's folder."""
+    """Raise `UserError` if the folder is not a run's folder."""
     if (folder / "config.toml").is_file():
         return
     if not folder.exists():
-        what = f"there is no {folder} (looked from {Path.cwd()})"
+        what = f"there is no {folder} (in {Path.cwd()})"
     elif not folder.is_dir():
         what = f"{folder} is a file"
     elif ((run := folder.resolve().parent.parent) / "config.toml").is_file():
-        what = f"{folder} is a part of the run in {run} (--step chooses a checkpoint)"
+        what = f"{folder} is part of the run in {run} (--step selects a checkpoint)"
     else:
-        what = f"{folder} holds no run: it has no config.toml"
-    raise UserError(f"{what}: give the run's folder, runs/<name>")
+        what = f"{folder} is not a run: it has no config.toml"
+    raise UserError(f"{what}: name the run's folder, runs/<name>")
 
 
 def _statistics(path: Path) -> Stats | None:
     return load_norm_stats(path) if path.exists() else None
 
 
-def find_checkpoint(folder: Path, checkpoints: Path, choice: Choice, tell: Callable[[str], object]) -> Path:
-    """The folder of the chosen checkpoint, whose files are what was written.
+def find_checkpoint(folder: Path, checkpoints: Path, choice: Choice, log: Callable[[str], object]) -> Path:
+    """The folder of the chosen checkpoint, whose files match their hashes; by default the newest undamaged one.
 
     Args:
-        folder: The run's.
-        checkpoints: That of its checkpoints.
-        choice: Which.
-        tell: Learns of damaged ones that were passed over.
+        folder: The run's folder.
+        checkpoints: The folder of its checkpoints.
+        choice: Which checkpoint.
+        log: Called with a warning for each damaged checkpoint that was skipped.
 
     Raises:
-        UserError: It is not there, with those that are, or it is damaged. Where none in particular is asked for, the
-            newest that is whole is taken.
+        UserError: There is no such checkpoint (the message lists those that exist), or it is damaged.
     """
     if choice.best:
         if not (folder / "best").exists():
-            raise UserError(f"{folder} knows no best checkpoint: runner.save_best was not set")
+            raise UserError(f"{folder} has no best checkpoint: runner.save_best was not set")
         name = (folder / "best").read_text().strip()
     elif choice.step is not None:
         name = step_name(choice.step)
     else:
-        return _newest(folder, checkpoints, tell)
+        return _newest(folder, checkpoints, log)
     there = sorted(path.name for path in checkpoints.glob(NAMES))
     if name not in there:
         steps = ", ".join(str(int(name.removeprefix("step_"))) for name in there) or "none"
-        raise UserError(f"{folder} holds no checkpoint of step {int(name.removeprefix('step_'))} (there is: {steps})")
+        raise UserError(f"{folder} has no checkpoint of step {int(name.removeprefix('step_'))} (available: {steps})")
     if why := find_damage(checkpoints / name, ranks=1):
         raise UserError(f"{checkpoints / name} is damaged: {why}. Choose another one with --step")
     return checkpoints / name
 
 
-def _newest(folder: Path, checkpoints: Path, tell: Callable[[str], object]) -> Path:
+def _newest(folder: Path, checkpoints: Path, log: Callable[[str], object]) -> Path:
     damaged: dict[str, str] = {}
     paths = candidates(folder, checkpoints)
     while newest := newest_whole(paths, damaged):
@@ -177,44 +176,44 @@ def _newest(folder: Path, checkpoints: Path, tell: Callable[[str], object]) -> P
             damaged[path.name] = why
             continue
         for name, why in damaged.items():
-            tell(f"warning: the checkpoint {name} is damaged: {why}; {path.name} is exported")
+            log(f"warning: the checkpoint {name} is damaged: {why}; exporting {path.name} instead")
         return path
     if damaged:
         raise none_whole(checkpoints, damaged, "Restore one, or name an undamaged one with --step.")
-    raise UserError(f"{folder} holds no checkpoint (there is: none)")
+    raise UserError(f"{folder} has no checkpoint")
 
 
 def read_weights(run: RunConfig, checkpoint: Path, choice: Choice, plugins: Plugins) -> dict[str, torch.Tensor]:
-    """Whole tensors of a checkpoint by the module's own names, on the CPU, in the wanted dtype.
+    """Full tensors of a checkpoint by the module's parameter names, on the CPU, in the chosen dtype.
 
-    About a gigabyte of float32 is held besides the tensors that are done.
+    Besides the result, about a gigabyte of float32 is in memory at a time.
     """
     policy = build_on_meta(run, plugins)
     if (tag := layout(policy.named_parameters())) != (saved := read_position(checkpoint).layout):
         raise UserError(
-            f"{checkpoint} was saved by a model of another layout ({saved}; this one is {tag}): "
+            f"{checkpoint} was saved by a model with another layout ({saved}; this one has {tag}): "
             "the version of the policy's plugin differs"
         )
     reader = ShardReader(checkpoint)
     saved_names = reader.read_metadata().state_dict_metadata
     if choice.ema and not any(name.startswith("ema.") for name in saved_names):
-        raise UserError(f"{checkpoint} holds no moving average of the weights: optim.ema_decay was 0")
+        raise UserError(f"{checkpoint} has no moving average of the weights: optim.ema_decay was 0")
     tensors: dict[str, torch.Tensor] = {}
     for part in _parts(policy.named_parameters()):
-        # Frozen parameters are their own average.
+        # Frozen parameters have no separate average.
         keys = {
             name: f"ema.{name}" if choice.ema and f"ema.{name}" in saved_names else f"model.{name}" for name in part
         }
         read = {keys[name]: torch.empty(shape, dtype=torch.float32) for name, shape in part.items()}
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # That is meant.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # Intended here.
             read_shards(read, storage_reader=reader, no_dist=True)
         tensors |= {name: read[keys[name]].to(DTYPES[choice.dtype]) for name in part}
     return tensors
 
 
 def _parts(parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> Iterator[dict[str, torch.Size]]:
-    """Names and shapes, about a gigabyte of float32 at a time."""
+    """Names and shapes of parameters, in parts of about a gigabyte of float32."""
     part: dict[str, torch.Size] = {}
     for name, parameter in parameters:
         part[name] = parameter.shape

@@ -1,4 +1,4 @@
-"""Writing files so that nothing is half-written, and one message where nothing can be."""
+"""Write files atomically, and report an unwritable path in one message."""
 
 import errno
 import os
@@ -11,12 +11,12 @@ from rlinf_core.errors import UserError
 
 
 def write_text(path: Path, text: str, *, writer: str = "") -> None:
-    """Write a file aside, sync it, and rename it: readers see the old or the new content, never half of it.
+    """Write a file atomically: to a temporary file, fsynced and renamed. Readers see the old or the new content.
 
     Args:
         path: The file.
-        text: What it shall hold.
-        writer: Who writes, in a word, where several processes may do so at once.
+        text: The content.
+        writer: A name for this process, if several may write the file at once.
     """
     aside = path.with_name(f".{path.name}.{writer}{'.' * bool(writer)}tmp")
     try:
@@ -32,12 +32,12 @@ def write_text(path: Path, text: str, *, writer: str = "") -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Put on disk which files a folder holds, where the file system can say so."""
+    """Fsync a folder, so that new file names are durable, if the file system supports it."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # Mounts of object storage have no folders to sync.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # Mounts of object storage do not support it.
             raise
     finally:
         os.close(descriptor)
@@ -45,10 +45,10 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def writing(path: Path, way_out: str) -> Iterator[None]:
-    """Name what the user asked for where it cannot be written, rather than a part of it or a file aside.
+    """Turn an `OSError` into a message that names the path the user gave, not a file in it or a temporary one.
 
     Args:
-        path: What is written.
+        path: The file or folder that is written.
         way_out: The end of the message, without a full stop: `"Name another file with --output"`.
 
     Raises:
@@ -58,38 +58,37 @@ def writing(path: Path, way_out: str) -> Iterator[None]:
         yield
     except OSError as error:
         why = error.strerror or str(error)
-        if error.filename and f".{path.name}." not in str(error.filename):  # Files aside are nobody's business.
+        if error.filename and f".{path.name}." not in str(error.filename):  # Do not mention temporary files.
             why = f"{why}: {error.filename}"
         raise UserError(f"{path} cannot be written: {why}. {way_out}") from error
 
 
 def check_writable(path: Path, way_out: str, *, file: bool = False) -> None:
-    """Find out before the work whether `writing` has a chance; nothing is made.
+    """Check before the work whether a path can be written; creates nothing.
 
     Args:
         path: A folder, or a file.
         way_out: As in `writing`.
-        file: Whether it is a file.
+        file: Whether `path` is a file.
 
     Raises:
-        UserError: What is there on the way to it is not a folder, or not one to write to.
+        UserError: An existing parent is not a folder or not writable.
     """
     if why := find_obstacle(path.parent if file else path):
         raise UserError(f"{path} cannot be written: {why}. {way_out}")
 
 
 def find_obstacle(folder: Path) -> str:
-    """Why a folder cannot be made or written to, by the nearest part of its path that is there; empty if it can."""
-    # os.path answers False, where pathlib raises, for what lies in a folder that may not be entered.
+    """The reason why a folder cannot be created or written, from its nearest existing parent; empty if it can."""
+    # For paths in an inaccessible folder, os.path returns False where pathlib raises.
     there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     if not os.path.isdir(there):
         return f"{there} is not a folder"
     if not os.access(there, os.W_OK | os.X_OK):
-        return f"{there} is not a folder that you may write to"
+        return f"{there} is not writable for you"
     try:
-        tempfile.TemporaryFile(
-            dir=there
-        ).close()  # It has no name. The superuser may all, and some folders take nothing.
+        # `os.access` allows the superuser everything, but some folders accept no files. This one has no name.
+        tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
-        return f"{there} takes no files ({error.strerror})"
+        return f"{there} does not accept files ({error.strerror})"
     return ""

@@ -1,9 +1,9 @@
-"""Models and datasets on the hub: which settings name one, and how its files get here.
+"""Models and datasets on the hub: recognise hub ids in settings, and download files. Plugins may use this module.
 
-A repository is read at one commit (`Snapshot`), so that files which are fetched later belong to the earlier ones though
-its branch moves on; only what is asked for is fetched, into the cache that `hf download` uses as well. Whoever is
-without a network hears of it at once: the hub's client would try again for half a minute. Importing this loads neither
-torch nor the hub's client. Plugins may use it.
+A repository is read at one commit (`Snapshot`), so that files that are downloaded later match the earlier ones even if
+its branch has moved. Only requested files are downloaded, to the cache that `hf download` also uses. A missing network
+is reported at once, whereas the hub's client would retry for half a minute. Importing this module loads neither torch
+nor the hub's client.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ Kind = Literal["model", "dataset"]
 
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>.+))?")
 _AT_ONCE = 8
-"""Files that are fetched at the same time."""
+"""Files that are downloaded in parallel."""
 _PATIENCE = 10.0
-"""Seconds to wait for the hub's answer."""
+"""Timeout of the connection check, in seconds."""
 
 
 class NotInRepositoryError(Exception):
-    """The repository is known, and has no such file."""
+    """The repository exists but has no such file."""
 
 
 @contextmanager
 def cache_only() -> Iterator[None]:
-    """Ask nobody inside: what a hub id means is in the cache, or it cannot be had."""
+    """Use only the local cache in this context, without network requests."""
     from huggingface_hub import constants
 
     before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
@@ -49,27 +49,27 @@ def local_path(text: str, setting: str) -> Path | None:
     """The path that a setting names; None if it is a hub id: `owner/name` with an optional `@revision`.
 
     Raises:
-        UserError: It is neither; `setting` is named.
+        UserError: It is neither; the message names `setting`.
     """
     path = Path(text).expanduser()
     if path.exists():
         return path
     on_hub = None if text.startswith((".", "~", "/")) else _HUB_ID.fullmatch(text)
-    # A folder that is there makes the rest a path with a slip in it, and no owner on the hub; a revision tells.
+    # If the first part is an existing folder, this is a mistyped path rather than a hub id, unless it has a revision.
     in_a_folder = path.parent != Path() and path.parent.is_dir()
     if on_hub and (on_hub["revision"] or not in_a_folder):
         return None
-    told = "and a hub id reads owner/name or owner/name@revision"
+    hint = "and a hub id has the form owner/name or owner/name@revision"
     if on_hub:
-        told = f"though a folder {path.parent}; if the hub's is meant, name its revision: {text}@main"
-    raise UserError(f"{setting}: there is no file or folder {text} (here: {Path.cwd()}), {told}")
+        hint = f"but there is a folder {path.parent}; for the repository on the hub, add its revision: {text}@main"
+    raise UserError(f"{setting}: there is no file or folder {text} (in {Path.cwd()}), {hint}")
 
 
 def parse_hub_id(text: str) -> tuple[str, str | None]:
     """The repository `owner/name`, and its revision (a branch, a tag or a commit) if the id has one."""
     match = _HUB_ID.fullmatch(text)
     if not match:
-        raise ValueError(f"{text!r} is no hub id")
+        raise ValueError(f"{text!r} is not a hub id")
     return match["id"], match["revision"]
 
 
@@ -79,10 +79,10 @@ def full_name(repository: str, revision: str | None) -> str:
 
 
 def cached_file(repository: str, file: str, revision: str | None, kind: Kind = "model") -> Path | None:
-    """A file of a repository in the local cache, without asking the hub; None if it is not there.
+    """A file of a repository in the local cache, without a network request; None if it is not cached.
 
     Raises:
-        NotInRepositoryError: The cache knows that the repository has no such file.
+        NotInRepositoryError: According to the cache, the repository has no such file.
     """
     from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
 
@@ -93,20 +93,20 @@ def cached_file(repository: str, file: str, revision: str | None, kind: Kind = "
 
 
 def download_file(repository: str, file: str, revision: str | None, setting: str, kind: Kind = "model") -> Path:
-    """A file of a repository, downloaded unless the cache has it as it is on the hub.
+    """Download a file of a repository, unless the cache has its current version.
 
-    Several processes of a machine may ask at once: the hub's client locks each file.
+    Several processes may call this at once; the hub's client locks each file.
 
     Raises:
         NotInRepositoryError: The repository has no such file.
-        UserError: The hub does not have the repository, does not let one in or does not answer; `setting` is named.
+        UserError: The hub lacks the repository, denies access or is unreachable; the message names `setting`.
     """
     return _download(repository, file, revision, setting, kind, _silence())
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A repository at one commit, as far as its files lie in the local cache."""
+    """A repository at one commit, whose files are downloaded on demand."""
 
     repository: str
     revision: str | None
@@ -115,15 +115,15 @@ class Snapshot:
     """The setting that names the repository, for messages."""
     commit: str
     folder: Path
-    """Where the files of this commit lie; it may not be there yet."""
+    """The folder of this commit in the cache; it may not exist yet."""
     silence: Exception | None
-    """Why the hub does not answer, so that the commit is the cache's; None: it does."""
+    """Why the hub is unreachable, so that only the cache is used; None if it is reachable."""
 
     def names(self, under: str) -> list[str]:
-        """Paths of the files in the repository's folder `under`; those in the cache where the hub does not answer.
+        """Paths of the files in the repository's folder `under`; only cached ones if the hub is unreachable.
 
         Raises:
-            UserError: The hub stopped answering.
+            UserError: The request failed.
         """
         from httpx import HTTPError
         from huggingface_hub import HfApi
@@ -144,10 +144,10 @@ class Snapshot:
             raise self._unavailable(f"the list of files in {under}/", error) from error
 
     def fetch(self, files: Iterable[str]) -> None:
-        """Have files in `folder`; those that the repository lacks stay absent.
+        """Download files that `folder` lacks; files that the repository does not have stay absent.
 
         Raises:
-            UserError: Files are missing in the cache, and the hub does not hand them over.
+            UserError: A file is not cached and cannot be downloaded.
         """
         missing = [file for file in dict.fromkeys(files) if not (self.folder / file).exists()]
         if not missing:
@@ -165,7 +165,7 @@ class Snapshot:
                 for one in running:
                     one.result()
                     bar.update()
-            finally:  # One that fails ends the others before they start.
+            finally:  # After a failure, do not start the remaining downloads.
                 pool.shutdown(cancel_futures=True)
 
     def _fetch(self, file: str) -> None:
@@ -185,19 +185,18 @@ class Snapshot:
 
 
 def open_snapshot(repository: str, revision: str | None, kind: Kind, setting: str, file: str) -> Snapshot:
-    """A repository at the commit that a revision means now, asked once a process; the cache's without a network.
+    """Open a repository at a revision's current commit, requested once per process; offline, the cached commit.
 
     Args:
         repository: `owner/name`.
         revision: A branch, a tag or a commit; None: the default branch.
-        kind: What the repository holds.
+        kind: Type of the repository.
         setting: The setting that names it, for messages.
-        file: A file that every such repository has; it is fetched, and tells the commit.
+        file: A file that every such repository has; downloading it determines the commit.
 
     Raises:
         NotInRepositoryError: It has no such file.
-        UserError: The hub does not have the repository or the revision, does not let one in or does not answer, and
-            nothing is cached.
+        UserError: The hub lacks the repository or the revision, denies access or is unreachable, and nothing is cached.
     """
     from huggingface_hub import constants
 
@@ -209,7 +208,7 @@ def _open_snapshot(
     repository: str, revision: str | None, kind: Kind, setting: str, file: str, cache: str, offline: bool
 ) -> Snapshot:
     silence = _silence()
-    path = _download(repository, file, revision, setting, kind, silence)  # The cache notes the commit of the revision.
+    path = _download(repository, file, revision, setting, kind, silence)  # The path in the cache contains the commit.
     folder = Path(cache) / f"{kind}s--{repository.replace('/', '--')}" / "snapshots"
     commit = path.relative_to(folder).parts[0]
     return Snapshot(repository, revision, kind, setting, commit, folder / commit, silence)
@@ -218,7 +217,7 @@ def _open_snapshot(
 def _download(
     repository: str, file: str, revision: str | None, setting: str, kind: Kind, silence: Exception | None
 ) -> Path:
-    """A file; the cache's where the hub is silent."""
+    """Download a file, or use the cached one if the hub is unreachable."""
     from httpx import HTTPError
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -226,14 +225,14 @@ def _download(
     cached_only = silence is not None
     try:
         return Path(hf_hub_download(repository, file, revision=revision, repo_type=kind, local_files_only=cached_only))
-    except (OSError, HTTPError, ValueError, EntryNotFoundError) as error:  # All that the client raises on its own.
+    except (OSError, HTTPError, ValueError, EntryNotFoundError) as error:  # All errors of the hub's client.
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             raise NotInRepositoryError(file) from error
         raise _unavailable(repository, file, revision, setting, kind, silence or error) from error
 
 
 def _silence() -> Exception | None:
-    """Why the hub does not answer; None if it does. One short question: a client that downloads would ask six times."""
+    """Why the hub is unreachable; None if it is reachable. One short request; a download would try six times."""
     from httpx import TransportError
     from huggingface_hub import constants, get_session
     from huggingface_hub.errors import OfflineModeIsEnabled
@@ -246,13 +245,13 @@ def _silence() -> Exception | None:
 
 
 def _progress_bar() -> Any:
-    """The bar of the hub's client, which HF_HUB_DISABLE_PROGRESS_BARS switches off."""
+    """The progress bar of the hub's client, which HF_HUB_DISABLE_PROGRESS_BARS disables."""
     return import_module("huggingface_hub.utils.tqdm").tqdm
 
 
 @functools.cache
 def _no_progress_bar() -> type[Any]:
-    """For single files: there may be thousands."""
+    """A disabled bar for single files, of which there may be thousands."""
 
     def __init__(self: Any, *arguments: Any, **options: Any) -> None:  # noqa: N807
         bar.__init__(self, *arguments, **(options | {"disable": True}))
@@ -268,27 +267,27 @@ def _unavailable(
 
     options = " --repo-type dataset" * (kind == "dataset") + (f" --revision {revision}" if revision else "")
     return UserError(
-        f"{setting}: {repository!r} is no file or folder (here: {Path.cwd()}), and {what} of the {kind} "
-        f"{full_name(repository, revision)} could not be had from the hub, nor from the cache "
+        f"{setting}: {repository!r} is not a file or folder (in {Path.cwd()}), and {what} of the {kind} "
+        f"{full_name(repository, revision)} cannot be loaded from the hub or from the cache "
         f"{constants.HF_HUB_CACHE}: {_reason(error)}. Check the id and the connection (a private or gated {kind} needs "
         "`hf auth login` or HF_TOKEN, and HF_HUB_OFFLINE must not be set), or run "
-        f"`hf download {repository}{options} --local-dir FOLDER` where there is a network and name that folder"
+        f"`hf download {repository}{options} --local-dir FOLDER` on a machine with a network and use that folder"
     )
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, in a few words. Messages of the hub's client hold no token, but pages of advice."""
+    """The cause in a few words. Messages of the hub's client contain no token but many lines of advice."""
     from httpx import TransportError
     from huggingface_hub import errors
 
     known = {
-        errors.GatedRepoError: "it is gated, and its owner has not let this account in",
-        errors.RepositoryNotFoundError: "the hub has no such repository, or this account may not see it",
+        errors.GatedRepoError: "it is gated, and this account has no access",
+        errors.RepositoryNotFoundError: "the hub has no such repository, or this account has no access to it",
         errors.RevisionNotFoundError: "the repository has no such revision",
         errors.OfflineModeIsEnabled: "HF_HUB_OFFLINE is set",
     }
-    told = next((text for kind, text in known.items() if isinstance(error, kind)), None)
-    if told is None:
-        told = "the hub does not answer" if isinstance(error, TransportError) else "the hub's client failed"
-        told += f" ({type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]})"
-    return told
+    reason = next((text for kind, text in known.items() if isinstance(error, kind)), None)
+    if reason is None:
+        reason = "the hub is unreachable" if isinstance(error, TransportError) else "the hub's client failed"
+        reason += f" ({type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]})"
+    return reason

@@ -1,6 +1,6 @@
-"""What a policy shows of a sample it is given, as values that `rlinf inspect` puts on its page.
+"""How a policy illustrates a sample: the values that `rlinf inspect` displays.
 
-A policy answers `PolicyConfig.illustrate` with them and knows nothing of pages; the page knows nothing of policies.
+`PolicyConfig.illustrate` returns them. The policy knows nothing of the page, and the page knows nothing of policies.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """An image as it stands at some point between the dataset and the model."""
+    """An image at some stage between the dataset and the model."""
 
     caption: str
     """What was done to it."""
@@ -26,10 +26,10 @@ class Camera:
     """A camera of the policy."""
 
     name: str
-    """As the keys of a sample's `images`; the page puts the pictures after those of the data of that name."""
+    """A key of a sample's `images`; the page shows the pictures after the dataset's image of that name."""
     pictures: tuple[Picture, ...] = ()
     note: str = ""
-    """A sentence below them."""
+    """A sentence below the pictures."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Token:
 
     id: int
     piece: str
-    """Its text, with white space made visible."""
+    """The token's text, with visible white space."""
     kind: str
-    """What it belongs to, in a word or two; kinds have colours and a legend."""
+    """The part of the text that it belongs to, in a word or two; it determines the colour and the legend."""
 
 
 @dataclass(frozen=True)
@@ -50,30 +50,30 @@ class TokenText:
     title: str
     tokens: tuple[Token, ...]
     cut: int = 0
-    """Tokens at its end that did not fit and that the model never sees; the page warns of them."""
+    """Number of tokens at the end that did not fit, which the model never sees; the page warns about them."""
     note: str = ""
-    """How many there may be."""
+    """For example the maximum number of tokens."""
 
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """Which of several things each element of a mask or of a tensor is."""
+    """The category of each element of a mask or tensor."""
 
     title: str
     values: NDArray[np.integer]
     """[rows, columns], indices into `names`."""
     names: tuple[str, ...]
-    """What a value means: the legend."""
+    """The meaning of each value, for the legend."""
     rows: str = ""
-    """What the rows are."""
+    """Label of the rows."""
     columns: str = ""
-    """What the columns are."""
+    """Label of the columns."""
     note: str = ""
 
 
 @dataclass(frozen=True)
 class Illustration:
-    """What a policy shows of one sample."""
+    """Everything that a policy shows of one sample."""
 
     cameras: tuple[Camera, ...] = ()
     texts: tuple[TokenText, ...] = ()

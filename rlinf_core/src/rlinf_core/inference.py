@@ -1,4 +1,4 @@
-"""An exported policy at work: observations in the robot's names and units in, actions in the robot's units out."""
+"""Run an exported policy: observations with the dataset's column names and units in, actions in its units out."""
 
 from __future__ import annotations
 
@@ -33,30 +33,30 @@ ELSEWHERE = {
     "a policy in openpi's format": "assets/**/norm_stats.json",
     "weights alone": "*.safetensors*",
 }
-"""What a folder without `rlinf.json` may hold -> a file that tells."""
+"""What a folder without `rlinf.json` may contain -> a file that identifies it."""
 
 
 @dataclass(frozen=True)
-class HoldToTraining(Transform):
-    """Refuse a state that is not as wide as those of training, or not finite; changes nothing."""
+class CheckTrainingState(Transform):
+    """Check that a state is finite and has the width of the training data; changes nothing."""
 
     width: int
 
     def __call__(self, sample: Sample) -> Sample:
-        """The sample as it is."""
+        """Return the sample unchanged."""
         state = sample.get("state")
         if state is not None and state.shape != (self.width,):
             raise UserError(
-                f"the state of the observation is of shape {list(state.shape)} after the dataset's transforms, in "
-                f"training it was [{self.width}]: hand over as many numbers as the dataset has in a row"
+                f"the state of the observation has shape {list(state.shape)} after the dataset's transforms, in "
+                f"training it was [{self.width}]: provide as many numbers as a row of the dataset has"
             )
         if state is not None and not np.isfinite(state).all():
-            raise UserError("the state of the observation holds NaN or infinity: a robot must not act on that")
+            raise UserError("the state of the observation contains NaN or infinity: a robot must not act on that")
         return sample
 
 
 class LoadedPolicy:
-    """A policy with its pipeline, as `load_policy` returns it."""
+    """A policy with its pipeline; `load_policy` returns it."""
 
     def __init__(self, config: PolicyConfig, data: DatasetConfig, pipeline: Pipeline, module: Any) -> None:
         self.config, self.data, self.pipeline = config, data, pipeline
@@ -65,18 +65,18 @@ class LoadedPolicy:
         self._noise = np.random.default_rng()
 
     def infer(self, observation: Mapping[str, Any], noise: NDArray[np.float32] | None = None) -> NDArray[np.floating]:
-        """A chunk of actions.
+        """Compute a chunk of actions.
 
         Args:
-            observation: A row as the dataset has them: images uint8 [height, width, 3] RGB and vectors [D] under the
-                dataset's column names, `task` text. Actions and other columns are not looked at.
-            noise: [H, A] standard normal, where sampling starts; None: drawn anew.
+            observation: A row in the dataset's format: images uint8 [height, width, 3] RGB and vectors [D] under the
+                dataset's column names, and the text `task`. Actions and other columns are ignored.
+            noise: [H, A] standard normal, the start of sampling; None: drawn for this call.
 
         Returns:
             [H, D] actions in the data's units.
 
         Raises:
-            UserError: The observation lacks a column (all of them are named), or its state or task is none.
+            UserError: The observation lacks columns (the message names them all), or its state or task is invalid.
         """
         sample = self._encode(observation)
         if noise is None:
@@ -88,18 +88,18 @@ class LoadedPolicy:
 
     def _encode(self, observation: Mapping[str, Any]) -> Any:
         columns = self.data.observation_columns()
-        # The task may be told even where a default prompt would do without.
+        # A task overrides the default prompt, which may be all that the columns ask for.
         wanted = (*columns, "task") if columns else observation
         seen = {column: observation[column] for column in wanted if column in observation}
-        # Checked here: a camera that a row lacks is left out in training, but a robot that loses one must hear of it.
+        # Checked here: training skips a camera that a row lacks, but a robot that loses one must be told.
         if missing := [column for column in columns if column not in observation]:
             hints = did_you_mean(missing[0], observation.keys() - set(columns))
             raise UserError(
                 f"the observation lacks {', '.join(map(repr, missing))}; it has {', '.join(observation) or 'nothing'}"
-                f"{hints}. Names are those of the dataset that the policy was trained on"
+                f"{hints}. Names must be those of the dataset that the policy was trained on"
             )
         if not isinstance(seen.get("task", ""), str):
-            raise UserError(f"the observation's 'task' is {seen['task']!r}: one text is needed")
+            raise UserError(f"the observation's 'task' is {seen['task']!r}, but must be a string")
         try:
             return self.pipeline.encode(seen)
         except KeyError as error:
@@ -120,13 +120,13 @@ def load_policy(
 
     Args:
         folder: The exported folder.
-        device: Where it computes.
-        dtype: Of matrix products; what the policy keeps in float32 stays there.
-        plugins: Where its classes come from; default: the plugins of the environment.
-        source: The dataset of a mixture as which it acts: whose observations it is shown, whose actions it gives.
+        device: Device to compute on.
+        dtype: Dtype of matrix products; parameters that the policy keeps in float32 stay so.
+        plugins: Plugins that provide its classes; default: those of the environment.
+        source: For a mixture, the dataset whose observations it gets and whose actions it returns.
 
     Raises:
-        UserError: The folder is no exported policy, or its files do not fit together.
+        UserError: The folder is not an exported policy, or its files are inconsistent.
     """
     folder = Path(folder)
     plugins = plugins or get_plugins()
@@ -140,8 +140,8 @@ def load_policy(
     )
     stats = load_norm_stats(statistics) if statistics.exists() else None
     pipeline = build_pipeline(data, config, stats)
-    if pipeline.normalize and stats and "state" in stats:  # Narrower ones would pass, and be filled up.
-        pipeline = replace(pipeline, dataset=(*pipeline.dataset, HoldToTraining(len(stats["state"].mean))))
+    if pipeline.normalize and stats and "state" in stats:  # A narrower state would be padded silently.
+        pipeline = replace(pipeline, dataset=(*pipeline.dataset, CheckTrainingState(len(stats["state"].mean))))
     with torch.device("meta"):
         module: Any = config.build()
     weights = config.open_weights()
@@ -152,10 +152,10 @@ def load_policy(
 
 
 def _choose_source(table: dict[str, Any], folder: Path, name: str) -> tuple[dict[str, Any], Path]:
-    """The table of the dataset as which the policy acts, and where its statistics lie."""
+    """The table of the chosen dataset, and the path of its statistics."""
     listed = table.get("mixture", [])
     if not isinstance(listed, list) or not all(isinstance(entry, dict) for entry in listed):
-        raise UserError(f"{folder / DESCRIPTION}: its data.mixture is no list of tables")
+        raise UserError(f"{folder / DESCRIPTION}: its data.mixture is not a list of tables")
     entries = {_name(entry, "name", folder): entry for entry in listed}
     if not entries and not name:
         return table, folder / STATISTICS
@@ -168,14 +168,14 @@ def _choose_source(table: dict[str, Any], folder: Path, name: str) -> tuple[dict
 
 
 def _name(table: dict[str, Any], key: str, folder: Path) -> str:
-    """A name that a table of the description gives."""
+    """A name in a table of the description."""
     if not isinstance(name := table.get(key), str):
-        raise UserError(f"{folder / DESCRIPTION}: {key} is {name!r}, where a name belongs")
+        raise UserError(f"{folder / DESCRIPTION}: {key} is {name!r}, but must be a name")
     return name
 
 
 def _inside(folder: Path, name: object) -> Path:
-    """A file of the folder by the name that its description gives it."""
+    """A file in the folder, by its name in the description."""
     try:
         return path_inside(folder, name)
     except ValueError as error:
@@ -183,7 +183,7 @@ def _inside(folder: Path, name: object) -> Path:
 
 
 def _compute_in(module: Any, dtype: torch.dtype) -> None:
-    """Cast what may be cast: the compute units' parameters, but for float32 units within them (contract 3)."""
+    """Cast the parameters of compute units, except float32 units within them (contract 3)."""
     units = list(module.shard_units())
     wide = {p for unit in units if unit.dtype == "fp32" for p in unit.module.parameters()}
     for unit in units:
@@ -195,11 +195,11 @@ def _compute_in(module: Any, dtype: torch.dtype) -> None:
 def _read_description(folder: Path) -> dict[str, Any]:
     path = folder / DESCRIPTION
     if folder.is_dir() and not path.exists() and (what := _without_description(folder)):
-        raise UserError(f"{folder} holds {what}")
+        raise UserError(f"{folder} contains {what}")
     try:
         description: dict[str, Any] = read_json(path)
         if description["format"] != FORMAT:
-            raise UserError(f"{path} has format {description['format']}, this version reads {FORMAT}")
+            raise UserError(f"{path} has format {description['format']}, but this version reads format {FORMAT}")
         missing = [key for key in ("policy", "data", "files") if not isinstance(description[key], dict)]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} cannot be read ({error}): is this a folder that `rlinf export` wrote?") from error
@@ -209,15 +209,15 @@ def _read_description(folder: Path) -> dict[str, Any]:
 
 
 def _without_description(folder: Path) -> str:
-    """What a folder without `rlinf.json` is, and the way out; empty if it is nothing known."""
+    """What a folder without `rlinf.json` contains, and the way out; empty if unknown."""
     if (folder / "checkpoints").is_dir():
-        return f"a run, not a policy: make one of it with `rlinf export {folder} --output FOLDER`, and load that"
+        return f"a run, not a policy: export it with `rlinf export {folder} --output FOLDER`, and load that folder"
     kind = next((name for name, mark in ELSEWHERE.items() if any(folder.glob(mark))), "")
     if not kind:
         return ""
     return (
-        f"{kind}, without the {DESCRIPTION} that says how an observation becomes a sample: it cannot act here. Export "
-        "the run once more without --format; or train from these weights: policy.weights may name the folder"
+        f"{kind}, without the {DESCRIPTION} that describes how to encode an observation: it cannot be loaded here. "
+        "Export the run again without --format; or train from these weights with policy.weights"
     )
 
 
@@ -226,5 +226,5 @@ def _validated[C: BaseModel](config: type[C], table: dict[str, Any], folder: Pat
         return config.model_validate(table)
     except ValidationError as error:
         raise UserError(
-            f"{folder / DESCRIPTION} does not fit {config.__name__}, whose version may differ: {error}"
+            f"{folder / DESCRIPTION} is not valid for {config.__name__}, whose version may differ: {error}"
         ) from error

@@ -20,7 +20,7 @@ from rlinf_core.data.loading.sampling import check_batch, sample_generator, step
 from rlinf_core.data.normalize import Stats, load_norm_stats
 from rlinf_core.data.pipeline import build_pipeline
 from rlinf_core.data.splits import describe_splits, open_split
-from rlinf_core.data.statistics.probe import encode_without_images, probe
+from rlinf_core.data.statistics.preview import encode_without_images, preview_samples
 from rlinf_core.data.statistics.run import diagnose
 from rlinf_core.errors import UserError, did_you_mean
 from rlinf_core.plugins.registry import Plugins
@@ -28,8 +28,8 @@ from rlinf_core.training.resume import Flags, decide_start
 from rlinf_core.training.run_folder import read_folder
 from rlinf_core.training.stopping import best_metric, result_names
 
-SURVEYED_ROWS = 65_536
-"""Rows from which statistics are examined; the run looks at all."""
+DIAGNOSED_ROWS = 65_536
+"""Rows from which statistics are diagnosed; the run uses all."""
 
 
 @dataclass
@@ -178,7 +178,7 @@ def _check_sample(run: RunConfig, train: SampleSource, report: Report) -> None:
             report.facts["sample"] = "not tried: data.stats_need_images"
             return
         if run.policy.normalization != "none":
-            diagnosis = diagnose(run, train, rows=SURVEYED_ROWS)
+            diagnosis = diagnose(run, train, rows=DIAGNOSED_ROWS)
             report.warnings += [str(finding) for finding in diagnosis.findings if finding.severity == "warning"]
             diagnosis.refuse()
             stats = diagnosis.stats
@@ -187,7 +187,7 @@ def _check_sample(run: RunConfig, train: SampleSource, report: Report) -> None:
         drawn = run.policy.draw(sample_generator(run.seed, 0, 0))
         shapes = {key: np.shape(value) for key, value in {**sample, **drawn}.items() if np.ndim(value)}
         report.facts["sample"] = ", ".join(f"{key} {list(shape)}" for key, shape in shapes.items())
-        report.facts |= run.policy.describe(probe(train, pipeline))
+        report.facts |= run.policy.describe(preview_samples(train, pipeline))
 
 
 def _check_folder(run: RunConfig, report: Report, *, allow_change: bool) -> None:

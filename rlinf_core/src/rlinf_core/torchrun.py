@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from rlinf_core.contract.cluster import COMPONENT, ClusterConfig
 from rlinf_core.contract.run import RunConfig
 from rlinf_core.data.loading.sampling import check_batch
-from rlinf_core.ending import FILE
+from rlinf_core.ending import EXIT_FILE
 from rlinf_core.errors import Exit, UserError
 from rlinf_core.training.monitor.flight_recorder import FOLDER
 from rlinf_core.training.run_folder import check_folder
@@ -116,8 +116,10 @@ def launch(run: RunConfig, arguments: Sequence[str]) -> int:
         # torch 2.11's agents share the store of the first round; a machine that comes back does not learn where it is.
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     _quieten()
-    (run.folder / FILE).unlink(missing_ok=True)  # Of an earlier process; a monitor shall not take it for this one's.
-    before, started = _stamp(run.folder / FILE), time.time()
+    (run.folder / EXIT_FILE).unlink(
+        missing_ok=True
+    )  # Of an earlier process; a monitor shall not take it for this one's.
+    before, started = _stamp(run.folder / EXIT_FILE), time.time()
     failed: ChildFailedError | SignalException | None = None
     try:
         elastic_launch(_launch_config(run, share), sys.executable)("-u", "-m", "rlinf_core.train", *arguments)
@@ -129,7 +131,7 @@ def launch(run: RunConfig, arguments: Sequence[str]) -> int:
             f"{run.cluster.rdzv_endpoint!r} ({error}): run the same command on each, and see that the port of that "
             "machine can be reached"
         ) from error
-    told = _read_end(run.folder / FILE) if _stamp(run.folder / FILE) != before else None
+    told = _read_end(run.folder / EXIT_FILE) if _stamp(run.folder / EXIT_FILE) != before else None
     if isinstance(failed, ChildFailedError):
         return _explain(failed, told, _records(run.folder / FOLDER, started))
     if told is not None:

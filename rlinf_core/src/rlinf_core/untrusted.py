@@ -1,9 +1,9 @@
-"""What others wrote: reading it without harm, and printing it without harm.
+"""Read and print untrusted input safely. Plugins may use this module.
 
-Datasets, weights, statistics and exported policies come from anywhere. Reading: JSON of any depth, and file names that
-must stay in their folder. Printing: messages and tables repeat the names found there, so an escape sequence among them
-would move the cursor, rename the window or hide a message, and a password in an address would end up in logs. Plugins
-may use this module; docs/security.md lists what is trusted and what is not.
+Datasets, weights, statistics and exported policies come from anywhere. Reading: JSON may be nested too deeply for
+Python, and file names must not leave their folder. Printing: messages and tables quote names from such files, in which
+an escape sequence could move the cursor, rename the window or hide a message; and a password in an address would end up
+in logs. docs/security.md lists what is trusted and what is not.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON document.
+    """Parse a JSON document.
 
     Raises:
-        ValueError: It is none, or is nested more deeply than Python follows.
+        ValueError: It is not JSON, or is nested too deeply for Python.
     """
     try:
         return json.loads(text)
@@ -28,45 +28,46 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """The value of a JSON file.
+    """Parse a JSON file.
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: It is no JSON in UTF-8, or is nested more deeply than Python follows.
+        ValueError: It is not JSON in UTF-8, or is nested too deeply for Python.
     """
     return parse_json(path.read_text(encoding="utf-8"))
 
 
 def path_inside(folder: Path, name: object) -> Path:
-    """The path of a file by the name that a document gives it, relative to a folder that it must not leave.
+    """The path of a file in a folder, by an untrusted relative name that must not leave the folder.
 
-    Links are followed: the hub's cache consists of them, and whoever can make one here needs no dataset to read files.
+    Symbolic links are allowed: the hub's cache consists of them, and who can create one on this machine can read files
+    without a dataset.
 
     Raises:
-        ValueError: The name is no text, empty, absolute or leads out of the folder.
+        ValueError: The name is not a string, or is empty, absolute or outside the folder.
     """
     if not isinstance(name, str) or "\0" in name or not name.strip("./"):
-        raise ValueError(f"{name!r} is no name of a file")
+        raise ValueError(f"{name!r} is not a file name")
     path = PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"{name!r} leads out of the folder")
+        raise ValueError(f"{name!r} is outside the folder")
     return folder / name
 
 
 _CONTROLS = re.compile(
     "["
-    "\x00-\x08\x0b-\x1f\x7f-\x9f"  # Control characters but line end and tabulator: escape sequences begin with one.
-    "\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"  # What turns the direction of text, and other line ends.
-    "\ud800-\udfff"  # Halves of surrogate pairs, which cannot be printed at all.
+    "\x00-\x08\x0b-\x1f\x7f-\x9f"  # Control characters except newline and tab; escape sequences start with one.
+    "\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"  # Changes of text direction, and other line separators.
+    "\ud800-\udfff"  # Lone surrogates, which cannot be printed.
     "]"
 )
 _IN_ADDRESSES = re.compile(r"(?<=://)[^/\s@]*:[^/\s@]+(?=@)")
-"""`user:password` before the host."""
+"""`user:password` before the host in an address."""
 _TOKENS = re.compile(r"\b(?:hf_|sk-|ghp_|github_pat_)[A-Za-z0-9_-]{20,}")
 _VARIABLES = re.compile(r"(?:^|_)(?:TOKEN|API_KEY|SECRET|PASSWORD|SECRET_ACCESS_KEY)$")
-"""Names of variables of the environment that hold secrets: HF_TOKEN, WANDB_API_KEY."""
+"""Names of environment variables that contain secrets, such as HF_TOKEN and WANDB_API_KEY."""
 SHORTEST = 8
-"""Characters of a variable's value that is taken for a secret; shorter ones are parts of ordinary words."""
+"""Fewest characters of a secret in a variable; shorter values occur in ordinary words."""
 HIDDEN = "***"
 
 
@@ -76,7 +77,7 @@ def printable(text: str) -> str:
 
 
 def without_secrets(text: str) -> str:
-    """Text with `***` for passwords in addresses, and for tokens: those of known forms and of the environment."""
+    """Text with `***` for passwords in addresses, and for tokens of known forms or from the environment."""
     for secret in _in_environment():
         text = text.replace(secret, HIDDEN)
     return _TOKENS.sub(HIDDEN, _IN_ADDRESSES.sub(HIDDEN, text))

@@ -1,4 +1,4 @@
-"""Damage to the files of a LeRobot dataset: how it is done, and where `rlinf check-dataset` should find it."""
+"""Damage to the files of a LeRobot dataset, and where `rlinf check-dataset` should find it."""
 
 import json
 import shutil

@@ -28,7 +28,7 @@ from PIL import Image
 from rlinf_core import cli
 from rlinf_core.contract.datasets import LeRobotDatasetConfig
 from rlinf_core.data.check.files import check_files, number_columns
-from rlinf_core.data.check.findings import LISTED, Damage, Finding
+from rlinf_core.data.check.findings import LISTED, Damage, FileFinding
 from rlinf_core.data.lerobot.metadata import read_metadata
 from rlinf_core.data.lerobot.source import open_lerobot
 from rlinf_core.data.loading.encoding import read_rows
@@ -93,7 +93,7 @@ def test_a_video_with_too_few_frames_names_the_first_frame_that_is_not_there(goo
     assert (end.kind, end.episode, end.frame) == ("damaged_video", 1, 6)
     count, end = check(root, "full")
     assert (end.kind, end.episode, end.frame) == ("damaged_video", 1, 4)
-    assert end.message == "the file has no frame there (3 frames of the episode)"
+    assert end.message == "the file has no frame at its time (3 frames of the episode)"
 
 
 def test_a_video_that_only_claims_its_frames_is_found(good, tmp_path):
@@ -110,7 +110,7 @@ def test_what_lies_between_first_and_last_frame_is_found_when_everything_is_deco
     assert check(root) == []
     [found] = check(root, "full")
     assert (found.kind, found.episode, found.frame) == ("damaged_image", 1, 3)
-    assert found.message.startswith(f"{WRIST!r} holds a damaged picture: cannot identify image file")
+    assert found.message.startswith(f"{WRIST!r} contains a damaged image: cannot identify image file")
 
 
 def test_pages_of_a_data_file_that_are_damaged_are_found(good, tmp_path):
@@ -137,7 +137,7 @@ def test_depth_maps_are_no_damage_but_no_pictures_to_train_on(good, tmp_path):
     (root / "meta/info.json").write_text(json.dumps(described))
     assert check(root) == []
     source = open_lerobot(LeRobotDatasetConfig(repo_id=str(root), images={"wrist": WRIST}), 1, "train")
-    with pytest.raises(UserError, match=r"row 0 of .* one channel in 16 or more bits, such as a depth map"):
+    with pytest.raises(UserError, match=r"row 0 of .* one channel of 16 or more bits, such as a depth map"):
         source.__getitems__([0])
 
 
@@ -153,14 +153,14 @@ def test_times_in_float32_of_long_episodes_are_right(good, tmp_path):
 
 def test_damages_of_a_kind_are_counted_and_some_listed():
     damage = Damage()
-    damage.add(Finding("not_finite", "NaN", f"{i:03}.parquet", i) for i in range(100))
-    damage.add([Finding("missing_file", "gone", "z.parquet"), Finding("no_statistics", "none")])
+    damage.add(FileFinding("not_finite", "NaN", f"{i:03}.parquet", i) for i in range(100))
+    damage.add([FileFinding("missing_file", "gone", "z.parquet"), FileFinding("no_statistics", "none")])
     assert list(damage.by_kind()) == ["missing_file", "not_finite", "no_statistics"]
     assert len(damage.by_kind()["not_finite"]) == LISTED
     assert damage.counts["not_finite"] == 100
     assert not damage.ok
     notes = Damage()
-    notes.add([Finding("spare_frames", "two")])
+    notes.add([FileFinding("spare_frames", "two")])
     assert notes.ok
 
 
@@ -177,7 +177,7 @@ def test_the_command_reports_and_its_exit_code_says_whether_there_is_damage(good
     assert told.out.splitlines()[0].endswith("(v3.0, 4 episodes, 36 frames): 1 finding")
     assert told.out.splitlines()[1:] == [
         "not_finite (1)",
-        f"  {NEW_DATA}, episode 1, frame 3: 'action' holds NaN or infinity in 1 frame of the episode",
+        f"  {NEW_DATA}, episode 1, frame 3: 'action' contains NaN or infinity in 1 frame of the episode",
     ]
     code, told = rlinf(capsys, damaged / "no statistics")
     assert code == Exit.OK
@@ -222,19 +222,20 @@ UNTRAINABLE = {
     "video missing": rf"lacks the video files {NEW_VIDEO}",
     "footer corrupt": rf"{NEW_DATA} cannot be read",
     "column missing": rf"{OLD_DATA} lacks the columns action",
-    "a row missing": rf"{OLD_DATA} has 6 rows, and the episodes .* have 7 frames",
-    "frames miscounted": "have 36 rows, and meta/info.json counts 35",
+    "a row missing": rf"{OLD_DATA} has 6 rows, but its episodes have 7 frames",
+    "frames miscounted": "have 36 rows, but meta/info.json counts 35",
     "episodes miscounted": "counts 5 episodes, meta/episodes lists 4",
-    "index with a gap": rf"{OLD_DATA}, episode 1, frame 4, has index 99 where 13 belongs",
-    "NaN in actions": rf"'action' holds NaN .* 1 frames of 1 episodes \(1\), first in .*{NEW_DATA}, episode 1, frame 3",
-    "infinite state": rf"'observation\.state' holds NaN .*{OLD_DATA}, episode 1, frame 6: .*rlinf check-dataset ",
-    "another width": rf"{OLD_DATA}: 'action' holds 3 numbers in row 0, and meta/info.json says 2",
-    "ragged": rf"{OLD_DATA}: 'action' holds 1 numbers in row 2, and meta/info.json says 2",
+    "index with a gap": rf"{OLD_DATA}, episode 1, frame 4, has index 99 instead of 13",
+    "NaN in actions": rf"'action' contains NaN .* in 1 frames of 1 episodes \(1\), first in "
+    rf".*{NEW_DATA}, episode 1, frame 3",
+    "infinite state": rf"'observation\.state' contains NaN .*{OLD_DATA}, episode 1, frame 6: .*rlinf check-dataset ",
+    "another width": rf"{OLD_DATA}: 'action' has 3 numbers in row 0, but meta/info.json says 2",
+    "ragged": rf"{OLD_DATA}: 'action' has 1 numbers in row 2, but meta/info.json says 2",
     "unknown task": rf"{OLD_DATA}, episode 1, frame 4, has the task 7, which meta/tasks.jsonl does not list",
     "time at another rate": rf"{OLD_VIDEO} has no frame within .*{OLD_DATA}, episode 1, frame",
     "video truncated": rf"{OLD_VIDEO} cannot be opened as a video.*{OLD_DATA}, episode 1, frame 0\]",
-    "image undecodable": rf"{NEW_DATA}: row 0 of '{FRONT}' holds a damaged picture.*{NEW_DATA}, episode 1, frame 0\]",
-    "image gone": rf"{OLD_DATA}: row 3 of '{FRONT}' holds no picture.*{OLD_DATA}, episode 1, frame 3\]",
+    "image undecodable": rf"{NEW_DATA}: row 0 of '{FRONT}' contains a damaged image.*{NEW_DATA}, episode 1, frame 0\]",
+    "image gone": rf"{OLD_DATA}: row 3 of '{FRONT}' contains no image.*{OLD_DATA}, episode 1, frame 3\]",
 }
 
 

@@ -1,4 +1,4 @@
-"""`rlinf cache`: frames that are decoded once, and what a run does with a cache that is not right."""
+"""`rlinf cache`: frames are decoded once, and a run rejects a cache that does not fit."""
 
 import pickle
 import shutil
@@ -23,7 +23,7 @@ from rlinf_core.data.frame_cache import writer as frame_cache_writing
 from rlinf_core.data.frame_cache.manifest import caches_of, read_manifest, resizing_to_keep
 from rlinf_core.data.frame_cache.parts import Conversion
 from rlinf_core.data.frame_cache.source import CachedSource, open_cached
-from rlinf_core.data.frame_cache.writer import check_room, convert, find_missing, hold
+from rlinf_core.data.frame_cache.writer import check_room, convert, find_missing, lock
 from rlinf_core.data.lerobot.source import open_lerobot
 from rlinf_core.data.splits import open_split
 from rlinf_core.data.transforms import Transform
@@ -89,7 +89,7 @@ def test_jpeg_frames_are_off_by_what_was_said(video_dataset, tmp_path):
     means, made = [], []
     for quality in (80, 95):
         work, with_cache = make(data, tmp_path, form="jpeg", quality=quality)
-        manifest = read_manifest(work.place.manifest(CAMERAS[0]))
+        manifest = read_manifest(work.cache.manifest(CAMERAS[0]))
         off = np.abs(np.stack([row[CAMERAS[0]] for row in cached(with_cache).__getitems__(range(24))]) - decoded)
         assert 0 < off.max() <= manifest.largest_loss  # All 36 frames were sampled.
         assert off.mean() == pytest.approx(manifest.mean_loss, rel=0.2)
@@ -98,7 +98,7 @@ def test_jpeg_frames_are_off_by_what_was_said(video_dataset, tmp_path):
     assert means[1] < means[0]
     again = np.stack([row[CAMERAS[0]] for row in cached(made[0]).__getitems__(range(24))])
     assert np.abs(again - decoded).mean() == means[0]  # Another quality does not change what a run has begun on.
-    with pytest.raises(UserError, match=r"there is jpeg80, jpeg95 of it \(data.cache, data.cache_quality\)"):
+    with pytest.raises(UserError, match=r"it has caches as jpeg80, jpeg95 \(data.cache, data.cache_quality\)"):
         cached(made[0].model_copy(update={"cache_quality": 90}))
 
 
@@ -168,7 +168,7 @@ def test_an_interrupted_conversion_goes_on_where_it_was(video_dataset, tmp_path)
         convert(work, find_missing(work), workers=0, progress=stop)
     with pytest.raises(UserError, match=r"is not complete .* run `rlinf cache` with this config and --format raw"):
         cached(with_cache)
-    kept = {path: path.stat().st_mtime_ns for path in work.place.folder.glob("*.raw")}
+    kept = {path: path.stat().st_mtime_ns for path in work.cache.folder.glob("*.raw")}
     assert len(kept) == 4
     again = conversion(data, tmp_path)
     missing = find_missing(again)
@@ -183,7 +183,7 @@ def test_worker_processes_make_the_same_files(video_dataset, tmp_path):
     one, _ = make(data, tmp_path / "one")
     two = conversion(data, tmp_path / "two")
     convert(two, find_missing(two), workers=2, progress=lambda done, all: None)
-    ours, theirs = (sorted(work.place.folder.glob("*[0-9].*")) for work in (one, two))
+    ours, theirs = (sorted(work.cache.folder.glob("*[0-9].*")) for work in (one, two))
     assert [path.read_bytes() for path in ours] == [path.read_bytes() for path in theirs]
 
 
@@ -226,7 +226,7 @@ def test_a_cache_of_other_data_is_refused(video_dataset, tmp_path):
     cached(with_cache.model_copy(update={"repo_id": str(moved)}))  # A copy of the data is the same data.
     video = sorted(root.glob("videos/**/*.mp4"))[0]
     video.write_bytes(video.read_bytes() + b"\0")
-    with pytest.raises(UserError, match=rf"is of other data: {video.relative_to(root)} had \d+ bytes and has \d+"):
+    with pytest.raises(UserError, match=rf"is of other data: {video.relative_to(root)} had \d+ bytes and now has \d+"):
         cached(with_cache)
 
 
@@ -237,16 +237,16 @@ def test_room_is_asked_for_before_the_work(video_dataset, tmp_path, monkeypatch)
     assert 36 * 2 * FRAME < needed < 36 * 2 * FRAME * 1.1
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(frame_cache_writing.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match=r"needs 0.000226 GB more, and 1e-06 GB are free: make room, use --format jpeg"):
+    with pytest.raises(UserError, match=r"needs 0.000226 GB more, but 1e-06 GB are free: make room, use --format jpeg"):
         check_room(work, missing)
-    assert not work.place.folder.exists()
+    assert not work.cache.folder.exists()
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is not a folder"):
         check_room(conversion(config(video_dataset.root), tmp_path / "file"), missing)
 
 
 def test_two_commands_do_not_write_one_cache(tmp_path):
-    with hold(tmp_path), pytest.raises(UserError, match="is being written by another process"), hold(tmp_path):
+    with lock(tmp_path), pytest.raises(UserError, match="is being written by another process"), lock(tmp_path):
         pass
 
 
@@ -377,7 +377,7 @@ def test_frames_of_several_sizes_need_jpeg(image_dataset, tmp_path, monkeypatch)
         return found
 
     monkeypatch.setattr(Conversion, "rows", smaller)
-    with pytest.raises(UserError, match=r"are of several sizes, \[8, 32\] and \[32, 32\]: .* use --format jpeg"):
+    with pytest.raises(UserError, match=r"have several sizes, \[8, 32\] and \[32, 32\]: .* use --format jpeg"):
         convert(work, find_missing(work), workers=0, progress=lambda done, all: None)
 
 

@@ -34,6 +34,6 @@ def test_a_damaged_png_is_refused_wherever_the_damage_is():
         for bad in (good[:place], good[:place] + bytes([good[place] ^ 64]) + good[place + 1 :]):
             found = pictures._decode_png(bad, (20, 30))
             assert found is None or np.array_equal(found, by_pillow(bad))
-    with pytest.raises(UserError, match="it holds a damaged picture"):
+    with pytest.raises(UserError, match="it contains a damaged image"):
         decode(good[:-40], "it")
     assert np.array_equal(decode(good, "it"), by_pillow(good))  # What came before leaves no trace.

@@ -139,13 +139,13 @@ def test_a_missing_column_is_named_with_near_ones_first(image_dataset):
         open_lerobot(config(image_dataset.root, state=("observation.stat",)), 1, "train")
     with pytest.raises(UserError, match=r"data\.images\.front names 'observation\.images\.fron'"):
         open_lerobot(config(image_dataset.root).model_copy(update={"images": {"front": CAMERAS[0][:-1]}}), 1, "train")
-    with pytest.raises(UserError, match="holds float32, not pictures"):
+    with pytest.raises(UserError, match="contains float32, not images"):
         open_lerobot(config(image_dataset.root).model_copy(update={"images": {"front": "action"}}), 1, "train")
 
 
 @pytest.mark.parametrize(
     ("version", "message"),
-    [("v1.6", r"format v1\.6; v2\.0, v2\.1, v3\.0 are read.*convert_dataset_v1_to_v2"), ("v4.0", r"v4\.0.*newer")],
+    [("v1.6", r"format v1\.6; supported are v2\.0, v2\.1, v3\.0.*convert_dataset_v1_to_v2"), ("v4.0", r"v4\.0.*newer")],
 )
 def test_another_format_version_is_refused_with_the_way_out(image_dataset, tmp_path, version, message):
     root = shutil.copytree(image_dataset.root, tmp_path / "old")
@@ -173,7 +173,7 @@ def test_incomplete_datasets_are_refused(image_dataset, tmp_path):
     with pytest.raises(UserError, match=r"file-002\.parquet cannot be read"):
         open_lerobot(config(root), 1, "train")
     shutil.copy(root / "data/chunk-000/file-001.parquet", root / "data/chunk-000/file-002.parquet")
-    with pytest.raises(UserError, match=r"file-002\.parquet has 7 rows, and the episodes .* it holds have 12 frames"):
+    with pytest.raises(UserError, match=r"file-002\.parquet has 7 rows, but its episodes have 12 frames"):
         open_lerobot(config(root), 1, "train")
 
 
@@ -182,7 +182,7 @@ def test_incomplete_datasets_are_refused(image_dataset, tmp_path):
     [
         ("", r"data\.repo_id is not set"),
         ("./nowhere", r"data\.repo_id: there is no file or folder \./nowhere"),
-        ("somebody/something", r"could not be had from the hub.*HF_HUB_OFFLINE is set"),
+        ("somebody/something", r"cannot be loaded from the hub.*HF_HUB_OFFLINE is set"),
     ],
 )
 def test_a_dataset_that_cannot_be_had(repo_id, message):
@@ -204,7 +204,7 @@ def test_pictures_that_cannot_be_unpacked_name_the_cache(image_dataset, tmp_path
 
 def test_the_decoder_of_videos_is_named_with_its_speed(video_dataset, image_dataset):
     said = open_lerobot(config(video_dataset.root), 1, "train").try_decoder()
-    assert re.fullmatch(r"(torchcodec|pyav), [1-9]\d* frames a second in this process", said)
+    assert re.fullmatch(r"(torchcodec|pyav), [1-9]\d* frames/s in this process", said)
     assert open_lerobot(config(image_dataset.root), 1, "train").try_decoder() == ""
 
 

@@ -1,4 +1,4 @@
-"""One dataset in formats v2.0, v2.1 and v3.0: the same rows and pixels from each, from a folder and from a hub."""
+"""One dataset in formats v2.0, v2.1 and v3.0: each gives the same rows and pixels, from a folder and from a hub."""
 
 import json
 import shutil
@@ -134,7 +134,7 @@ def test_pictures_may_be_files_or_plain_bytes(kind, older, tmp_path):
     if kind == "files":
         (root / "images" / CAMERAS[0] / "episode_000001" / "frame_000003.png").unlink()
         shutil.move(root, tmp_path / "moved")  # Else the pictures are unpacked already.
-        with pytest.raises(UserError, match=r"episode_000001\.parquet: row 3 of '.*front' holds no picture"):
+        with pytest.raises(UserError, match=r"episode_000001\.parquet: row 3 of '.*front' contains no image"):
             rows_of(tmp_path / "moved")
 
 
@@ -144,24 +144,24 @@ def test_pictures_may_be_files_or_plain_bytes(kind, older, tmp_path):
         (
             "meta/episodes.jsonl",
             '{"episode_index": 0, "length": 9}\n{"episode_',
-            r"episodes\.jsonl, line 2, is no JSON",
+            r"episodes\.jsonl, line 2, is not a JSON",
         ),
-        ("meta/episodes.jsonl", '{"episode_index": 0}\n', "line 1, is no JSON object with episode_index, length"),
+        ("meta/episodes.jsonl", '{"episode_index": 0}\n', "line 1, is not a JSON object with episode_index, length"),
         ("meta/episodes.jsonl", '{"episode_index": 0, "length": 9}\n', "counts 4 episodes, meta/episodes lists 1"),
         ("meta/tasks.jsonl", None, r"tasks\.jsonl cannot be read"),
         ("meta/info.json", '{"codebase_version": "v2.1"}', "damaged: fps: Field required; features: "),
         ("meta/info.json", '{"codebase', r"info\.json cannot be read"),
-        ("meta/info.json", "[]", r"info\.json is damaged: the whole: Input should be a valid dictionary"),
+        ("meta/info.json", "[]", r"info\.json is damaged: the whole file: Input should be a valid dictionary"),
         ("meta/info.json", ('"dtype": "image"', '"type": "image"'), r"features\.observation\.images.*has no dtype"),
         (
             "meta/info.json",
             ('"shape": [\n                3\n', '"forms": [\n                3\n'),
-            r"has no shape, a list",
+            r"has no shape, which must be a list",
         ),
-        ("meta/tasks.jsonl", '{"task_index": "0", "task": "push"}\n', "'0': 'push' is no whole number with a text"),
-        ("meta/info.json", ("episode_index:", "episode:"), r"the path 'data/.*asks for more than episode_chunk, "),
-        ("meta/episodes.jsonl", ('"length": 9', '"length": "9"'), "a length is no whole number"),
-        ("meta/info.json", ('"data/', '"../'), r"the path '\.\./.*' leads out of the dataset's folder"),
+        ("meta/tasks.jsonl", '{"task_index": "0", "task": "push"}\n', "'0': 'push' is not an integer with a text"),
+        ("meta/info.json", ("episode_index:", "episode:"), r"the path 'data/.*uses fields other than episode_chunk, "),
+        ("meta/episodes.jsonl", ('"length": 9', '"length": "9"'), "a length is not an integer"),
+        ("meta/info.json", ('"data/', '"../'), r"the path '\.\./.*' is outside the dataset's folder"),
     ],
 )
 def test_damaged_metadata_are_named(file, content, message, older, tmp_path):
@@ -179,10 +179,10 @@ def test_damaged_metadata_are_named(file, content, message, older, tmp_path):
 @pytest.mark.parametrize(
     ("column", "value", "message"),
     [
-        ("dataset_from_index", None, "'dataset_from_index' has no value for some episode"),
-        ("dataset_to_index", 9.5, "'dataset_to_index' is no column of numbers"),
+        ("dataset_from_index", None, "'dataset_from_index' has no value for an episode"),
+        ("dataset_to_index", 9.5, "'dataset_to_index' is not a numeric column"),
         ("data/file_index", "0", None),
-        (f"videos/{CAMERAS[0]}/from_timestamp", None, "from_timestamp' has no value for some episode"),
+        (f"videos/{CAMERAS[0]}/from_timestamp", None, "from_timestamp' has no value for an episode"),
     ],
 )
 def test_damaged_episodes_of_v30_are_named(column, value, message, video_dataset, tmp_path):
@@ -226,7 +226,7 @@ def test_episodes_that_overlap_in_a_video_are_found_and_not_trained_on(video_dat
     )
     (finding,) = check_metadata(load_metadata("it", root))
     assert (finding.kind, finding.episode) == ("wrong_timestamp", 1)
-    assert "are those of episode 0 too" in finding.message
+    assert "overlap with episode 0" in finding.message
     with pytest.raises(UserError, match=r"file-000\.mp4: .* episode 0 with 9 frames and episode 1 overlap"):
         rows_of(root)
     assert len(rows_of(root, exclude_episodes=(1,))) == 29
@@ -262,7 +262,7 @@ def test_of_a_dataset_on_the_hub_only_the_cameras_in_use_are_downloaded(
     point_to(monkeypatch, "http://127.0.0.1:9")
     hub._open_snapshot.cache_clear()
     assert_same_rows(rows_of("lab/arm@v2", cameras=CAMERAS[:1])[:1], rows[:1])
-    with pytest.raises(UserError, match=r"data\.repo_id: 'lab/arm' .*wrist.* does not answer"):
+    with pytest.raises(UserError, match=r"data\.repo_id: 'lab/arm' .*wrist.* the hub is unreachable"):
         rows_of("lab/arm@v2")
 
 
@@ -285,12 +285,12 @@ def test_what_lerobot_recorded_here_needs_no_hub(empty_cache, image_dataset):
     shutil.copytree(image_dataset.root, empty_cache / "home/lerobot/lab/arm")
     assert find_dataset("lab/arm").root == empty_cache / "home/lerobot/lab/arm"
     (empty_cache / "home/lerobot/lab/arm/.cache/huggingface/download").mkdir(parents=True)
-    with pytest.raises(UserError, match="could not be had"):  # Parts that an old version of lerobot downloaded.
+    with pytest.raises(UserError, match="cannot be loaded"):  # Parts that an old version of lerobot downloaded.
         find_dataset("lab/arm")
 
 
 def test_a_revision_belongs_to_a_hub_id_and_is_said_once(image_dataset):
-    with pytest.raises(UserError, match="is for hub ids"):
+    with pytest.raises(UserError, match="applies to hub ids"):
         find_dataset(str(image_dataset.root), "main")
     with pytest.raises(UserError, match="set one"):
         find_dataset("lab/arm@v1", "v2")

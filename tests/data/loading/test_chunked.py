@@ -1,4 +1,4 @@
-"""The chunked order (contract 13): which rows it takes, how well they are mixed, and that each run is read once."""
+"""The chunked order (contract 13): which rows it uses, how well it mixes, and that each run is read once."""
 
 import numpy as np
 import pytest
@@ -215,9 +215,9 @@ def test_a_row_that_cannot_be_read_is_named(workers):
 
 def test_ranks_must_divide_the_streams():
     check_streams(SMALL, 3)
-    with pytest.raises(UserError, match=r"data.streams = 64 is no multiple of the 3 ranks: set it to 63 or 66"):
+    with pytest.raises(UserError, match=r"data.streams = 64 is not a multiple of the 3 ranks: set it to 63 or 66"):
         check_streams(Chunks(64, 16, 8192), 3)
-    with pytest.raises(UserError, match="no multiple of the 3 ranks"):
+    with pytest.raises(UserError, match="not a multiple of the 3 ranks"):
         loader(ranks=3, chunks=Chunks(64, 4, 64 * 6))
 
 

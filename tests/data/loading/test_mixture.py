@@ -1,4 +1,4 @@
-"""Training on several datasets: which rows are taken, what each source's numbers are, how a run goes on exactly."""
+"""Training on several datasets: which rows are used, the metrics of each source, and exact resumes."""
 
 import json
 from itertools import count

@@ -1,4 +1,4 @@
-"""Statistics of rows: the reference's histogram, batches of rows, and what a run begins and continues with."""
+"""Statistics of rows: openpi's histogram, batches of rows, and the statistics that a run begins and resumes with."""
 
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ from rlinf_core.data.statistics.compute import (
     compute_norm_stats,
     count_in_bins,
     outputs,
-    survey,
+    summarize,
     takes_batches,
 )
 from rlinf_core.data.statistics.run import diagnose, resumed_statistics
@@ -116,7 +116,7 @@ def test_statistics_are_those_of_all_transformed_rows(monkeypatch):
 
 
 def test_a_transform_that_looks_at_images_is_told_what_to_set():
-    with pytest.raises(UserError, match=r"LookAtCamera asks for 'base'.*data\.stats_need_images = true"):
+    with pytest.raises(UserError, match=r"LookAtCamera needs 'base'.*data\.stats_need_images = true"):
         compute_norm_stats(Rows(20), [Repack(), LookAtCamera()])
     stats = compute_norm_stats(Rows(20), [Repack(), LookAtCamera()], read_images=True)
     np.testing.assert_allclose(stats["state"].mean, [19.0, -9.5, 10.5])
@@ -138,12 +138,12 @@ def test_a_class_that_overrides_a_transform_gets_rows():
 
 
 def test_a_survey_knows_the_range_of_each_episode():
-    found = survey(Columns(35), TRANSFORMS)["state"]
+    found = summarize(Columns(35), TRANSFORMS)["state"]
     assert found.episodes.tolist() == [0, 1, 2, 3]
     assert found.episode_low[:, 0].tolist() == [0, 10, 20, 30]
     assert found.episode_high[:, 1].tolist() == [0, -20, -40, -60]
     assert (found.rows, found.running.low[0], found.running.high[0]) == (35, 0, 34)
-    some = survey(Columns(35), TRANSFORMS, rows=4)["state"]
+    some = summarize(Columns(35), TRANSFORMS, rows=4)["state"]
     assert (some.rows, some.episodes.tolist()) == (4, [0, 1, 2])
 
 
@@ -153,8 +153,10 @@ def test_a_number_that_is_none_names_its_row():
             with np.errstate(divide="ignore", invalid="ignore"):
                 return {**sample, "state": sample["state"] / (sample["state"] - 17)}
 
-    with pytest.raises(UserError, match=r"data-not-finite: state .* at \[0\], first in toy, .* episode 1, frame 7"):
-        survey(Rows(30), [Repack(), Divide()])
+    with pytest.raises(
+        UserError, match=r"data-not-finite: state .* in dimensions \[0\], first in toy, .* episode 1, frame 7"
+    ):
+        summarize(Rows(30), [Repack(), Divide()])
 
 
 class ToyRun(SimpleNamespace):
@@ -228,6 +230,8 @@ def test_images_are_not_decoded_again_for_the_same_statistics(tmp_path, monkeypa
     run, path = ToyRun(stats_need_images=True), tmp_path / "norm_stats.json"
     first = diagnose(run, Rows(250), computed=path)
     save_norm_stats(path, first.stats, first.origin)
-    assert diagnose(run, Rows(250), computed=path).surveyed["state"].rows < first.surveyed["state"].rows == 250
+    assert (
+        diagnose(run, Rows(250), computed=path).distributions["state"].rows < first.distributions["state"].rows == 250
+    )
     save_norm_stats(path, first.stats, replace(first.origin, fingerprint="of other data"))
-    assert diagnose(run, Rows(250), computed=path).surveyed["state"].rows == 250
+    assert diagnose(run, Rows(250), computed=path).distributions["state"].rows == 250

@@ -50,12 +50,12 @@ def test_a_gripper_without_a_counterpart_in_the_state_stays_absolute():
     row = numbers(dataset) | {"observation.state": np.arange(6.0)}
     assert np.allclose(there_and_back(dataset, row)[1], row["action"], atol=1e-5)
     row["observation.state"] = np.arange(5.0)
-    with pytest.raises(UserError, match=r"number 5 of the action.*7 numbers and the state 5.*data\.gripper"):
+    with pytest.raises(UserError, match=r"dimension 5 of the action.*7 numbers and the state 5.*data\.gripper"):
         transformed(dataset, row)
 
 
 def test_a_gripper_that_is_not_there_is_named():
-    with pytest.raises(UserError, match=r"data\.gripper names number 6.*0 to 3"):
+    with pytest.raises(UserError, match=r"data\.gripper names dimension 6.*0 to 3"):
         transformed(FrankaPick(), numbers(FrankaPick(), width=4))
 
 
@@ -156,7 +156,7 @@ def test_filling_up_early_or_late_is_the_same_to_pi0():
             for key in ("state", "actions")
         }
         seen.append(build_pipeline(dataset, policy_of(dataset), stats).encode(row))
-    assert "number 8" in str(pytest.raises(UserError, transformed, Pi0CustomConfig(**fields), row).value)
+    assert "dimension 8" in str(pytest.raises(UserError, transformed, Pi0CustomConfig(**fields), row).value)
     for key in ("state", "actions", "action_width"):
         assert np.array_equal(seen[0][key], seen[1][key])
 

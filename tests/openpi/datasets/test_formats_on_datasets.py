@@ -10,7 +10,7 @@ from format_rows import EULER, FRONT, HORIZON, TINY, WRIST, numbers, policy_of
 from rlinf_core import UserError
 from rlinf_core.config.load import load_config
 from rlinf_core.config.toml import write_toml
-from rlinf_core.data.lerobot.columns import picture_size
+from rlinf_core.data.lerobot.columns import image_size
 from rlinf_core.data.lerobot.source import open_lerobot
 from rlinf_core.data.normalize import save_norm_stats
 from rlinf_core.data.pipeline import build_pipeline
@@ -53,7 +53,7 @@ def test_a_crop_beyond_the_picture_is_refused_before_training_and_by_the_robot(t
 
 @pytest.mark.parametrize("shape", [[32, 24, 1], [3, 32, 24], [32, 24, 4], [None, None, 3]], ids=str)
 def test_a_crop_is_held_to_the_size_wherever_the_channels_stand(shape):
-    assert picture_size({"shape": shape}) == ((32, 24) if shape[0] else None)
+    assert image_size({"shape": shape}) == ((32, 24) if shape[0] else None)
 
 
 def test_a_column_that_is_not_there_is_named_with_those_that_are_nearest_first(tiny_dataset):

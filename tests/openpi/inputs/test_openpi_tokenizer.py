@@ -169,7 +169,7 @@ def test_a_tokenizer_that_cannot_be_had_says_the_ways_out(cache, monkeypatch):
     with pytest.raises(UserError) as caught:
         Pi05Config(variant="dummy", tokenizer="google/paligemma-3b-pt-224").transforms()
     message = str(caught.value)
-    assert message.startswith("policy.tokenizer: 'google/paligemma-3b-pt-224' is no file or folder")
+    assert message.startswith("policy.tokenizer: 'google/paligemma-3b-pt-224' is not a file or folder")
     for part in ("tokenizer.model of the model", "HF_HUB_OFFLINE", "hf auth login", "hf download google/paligemma"):
         assert part in message
     with pytest.raises(UserError, match=r"policy\.tokenizer: there is no file or folder \./nowhere"):

@@ -103,7 +103,7 @@ def test_relative_actions_come_back_for_a_batch():
 
 
 def test_relative_mask_longer_than_the_state_is_refused():
-    with pytest.raises(UserError, match=r"number 5 of the action.*7 numbers.*state 4.*data\.relative"):
+    with pytest.raises(UserError, match=r"dimension 5 of the action.*7 numbers.*state 4.*data\.relative"):
         RelativeActions((True,) * 6)({"state": np.zeros(4), "actions": np.zeros((2, 7))})
 
 
@@ -111,7 +111,7 @@ def test_slice_checks_the_data_and_cuts_the_policys_actions():
     sample = {"actions": np.zeros((2, 7))}
     assert SliceActions(7)(sample) is sample
     assert SliceActions(7).inverse({"actions": np.zeros((2, 32))})["actions"].shape == (2, 7)
-    with pytest.raises(UserError, match="7 numbers, its config says 4"):
+    with pytest.raises(UserError, match="7 numbers, the config says 4"):
         SliceActions(4)(sample)
 
 

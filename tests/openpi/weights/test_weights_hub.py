@@ -60,7 +60,9 @@ def test_shards_are_of_the_commit_of_their_index(cache):
         PublishedWeights(find("lerobot/pi05_base"), PI0).check(shapes_of(PI0))
     (files / "part-1.safetensors").unlink()
     assert find_cached_weights("lerobot/pi05_base") is None
-    with pytest.raises(UserError, match=r"part-1\.safetensors of the model lerobot/pi05_base.* could not be had"):
+    with pytest.raises(
+        UserError, match=r"part-1\.safetensors of the model lerobot/pi05_base.* cannot be loaded from the hub"
+    ):
         find_weights("lerobot/pi05_base")
 
 
@@ -108,9 +110,9 @@ def test_a_path_with_a_slip_is_no_hub_id(cache, tmp_path, text):
 
 def test_beside_a_folder_of_the_owners_name_a_revision_tells_the_hubs(cache, tmp_path):
     (tmp_path / "lerobot").mkdir()
-    with pytest.raises(UserError, match=r"though a folder lerobot; .* name its revision: lerobot/pi05_base@main"):
+    with pytest.raises(UserError, match=r"but there is a folder lerobot; .* add its revision: lerobot/pi05_base@main"):
         find_weights("lerobot/pi05_base")
-    with pytest.raises(UserError, match="could not be had from the hub"):
+    with pytest.raises(UserError, match="cannot be loaded from the hub"):
         find_weights("lerobot/pi05_base@main")
 
 

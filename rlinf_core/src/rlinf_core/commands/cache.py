@@ -13,7 +13,7 @@ from rlinf_core.errors import Exit, UserError
 
 if TYPE_CHECKING:
     from rlinf_core.contract.run import RunConfig, RunSource
-    from rlinf_core.data.frame_cache.manifest import Caches, Place
+    from rlinf_core.data.frame_cache.manifest import Cache, Caches
     from rlinf_core.data.frame_cache.parts import Conversion
     from rlinf_core.data.lerobot.source import LeRobotSource
     from rlinf_core.plugins.registry import Plugins
@@ -73,42 +73,42 @@ def _convert(options: argparse.Namespace, config: RunConfig, source: RunSource, 
     caches = caches_of(
         splits[0].metadata, data, config.policy, options.format, quality=options.quality or 0, above=options.output
     )
-    place = _there_already(caches, splits)
-    if place is None:
+    cache = _there_already(caches, splits)
+    if cache is None:
         conversion = Conversion(caches, splits)
         _make(conversion, options.workers)
-        place = conversion.place
+        cache = conversion.cache
     used = f'data.cache = "{options.format}"'
     used += f", data.cache_quality = {caches.quality}" if caches.quality else ""
     used += f', data.cache_dir = "{options.output}"' if options.output else ""
-    print(f"{place.folder}: complete; use it with {used}")
+    print(f"{cache.folder}: complete; use it with {used}")
 
 
-def _there_already(caches: Caches, splits: tuple[LeRobotSource, ...]) -> Place | None:
+def _there_already(caches: Caches, splits: tuple[LeRobotSource, ...]) -> Cache | None:
     """A complete cache of these frames and more, whose hashes are right; None if there is none."""
     from rlinf_core.data.frame_cache.manifest import find_cache
     from rlinf_core.data.frame_cache.writer import find_damaged
 
-    place, _ = find_cache(caches, splits)
-    if place is None or len(place.positions) == sum(len(split) for split in splits):
+    cache, _ = find_cache(caches, splits)
+    if cache is None or len(cache.positions) == sum(len(split) for split in splits):
         return None  # That of exactly these frames is mended where it is damaged.
-    if damaged := find_damaged(place, splits[0].images):
+    if damaged := find_damaged(cache, splits[0].images):
         raise UserError(
-            f"{place.folder} has these frames among others, but is damaged: {', '.join(damaged)}. Run `rlinf cache` "
+            f"{cache.folder} has these frames among others, but is damaged: {', '.join(damaged)}. Run `rlinf cache` "
             "with the config that it was made with, which mends it, or remove the folder"
         )
-    print(f"{place.folder}\nall frames are there, among others, and their hashes are right")
-    return place
+    print(f"{cache.folder}\nall frames are there, among others, and their hashes are right")
+    return cache
 
 
 def _make(conversion: Conversion, workers: int) -> None:
     """Write what is missing, and say what that is."""
-    from rlinf_core.data.frame_cache.writer import check_room, convert, find_missing, find_wrong, hold
+    from rlinf_core.data.frame_cache.writer import check_room, convert, find_missing, find_wrong, lock
 
-    folder = conversion.place.folder
+    folder = conversion.cache.folder
     if not folder.is_dir():  # What is refused leaves nothing behind.
         check_room(conversion, find_missing(conversion))
-    with hold(folder):
+    with lock(folder):
         missing = find_missing(conversion)
         needed, free = check_room(conversion, missing)
         print(_describe(conversion))
@@ -147,15 +147,15 @@ def _open(source: RunSource, plugins: Plugins) -> tuple[LeRobotSource, ...]:
 
 def _describe(conversion: Conversion) -> str:
     """What will be there, in a few lines."""
-    caches, place, frames = conversion.caches, conversion.place, len(conversion.positions)
+    caches, cache, frames = conversion.caches, conversion.cache, len(conversion.positions)
     as_what = "as the policy resizes them" if caches.resize else "at the dataset's size"
     cameras = f"{len(conversion.columns)} camera{'s' * (len(conversion.columns) > 1)}"
-    lines = [f"{place.folder}", f"{frames} frames of {cameras}, {as_what}: {place.format}"]
+    lines = [f"{cache.folder}", f"{frames} frames of {cameras}, {as_what}: {cache.format}"]
     for column, sampled in conversion.sampled.items():
         height, width = sampled.size
-        each = sampled.raw_bytes if place.format == "raw" else sampled.jpeg_bytes
+        each = sampled.raw_bytes if cache.format == "raw" else sampled.jpeg_bytes
         line = f"  {column}: {width} x {height}, {each / 1e3:.0f} kB a frame"
-        if place.format == "jpeg":
+        if cache.format == "jpeg":
             line += f", off by {sampled.mean_loss:.2f} levels of 255 on average, {sampled.largest_loss} at most"
         lines.append(line)
     return "\n".join([*lines, f"{conversion.bytes_needed() / 1e9:.3g} GB in all"])

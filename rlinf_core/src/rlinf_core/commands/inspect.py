@@ -56,9 +56,9 @@ def run(options: argparse.Namespace) -> int:
     check_folder(folder)
     for name, _, _ in options.at:
         config.source(name)
-    from rlinf_core.inspect.look import look
+    from rlinf_core.inspect.gather import gather
 
-    view = look(config, plugins, options.at)
+    view = gather(config, plugins, options.at)
     if not any(len(source.lengths) for source in view.sources):
         raise UserError(view.report.refusal(options.config))
     given = shlex.join([options.config, *options.overrides])

@@ -114,7 +114,7 @@ def _diagnosed(diagnosis: Diagnosis) -> dict[str, dict[str, list[Any]]]:
 
     broken = {finding.key for finding in diagnosis.findings if finding.severity == "error"}
     tables = {key: _lists(stats) for key, stats in diagnosis.stats.items()}
-    for key, data in diagnosis.surveyed.items():
+    for key, data in diagnosis.distributions.items():
         if key not in tables or key in broken:
             continue
         extremes = normalized_extremes(key, diagnosis.stats, data, diagnosis.mode)

@@ -65,7 +65,7 @@ def load_config(
         UserError: One message that names every mistake.
     """
     plugins = plugins or get_plugins()
-    plugins.insist()
+    plugins.raise_failures_if_strict()
     draft = _Draft(Path(path), overrides, plugins)
     draft.choose_classes()
     return draft.validate()

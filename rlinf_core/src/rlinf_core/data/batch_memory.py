@@ -1,13 +1,12 @@
-"""Where the large tensors of a batch are made: in a loader worker, in memory that it shares with the trainer.
+"""Shared memory for the large tensors of a batch, which loader workers fill and the trainer reads in place.
 
-A worker hands a tensor over in shared memory, which is a copy of all its bytes unless it lies there already. So
-`collate` fills what it gets from here. And new memory is slow: its pages are cleared and mapped one by one when they
-are first touched, in the worker and again in the trainer, which for the frames of a video takes up to a third of the
-time of decoding them. So blocks of memory are used again, by one batch after another: a tensor that the trainer gets
-says in the head of its block when it is gone, and the worker takes a block of which all tensors are.
+A worker passes a tensor to the trainer through shared memory. That copies all its bytes unless the tensor already is in
+shared memory, so `collate` should fill tensors from `batch_tensor`. New memory is slow: its pages are zeroed and mapped
+one by one on first touch, in the worker and again in the trainer, which for video frames costs up to a third of the
+decoding time. So blocks are reused by later batches: each tensor has a flag in the header of its block that is cleared
+when the trainer frees the tensor, and a worker reuses a block once all its flags are cleared.
 
-Together with pinning, a picture is copied twice on its way from the decoder to the device's own copy: into the batch,
-and into page-locked memory.
+With pinning, an image is copied twice between the decoder and the device: into the batch, and into page-locked memory.
 """
 
 from __future__ import annotations
@@ -29,18 +28,18 @@ from numpy.typing import NDArray
 from torch.utils.data import get_worker_info
 
 HEAD = 4096
-"""Bytes before a block's data; each of the first `MOST_TENSORS` is 1 while the trainer has that tensor of the block."""
+"""Header bytes before a block's data; each of the first `MOST_TENSORS` is 1 while the trainer holds that tensor."""
 MOST_TENSORS = 64
-"""Of a block that are handed over in place; torch copies more."""
+"""Tensors of one block that are passed without a copy; torch copies further ones."""
 SMALL = 2**16
-"""Bytes of a tensor up to which it is sent as such."""
+"""Tensors of up to this many bytes are pickled by value."""
 IN_NUMPY = (torch.float32, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool)
 KEPT = 2**28
-"""Bytes of its own that a worker keeps for what it reads next, when glibc would give them back."""
+"""Freed bytes that a worker keeps for its next reads, where glibc would return them to the system."""
 
 
 def batch_tensor(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor of a batch, on the CPU, to be filled wholly: what it holds is undefined."""
+    """An uninitialised CPU tensor for a batch, to be filled completely; in shared memory in loader workers."""
     if get_worker_info() is None:
         return torch.empty(tuple(shape), dtype=dtype)
     size = math.prod(shape) * dtype.itemsize
@@ -48,12 +47,12 @@ def batch_tensor(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
 
 
 def hand_over(batch: Any) -> Any:
-    """A worker's batch as it is to be sent: what `batch_tensor` made arrives in the memory that it lies in."""
+    """Prepare a worker's batch for sending: tensors from `batch_tensor` are sent without a copy."""
     return _sent(batch, itertools.count()) if get_worker_info() is not None else batch
 
 
 def keep_memory() -> None:
-    """Let this worker keep the memory that decoded pictures leave, for the next ones."""
+    """Let this worker keep the memory of freed images for the next ones."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         trim_threshold, mmap_threshold, largest = -1, -3, 2**25
         libc.mallopt(trim_threshold, KEPT)
@@ -61,7 +60,7 @@ def keep_memory() -> None:
 
 
 class _Block:
-    """Shared memory, in the worker that made it."""
+    """A block of shared memory, in the worker that allocated it."""
 
     def __init__(self, number: int, size: int) -> None:
         self.number, self.size = number, size
@@ -70,7 +69,7 @@ class _Block:
         self.memory = torch.empty(0, dtype=torch.uint8).set_(storage)
         self.memory[:MOST_TENSORS] = 0
         self.sent = False
-        """Whether the trainer has it."""
+        """Whether the trainer has mapped it."""
         self._lent: weakref.ref[NDArray[np.uint8]] | None = None
 
     @property
@@ -78,7 +77,7 @@ class _Block:
         return (self._lent is None or self._lent() is None) and not self.memory[:MOST_TENSORS].any()
 
     def lend(self) -> torch.Tensor:
-        """Its data, uint8 [size]; the block is in use as long as any tensor that shares the memory is there."""
+        """Its data, uint8 [size]; the block is in use as long as a tensor that shares the memory exists."""
         data = self.memory[HEAD:].numpy()
         self._lent = weakref.ref(data)
         return torch.from_numpy(data)
@@ -89,11 +88,11 @@ class _Block:
 
 
 _blocks: list[_Block] = []
-"""A worker's own."""
+"""The blocks of this worker."""
 
 
 def _free_block(size: int) -> _Block:
-    size = 1 << max(size - 1, 4095).bit_length()  # Few sizes; pages that are never touched take no memory.
+    size = 1 << max(size - 1, 4095).bit_length()  # Powers of two; untouched pages take no memory.
     for block in _blocks:
         if block.size == size and block.free:
             return block
@@ -124,7 +123,7 @@ def _sent(value: Any, numbers: itertools.count[int]) -> Any:
 
 @dataclass(frozen=True)
 class _Small:
-    """A tensor that is sent as bytes: shared memory, which is a file for each, takes longer."""
+    """A tensor that is pickled by value: shared memory, a file per tensor, takes longer for small ones."""
 
     values: NDArray[Any]
 
@@ -134,7 +133,7 @@ class _Small:
 
 @dataclass(frozen=True)
 class _Sent:
-    """A tensor in a block on its way: unpickled, it is that tensor."""
+    """A reference to a tensor in a block; unpickling returns the tensor."""
 
     worker: int
     number: int
@@ -145,7 +144,7 @@ class _Sent:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     place: int
-    """Where in the block it begins, in elements."""
+    """Offset in the block, in elements."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         fields = self.worker, self.number, self.memory, self.flag, self.dtype, self.shape, self.stride, self.place
@@ -153,7 +152,7 @@ class _Sent:
 
 
 _received: dict[int, dict[int, torch.Tensor]] = {}
-"""Worker -> its blocks by number, in the process that trains: mapped once."""
+"""In the training process: worker -> its blocks by number, each mapped once."""
 
 
 def _receive(
@@ -169,9 +168,9 @@ def _receive(
     if memory is not None:
         running = {child.pid for child in multiprocessing.active_children()}
         for ended in [pid for pid in _received if pid not in running]:
-            del _received[ended]  # Tensors that are still there keep their memory.
+            del _received[ended]  # Tensors that still exist keep their memory.
         _received.setdefault(worker, {})[number] = memory
     block = _received[worker][number].numpy()
-    data = block[:]  # An array of its own: it goes with the last tensor that shares its memory.
+    data = block[:]  # A new array, which is freed with the last tensor that shares its memory.
     weakref.finalize(data, block.__setitem__, flag, 0)
     return torch.from_numpy(data).view(dtype).as_strided(shape, stride, place)

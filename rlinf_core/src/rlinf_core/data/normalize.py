@@ -1,8 +1,7 @@
 """Normalisation of states and actions: the statistics, their file, and the transform that uses them.
 
-Statistics are those of the training rows after the dataset's transforms, over every step of every action chunk
-(`data.statistics` computes them). Files are openpi's `norm_stats.json`; formulas follow tests/golden/README.md,
-section 2.
+Statistics are computed over the training rows after the dataset's transforms, over every step of every action chunk
+(see `data.statistics`). Files use openpi's `norm_stats.json` layout; formulas follow tests/golden/README.md, section 2.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from rlinf_core.untrusted import read_json
 
 KEYS = ("state", "actions")
 CORRECT_SETTING = "Correct data.norm_stats, or leave it empty"
-EPSILON = 1e-6  # openpi's, added to the spread.
+EPSILON = 1e-6  # Added to the spread, as in openpi.
 Mode = Literal["mean_std", "quantile"]
 Vector = NDArray[np.floating]
 Stats = Mapping[str, "NormStats"]
@@ -33,25 +32,26 @@ Stats = Mapping[str, "NormStats"]
 
 @dataclass(frozen=True, eq=False)
 class NormStats:
-    """Statistics of each number of a vector; all [D], in the data's units after the dataset's transforms."""
+    """Statistics of each dimension of a vector; all [D], in the data's units after the dataset's transforms."""
 
     mean: Vector
     std: Vector
-    """Of the population."""
+    """Population standard deviation."""
     q01: Vector
-    """1 % of the values lie below (to within 1/5000 of the range)."""
+    """1 % quantile (to within 1/5000 of the range)."""
     q99: Vector
+    """99 % quantile."""
 
     def spread(self, mode: Mode) -> Vector:
-        """[D], what one unit of the normalised number is in the data's."""
+        """[D], the length of one normalised unit in the data's units."""
         return self.std if mode == "mean_std" else (self.q99 - self.q01) / 2
 
     def cut(self, width: int) -> NormStats:
-        """Those of the first `width` numbers: files of data that were filled up first are wider than the data."""
+        """Keep the first `width` dimensions; statistics of padded data are wider than the data."""
         return NormStats(*(value[:width] for value in (self.mean, self.std, self.q01, self.q99)))
 
     def floored(self, floor: float) -> NormStats:
-        """The same with no spread below `floor`: a larger standard deviation, quantiles further from their middle."""
+        """Raise every spread to at least `floor`: standard deviations, and quantiles about their midpoint."""
         middle, half = (self.q01 + self.q99) / 2, (self.q99 - self.q01) / 2
         narrow = half < floor
         return NormStats(
@@ -64,27 +64,26 @@ class NormStats:
 
 @dataclass(frozen=True)
 class Origin:
-    """What statistics were made of, as their file tells; empty where it does not."""
+    """Provenance of statistics, as recorded in their file; fields that it does not record are empty."""
 
     fingerprint: str = ""
-    """A hash of the rows, what the transforms make of some, and the horizon."""
+    """A hash of the rows, the transformed values of some of them, and the action horizon."""
     dataset: str = ""
-    """Folder or hub id, or the file they were imported from."""
+    """Folder or hub id of the dataset, or the file that they were imported from."""
     rows: int = 0
     episodes: int = 0
     horizon: int = 0
-    """Actions a chunk."""
+    """Actions per chunk."""
     norm_floor: float = 0.0
-    """`data.norm_floor`, which they were widened to."""
+    """The `data.norm_floor` that was applied."""
 
 
 @dataclass(frozen=True, eq=False)
 class Normalize(Transform):
-    """Bring `state` and `actions` to unit spread, or to [-1, 1] between the quantiles. The arithmetic is the
-    statistics' float64.
+    """Scale `state` and `actions` to zero mean and unit spread, or map their quantiles to [-1, 1], in float64.
 
-    The inverse accepts vectors wider than the statistics, as policies pad what they see: padding passes as it is
-    (quantile), or as a number of mean 0 and spread 1 (mean_std).
+    The inverse accepts vectors wider than the statistics, because policies pad their inputs: padding is unchanged
+    (quantile) or treated as a number of mean 0 and spread 1 (mean_std).
     """
 
     stats: Stats
@@ -92,14 +91,14 @@ class Normalize(Transform):
 
     def __post_init__(self) -> None:
         if self.mode == "quantile" and any(np.isnan([s.q01, s.q99]).any() for s in self.stats.values()):
-            raise UserError("the statistics hold no quantiles, which this policy needs: leave data.norm_stats empty")
+            raise UserError("the statistics have no quantiles, which this policy needs: leave data.norm_stats empty")
 
     def __call__(self, sample: Sample) -> Sample:
         """Normalise; raises `UserError` if the statistics have fewer numbers than the data."""
         return self._changed(sample, self.normalized)
 
     def inverse(self, sample: Sample) -> Sample:
-        """Back to the data's units, also for the state."""
+        """Convert actions and state back to the data's units."""
         return self._changed(sample, self._restore)
 
     def _changed(self, sample: Sample, change: Callable[[str, Vector], Vector]) -> Sample:
@@ -108,7 +107,7 @@ class Normalize(Transform):
         return out  # type: ignore[no-any-return]
 
     def normalized(self, key: str, x: Vector) -> Vector:
-        """Vectors [..., D] of `state` or `actions`, normalised; raises `UserError` as a call does."""
+        """Normalise vectors [..., D] of `state` or `actions`; raises `UserError` like `__call__`."""
         if key not in self.stats:
             raise UserError(f"the statistics lack {key!r}: leave data.norm_stats empty to compute them")
         width, stats = x.shape[-1], self.stats[key]
@@ -136,12 +135,12 @@ class Normalize(Transform):
 
 
 def load_norm_stats(path: Path, way_out: str = CORRECT_SETTING) -> dict[str, NormStats]:
-    """Read a `norm_stats.json` in openpi's layout; `UserError`, which ends with the way out, if it is none."""
+    """Read a `norm_stats.json` in openpi's layout; raises `UserError`, which ends with `way_out`, if it is invalid."""
     return load_with_origin(path, way_out)[0]
 
 
 def load_with_origin(path: Path, way_out: str = CORRECT_SETTING) -> tuple[dict[str, NormStats], Origin]:
-    """The same, with what the file tells of where it comes from."""
+    """Like `load_norm_stats`, with the provenance that the file records."""
     try:
         content = read_json(path)
         tables = content["norm_stats"]
@@ -158,8 +157,8 @@ def load_with_origin(path: Path, way_out: str = CORRECT_SETTING) -> tuple[dict[s
 
 
 def save_norm_stats(path: Path, stats: Stats, origin: Origin | None = None) -> None:
-    """Write a `norm_stats.json` in openpi's layout; `origin` says what it was made of (openpi ignores it)."""
-    # Quantiles that are not known are null, as in openpi's files: NaN is no JSON.
+    """Write a `norm_stats.json` in openpi's layout; `origin` records its provenance (openpi ignores it)."""
+    # Unknown quantiles are null, as in openpi's files: JSON has no NaN.
     tables = {
         key: {
             name: None if np.isnan(v).all() and name.startswith("q") else v.tolist() for name, v in vars(value).items()
@@ -172,9 +171,9 @@ def save_norm_stats(path: Path, stats: Stats, origin: Origin | None = None) -> N
 
 
 def parse_norm_stats(table: Mapping[str, Any]) -> NormStats:
-    """Statistics from lists; raises `KeyError`, `TypeError` or `ValueError` for what is no such table.
+    """Statistics from lists; raises `KeyError`, `TypeError` or `ValueError` for an invalid table.
 
-    Those without quantiles serve mean_std; a quantile of theirs is NaN and is refused when it is used.
+    A table without quantiles serves mean_std only; its quantiles become NaN, which `Normalize` rejects.
     """
     mean = np.asarray(table["mean"], np.float64)
     values = {
@@ -184,5 +183,5 @@ def parse_norm_stats(table: Mapping[str, Any]) -> NormStats:
     stats = NormStats(mean, values["std"], values.get("q01", absent), values.get("q99", absent))
     shapes = {value.shape for value in vars(stats).values()}
     if len(shapes) != 1 or mean.ndim != 1:
-        raise ValueError(f"mean, std, q01 and q99 must be equally long lists, not of shapes {sorted(shapes)}")
+        raise ValueError(f"mean, std, q01 and q99 must be lists of the same length, but have shapes {sorted(shapes)}")
     return stats

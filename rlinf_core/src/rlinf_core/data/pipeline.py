@@ -1,4 +1,4 @@
-"""The one place that states the order of transforms. Training, statistics, evaluation and robot control share it.
+"""The one definition of the order of transforms, shared by training, statistics, evaluation and robot control.
 
 row -> repack -> dataset's transforms -> normalise -> policy's transforms -> sample            encode
 actions <- dataset's inverses <- unnormalise <- policy's inverses <- policy's output            decode
@@ -23,7 +23,7 @@ from rlinf_core.errors import UserError
 
 @dataclass(frozen=True)
 class Pipeline:
-    """From rows to samples for a policy, and from the policy's actions back to the robot's."""
+    """Converts rows to samples for a policy, and the policy's actions back to the robot's units."""
 
     repack: Transform
     dataset: tuple[Transform, ...] = ()
@@ -32,26 +32,26 @@ class Pipeline:
 
     @property
     def invertible(self) -> tuple[Transform, ...]:
-        """Everything after repacking, in the order of encoding."""
+        """All transforms after repacking, in encoding order."""
         return (*self.dataset, *((self.normalize,) if self.normalize else ()), *self.policy)
 
     def target(self, row: Row) -> Sample:
-        """The row under a sample's names, in the data's own units: what decoded actions are compared with."""
+        """The repacked row, in the data's own units; decoded actions are compared with it."""
         return self.repack(row)
 
     def encode(self, row: Row) -> Sample:
-        """The sample a policy sees; all floating-point numbers are float32. It may share memory with the row."""
+        """The sample that the policy sees; floating-point arrays are float32. It may share memory with the row."""
         sample = self.repack(row)
         for transform in self.invertible:
             sample = transform(sample)
         return {key: _float32(value) for key, value in sample.items()}  # type: ignore[return-value]
 
     def decode(self, actions: NDArray[np.floating], sample: Sample) -> NDArray[np.floating]:
-        """A policy's actions in the data's own units.
+        """Convert a policy's actions to the data's own units.
 
         Args:
             actions: [H, A], or [B, H, A] for several chunks of one sample.
-            sample: What `encode` made of the observation; its normalised state is where relative actions start.
+            sample: The encoded observation; relative actions start from its normalised state.
 
         Returns:
             [H, D] or [B, H, D].
@@ -63,18 +63,18 @@ class Pipeline:
             decoded["state"] = sample["state"]
         for transform in reversed(self.invertible):
             decoded = transform.inverse(decoded)
-            if transform is self.normalize:  # What is wider is the policy's padding: the statistics know the data.
+            if transform is self.normalize:  # Wider dimensions are the policy's padding.
                 decoded["actions"] = decoded["actions"][..., : len(self.normalize.stats["actions"].mean)]
         return decoded["actions"]
 
 
 def build_pipeline(dataset: DatasetConfig, policy: PolicyConfig, stats: Stats | None) -> Pipeline:
-    """Put together what dataset and policy ask for.
+    """Assemble the pipeline of a dataset and a policy.
 
     Args:
-        dataset: Brings repacking and its own transforms.
-        policy: Says how to normalise, and brings what follows.
-        stats: Statistics of `state` and `actions`; None only for policies that normalise nothing.
+        dataset: Provides repacking and its own transforms.
+        policy: Chooses the normalisation and provides the transforms after it.
+        stats: Statistics of `state` and `actions`; None only for policies that do not normalise.
 
     Raises:
         UserError: The policy normalises and there are no statistics.

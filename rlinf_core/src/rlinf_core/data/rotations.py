@@ -1,10 +1,10 @@
-"""Rotations in the forms that robots record, and in six numbers that a network can learn; transforms between them.
+"""Convert rotations between the formats that robots record and a continuous 6D representation for networks.
 
-The six numbers are the first two columns of the rotation matrix, one after the other (Zhou et al. 2019, "On the
-Continuity of Rotation Representations in Neural Networks"): unlike angles and quaternions they have no jumps. Any six
-numbers that a policy predicts become a rotation again by Gram-Schmidt.
+The six numbers are the first two columns of the rotation matrix, concatenated (Zhou et al. 2019, "On the Continuity of
+Rotation Representations in Neural Networks"); unlike angles and quaternions they are continuous. Gram-Schmidt turns any
+six predicted numbers back into a rotation.
 
-Angles are radians. Axis letters: see `RotationFormat`. All functions take any leading axes.
+Angles are in radians. For axis letters see `RotationFormat`. All functions accept any leading axes.
 """
 
 from __future__ import annotations
@@ -37,39 +37,39 @@ RotationFormat = Literal[
     "euler_ZXY",
     "euler_ZYX",
 ]
-"""How a rotation is recorded. Euler angles in SciPy's notation: `euler_xyz` turns about the fixed axes x, then y, then
-z (roll, pitch, yaw of most robots); `euler_XYZ` about the axes of the turning body."""
+"""How a rotation is recorded. Euler angles use SciPy's notation: `euler_xyz` is extrinsic, about the fixed axes x, then
+y, then z (roll, pitch, yaw of most robots); `euler_XYZ` is intrinsic, about the axes of the rotating body."""
 
 _Vector = NDArray[np.floating]
-_DEGENERATE = 1e-8  # Shorter than this, a vector has no direction left in float32 data.
-_GIMBAL_LOCK = 1e-14  # Cosine of the middle angle below which the outer two turn about one axis.
+_DEGENERATE = 1e-8  # In float32 data, a shorter vector has no reliable direction.
+_GIMBAL_LOCK = 1e-14  # Below this cosine of the middle angle, the outer two rotate about the same axis.
 
 
 @dataclass(frozen=True)
 class RotationsTo6D(Transform):
-    """Replace rotations by six numbers each, the first two columns of the rotation matrix (see `rotations`).
+    """Replace each rotation by its 6D representation, the first two columns of the rotation matrix.
 
-    A rotation keeps its place; what follows moves up. The inverse makes the nearest rotation of any six numbers.
+    Dimensions after a rotation are shifted. The inverse orthogonalises any six numbers into a rotation.
     """
 
     batched: ClassVar[bool] = True
 
     form: RotationFormat
     state: tuple[int, ...]
-    """First number of each rotation in the state, ascending."""
+    """First dimension of each rotation in the state, ascending."""
     actions: tuple[int, ...]
-    """First number of each rotation in the action, ascending."""
+    """First dimension of each rotation in the action, ascending."""
 
     def __call__(self, sample: Sample) -> Sample:
-        """State [D] -> [D + 3 or 2 a rotation], actions likewise; raises `UserError` if they are too narrow."""
+        """State [D] -> [D + 3 or 2 per rotation], actions likewise; raises `UserError` if they are too narrow."""
         return self._changed(sample, self._encode)
 
     def inverse(self, sample: Sample) -> Sample:
-        """Back to the data's form, written as `from_matrix` says."""
+        """Convert back to the data's format, in the canonical form of `from_matrix`."""
         return self._changed(sample, self._decode)
 
     def place(self, index: int) -> int:
-        """Where a number of the data's action, which is none of a rotation, stands among the converted ones."""
+        """The dimension in converted actions of a dimension of the data's action that belongs to no rotation."""
         return index + (6 - numbers_of(self.form)) * sum(start < index for start in self.actions)
 
     def _changed(self, sample: Sample, change: Callable[..., _Vector]) -> Sample:
@@ -85,8 +85,8 @@ class RotationsTo6D(Transform):
         if starts[-1] + width > vector.shape[-1]:
             name = "state_rotations" if key == "state" else "action_rotations"
             raise UserError(
-                f"data.{name} says that numbers {starts[-1]} to {starts[-1] + width - 1} are a rotation as "
-                f"{self.form}, counted from 0, but `{key}` has {vector.shape[-1]} numbers"
+                f"data.{name} says that dimensions {starts[-1]} to {starts[-1] + width - 1} (counted from 0) are a "
+                f"rotation as {self.form}, but `{key}` has {vector.shape[-1]} numbers"
             )
         return _replaced(vector, starts, width, lambda x: matrix_to_6d(to_matrix(x, self.form)))
 
@@ -98,23 +98,22 @@ class RotationsTo6D(Transform):
 
 @dataclass(frozen=True)
 class RelativeRotations(Transform):
-    """Train on rotations relative to the state's: what to turn by about the axes of the state, R_state^T R_action.
+    """Train on rotations relative to the state's rotation: R_state^T R_action.
 
-    For rotations as six numbers, at the same places in state and action. Composing keeps a rotation a rotation, which
-    subtracting numbers does not.
+    For 6D rotations in the same dimensions of state and action. Unlike subtraction, composition yields a rotation.
     """
 
     batched: ClassVar[bool] = True
 
     starts: tuple[int, ...]
-    """First of the six numbers of each rotation, ascending."""
+    """First dimension of each 6D rotation, ascending."""
 
     def __call__(self, sample: Sample) -> Sample:
-        """Actions [H, D] with rotations relative to `state`; nothing to do without actions."""
+        """Make the rotations of actions [H, D] relative to `state`; a no-op without actions."""
         return self._turned(sample, lambda state, action: np.swapaxes(state, -1, -2) @ action)
 
     def inverse(self, sample: Sample) -> Sample:
-        """Turn on from the state."""
+        """Compose with the state's rotation again."""
         return self._turned(sample, lambda state, action: state @ action)
 
     def _turned(self, sample: Sample, compose: Callable[[_Vector, _Vector], _Vector]) -> Sample:
@@ -131,10 +130,10 @@ class RelativeRotations(Transform):
 
 @dataclass(frozen=True)
 class NormalForm(Transform):
-    """Repack with `repack`, then write every rotation the one way in which `RotationsTo6D` gives it back.
+    """Repack with `repack`, then bring every rotation to the canonical form that inverting `RotationsTo6D` returns.
 
-    One rotation has many names: an angle and the angle plus 2 pi, a quaternion and its negative. Predictions can only
-    be compared with recorded actions if both use the same.
+    A rotation has several representations: an angle and the angle plus 2 pi, a quaternion and its negative. Predictions
+    can be compared with recorded actions only if both use the same one.
     """
 
     batched: ClassVar[bool] = True
@@ -145,18 +144,18 @@ class NormalForm(Transform):
     actions: tuple[int, ...]
 
     def __call__(self, sample: Row) -> Sample:
-        """Row -> sample, of the widths that `repack` makes."""
+        """Row -> sample, with the widths that `repack` gives it."""
         turn = RotationsTo6D(self.form, self.state, self.actions)
         return turn.inverse(turn(self.repack(sample)))
 
 
 def numbers_of(form: str) -> int:
-    """Numbers of a rotation in this form."""
+    """How many numbers represent a rotation in this format."""
     return 4 if form.startswith("quaternion") else 3
 
 
 def to_matrix(rotation: _Vector, form: str) -> _Vector:
-    """[..., 3 or 4] -> rotation matrices [..., 3, 3] in float64. Quaternions need not have length 1."""
+    """[..., 3 or 4] -> rotation matrices [..., 3, 3] in float64. Quaternions need not be normalised."""
     rotation = np.asarray(rotation, np.float64)
     if form == "axis_angle":
         return _of_quaternion(_axis_angle_to_quaternion(rotation))
@@ -167,11 +166,10 @@ def to_matrix(rotation: _Vector, form: str) -> _Vector:
 
 
 def from_matrix(matrix: _Vector, form: str) -> _Vector:
-    """[..., 3, 3] -> [..., 3 or 4], in one of several ways to write a rotation.
+    """[..., 3, 3] -> [..., 3 or 4], in canonical form.
 
-    Angles lie in -pi..pi, the middle one in -pi/2..pi/2, an axis-angle is no longer than pi, a quaternion has w >= 0.
-    In gimbal lock, where only the sum (or difference) of the outer angles says anything, the last of the turns about
-    the body's axes is 0.
+    Angles are in -pi..pi, the middle one in -pi/2..pi/2, an axis-angle vector is at most pi long, a quaternion has
+    w >= 0. In gimbal lock only the sum (or difference) of the outer angles is defined; the last intrinsic one is 0.
     """
     if form == "axis_angle":
         return _quaternion_to_axis_angle(_to_quaternion(matrix))
@@ -179,7 +177,7 @@ def from_matrix(matrix: _Vector, form: str) -> _Vector:
         quaternion = _to_quaternion(matrix)
         return quaternion if form.endswith("wxyz") else np.roll(quaternion, -1, axis=-1)
     axes = _axes(form)
-    # Turns about fixed axes are turns about the body's in the other order.
+    # Extrinsic rotations are intrinsic ones in the reverse order.
     angles = _to_intrinsic(matrix, axes if form[-1].isupper() else axes[::-1])
     return angles if form[-1].isupper() else angles[..., ::-1]
 
@@ -190,11 +188,11 @@ def matrix_to_6d(matrix: _Vector) -> _Vector:
 
 
 def matrix_from_6d(numbers: _Vector) -> _Vector:
-    """[..., 6] -> [..., 3, 3] by Gram-Schmidt; two directions that are none are replaced by coordinate axes."""
+    """[..., 6] -> [..., 3, 3] by Gram-Schmidt; degenerate directions are replaced by coordinate axes."""
     numbers = np.asarray(numbers, np.float64)
     first = _direction(numbers[..., :3], np.broadcast_to([1.0, 0.0, 0.0], numbers[..., :3].shape))
     rest = numbers[..., 3:] - first * np.sum(first * numbers[..., 3:], axis=-1, keepdims=True)
-    # Where the second lies along the first, the coordinate axis that is furthest from it does as well.
+    # If the second is parallel to the first, use the coordinate axis that is least aligned with it.
     axis = np.eye(3)[np.argmin(np.abs(first), axis=-1)]
     second = _direction(rest, _direction(axis - first * np.sum(first * axis, axis=-1, keepdims=True), axis))
     return np.stack([first, second, np.cross(first, second)], axis=-1)
@@ -221,11 +219,11 @@ def _about(axis: int, angle: _Vector) -> _Vector:
 
 
 def _to_intrinsic(matrix: _Vector, axes: tuple[int, ...]) -> _Vector:
-    """Angles [..., 3] of turns about the body's axes i, j, k in this order, all different."""
+    """Intrinsic angles [..., 3] about the axes i, j, k in this order, all different."""
     i, j, k = axes
     sign = 1.0 if (j - i) % 3 == 1 else -1.0
-    # R = R_i(a) R_j(b) R_k(c): column k holds a and b. Row j of R_i(-a) R is that of R_k(c), whatever a is: read from
-    # there, c makes up for an a that says little near gimbal lock.
+    # R = R_i(a) R_j(b) R_k(c): column k gives a and b. Row j of R_i(-a) R is that of R_k(c) for any a: c computed
+    # from it compensates for an ill-determined a near gimbal lock.
     cosine = np.hypot(matrix[..., i, i], matrix[..., i, j])
     middle = np.arctan2(sign * matrix[..., i, k], cosine)
     locked = cosine < _GIMBAL_LOCK
@@ -256,7 +254,8 @@ def _of_quaternion(quaternion: _Vector) -> _Vector:
 def _to_quaternion(matrix: _Vector) -> _Vector:
     """[..., 3, 3] -> w, x, y, z with w >= 0.
 
-    All four columns below are the quaternion times twice one of its numbers; the longest loses no digits (Shepperd).
+    Each row of `table` is the quaternion times four times one of its components; the longest is numerically stable
+    (Shepperd).
     """
     m = np.moveaxis(matrix, (-2, -1), (0, 1))
     trace = m[0, 0] + m[1, 1] + m[2, 2]
@@ -275,7 +274,7 @@ def _to_quaternion(matrix: _Vector) -> _Vector:
 
 def _axis_angle_to_quaternion(vector: _Vector) -> _Vector:
     half = np.linalg.norm(vector, axis=-1, keepdims=True) / 2
-    # sin(half) / (2 half), which np.sinc gives without dividing by zero.
+    # np.sinc gives sin(half) / half without dividing by zero.
     return np.concatenate([np.cos(half), vector * np.sinc(half / np.pi) / 2], axis=-1)
 
 
@@ -287,7 +286,7 @@ def _quaternion_to_axis_angle(quaternion: _Vector) -> _Vector:
 
 
 def _replaced(vector: _Vector, starts: tuple[int, ...], width: int, change: Callable[..., _Vector]) -> _Vector:
-    """The vector [..., D] with `change` of the `width` numbers at each start in their place."""
+    """Replace the `width` numbers at each start of a vector [..., D] by `change` of them."""
     pieces, at = [], 0
     for start in starts:
         pieces += [vector[..., at:start], change(vector[..., start : start + width])]

@@ -1,4 +1,4 @@
-"""The values that flow through the data path, and the letters that name their axes.
+"""The types of the data path, and the letters that name their axes.
 
 Axes used in names and docstrings throughout the project:
 
@@ -6,8 +6,8 @@ Axes used in names and docstrings throughout the project:
     C camera  T tokens   L layers   N frames of a dataset
 
 A *row* is one frame as the dataset stores it, under the dataset's own column names. A *sample* is the same frame under
-the names below, in NumPy, on its way through the transforms. A *batch* is what a policy's `collate` makes of samples:
-tensors only.
+the keys of `Sample`, in NumPy, as the transforms see it. A *batch* is what a policy's `collate` builds from samples; it
+contains only tensors.
 """
 
 from collections.abc import Mapping
@@ -21,27 +21,27 @@ Row = dict[str, Any]
 bool [H], `task` str, and the integers `index`, `episode_index`, `frame_index`."""
 
 Batch = Mapping[str, Any]
-"""Tensors (or nested mappings of tensors) with the sample axis first; those under `PACKING` have axes of their own."""
+"""Tensors (or nested mappings of tensors), sample axis first; only those under `PACKING` have other axes."""
 
 PACKING = "packing"
-"""Key of a batch's mapping of indices, for a policy that lays samples of different lengths end to end."""
+"""Key of a batch's index tensors, for a policy that concatenates samples of different lengths."""
 
 SOURCE = "rlinf_source"
-"""Key of a mixture's training batches, which the trainer takes out: int64 [B], the number of each sample's source."""
+"""Key of a mixture's training batches: int64 [B], the index of each sample's source. The trainer removes it."""
 
 
 class Sample(TypedDict, total=False):
-    """One frame on its way through the pipeline. Policies and datasets may add further keys."""
+    """One frame as the transforms see it. Policies and datasets may add keys."""
 
     images: dict[str, NDArray[np.uint8]]
-    """Camera name of the policy -> uint8 [height, width, 3], RGB. A camera that the robot lacks has no entry."""
+    """The policy's camera name -> uint8 [height, width, 3], RGB. A camera that the robot lacks has no entry."""
     state: NDArray[np.floating]
-    """Proprioception, [D], the robot's units until normalised."""
+    """Proprioceptive state, [D], in the robot's units until it is normalised."""
     actions: NDArray[np.floating]
-    """Action chunk, [H, D]; past the end of the episode the last action repeats. Missing at inference."""
+    """Action chunk, [H, D]; past the end of the episode the last action is repeated. Absent at inference."""
     actions_is_pad: NDArray[np.bool_]
     """[H], True where the chunk runs past the end of the episode."""
     prompt: str
-    """What the robot is told to do."""
+    """The instruction to the robot."""
     noise: NDArray[np.float32]
-    """A draw of the sample's own (contract 1), made by `PolicyConfig.draw`."""
+    """The sample's own random numbers (contract 1), drawn by `PolicyConfig.draw`."""

@@ -1,26 +1,16 @@
-"""The rows of a run, in two splits: those for training, and those of the episodes that are held out for validation.
-
-First the config chooses episodes by number, task, length and quality; of those, some are held out. Which they are
-depends on the dataset and that choice alone, so that runs can be compared.
-"""
+"""Open the training rows or the held-out rows of a run's dataset, whichever plugin reads it."""
 
 from __future__ import annotations
 
-import hashlib
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import numpy as np
-from numpy.typing import NDArray
 
-from rlinf_core.contract.datasets import ColumnSource, DatasetConfig, LeRobotDatasetConfig, SampleSource, Split
+from rlinf_core.contract.datasets import ColumnSource, SampleSource, Split
 from rlinf_core.contract.run import LoadedPlugins, RunConfig
-from rlinf_core.errors import UserError, did_you_mean
+from rlinf_core.errors import UserError
 
 
 def open_split(run: RunConfig, plugins: LoadedPlugins, split: Split) -> SampleSource:
-    """The rows of a split, from the plugin that knows the dataset."""
+    """The rows of a split, from the plugin that reads the dataset."""
     source: SampleSource | None = plugins.hook.rlinf_open_dataset(dataset=run.data, policy=run.policy, split=split)
     if source is None:
         raise UserError(
@@ -31,7 +21,7 @@ def open_split(run: RunConfig, plugins: LoadedPlugins, split: Split) -> SampleSo
 
 
 def describe_splits(train: SampleSource, held_out: SampleSource | None) -> str:
-    """What a run uses, in a line: `92 episodes of 3 tasks, 1607 rows; 16 held out, of 3 tasks`."""
+    """One line: `92 episodes of 3 tasks, 1607 rows; held out: 16 episodes of 3 tasks, 285 rows`."""
     text = f"{_counted(train)}, {len(train)} rows"
     return text if held_out is None else f"{text}; held out: {_counted(held_out)}, {len(held_out)} rows"
 
@@ -43,145 +33,3 @@ def _counted(source: SampleSource) -> str:
         tasks = len(set(columns["task"]))
         text += f" of {tasks} task{'s' * (tasks != 1)}"
     return text
-
-
-@dataclass(frozen=True, eq=False)
-class EpisodeTable:
-    """What a choice of episodes goes by; arrays are [E]."""
-
-    numbers: NDArray[np.int64]
-    """The dataset's own."""
-    lengths: NDArray[np.int64]
-    """Frames."""
-    tasks: NDArray[np.int64]
-    """Number of the first frame's task."""
-    task_texts: dict[int, str]
-    quality: NDArray[np.float64] | None = None
-    """`data.quality_column`."""
-
-
-def split_episodes(config: LeRobotDatasetConfig, table: EpisodeTable) -> tuple[frozenset[int], frozenset[int]]:
-    """The episodes to train on, and those that are held out.
-
-    Raises:
-        UserError: The config names an episode or a task that the dataset does not have, or nothing would be left.
-    """
-    chosen = np.ones(len(table.numbers), np.bool_)
-    narrowed: list[str] = []
-    if config.episodes:
-        chosen &= np.isin(table.numbers, _numbers("data.episodes", config, config.episodes, table))
-        narrowed.append("episodes")
-    if config.exclude_episodes:
-        chosen &= ~np.isin(table.numbers, _numbers("data.exclude_episodes", config, config.exclude_episodes, table))
-        narrowed.append("exclude_episodes")
-    if config.tasks:
-        chosen &= np.isin(table.tasks, _tasks("data.tasks", config, config.tasks, table))
-        narrowed.append("tasks")
-    if config.min_episode_length:
-        chosen &= table.lengths >= config.min_episode_length
-        narrowed.append("min_episode_length")
-    if config.max_episode_length:
-        chosen &= table.lengths <= config.max_episode_length
-        narrowed.append("max_episode_length")
-    if config.quality_column and table.quality is not None:
-        chosen &= table.quality >= config.min_quality
-        narrowed.append(f"quality_column (from {table.quality.min():g} to {table.quality.max():g})")
-    if not chosen.any():
-        raise UserError(
-            f"no episode of {config.repo_id} is left: of its {len(chosen)}, of {table.lengths.min()} to "
-            f"{table.lengths.max()} frames, none passes data." + ", data.".join(narrowed)
-        )
-    task_of = dict(zip(table.numbers[chosen].tolist(), table.tasks[chosen].tolist(), strict=True))
-    if config.validation_tasks:
-        wanted = _tasks("data.validation_tasks", config, config.validation_tasks, table)
-        held_out = frozenset(episode for episode, task in task_of.items() if task in wanted)
-        if len(held_out) in (0, len(task_of)):
-            which = "every episode" if held_out else "no episode"
-            raise UserError(f"data.validation_tasks holds out {which} of those that are used: name other tasks")
-    else:
-        held_out = held_out_episodes(config, task_of)
-    return frozenset(task_of) - held_out, held_out
-
-
-def _numbers(key: str, config: DatasetConfig, named: Sequence[int | str], table: EpisodeTable) -> list[int]:
-    """Episode numbers of a list of numbers and ranges."""
-    numbers: list[int] = []
-    there = set(table.numbers.tolist())
-    for one in named:
-        first, last = (one, one) if isinstance(one, int) else map(int, one.split("-"))
-        if first > last or first not in there or last not in there:
-            raise UserError(
-                f"{key} names {one}, but the episodes of {config.repo_id} are {min(there)} to {max(there)}"
-                + ", with gaps" * (len(there) != max(there) - min(there) + 1)
-            )
-        numbers += range(first, last + 1)
-    return numbers
-
-
-def _tasks(key: str, config: DatasetConfig, named: Sequence[int | str], table: EpisodeTable) -> list[int]:
-    """Task numbers of a list of texts and numbers."""
-    number_of = {text: number for number, text in table.task_texts.items()}
-    found = []
-    for one in named:
-        number = one if isinstance(one, int) else number_of.get(one)
-        if number not in table.task_texts:
-            listed = ", ".join(f"{number} {text!r}" for number, text in list(table.task_texts.items())[:10])
-            near = did_you_mean(one, number_of) if isinstance(one, str) else ""
-            raise UserError(
-                f"{key} names {one!r}, which is no task of {config.repo_id}{near}; it has {len(number_of)}: {listed}"
-                + ", ..." * (len(number_of) > 10)
-            )
-        found.append(int(number))
-    return found
-
-
-def held_out_episodes(config: DatasetConfig, tasks: dict[int, int]) -> frozenset[int]:
-    """The episodes of the validation split; the others are for training.
-
-    Args:
-        config: Its `validation_episodes`, or its `validation_fraction`, says how many.
-        tasks: Episode number -> number of its task.
-
-    Raises:
-        UserError: An episode does not exist, or nothing would be left to train on.
-    """
-    if config.validation_episodes:
-        unknown = sorted(set(config.validation_episodes) - tasks.keys())
-        if unknown:
-            raise UserError(
-                f"data.validation_episodes names {unknown}, but the episodes used of {config.repo_id} are "
-                f"{len(tasks)} from {min(tasks)} to {max(tasks)}"
-            )
-        if set(config.validation_episodes) == tasks.keys():
-            raise UserError(
-                f"data.validation_episodes holds out every episode of {config.repo_id}: leave some for training"
-            )
-        return frozenset(config.validation_episodes)
-    if config.validation_fraction:
-        return _share_of_each_task(config, tasks)
-    return frozenset()
-
-
-def _share_of_each_task(config: DatasetConfig, tasks: dict[int, int]) -> frozenset[int]:
-    """A share of every task: its whole part, and one more where the fraction is largest until the total is reached."""
-    members: dict[int, list[int]] = defaultdict(list)
-    for episode in sorted(tasks, key=_shuffled):
-        members[tasks[episode]].append(episode)
-    room = {task: len(episodes) - 1 for task, episodes in members.items()}  # A task never loses its last episode.
-    if not any(room.values()):
-        raise UserError(
-            f"data.validation_fraction = {config.validation_fraction}: each task of {config.repo_id} has only one "
-            "episode, so none can be held out; name some in data.validation_episodes"
-        )
-    exact = {task: len(episodes) * config.validation_fraction for task, episodes in members.items()}
-    count = {task: min(int(exact[task]), room[task]) for task in members}
-    wanted = max(1, round(len(tasks) * config.validation_fraction))
-    for task in sorted(members, key=lambda task: (int(exact[task]) - exact[task], _shuffled(task))):
-        if sum(count.values()) < wanted and count[task] < room[task]:
-            count[task] += 1
-    return frozenset(episode for task, episodes in members.items() for episode in episodes[: count[task]])
-
-
-def _shuffled(number: int) -> bytes:
-    """A sort key in no particular order, the same on every machine and for every version of every library."""
-    return hashlib.blake2b(str(number).encode(), digest_size=8).digest()

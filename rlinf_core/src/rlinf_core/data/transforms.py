@@ -1,8 +1,8 @@
-"""Transforms: small frozen values, named by a verb, each with its inverse beside it.
+"""Transforms: small frozen dataclasses, named by a verb, each with its inverse.
 
-A transform maps a sample to a new sample and changes no array in place. `inverse` undoes it on what a policy returns
-(`actions`, and `state`, which relative actions need); a transform that touches neither inherits the identity.
-All of them accept samples without `actions` (inference) and without `images` (statistics).
+A transform returns a new sample and changes no array in place. `inverse` undoes it on a policy's output (`actions`, and
+`state`, which relative actions need); a transform that changes neither inherits the identity. Every transform accepts
+samples without `actions` (inference) and without `images` (statistics).
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from rlinf_core.errors import UserError
 
 
 class Transform(ABC):
-    """A step of the pipeline."""
+    """One step of the pipeline."""
 
     batched: ClassVar[bool] = False
-    """Whether `__call__` of this very class also takes many samples at once, each array with their axis first (no
-    images, `prompt` a list or one text), and makes the same numbers of them. Statistics use it, as it is much faster.
-    A class that overrides `__call__` says it anew."""
+    """Whether this class's `__call__` also accepts many samples at once (arrays with the sample axis first, no images,
+    `prompt` a list or a single string) and returns the same numbers. Statistics use this, as it is much faster. A class
+    that overrides `__call__` must set it again."""
     resizes: ClassVar[bool] = False
-    """Whether it brings all images to one size, leaves those of that size as they are, and changes nothing else. If a
-    policy's first transform does, `rlinf cache` may keep images as it leaves them."""
+    """Whether it resizes all images to one size, leaves images of that size unchanged, and changes nothing else. If a
+    policy's first transform does, `rlinf cache` may store the resized images."""
 
     @abstractmethod
     def __call__(self, sample: Any) -> Sample:
-        """The transformed sample; the argument is left as it is."""
+        """Return the transformed sample; the argument is not modified."""
 
     def inverse(self, sample: Sample) -> Sample:
-        """Undo the transform on `actions` and `state`. The identity unless a subclass says otherwise."""
+        """Undo the transform on `actions` and `state`. The identity unless overridden."""
         return sample
 
 
 class Box(NamedTuple):
-    """A part of an image, in pixels."""
+    """A rectangle in an image, in pixels."""
 
     top: int
     left: int
@@ -53,16 +53,16 @@ class Box(NamedTuple):
         if self.top + self.height > height or self.left + self.width > width:
             raise UserError(
                 f"data.crops.{name} reaches row {self.top + self.height} and column {self.left + self.width}, but the "
-                f"image has {height} rows and {width} columns: correct it, or record images of the size it is made for"
+                f"image has {height} rows and {width} columns: correct the crop, or use images of its size"
             )
         return image[self.top : self.top + self.height, self.left : self.left + self.width]
 
 
 @dataclass(frozen=True)
 class Concatenate(Transform):
-    """Repack a row: rename its columns to a sample's keys, concatenating several columns of one kind.
+    """Repack a row: map its columns to a sample's keys, concatenating several state or action columns.
 
-    The first step of every pipeline. What comes out is in the data's own units: predictions are compared with it.
+    The first step of every pipeline. The result is in the data's own units; predictions are compared with it.
     """
 
     batched = True
@@ -72,9 +72,9 @@ class Concatenate(Transform):
     actions: tuple[str, ...]
     default_prompt: str = ""
     prompt_from_task: bool = True
-    """Whether the prompt is the row's task, and `default_prompt` only that of rows without one."""
+    """Use the row's task as the prompt, and `default_prompt` only for rows without a task."""
     crops: Mapping[str, Box] = field(default_factory=dict)
-    """Camera -> the part of its image that is kept."""
+    """Camera -> the rectangle of its image to keep."""
 
     def __call__(self, sample: Row) -> Sample:
         """Row -> sample: state [sum of widths], actions [H, sum of widths]."""
@@ -91,7 +91,7 @@ class Concatenate(Transform):
         return self.crops[name].cut(image, name) if name in self.crops else image
 
     def _prompt(self, row: Row) -> Any:
-        """The row's prompt; those of a batch."""
+        """The prompt of a row, or the prompts of a batch of rows."""
         if not self.prompt_from_task or (self.default_prompt and "task" not in row):
             return self.default_prompt
         task = row["task"]
@@ -100,17 +100,17 @@ class Concatenate(Transform):
 
 @dataclass(frozen=True)
 class CheckState(Transform):
-    """Hold the data to the width of the robot's state that its config states; changes nothing."""
+    """Check that the state is as wide as the config says; changes nothing."""
 
     batched = True
 
     width: int
 
     def __call__(self, sample: Sample) -> Sample:
-        """The sample as it is; raises `UserError` if `state` is not [width]."""
+        """Return the sample unchanged; raises `UserError` if `state` is not [width]."""
         if "state" in sample and sample["state"].shape[-1] != self.width:
             raise UserError(
-                f"a state of the dataset has {sample['state'].shape[-1]} numbers, its config says {self.width}: "
+                f"a state of the dataset has {sample['state'].shape[-1]} numbers, the config says {self.width}: "
                 f"correct data.state_width, or name other columns in data.state"
             )
         return sample
@@ -118,9 +118,9 @@ class CheckState(Transform):
 
 @dataclass(frozen=True)
 class SliceActions(Transform):
-    """Keep the first `width` columns of the policy's actions: policies pad actions to a width of their own.
+    """Keep the first `width` columns of the policy's actions; policies pad actions to their own width.
 
-    On the way in it only checks that the data are that wide. It stands before `RelativeActions` in a dataset's
+    The forward direction only checks that the data have this width. Put it before `RelativeActions` in a dataset's
     transforms, so that its inverse runs last.
     """
 
@@ -129,10 +129,10 @@ class SliceActions(Transform):
     width: int
 
     def __call__(self, sample: Sample) -> Sample:
-        """The sample as it is; raises `UserError` if `actions` is not [H, width]."""
+        """Return the sample unchanged; raises `UserError` if `actions` is not [H, width]."""
         if "actions" in sample and sample["actions"].shape[-1] != self.width:
             raise UserError(
-                f"an action of the dataset has {sample['actions'].shape[-1]} numbers, its config says {self.width}: "
+                f"an action of the dataset has {sample['actions'].shape[-1]} numbers, the config says {self.width}: "
                 f"correct data.action_width, or name other columns in data.actions"
             )
         return sample
@@ -144,10 +144,10 @@ class SliceActions(Transform):
 
 @dataclass(frozen=True)
 class RelativeActions(Transform):
-    """Train on actions relative to the state: a masked number of the action becomes its distance to the state's.
+    """Train on actions relative to the state: where `mask` is True, subtract the state from the action.
 
-    The whole chunk is relative to the state of its first step, not each step to the one before ("delta" in openpi).
-    Where the action runs on beyond the mask it stays absolute.
+    The whole chunk is relative to the state at its first step, not each step to the previous one (openpi calls this
+    "delta"). Action dimensions beyond the mask stay absolute.
     """
 
     batched = True
@@ -155,22 +155,22 @@ class RelativeActions(Transform):
     mask: tuple[bool, ...]
 
     def __call__(self, sample: Sample) -> Sample:
-        """Subtract `state[i]` from `actions[:, i]` where `mask[i]`; nothing to do without actions."""
+        """Subtract `state[i]` from `actions[:, i]` where `mask[i]`; a no-op without actions."""
         if "actions" not in sample:
             return sample
         return {**sample, "actions": self._shift(sample["actions"], sample["state"], -1)}
 
     def inverse(self, sample: Sample) -> Sample:
-        """Add the state again; `sample` holds it in the data's units."""
+        """Add the state back; `sample` contains it in the data's units."""
         return {**sample, "actions": self._shift(sample["actions"], sample["state"], 1)}
 
     def _shift(self, actions: NDArray[np.floating], state: NDArray[np.floating], sign: int) -> NDArray[np.floating]:
         width = 1 + max((i for i, relative in enumerate(self.mask) if relative), default=-1)
         if width > min(actions.shape[-1], state.shape[-1]):
             raise UserError(
-                f"number {width - 1} of the action is to be relative to that of the state, counted from 0, but an "
-                f"action has {actions.shape[-1]} numbers and the state {state.shape[-1]}: shorten data.relative, or "
-                "name what has no counterpart in data.gripper"
+                f"dimension {width - 1} of the action (counted from 0) is to be relative to the state, but the action "
+                f"has {actions.shape[-1]} numbers and the state {state.shape[-1]}: shorten data.relative, or list "
+                "dimensions without a counterpart in data.gripper"
             )
         offset = np.where(self.mask[:width], state[..., :width], 0)[..., np.newaxis, :]
         return np.concatenate([actions[..., :width] + sign * offset, actions[..., width:]], axis=-1)
@@ -178,23 +178,23 @@ class RelativeActions(Transform):
 
 @dataclass(frozen=True)
 class RelativeUnless(Transform):
-    """`RelativeActions` for all numbers of the action, however many there are, but for those named in `absolute`."""
+    """`RelativeActions` for every action dimension except those in `absolute`, whatever the width."""
 
     batched = True
 
     absolute: tuple[int, ...]
 
     def __call__(self, sample: Sample) -> Sample:
-        """Subtract `state[i]` from `actions[:, i]`; raises `UserError` if `absolute` names a number there is not."""
+        """Subtract `state[i]` from `actions[:, i]`; raises `UserError` if `absolute` names a missing dimension."""
         if "actions" not in sample:
             return sample
         width = sample["actions"].shape[-1]
         if missing := [index for index in self.absolute if index >= width]:
-            raise UserError(f"data.gripper names number {missing[0]}, but an action has the numbers 0 to {width - 1}")
+            raise UserError(f"data.gripper names dimension {missing[0]}, but an action has dimensions 0 to {width - 1}")
         return RelativeActions(self._mask(width))(sample)
 
     def inverse(self, sample: Sample) -> Sample:
-        """Add the state again; a policy's padding, for which the state may have no number, stays as it is."""
+        """Add the state back; the policy's padding, which may be wider than the state, is unchanged."""
         width = min(sample["actions"].shape[-1], sample["state"].shape[-1])
         return RelativeActions(self._mask(width)).inverse(sample)
 

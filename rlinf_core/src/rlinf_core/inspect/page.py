@@ -19,7 +19,7 @@ from rlinf_core.data.statistics.diagnose import normalized_extremes, share_beyon
 from rlinf_core.errors import UserError
 from rlinf_core.files import check_writable, writing
 from rlinf_core.illustration import Camera, Grid, Illustration, Picture
-from rlinf_core.inspect.look import RunView, SourceView
+from rlinf_core.inspect.gather import RunView, SourceView
 from rlinf_core.inspect.plots import MOST_PANELS, Plot, plot_chunk, plot_distribution, plot_lengths
 from rlinf_core.inspect.samples import SampleView
 
@@ -158,7 +158,7 @@ def _source(number: int, source: SourceView, files: Files) -> dict[str, Any]:
 
 
 def _distributions(prefix: str, source: SourceView, files: Files) -> Iterator[Distribution]:
-    for key, data in source.surveyed.items():
+    for key, data in source.distributions.items():
         stats, mode, width = source.stats.get(key), source.mode, len(data.running.low)
         plot = plot_distribution(f"{prefix}{key}", key, data, stats, mode)
         used = stats or data.stats

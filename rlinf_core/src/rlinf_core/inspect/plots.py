@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlinf_core.data.normalize import Mode, Normalize, NormStats
-from rlinf_core.data.statistics.compute import Survey
+from rlinf_core.data.statistics.compute import Distribution
 from rlinf_core.inspect.samples import Chunk
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def plot_lengths(name: str, train: NDArray[np.int64], held_out: NDArray[np.int64
         return _drawn(name, figure)
 
 
-def plot_distribution(name: str, key: str, data: Survey, stats: NormStats | None, mode: Mode | None) -> Plot:
+def plot_distribution(name: str, key: str, data: Distribution, stats: NormStats | None, mode: Mode | None) -> Plot:
     """How each number of `state` or `actions` is distributed, in the data's units and (with statistics) normalised."""
     from matplotlib import rc_context
 
@@ -113,7 +113,7 @@ def plot_distribution(name: str, key: str, data: Survey, stats: NormStats | None
         return _drawn(name, figure)
 
 
-def _raw(axes: Axes, number: int, data: Survey, stats: NormStats | None) -> None:
+def _raw(axes: Axes, number: int, data: Distribution, stats: NormStats | None) -> None:
     low, high = data.running.low[number], data.running.high[number]
     if low == high:
         axes.axvline(low, color=DATA, linewidth=3)

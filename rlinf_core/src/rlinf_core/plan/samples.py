@@ -14,21 +14,21 @@ from rlinf_core.data.loading.sampling import sample_generator
 from rlinf_core.data.pipeline import build_pipeline
 from rlinf_core.data.sample import Sample
 from rlinf_core.data.splits import open_split
-from rlinf_core.data.statistics.probe import encode_without_images
+from rlinf_core.data.statistics.preview import encode_without_images
 from rlinf_core.data.statistics.run import diagnose
 from rlinf_core.errors import UserError
 from rlinf_core.hub import cache_only
 from rlinf_core.plugins.registry import Plugins
 from rlinf_core.training.data import bind_policy
 
-PROBED_ROWS = 256
+SAMPLED_ROWS = 256
 """Evenly spread over the training rows: the mean length of prompts is known to a few hundredths."""
-SURVEYED_ROWS = 4096
+STATISTICS_ROWS = 4096
 """For the statistics without which numbers cannot become tokens."""
 
 
 @dataclass(frozen=True)
-class Probed:
+class SampledSource:
     """Samples of a dataset, as `collate` takes them."""
 
     share: float
@@ -40,20 +40,20 @@ class Probed:
     """What was not known; empty: they are of the data."""
 
 
-def probe_sources(run: RunConfig, plugins: Plugins) -> list[Probed]:
+def sample_sources(run: RunConfig, plugins: Plugins) -> list[SampledSource]:
     """Samples of each of a run's datasets; the hub is not asked.
 
     Raises:
         UserError: A dataset is not at hand and the policy does not say how long samples can be.
     """
-    probed = []
+    sampled = []
     for source in run.sources:
         with source.naming(), cache_only():
             try:
-                probed.append(_of_data(source, plugins))
+                sampled.append(_of_data(source, plugins))
             except UserError as error:
-                probed.append(_longest_possible(source, error))
-    return probed
+                sampled.append(_longest_possible(source, error))
+    return sampled
 
 
 def know_data_at_hand(run: RunConfig, plugins: Plugins) -> tuple[RunConfig, list[str]]:
@@ -66,15 +66,15 @@ def know_data_at_hand(run: RunConfig, plugins: Plugins) -> tuple[RunConfig, list
             return run, [f"what of the policy's size follows from the data is as it assumes: {first}"]
 
 
-def _of_data(source: RunSource, plugins: Plugins) -> Probed:
+def _of_data(source: RunSource, plugins: Plugins) -> SampledSource:
     """Rows without their pictures; those of one row stand for all: a dataset's pictures are of one size."""
     run = source.run
     rows = open_split(run, plugins, "train")
     if not len(rows):
         raise UserError(f"the dataset {run.data.config_name!r} has no rows for train")
-    stats = diagnose(run, rows, rows=SURVEYED_ROWS).stats if run.policy.normalization != "none" else None
+    stats = diagnose(run, rows, rows=STATISTICS_ROWS).stats if run.policy.normalization != "none" else None
     pipeline = build_pipeline(run.data, run.policy, stats)
-    indices = np.unique(np.linspace(0, len(rows) - 1, PROBED_ROWS).astype(np.int64)).tolist()
+    indices = np.unique(np.linspace(0, len(rows) - 1, SAMPLED_ROWS).astype(np.int64)).tolist()
     (seen,) = rows.__getitems__(indices[:1])
     pictures = {key: value for key, value in pipeline.encode(seen).items() if key == "images"}
     samples: list[Any] = [
@@ -82,10 +82,12 @@ def _of_data(source: RunSource, plugins: Plugins) -> Probed:
         for place, sample in enumerate(encode_without_images(rows, pipeline, indices))
     ]
     where = f"{source.name}: " if source.name else ""
-    return Probed(source.share, samples, f"{where}{len(samples)} of {len(rows)} training rows of {run.data.repo_id}")
+    return SampledSource(
+        source.share, samples, f"{where}{len(samples)} of {len(rows)} training rows of {run.data.repo_id}"
+    )
 
 
-def _longest_possible(source: RunSource, reason: UserError) -> Probed:
+def _longest_possible(source: RunSource, reason: UserError) -> SampledSource:
     run, data = source.run, source.run.data
     cameras = list(data.images) if isinstance(data, LeRobotDatasetConfig) else []
     sample = run.policy.largest_sample(cameras)
@@ -96,7 +98,7 @@ def _longest_possible(source: RunSource, reason: UserError) -> Probed:
         ) from reason
     drawn: Any = {**sample, **run.policy.draw(sample_generator(run.seed, 0, 0))}
     where = f"{source.name}: " if source.name else ""
-    return Probed(
+    return SampledSource(
         source.share,
         [drawn],
         f"{where}the longest samples that the policy takes",
@@ -106,6 +108,7 @@ def _longest_possible(source: RunSource, reason: UserError) -> Probed:
 
 def _why(dataset: str, reason: UserError) -> str:
     """Why data were not read, in a line."""
-    if f"'{dataset}' is no file or folder" in str(reason):  # The rest tells how to reach the hub.
+    # The rest of the message is about reaching the hub; the text plugin's wording differs.
+    if any(f"'{dataset}' is {no} file or folder" in str(reason) for no in ("no", "not a")):
         return f"{dataset} is not on this machine, and the hub was not asked"
     return "the data were not read: " + str(reason).splitlines()[0]

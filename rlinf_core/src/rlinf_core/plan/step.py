@@ -17,7 +17,7 @@ from rlinf_core.costs.memory import Activations, Memory, Parameter, Sharding, St
 from rlinf_core.data.loading.sampling import check_batch
 from rlinf_core.data.sample import Batch, Sample
 from rlinf_core.errors import UserError
-from rlinf_core.plan.samples import Probed, know_data_at_hand, probe_sources
+from rlinf_core.plan.samples import SampledSource, know_data_at_hand, sample_sources
 from rlinf_core.plugins.registry import Plugins
 from rlinf_core.training.blocks import Checkpointing
 from rlinf_core.training.build import DTYPES, build_on_meta, prepare_blocks
@@ -143,15 +143,15 @@ def plan(run: RunConfig, plugins: Plugins, ranks: int | None = None) -> Plan:
     micro_batches = check_batch(trainer.global_batch_size, trainer.micro_batch_size, ranks)
     plugins.hook.rlinf_configure(run=run)
     run, unknown = know_data_at_hand(run, plugins)
-    probed = probe_sources(run, plugins)
+    sampled = sample_sources(run, plugins)
     assumptions += unknown
-    assumptions += [source.assumption for source in probed if source.assumption]
+    assumptions += [source.assumption for source in sampled if source.assumption]
     if trainer.compile:
         assumptions.append("eager blocks: trainer.compile is not counted, with which they keep less")
-    longest = _longest(run, probed)
+    longest = _longest(run, sampled)
     counted = _count(run, plugins, longest, trainer.activation_checkpointing)
     units = counted.units
-    useful, source = _useful_flops(run, plugins, probed)
+    useful, source = _useful_flops(run, plugins, sampled)
     whole = [parameter for unit in units for parameter in unit.parameters]
     sharding = sharding_of(run, trainer, ranks)
     return Plan(
@@ -168,7 +168,7 @@ def plan(run: RunConfig, plugins: Plugins, ranks: int | None = None) -> Plan:
         computed_per_sample=counted.flops,
         traffic=memory.traffic(units, sharding, micro_batches),
         assumptions=tuple(assumptions),
-        data=tuple(one.fact for one in probed),
+        data=tuple(one.fact for one in sampled),
         has_blocks=counted.has_blocks,
         units=units,
         longest=longest,
@@ -241,13 +241,13 @@ def _units(run: RunConfig, policy: Any, groups: Groups, reached: set[str]) -> tu
     )
 
 
-def _longest(run: RunConfig, probed: Sequence[Probed]) -> Sample:
+def _longest(run: RunConfig, sampled: Sequence[SampledSource]) -> Sample:
     """The sample whose batch is the largest: memory must do for it."""
 
     def size(sample: Sample) -> int:
         return sum(tensor.nbytes for tensor in _tensors(run.policy.collate([sample])))
 
-    return max((sample for source in probed for sample in source.samples), key=size)
+    return max((sample for source in sampled for sample in source.samples), key=size)
 
 
 def _tensors(batch: Any) -> list[Any]:
@@ -256,22 +256,22 @@ def _tensors(batch: Any) -> list[Any]:
     return [batch] if hasattr(batch, "nbytes") else []
 
 
-def _useful_flops(run: RunConfig, plugins: Plugins, probed: Sequence[Probed]) -> tuple[float, str]:
+def _useful_flops(run: RunConfig, plugins: Plugins, sampled: Sequence[SampledSource]) -> tuple[float, str]:
     """Mean useful operations of a sample, and where they are from."""
     size = min(run.trainer.micro_batch_size, COUNTED_SAMPLES)
-    by_formula = [_by_formula(run, source, size) for source in probed]
+    by_formula = [_by_formula(run, source, size) for source in sampled]
     if None not in by_formula:
-        shares = zip(probed, by_formula, strict=True)
+        shares = zip(sampled, by_formula, strict=True)
         return sum(source.share * (flops or 0.0) for source, flops in shares), "the policy's formula"
     policy, _ = _build(run, plugins, "none")
     counted = 0.0
-    for source in probed:
+    for source in sampled:
         samples, batch = next(_batches(run, source, size))
         counted += source.share * _count_batch(run, policy, batch).flops / samples
     return counted, "counted, padding included: the policy has no useful_flops()"
 
 
-def _by_formula(run: RunConfig, source: Probed, size: int) -> float | None:
+def _by_formula(run: RunConfig, source: SampledSource, size: int) -> float | None:
     total = 0.0
     for _, batch in _batches(run, source, size):
         flops = run.policy.useful_flops(batch)
@@ -281,7 +281,7 @@ def _by_formula(run: RunConfig, source: Probed, size: int) -> float | None:
     return total / len(source.samples)
 
 
-def _batches(run: RunConfig, source: Probed, size: int) -> Iterator[tuple[int, Batch]]:
+def _batches(run: RunConfig, source: SampledSource, size: int) -> Iterator[tuple[int, Batch]]:
     """All samples of a source in batches, with how many each has."""
     for start in range(0, len(source.samples), size):
         samples = source.samples[start : start + size]

@@ -139,8 +139,8 @@ class Plugins:
         _ = self._manager
         return tuple(self._failures)
 
-    def insist(self) -> None:
-        """Raise a plugin's failure now, if the mode is strict, rather than where something of it is missing."""
+    def raise_failures_if_strict(self) -> None:
+        """In strict mode, raise a plugin's failure now, not where something of it is missing."""
         if self._strict:
             _ = self.registered
 

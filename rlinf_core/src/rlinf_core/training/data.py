@@ -17,7 +17,7 @@ from rlinf_core.data.loading.mixture import Source
 from rlinf_core.data.loading.sampling import Batching, steps_per_epoch
 from rlinf_core.data.pipeline import build_pipeline
 from rlinf_core.data.splits import describe_splits, open_split
-from rlinf_core.data.statistics.probe import different_prompts, probe
+from rlinf_core.data.statistics.preview import different_prompts, preview_samples
 from rlinf_core.data.statistics.run import run_statistics
 from rlinf_core.errors import UserError
 
@@ -121,7 +121,7 @@ class RunData:
         """What the policy reports of each dataset's samples."""
         for given, source in zip(self.run.sources, self.sources, strict=True):
             if not given.run.data.stats_need_images:
-                for name, fact in self.run.policy.describe(probe(source.rows, source.pipeline)).items():
+                for name, fact in self.run.policy.describe(preview_samples(source.rows, source.pipeline)).items():
                     yield f"{_prefix(source.name)}{name}: {fact}"
 
 

@@ -1,7 +1,7 @@
-"""Looks for damage in the files of a LeRobot dataset: everything at once, where a reader stops at the first.
+"""Check the files of a LeRobot dataset and report all damage, where the reader stops at the first.
 
-Three depths: `fast` reads the metadata and all numbers, `ends` also every picture's presence and the first and last
-frame of each episode, `full` decodes every frame.
+Three depths: `fast` reads the metadata and all numbers; `ends` also checks that every image is present and decodes the
+first and last frame of each episode; `full` decodes every frame.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Literal
 
 import numpy as np
 
-from rlinf_core.data.check.findings import Damage, Finding
+from rlinf_core.data.check.findings import Damage, FileFinding
 from rlinf_core.data.check.numbers import check_data_file, check_metadata, check_missing, check_unlisted
 from rlinf_core.data.check.pictures import check_images, check_video
 from rlinf_core.data.lerobot.metadata import NUMBERS, Metadata
 
 Depth = Literal["fast", "ends", "full"]
 AT_ONCE = 4
-"""Files that are checked at the same time."""
+"""Files that are checked in parallel."""
 
 
 def check_files(
@@ -36,12 +36,12 @@ def check_files(
     """Check a dataset's files.
 
     Args:
-        metadata: Of the dataset, as `read_metadata` gives them.
-        cameras: Columns of pictures to look at.
-        vectors: Columns of numbers to look at, besides the index columns.
-        depth: How much is read and decoded.
-        local: Whether all of the dataset lies here, so that other files in its folder are strangers.
-        progress: Called with the files that are done and all of them.
+        metadata: The dataset's metadata, from `read_metadata`.
+        cameras: Image columns to check.
+        vectors: Numeric columns to check, besides the index columns.
+        depth: How much to read and decode.
+        local: Whether the folder contains the whole dataset, so that unlisted files are reported.
+        progress: Called with the number of finished files and the number of all files.
     """
     damage = Damage()
     damage.add(check_metadata(metadata))
@@ -60,19 +60,21 @@ def check_files(
 
 
 def number_columns(metadata: Metadata) -> list[str]:
-    """The columns of numbers that are no index columns."""
+    """The numeric columns other than the index columns."""
     names = [name for name, feature in metadata.features.items() if feature["dtype"].startswith(NUMBERS)]
     return [name for name in names if name not in ("index", "episode_index", "frame_index", "timestamp", "task_index")]
 
 
 def _tasks(
     metadata: Metadata, cameras: Sequence[str], vectors: Sequence[str], depth: Depth
-) -> list[Callable[[], Iterable[Finding]]]:
-    """One call a file and kind of content."""
+) -> list[Callable[[], Iterable[FileFinding]]]:
+    """One call per file and kind of content."""
     order = np.argsort(metadata.data_file, kind="stable")
     stops = np.cumsum(np.bincount(metadata.data_file, minlength=len(metadata.data_files)))
     files = list(zip(metadata.data_files, np.split(order, stops[:-1]), strict=True))
-    tasks: list[Callable[[], Iterable[Finding]]] = [partial(check_data_file, metadata, *one, vectors) for one in files]
+    tasks: list[Callable[[], Iterable[FileFinding]]] = [
+        partial(check_data_file, metadata, *one, vectors) for one in files
+    ]
     if depth == "fast":
         return tasks
     full = depth == "full"

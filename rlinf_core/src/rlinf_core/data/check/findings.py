@@ -1,4 +1,4 @@
-"""What is wrong with a dataset: findings that name file, episode and frame, the worst kinds first."""
+"""Findings of a check of a dataset's files, with file, episode and frame; the most severe kinds first."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-Kind = Literal[
+FindingKind = Literal[
     "metadata",
     "missing_file",
     "unreadable_file",
@@ -26,25 +26,25 @@ Kind = Literal[
     "unlisted_file",
 ]
 """Most severe first."""
-NOTES: frozenset[Kind] = frozenset(("no_statistics", "spare_frames", "unlisted_file"))
-"""Kinds that a dataset can be trained on with; they are told, and do not count as damage."""
+NOTES: frozenset[FindingKind] = frozenset(("no_statistics", "spare_frames", "unlisted_file"))
+"""Kinds that do not prevent training; they are reported but do not count as damage."""
 LISTED = 20
-"""Findings of a kind that are listed; further ones are counted."""
+"""Findings that are listed per kind; further ones are only counted."""
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One damage."""
+class FileFinding:
+    """One problem with a dataset's files."""
 
-    kind: Kind
+    kind: FindingKind
     message: str
-    """What is there, and what belongs there."""
+    """What was found, and what was expected."""
     file: str = ""
     """Relative to the dataset's folder."""
     episode: int | None = None
-    """The dataset's own number."""
+    """The dataset's episode number."""
     frame: int | None = None
-    """The first one concerned, counted from the start of the episode."""
+    """The first affected frame, counted from the start of the episode."""
 
     def __str__(self) -> str:
         episode = "" if self.episode is None else f"episode {self.episode}"
@@ -53,19 +53,19 @@ class Finding:
         return f"{place}: {self.message}" if place else self.message
 
     def to_json(self) -> dict[str, Any]:
-        """For programs: all fields, with `note` for what is no damage."""
+        """All fields, and `note`: true if it does not count as damage."""
         return {**self.__dict__, "note": self.kind in NOTES}
 
 
 @dataclass
 class Damage:
-    """All findings so far: `LISTED` of each kind, and how many there are."""
+    """All findings: their number by kind, and the first `LISTED` of each kind."""
 
-    counts: Counter[Kind] = field(default_factory=Counter)
-    listed: list[Finding] = field(default_factory=list)
+    counts: Counter[FindingKind] = field(default_factory=Counter)
+    listed: list[FileFinding] = field(default_factory=list)
 
-    def add(self, findings: Iterable[Finding]) -> None:
-        """Keep findings."""
+    def add(self, findings: Iterable[FileFinding]) -> None:
+        """Add findings."""
         for finding in findings:
             self.counts[finding.kind] += 1
             if self.counts[finding.kind] <= LISTED:
@@ -73,14 +73,14 @@ class Damage:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is damaged; there may be notes."""
+        """Whether there is no damage; there may be notes."""
         return not self.counts.keys() - NOTES
 
-    def by_kind(self) -> dict[Kind, list[Finding]]:
-        """The listed findings, most severe kinds first, each by file, episode and frame."""
+    def by_kind(self) -> dict[FindingKind, list[FileFinding]]:
+        """The listed findings, most severe kinds first, sorted by file, episode and frame."""
 
-        def place(finding: Finding) -> tuple[str, int, int]:
+        def position(finding: FileFinding) -> tuple[str, int, int]:
             return finding.file, finding.episode or 0, finding.frame or 0
 
-        found = sorted(self.listed, key=place)
-        return {kind: [one for one in found if one.kind == kind] for kind in get_args(Kind) if self.counts[kind]}
+        found = sorted(self.listed, key=position)
+        return {kind: [one for one in found if one.kind == kind] for kind in get_args(FindingKind) if self.counts[kind]}

@@ -1,6 +1,6 @@
-"""What can be wrong with the metadata and the numbers of a LeRobot dataset; see `data.check`.
+"""Check the metadata and the numeric columns of a LeRobot dataset; see `check.files`.
 
-Every function goes on where it can: a reader refuses a dataset at the first damage, these tell all.
+Every function continues after a problem if it can, and reports them all.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from rlinf_core.data.check.findings import Finding
+from rlinf_core.data.check.findings import FileFinding
 from rlinf_core.data.lerobot.columns import INDEX_COLUMNS, check_numeric, vectors_of, width_of
 from rlinf_core.data.lerobot.files import INFO
 from rlinf_core.data.lerobot.metadata import Metadata
@@ -23,44 +23,44 @@ Numbers = dict[str, NDArray[np.float64]]
 """Index column -> [rows of a file]; exact to 2^53."""
 
 
-def check_metadata(metadata: Metadata) -> Iterator[Finding]:
-    """Counts, lengths and statistics."""
+def check_metadata(metadata: Metadata) -> Iterator[FileFinding]:
+    """Check counts, lengths and the presence of statistics."""
     listed = "meta/episodes" if metadata.version == "v3.0" else "meta/episodes.jsonl"
     numbers, count = np.unique(metadata.episodes, return_counts=True)
     for episode in numbers[count > 1].tolist():
-        yield Finding("wrong_count", "the episode is listed more than once", listed, episode)
+        yield FileFinding("wrong_count", "the episode is listed more than once", listed, episode)
     if len(numbers) != metadata.total_episodes:
         what = f"{INFO} counts {metadata.total_episodes} episodes, {listed} lists {len(numbers)}"
-        yield Finding("wrong_count", what, INFO)
+        yield FileFinding("wrong_count", what, INFO)
     if metadata.lengths.sum() != metadata.frames:
         what = f"{INFO} counts {metadata.frames} frames, the episodes of {listed} have {metadata.lengths.sum()}"
-        yield Finding("wrong_count", what, INFO)
+        yield FileFinding("wrong_count", what, INFO)
     expected = np.cumsum(metadata.lengths) - metadata.lengths
     for i in np.flatnonzero(metadata.starts != expected)[:1].tolist():
-        what = f"by the lengths before it the episode starts at row {expected[i]}, not at {metadata.starts[i]}"
-        yield Finding("wrong_index", what, listed, int(metadata.episodes[i]))
+        what = f"the episode should start at row {expected[i]} by the lengths before it, not at {metadata.starts[i]}"
+        yield FileFinding("wrong_index", what, listed, int(metadata.episodes[i]))
     for episode in metadata.episodes[metadata.lengths <= 0].tolist():
-        yield Finding("empty_episode", "the episode has no frames", listed, episode)
+        yield FileFinding("empty_episode", "the episode has no frames", listed, episode)
     for camera in metadata.video_files:
         for before, i in metadata.overlapping(camera):
-            what = f"frames of its video of {camera!r} are those of episode {metadata.episodes[before]} too"
-            yield Finding("wrong_timestamp", what, listed, int(metadata.episodes[i]))
+            what = f"its frames in the video of {camera!r} overlap with episode {metadata.episodes[before]}"
+            yield FileFinding("wrong_timestamp", what, listed, int(metadata.episodes[i]))
     stats = metadata.root / "meta" / ("episodes_stats.jsonl" if metadata.version == "v2.1" else "stats.json")
     if not stats.is_file():
-        what = "is not there: lerobot needs it, rlinf computes statistics of its own"
-        yield Finding("no_statistics", what, f"meta/{stats.name}")
+        what = "is missing: lerobot needs it, rlinf computes its own statistics"
+        yield FileFinding("no_statistics", what, f"meta/{stats.name}")
 
 
-def check_unlisted(metadata: Metadata) -> Iterator[Finding]:
-    """Files beside those that the metadata name."""
+def check_unlisted(metadata: Metadata) -> Iterator[FileFinding]:
+    """Report files that the metadata do not name."""
     known = {*metadata.files(metadata.video_files)}
     for folder, pattern in (("data", "*.parquet"), ("videos", "*.mp4")):
         for path in sorted({*(metadata.root / folder).rglob(pattern)} - known):
-            yield Finding("unlisted_file", "no episode in meta/ names this file", _name(metadata, path))
+            yield FileFinding("unlisted_file", "no episode in meta/ uses this file", _name(metadata, path))
 
 
-def check_missing(metadata: Metadata, paths: Sequence[Path]) -> Iterator[Finding]:
-    """Data and video files that are not there."""
+def check_missing(metadata: Metadata, paths: Sequence[Path]) -> Iterator[FileFinding]:
+    """Report missing data and video files."""
     missing = [path for path in paths if not path.is_file()]
     held: dict[Path, list[int]] = {path: [] for path in missing}
     files = (tuple(metadata.data_files[i] for i in metadata.data_file), *metadata.video_files.values())
@@ -69,18 +69,20 @@ def check_missing(metadata: Metadata, paths: Sequence[Path]) -> Iterator[Finding
             if path in held:
                 held[path].append(episode)
     for path, episodes in held.items():
-        what = "the link leads nowhere" if path.is_symlink() else "the file is not there"
-        yield Finding("missing_file", what + _holding(episodes), _name(metadata, path))
+        what = "the link is broken" if path.is_symlink() else "the file is missing"
+        yield FileFinding("missing_file", what + _holding(episodes), _name(metadata, path))
 
 
-def check_data_file(metadata: Metadata, path: Path, held: NDArray[np.int64], vectors: Sequence[str]) -> list[Finding]:
-    """Rows of one data file: counts, indices, timestamps, tasks, and the numbers of some columns.
+def check_data_file(
+    metadata: Metadata, path: Path, held: NDArray[np.int64], vectors: Sequence[str]
+) -> list[FileFinding]:
+    """Check one data file: counts, indices, timestamps, tasks, and the values of some columns.
 
     Args:
-        metadata: Of the dataset.
+        metadata: The dataset's metadata.
         path: The file.
-        held: Places among the episodes of those that it should hold.
-        vectors: Columns besides the index columns.
+        held: Indices of the episodes that it should contain.
+        vectors: Columns to check besides the index columns.
     """
     if not path.is_file():
         return []
@@ -92,9 +94,9 @@ def check_data_file(metadata: Metadata, path: Path, held: NDArray[np.int64], vec
             there = [column for column in wanted if names.count(column) == 1]
             table = file.read(columns=there, use_threads=False)
     except (OSError, pa.ArrowException) as error:
-        return [Finding("unreadable_file", _line(error) + _holding(metadata.episodes[held].tolist()), name)]
+        return [FileFinding("unreadable_file", _line(error) + _holding(metadata.episodes[held].tolist()), name)]
     found = [
-        Finding("missing_column", f"has {'two columns' if one in names else 'no column'} {one!r}", name)
+        FileFinding("missing_column", f"has {'two columns' if one in names else 'no column'} {one!r}", name)
         for one in wanted
         if one not in there
     ]
@@ -104,7 +106,7 @@ def check_data_file(metadata: Metadata, path: Path, held: NDArray[np.int64], vec
             try:
                 indices[column] = _numbers(table[column])
             except (UserError, ValueError, pa.ArrowException) as error:
-                found.append(Finding("wrong_shape", f"{column!r} is no column of numbers: {_line(error)}", name))
+                found.append(FileFinding("wrong_shape", f"{column!r} is not a numeric column: {_line(error)}", name))
     if "episode_index" in indices:
         found += _check_counts(metadata, held, name, indices["episode_index"])
         found += _check_indices(metadata, held, name, indices)
@@ -116,42 +118,42 @@ def check_data_file(metadata: Metadata, path: Path, held: NDArray[np.int64], vec
 
 def _check_counts(
     metadata: Metadata, held: NDArray[np.int64], name: str, episode: NDArray[np.float64]
-) -> Iterator[Finding]:
-    """Whether each episode of the file has the rows that it should."""
+) -> Iterator[FileFinding]:
+    """Check the number of rows of each episode in the file."""
     lengths = dict(zip(metadata.episodes[held].tolist(), metadata.lengths[held].tolist(), strict=True))
     there = dict(zip(*(part.tolist() for part in np.unique(episode, return_counts=True)), strict=True))
     for one, length in lengths.items():
         if there.get(one, 0) != length:
-            yield Finding(
-                "wrong_count", f"has {there.get(one, 0)} rows of the episode, meta/ counts {length}", name, one
+            yield FileFinding(
+                "wrong_count", f"has {there.get(one, 0)} rows of the episode, meta/ says {length}", name, one
             )
     for one in there.keys() - lengths.keys():
-        what = f"has {there[one]} rows with an episode_index that meta/ does not place in this file"
-        yield Finding("wrong_index", what, name, int(one))
+        what = f"has {there[one]} rows of an episode that does not belong in this file according to meta/"
+        yield FileFinding("wrong_index", what, name, int(one))
 
 
-def _check_indices(metadata: Metadata, held: NDArray[np.int64], name: str, indices: Numbers) -> Iterator[Finding]:
-    """One finding a column and episode, at the first frame that is off."""
+def _check_indices(metadata: Metadata, held: NDArray[np.int64], name: str, indices: Numbers) -> Iterator[FileFinding]:
+    """Report the first wrong frame per column and episode."""
     episode = indices["episode_index"]
-    first = np.flatnonzero(np.diff(episode, prepend=np.nan) != 0)  # Where an episode's rows begin.
+    first = np.flatnonzero(np.diff(episode, prepend=np.nan) != 0)  # The first row of each episode.
     begins = np.repeat(first, np.diff(first, append=len(episode)))
     place: NDArray[np.float64] = (np.arange(len(episode)) - begins).astype(np.float64)
     frame = indices.get("frame_index", place)
     for at in _first_of_each(frame != place, episode):
-        what = f"frame_index is {frame[at]:g}: a frame is missing, doubled or out of order"
-        yield Finding("wrong_index", what, name, int(episode[at]), int(place[at]))
+        what = f"frame_index is {frame[at]:g}: a frame is missing, duplicated or out of order"
+        yield FileFinding("wrong_index", what, name, int(episode[at]), int(place[at]))
     if "index" in indices:
         start = int(metadata.starts[held].min()) if len(held) else 0
         for at in np.flatnonzero(indices["index"] != start + np.arange(len(episode)))[:1].tolist():
-            what = f"index is {indices['index'][at]:g}, and the dataset's row {start + at} lies here"
-            yield Finding("wrong_index", what, name, int(episode[at]), int(place[at]))
+            what = f"index is {indices['index'][at]:g} instead of {start + at}"
+            yield FileFinding("wrong_index", what, name, int(episode[at]), int(place[at]))
     if "timestamp" in indices:
         yield from _check_times(metadata, name, indices["timestamp"], frame, episode, place)
     if "task_index" in indices:
         task = indices["task_index"]
         for at in _first_of_each(~np.isin(task, list(metadata.task_texts)), episode):
-            what = f"has the task {task[at]:g}, which meta/ does not list"
-            yield Finding("unknown_task", what, name, int(episode[at]), int(place[at]))
+            what = f"has task_index {task[at]:g}, which meta/ does not list"
+            yield FileFinding("unknown_task", what, name, int(episode[at]), int(place[at]))
 
 
 def _check_times(
@@ -161,37 +163,37 @@ def _check_times(
     frame: NDArray[np.float64],
     episode: NDArray[np.float64],
     place: NDArray[np.float64],
-) -> Iterator[Finding]:
-    """Times are frame / fps, up to a tenth of a frame and float32's rounding, which grows with the time."""
+) -> Iterator[FileFinding]:
+    """Check that times are frame / fps, within a tenth of a frame and float32 rounding, which grows with time."""
     expected = frame / metadata.fps
     slack = 0.1 / metadata.fps + 1e-6 * expected
     back = np.diff(time, prepend=np.inf) <= 0
     back[place == 0] = False
-    # A frame_index that is off is another finding: a time that fits the frame's place is right.
+    # A wrong frame_index is a separate finding: accept a time that matches the row's position.
     off = ~((np.abs(time - expected) <= slack) | (np.abs(time - place / metadata.fps) <= slack))
     for at in _first_of_each(back | off, episode):
-        what = f"timestamp is {time[at]:.4f} s where frame / fps is {expected[at]:.4f} s"
+        what = f"timestamp is {time[at]:.4f} s, but frame / fps is {expected[at]:.4f} s"
         if back[at]:
-            what += f", not after the one before it, {time[at - 1]:.4f} s"
-        yield Finding("wrong_timestamp", what, name, int(episode[at]), int(place[at]))
+            what += f", and the previous timestamp is {time[at - 1]:.4f} s"
+        yield FileFinding("wrong_timestamp", what, name, int(episode[at]), int(place[at]))
 
 
 def _check_vectors(
     metadata: Metadata, name: str, column: str, values: pa.ChunkedArray, episode: NDArray[np.float64]
-) -> Iterator[Finding]:
-    """The form of a column, and one finding an episode with numbers that are none."""
+) -> Iterator[FileFinding]:
+    """Check a column's type and width; one finding per episode that contains NaN or infinity."""
     try:
         numbers = vectors_of(values, width_of(metadata.features[column]), repr(column))
     except (UserError, ValueError, pa.ArrowException) as error:
-        yield Finding("wrong_shape", _line(error), name)
+        yield FileFinding("wrong_shape", _line(error), name)
         return
     wrong: NDArray[np.bool_] = ~np.asarray(np.isfinite(numbers).all(axis=1))
     first = np.flatnonzero(np.diff(episode, prepend=np.nan) != 0)
     for at in _first_of_each(wrong, episode):
         count = int(wrong[episode == episode[at]].sum())
-        what = f"{column!r} holds NaN or infinity in {count} frame{'s' * (count > 1)} of the episode"
+        what = f"{column!r} contains NaN or infinity in {count} frame{'s' * (count > 1)} of the episode"
         frame = at - int(first[np.searchsorted(first, at, side="right") - 1])
-        yield Finding("not_finite", what, name, int(episode[at]), frame)
+        yield FileFinding("not_finite", what, name, int(episode[at]), frame)
 
 
 def _first_of_each(flags: NDArray[np.bool_], episode: NDArray[np.float64]) -> list[int]:
@@ -203,22 +205,22 @@ def _first_of_each(flags: NDArray[np.bool_], episode: NDArray[np.float64]) -> li
 
 def _numbers(column: pa.ChunkedArray) -> NDArray[np.float64]:
     if column.null_count:
-        raise UserError("it has empty places")
+        raise UserError("it has missing values")
     if pa.types.is_nested(column.type):
         return vectors_of(column, 1, "a row").reshape(-1).astype(np.float64)
     check_numeric(column.type, "it")
     numbers: NDArray[np.float64] = column.to_numpy().astype(np.float64)
     if not np.isfinite(numbers).all():
-        raise UserError("it holds NaN or infinity")
+        raise UserError("it contains NaN or infinity")
     return numbers
 
 
 def _holding(episodes: Sequence[int]) -> str:
-    """`"; it should hold episodes 3 to 7"`."""
+    """`"; it should contain episodes 3 to 7"`."""
     if not episodes:
         return ""
     few = f"episode {episodes[0]}" if len(episodes) == 1 else f"episodes {min(episodes)} to {max(episodes)}"
-    return f"; it should hold {few}"
+    return f"; it should contain {few}"
 
 
 def _name(metadata: Metadata, path: Path) -> str:

@@ -1,7 +1,6 @@
-"""The parts of a cache of frames: what belongs in each, how it is written, and whether it is there and right.
+"""The parts of a frame cache: which frames each contains, writing one, and verifying it. Imports no torch.
 
-A part is written aside, synced and renamed, and then has a note beside it with its hash and what it was made of.
-Imports no torch.
+A part is written to a temporary file, fsynced and renamed; then a JSON file beside it records its hash and provenance.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from rlinf_core.data.frame_cache.manifest import Caches, Frame, Part, Place, hash_of, picture_files, plain, resized
+from rlinf_core.data.frame_cache.manifest import Cache, CachePart, Caches, Frame, hash_of, image_files, plain, resized
 from rlinf_core.data.images.pictures import decode
 from rlinf_core.data.lerobot.source import LeRobotSource
 from rlinf_core.data.loading.encoding import read_rows
@@ -27,46 +26,46 @@ from rlinf_core.errors import UserError
 from rlinf_core.files import write_text, writing
 
 PART_BYTES = 2**27
-"""Size of a raw part: seconds of work, which is what an interruption costs."""
+"""Size of a raw part: a few seconds of work, which an interruption loses."""
 SAMPLED = 64
-"""Frames from which sizes and losses are told."""
+"""Frames from which sizes and losses are estimated."""
 READ_AT_ONCE = 32
 WAY_OUT = "Name another folder with --output"
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """The pictures of a dataset on their way into a cache."""
+    """The conversion of a dataset's images to a cache."""
 
     caches: Caches
-    """What kind of frames."""
+    """The caches of this kind of frames."""
     splits: tuple[LeRobotSource, ...]
-    """All rows that the run uses."""
+    """The splits that the run uses."""
     part_bytes: int = PART_BYTES
     sampled: dict[str, Sampled] = field(init=False)
-    """Column -> what a few of its frames tell."""
+    """Column -> measurements on a few of its frames."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sampled", {column: self._sample(column) for column in self.columns})
 
     @cached_property
-    def place(self) -> Place:
-        """Where they go."""
-        return self.caches.place(self.positions, self.files)
+    def cache(self) -> Cache:
+        """The cache to write."""
+        return self.caches.cache_of(self.positions, self.files)
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Columns of pictures."""
+        """The image columns."""
         return self.splits[0].images
 
     @cached_property
     def positions(self) -> NDArray[np.int64]:
-        """[N], ascending: where the frames stand among all of the dataset."""
+        """[N], ascending positions of the frames among all frames of the dataset."""
         return np.sort(np.concatenate([split.positions for split in self.splits]))
 
     @property
     def part_frames(self) -> int:
-        """Frames of a part."""
+        """Frames per part."""
         return max(1, self.part_bytes // max(sampled.raw_bytes for sampled in self.sampled.values()))
 
     @property
@@ -75,7 +74,7 @@ class Conversion:
         return [slice(i, i + self.part_frames) for i in range(0, len(self.positions), self.part_frames)]
 
     def bytes_needed(self) -> int:
-        """Disk that the whole cache takes; of JPEG an estimate from a sample, a tenth above it."""
+        """Disk space of the whole cache; for JPEG, 10 % above an estimate from a sample."""
         raw, sampled = self.caches.format == "raw", self.sampled.values()
         each = sum(one.raw_bytes if raw else one.jpeg_bytes * 1.1 for one in sampled)
         return round(len(self.positions) * (each + 8)) + 4096
@@ -93,7 +92,7 @@ class Conversion:
         return Sampled(sizes[0], frames[0].nbytes, total / len(frames), int(loss.max()), float(loss.mean()))
 
     def rows(self, positions: NDArray[np.int64]) -> list[dict[str, Frame]]:
-        """The frames at positions as the cache keeps them, by column."""
+        """The frames at some positions as the cache stores them, by column."""
         found: dict[int, dict[str, Frame]] = {}
         for split in self.splits:
             indices = np.minimum(np.searchsorted(split.positions, positions), len(split) - 1)
@@ -103,21 +102,21 @@ class Conversion:
                 found[place] = {name: resized(self.caches.resize, row[name]) for name in self.columns}
         return [found[place] for place in range(len(positions))]
 
-    def made_of(self, column: str, part: slice) -> str:
-        """What a part depends on, as a hash."""
+    def provenance(self, column: str, part: slice) -> str:
+        """A hash of everything that a part depends on."""
         of = self.files[column], self.caches.quality, self.sampled[column].size
         text = json.dumps([*of, hash_of(self.positions[part])])
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     @cached_property
     def files(self) -> dict[str, dict[str, int]]:
-        """Column -> the files that its pictures are from."""
+        """Column -> the source files of its images."""
         episodes = np.unique(np.concatenate([np.unique(split.episodes) for split in self.splits]))
-        return {column: picture_files(self.splits[0].metadata, column, episodes) for column in self.columns}
+        return {column: image_files(self.splits[0].metadata, column, episodes) for column in self.columns}
 
     def file(self, column: str, number: int) -> Path:
-        """A part's file."""
-        return self.place.folder / f"{plain(column)}-{number:06d}.{self.place.format}"
+        """The path of a part."""
+        return self.cache.folder / f"{plain(column)}-{number:06d}.{self.cache.format}"
 
     def write(self, number: int, columns: Sequence[str]) -> int:
         """Write a part of some columns; returns its number."""
@@ -133,12 +132,12 @@ class Conversion:
         return number
 
     def _kept(self, column: str, frame: Frame) -> bytes | Frame:
-        if self.place.format == "jpeg":
+        if self.cache.format == "jpeg":
             return jpeg(frame, self.caches.quality)
         if frame.shape != (*self.sampled[column].size, 3):
             raise UserError(
-                f"the pictures of {column!r} are of several sizes, {list(frame.shape[:2])} and "
-                f"{list(self.sampled[column].size)}: raw frames must be of one; use --format jpeg"
+                f"the images of {column!r} have several sizes, {list(frame.shape[:2])} and "
+                f"{list(self.sampled[column].size)}: raw frames must have one size; use --format jpeg"
             )
         return np.ascontiguousarray(frame)
 
@@ -147,7 +146,7 @@ class Conversion:
         aside, digest = path.with_name(f".{path.name}.tmp"), hashlib.blake2b(digest_size=16)
         with writing(path, WAY_OUT), aside.open("wb") as file:
             pieces: list[bytes | Frame] = list(frames)
-            if self.place.format == "jpeg":
+            if self.cache.format == "jpeg":
                 lengths = [8 * (len(frames) + 1), *map(len, frames)]
                 pieces.insert(0, np.cumsum(lengths, dtype="<i8").tobytes())
             for piece in pieces:
@@ -157,46 +156,48 @@ class Conversion:
             os.fsync(file.fileno())
             size = file.tell()
         aside.replace(path)
-        note = asdict(Part(path.name, len(frames), size, digest.hexdigest())) | {"of": self.made_of(column, part)}
+        note = asdict(CachePart(path.name, len(frames), size, digest.hexdigest())) | {
+            "of": self.provenance(column, part)
+        }
         write_text(path.with_suffix(".json"), json.dumps(note))
 
-    def written(self, column: str, number: int) -> Part | None:
-        """A part that is there and right, to its hash; None otherwise."""
+    def written(self, column: str, number: int) -> CachePart | None:
+        """A part that exists and matches its hash and provenance; None otherwise."""
         path = self.file(column, number)
         note = path.with_suffix(".json")
         if not path.is_file() or not note.is_file():
             return None
         try:
             table = json.loads(note.read_text(encoding="utf-8"))
-            of, part = table.pop("of"), Part(**table)
+            of, part = table.pop("of"), CachePart(**table)
         except (ValueError, TypeError, KeyError, AttributeError):
-            return None  # Half a note: the part is written again.
-        if of != self.made_of(column, self.parts[number]) or path.stat().st_size != part.bytes:
+            return None  # A truncated JSON file: the part is written again.
+        if of != self.provenance(column, self.parts[number]) or path.stat().st_size != part.bytes:
             return None
-        return part if is_right(path, part) else None
+        return part if matches_hash(path, part) else None
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """What a few frames of a column tell."""
+    """Measurements on a few frames of a column."""
 
     size: tuple[int, int]
     raw_bytes: int
-    """Of the first of them."""
+    """Size of the first frame."""
     jpeg_bytes: float
-    """On average."""
+    """Mean size as JPEG."""
     largest_loss: int
     mean_loss: float
 
 
 def jpeg(frame: Frame, quality: int) -> bytes:
-    """A frame as JPEG with colours at full resolution: robots' grippers and marks are small."""
+    """Encode a frame as JPEG without chroma subsampling: grippers and markers are small."""
     out = io.BytesIO()
     Image.fromarray(frame).save(out, "JPEG", quality=quality, subsampling=0)
     return out.getvalue()
 
 
-def is_right(path: Path, part: Part) -> bool:
-    """Whether a file is what was written, to its hash."""
+def matches_hash(path: Path, part: CachePart) -> bool:
+    """Whether a file has the recorded hash."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest() == part.hash

@@ -1,12 +1,11 @@
-"""Frames that `rlinf cache` has decoded once, read in place of videos and compressed pictures.
+"""Read frames that `rlinf cache` has decoded, instead of videos and compressed images. Imports no torch.
 
-A part of a cache holds the frames of neighbouring positions one after the other. `raw` parts are mapped into memory and
-are the frames to the bit; a `jpeg` part begins with the offsets of its pictures. Which cache it is: see
-`frame_cache_folders`.
+A part of a cache contains the frames of consecutive positions. `raw` parts are memory-mapped and equal the decoded
+frames bit for bit; a `jpeg` part starts with the offsets of its images. `manifest` selects the cache.
 
-Where the policy begins by resizing, what is kept is resized: fewer bytes, and nothing left to compute. That is exact if
-resizing leaves what has its size alone (`Transform.resizes`) and nothing before it touches images (`resizing_to_keep`).
-Imports no torch.
+If the policy's first transform resizes, the cache stores resized frames: fewer bytes, and no resizing while training.
+That is exact if resizing does not change images of its output size (`Transform.resizes`) and no earlier transform
+touches images (`manifest.resizing_to_keep`).
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 
 from rlinf_core.contract.datasets import LeRobotDatasetConfig
 from rlinf_core.contract.policy import PolicyConfig
-from rlinf_core.data.frame_cache.manifest import Format, Frame, Manifest, Place, caches_of, find_cache, read_manifest
+from rlinf_core.data.frame_cache.manifest import Cache, Format, Frame, Manifest, caches_of, find_cache, read_manifest
 from rlinf_core.data.images.pictures import decode
 from rlinf_core.data.lerobot.source import LeRobotSource
 from rlinf_core.data.sample import Row
@@ -28,10 +27,10 @@ from rlinf_core.errors import UserError
 
 
 class CachedColumn:
-    """The frames of a column; files are mapped on first use."""
+    """The frames of one column; files are mapped on first use."""
 
-    def __init__(self, place: Place, manifest: Manifest, positions: NDArray[np.int64]) -> None:
-        self._place, self._manifest, self._positions = place, manifest, positions
+    def __init__(self, cache: Cache, manifest: Manifest, positions: NDArray[np.int64]) -> None:
+        self._cache, self._manifest, self._positions = cache, manifest, positions
         self._stops = np.cumsum([part.frames for part in manifest.parts])
         self._open: dict[int, Any] = {}
 
@@ -40,7 +39,7 @@ class CachedColumn:
         places = np.searchsorted(self._positions, positions)
         parts = np.searchsorted(self._stops, places, side="right")
         within = places - (self._stops - [part.frames for part in self._manifest.parts])[parts]
-        read = self._raw if self._place.format == "raw" else self._jpeg
+        read = self._raw if self._cache.format == "raw" else self._jpeg
         return [read(part, frame) for part, frame in zip(parts.tolist(), within.tolist(), strict=True)]
 
     def _raw(self, part: int, frame: int) -> Frame:
@@ -58,14 +57,14 @@ class CachedColumn:
         return decode(data[offsets[frame] : offsets[frame + 1]], f"{self._file(part)}: frame {frame}")
 
     def _file(self, part: int) -> Path:
-        return self._place.folder / self._manifest.parts[part].file
+        return self._cache.folder / self._manifest.parts[part].file
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": {}}
 
 
 class CachedSource:
-    """The rows of a `LeRobotSource` with pictures from a cache; follows `ColumnSource`."""
+    """The rows of a `LeRobotSource` with images from a cache; implements `ColumnSource`."""
 
     def __init__(self, source: LeRobotSource, columns: dict[str, CachedColumn], format: Format) -> None:
         self.format = format
@@ -77,7 +76,7 @@ class CachedSource:
         return len(self._source)
 
     def __getitems__(self, indices: Sequence[int]) -> list[Row]:
-        """Rows with their pictures; raw ones are read-only."""
+        """Rows with their images; raw ones are read-only."""
         rows = self._source.without_images(indices)
         positions = self._source.positions_of(indices)
         for name, column in self._columns.items():
@@ -87,33 +86,33 @@ class CachedSource:
 
     @property
     def episodes(self) -> NDArray[np.int64]:
-        """[n], the dataset's own episode number of each row."""
+        """[n], the dataset's episode number of each row."""
         return self._source.episodes
 
 
 def open_cached(source: LeRobotSource, dataset: LeRobotDatasetConfig, policy: PolicyConfig) -> CachedSource:
-    """The rows of a source with pictures from the cache that `data.cache` asks for.
+    """The rows of a source with images from the cache that `data.cache` asks for.
 
     Raises:
-        UserError: There is none that is complete and has its frames; it names the command that makes it.
+        UserError: No complete cache contains its frames; the message names the command that creates one.
     """
     assert dataset.cache
     caches = caches_of(source.metadata, dataset, policy, dataset.cache)
-    place, reasons = find_cache(caches, [source])
-    if place is None:
+    cache, reasons = find_cache(caches, [source])
+    if cache is None:
         others = caches.other_kinds()
         if not reasons:
             reasons = [f"there is no cache of {source.metadata.name} in {caches.above}"]
-            reasons += [f"there is {', '.join(others)} of it (data.cache, data.cache_quality)"] if others else []
+            reasons += [f"it has caches as {', '.join(others)} (data.cache, data.cache_quality)"] if others else []
         options = f"--format {dataset.cache}" + f" --quality {caches.quality}" * (dataset.cache == "jpeg")
         options += f" --output {dataset.cache_dir}" if dataset.cache_dir else ""
         raise UserError(
             f'data.cache = "{dataset.cache}", but {"; ".join(reasons)}: run `rlinf cache` with '
-            f"this config and {options}, or leave data.cache out"
+            f"this config and {options}, or remove data.cache"
         )
     columns = {}
     for column in source.images:
-        manifest = read_manifest(place.manifest(column))
+        manifest = read_manifest(cache.manifest(column))
         assert manifest is not None
-        columns[column] = CachedColumn(place, manifest, place.positions)
+        columns[column] = CachedColumn(cache, manifest, cache.positions)
     return CachedSource(source, columns, dataset.cache)

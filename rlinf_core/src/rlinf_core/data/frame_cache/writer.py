@@ -1,8 +1,7 @@
-"""Making a cache of frames (`rlinf cache`): decode each frame once, in order, part by part.
+"""Write a frame cache (`rlinf cache`): decode each frame once, in order, part by part. Imports no torch.
 
-The manifest of a column comes when all of its parts are there (`frame_cache_parts`). So whatever ends the command, the
-next one goes on after the parts that are right, and checks them: running it on a complete cache verifies it. Imports no
-torch.
+The manifest of a column is written once all of its parts exist. So the command can be interrupted at any point: the
+next one verifies the existing parts and writes the missing ones. On a complete cache it only verifies.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from pathlib import Path
 
 import numpy as np
 
-from rlinf_core.data.frame_cache.manifest import POSITIONS, Manifest, Part, Place, hash_of, plain, read_manifest
-from rlinf_core.data.frame_cache.parts import WAY_OUT, Conversion, is_right
+from rlinf_core.data.frame_cache.manifest import POSITIONS, Cache, CachePart, Manifest, hash_of, plain, read_manifest
+from rlinf_core.data.frame_cache.parts import WAY_OUT, Conversion, matches_hash
 from rlinf_core.errors import UserError
 from rlinf_core.files import find_obstacle, write_text, writing
 
 
 def find_missing(conversion: Conversion) -> dict[int, list[str]]:
-    """The parts that are not there or not right: number -> columns."""
+    """The parts that are missing or do not match their hash: number -> columns."""
     missing: dict[int, list[str]] = {}
     for number in range(len(conversion.parts)):
         if columns := [column for column in conversion.columns if conversion.written(column, number) is None]:
@@ -34,44 +33,44 @@ def find_missing(conversion: Conversion) -> dict[int, list[str]]:
 
 
 def find_wrong(conversion: Conversion, missing: dict[int, list[str]]) -> list[str]:
-    """Those of the missing parts that were complete once, and are not what was written."""
+    """File names of those missing parts that exist but do not match their hash or provenance."""
     paths = [conversion.file(column, number) for number, columns in missing.items() for column in columns]
     return [path.name for path in paths if path.is_file() and path.with_suffix(".json").is_file()]
 
 
-def find_damaged(place: Place, columns: Sequence[str]) -> list[str]:
-    """The parts of a complete cache that are not what was written."""
-    parts = [part for column in columns if (known := read_manifest(place.manifest(column))) for part in known.parts]
-    return [part.file for part in parts if not is_right(place.folder / part.file, part)]
+def find_damaged(cache: Cache, columns: Sequence[str]) -> list[str]:
+    """File names of the parts of a complete cache that do not match their hash."""
+    parts = [part for column in columns if (known := read_manifest(cache.manifest(column))) for part in known.parts]
+    return [part.file for part in parts if not matches_hash(cache.folder / part.file, part)]
 
 
 def check_room(conversion: Conversion, missing: dict[int, list[str]]) -> tuple[int, int]:
-    """Bytes that are still to be written, and bytes that are free.
+    """Return the bytes still to write and the free bytes.
 
     Raises:
-        UserError: They do not fit, or the folder cannot be written to.
+        UserError: The disk is too small, or the folder is not writable.
     """
-    folder = conversion.place.folder
+    folder = conversion.cache.folder
     if why := find_obstacle(folder):
         raise UserError(f"{folder} cannot be written: {why}. {WAY_OUT}")
     share = sum(map(len, missing.values())) / max(len(conversion.parts) * len(conversion.columns), 1)
     needed = round(conversion.bytes_needed() * share)
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.is_dir())).free
     if needed > free:
-        smaller = "" if conversion.place.format == "jpeg" else ", use --format jpeg"
+        smaller = "" if conversion.cache.format == "jpeg" else ", use --format jpeg"
         raise UserError(
-            f"{folder}: the cache needs {needed / 1e9:.3g} GB more, and {free / 1e9:.3g} GB are free: make "
+            f"{folder}: the cache needs {needed / 1e9:.3g} GB more, but {free / 1e9:.3g} GB are free: make "
             f"room{smaller}, or name another folder with --output"
         )
     return needed, free
 
 
 @contextlib.contextmanager
-def hold(folder: Path) -> Iterator[None]:
-    """Keep other processes from writing into a cache.
+def lock(folder: Path) -> Iterator[None]:
+    """Lock a cache against other writers.
 
     Raises:
-        UserError: Another one does.
+        UserError: Another process is writing to it.
     """
     with writing(folder, WAY_OUT):
         folder.mkdir(parents=True, exist_ok=True)
@@ -87,20 +86,20 @@ def hold(folder: Path) -> Iterator[None]:
 def convert(
     conversion: Conversion, missing: dict[int, list[str]], *, workers: int, progress: Callable[[int, int], object]
 ) -> None:
-    """Write the missing parts, and then the manifests.
+    """Write the missing parts, then the manifests.
 
     Args:
         conversion: What to write.
         missing: From `find_missing`.
-        workers: Processes that convert; 0: this one does.
-        progress: Told finished parts and all.
+        workers: Number of worker processes; 0: convert in this process.
+        progress: Called with the number of finished parts and the number of all missing ones.
     """
-    folder = conversion.place.folder
+    folder = conversion.cache.folder
     with writing(folder, WAY_OUT):
         folder.mkdir(parents=True, exist_ok=True)
     if missing:
-        for column in conversion.columns:  # Runs must not use what is about to change.
-            conversion.place.manifest(column).unlink(missing_ok=True)
+        for column in conversion.columns:  # Runs must not use the cache while it changes.
+            conversion.cache.manifest(column).unlink(missing_ok=True)
     with writing(folder, WAY_OUT):
         aside = folder / ".positions.npy"
         np.save(aside, conversion.positions)
@@ -109,10 +108,10 @@ def convert(
         progress(done, len(missing))
     for column in conversion.columns:
         manifest = _manifest(conversion, column)
-        write_text(conversion.place.manifest(column), manifest.write())
+        write_text(conversion.cache.manifest(column), manifest.write())
         parts = {part.file for part in manifest.parts}
-        for path in folder.glob(f"{plain(column)}-[0-9]*"):  # Those of an earlier, longer cache.
-            if path.with_suffix(f".{conversion.place.format}").name not in parts:
+        for path in folder.glob(f"{plain(column)}-[0-9]*"):  # Parts of an earlier, longer cache.
+            if path.with_suffix(f".{conversion.cache.format}").name not in parts:
                 path.unlink()
 
 
@@ -121,18 +120,18 @@ def _written(conversion: Conversion, missing: dict[int, list[str]], workers: int
         yield from (conversion.write(number, columns) for number, columns in missing.items())
         return
     context = multiprocessing.get_context("forkserver")
-    # Left early, by an error or Ctrl-C, the pool ends its processes at once: parts are whole or not there.
+    # On an error or Ctrl-C the pool kills its processes at once: parts are complete or absent.
     with context.Pool(min(workers, len(missing)), _become_worker, (conversion,)) as pool:
         yield from pool.imap_unordered(_write_in_worker, missing.items())
 
 
 _conversion: list[Conversion] = []
-"""A worker's own."""
+"""The conversion, in a worker process."""
 
 
 def _become_worker(conversion: Conversion) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The process that was started hears it.
-    # The pool ends its workers by SIGTERM, which they do not hear from a server that a loader has started before.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The main process handles it.
+    # The pool ends its workers by SIGTERM, which a fork server that a loader started earlier has blocked.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     _conversion[:] = [conversion]
 
@@ -153,5 +152,5 @@ def _manifest(conversion: Conversion, column: str) -> Manifest:
         quality=conversion.caches.quality,
         largest_loss=sampled.largest_loss,
         mean_loss=sampled.mean_loss,
-        parts=tuple(Part(**{key: value for key, value in note.items() if key != "of"}) for note in notes),
+        parts=tuple(CachePart(**{key: value for key, value in note.items() if key != "of"}) for note in notes),
     )

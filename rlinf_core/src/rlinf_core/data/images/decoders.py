@@ -1,4 +1,8 @@
-"""Open video files: torchcodec and PyAV behind one face, `Decoder`. One thread each."""
+"""Video decoders: torchcodec and PyAV behind one interface, `Decoder`. Each decodes in one thread.
+
+torchcodec needs shared FFmpeg libraries, which most systems lack. PyAV's wheel contains them under names with a hash;
+`lend_ffmpeg`, at the end of this file, makes them available to torchcodec under their plain names.
+"""
 
 from __future__ import annotations
 
@@ -22,19 +26,19 @@ from rlinf_core.errors import UserError
 Frame = NDArray[np.uint8]
 """[height, width, 3], RGB."""
 MOST_PIXELS = 2**26
-"""Of a picture: a few bytes can claim any size."""
+"""Upper bound on the size of an image: a few bytes of a header can claim any size."""
 _ANY_METADATA: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
-"""What is written beside the images is no matter, and may not be UTF-8; PyAV 19 accepts that without an option."""
+"""Accept invalid UTF-8 in tags, which do not matter; PyAV 19 does so without an option."""
 
 
 class Decoder(Protocol):
     """An open video file."""
 
     memory: int
-    """What it takes while it is open, in bytes, about."""
+    """Estimated memory while it is open, in bytes."""
 
     def frames(self, times: Sequence[float], tolerance: float) -> list[Frame]:
-        """One uint8 [height, width, 3] RGB frame for each of the ascending `times`, in seconds from the file's start.
+        """One uint8 [height, width, 3] RGB frame per time; `times` ascend, in seconds from the file's start.
 
         Raises:
             UserError: The file has no frame within `tolerance` seconds of a time.
@@ -47,18 +51,18 @@ class Decoder(Protocol):
 
 
 def decoder_memory(height: int, width: int, frames: int) -> int:
-    """Bytes that an open decoder takes, about: 2 MB, reference frames, and the file's index.
+    """Estimated memory of an open decoder in bytes: 2 MB, reference frames, and the file's index.
 
-    Measured with H.264, whose decoder takes most: 2.4 MB at 256 x 256, 3.7 at 480 x 640, 6.5 at 720 x 1280.
+    Measured with H.264, whose decoder needs most: 2.4 MB at 256 x 256, 3.7 at 480 x 640, 6.5 at 720 x 1280.
     """
     return 2_000_000 + 6 * height * width + 32 * frames
 
 
 def open_video(path: Path) -> Any:
-    """PyAV's container of a file whose first video stream can be decoded.
+    """Open a file with PyAV; its first video stream can be decoded.
 
     Raises:
-        UserError: The file is no such video, or its pictures claim more than `MOST_PIXELS`.
+        UserError: The file is not such a video, or its frames have more than `MOST_PIXELS` pixels.
     """
     try:
         container = av.open(str(path), **_ANY_METADATA)
@@ -67,9 +71,9 @@ def open_video(path: Path) -> Any:
     stream: Any = container.streams.video[0] if container.streams.video else None
     why = ""
     if stream is None or stream.codec_context is None:
-        why = "it has no stream of pictures that can be decoded"
+        why = "it has no video stream that can be decoded"
     elif stream.time_base is None or not 0 < stream.width * stream.height <= MOST_PIXELS:
-        why = f"its pictures are of {stream.width} x {stream.height} pixels"
+        why = f"its frames have {stream.width} x {stream.height} pixels"
     if why:
         container.close()
         raise UserError(f"{path} cannot be opened as a video: {why}")
@@ -77,7 +81,7 @@ def open_video(path: Path) -> Any:
 
 
 class PyavDecoder:
-    """PyAV seeks to the key frame at or before a time and decodes forward from there."""
+    """Seeks to the key frame at or before a time and decodes forward from there."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -87,9 +91,9 @@ class PyavDecoder:
         self.memory = decoder_memory(self._stream.height, self._stream.width, self._stream.frames)
         self._decoded: Iterator[Any] = iter(())
         self._position = float("inf")
-        """Time of the last decoded frame; infinite: seek before decoding."""
+        """Time of the last decoded frame; infinity: seek before decoding."""
         self._reach = 0.0
-        """Longest way in seconds from a key frame to a time so far; nearer times are decoded up to without seeking."""
+        """Longest distance in seconds from a key frame to a time so far; up to it, decode on instead of seeking."""
 
     def frames(self, times: Sequence[float], tolerance: float) -> list[Frame]:
         """See `Decoder.frames`."""
@@ -105,7 +109,7 @@ class PyavDecoder:
         return found
 
     def _frame_at(self, time: float, tolerance: float) -> Any:
-        nearest = "none is there"
+        nearest = "it has none"
         try:
             if not tolerance <= time - self._position <= max(self._reach, 3 * tolerance):
                 self._seek(time)
@@ -128,7 +132,7 @@ class PyavDecoder:
 
     def _seek(self, time: float) -> None:
         assert self._stream.time_base is not None
-        # One tick earlier, as the requested time may be a rounding error above the frame's own.
+        # One tick earlier, because the requested time may exceed the frame's own by a rounding error.
         tick = max(round(time / self._stream.time_base) - 1, 0)
         self._container.seek(tick, stream=self._stream, backward=True)
         self._decoded = iter(self._container.decode(self._stream))
@@ -139,7 +143,7 @@ class PyavDecoder:
 
 
 class TorchcodecDecoder:
-    """torchcodec finds the frame of an index by itself."""
+    """Requests frames by index; torchcodec seeks by itself."""
 
     def __init__(self, path: Path) -> None:
         from torchcodec.decoders import VideoDecoder  # type: ignore[import-untyped,import-not-found,unused-ignore]
@@ -151,10 +155,10 @@ class TorchcodecDecoder:
             raise UserError(f"{path} cannot be opened as a video: {_first_line(e)}") from e
         about = self._video.metadata
         if not about.num_frames or not about.average_fps:
-            raise UserError(f"{path} cannot be opened as a video: it does not say how many frames it has")
+            raise UserError(f"{path} cannot be opened as a video: its number of frames or frame rate is unknown")
         if not 0 < (about.width or 0) * (about.height or 0) <= MOST_PIXELS:
             raise UserError(
-                f"{path} cannot be opened as a video: its pictures are of {about.width} x {about.height} pixels"
+                f"{path} cannot be opened as a video: its frames have {about.width} x {about.height} pixels"
             )
         self.memory = decoder_memory(about.height or 0, about.width or 0, about.num_frames)
 
@@ -178,29 +182,29 @@ class TorchcodecDecoder:
 
 
 def _first_line(error: Exception) -> str:
-    """What torchcodec says, without its request to report a bug of its own."""
+    """Torchcodec's message without its request to report a bug."""
     return str(error).strip().partition("\n")[0].strip()
 
 
 def _no_frame(path: Path, time: float, tolerance: float, nearest: str) -> UserError:
     return UserError(
         f"{path} has no frame within {tolerance:.4f} s of {time:.4f} s ({nearest}): the dataset's timestamps do not "
-        "fit its video, or the file is damaged; download, record or convert that episode again"
+        "match its video, or the file is damaged; download, record or convert that episode again"
     )
 
 
 MACHINES = {"x86_64": 62, "aarch64": 183}
-"""Processor, as `platform.machine` names it -> its number in an ELF file."""
+"""`platform.machine()` -> machine number in an ELF header."""
 _BUNDLED = re.compile(r"(lib(?:av|sw|postproc)\w*)-[0-9a-f]{8}\.so\.(\d+)[.\d]*")
-"""A library in the wheel: its name, and the major version that its plain name ends in."""
+"""File name of a library in PyAV's wheel: its name, and the major version at the end of its plain name."""
 
 
 @functools.cache
 def lend_ffmpeg() -> tuple[str, ...]:
-    """Make PyAV's FFmpeg libraries known to this process by their plain names, once.
+    """Load PyAV's FFmpeg libraries in this process under their plain names, once.
 
     Returns:
-        These names; empty where PyAV has no libraries of its own.
+        These names; empty if PyAV has no bundled libraries.
 
     Raises:
         OSError: A library could not be loaded.
@@ -214,28 +218,28 @@ def lend_ffmpeg() -> tuple[str, ...]:
         for name, path in sorted(found.items()):
             alias = Path(aliases) / name
             alias.write_bytes(alias_library(name, path.name, machine))
-            ctypes.CDLL(str(alias))  # Never unloaded; its file is of no use from here on.
+            ctypes.CDLL(str(alias))  # Stays loaded; its file is not needed any more.
     return tuple(sorted(found))
 
 
 def alias_library(name: str, needed: str, machine: int) -> bytes:
-    """An ELF shared library without code: its `SONAME` is `name`, and it needs the library `needed`.
+    """An ELF shared library without code whose `SONAME` is `name` and which depends on the library `needed`.
 
-    Laid out as: file header, three program headers (the whole file is loaded; where the dynamic section is; no stack
-    with code, which is what a file without this header would ask for), the dynamic section, a symbol table with nothing
-    but the empty first symbol, the strings. 64 bits, little endian.
+    Layout: file header; three program headers (load the whole file; dynamic section; non-executable stack, as without
+    this header an executable one is assumed); dynamic section; symbol table with only the empty first symbol; string
+    table. 64 bits, little endian.
     """
     strings = b"\0" + name.encode() + b"\0" + needed.encode() + b"\0"
     dynamic_at = 64 + 3 * 56
     symbols_at = dynamic_at + 7 * 16
     strings_at = symbols_at + 24
     dynamic = {
-        14: 1,  # DT_SONAME, where in the strings
+        14: 1,  # DT_SONAME, offset in the string table
         1: len(name) + 2,  # DT_NEEDED, likewise
         5: strings_at,  # DT_STRTAB
         10: len(strings),  # DT_STRSZ
         6: symbols_at,  # DT_SYMTAB
-        11: 24,  # DT_SYMENT, bytes of a symbol
+        11: 24,  # DT_SYMENT, bytes per symbol
         0: 0,  # DT_NULL
     }
     size = strings_at + len(strings)

@@ -1,9 +1,9 @@
-"""Pictures that a dataset keeps as PNG or JPEG bytes in its parquet columns, by row.
+"""Read images that a dataset stores as PNG or JPEG bytes in parquet columns, by row.
 
-Parquet is compressed in groups of rows: to get at one picture one has to read up to the whole file. So the bytes of a
-data file are copied once, when first needed, into an uncompressed Arrow file that is mapped into memory. It takes as
-much disk as the pictures themselves and lies in the folder `RLINF_CACHE` (default `~/.cache/rlinf_core`), where it
-may be deleted at any time.
+Parquet is compressed in groups of rows, so reading one image may mean reading the whole file. Therefore the image bytes
+of a data file are copied once, when first needed, to an uncompressed Arrow file, which is memory-mapped. It takes as
+much disk as the images themselves, is in the folder `RLINF_CACHE` (default `~/.cache/rlinf_core`), and may be deleted
+at any time.
 """
 
 from __future__ import annotations
@@ -26,37 +26,37 @@ from rlinf_core.untrusted import path_inside
 
 
 class ParquetImages:
-    """The pictures of one data file."""
+    """The images of one data file."""
 
     def __init__(self, path: Path, columns: Sequence[str], root: Path) -> None:
-        """Map the pictures of a file, unpacking them if need be.
+        """Map the images of a file, unpacking them if no process has done so.
 
         Args:
             path: The data file.
-            columns: Its columns of pictures.
-            root: The dataset's folder, in which pictures lie that are files of their own.
+            columns: Its image columns.
+            root: The dataset's folder, which contains images that are separate files.
 
         Raises:
-            UserError: The file cannot be read, or there is no room to unpack it.
+            UserError: The file cannot be read, or there is not enough disk to unpack it.
         """
         self._path = path
         self._table = _mapped(path, columns, root)
 
     def image(self, column: str, row: int) -> NDArray[np.uint8]:
-        """The picture of `column` in the file's row `row`, decoded to uint8 [height, width, 3] RGB.
+        """The image of `column` in the file's row `row`, decoded to uint8 [height, width, 3] RGB.
 
         Raises:
-            UserError: There are no bytes, or they are no picture.
+            UserError: There are no bytes, or they are not an image.
         """
         value = self._table[column][row]
         return decode(value.as_buffer() if value.is_valid else None, f"{self._path}: row {row} of {column!r}")
 
 
-def picture_batches(path: Path, columns: Sequence[str], root: Path) -> Iterator[pa.RecordBatch]:
-    """The bytes of a file's pictures, 64 rows at a time: a `binary` array a column, null where there is none.
+def image_batches(path: Path, columns: Sequence[str], root: Path) -> Iterator[pa.RecordBatch]:
+    """The image bytes of a file, 64 rows at a time: one `binary` array per column, null for a missing image.
 
-    A picture may lie in the column itself, in its field `bytes`, or (in old datasets) in a file of its own, which the
-    field `path` names, relative to the dataset's folder.
+    An image may be in the column itself, in its field `bytes`, or (in old datasets) in a separate file that the field
+    `path` names relative to the dataset's folder.
 
     Raises:
         UserError: The file cannot be read, or lacks a column.
@@ -87,16 +87,16 @@ def _bytes_of(column: pa.Array, root: Path) -> pa.Array:
 
 
 def _file_bytes(root: Path, path: str) -> bytes | None:
-    """A picture that is a file of its own; None if there is none in the dataset, wherever else the path leads."""
+    """An image in a separate file; None if it is missing or outside the dataset's folder."""
     try:
         file = path_inside(root, path)
         return file.read_bytes() if file.is_file() else None
-    except (OSError, ValueError):  # Longer than a path may be, or out of the folder.
+    except (OSError, ValueError):  # The path is too long, or leaves the folder.
         return None
 
 
 def cache_folder() -> Path:
-    """Where unpacked columns are kept."""
+    """The folder of everything that is cached."""
     default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "rlinf_core"
     return Path(os.environ.get("RLINF_CACHE", default)).expanduser()
 
@@ -111,17 +111,17 @@ def _mapped(path: Path, columns: Sequence[str], root: Path) -> pa.Table:
     unpacked = cache_folder() / "images" / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.arrow"
     if not unpacked.exists():
         try:
-            _unpack(picture_batches(path, columns, root), unpacked)
+            _unpack(image_batches(path, columns, root), unpacked)
         except OSError as e:
             raise UserError(
-                f"the pictures of {path} cannot be unpacked into {unpacked.parent}: {e}. "
+                f"the images of {path} cannot be unpacked into {unpacked.parent}: {e}. "
                 "Make room there, or set RLINF_CACHE to a folder with enough space"
             ) from e
     return pa.ipc.open_file(pa.memory_map(str(unpacked))).read_all()
 
 
 def _unpack(batches: Iterator[pa.RecordBatch], unpacked: Path) -> None:
-    """Write aside and rename, so that processes that do it at the same time do not disturb each other."""
+    """Write to a temporary file and rename it, so that concurrent processes do not interfere."""
     unpacked.parent.mkdir(parents=True, exist_ok=True)
     aside = unpacked.with_suffix(f".{os.getpid()}.tmp")
     try:

@@ -1,8 +1,8 @@
-"""Pictures from the bytes of files, as uint8 RGB.
+"""Decode image files to uint8 RGB.
 
-Reading a PNG is undoing its compression and then the filter of each line. FFmpeg does the latter much faster than
-Pillow, so that plain PNGs, as robots' recordings are, take two thirds of the time. What is not plain, or not right, is
-left to Pillow, which has the last word about what is damaged.
+Decoding a PNG means inflating it and then undoing the filter of each line. FFmpeg does the latter much faster than
+Pillow, so that plain PNGs, which robot recordings contain, take two thirds of the time. Other images, and those that
+FFmpeg rejects, are decoded by Pillow, which decides whether an image is damaged.
 """
 
 from __future__ import annotations
@@ -20,67 +20,68 @@ from rlinf_core.data.images.decoders import MOST_PIXELS
 from rlinf_core.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
-"""Pillow knows forty more, one of which starts a program: they are no recordings of a camera."""
+"""Pillow supports forty more, one of which starts a program; cameras record none of them."""
 PLAIN_PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 
 
 def decode(data: Any, what: str, *, deep: bool = False) -> NDArray[np.uint8]:
-    """A picture from the bytes of a PNG or JPEG file.
+    """Decode the bytes of an image file.
 
     Args:
-        data: The bytes; None where there are none.
-        what: Begins error messages.
-        deep: Take a channel of 16 or more bits too, of which only the size comes out right.
+        data: The bytes; None if there are none.
+        what: Start of error messages.
+        deep: Also accept a single channel of 16 or more bits; only the size of the result is then correct.
 
     Returns:
         uint8 [height, width, 3] RGB.
 
     Raises:
-        UserError: There are no bytes, or they are no picture, or one of 16 bits a channel.
+        UserError: There are no bytes, or they are not an image, or it has 16 bits per channel.
     """
     if data is None:
         raise UserError(
-            f"{what} holds no picture, and the file that it may name is not in the dataset: write the dataset with "
-            "embedded images"
+            f"{what} contains no image, and the dataset has no file that it names: write the dataset with embedded "
+            "images"
         )
     if (size := plain_png(data)) is not None and 0 < size[0] * size[1] <= MOST_PIXELS:
-        picture = _decode_png(data, size)
-        if picture is not None:
-            return picture
+        decoded = _decode_png(data, size)
+        if decoded is not None:
+            return decoded
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise UserError(
-                    f"{what} claims a picture of {image.width} x {image.height} pixels; up to {MOST_PIXELS} in all are "
-                    "read. Record, convert or download it again"
+                    f"{what} claims an image of {image.width} x {image.height} pixels; at most {MOST_PIXELS} pixels "
+                    "are read. Record, convert or download it again"
                 )
-            if image.mode[0] in "IF" and not deep:  # Pillow cuts such numbers off at 255: all white.
+            if image.mode[0] in "IF" and not deep:  # Pillow would clip them at 255: all white.
                 raise UserError(
-                    f"{what} holds a picture of one channel in 16 or more bits, such as a depth map: only pictures of "
-                    "8 bits a channel are read; name another column in data.images"
+                    f"{what} contains an image with one channel of 16 or more bits, such as a depth map: only images "
+                    "with 8 bits per channel are read; name another column in data.images"
                 )
             return np.asarray(image.convert("RGB"))
     except UserError:
         raise
-    except Exception as e:  # Pillow raises whatever its parsers stumble over, by format.
-        raise UserError(f"{what} holds a damaged picture: {e}. Record, convert or download it again") from e
+    except Exception as e:  # Pillow raises different errors for each format.
+        raise UserError(f"{what} contains a damaged image: {e}. Record, convert or download it again") from e
 
 
 def plain_png(data: Any) -> tuple[int, int] | None:
-    """Height and width of a PNG of 8 bits a channel in RGB, not interlaced; None of anything else."""
+    """Height and width of a non-interlaced RGB PNG with 8 bits per channel; None for anything else."""
     head = bytes(data[:29])
-    if head[:16] != PLAIN_PNG or head[24:] != b"\x08\x02\0\0\0":  # 8 bits, RGB, the only methods there are.
+    eight_bit_rgb_not_interlaced = b"\x08\x02\0\0\0"
+    if head[:16] != PLAIN_PNG or head[24:] != eight_bit_rgb_not_interlaced:
         return None
     return int.from_bytes(head[20:24], "big"), int.from_bytes(head[16:20], "big")
 
 
 class _Decoders(threading.local):
-    """FFmpeg's PNG decoder, one a thread: making it takes as long as half a picture."""
+    """FFmpeg's PNG decoder, one per thread: creating it takes half as long as decoding an image."""
 
     def __init__(self) -> None:
         self.png: Any = av.CodecContext.create("png", "r")
         self.png.thread_count = 1
-        # Checksums are checked as Pillow does, and half a picture is none.
+        # Verify checksums as Pillow does, and reject truncated images.
         self.png.options = {"err_detect": "crccheck+bitstream+buffer+explode"}
 
 
@@ -88,14 +89,14 @@ _decoders = _Decoders()
 
 
 def _decode_png(data: Any, size: tuple[int, int]) -> NDArray[np.uint8] | None:
-    """None if something is wrong with it."""
+    """Decode with FFmpeg; None if it rejects the image."""
     packet = av.Packet(bytes(data))
-    packet.is_keyframe = True  # Else FFmpeg takes it for changes to the picture before it.
+    packet.is_keyframe = True  # Otherwise FFmpeg takes it for a difference to the previous image.
     try:
         frames = _decoders.png.decode(packet)
     except av.FFmpegError:
         return None
     if len(frames) != 1 or frames[0].format.name != "rgb24" or (frames[0].height, frames[0].width) != size:
         return None
-    picture: NDArray[np.uint8] = frames[0].to_ndarray()
-    return picture
+    decoded: NDArray[np.uint8] = frames[0].to_ndarray()
+    return decoded

@@ -1,10 +1,10 @@
 """Frames of video files at given times, as uint8 RGB.
 
-Decoding dominates the cost of reading robot data, so decoders stay open between calls (bounded in number and bytes),
-requests to one file are served in the order of time, a frame that is asked for twice is decoded once, and only the
-frames asked for are converted to RGB. torchcodec decodes where it loads (with the FFmpeg that PyAV brings along it does
-on Linux, see `ffmpeg_libraries`), else PyAV. One thread a decoder: loader workers are the parallelism, and in processes
-without any, as both decoders release Python's lock while they work, files are decoded by several threads.
+Decoding dominates the cost of reading robot data. So decoders stay open between calls (bounded in number and bytes),
+the frames of a file are decoded in the order of time, a frame that is requested twice is decoded once, and only the
+requested frames are converted to RGB. torchcodec decodes if it loads (on Linux it does, with the FFmpeg libraries of
+PyAV's wheel, see `decoders.lend_ffmpeg`), else PyAV. A decoder uses one thread; loader workers provide the parallelism.
+Other processes decode several files in threads, because both decoders release the GIL.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ DecoderName = Literal["torchcodec", "pyav"]
 
 @functools.cache
 def decoder_name() -> DecoderName:
-    """The decoder this process uses unless told otherwise: torchcodec if it loads, else PyAV."""
+    """The default decoder of this process: torchcodec if it loads, else PyAV."""
     return "pyav" if torchcodec_failure() else "torchcodec"
 
 
 @functools.cache
 def torchcodec_failure() -> str:
-    """Why torchcodec does not load in this process; empty if it does."""
+    """The reason why torchcodec does not load in this process; empty if it does."""
     lent = ""
     try:
         lend_ffmpeg()
-    except OSError as e:  # torchcodec may still find an FFmpeg of the system's.
-        lent = f"PyAV's FFmpeg cannot be lent to it: {e}; "
+    except OSError as e:  # torchcodec may still find the system's FFmpeg.
+        lent = f"PyAV's FFmpeg libraries cannot be loaded for it: {e}; "
     try:
         import torchcodec.decoders  # type: ignore[import-untyped,import-not-found,unused-ignore]  # noqa: F401
     except (ImportError, OSError, RuntimeError) as e:  # Not installed, or FFmpeg's shared libraries are not found.
@@ -49,9 +49,9 @@ def torchcodec_failure() -> str:
 
 
 class VideoReader:
-    """Reads frames of many files, keeping those most recently used open.
+    """Reads frames of many files, and keeps the most recently used files open.
 
-    A process makes its own: decoders cannot be pickled, so a copy in another process starts with none open.
+    Decoders cannot be pickled, so a copy in another process starts without open files.
     """
 
     def __init__(
@@ -62,13 +62,13 @@ class VideoReader:
         memory: int = 2**29,
         threads: int | None = None,
     ) -> None:
-        """Open nothing yet.
+        """Create a reader; files are opened on first use.
 
         Args:
-            capacity: Most files to keep open; a process may have 1024 of all kinds.
-            decoder: Which one; None: the best that loads.
+            capacity: Most files to keep open; the usual limit of a process is 1024.
+            decoder: Decoder to use; None: torchcodec if it loads, else PyAV.
             memory: Most bytes that open decoders may take together, by their own estimate.
-            threads: Files to decode at the same time; None: 1 in loader workers, else a few.
+            threads: Files to decode in parallel; None: 1 in loader workers, else a few.
         """
         self._capacity, self._memory = capacity, memory
         self._decoder, self._threads = decoder, threads
@@ -87,15 +87,15 @@ class VideoReader:
         return self._decoder or decoder_name()
 
     def frames(self, path: Path, times: Sequence[float], tolerance: float) -> list[Frame]:
-        """One frame for each time, in the order of `times`.
+        """One frame per time, in the order of `times`.
 
         Args:
             path: A video file.
             times: Seconds from the start of the file, in any order.
-            tolerance: Seconds a frame may lie off its time; half a frame finds the nearest one.
+            tolerance: Largest difference in seconds; half a frame period finds the nearest frame.
 
         Raises:
-            UserError: The file cannot be read, or holds no frame near a time; it names file and time.
+            UserError: The file cannot be read or has no frame near a time; the message names file and time.
         """
         order = np.argsort(times, kind="stable")
         decoder = self._take(path)
@@ -109,7 +109,7 @@ class VideoReader:
         return frames
 
     def frames_of_files(self, wanted: Sequence[tuple[Path, Sequence[float]]], tolerance: float) -> list[list[Frame]]:
-        """`frames` of several files, which differ; several at the same time where threads are allowed."""
+        """`frames` for several different files, in parallel where threads are allowed."""
         threads = self._threads or _threads()
         if threads == 1 or len(wanted) == 1:
             return [self.frames(path, times, tolerance) for path, times in wanted]
@@ -117,7 +117,7 @@ class VideoReader:
         return list(self._pool.map(lambda one: self.frames(one[0], one[1], tolerance), wanted))
 
     def _take(self, path: Path) -> Decoder:
-        """The decoder of a file, which is this thread's until it gives it back."""
+        """The decoder of a file, for this thread only until `_give_back`."""
         with self._lock:
             decoder = self._open.pop(path, None)
         if decoder is None:
@@ -140,5 +140,5 @@ class VideoReader:
 
 
 def _threads() -> int:
-    """Loader workers, and whatever else a process has started beside itself, get one."""
+    """One in loader workers and other child processes, else up to four."""
     return 1 if multiprocessing.parent_process() else min(4, os.cpu_count() or 1)

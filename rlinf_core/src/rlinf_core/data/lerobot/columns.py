@@ -1,6 +1,8 @@
-"""The number columns of a whole LeRobot dataset as arrays, refused with file, episode and frame where they are damaged.
+"""Read the numeric columns of a whole LeRobot dataset into arrays, and check them.
 
-Files are read a few at a time: formats v2.x have one an episode, tens of thousands in the largest datasets.
+Files are read in parallel: formats v2.x have one file per episode, tens of thousands in the largest datasets. What is
+read must agree with the metadata (rows, indices, tasks, widths, finite values); an error names file, episode and frame.
+At the end: a quality value per episode, for `data.quality_column`.
 """
 
 from __future__ import annotations
@@ -25,40 +27,38 @@ from rlinf_core.untrusted import parse_json
 
 INDEX_COLUMNS = ("index", "episode_index", "frame_index", "timestamp", "task_index")
 READERS = 8
-"""Files that are read at the same time."""
-
+"""Files that are read in parallel."""
 
 _in_use: WeakValueDictionary[object, Columns] = WeakValueDictionary()
-"""Those that some source of this process holds, by the state of their files."""
+"""Columns that a source in this process uses, by the state of their files."""
 
 
 def read_columns(metadata: Metadata, names: Sequence[str]) -> tuple[Columns, NDArray[np.int64]]:
-    """Columns of all data files, contiguous, and where each file ends. Files are read once for all splits.
+    """Read columns of all data files into contiguous arrays. Files are read once for all splits.
 
     Args:
-        metadata: Of the dataset.
+        metadata: The dataset's metadata.
         names: `INDEX_COLUMNS`, and columns of vectors.
 
     Returns:
-        Index columns [N] and vectors float32 [N, D]; [data files], the position after the last frame of each.
+        Index columns [N] and vectors float32 [N, D]; and [data files], the position after the last frame of each.
 
     Raises:
-        UserError: A file cannot be read or has other frames than the metadata say, or a vector is not as wide as they
-            say.
+        UserError: A file cannot be read, or its frames or the width of a vector differ from the metadata.
     """
-    # Where each file ends follows from the metadata, which the files are held to.
+    # Computed from the metadata, which the files must agree with.
     stops = np.cumsum(np.bincount(metadata.data_file, metadata.lengths, len(metadata.data_files)).astype(np.int64))
     state = _state(metadata, names)
     columns = _in_use.get(state) if state else None
     if columns is None and state:
         columns = _in_use[state] = find_shared(state) or share(_read_files(metadata, names), state)
     elif columns is None:
-        columns = _read_files(metadata, names)  # Raises, and says which file is missing.
+        columns = _read_files(metadata, names)  # Raises with the name of the missing file.
     return columns, stops
 
 
 def _state(metadata: Metadata, names: Sequence[str]) -> object:
-    """What the result depends on; None where a file is missing."""
+    """Everything that the result depends on; None if a file is missing."""
     try:
         statuses = [path.stat() for path in metadata.data_files]
     except OSError:
@@ -93,26 +93,26 @@ def _read_files(metadata: Metadata, names: Sequence[str]) -> Columns:
 
 
 def width_of(feature: Mapping[str, Any]) -> int:
-    """How many numbers a row of a column holds."""
+    """Numbers per row of a column."""
     return int(np.prod(feature.get("shape") or (1,)))
 
 
-def picture_size(feature: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Height and width of a column's pictures, channels written last or first; None if the metadata do not tell."""
+def image_size(feature: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Height and width of a column's images, channels last or first; None if the metadata do not give them."""
     shape = list(feature.get("shape") or ())
     if len(shape) != 3 or not all(isinstance(n, int) for n in shape):
         return None
-    channels = (1, 3, 4)  # Grey, RGB, RGB with transparency.
+    channels = (1, 3, 4)  # Grey, RGB, RGBA.
     if shape[-1] in channels:
         return shape[0], shape[1]
     return (shape[1], shape[2]) if shape[0] in channels else None
 
 
 def vectors_of(column: pa.ChunkedArray, width: int, what: str) -> NDArray[np.float32]:
-    """A column of numbers or of equally long lists -> float32 [rows, width]; `what` begins error messages.
+    """A column of numbers or of lists of one length -> float32 [rows, width]; `what` starts error messages.
 
     Raises:
-        UserError: A row has no value, or another number of numbers.
+        UserError: A row has no value or another width.
     """
     array = flat = column.combine_chunks()
     while pa.types.is_list(flat.type) or pa.types.is_large_list(flat.type) or pa.types.is_fixed_size_list(flat.type):
@@ -122,8 +122,8 @@ def vectors_of(column: pa.ChunkedArray, width: int, what: str) -> NDArray[np.flo
             wrong = np.asarray(pc.list_value_length(array)) != width
             if not pa.types.is_nested(flat.type.value_type):
                 raise UserError(
-                    f"{what} holds {pc.list_value_length(array)[int(wrong.argmax())]} numbers in row "
-                    f"{int(wrong.argmax())}, and meta/info.json says {width}: correct the one that is wrong"
+                    f"{what} has {pc.list_value_length(array)[int(wrong.argmax())]} numbers in row "
+                    f"{int(wrong.argmax())}, but meta/info.json says {width}: correct the wrong one"
                 )
         flat = flat.flatten()
     if flat.null_count:
@@ -132,13 +132,13 @@ def vectors_of(column: pa.ChunkedArray, width: int, what: str) -> NDArray[np.flo
     numbers: NDArray[np.float32] = flat.to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
     if len(numbers) != len(array) * width:
         raise UserError(
-            f"{what} holds {len(numbers)} numbers in {len(array)} rows, and meta/info.json says {width} each"
+            f"{what} has {len(numbers)} numbers in {len(array)} rows, but meta/info.json says {width} per row"
         )
     return numbers.reshape(len(array), width)
 
 
 def _numbers_of(column: pa.ChunkedArray, what: str) -> NDArray[Any]:
-    """An index column -> [rows]; some writers make lists of one."""
+    """An index column -> [rows]; some writers store lists of one number."""
     if pa.types.is_nested(column.type):
         return vectors_of(column, 1, what).reshape(-1)
     if column.null_count:
@@ -149,9 +149,9 @@ def _numbers_of(column: pa.ChunkedArray, what: str) -> NDArray[Any]:
 
 
 def check_numeric(kind: pa.DataType, what: str) -> None:
-    """Raise `UserError`, which begins with `what`, for a type of values that are no numbers."""
+    """Raise `UserError`, which starts with `what`, for a non-numeric type."""
     if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
-        raise UserError(f"{what} holds {kind}, no numbers: {AGAIN}")
+        raise UserError(f"{what} contains {kind}, not numbers: {AGAIN}")
 
 
 def _first(flags: pa.Array | pa.ChunkedArray) -> int:
@@ -159,26 +159,28 @@ def _first(flags: pa.Array | pa.ChunkedArray) -> int:
 
 
 def _check_frames(metadata: Metadata, lengths: NDArray[np.int64], columns: dict[str, NDArray[Any]]) -> None:
-    """Raise `UserError` unless the files hold the frames that the metadata list, in their order."""
-    root, hint = metadata.root, f"`rlinf check-dataset {metadata.name}` tells more"
+    """Raise `UserError` unless the files contain the frames that the metadata list, in that order."""
+    root, hint = metadata.root, f"`rlinf check-dataset {metadata.name}` reports more"
     expected = np.bincount(metadata.data_file, metadata.lengths, len(lengths)).astype(np.int64)
     for file in np.flatnonzero(lengths != expected)[:1].tolist():
         raise UserError(
-            f"{metadata.data_files[file]} has {lengths[file]} rows, and the episodes that meta/ says it holds have "
-            f"{expected[file]} frames: {AGAIN} ({hint})"
+            f"{metadata.data_files[file]} has {lengths[file]} rows, but its episodes have {expected[file]} frames "
+            f"according to meta/: {AGAIN} ({hint})"
         )
     if not np.array_equal(metadata.starts, np.cumsum(metadata.lengths) - metadata.lengths):
-        raise UserError(f"{root}: by meta/episodes, frames are in no episode or in several: {AGAIN} ({hint})")
+        raise UserError(
+            f"{root}: according to meta/episodes, frames belong to no episode or to several: {AGAIN} ({hint})"
+        )
     if len(columns["index"]) != metadata.frames:
         raise UserError(
-            f"{root}: the data files have {len(columns['index'])} rows, and meta/info.json counts {metadata.frames} "
+            f"{root}: the data files have {len(columns['index'])} rows, but meta/info.json counts {metadata.frames} "
             f"frames: {AGAIN} ({hint})"
         )
     named = {"index": np.arange(metadata.frames), "episode_index": np.repeat(metadata.episodes, metadata.lengths)}
     for name, numbers in named.items():
         for row in np.flatnonzero(columns[name] != numbers)[:1].tolist():
             raise UserError(
-                f"{frame_at(metadata, row)}, has {name} {columns[name][row]} where {numbers[row]} belongs: {AGAIN} "
+                f"{frame_at(metadata, row)}, has {name} {columns[name][row]} instead of {numbers[row]}: {AGAIN} "
                 f"({hint})"
             )
     unknown = ~np.isin(columns["task_index"], list(metadata.task_texts))
@@ -191,12 +193,12 @@ def _check_frames(metadata: Metadata, lengths: NDArray[np.int64], columns: dict[
 
 
 def check_finite(metadata: Metadata, columns: Mapping[str, NDArray[Any]], used: NDArray[np.bool_]) -> None:
-    """Raise `UserError` for NaN or infinity: no policy learns from them, and one spoils the statistics of all.
+    """Raise `UserError` for NaN or infinity: a single one spoils the statistics of all rows.
 
     Args:
-        metadata: Of the dataset.
+        metadata: The dataset's metadata.
         columns: As `read_columns` returns them.
-        used: [N], the frames that matter: episodes that are left out may hold anything.
+        used: [N], the frames to check; unused episodes may contain anything.
     """
     for name in columns.keys() - set(INDEX_COLUMNS):
         rows = np.flatnonzero(used & ~np.isfinite(columns[name]).all(axis=1))
@@ -205,24 +207,24 @@ def check_finite(metadata: Metadata, columns: Mapping[str, NDArray[Any]], used: 
         episodes = np.unique(columns["episode_index"][rows]).tolist()
         named = ", ".join(map(str, episodes[:10])) + ", ..." * (len(episodes) > 10)
         raise UserError(
-            f"{name!r} holds NaN or infinity in {len(rows)} frames of {len(episodes)} episodes ({named}), first in "
-            f"{frame_at(metadata, int(rows[0]))}: mend these frames, or leave the episodes out with "
+            f"{name!r} contains NaN or infinity in {len(rows)} frames of {len(episodes)} episodes ({named}), first in "
+            f"{frame_at(metadata, int(rows[0]))}: fix these frames, or leave the episodes out with "
             f"data.exclude_episodes; `rlinf check-dataset {metadata.name}` lists them"
         )
 
 
 def frame_at(metadata: Metadata, row: int) -> str:
-    """Where the frame at a position among all frames is: file, episode and frame, for messages."""
+    """File, episode and frame at a position among all frames, for messages."""
     episode = int(np.searchsorted(metadata.stops, row, side="right"))
     path = metadata.data_files[metadata.data_file[episode]]
     return f"{path}, episode {metadata.episodes[episode]}, frame {row - metadata.starts[episode]}"
 
 
 def episode_quality(metadata: Metadata, column: str) -> NDArray[np.float64]:
-    """[episodes], a column of `meta/episodes`, or the mean over its frames of a column of the data.
+    """[episodes], a column of `meta/episodes`, or the mean over each episode's frames of a data column.
 
     Raises:
-        UserError: There is no such column, or it does not hold one number or truth value each.
+        UserError: There is no such column, or its values are not single numbers or booleans.
     """
     if column in metadata.features:
         return _mean_of_frames(metadata, column)
@@ -247,7 +249,7 @@ def _mean_of_frames(metadata: Metadata, column: str) -> NDArray[np.float64]:
 
 
 def _listed(metadata: Metadata, column: str) -> dict[int, Any]:
-    """Episode number -> its value in `meta/episodes`."""
+    """Episode number -> value in `meta/episodes`."""
     if metadata.version != "v3.0":
         path = metadata.root / "meta" / "episodes.jsonl"
         described = parse_json(path.read_text(encoding="utf-8").lstrip().partition("\n")[0])
@@ -273,4 +275,4 @@ def _not_there(metadata: Metadata, column: str, own: list[str]) -> UserError:
 
 
 def _no_number(column: str) -> UserError:
-    return UserError(f"data.quality_column names {column!r}, which does not hold one number or truth value each")
+    return UserError(f"data.quality_column names {column!r}, whose values are not single numbers or booleans")

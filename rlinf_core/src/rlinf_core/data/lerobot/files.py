@@ -1,5 +1,7 @@
-"""Where a LeRobot dataset lies, and how its files are read: a folder, or a snapshot of the hub of which only the files
-that are used get fetched, metadata first.
+"""Find a LeRobot dataset and read its files.
+
+A dataset is a local folder or a snapshot on the hub. From the hub, only the files that are used are downloaded,
+metadata first.
 """
 
 from __future__ import annotations
@@ -23,48 +25,48 @@ INFO = "meta/info.json"
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a dataset lies."""
+class DatasetFolder:
+    """The folder of a dataset, which may be filled from the hub on demand."""
 
     root: Path
     snapshot: Snapshot | None = None
-    """The dataset on the hub whose files come to lie in `root`; None: a local folder."""
+    """The snapshot on the hub whose files are downloaded to `root`; None for a local folder."""
 
     def fetch(self, paths: Iterable[Path]) -> None:
-        """Have files of the dataset in `root`; those that there are nowhere stay absent.
+        """Download files of the dataset that `root` lacks; files that do not exist on the hub stay absent.
 
         Raises:
-            UserError: The hub does not hand them over.
+            UserError: The download fails.
         """
         if self.snapshot is not None:
             self.snapshot.fetch(path.relative_to(self.root).as_posix() for path in paths)
 
 
-def find_dataset(repo_id: str, revision: str = "", setting: str = SETTING) -> Place:
-    """Find a dataset; the metadata of one on the hub are downloaded unless the cache has them.
+def find_dataset(repo_id: str, revision: str = "", setting: str = SETTING) -> DatasetFolder:
+    """Find a dataset; for one on the hub, the metadata are downloaded unless they are cached.
 
     Args:
-        repo_id: A folder, or an id on the hub, `owner/name` with an optional `@revision`. What lerobot has recorded
-            under an id (in `HF_LEROBOT_HOME`) is taken before the hub's.
+        repo_id: A folder, or a hub id `owner/name` with an optional `@revision`. A dataset that lerobot recorded under
+            that id (in `HF_LEROBOT_HOME`) takes precedence over the hub.
         revision: Branch, tag or commit on the hub, instead of one in the id; empty: the hub's default.
-        setting: What names the dataset, for messages.
+        setting: The setting that names the dataset, for messages.
 
     Raises:
-        UserError: No `repo_id`, no such folder, or the hub does not answer, does not have it or does not let one in.
+        UserError: `repo_id` is empty or names no folder, or the hub is unreachable, lacks the dataset or denies access.
     """
     if not repo_id:
         raise UserError(f"{setting} is not set: name a local folder or the id of a dataset on the hub")
     path = local_path(repo_id, setting)
     if path is not None:
         if revision:
-            raise UserError(f"data.revision = {revision!r} is for hub ids, but {setting} = {repo_id!r} is a folder")
-        return Place(path)
+            raise UserError(f"data.revision = {revision!r} applies to hub ids, but {setting} = {repo_id!r} is a folder")
+        return DatasetFolder(path)
     name, own_revision = parse_hub_id(repo_id)
     if own_revision and revision:
         raise UserError(f"{setting} = {repo_id!r} names a revision, and data.revision = {revision!r} another: set one")
     recorded = _recorded(name)
     if recorded is not None and not (own_revision or revision):
-        return Place(recorded)
+        return DatasetFolder(recorded)
     try:
         snapshot = open_snapshot(name, own_revision or revision or None, "dataset", setting, INFO)
     except NotInRepositoryError as error:
@@ -72,27 +74,27 @@ def find_dataset(repo_id: str, revision: str = "", setting: str = SETTING) -> Pl
             f"{setting}: the dataset {repo_id} on the hub has no {INFO}: it is not in LeRobot's format"
         ) from error
     snapshot.fetch(snapshot.names("meta"))
-    return Place(snapshot.folder, snapshot)
+    return DatasetFolder(snapshot.folder, snapshot)
 
 
 def find_root(repo_id: str, revision: str = "") -> Path:
-    """The local folder with (at least) the metadata of a dataset; see `find_dataset`."""
+    """The local folder with at least the metadata of a dataset; see `find_dataset`."""
     return find_dataset(repo_id, revision).root
 
 
 def _recorded(name: str) -> Path | None:
-    """What lerobot recorded under an id on this machine."""
+    """The folder of a dataset that lerobot recorded under this id on this machine."""
     from huggingface_hub import constants
 
     home = os.environ.get("HF_LEROBOT_HOME") or Path(constants.HF_HOME) / "lerobot"
     root = Path(home).expanduser() / name
-    # Older versions of lerobot downloaded to the same place, in parts, and left this folder.
+    # Older versions of lerobot also downloaded parts of datasets to this folder, and left this marker.
     downloaded = (root / ".cache" / "huggingface" / "download").exists()
     return root if (root / INFO).is_file() and not downloaded else None
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file; `FileNotFoundError` if there is none, `UserError` naming it if it cannot be read."""
+    """Read a JSON file; raises `FileNotFoundError` if it is missing, `UserError` if it cannot be read."""
     try:
         return read_any_json(path)
     except FileNotFoundError:
@@ -102,10 +104,12 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_lines(path: Path, keys: Iterable[str]) -> list[dict[str, Any]]:
-    """The objects in a file of one JSON object a line; `UserError` naming file and line if one lacks a key."""
+    """Read a JSON Lines file; raises `UserError` with file and line for an object that lacks a key."""
     found = []
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # Texts may hold what else `splitlines` breaks at.
+        lines = path.read_text(encoding="utf-8").split(
+            "\n"
+        )  # `splitlines` also splits at characters that texts may contain.
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}. Download or write the dataset again") from error
     for number, line in enumerate(lines, 1):
@@ -116,14 +120,14 @@ def read_json_lines(path: Path, keys: Iterable[str]) -> list[dict[str, Any]]:
             found.append({key: described[key] for key in keys})
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{path}, line {number}, is no JSON object with {', '.join(keys)}: the file is damaged; download or "
+                f"{path}, line {number}, is not a JSON object with {', '.join(keys)}: the file is damaged; download or "
                 "write the dataset again"
             ) from error
     return found
 
 
 def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """Some columns of one parquet file; `UserError` naming it if it is missing, damaged, or lacks one of them."""
+    """Read columns of a parquet file; raises `UserError` if it is missing, damaged, or lacks one of them."""
     try:
         with pq.ParquetFile(path) as file:
             there = file.schema_arrow.names

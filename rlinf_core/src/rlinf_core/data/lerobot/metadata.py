@@ -1,8 +1,9 @@
-"""What the metadata of a LeRobot dataset say: columns, tasks, episodes, and which files hold them.
+"""The metadata of a LeRobot dataset: columns, tasks, episodes, and the files that contain them.
 
-One `Metadata` serves formats v2.0, v2.1 and v3.0. In v3.0 (`meta/tasks.parquet`, `meta/episodes/**.parquet`) many
-episodes share a data file and a video file, so that an episode knows its file and the time in it at which it starts; in
-v2.x (`meta/tasks.jsonl`, `meta/episodes.jsonl`) each has files of its own, named by its number.
+`Metadata` is the same for formats v2.0, v2.1 and v3.0. In v3.0 (`meta/tasks.parquet`, `meta/episodes/**.parquet`) many
+episodes share a data file and a video file, and the metadata list each episode's file and its start time in the video.
+In v2.x (`meta/tasks.jsonl`, `meta/episodes.jsonl`) each episode has its own files, named by its number. `Info` is the
+content of `meta/info.json`: format, columns and the patterns of file names. All of it is untrusted input.
 """
 
 from __future__ import annotations
@@ -25,46 +26,54 @@ from rlinf_core.data.lerobot.files import INFO, read_json, read_json_lines, read
 from rlinf_core.errors import UserError
 from rlinf_core.untrusted import path_inside
 
+VERSIONS = ("v2.0", "v2.1", "v3.0")
+"""The supported formats."""
+NUMBERS = ("float", "int", "uint", "bool")
+"""Prefixes of the dtypes of numeric columns."""
 MOST = 2**40
-"""No dataset has more frames, or episodes."""
+"""Upper bound on frames and on episodes."""
+LARGEST = 2**20
+"""Upper bound on the size of a column along one axis."""
+_DIGITS = re.compile(r"0?\d?\d?d?")
+"""The allowed format of a number in a path."""
 AGAIN = "the dataset is incomplete; download or write it again"
 
 
 @dataclass(frozen=True, eq=False)
 class Metadata:
-    """The metadata of a dataset that lies in a local folder. Arrays are [episodes] unless said otherwise."""
+    """The metadata of a dataset in a local folder. Arrays are [episodes] unless noted otherwise."""
 
     name: str
-    """What the user calls it: `data.repo_id`."""
+    """The name that the user gave: `data.repo_id`."""
     root: Path
     version: str
-    """The format: one of `VERSIONS`."""
+    """The format, one of `VERSIONS`."""
     fps: float
     features: dict[str, dict[str, Any]]
-    """Column -> `dtype` (`"video"`, `"image"` or a number's) and `shape`."""
+    """Column -> `dtype` (`"video"`, `"image"` or a numeric dtype) and `shape`."""
     total_episodes: int
-    """Number of episodes, as `meta/info.json` has it."""
+    """Number of episodes according to `meta/info.json`."""
     frames: int
-    """Number of frames of all episodes, as `meta/info.json` has it."""
+    """Number of frames of all episodes according to `meta/info.json`."""
     task_texts: dict[int, str]
-    """`task_index` -> what the robot is told to do."""
+    """`task_index` -> instruction to the robot."""
     episodes: NDArray[np.int64]
     """Episode numbers, ascending."""
     starts: NDArray[np.int64]
-    """Position of the first frame among all frames."""
+    """Position of each episode's first frame among all frames."""
     stops: NDArray[np.int64]
-    """Position after the last frame."""
+    """Position after each episode's last frame."""
     data_files: tuple[Path, ...]
-    """Parquet files in the order of their frames; together they hold all frames."""
+    """Parquet files in frame order; together they contain all frames."""
     data_file: NDArray[np.int64]
-    """Which of `data_files` holds the episode."""
+    """Index in `data_files` of each episode's file."""
     video_files: dict[str, tuple[Path, ...]]
     """Video column -> the file of each episode."""
     video_starts: dict[str, NDArray[np.float64]]
-    """Video column -> seconds into its file at which each episode starts."""
+    """Video column -> start of each episode in its file, in seconds."""
 
     def feature(self, column: str, key: str) -> dict[str, Any]:
-        """The feature `column`, which the config's `key` names; `UserError` listing near names if it is missing."""
+        """The feature of a column that the config's `key` names; raises `UserError` with similar names if missing."""
         if column in self.features:
             return self.features[column]
         raise UserError(
@@ -79,17 +88,17 @@ class Metadata:
         return lengths
 
     def columns_of(self, dtype: str) -> list[str]:
-        """Columns of a kind: `"video"` or `"image"`."""
+        """Columns of dtype `"video"` or `"image"`."""
         return [name for name, feature in self.features.items() if feature["dtype"] == dtype]
 
     def videos(self, cameras: Iterable[str], episodes: Collection[int] | None = None) -> list[Path]:
-        """The video files of some cameras, of some episodes or (None) all."""
+        """The video files of some cameras, for some episodes or (None) all."""
         used = [episodes is None or episode in episodes for episode in self.episodes.tolist()]
         named = (compress(self.video_files.get(name, ()), used) for name in dict.fromkeys(cameras))
         return list(dict.fromkeys(chain.from_iterable(named)))
 
     def overlapping(self, camera: str, episodes: Collection[int] | None = None) -> list[tuple[int, int]]:
-        """Places of two episodes each that claim the same frames of a video, among some episodes or (None) all."""
+        """Pairs of indices of episodes whose frames overlap in a video, among some episodes or (None) all."""
         starts, files = self.video_starts[camera], dict[Path, list[int]]()
         for i in np.argsort(starts, kind="stable").tolist():
             if self.lengths[i] > 0 and (episodes is None or int(self.episodes[i]) in episodes):
@@ -104,17 +113,17 @@ class Metadata:
 
 
 def nearest_first(name: str, candidates: Iterable[str]) -> str:
-    """The candidates as one readable list, those that look like `name` in front."""
+    """The candidates as a comma-separated list, those similar to `name` first."""
     names = list(candidates)
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
     return ", ".join([*near, *(other for other in names if other not in near)])
 
 
 def load_metadata(name: str, root: Path) -> Metadata:
-    """Read the metadata of the dataset in `root`, and refuse such as list other episodes than they count.
+    """Read the metadata of the dataset in `root`; the listed episodes must match their number in `meta/info.json`.
 
     Args:
-        name: What the user calls it.
+        name: The name that the user gave.
         root: Its folder.
 
     Raises:
@@ -132,14 +141,14 @@ def load_metadata(name: str, root: Path) -> Metadata:
 
 
 def read_metadata(name: str, root: Path) -> Metadata:
-    """Like `load_metadata`, for a dataset that may be incomplete."""
+    """Like `load_metadata`, but also for an incomplete dataset."""
     info = load_info(name, root)
     if info.codebase_version == "v3.0":
         episodes, tasks = _episodes_v3(root, info), _tasks_v3(root)
     else:
         episodes, tasks = _episodes_v2(root, info), _tasks_v2(root)
     if not len(episodes["episodes"]):
-        raise UserError(f"{root}: meta/ lists no episode: {AGAIN}")
+        raise UserError(f"{root}: meta/ lists no episodes: {AGAIN}")
     return Metadata(
         name=name,
         root=root,
@@ -154,7 +163,7 @@ def read_metadata(name: str, root: Path) -> Metadata:
 
 
 def _episodes_v3(root: Path, info: Info) -> dict[str, Any]:
-    """Fields of `Metadata`. The statistics that lie beside them are many times larger and stay unread."""
+    """Fields of `Metadata`. Statistics columns in the same files are many times larger and are not read."""
     wanted = ["episode_index", "dataset_from_index", "dataset_to_index", "data/chunk_index", "data/file_index"]
     for key in info.videos:
         wanted += [f"videos/{key}/{part}" for part in ("chunk_index", "file_index", "from_timestamp")]
@@ -191,33 +200,33 @@ def _numbers(root: Path, table: pa.Table, key: str) -> NDArray[Any]:
     try:
         numbers: NDArray[Any] = table[key].cast(kind).to_numpy()
     except pa.ArrowException as error:
-        raise UserError(f"{root}/meta/episodes: {key!r} is no column of numbers ({error}): {AGAIN}") from error
+        raise UserError(f"{root}/meta/episodes: {key!r} is not a numeric column ({error}): {AGAIN}") from error
     if table[key].null_count:
-        raise UserError(f"{root}/meta/episodes: {key!r} has no value for some episode: {AGAIN}")
+        raise UserError(f"{root}/meta/episodes: {key!r} has no value for an episode: {AGAIN}")
     if not ((numbers >= 0) & (numbers <= MOST)).all():
-        raise UserError(f"{root}/meta/episodes: {key!r} is not from 0 to {MOST} for some episode: {AGAIN}")
+        raise UserError(f"{root}/meta/episodes: {key!r} is not between 0 and {MOST} for an episode: {AGAIN}")
     return numbers
 
 
 def _tasks_v3(root: Path) -> dict[int, str]:
-    """The tasks' texts by number. lerobot writes a pandas frame whose index is the text, under whatever name."""
+    """Task texts by number. lerobot writes a pandas frame whose index is the text; the index may have any name."""
     table = read_parquet(root / "meta" / "tasks.parquet")
     text = next((name for name in table.column_names if name != "task_index"), None)
     if text is None or "task_index" not in table.column_names:
-        raise UserError(f"{root}/meta/tasks.parquet lists no texts by task_index: {AGAIN}")
+        raise UserError(f"{root}/meta/tasks.parquet has no column of texts with a task_index: {AGAIN}")
     path = root / "meta" / "tasks.parquet"
     try:
         return _texts(path, table["task_index"].to_pylist(), table[text].to_pylist())
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: a text is no UTF-8 ({error}): {AGAIN}") from error
+        raise UserError(f"{path}: a text is not UTF-8 ({error}): {AGAIN}") from error
 
 
 def _episodes_v2(root: Path, info: Info) -> dict[str, Any]:
-    """Fields of `Metadata`: an episode's files follow from its number, its frames from the lengths before it."""
+    """Fields of `Metadata`: an episode's number determines its files, the lengths before it its position."""
     path = root / "meta" / "episodes.jsonl"
     listed = [(one["episode_index"], one["length"]) for one in read_json_lines(path, ("episode_index", "length"))]
     if not all(_is_count(number) for episode in listed for number in episode):
-        raise UserError(f"{path}: an episode_index or a length is no whole number from 0 to {MOST}: {AGAIN}")
+        raise UserError(f"{path}: an episode_index or a length is not an integer from 0 to {MOST}: {AGAIN}")
     listed.sort()
     numbers = [episode for episode, _ in listed]
     stops = np.cumsum([length for _, length in listed], dtype=np.int64)
@@ -246,29 +255,19 @@ def _tasks_v2(root: Path) -> dict[int, str]:
 
 
 def _texts(path: Path, numbers: Iterable[Any], texts: Iterable[Any]) -> dict[int, str]:
-    """Tasks by number; one without a text has an empty one, for which `data.default_prompt` stands in."""
+    """Tasks by number; a missing text becomes the empty string, which `data.default_prompt` replaces."""
     tasks: dict[int, str] = {}
     for number, said in zip(numbers, texts, strict=True):
         text = "" if said is None else said
         if not _is_count(number) or not isinstance(text, str):
-            raise UserError(f"{path}: the task {number!r}: {said!r} is no whole number with a text: {AGAIN}")
+            raise UserError(f"{path}: the task {number!r}: {said!r} is not an integer with a text: {AGAIN}")
         tasks[number] = text
     return tasks
 
 
 def _is_count(number: object) -> TypeGuard[int]:
-    """Whether this is a number of frames, or one by which episodes or tasks are called."""
+    """Whether this is a valid number of frames, episode number or task number."""
     return isinstance(number, int) and not isinstance(number, bool) and 0 <= number <= MOST
-
-
-VERSIONS = ("v2.0", "v2.1", "v3.0")
-"""The formats that are read."""
-LARGEST = 2**20
-"""No column has more numbers along an axis."""
-_DIGITS = re.compile(r"0?\d?\d?d?")
-"""How wide a number is written in a path."""
-NUMBERS = ("float", "int", "uint", "bool")
-"""What the dtypes of columns of numbers begin with."""
 
 
 def _described(feature: dict[str, Any]) -> dict[str, Any]:
@@ -277,12 +276,12 @@ def _described(feature: dict[str, Any]) -> dict[str, Any]:
     shape = feature.get("shape")
     known = isinstance(shape, list) and all(isinstance(n, int) and 0 <= n <= LARGEST for n in shape)
     if feature["dtype"].startswith(NUMBERS) and not known:
-        raise ValueError("has no shape, a list of whole numbers")
+        raise ValueError("has no shape, which must be a list of integers")
     return feature
 
 
 class Info(BaseModel):
-    """What is read of `meta/info.json`."""
+    """The part of `meta/info.json` that is read."""
 
     codebase_version: str
     fps: float = Field(ge=1e-3, le=1e6)
@@ -295,34 +294,34 @@ class Info(BaseModel):
 
     @property
     def videos(self) -> list[str]:
-        """Columns of videos."""
+        """The video columns."""
         return [name for name, feature in self.features.items() if feature["dtype"] == "video"]
 
     def file(self, root: Path, pattern: str | None, **numbers: Any) -> Path:
-        """The path that `data_path` or `video_path` makes of numbers."""
+        """The path that the pattern `data_path` or `video_path` gives for some numbers."""
         try:
             name = _filled(str(pattern), numbers)
         except (LookupError, ValueError) as error:
-            raise UserError(f"{root / INFO}: the path {pattern!r} asks for more than {', '.join(numbers)}") from error
+            raise UserError(
+                f"{root / INFO}: the path {pattern!r} uses fields other than {', '.join(numbers)}"
+            ) from error
         try:
             return path_inside(root, name)
         except ValueError as error:
-            raise UserError(
-                f"{root / INFO}: the path {pattern!r} leads out of the dataset's folder: {error}"
-            ) from error
+            raise UserError(f"{root / INFO}: the path {pattern!r} is outside the dataset's folder: {error}") from error
 
 
 def _filled(pattern: str, values: Mapping[str, Any]) -> str:
-    """`str.format` with names and numbers of digits alone: it would also look into objects, and fill up to any width.
+    """A restricted `str.format`: names and digits only, no attribute access and no unbounded padding.
 
     Raises:
-        LookupError: The pattern asks for another name.
-        ValueError: It is no such pattern.
+        LookupError: The pattern uses another name.
+        ValueError: The pattern is invalid.
     """
     text = ""
     for literal, field, width, conversion in Formatter().parse(pattern):
         if conversion or (width and not _DIGITS.fullmatch(width)):
-            raise ValueError("a number may have a width, as in {episode_index:06d}, and nothing else")
+            raise ValueError("a field may only have a width, as in {episode_index:06d}")
         text += literal + ("" if field is None else format(values[field], width or ""))
     return text
 
@@ -331,7 +330,7 @@ def load_info(name: str, root: Path) -> Info:
     """Read `meta/info.json`.
 
     Args:
-        name: What the user calls the dataset.
+        name: The name that the user gave the dataset.
         root: Its folder.
 
     Raises:
@@ -348,19 +347,19 @@ def load_info(name: str, root: Path) -> Info:
     try:
         info = Info.model_validate(content)
     except ValidationError as e:
-        wrong = "; ".join(f"{'.'.join(map(str, one['loc'])) or 'the whole'}: {one['msg']}" for one in e.errors())
+        wrong = "; ".join(f"{'.'.join(map(str, one['loc'])) or 'the whole file'}: {one['msg']}" for one in e.errors())
         raise UserError(f"{path} is damaged: {wrong}. Download or write the dataset again") from e
     if info.videos and not info.video_path:
-        raise UserError(f"{path} has columns of videos and no video_path: download or write the dataset again")
+        raise UserError(f"{path} has video columns but no video_path: download or write the dataset again")
     return info
 
 
 def _wrong_version(name: str, root: Path, version: str) -> str:
     if version.startswith("v1"):
         way_out = (
-            "lerobot 0.3.3 converts it, from the hub: python -m lerobot.datasets.v2.convert_dataset_v1_to_v2 "
+            "lerobot 0.3.3 converts it from the hub: python -m lerobot.datasets.v2.convert_dataset_v1_to_v2 "
             f"--repo-id {name}"
         )
     else:
-        way_out = "a newer rlinf-core may read it; or write it with lerobot's converter for one of these formats"
-    return f"{name} ({root}) has LeRobot format {version}; {', '.join(VERSIONS)} are read. {way_out}"
+        way_out = "a newer rlinf-core may read it; or convert it to one of these formats with lerobot"
+    return f"{name} ({root}) has LeRobot format {version}; supported are {', '.join(VERSIONS)}. {way_out}"

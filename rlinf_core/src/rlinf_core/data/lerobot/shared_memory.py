@@ -1,9 +1,9 @@
-"""Numbers of all frames of a dataset, in memory once for all ranks and loader workers of a machine.
+"""Share the numeric columns of a dataset between all ranks and loader workers of a machine.
 
-Small datasets are simply copied to workers. Columns of more than `SHARED_FROM` bytes are written to the cache folder
-(`RLINF_CACHE`) once, uncompressed, and every process maps the files: what they hold is shared, a copy of a source in a
-worker costs next to nothing, and the next run opens the dataset without reading its data files. Where the folder
-cannot be written, every process has a copy of its own, as of small datasets.
+Small datasets are copied to workers. Columns of more than `SHARED_FROM` bytes are written once, uncompressed, to the
+cache folder (`RLINF_CACHE`), and every process memory-maps the files: copying a source to a worker then costs almost
+nothing, and the next run opens the dataset without reading its data files. If the folder cannot be written, every
+process has its own copy, as for small datasets.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from rlinf_core.data.images.parquet import cache_folder
 from rlinf_core.errors import UserError
 
 SHARED_FROM = 2**25
-"""Bytes of columns above which they are shared."""
+"""Size in bytes from which columns are shared."""
 LAYOUT = 1
-"""Of the files; part of their key."""
+"""Version of the file layout; part of the key."""
 
 
 class Columns(dict[str, NDArray[Any]]):
-    """Column -> its values in all frames; read-only, as both splits of a dataset share them."""
+    """Column -> values of all frames; read-only, because both splits of a dataset share them."""
 
     folder: Path | None = None
-    """Where they are mapped from; None: they are in this process's own memory."""
+    """The folder that they are mapped from; None if they are in this process's memory."""
 
     def __init__(self, columns: Iterable[tuple[str, NDArray[Any]]] = ()) -> None:
         super().__init__(columns)
@@ -47,17 +47,17 @@ class Columns(dict[str, NDArray[Any]]):
 
 
 def find_shared(key: object) -> Columns | None:
-    """The columns that some process has shared under a key; None if none has."""
+    """The columns that any process has shared under a key; None if there are none."""
     folder = _folder(key)
     return _map(folder) if folder.is_dir() else None
 
 
 def share(columns: Columns, key: object) -> Columns:
-    """The same columns, mapped from files if they are large and the files can be written, which is said if not.
+    """Return the columns, mapped from files if they are large; prints a note if the files cannot be written.
 
     Args:
-        columns: As they were read.
-        key: What they are read from and how; its `repr` says all.
+        columns: The columns, in memory.
+        key: Everything that they depend on; compared by its `repr`.
     """
     size = sum(values.nbytes for values in columns.values())
     if size < SHARED_FROM:
@@ -70,14 +70,14 @@ def share(columns: Columns, key: object) -> Columns:
             np.save(aside / f"{number}.npy", values)
         (aside / "names.json").write_text(json.dumps(list(columns)))
         with contextlib.suppress(FileExistsError):
-            if not folder.is_dir():  # Another rank may have been faster: theirs are the same.
+            if not folder.is_dir():  # Another rank may have written the same files.
                 aside.rename(folder)
     except OSError as e:
         if not folder.is_dir():
             print(
-                f"note: the numbers of the dataset ({size / 1e9:.1f} GB) cannot be written to {folder.parent}, from "
-                f"where all processes would map them: {e}. Each process and loader worker has its own copy in memory; "
-                "for one a machine, make room there or set RLINF_CACHE to a folder with enough space",
+                f"note: the numeric columns of the dataset ({size / 1e9:.1f} GB) cannot be written to {folder.parent} "
+                f"to be shared by all processes: {e}. Each process and loader worker keeps its own copy in memory; to "
+                "share one per machine, make room there or set RLINF_CACHE to a folder with enough space",
                 file=sys.stderr,
                 flush=True,
             )
@@ -97,7 +97,7 @@ def _map(folder: Path) -> Columns:
         names = json.loads((folder / "names.json").read_text())
         files = [np.load(folder / f"{number}.npy", mmap_mode="r").view(np.ndarray) for number in range(len(names))]
     except (OSError, ValueError) as e:
-        raise UserError(f"{folder} cannot be read: {e}. Delete this folder: it is made anew when it is needed") from e
+        raise UserError(f"{folder} cannot be read: {e}. Delete this folder; it is written again when needed") from e
     columns = Columns(zip(names, files, strict=True))
     columns.folder = folder
     return columns
@@ -105,12 +105,12 @@ def _map(folder: Path) -> Columns:
 
 @dataclass(frozen=True)
 class Runs:
-    """Ascending positions as runs of neighbours: the rows of a split, in a few numbers an episode."""
+    """Ascending positions, stored as runs of consecutive numbers: a few numbers per episode of a split."""
 
     firsts: NDArray[np.int64]
-    """The position each run begins with."""
+    """First position of each run."""
     offsets: NDArray[np.int64]
-    """How many positions are in the runs before it."""
+    """Number of positions in earlier runs."""
     count: int
 
     @staticmethod
@@ -123,9 +123,9 @@ class Runs:
         return self.count
 
     def __getitem__(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Positions by their number in ascending order; raises `IndexError` if there are not that many."""
+        """The positions at some indices; raises `IndexError` for an index out of range."""
         if indices.size and not (indices.min() >= 0 and indices.max() < self.count):
-            raise IndexError(f"there are {self.count} rows, from 0")
+            raise IndexError(f"index out of range: there are {self.count} rows")
         run = np.searchsorted(self.offsets, indices, side="right") - 1
         return self.firsts[run] + indices - self.offsets[run]
 

@@ -1,7 +1,8 @@
-"""Rows of a LeRobot dataset, read fast.
+"""Read rows of a LeRobot dataset.
 
-State and action columns of all frames are held as contiguous arrays, so that a row with its chunk is a slice.
-Pictures are decoded for the requested rows only: video frames grouped by file, parquet pictures one by one.
+`open_lerobot` first checks that the dataset has what the config names: columns, video files, finite numbers.
+`LeRobotSource` then keeps the state and action columns of all frames as contiguous arrays, so that an action chunk is a
+slice. Images are decoded for the requested rows only: video frames grouped by file, images in parquet one by one.
 """
 
 from __future__ import annotations
@@ -20,34 +21,34 @@ from rlinf_core.contract.datasets import Crop, LeRobotDatasetConfig, Split
 from rlinf_core.data.images.decoders import Frame
 from rlinf_core.data.images.parquet import ParquetImages
 from rlinf_core.data.images.video import VideoReader
-from rlinf_core.data.lerobot.columns import INDEX_COLUMNS, check_finite, episode_quality, picture_size, read_columns
+from rlinf_core.data.lerobot.columns import INDEX_COLUMNS, check_finite, episode_quality, image_size, read_columns
+from rlinf_core.data.lerobot.episodes import EpisodeTable, split_episodes
 from rlinf_core.data.lerobot.files import find_dataset
 from rlinf_core.data.lerobot.metadata import NUMBERS, Metadata, load_metadata
 from rlinf_core.data.lerobot.shared_memory import Runs
 from rlinf_core.data.sample import Row
-from rlinf_core.data.splits import EpisodeTable, split_episodes
 from rlinf_core.errors import UserError
 
 _NO_FRAME: Frame = np.empty((0, 0, 3), np.uint8)
-OPEN_FILES = 128  # Mapped picture files a process; the usual limit of open files is 1024.
+OPEN_FILES = 128  # Memory-mapped image files per process; the usual limit on open files is 1024.
 
 
 def open_lerobot(dataset: LeRobotDatasetConfig, chunk_length: int, split: Split) -> LeRobotSource:
-    """Open one split of a dataset; of one on the hub, the files that the config needs are downloaded first.
+    """Open one split of a dataset; for one on the hub, the files that the config needs are downloaded first.
 
     Args:
-        dataset: Names the folder or hub id, the columns, and the episodes to hold out.
-        chunk_length: Actions a row holds, starting with its own, `dataset.stride` frames apart; 0: no action columns.
+        dataset: Names the folder or hub id, the columns, and the held-out episodes.
+        chunk_length: Actions in a row's chunk, starting at its frame, `dataset.stride` frames apart; 0: no actions.
         split: `"train"`, or `"validation"` for the held-out episodes.
 
     Raises:
-        UserError: The dataset cannot be had, is damaged, has another format, lacks a column, or nothing is held out.
+        UserError: The dataset is unavailable, damaged or in another format, lacks a column, or holds no episode out.
     """
-    place = find_dataset(dataset.repo_id, dataset.revision)
-    metadata = load_metadata(dataset.repo_id, place.root)
+    folder = find_dataset(dataset.repo_id, dataset.revision)
+    metadata = load_metadata(dataset.repo_id, folder.root)
     actions = dataset.actions if chunk_length else ()
     check_columns(dataset, metadata)
-    place.fetch(metadata.data_files)
+    folder.fetch(metadata.data_files)
     columns, file_stops = read_columns(metadata, [*INDEX_COLUMNS, *dict.fromkeys((*dataset.state, *actions))])
     training, held_out = split_episodes(dataset, _episode_table(dataset, metadata, columns))
     if split == "validation" and not held_out:
@@ -55,7 +56,7 @@ def open_lerobot(dataset: LeRobotDatasetConfig, chunk_length: int, split: Split)
             "no episode is held out: set data.validation_fraction, data.validation_episodes or data.validation_tasks"
         )
     videos = metadata.videos(dataset.images.values(), training | held_out)
-    place.fetch(videos)
+    folder.fetch(videos)
     check_videos(metadata, videos)
     check_overlaps(metadata, dataset.images.values(), training | held_out)
     in_split = np.isin(columns["episode_index"], sorted(training if split == "train" else held_out))
@@ -75,7 +76,7 @@ def open_lerobot(dataset: LeRobotDatasetConfig, chunk_length: int, split: Split)
 
 
 class LeRobotSource:
-    """The rows of one split; follows `SampleSource`. Copies in other processes open their own files."""
+    """The rows of one split; implements `ColumnSource`. Copies in other processes open their own files."""
 
     def __init__(
         self,
@@ -91,19 +92,19 @@ class LeRobotSource:
         stride: int = 1,
         decoder: Literal["auto", "torchcodec", "pyav"] = "auto",
     ) -> None:
-        """Make a source; `open_lerobot` does it from a config.
+        """Create a source; `open_lerobot` does so from a config.
 
         Args:
-            metadata: Of the dataset.
-            columns: Number columns of all frames: vectors [N, D], the index columns [N].
-            rows: [n], positions among all frames of the rows of this split.
+            metadata: The dataset's metadata.
+            columns: Numeric columns of all frames: vectors [N, D], index columns [N].
+            rows: [n], positions of this split's rows among all frames.
             file_stops: [data files], position after the last frame of each.
-            images: Columns of pictures to decode.
-            state: Columns a row holds as vectors.
-            actions: Columns a row holds as chunks.
+            images: Image columns to decode.
+            state: Columns that a row contains as vectors.
+            actions: Columns that a row contains as chunks.
             chunk_length: Steps of a chunk.
             stride: Frames from one step to the next.
-            decoder: Of videos; `"auto"`: the best that loads.
+            decoder: Video decoder; `"auto"`: torchcodec if it loads, else PyAV.
         """
         self._metadata = metadata
         self._columns = columns
@@ -111,35 +112,35 @@ class LeRobotSource:
         self._state, self._actions = state, actions
         self._chunk_length, self._stride = chunk_length, stride
         self._video_columns = tuple(name for name in images if metadata.features[name]["dtype"] == "video")
-        self._picture_columns = tuple(name for name in images if metadata.features[name]["dtype"] == "image")
+        self._image_columns = tuple(name for name in images if metadata.features[name]["dtype"] == "image")
         self._file_stops = file_stops
         self._decoder = decoder
         self._videos = VideoReader(decoder=None if decoder == "auto" else decoder)
-        self._pictures: dict[int, ParquetImages] = {}
+        self._images: dict[int, ParquetImages] = {}
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitems__(self, indices: Sequence[int]) -> list[Row]:
-        """Rows with their pictures: uint8 [height, width, 3] RGB under the names of the image columns."""
+        """Rows with their images: uint8 [height, width, 3] RGB under the names of the image columns."""
         rows = self.without_images(indices)
         at = self.positions_of(indices)
         for column, frames in self._video_frames(at).items() if self._video_columns else ():
             for row, frame in zip(rows, frames, strict=True):
                 row[column] = frame
         for row, position in zip(rows, at.tolist(), strict=True):
-            for column in self._picture_columns:
-                row[column] = self._picture(column, position)
+            for column in self._image_columns:
+                row[column] = self._image(column, position)
         return rows
 
     def without_images(self, indices: Sequence[int]) -> list[Row]:
-        """The same rows without pictures: state vectors [D], action chunks [H, D] and `<column>_is_pad` [H]."""
+        """Rows without images: state vectors [D], action chunks [H, D] and `<column>_is_pad` [H]."""
         gathered = self.columns(indices)
         gathered |= {name: gathered[name].tolist() for name in INDEX_COLUMNS}
         return [dict(zip(gathered, values, strict=True)) for values in zip(*gathered.values(), strict=True)]
 
     def columns(self, indices: Sequence[int]) -> Row:
-        """The values of `without_images` with rows as their first axis; `task` is a list of texts."""
+        """The values of `without_images`, stacked along a first axis of rows; `task` is a list of texts."""
         at = self.positions_of(indices)
         steps = at[:, np.newaxis] + np.arange(self._chunk_length) * self._stride
         stops = self._metadata.stops[self._episode_of(at)][:, np.newaxis]
@@ -152,38 +153,38 @@ class LeRobotSource:
 
     @property
     def episodes(self) -> NDArray[np.int64]:
-        """[n], the dataset's own episode number of each row."""
+        """[n], the dataset's episode number of each row."""
         episodes: NDArray[np.int64] = self._columns["episode_index"][self.positions]
         return episodes
 
     @property
     def metadata(self) -> Metadata:
-        """Of the whole dataset."""
+        """The metadata of the whole dataset."""
         return self._metadata
 
     @property
     def images(self) -> tuple[str, ...]:
-        """The columns of pictures."""
-        return (*self._video_columns, *self._picture_columns)
+        """The image columns."""
+        return (*self._video_columns, *self._image_columns)
 
     @property
     def positions(self) -> NDArray[np.int64]:
-        """[n], where each row stands among all frames of the dataset."""
+        """[n], the position of each row among all frames of the dataset."""
         return self._rows.all()
 
     def positions_of(self, indices: Sequence[int]) -> NDArray[np.int64]:
-        """Where some rows stand among all frames of the dataset."""
+        """The positions of some rows among all frames of the dataset."""
         return self._rows[np.asarray(indices, np.int64)]
 
     def describe(self, index: int) -> str:
-        """Where a row comes from: dataset, data file, episode and frame."""
+        """The origin of a row, for messages: dataset, data file, episode and frame."""
         row = int(self._rows[np.array(index)])
         path = self._metadata.data_files[self._file_of(row)].relative_to(self._metadata.root)
         episode, frame = (int(self._columns[name][row]) for name in ("episode_index", "frame_index"))
         return f"{self._metadata.name}, {path}, episode {episode}, frame {frame}"
 
     def fingerprint(self) -> str:
-        """A hash of the columns read, of the rows of this split, their tasks and frame rate."""
+        """A hash of the columns, of this split's rows, of the tasks and of the frame rate."""
         meta = self._metadata
         chunks = self._chunk_length, self._stride
         described = (meta.fps, sorted(meta.task_texts.items()), self._state, self._actions, *chunks)
@@ -207,7 +208,7 @@ class LeRobotSource:
         return "torchcodec; not checked here: whether it loads"
 
     def try_decoder(self, most: int = 16) -> str:
-        """What decodes the videos and how fast, measured on a few rows from all over; empty without videos."""
+        """The video decoder and its speed, measured on a few evenly spread rows; empty without videos."""
         if not self._video_columns:
             return ""
         at = self._rows[np.linspace(0, len(self) - 1, min(most, len(self))).astype(np.int64)]
@@ -215,10 +216,10 @@ class LeRobotSource:
         begin = time.perf_counter()
         frames = len(at) * len(self._video_frames(at))
         speed = frames / (time.perf_counter() - begin)
-        return f"{self._videos.decoder}, {speed:.0f} frames a second in this process"
+        return f"{self._videos.decoder}, {speed:.0f} frames/s in this process"
 
     def _video_frames(self, at: NDArray[np.int64]) -> dict[str, list[Frame]]:
-        """Column -> one frame for each position among all frames; what lies in one file is asked for together."""
+        """Column -> one frame per position; the frames of a file are requested together."""
         meta, frames = self._metadata, {column: [_NO_FRAME] * len(at) for column in self._video_columns}
         episodes = self._episode_of(at)
         wanted: dict[tuple[str, Path], list[int]] = {}
@@ -234,30 +235,30 @@ class LeRobotSource:
                 frames[column][place] = frame
         return frames
 
-    def _picture(self, column: str, row: int) -> NDArray[np.uint8]:
+    def _image(self, column: str, row: int) -> NDArray[np.uint8]:
         file = self._file_of(row)
-        if file not in self._pictures:
-            if len(self._pictures) >= OPEN_FILES:
-                self._pictures.pop(next(iter(self._pictures)))
-            self._pictures[file] = ParquetImages(
-                self._metadata.data_files[file], self._picture_columns, self._metadata.root
+        if file not in self._images:
+            if len(self._images) >= OPEN_FILES:
+                self._images.pop(next(iter(self._images)))
+            self._images[file] = ParquetImages(
+                self._metadata.data_files[file], self._image_columns, self._metadata.root
             )
         start = int(self._file_stops[file - 1]) if file else 0
-        return self._pictures[file].image(column, row - start)
+        return self._images[file].image(column, row - start)
 
     def _episode_of(self, at: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Where in the metadata's lists the episodes of positions stand."""
+        """The indices in the metadata's arrays of the episodes at some positions."""
         return np.searchsorted(self._metadata.stops, at, side="right")
 
     def _file_of(self, row: int) -> int:
         return int(np.searchsorted(self._file_stops, row, side="right"))
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_pictures": {}}
+        return self.__dict__ | {"_images": {}}
 
 
 def _episode_table(dataset: LeRobotDatasetConfig, metadata: Metadata, columns: dict[str, NDArray[Any]]) -> EpisodeTable:
-    """What episodes are chosen by; those without frames are left out."""
+    """The table that episodes are selected from; empty episodes are left out."""
     filled = metadata.lengths > 0
     quality = episode_quality(metadata, dataset.quality_column)[filled] if dataset.quality_column else None
     return EpisodeTable(
@@ -270,8 +271,8 @@ def _episode_table(dataset: LeRobotDatasetConfig, metadata: Metadata, columns: d
 
 
 def check_columns(dataset: LeRobotDatasetConfig, metadata: Metadata) -> None:
-    """Raise `UserError` naming every column in the config that is missing or of the wrong kind."""
-    wanted = [(f"data.images.{camera}", column, _check_pictures) for camera, column in dataset.images.items()]
+    """Raise `UserError` with every column in the config that is missing or has the wrong dtype or shape."""
+    wanted = [(f"data.images.{camera}", column, _check_images) for camera, column in dataset.images.items()]
     wanted += [("data.state", column, _check_vector) for column in dataset.state]
     wanted += [("data.actions", column, _check_vector) for column in dataset.actions]
     problems = []
@@ -287,17 +288,17 @@ def check_columns(dataset: LeRobotDatasetConfig, metadata: Metadata) -> None:
         raise UserError("\n".join(problems))
 
 
-def _check_pictures(key: str, column: str, feature: dict[str, Any]) -> None:
+def _check_images(key: str, column: str, feature: dict[str, Any]) -> None:
     if feature["dtype"] not in ("video", "image"):
-        raise UserError(f"{key} names {column!r}, which holds {feature['dtype']}, not pictures")
+        raise UserError(f"{key} names {column!r}, which contains {feature['dtype']}, not images")
     described = feature.get("info") or {}
     if described.get("is_depth_map") or described.get("video.is_depth_map"):
-        raise UserError(f"{key} names {column!r}, which holds depth maps; only RGB pictures are read")
+        raise UserError(f"{key} names {column!r}, which contains depth maps; only RGB images are supported")
 
 
 def _outside(camera: str, crop: Crop, feature: dict[str, Any]) -> list[str]:
-    """What is wrong with a crop, as far as the metadata tell the size of the pictures."""
-    size = picture_size(feature)
+    """The problem with a crop that exceeds the images, if the metadata give their size."""
+    size = image_size(feature)
     if size is None:
         return []
     height, width = size
@@ -305,18 +306,18 @@ def _outside(camera: str, crop: Crop, feature: dict[str, Any]) -> list[str]:
         return []
     return [
         f"data.crops.{camera} reaches row {crop.top + crop.height} and column {crop.left + crop.width}, but the "
-        f"pictures have {height} rows and {width} columns"
+        f"images have {height} rows and {width} columns"
     ]
 
 
 def _check_vector(key: str, column: str, feature: dict[str, Any]) -> None:
     if not feature["dtype"].startswith(NUMBERS) or len(feature["shape"]) > 1:
         kind = f"{feature['dtype']} {list(feature['shape'])}"
-        raise UserError(f"{key} names {column!r}, which holds {kind}; a vector of numbers is needed")
+        raise UserError(f"{key} names {column!r}, which contains {kind}; a vector of numbers is needed")
 
 
 def check_videos(metadata: Metadata, videos: Sequence[Path]) -> None:
-    """Raise `UserError` for video files that are not there: better now than in the middle of the first epoch."""
+    """Raise `UserError` for missing video files, at the start instead of in the first epoch."""
     missing = [path for path in videos if not path.is_file()]
     if missing:
         named = ", ".join(str(path.relative_to(metadata.root)) for path in missing[:5])
@@ -325,12 +326,12 @@ def check_videos(metadata: Metadata, videos: Sequence[Path]) -> None:
 
 
 def check_overlaps(metadata: Metadata, cameras: Iterable[str], used: Collection[int]) -> None:
-    """Raise `UserError` where two episodes claim the same frames of a video: one would be shown the other's."""
+    """Raise `UserError` if two episodes overlap in a video: one would get the other's frames."""
     for camera in metadata.video_files.keys() & set(cameras):
         for places in metadata.overlapping(camera, used):
             first, second = metadata.episodes[list(places)]
             raise UserError(
-                f"{metadata.video_files[camera][places[1]]}: by meta/episodes, episode {first} with "
+                f"{metadata.video_files[camera][places[1]]}: according to meta/episodes, episode {first} with "
                 f"{metadata.lengths[places[0]]} frames and episode {second} overlap in it: write the dataset again, or "
-                f"leave one out with data.exclude_episodes (`rlinf check-dataset {metadata.name}` tells more)"
+                f"leave one out with data.exclude_episodes (`rlinf check-dataset {metadata.name}` reports more)"
             )

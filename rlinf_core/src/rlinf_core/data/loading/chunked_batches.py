@@ -1,8 +1,8 @@
-"""Micro batches in the chunked order (contract 13): each run of frames is read once, by the worker its stream is of.
+"""Micro batches in chunked order (contract 13): each run of frames is read once, by the worker that owns its stream.
 
-With several workers a micro batch is made in as many parts, each of the streams that are one worker's own, and the
-rank's process puts them together. So the samples cross from process to process uncollated, in one block of shared
-memory, and collating them (a few milliseconds) is left to the process that trains.
+With several workers, a micro batch is made in as many parts: each worker makes the samples of its own streams, and the
+training process joins them. So samples are sent uncollated, in one block of shared memory, and the training process
+collates them (a few milliseconds).
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from rlinf_core.data.sample import Batch, Sample
 from rlinf_core.errors import UserError
 
 
-class Part(NamedTuple):
-    """Samples on their way to the rank's process."""
+class PackedSamples(NamedTuple):
+    """A worker's part of a micro batch, to be sent to the training process."""
 
     places: list[int]
-    """Where they stand in the micro batch."""
+    """Indices of the samples in the micro batch."""
     pickled: bytes
     """The samples without their large arrays."""
     arrays: torch.Tensor
-    """uint8, those arrays one after the other, in shared memory."""
+    """uint8, the large arrays, concatenated, in shared memory."""
     stops: list[int]
-    """Where in it each of them ends."""
+    """End of each array in `arrays`."""
 
 
 @dataclass
 class ChunkedMicroBatches(MicroBatches):
-    """`MicroBatches` in the chunked order; with `parts`, number i is part `i % parts` of micro batch `i // parts`."""
+    """`MicroBatches` in chunked order; with `parts`, item i is part `i % parts` of micro batch `i // parts`."""
 
     chunks: Chunks
     parts: int
@@ -49,16 +49,16 @@ class ChunkedMicroBatches(MicroBatches):
         super().__post_init__()
         check_streams(self.chunks, self.batching.ranks)
         if len(self.sources) > 1:
-            raise UserError('data.shuffle = "chunked" is for a run of one dataset, and this one has several')
+            raise UserError('data.shuffle = "chunked" supports one dataset, but this run has several: use "random"')
         self._chunked = ChunkedOrder(self.batching.seed, self.sources[0].rows.episodes, self.epoch_samples, self.chunks)
         self.held = HeldRuns()
         self._drawn: tuple[int, ChunkedEpoch] | None = None
 
-    def __getitem__(self, number: int) -> Batch | Part | UserError:  # type: ignore[override]
-        """A collated micro batch or, of several parts, one of them; a `UserError` is returned."""
+    def __getitem__(self, number: int) -> Batch | PackedSamples | UserError:  # type: ignore[override]
+        """A collated micro batch, or one of its parts; a `UserError` is returned, not raised."""
         number, part = divmod(number, self.parts)
         epoch, positions = self.positions(number)
-        # The streams of a rank are every world_size-th, and of those a worker's are every parts-th.
+        # A rank owns every world_size-th stream, and a worker every parts-th of those.
         own = np.flatnonzero(positions % self.chunks.streams // self.batching.ranks % self.parts == part)
         positions = positions[own]
         order = self._order_drawn(epoch, number)
@@ -70,13 +70,13 @@ class ChunkedMicroBatches(MicroBatches):
         except UserError as e:
             return e
 
-    def join(self, parts: Sequence[Part]) -> Batch:
-        """The micro batch that its parts make."""
+    def join(self, parts: Sequence[PackedSamples]) -> Batch:
+        """Join parts into a collated micro batch."""
         samples = {place: sample for part in parts for place, sample in zip(part.places, unpack(part), strict=True)}
         return self.policy.collate([samples[place] for place in sorted(samples)])
 
     def places(self, micro: int, rank: int) -> Indices:
-        """[B], where in a step a rank's samples stand: every world_size-th, which are those of its streams."""
+        """[B], indices in a step of a rank's samples: every world_size-th, which come from its streams."""
         numbers = np.arange(micro * self.batching.micro_batch_size, (micro + 1) * self.batching.micro_batch_size)
         return numbers * self.batching.ranks + rank
 
@@ -99,27 +99,27 @@ class ChunkedMicroBatches(MicroBatches):
 
 
 class HeldRuns:
-    """The samples of runs that were read whole, from then until they are drawn.
+    """Samples of runs that have been read and are waiting to be drawn.
 
-    The order bounds their number (`Chunks.most_held`). Samples are held encoded: images have the policy's size then.
+    The order bounds their number (`Chunks.most_held`). They are kept encoded, with images at the policy's size.
     """
 
     def __init__(self) -> None:
         self.bytes = 0
-        """Size of the arrays that are held."""
+        """Total size of the arrays."""
         self._samples: dict[int, Sample] = {}
 
     def __len__(self) -> int:
         return len(self._samples)
 
     def begin(self, order: ChunkedEpoch, done: int) -> None:
-        """Forget what is held, and go on in the epoch of `order` after its first `done` samples."""
+        """Discard all samples, and continue the epoch of `order` after its first `done` samples."""
         self._order, self.bytes, self._samples = order, 0, {}
         self._drawn = np.zeros(len(order.rows), np.bool_)
         self._drawn[order.rows[:done]] = True
 
     def take(self, rows: Sequence[int], encode: Callable[[Sequence[int]], list[Sample]]) -> list[Sample]:
-        """The samples of rows; a run of which none is held yet is encoded, as far as it is not drawn."""
+        """Remove and return the samples of some rows; a missing row causes its run to be encoded, except drawn rows."""
         taken = []
         for row in rows:
             if row not in self._samples:
@@ -134,7 +134,7 @@ class HeldRuns:
 
 
 def _own(value: Any) -> Any:
-    """A copy of arrays that are views of larger ones, which would be held as long as any view of them."""
+    """Copy arrays that are views, which would keep the larger array alive."""
     if isinstance(value, Mapping):
         return {key: _own(inner) for key, inner in value.items()}
     return value.copy() if isinstance(value, np.ndarray) and value.base is not None else value
@@ -146,12 +146,12 @@ def _size(value: Any) -> int:
     return int(value.nbytes) if isinstance(value, np.ndarray) else 0
 
 
-def pack(places: list[int], samples: list[Sample]) -> Part:
-    """Put the arrays of samples into one block, in memory that the receiver has mapped."""
+def pack(places: list[int], samples: list[Sample]) -> PackedSamples:
+    """Put the arrays of samples into one block of shared memory."""
     buffers: list[pickle.PickleBuffer] = []
     pickled = pickle.dumps(samples, protocol=5, buffer_callback=buffers.append)
     raws = [buffer.raw() for buffer in buffers]
-    # Aligned, as arrays of floats are to be read where they lie.
+    # Aligned, because arrays of floats are read in place.
     sizes = [-(-raw.nbytes // 64) * 64 for raw in raws]
     starts = np.cumsum([0, *sizes])
     arrays = batch_tensor((int(starts[-1]),), torch.uint8)
@@ -159,11 +159,11 @@ def pack(places: list[int], samples: list[Sample]) -> Part:
     for start, raw in zip(starts.tolist(), raws, strict=False):
         target[start : start + raw.nbytes] = np.frombuffer(raw, np.uint8)
         stops.append(start + raw.nbytes)
-    return Part(places, pickled, arrays, stops)
+    return PackedSamples(places, pickled, arrays, stops)
 
 
-def unpack(part: Part) -> list[Sample]:
-    """The samples again; their arrays are views of the block."""
+def unpack(part: PackedSamples) -> list[Sample]:
+    """Restore the samples; their arrays are views of the block."""
     block, starts = memoryview(part.arrays.numpy()), [-(-stop // 64) * 64 for stop in (0, *part.stops)]
     buffers = [block[start:stop] for start, stop in zip(starts, part.stops, strict=False)]
     samples: list[Sample] = pickle.loads(part.pickled, buffers=buffers)

@@ -1,14 +1,14 @@
-"""The chunked order (contract 13): frames are read in runs of consecutive ones and mixed in bounded buffers.
+"""The chunked order (contract 13): read runs of consecutive frames, and shuffle them in bounded buffers.
 
-To show one frame in the middle of a video, a decoder starts at the key frame before it: with 30 frames from one key
-frame to the next, frames in random order cost ten times as much as neighbours. So the rows of an epoch are cut into
-runs of neighbours, and the shuffled runs are dealt to `streams` virtual streams. Each stream fills a buffer from its
-runs, and its next sample is one of the buffer at random, whose place the next row takes. Sample `p` of an epoch comes
+To decode a frame in the middle of a video, a decoder starts at the preceding key frame: with 30 frames between key
+frames, frames in random order cost ten times as much as consecutive ones. So the rows of an epoch are cut into runs of
+consecutive rows, and the shuffled runs are distributed over `streams` virtual streams. Each stream fills a buffer from
+its runs and draws its next sample from the buffer at random; the next row replaces it. Sample `p` of an epoch comes
 from stream `p % streams`.
 
-This is simulated on row numbers, in 0.2 to 1 us a sample (256 to 32 streams), so that the order is a pure function of
-(seed, epoch): the same on any number of ranks and workers, and known in the middle of an epoch. Who reads for a stream
-reads each run once and holds what is not drawn yet: never more than the stream's buffer and a run. Imports no torch.
+This is simulated on row numbers, in 0.2 to 1 us per sample (256 to 32 streams), so the order is a pure function of
+(seed, epoch): the same on any number of ranks and workers, and known in the middle of an epoch. The reader of a stream
+reads each run once and keeps the rows that are not drawn yet: at most the stream's buffer and one run. Torch-free.
 """
 
 from __future__ import annotations
@@ -27,39 +27,39 @@ from rlinf_core.errors import UserError
 
 @dataclass(frozen=True)
 class Chunks:
-    """How the chunked order is made; all counts are of the whole run, over all ranks."""
+    """Parameters of the chunked order; all counts are for the whole run, over all ranks."""
 
     streams: int
-    """Virtual streams."""
+    """Number of virtual streams."""
     frames: int
-    """Rows of a run."""
+    """Rows per run."""
     buffer: int
-    """Samples that all buffers hold together."""
+    """Capacity of all buffers together, in samples."""
 
     @property
     def capacity(self) -> int:
-        """Samples that the buffer of one stream holds."""
+        """Capacity of one stream's buffer, in samples."""
         return self.buffer // self.streams
 
     @property
     def most_held(self) -> int:
-        """Samples that are held over all ranks, at most: full buffers, and of each stream a run that was begun."""
+        """Most samples in memory over all ranks: full buffers, and one partly used run per stream."""
         return self.streams * (self.capacity + self.frames - 1)
 
 
 def chunks_of(data: DatasetConfig) -> Chunks | None:
-    """What the config says; None where rows are taken in random order."""
+    """The parameters from the config; None for random order."""
     if data.shuffle == "random":
         return None
     return Chunks(data.streams, data.chunk_frames, data.shuffle_buffer)
 
 
 def check_streams(chunks: Chunks | None, ranks: int) -> None:
-    """Raise `UserError` unless each rank gets equally many streams."""
+    """Raise `UserError` unless the ranks divide the streams evenly."""
     if chunks and chunks.streams % ranks:
         nearest = sorted({max(chunks.streams // ranks, 1) * ranks, (chunks.streams // ranks + 1) * ranks})
         raise UserError(
-            f"data.streams = {chunks.streams} is no multiple of the {ranks} ranks: set it to "
+            f"data.streams = {chunks.streams} is not a multiple of the {ranks} ranks: set it to "
             f"{' or '.join(map(str, nearest))} from the start of the run, or use another number of ranks "
             "(48 is a multiple of 1, 2, 3, 4, 6, 8, 12 and 16)"
         )
@@ -70,12 +70,12 @@ class ChunkedEpoch:
     """The order of one epoch."""
 
     rows: Indices
-    """[N], the row at each position; the last ones may be left out of the epoch's steps."""
+    """[N], the row at each position; the last ones may not fill a step and are then unused."""
     starts: Indices
-    """[runs], ascending: the first row of each run. Each row is in one, which ends where the next begins."""
+    """[runs], ascending: the first row of each run. A run ends where the next one starts."""
 
     def run_of(self, row: int) -> range:
-        """The rows of the run that holds a row."""
+        """The rows of the run that contains a row."""
         number = int(np.searchsorted(self.starts, row, side="right"))
         stop = self.starts[number] if number < len(self.starts) else len(self.rows)
         return range(int(self.starts[number - 1]), int(stop))
@@ -83,32 +83,32 @@ class ChunkedEpoch:
 
 @dataclass(frozen=True, eq=False)
 class ChunkedOrder:
-    """The row of every sample, as `mixture.Order` has it in random order."""
+    """The row of every sample in chunked order; `mixture.Order` is the random order."""
 
     seed: int
     episodes: Indices
-    """[N], the episode of each row: a run does not go beyond one."""
+    """[N], the episode of each row; a run stays within one episode."""
     samples: int
-    """Samples an epoch takes: whole steps of the global batch."""
+    """Samples per epoch: whole steps of the global batch."""
     chunks: Chunks
 
     def epoch(self, epoch: int) -> tuple[Indices, Indices]:
-        """Number of the source (always 0) and row in it, both [samples], in the order of an epoch."""
+        """Source index (always 0) and row of each sample of an epoch, both [samples]."""
         rows = self.draw(epoch).rows[: self.samples]
         return np.zeros(self.samples, np.int64), rows
 
     def draw(self, epoch: int) -> ChunkedEpoch:
-        """An epoch's order with its runs. Runs are cut elsewhere in every epoch, so that their rows meet others."""
+        """An epoch's order and its runs. Every epoch cuts runs at other rows, so that they mix differently."""
         random, rows = generator(self.seed, epoch, CHUNKS, 0), len(self.episodes)
         cuts = (self._frames + random.integers(self.chunks.frames)) % self.chunks.frames == 0
         starts = np.flatnonzero(self._begins | cuts)
         order = random.permutation(len(starts))
         lengths = np.diff(starts, append=rows)[order]
         sequence = np.repeat(starts[order] - (np.cumsum(lengths) - lengths), lengths) + np.arange(rows)
-        # Streams get equally many rows, but for one: cuts go through runs, where two streams then read a part each.
+        # Streams get the same number of rows, give or take one. A cut may split a run between two streams.
         streams = self.chunks.streams
         sizes = rows // streams + (np.arange(streams) < rows % streams)
-        # Neighbours in a step are from neighbouring streams: where a run feeds several, these are not neighbours.
+        # Adjacent samples of a step come from adjacent streams; permute, so that a split run's streams are apart.
         dealt = random.permutation(streams)
         first = np.empty(streams, np.int64)
         first[dealt] = np.cumsum(sizes[dealt]) - sizes[dealt]
@@ -129,17 +129,17 @@ class ChunkedOrder:
 
 
 def _mix(sequence: Indices, first: Indices, sizes: Indices, capacity: int, random: np.random.Generator) -> Indices:
-    """Draw from the streams' buffers in turn, all streams at once.
+    """Draw from the streams' buffers in turn, vectorised over streams.
 
     Args:
         sequence: [N], the rows of all streams.
-        first: [streams], where in it each begins.
-        sizes: [streams], its number of rows; they descend by one at most.
-        capacity: Rows a buffer holds.
-        random: Makes the draws.
+        first: [streams], start of each stream in `sequence`.
+        sizes: [streams], rows of each stream; descending, by one at most.
+        capacity: Rows per buffer.
+        random: Generator of the draws.
 
     Returns:
-        [N], rows in the order in which they are drawn.
+        [N], the rows in drawing order.
     """
     last, streams = len(sequence) - 1, np.arange(len(first))
     held = sequence[np.minimum(first[:, np.newaxis] + np.arange(capacity), last)]
@@ -148,7 +148,7 @@ def _mix(sequence: Indices, first: Indices, sizes: Indices, capacity: int, rando
         full = np.minimum(sizes - number, capacity)
         place = (random.random(len(first)) * full).astype(np.int64)
         line[:] = held[streams, place]
-        # The next row takes the place of the one that was drawn; once there is none, the last one in the buffer does.
+        # The next row replaces the drawn one; at the end of the stream, the last row in the buffer does.
         following = number + capacity
         held[streams, place] = np.where(
             following < sizes, sequence[np.minimum(first + following, last)], held[streams, np.maximum(full - 1, 0)]

@@ -1,4 +1,4 @@
-"""From rows to samples, with an error that names the row it comes from."""
+"""Read rows and encode them to samples; errors name the row."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rlinf_core.errors import UserError
 
 
 def read_rows(source: SampleSource, indices: Sequence[int]) -> list[Row]:
-    """Rows with their images; an error names the row that cannot be read."""
+    """Read rows with their images; an error names the row that cannot be read."""
     try:
         return source.__getitems__(indices)
     except Exception:
@@ -27,7 +27,7 @@ def read_rows(source: SampleSource, indices: Sequence[int]) -> list[Row]:
 
 
 def encode_rows(source: SampleSource, indices: Sequence[int], rows: Sequence[Row], pipeline: Pipeline) -> list[Sample]:
-    """Samples, without draws; an error names the row it comes from."""
+    """Encode rows, without random draws; an error names the row."""
     samples = []
     for index, row in zip(indices, rows, strict=True):
         with _naming(source, index):
@@ -38,7 +38,7 @@ def encode_rows(source: SampleSource, indices: Sequence[int], rows: Sequence[Row
 def add_draws(
     samples: Sequence[Sample], policy: PolicyConfig, generators: Iterable[np.random.Generator]
 ) -> list[Sample]:
-    """Samples with their random numbers."""
+    """Add each sample's random numbers."""
     drawn: list[Any] = [
         {**sample, **policy.draw(generator)} for sample, generator in zip(samples, generators, strict=True)
     ]
@@ -47,7 +47,7 @@ def add_draws(
 
 @contextlib.contextmanager
 def _naming(source: SampleSource, index: int) -> Iterator[None]:
-    """Say where an error comes from: in the message of a `UserError`, in a note below the traceback of others."""
+    """Add a row's origin to errors: to the message of a `UserError`, as a note to others."""
     try:
         yield
     except UserError as e:

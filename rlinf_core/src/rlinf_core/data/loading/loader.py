@@ -1,6 +1,6 @@
-"""The train loader: micro batches, decoded in worker processes.
+"""The train loader: micro batches, made in worker processes.
 
-Which rows they hold, `data.order` and `data.chunked` say.
+`sampling` and `mixture`, or in chunked order `chunked_sampling`, determine which rows they contain.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from rlinf_core.errors import UserError
 
 
 class TrainLoader(DataLoader[Any]):
-    """A `DataLoader` of micro batches that raises the `UserError`s its workers hand over."""
+    """A `DataLoader` of micro batches that raises the `UserError`s that its workers return."""
 
     pins = False
-    """Whether to put batches that are made here into page-locked memory."""
+    """Whether to copy batches that are assembled in this process to page-locked memory."""
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         """Micro batches, in order."""
         batches = self.dataset
         if isinstance(batches, ChunkedMicroBatches) and batches.parts > 1:
-            # torch hands number i to worker i % num_workers: part i % parts always comes from the same one.
+            # torch assigns item i to worker i % num_workers: part i % parts always comes from the same worker.
             for parts in itertools.batched(self._items(), batches.parts):
                 batch = batches.join(parts)
                 yield _pinned(batch) if self.pins else batch
@@ -74,8 +74,8 @@ def build_train_loader(
         chunks: Take rows in the chunked order; None: in random order.
 
     Raises:
-        UserError: The sizes or streams do not divide, the rows do not fill a step, or (while iterating) a row cannot be
-            read.
+        UserError: The batch sizes or streams do not divide evenly, the rows do not fill a step, or (while iterating) a
+            row cannot be read.
     """
     parts = num_workers if chunks and num_workers > 1 else 1
     batches = (
@@ -93,21 +93,21 @@ def build_train_loader(
         multiprocessing_context=_worker_context() if num_workers else None,
         worker_init_fn=_become_worker if num_workers else None,
         persistent_workers=num_workers > 0,
-        pin_memory=pin_memory and parts == 1,  # Parts are pinned once they are a batch.
-        generator=torch.Generator(),  # Else the loader draws from the process's own and shifts its numbers.
+        pin_memory=pin_memory and parts == 1,  # Parts are pinned after they are joined.
+        generator=torch.Generator(),  # Otherwise the loader would advance the process's global generator.
     )
     loader.pins = pin_memory
     return loader
 
 
 def _worker_context() -> Any:
-    """Workers fork from a server that has imported this module and runs no threads: quick to start, and no lock or
-    decoder of the training process comes along.
+    """Fork workers from a server that has imported this module and has no threads: they start quickly and inherit no
+    lock or decoder of the training process.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    # A server that a scheduler's SIGTERM ends takes its workers along; they inherit that they do not hear it.
-    resource_tracker.ensure_running()  # Starting it would let the signal through again.
+    # If a scheduler's SIGTERM ended the server, its workers would end too. Workers inherit the blocked signal.
+    resource_tracker.ensure_running()  # Starting the tracker later would unblock the signal.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         forkserver.ensure_running()
@@ -123,8 +123,8 @@ def _become_worker(_: int) -> None:
 
 
 def _end_with_the_run() -> None:
-    """End when the training process does, even by SIGKILL: torch's workers watch their parent, which is the server they
-    were forked from, and that one waits for them.
+    """End when the training process ends, even by SIGKILL. torch's workers watch their parent, which here is the fork
+    server, and that one waits for them.
     """
     if run := multiprocessing.parent_process():
         run.join()
@@ -132,13 +132,13 @@ def _end_with_the_run() -> None:
 
 
 def _leave_signals_to_the_run() -> None:
-    """Obey the training process only: Ctrl-C and a scheduler's SIGTERM reach the workers as well, but a run that was
-    asked to stop needs them until its step is done.
+    """Obey only the training process. Ctrl-C and a scheduler's SIGTERM also reach the workers, but a run that is asked
+    to stop needs them until its step is done.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):
-        return  # macOS has no schedulers that signal whole groups.
-    # SIGTERM is blocked in this thread and in all that it starts, and waits for the one thread that asks who sent it.
+        return  # macOS, where no scheduler signals whole process groups.
+    # SIGTERM is blocked in this thread and all that it starts; one thread receives it and checks the sender.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_obey_the_run, daemon=True).start()
 

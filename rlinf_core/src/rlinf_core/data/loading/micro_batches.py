@@ -1,4 +1,4 @@
-"""The micro batches of a rank, by number: their rows, read and encoded, with the random numbers of each sample."""
+"""The micro batches of a rank, by number: rows are read, encoded, given random numbers and collated."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rlinf_core.errors import UserError
 
 @dataclass
 class MicroBatches(Dataset[Any]):
-    """The micro batches of one rank by number: with `a` of them a step, number i is the `i % a`-th of step `i // a`."""
+    """The micro batches of one rank by number: with `a` per step, number i is the `i % a`-th of step `i // a`."""
 
     sources: Sequence[Source]
     policy: PolicyConfig
@@ -35,7 +35,7 @@ class MicroBatches(Dataset[Any]):
         self._epoch: tuple[int, tuple[Indices, Indices]] | None = None
 
     def __getitem__(self, number: int) -> Batch | UserError:
-        """A collated micro batch; a `UserError` is returned, as raised ones lose their form between processes."""
+        """A collated micro batch; a `UserError` is returned, because torch rewraps errors raised in workers."""
         epoch, positions = self.positions(number)
         numbers, indices = (order[positions] for order in self._order_of_epoch(epoch))
         generators = [sample_generator(self.batching.seed, epoch, position) for position in positions.tolist()]
@@ -46,25 +46,25 @@ class MicroBatches(Dataset[Any]):
         return batch if len(self.sources) == 1 else {**batch, SOURCE: torch.from_numpy(numbers)}
 
     def positions(self, number: int) -> tuple[int, Indices]:
-        """Epoch of a micro batch, and the position in it of each of its samples, [B]."""
+        """The epoch of a micro batch, and [B], its samples' positions in the epoch."""
         step, micro = divmod(number, self.accumulation)
         epoch, step = divmod(step, self.steps_per_epoch)
         return epoch, step * self.batching.global_batch_size + self.places(micro, self.batching.rank)
 
     def places(self, micro: int, rank: int) -> Indices:
-        """[B], where in a step the samples of a rank's micro batch number `micro` stand."""
+        """[B], indices in a step of the samples of a rank's micro batch number `micro`."""
         first: int = (micro * self.batching.ranks + rank) * self.batching.micro_batch_size
         return np.arange(first, first + self.batching.micro_batch_size)
 
     def global_batch(self, step: int) -> tuple[Indices, Indices]:
-        """[global batch] each, of a step counted from 0: number of the source and row in it, over all ranks."""
+        """Source index and row of each sample of a step (from 0) over all ranks, both [global batch]."""
         epoch, step = divmod(step, self.steps_per_epoch)
         positions = slice(step * self.batching.global_batch_size, (step + 1) * self.batching.global_batch_size)
         numbers, indices = (order[positions] for order in self._order_of_epoch(epoch))
         return numbers, indices
 
     def _samples(self, numbers: Indices, indices: Indices) -> list[Sample]:
-        """The samples of a micro batch, without draws; each source's rows are read at once."""
+        """The samples of a micro batch, without draws; the rows of a source are read together."""
         samples: dict[int, Sample] = {}
         for number in np.unique(numbers):
             source, places = self.sources[number], np.flatnonzero(numbers == number).tolist()

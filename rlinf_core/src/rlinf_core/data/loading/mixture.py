@@ -1,11 +1,11 @@
-"""The datasets of a run as the loader sees them, and which of their rows each sample of an epoch is.
+"""The sources of a run, and the random order: which source and row each sample of an epoch is. Imports no torch.
 
-A run of one dataset is a mixture of one, whose epochs take each row once. With several, each sample's source is drawn
-with the probability `Source.share`, and an epoch has as many samples as all sources have rows.
+A run of one dataset is a mixture of one source, whose epochs use each row once. With several sources, each sample's
+source is drawn with probability `Source.share`, and an epoch has as many samples as all sources have rows.
 
-*A source's visits go on across epochs*: its rows are taken by one permutation after another, none again before all
-have been, and an epoch continues where the last one stopped. So a source with a low weight is seen wholly in time.
-Imports no torch.
+*A source's permutations continue across epochs*: its rows are used in one permutation after another, so no row repeats
+before all have been used, and an epoch continues where the previous one stopped. So all rows of a source with a low
+weight are used eventually.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ Indices = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Source:
-    """A dataset of a run, open: its training rows, and what makes samples of them."""
+    """An open dataset of a run: its training rows, and the pipeline that encodes them."""
 
     rows: SampleSource
     pipeline: Pipeline
     name: str = ""
-    """Its name in a mixture; empty for the dataset of a run that has one."""
+    """Name in the mixture; empty if the run has one dataset."""
     share: float = 1.0
-    """The probability that a training sample comes from here."""
+    """Probability that a training sample comes from this source."""
 
 
 @dataclass(frozen=True)
 class Order:
-    """Source and row of every sample: a pure function of seed, epoch and position."""
+    """Source and row of every sample, a pure function of seed, epoch and position."""
 
     seed: int
     rows: tuple[int, ...]
-    """Number of rows of each source."""
+    """Rows of each source."""
     shares: tuple[float, ...]
     """Probability of each source; they sum to 1."""
     samples: int
-    """Samples an epoch takes: whole steps of the global batch."""
+    """Samples per epoch: whole steps of the global batch."""
 
     def epoch(self, epoch: int) -> tuple[Indices, Indices]:
-        """Number of the source and row in it, both [samples], in the order of an epoch.
+        """Source index and row of each sample of an epoch, both [samples].
 
-        A mixture's number of visits to each source is drawn anew for every epoch (multinomially, so that with the
-        shuffling each sample's source is drawn independently). What earlier epochs visited is thus known without going
-        through their samples: any epoch takes as long as the first, but for microseconds an earlier one.
+        Every epoch draws the number of samples from each source from a multinomial distribution, and shuffles; this is
+        equivalent to drawing each sample's source independently. So the rows that earlier epochs used are known without
+        going through their samples: an epoch takes as long as the first, plus microseconds for each earlier one.
         """
         if len(self.rows) == 1:
             return np.zeros(self.samples, np.int64), epoch_order(self.seed, epoch, self.rows[0])[: self.samples]
@@ -65,12 +65,12 @@ class Order:
         return sources, rows
 
     def _visits(self, epoch: int) -> tuple[Indices, np.random.Generator]:
-        """[sources], how many samples an epoch takes of each, and the generator that goes on to shuffle them."""
+        """[sources], samples per source in an epoch, and the generator that then shuffles them."""
         draw = generator(self.seed, epoch, COUNTS, 0)
         return draw.multinomial(self.samples, self.shares), draw
 
     def _rows(self, source: int, first: int, count: int) -> Indices:
-        """The rows of a source's visits `first` to `first + count - 1`, counted from the start of the run."""
+        """The rows of a source's samples `first` to `first + count - 1`, counted from the start of the run."""
         rows = self.rows[source]
         start = first // rows * rows
         passes = range(start // rows, -(-(first + count) // rows))
@@ -79,6 +79,6 @@ class Order:
 
 
 def order_of(sources: Sequence[Source], seed: int, samples: int) -> Order:
-    """The order in which a run takes the rows of its sources, `samples` an epoch."""
+    """The random order of a run's sources, with `samples` per epoch."""
     rows = tuple(len(source.rows) for source in sources)
     return Order(seed, rows, tuple(source.share for source in sources), samples)

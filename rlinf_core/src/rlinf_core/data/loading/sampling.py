@@ -1,8 +1,7 @@
-"""Which rows a step takes, in which order, and with which random numbers.
+"""The order of rows and the random numbers of samples, as pure functions of (seed, step).
 
-Everything is a pure function of (seed, step): the order of an epoch and the draws of a sample come from counter-based
-generators, so ranks, workers and resumes change nothing (contract 1), and a resumed run needs to know nothing but its
-step. Imports no torch: what does not divide is told before anything starts.
+Both come from counter-based generators, so they do not depend on ranks, workers or resumes (contract 1), and a resumed
+run needs only its step. Imports no torch, so that invalid batch sizes are reported before anything starts.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from rlinf_core.contract.run import RunConfig
 from rlinf_core.errors import UserError
 
-# The third word of Philox's counter separates the uses of one key; the first counts blocks of a use.
+# The third word of Philox's counter separates the uses of a key; the first counts blocks within a use.
 ORDER, TRAINING, VALIDATION, COUNTS, VISITS, CHUNKS = range(6)
 
 
@@ -48,27 +47,27 @@ class Batching:
 
 
 def epoch_order(seed: int, epoch: int, rows: int) -> NDArray[np.int64]:
-    """The order in which an epoch visits the rows: a permutation of `range(rows)`."""
+    """The order of the rows in an epoch, a permutation of `range(rows)`."""
     return generator(seed, epoch, ORDER, 0).permutation(rows)
 
 
 def sample_generator(seed: int, epoch: int, position: int) -> np.random.Generator:
-    """The random numbers of the sample at a position of an epoch's order."""
+    """The generator for the sample at a position of an epoch."""
     return generator(seed, epoch, TRAINING, position)
 
 
 def validation_generator(seed: int, row: int) -> np.random.Generator:
-    """The random numbers of a held-out row: the same in each validation."""
+    """The generator for a held-out row, the same in every validation."""
     return generator(seed, 0, VALIDATION, row)
 
 
 def generator(seed: int, epoch: int, use: int, position: int) -> np.random.Generator:
-    """The random numbers of one use; `epoch` and `position` tell its instances apart, whatever they count there."""
+    """The generator for one use; `epoch` and `position` separate its instances, and may count anything."""
     return np.random.Generator(np.random.Philox(_Key(seed, epoch), counter=[0, position, use, 0]))  # type: ignore[arg-type]  # NumPy's stubs
 
 
 class _Key(ISeedSequence):
-    """`Philox(key=...)` asks the system for random bytes that it does not use, which takes most of its time."""
+    """A seed sequence that returns the key; `Philox(key=...)` would spend most of its time on unused entropy."""
 
     def __init__(self, *words: int) -> None:
         self._words = words
@@ -79,10 +78,10 @@ class _Key(ISeedSequence):
 
 
 def check_batch(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
-    """How many micro batches each rank computes for a step.
+    """Return the number of micro batches per rank and step.
 
     Raises:
-        UserError: The global batch is no multiple of ranks × micro batch; it names the nearest legal values.
+        UserError: The global batch is not a multiple of ranks × micro batch; the message names the nearest valid sizes.
     """
     together = world_size * micro_batch_size
     if global_batch_size % together == 0:
@@ -93,13 +92,13 @@ def check_batch(global_batch_size: int, micro_batch_size: int, world_size: int) 
     if not rest:
         way_out += f", or micro_batch_size to {max(m for m in range(1, micro_batch_size + 1) if share % m == 0)}"
     raise UserError(
-        f"trainer.global_batch_size = {global_batch_size} is no multiple of {world_size} ranks x "
+        f"trainer.global_batch_size = {global_batch_size} is not a multiple of {world_size} ranks x "
         f"trainer.micro_batch_size = {micro_batch_size}: {way_out}"
     )
 
 
 def steps_per_epoch(rows: int, global_batch_size: int) -> int:
-    """Steps of an epoch; rows that do not fill a last step are left out of it.
+    """Steps per epoch; rows that do not fill a last step are skipped.
 
     Raises:
         UserError: The rows do not fill one step.

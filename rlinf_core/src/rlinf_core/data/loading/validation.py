@@ -1,4 +1,4 @@
-"""Held-out rows in batches: the same rows with the same random numbers at each validation."""
+"""Batches of held-out rows: every validation uses the same rows with the same random numbers."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from rlinf_core.data.sample import Batch, Sample
 
 
 class ValidationRow(NamedTuple):
-    """A held-out row as the policy sees it and as the data have it."""
+    """A held-out row, encoded for the policy and in the data's units."""
 
     row: int
     """Its index in the source."""
     sample: Sample
     """Encoded; `Pipeline.decode` needs it."""
     target: Sample
-    """In the data's own units: the `actions` that decoded ones are compared with."""
+    """In the data's own units; decoded actions are compared with its `actions`."""
 
 
 class ValidationBatch(NamedTuple):
@@ -31,7 +31,7 @@ class ValidationBatch(NamedTuple):
 
     batch: Batch
     rows: list[ValidationRow]
-    """The rows of the batch; empty if another rank's or an earlier batch's row only fills it: it must not count."""
+    """The rows of the batch; empty if the batch is only a filler, which must not count."""
 
 
 def build_validation_batches(
@@ -45,18 +45,18 @@ def build_validation_batches(
     rank: int,
     world_size: int,
 ) -> Iterator[ValidationBatch]:
-    """A rank's share of the held-out rows that validations look at: the same rows and draws each time.
+    """A rank's share of the held-out rows of a validation, with the same rows and draws each time.
 
-    Every rank yields equally many batches, as sharded forward passes need all ranks; their sizes differ by one at
-    most. A rank without a row for a batch yields a filling one, whose `rows` are empty.
+    Every rank yields the same number of batches, because sharded forward passes need all ranks; sizes differ by at most
+    one. A rank without a row for a batch yields a filler, whose `rows` are empty.
 
     Args:
         source: Held-out rows.
-        pipeline: Makes samples of them.
+        pipeline: Encodes them.
         policy: Draws and collates.
-        seed: Keys the draws.
-        val_samples: Rows to look at over all ranks, evenly spread; all of them if there are fewer.
-        micro_batch_size: Largest number of rows a batch.
+        seed: Seed of the draws.
+        val_samples: Rows to use over all ranks, evenly spread; all of them if there are fewer.
+        micro_batch_size: Most rows per batch.
         rank: This process, from 0.
         world_size: Number of ranks.
     """

@@ -1,7 +1,7 @@
-"""Whether a robot's actions are positions or displacements, as far as the data tell, and whether the config agrees.
+"""Diagnose whether a robot's actions are positions or displacements, and whether the config agrees.
 
-A position that is commanded is where the robot is a frame later: the action resembles the next state. A displacement
-goes with the change of the state and not with the state.
+A commanded position is where the robot is one frame later, so the action resembles the next state. A displacement
+correlates with the change of the state, not with the state.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ from rlinf_core.data.statistics.diagnose import Finding
 from rlinf_core.data.transforms import Transform
 
 PAIRS = 2048
-"""Pairs of successive rows that are looked at."""
+"""Pairs of consecutive rows to compare."""
 FEWEST = 16
+"""With fewer pairs, nothing is concluded."""
 
 Flags = NDArray[np.bool_]
 
 
-def examine_actions(source: SampleSource, transforms: Sequence[Transform]) -> list[Finding]:
-    """Findings where the config treats displacements as positions, or the reverse.
+def diagnose_actions(source: SampleSource, transforms: Sequence[Transform]) -> list[Finding]:
+    """Findings if the config treats displacements as positions, or positions as displacements.
 
     Args:
         source: Training rows.
-        transforms: Repacking first, then the dataset's.
+        transforms: Repacking, then the dataset's transforms.
     """
     rows = _pairs(source)
     if not len(rows):
@@ -37,18 +38,18 @@ def examine_actions(source: SampleSource, transforms: Sequence[Transform]) -> li
     position, displacement = kinds_of_action(source, transforms[0], rows)
     as_recorded, relative = _treatment(source, transforms, rows, len(position))
     findings = []
-    told = position & as_recorded
-    if not relative.any() and 2 * told.sum() > len(position):
+    absolute = position & as_recorded
+    if not relative.any() and 2 * absolute.sum() > len(position):
         findings.append(
             Finding(
                 "actions-look-absolute",
                 "warning",
                 "actions",
-                tuple(np.flatnonzero(told).tolist()),
-                "they are trained as they are, and each is nearly the state of the next frame: positions, which "
-                "policies learn better as distances to the state",
-                "If absolute ones are not meant, set data.raw_action_is_delta = false, where the dataset has that key, "
-                "or let its transforms make them relative to the state",
+                tuple(np.flatnonzero(absolute).tolist()),
+                "they are trained as recorded, and nearly equal the state of the next frame: positions, which policies "
+                "learn better relative to the state",
+                "Unless absolute actions are intended, set data.raw_action_is_delta = false if the dataset has that "
+                "key, or let its transforms make them relative to the state",
             )
         )
     wrong = relative & displacement
@@ -59,24 +60,24 @@ def examine_actions(source: SampleSource, transforms: Sequence[Transform]) -> li
                 "warning",
                 "actions",
                 tuple(np.flatnonzero(wrong).tolist()),
-                "the state is subtracted from them, though they go with its change and not with it: they look like "
-                "displacements already",
-                "Leave them as they are, unless the weights were trained so (π0's for LIBERO were)",
+                "the state is subtracted from them, but they correlate with its change and not with the state itself: "
+                "they appear to be displacements already",
+                "Train them as recorded, unless the weights were trained like this (π0's for LIBERO were)",
             )
         )
     return findings
 
 
 def kinds_of_action(source: SampleSource, repack: Transform, rows: NDArray[np.int64]) -> tuple[Flags, Flags]:
-    """Which numbers of the action look like positions, and which like displacements of the same number of the state.
+    """Classify action dimensions as positions or displacements of the same state dimension.
 
     Args:
         source: Training rows.
-        repack: Makes samples of rows, in the data's own units.
-        rows: Of which each is followed by one of the same episode.
+        repack: Converts rows to samples, in the data's own units.
+        rows: Rows whose next row is of the same episode.
 
     Returns:
-        Two [width], where width is that of the narrower of both; numbers that tell nothing are in neither.
+        Positions and displacements, both [width of the narrower of state and action]; unclear dimensions are neither.
     """
     none = np.zeros(0, np.bool_)
     here = outputs(source, [repack], rows.tolist())
@@ -96,7 +97,7 @@ def kinds_of_action(source: SampleSource, repack: Transform, rows: NDArray[np.in
 
 
 def _pairs(source: SampleSource) -> NDArray[np.int64]:
-    """Rows that are followed by one of the same episode, from all over the data; none if there are too few to tell."""
+    """Evenly spread rows whose next row is of the same episode; empty if there are too few."""
     episodes = source.episodes
     rows = np.flatnonzero(episodes[1:] == episodes[:-1])
     if len(rows) < FEWEST:
@@ -107,9 +108,9 @@ def _pairs(source: SampleSource) -> NDArray[np.int64]:
 def _treatment(
     source: SampleSource, transforms: Sequence[Transform], rows: NDArray[np.int64], width: int
 ) -> tuple[Flags, Flags]:
-    """Which numbers of the action the transforms leave as recorded, and from which they take the state's; two [width].
+    """Dimensions that the transforms leave as recorded, and those from which they subtract the state; both [width].
 
-    By what they do, not by their class: a package may bring transforms of its own.
+    Judged by their output, not by their class, because packages bring their own transforms.
     """
     before = outputs(source, transforms[:1], rows.tolist())
     after = outputs(source, transforms, rows.tolist())
@@ -126,7 +127,7 @@ def _treatment(
 
 
 def _correlation(a: Vector, b: Vector) -> Vector:
-    """[D], of each column of `a` with the same of `b`; 0 where one is constant."""
+    """[D], the correlation of each column of `a` with that of `b`; 0 if one is constant."""
     a, b = a - a.mean(axis=0), b - b.mean(axis=0)
     norm = np.sqrt(np.square(a).sum(axis=0) * np.square(b).sum(axis=0))
     return np.asarray(np.divide((a * b).sum(axis=0), norm, out=np.zeros_like(norm), where=norm > 1e-30))

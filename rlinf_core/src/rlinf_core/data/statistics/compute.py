@@ -1,7 +1,8 @@
-"""Statistics of training rows: one pass over states and action chunks after the dataset's transforms.
+"""Summarize training rows: one pass over states and action chunks after the dataset's transforms.
 
-Rows carry no images (contract 11). Where the source gives columns and every transform takes batches, thousands of rows
-pass at once: a LIBERO-size table takes seconds. Otherwise rows pass one by one, with the same result.
+Rows have no images (contract 11). If the source provides columns and every transform accepts batches, thousands of rows
+are processed at once, and a table of LIBERO's size takes seconds; otherwise rows are processed one by one, with the
+same result. `RunningStats`, at the end, accumulates mean, spread, range and histogram as openpi does.
 """
 
 from __future__ import annotations
@@ -21,55 +22,56 @@ from rlinf_core.data.transforms import Transform
 from rlinf_core.errors import UserError
 
 ROWS_AT_A_TIME = 4096
-ROWS_WITH_IMAGES = 256  # Decoded, two cameras of 640 x 480 take half a gigabyte.
+ROWS_WITH_IMAGES = 256  # Half a gigabyte decoded, with two cameras of 640 x 480.
 
 
 @dataclass(frozen=True, eq=False)
-class Survey:
-    """How the numbers of `state` or of `actions` are distributed."""
+class Distribution:
+    """The distribution of the numbers of `state` or `actions`."""
 
     stats: NormStats
     running: RunningStats
-    """Range and histogram."""
+    """Range and histogram of each dimension."""
     episodes: NDArray[np.int64]
-    """[E], the dataset's own numbers of the episodes looked at."""
+    """[E], the dataset's numbers of the episodes with rows in the pass."""
     episode_low: NDArray[np.float64]
-    """[E, D], the smallest number in each."""
+    """[E, D], the minimum over each episode."""
     episode_high: NDArray[np.float64]
+    """[E, D], the maximum over each episode."""
     rows: int
-    """How many were looked at."""
+    """Number of rows in the pass."""
 
 
 def compute_norm_stats(
     source: SampleSource, transforms: Sequence[Transform], *, read_images: bool = False, rows: int | None = None
 ) -> dict[str, NormStats]:
-    """Statistics of `state` and `actions` over all rows, after `transforms`; in float64. See `survey`."""
-    surveyed = survey(source, transforms, read_images=read_images, rows=rows)
-    return {key: found.stats for key, found in surveyed.items()}
+    """Statistics of `state` and `actions` over all rows, after `transforms`, in float64; see `summarize`."""
+    distributions = summarize(source, transforms, read_images=read_images, rows=rows)
+    return {key: found.stats for key, found in distributions.items()}
 
 
-def survey(
+def summarize(
     source: SampleSource, transforms: Sequence[Transform], *, read_images: bool = False, rows: int | None = None
-) -> dict[str, Survey]:
-    """Look at all rows, after `transforms`, in float64.
+) -> dict[str, Distribution]:
+    """The distributions of `state` and `actions` over all rows, after `transforms`, in float64.
 
     Args:
-        source: Training rows; held-out episodes have no part in statistics.
-        transforms: Everything before normalisation: repacking and the dataset's transforms.
-        read_images: Decode images for transforms that look at them; slow.
-        rows: Look at no more than about so many rows, evenly spread: enough to try the transforms, not to train.
+        source: Training rows; held-out episodes are not part of statistics.
+        transforms: All transforms before normalisation: repacking and the dataset's own.
+        read_images: Decode images for transforms that need them; slow.
+        rows: Use at most about this many rows, evenly spread; enough for diagnosis, not for training.
 
     Raises:
-        UserError: A transform looks at an image and `read_images` is not set, or it makes a number that is none.
+        UserError: A transform needs an image and `read_images` is not set, or it produces NaN or infinity.
     """
-    looked_at = range(0, len(source), max(1, -(-len(source) // rows)) if rows else 1)
-    batches = -(-len(looked_at) // (ROWS_WITH_IMAGES if read_images else ROWS_AT_A_TIME))
+    used = range(0, len(source), max(1, -(-len(source) // rows)) if rows else 1)
+    batches = -(-len(used) // (ROWS_WITH_IMAGES if read_images else ROWS_AT_A_TIME))
     episodes, episode_of_row = np.unique(source.episodes, return_inverse=True)
     running: dict[str, RunningStats] = {}
     extremes: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]] = {}
     for start in range(batches):
-        # Each batch is spread over all rows, so that the first has nearly the range of all: stretching blurs quantiles.
-        indices = looked_at[start::batches]
+        # Each batch is spread over all rows, so the first has nearly the full range: stretching blurs quantiles.
+        indices = used[start::batches]
         for key, values in outputs(source, transforms, indices, read_images=read_images).items():
             _check_finite(key, values, source, indices)
             if key not in running:
@@ -80,9 +82,9 @@ def survey(
             steps = tuple(range(1, values.ndim - 1))
             np.minimum.at(extremes[key][0], episode_of_row[indices], values.min(axis=steps))
             np.maximum.at(extremes[key][1], episode_of_row[indices], values.max(axis=steps))
-    seen = np.unique(episode_of_row[looked_at]) if batches else np.zeros(0, np.int64)
+    seen = np.unique(episode_of_row[used]) if batches else np.zeros(0, np.int64)
     return {
-        key: Survey(one.result(), one, episodes[seen], extremes[key][0][seen], extremes[key][1][seen], len(looked_at))
+        key: Distribution(one.result(), one, episodes[seen], extremes[key][0][seen], extremes[key][1][seen], len(used))
         for key, one in running.items()
     }
 
@@ -90,7 +92,7 @@ def survey(
 def stats_fingerprint(
     source: SampleSource, transforms: Sequence[Transform], horizon: int, *, read_images: bool = False
 ) -> str:
-    """A hash of what statistics are made of: the rows, what the transforms make of 64 of them, and the horizon."""
+    """A hash of everything that statistics depend on: the rows, 64 of them transformed, and the horizon."""
     rows = np.unique(np.linspace(0, len(source) - 1, 64).astype(np.int64))
     digest = hashlib.blake2b(f"{source.fingerprint()} {horizon}".encode(), digest_size=16)
     for key, values in outputs(source, transforms, rows.tolist(), read_images=read_images).items():
@@ -112,13 +114,13 @@ def outputs(
 
 
 def takes_batches(transform: Transform) -> bool:
-    """Whether the class that defines the transform's `__call__` says that it takes batches."""
+    """Whether the class that defines the transform's `__call__` declares `batched`."""
     (owner, *_) = (base for base in type(transform).__mro__ if "__call__" in vars(base))
     return bool(vars(owner).get("batched", False))
 
 
 def apply(row: Any, transforms: Sequence[Transform], *, read_images: bool) -> Sample:
-    """What the transforms make of a row, or of columns; `read_images`: it has images."""
+    """Apply the transforms to a row or to columns; `read_images`: it has images."""
     sample = row
     for transform in transforms:
         try:
@@ -127,44 +129,45 @@ def apply(row: Any, transforms: Sequence[Transform], *, read_images: bool) -> Sa
             if read_images:
                 raise
             raise UserError(
-                f"{type(transform).__name__} asks for {e}, which a row without images does not have: statistics are "
-                "computed without decoding any. If it needs an image, set data.stats_need_images = true"
+                f"{type(transform).__name__} needs {e}, which rows for statistics do not have: they are read without "
+                "images. If the transform needs an image, set data.stats_need_images = true"
             ) from e
     return sample  # type: ignore[no-any-return]
 
 
 def _check_finite(key: str, values: Vector, source: SampleSource, indices: Sequence[int]) -> None:
-    """Raise `UserError` naming the first row with a NaN or an infinite number, and how many there are."""
+    """Raise `UserError` with the first row that contains NaN or infinity, and the affected dimensions."""
     finite = np.isfinite(values)
     if finite.all():
         return
     rows = np.flatnonzero(~finite.all(axis=tuple(range(1, values.ndim))))
     dimensions = np.flatnonzero(~finite.reshape(-1, values.shape[-1]).all(axis=0)).tolist()
     raise UserError(
-        f"data-not-finite: {key} holds NaN or infinite numbers after the dataset's transforms, at {dimensions}, first "
-        f"in {source.describe(indices[rows[0]])}: leave such episodes out with data.exclude_episodes, or correct them"
+        f"data-not-finite: {key} contains NaN or infinity after the dataset's transforms, in dimensions {dimensions}, "
+        f"first in {source.describe(indices[rows[0]])}: leave such episodes out with data.exclude_episodes, or fix them"
     )
 
 
 BINS = 5000
-VALUES_AT_A_TIME = 2**15  # Their bins and edges stay in a core's cache.
+VALUES_AT_A_TIME = 2**15  # Small enough for a core's cache.
 
 
 class RunningStats:
-    """Mean, spread and quantiles of batches that come one at a time.
+    """Running mean, standard deviation and quantiles over batches, as openpi computes them.
 
-    Quantiles come from a histogram of each number, whose edges stretch when a batch exceeds the range. Stretching
-    moves a bin's count to the new bin that holds the old left edge. A left edge outside the new range loses its count
-    (the first bin when the minimum stays, as the first edges lie 1e-10 outside): the reference does so.
+    Quantiles come from a histogram of each dimension, whose edges stretch when a batch exceeds the range. Stretching
+    moves a bin's count to the new bin that contains the old left edge. As in openpi, a left edge outside the new range
+    loses its count (the first bin if the minimum stays, because the first edges are 1e-10 outside the range).
     """
 
     low: Vector
-    """[D], the smallest so far."""
+    """[D], the minimum so far."""
     high: Vector
+    """[D], the maximum so far."""
     edges: Vector
-    """[D, BINS + 1]."""
+    """[D, BINS + 1], the histogram's edges."""
     counts: NDArray[np.float64]
-    """[D, BINS], values in each bin."""
+    """[D, BINS], the histogram's counts."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -172,9 +175,9 @@ class RunningStats:
         self._mean_square: Any = 0.0
 
     def update(self, batch: Vector) -> None:
-        """Take in a batch [..., D]; its dtype is that of mean and spread."""
+        """Add a batch [..., D]; mean and spread are computed in its dtype."""
         columns = np.ascontiguousarray(batch.reshape(-1, batch.shape[-1]).T)
-        # In float64, as 1e-10 vanishes beside float32 numbers.
+        # In float64, because 1e-10 is lost in float32.
         low, high = columns.min(axis=1).astype(np.float64), columns.max(axis=1).astype(np.float64)
         if not self._count:
             self.low, self.high = low, high
@@ -211,22 +214,22 @@ class RunningStats:
 
 
 def count_in_bins(values: Vector, edges: Vector) -> NDArray[np.int64]:
-    """`np.histogram(values, edges)[0]` for evenly spaced edges between which all values lie.
+    """`np.histogram(values, edges)[0]` for evenly spaced edges that enclose all values.
 
     Args:
         values: [N].
-        edges: [bins + 1], as `np.linspace` makes them; they may coincide.
+        edges: [bins + 1], from `np.linspace`; they may coincide.
 
     Returns:
         [bins] counts.
     """
     bins = len(edges) - 1
     first, last = edges[0], edges[-1]
-    # Where edges are not much further apart than numbers are, arithmetic may miss by more than one bin.
+    # If bins are hardly wider than the float spacing, the arithmetic below may be off by more than one bin.
     if (last - first) / bins <= 64 * np.spacing(max(abs(first), abs(last))):
         place = np.searchsorted(edges, values, side="right") - 1
         return np.bincount(np.minimum(place, bins - 1), minlength=bins)
-    upper = np.append(edges[1:-1], np.inf)  # The last bin holds its upper edge.
+    upper = np.append(edges[1:-1], np.inf)  # The last bin includes its upper edge.
     scale = bins / (last - first)
     counts = np.zeros(bins, np.int64)
     for start in range(0, len(values), VALUES_AT_A_TIME):

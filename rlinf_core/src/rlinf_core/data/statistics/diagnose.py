@@ -1,7 +1,7 @@
-"""What is wrong with a run's statistics, or with the data they are to normalise, found before the first step.
+"""Diagnose a run's statistics, and the data that they normalise, before the first step.
 
-Each finding has a name, dimensions, a number and a way out. An error would spoil the run for certain and refuses it; a
-warning is what has spoilt runs, and may be meant.
+Each finding has a name, dimensions, a number and a way out. An error would certainly spoil the run, which does not
+start; a warning has spoilt runs but may be intended.
 """
 
 from __future__ import annotations
@@ -14,35 +14,36 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlinf_core.data.normalize import EPSILON, Mode, Normalize, NormStats, Origin, Stats
-from rlinf_core.data.statistics.compute import Survey
+from rlinf_core.data.statistics.compute import Distribution
 
 FAR = 5.0
-"""Normalised numbers beyond this are told."""
+"""Normalised numbers beyond this are reported."""
 SHARE_FAR = 1e-4
-"""Up to this share of them is what long tails have, unless one lies beyond VERY_FAR."""
+"""Long tails have up to this share of them; a larger share is reported, and any number beyond VERY_FAR."""
 VERY_FAR = 10.0
 NO_SPREAD = 10 * EPSILON
-"""Below this spread, openpi's epsilon is what a number is divided by."""
+"""Below this spread, openpi's epsilon dominates the divisor."""
 SMALL_PART = 0.01
-"""A spread that is less of the range than this comes from numbers that hardly ever change."""
+"""A smaller ratio of spread to range means that a number rarely changes."""
 FEW_EPISODES = 0.05
+"""Far numbers in at most this share of episodes are the fault of those episodes."""
 OTHER_SCALE = 10.0
-"""Statistics whose spread differs from the data's by more are told."""
+"""A larger ratio between the spreads of statistics and data is reported."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something wrong, or likely to be."""
+    """A problem, or a likely one, with statistics or data."""
 
     id: str
     """Its name, as docs/statistics.md lists it."""
     severity: Literal["error", "warning"]
     key: str
-    """`state`, `actions`, or empty where it is about the whole."""
+    """`state`, `actions`, or empty if it concerns everything."""
     dimensions: tuple[int, ...]
-    """Which numbers of the vector, counted from 0."""
+    """Affected dimensions of the vector, counted from 0."""
     message: str
-    """What is found, with a number."""
+    """What was found, with a number."""
     way_out: str
 
     def __str__(self) -> str:
@@ -50,54 +51,57 @@ class Finding:
         return f"{self.id}: {place}{': ' if place else ''}{self.message}. {self.way_out}"
 
 
-def examine(stats: Stats, surveyed: Mapping[str, Survey], mode: Mode) -> list[Finding]:
-    """Compare statistics with the data that they are to normalise.
+def compare_with_data(stats: Stats, distributions: Mapping[str, Distribution], mode: Mode) -> list[Finding]:
+    """Findings about statistics that do not suit the data.
 
     Args:
-        stats: With which the run would normalise, floor included.
-        surveyed: The training rows.
-        mode: How the policy normalises.
+        stats: Statistics that the run would use, floor included.
+        distributions: Distributions of the training rows.
+        mode: The policy's normalisation.
     """
     findings: list[Finding] = []
-    for key, data in surveyed.items():
+    for key, data in distributions.items():
         broken = list(_broken(key, stats.get(key), len(data.running.low), mode))
-        findings += broken or _examine(key, stats, surveyed, mode)
+        findings += broken or _compare_with_data(key, stats, distributions, mode)
     return findings
 
 
-def compare_origins(made_of: Origin, here: Origin) -> list[Finding]:
-    """Whether statistics of a file were made of this run's data, and if not, what differs."""
-    if not made_of.fingerprint or made_of.fingerprint == here.fingerprint:
+def compare_origins(recorded: Origin, current: Origin) -> list[Finding]:
+    """A finding if the statistics in a file were computed from other data than this run's."""
+    if not recorded.fingerprint or recorded.fingerprint == current.fingerprint:
         return []
-    recompute = "Leave data.norm_stats empty to compute them, unless those of the weights' own training data are meant"
-    if made_of.dataset and made_of.dataset != here.dataset:
-        id, message = "other-dataset", f"the statistics are those of {made_of.dataset}, the data are {here.dataset}"
-    elif made_of.rows and (made_of.rows, made_of.episodes) != (here.rows, here.episodes):
+    recompute = "Leave data.norm_stats empty to compute them, unless those of the weights' training data are intended"
+    if recorded.dataset and recorded.dataset != current.dataset:
+        id, message = "other-dataset", f"the statistics are of {recorded.dataset}, the data are {current.dataset}"
+    elif recorded.rows and (recorded.rows, recorded.episodes) != (current.rows, current.episodes):
         id = "stale"
         message = (
-            f"the statistics are of {made_of.rows} rows of {made_of.episodes} episodes, there are now {here.rows} of "
-            f"{here.episodes}"
+            f"the statistics are of {recorded.rows} rows of {recorded.episodes} episodes, there are now {current.rows} "
+            f"of {current.episodes}"
         )
-    elif made_of.horizon and made_of.horizon != here.horizon:
-        id, message = "other-horizon", f"the statistics are of chunks of {made_of.horizon} actions, not {here.horizon}"
+    elif recorded.horizon and recorded.horizon != current.horizon:
+        id = "other-horizon"
+        message = f"the statistics are of chunks of {recorded.horizon} actions, not {current.horizon}"
     else:
         id, message = "other-transforms", "the statistics were computed from other rows, columns or transforms"
     return [Finding(id, "warning", "", (), message, recompute)]
 
 
 def _broken(key: str, stats: NormStats | None, width: int, mode: Mode) -> Iterator[Finding]:
-    """What makes statistics unusable."""
+    """Errors: the statistics are unusable."""
     recompute = "Leave data.norm_stats empty to compute them"
     if stats is None:
-        yield Finding("missing", "error", key, (), "the statistics lack it", recompute)
+        yield Finding("missing", "error", key, (), "the statistics do not include it", recompute)
         return
     if len(stats.mean) < width:
         message = f"the statistics of {key!r} have {len(stats.mean)} numbers, the data have {width}"
-        yield Finding("too-narrow", "error", key, (), message, f"They belong to other data. {recompute}")
+        yield Finding("too-narrow", "error", key, (), message, f"They are of other data. {recompute}")
         return
     used = {"mean": stats.mean, "std": stats.std} if mode == "mean_std" else {"q01": stats.q01, "q99": stats.q99}
     if mode == "quantile" and any(np.isnan(values).all() for values in used.values()):
-        yield Finding("no-quantiles", "error", key, (), "the statistics hold no quantiles, which it needs", recompute)
+        yield Finding(
+            "no-quantiles", "error", key, (), "the statistics have no quantiles, which the policy needs", recompute
+        )
         return
     for name, values in used.items():
         if (wrong := ~np.isfinite(values[:width])).any():
@@ -108,32 +112,34 @@ def _broken(key: str, stats: NormStats | None, width: int, mode: Mode) -> Iterat
         yield Finding("negative-spread", "error", key, _where(wrong), message, recompute)
 
 
-def _examine(key: str, stats: Stats, surveyed: Mapping[str, Survey], mode: Mode) -> Iterator[Finding]:
-    data = surveyed[key]
+def _compare_with_data(
+    key: str, stats: Stats, distributions: Mapping[str, Distribution], mode: Mode
+) -> Iterator[Finding]:
+    data = distributions[key]
     spread = stats[key].spread(mode)[: len(data.running.low)]
     extremes = normalized_extremes(key, stats, data, mode)
     moving = data.running.high - data.running.low > 1e-6 * np.maximum(np.abs(data.running.high), 1e-6)
     none = spread < NO_SPREAD
-    yield from _without_spread(key, stats, surveyed, mode, none & ~moving, none & moving)
-    # Far numbers in a few episodes are the fault of those; in many, of the spread.
+    yield from _without_spread(key, stats, distributions, mode, none & ~moving, none & moving)
+    # Far numbers in a few episodes are those episodes' fault; in many episodes, the spread's.
     common = (extremes > FAR).mean(axis=0) > FEW_EPISODES
     small = ~none & moving & common & (spread < SMALL_PART / 2 * (data.running.high - data.running.low))
     if small.any():
         part = (spread / (data.running.high - data.running.low).clip(1e-300))[small].min()
         message = (
-            f"the spread is {spread[small].min():.2g}, {part:.1%} of the range: it hardly ever changes, and when it "
-            f"does, {_far(small, extremes, data)}"
+            f"the spread is {spread[small].min():.2g}, {part:.1%} of the range: it rarely changes, and when it does, "
+            f"{_far(small, extremes, data)}"
         )
-        yield Finding("scale-near-zero", "warning", key, _where(small), message, offer_floor(stats, surveyed, mode))
+        yield Finding(
+            "scale-near-zero", "warning", key, _where(small), message, offer_floor(stats, distributions, mode)
+        )
     share = share_beyond(key, stats, data, mode)
     far = ((share > SHARE_FAR) | (extremes.max(axis=0) > VERY_FAR)) & moving & ~none & ~small
     if far.any():
-        message = f"up to {share[far].max():.2%} of the numbers lie beyond ±{FAR:g}; {_far(far, extremes, data)}"
-        way_out = "Look at that episode; data.exclude_episodes leaves it out"
+        message = f"up to {share[far].max():.2%} of the numbers are beyond ±{FAR:g}; {_far(far, extremes, data)}"
+        way_out = "Check that episode; data.exclude_episodes leaves it out"
         if (common & far).any():
-            way_out = (
-                "Statistics of these very data fit better (leave data.norm_stats empty), or a larger data.norm_floor"
-            )
+            way_out = "Use statistics of these data (leave data.norm_stats empty), or a larger data.norm_floor"
         yield Finding("beyond-5", "warning", key, _where(far), message, way_out)
     yield from _of_other_data(key, stats[key], data, mode, moving & ~none)
 
@@ -141,46 +147,46 @@ def _examine(key: str, stats: Stats, surveyed: Mapping[str, Survey], mode: Mode)
 def _without_spread(
     key: str,
     stats: Stats,
-    surveyed: Mapping[str, Survey],
+    distributions: Mapping[str, Distribution],
     mode: Mode,
     constant: NDArray[np.bool_],
     moving: NDArray[np.bool_],
 ) -> Iterator[Finding]:
-    data = surveyed[key]
-    if mode == "mean_std":  # Zeros with which a format fills vectors up are normalised to zeros.
+    data = distributions[key]
+    if mode == "mean_std":  # Zero padding by the dataset format is normalised to zero.
         constant = constant & ~((data.running.low == 0) & (data.running.high == 0))
     if constant.any():
         at = " (its one value becomes -1)" if mode == "quantile" else ""
         message = (
-            f"never changes in the data{at}; a robot that is off by 0.01 shows the policy "
+            f"never changes in the data{at}; a robot that is off by 0.01 gives the policy "
             f"{0.01 / (stats[key].spread(mode)[: len(constant)][constant].max() + EPSILON):.0f}"
         )
-        yield Finding("constant", "warning", key, _where(constant), message, offer_floor(stats, surveyed, mode))
+        yield Finding("constant", "warning", key, _where(constant), message, offer_floor(stats, distributions, mode))
     if moving.any():
         extremes = normalized_extremes(key, stats, data, mode)
-        message = f"the statistics have no spread, the data move; {_far(moving, extremes, data)}"
-        yield Finding("no-spread", "warning", key, _where(moving), message, offer_floor(stats, surveyed, mode))
+        message = f"the statistics have no spread, but the data vary; {_far(moving, extremes, data)}"
+        yield Finding("no-spread", "warning", key, _where(moving), message, offer_floor(stats, distributions, mode))
 
 
 def _of_other_data(
-    key: str, stats: NormStats, data: Survey, mode: Mode, looked_at: NDArray[np.bool_]
+    key: str, stats: NormStats, data: Distribution, mode: Mode, compared: NDArray[np.bool_]
 ) -> Iterator[Finding]:
-    """Statistics that do not fit the data, as far as numbers tell."""
-    width, own = len(looked_at), data.stats
+    """Findings about statistics whose range or scale suggests other data."""
+    width, own = len(compared), data.stats
     low, high = stats.q01[:width], stats.q99[:width]
     if mode == "mean_std":
         low, high = stats.mean[:width] - 3 * stats.std[:width], stats.mean[:width] + 3 * stats.std[:width]
     way_out = "They are of other data, units or transforms. Leave data.norm_stats empty to compute them"
-    apart = looked_at & ((own.q99 < low) | (own.q01 > high))
+    apart = compared & ((own.q99 < low) | (own.q01 > high))
     if apart.any():
         first = _where(apart)[0]
         message = (
-            f"the data lie outside the statistics' range: {own.q01[first]:.3g} to {own.q99[first]:.3g}, not "
-            f"{low[first]:.3g} to {high[first]:.3g} (number {first})"
+            f"the data are outside the statistics' range: {own.q01[first]:.3g} to {own.q99[first]:.3g}, not "
+            f"{low[first]:.3g} to {high[first]:.3g} (dimension {first})"
         )
         yield Finding("disjoint", "warning", key, _where(apart), message, way_out)
     ratio = np.full(width, 1.0)
-    known = looked_at & (own.spread(mode) > NO_SPREAD)
+    known = compared & (own.spread(mode) > NO_SPREAD)
     ratio[known] = stats.spread(mode)[:width][known] / own.spread(mode)[known]
     if (wide := ratio > OTHER_SCALE).any():
         message = f"the statistics are up to {ratio.max():.3g} times as wide as the data, which become small numbers"
@@ -190,28 +196,32 @@ def _of_other_data(
         yield Finding("too-tight", "warning", key, _where(narrow), message, way_out)
 
 
-def normalized_extremes(key: str, stats: Stats, data: Survey, mode: Mode) -> NDArray[np.float64]:
-    """[E, D], the largest absolute normalised number of each episode."""
+def normalized_extremes(key: str, stats: Stats, data: Distribution, mode: Mode) -> NDArray[np.float64]:
+    """[E, D], the largest absolute normalised value in each episode."""
     normalize = Normalize({key: stats[key]}, mode)
     low, high = normalize.normalized(key, data.episode_low), normalize.normalized(key, data.episode_high)
     return np.asarray(np.maximum(np.abs(low), np.abs(high)))
 
 
-def share_beyond(key: str, stats: Stats, data: Survey, mode: Mode, limit: float = FAR) -> NDArray[np.float64]:
-    """[D], the share of normalised numbers beyond ±`limit`, to within a bin of the histogram."""
+def share_beyond(key: str, stats: Stats, data: Distribution, mode: Mode, limit: float = FAR) -> NDArray[np.float64]:
+    """[D], the share of normalised values beyond ±`limit`, to the precision of the histogram's bins."""
     middles = (data.running.edges[:, 1:] + data.running.edges[:, :-1]) / 2
     normalized = Normalize({key: stats[key]}, mode).normalized(key, middles.T).T
     counted = data.running.counts
     return np.asarray((counted * (np.abs(normalized) > limit)).sum(axis=1) / counted.sum(axis=1).clip(1))
 
 
-def offer_floor(stats: Stats, surveyed: Mapping[str, Survey], mode: Mode) -> str:
-    """Which `data.norm_floor` would bring the numbers without spread within ±5, and what it would change."""
-    spreads = {key: stats[key].spread(mode)[: len(data.running.low)] for key, data in surveyed.items() if key in stats}
+def offer_floor(stats: Stats, distributions: Mapping[str, Distribution], mode: Mode) -> str:
+    """The `data.norm_floor` that would bring all values it affects within ±5, and what it would change."""
+    spreads = {
+        key: stats[key].spread(mode)[: len(data.running.low)] for key, data in distributions.items() if key in stats
+    }
     for floor in 10.0 ** np.arange(-3, 3):
         widened = {key: stats[key].floored(floor) for key in spreads}
         worst = {
-            key: float(normalized_extremes(key, widened, surveyed[key], mode)[:, spreads[key] < floor].max(initial=0))
+            key: float(
+                normalized_extremes(key, widened, distributions[key], mode)[:, spreads[key] < floor].max(initial=0)
+            )
             for key in spreads
         }
         changes = {key: _where(spread < floor) for key, spread in spreads.items() if (spread < floor).any()}
@@ -220,14 +230,14 @@ def offer_floor(stats: Stats, surveyed: Mapping[str, Survey], mode: Mode) -> str
             return f"data.norm_floor = {floor:g} would widen {what}; their largest normalised number is then " + (
                 f"{max(worst.values()):.2g}"
             )
-    return "No data.norm_floor helps: leave the number out of the dataset's columns, or the outliers out of the data"
+    return "No data.norm_floor helps: leave the dimension out of the dataset's columns, or exclude the outliers"
 
 
-def _far(which: NDArray[np.bool_], extremes: NDArray[np.float64], data: Survey) -> str:
-    """The largest normalised number among some dimensions, and the episode that has it."""
+def _far(which: NDArray[np.bool_], extremes: NDArray[np.float64], data: Distribution) -> str:
+    """The largest normalised value in some dimensions, and its episode."""
     chosen = extremes[:, which]
     episode, _ = np.unravel_index(int(chosen.argmax()), chosen.shape)
-    return f"the largest becomes {chosen.max():.3g}, in episode {data.episodes[episode]}"
+    return f"the largest is normalised to {chosen.max():.3g}, in episode {data.episodes[episode]}"
 
 
 def _where(flags: NDArray[np.bool_]) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Statistics in other projects' files: openpi's `norm_stats.json`, lerobot's `meta/stats.json` and processors."""
+"""Read other projects' statistics: openpi's `norm_stats.json`, lerobot's `meta/stats.json` and processors."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ from rlinf_core.errors import UserError, did_you_mean
 from rlinf_core.untrusted import read_json
 
 LEROBOT_COLUMNS = {"state": ("observation.state",), "actions": ("action",)}
-"""Where lerobot's own datasets have them."""
+"""Their columns in lerobot's own datasets."""
 FIELDS = ("mean", "std", "q01", "q99")
 
 
 def read_openpi(path: Path) -> dict[str, NormStats]:
-    """Statistics from openpi's file, with its root `norm_stats` or without.
+    """Read statistics from openpi's file, with or without its top-level key `norm_stats`.
 
     Raises:
-        UserError: The file is none of openpi's; the message lists what it holds.
+        UserError: The file is not one of openpi's; the message lists its content.
     """
     content = _read_json(path)
     tables = content.get("norm_stats", content)
     if not isinstance(tables, dict):
-        raise UserError(f"{path} is no norm_stats.json of openpi: its norm_stats is no table")
+        raise UserError(f"{path} is not a norm_stats.json of openpi: its norm_stats is not a table")
     stats = {key: _parse(path, key, tables[key]) for key in KEYS if key in tables}
     if not stats:
-        raise UserError(f"{path} is no norm_stats.json of openpi: it holds {_listed(tables)}, not state or actions")
+        raise UserError(f"{path} is not a norm_stats.json of openpi: it has {_listed(tables)}, not state or actions")
     return stats
 
 
 def read_lerobot(path: Path, columns: Mapping[str, Sequence[str]] = LEROBOT_COLUMNS) -> dict[str, NormStats]:
-    """Statistics from a dataset's `meta/stats.json`, or from a policy's `*normalizer_processor.safetensors`.
+    """Read statistics from a dataset's `meta/stats.json` or a policy's `*normalizer_processor.safetensors`.
 
-    They are of the columns as recorded, and a dataset's quantiles are means of its episodes' quantiles.
+    They are of the recorded columns, and a dataset's quantiles are means of its episodes' quantiles.
 
     Args:
         path: The file.
-        columns: `state` and `actions` -> lerobot's names; several are concatenated. One that is empty is left out.
+        columns: `state` and `actions` -> lerobot's column names, which are concatenated; an empty list is skipped.
 
     Raises:
-        UserError: The file is none of lerobot's, or lacks a column.
+        UserError: The file is not one of lerobot's, or lacks a column.
     """
     tables = _read_processor(path) if path.suffix == ".safetensors" else _read_json(path)
     stats = {}
@@ -52,7 +52,7 @@ def read_lerobot(path: Path, columns: Mapping[str, Sequence[str]] = LEROBOT_COLU
         for name in names:
             if name not in tables:
                 near = did_you_mean(name, tables)
-                raise UserError(f"{path} has no statistics of {name!r}{near}; it holds {_listed(tables)}")
+                raise UserError(f"{path} has no statistics of {name!r}{near}; it has {_listed(tables)}")
             parts.append(_parse(path, name, tables[name]))
         if parts:
             stats[key] = NormStats(*(np.concatenate([getattr(part, field) for part in parts]) for field in FIELDS))
@@ -81,7 +81,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as e:
         raise UserError(f"{path} cannot be read: {e}") from e
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds no table of statistics")
+        raise UserError(f"{path} contains no table of statistics")
     return content
 
 
@@ -89,7 +89,7 @@ def _parse(path: Path, name: str, table: Any) -> NormStats:
     try:
         return parse_norm_stats(table)
     except (KeyError, TypeError, ValueError) as e:
-        raise UserError(f"{path}: {name!r} has no mean and std, or they do not fit ({type(e).__name__}: {e})") from e
+        raise UserError(f"{path}: {name!r} has no mean and std, or they are invalid ({type(e).__name__}: {e})") from e
 
 
 def _listed(tables: Mapping[str, Any]) -> str:

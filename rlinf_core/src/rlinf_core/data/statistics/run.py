@@ -1,4 +1,4 @@
-"""The statistics of a run: found or computed by rank 0 before the first step, and examined. Imports no torch."""
+"""The statistics of a run: rank 0 reads or computes them before the first step, and diagnoses them. Torch-free."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import numpy as np
 from rlinf_core.contract.datasets import SampleSource
 from rlinf_core.contract.run import RunConfig
 from rlinf_core.data.normalize import Mode, NormStats, Origin, Stats, load_with_origin, save_norm_stats
-from rlinf_core.data.statistics.action_kind import examine_actions
-from rlinf_core.data.statistics.compute import ROWS_WITH_IMAGES, Survey, stats_fingerprint, survey
-from rlinf_core.data.statistics.diagnose import Finding, compare_origins, examine
+from rlinf_core.data.statistics.action_kind import diagnose_actions
+from rlinf_core.data.statistics.compute import ROWS_WITH_IMAGES, Distribution, stats_fingerprint, summarize
+from rlinf_core.data.statistics.diagnose import Finding, compare_origins, compare_with_data
 from rlinf_core.data.transforms import Transform
 from rlinf_core.errors import UserError
 
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Diagnosis:
-    """Statistics with which a run normalises, the data they were held against, and what is wrong."""
+    """The statistics of a run, the distributions of its data, and the findings about both."""
 
     stats: dict[str, NormStats]
     origin: Origin
     mode: Mode
-    surveyed: dict[str, Survey]
+    distributions: dict[str, Distribution]
     findings: tuple[Finding, ...]
     """Errors first."""
 
     def refuse(self) -> None:
-        """Raise `UserError` for findings that would spoil the run."""
+        """Raise `UserError` if there are errors."""
         errors = [str(finding) for finding in self.findings if finding.severity == "error"]
         if errors:
             raise UserError("\n".join(errors))
@@ -43,20 +43,20 @@ class Diagnosis:
 def run_statistics(
     run: RunConfig, source: SampleSource, group: ProcessGroup, *, resuming: bool, file: str = "norm_stats.json"
 ) -> tuple[Stats | None, tuple[Finding, ...]]:
-    """The statistics with which this run normalises, kept in the run's folder, and warnings about them.
+    """The statistics of this run, saved in its folder, and warnings about them.
 
     Args:
         run: The run.
         source: Training rows.
-        group: All ranks call this; they wait for rank 0 as long as it takes.
-        resuming: The run continues from a checkpoint, whose weights know only the statistics they were trained with.
-        file: Where they are kept, `RunSource.statistics`.
+        group: All ranks call this function, and wait for rank 0 without a timeout.
+        resuming: The run continues from a checkpoint, whose weights need the statistics that they were trained with.
+        file: File name in the run's folder, `RunSource.statistics`.
 
     Returns:
-        None if its policy does not normalise. Warnings are told when a run begins, not when it continues.
+        None if the policy does not normalise. There are warnings when a run begins, not when it continues.
 
     Raises:
-        UserError: The statistics would spoil the run; or it continues but they are gone or no longer those of the data.
+        UserError: The statistics would spoil the run; or it continues and they are missing or no longer fit the data.
     """
     if run.policy.normalization == "none":
         return None, ()
@@ -74,12 +74,12 @@ def run_statistics(
 
 
 def resumed_statistics(run: RunConfig, source: SampleSource, path: Path) -> dict[str, NormStats]:
-    """What a run began with; `UserError` if that is gone or was computed from other data than there are now."""
-    stats, made_of = load_with_origin(path)
-    if not run.data.given_statistics() and made_of.fingerprint != _origin(run, source, _transforms(run)).fingerprint:
+    """The statistics that a run began with; raises `UserError` if they are missing or of other data than now."""
+    stats, recorded = load_with_origin(path)
+    if not run.data.given_statistics() and recorded.fingerprint != _origin(run, source, _transforms(run)).fingerprint:
         raise UserError(
-            f"{path} was computed from other rows, transforms or another horizon than the data have now: the run "
-            "cannot continue on it. Restore the dataset, its settings or its plugin, or use another runner.name"
+            f"{path} was computed from other rows, other transforms or another horizon: the run cannot continue with "
+            "it. Restore the dataset, its settings or its plugin, or use another runner.name"
         )
     return stats
 
@@ -87,13 +87,13 @@ def resumed_statistics(run: RunConfig, source: SampleSource, path: Path) -> dict
 def diagnose(
     run: RunConfig, source: SampleSource, *, rows: int | None = None, computed: Path | None = None
 ) -> Diagnosis:
-    """The statistics that a run would begin with, given or computed, and what is wrong with them.
+    """The statistics that a run would begin with, given or computed, and the findings about them.
 
     Args:
         run: The run; its policy normalises.
         source: Training rows.
-        rows: Look at no more than about so many, evenly spread.
-        computed: Where they may lie already; images are not decoded again for the same ones.
+        rows: Use at most about this many rows, evenly spread.
+        computed: A file that may already contain them; if they still fit, images are not decoded again.
 
     Raises:
         UserError: A file is missing or damaged, or statistics cannot be computed.
@@ -105,31 +105,33 @@ def diagnose(
     origin = _origin(run, source, transforms)
     stats: dict[str, NormStats] | None = None
     if given := run.data.given_statistics():
-        stats, made_of = load_with_origin(Path(given).expanduser())
-        findings += compare_origins(made_of, origin)
-        origin = made_of
+        stats, recorded = load_with_origin(Path(given).expanduser())
+        findings += compare_origins(recorded, origin)
+        origin = recorded
     elif images and computed and computed.exists():
-        known, made_of = load_with_origin(computed)
-        same = (made_of.fingerprint, made_of.norm_floor) == (origin.fingerprint, run.data.norm_floor)
+        known, recorded = load_with_origin(computed)
+        same = (recorded.fingerprint, recorded.norm_floor) == (origin.fingerprint, run.data.norm_floor)
         stats = known if same else None
     if images and stats is not None:
         rows = ROWS_WITH_IMAGES  # Enough to compare.
-    surveyed = survey(source, transforms, read_images=images, rows=rows)
+    distributions = summarize(source, transforms, read_images=images, rows=rows)
     if stats is None:
-        stats = {key: one.stats for key, one in surveyed.items()}
-    stats = {key: one.cut(len(surveyed[key].stats.mean)) if key in surveyed else one for key, one in stats.items()}
+        stats = {key: one.stats for key, one in distributions.items()}
+    stats = {
+        key: one.cut(len(distributions[key].stats.mean)) if key in distributions else one for key, one in stats.items()
+    }
     if run.data.norm_floor:
         stats = {key: one.floored(run.data.norm_floor) for key, one in stats.items()}
-    findings += examine(stats, surveyed, mode)
+    findings += compare_with_data(stats, distributions, mode)
     if not images:
-        findings += examine_actions(source, transforms)
+        findings += diagnose_actions(source, transforms)
     findings.sort(key=lambda finding: finding.severity != "error")
     origin = Origin(**(vars(origin) | {"norm_floor": max(run.data.norm_floor, origin.norm_floor)}))
-    return Diagnosis(stats, origin, mode, surveyed, tuple(findings))
+    return Diagnosis(stats, origin, mode, distributions, tuple(findings))
 
 
 def _transforms(run: RunConfig) -> Sequence[Transform]:
-    """Everything before normalisation."""
+    """All transforms before normalisation."""
     return (run.data.repack(), *run.data.transforms())
 
 

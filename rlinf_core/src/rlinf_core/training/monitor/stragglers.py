@@ -22,8 +22,8 @@ INTERVAL = 100
 SLOWER = 1.3
 """A rank is told of from this on: computing so many times as long as the median rank, or waiting for data longer than
 the median rank by the part of a step that makes it take so many times as long."""
-PROBE = 2048, 32
-"""Rows of the square matrices and number of products of the probe: 0.55 TFLOP, about a millisecond."""
+TIMED_PRODUCTS = 2048, 32
+"""Rows of the square matrices and number of products that are timed: 0.55 TFLOP, about a millisecond."""
 
 
 class Stragglers:
@@ -102,7 +102,7 @@ def place(rank: int) -> str:
 
 def _probe(device: torch.device) -> tuple[torch.cuda.Event, torch.cuda.Event]:
     """Queue the same small piece of work on every device; nothing waits for it."""
-    size, times = PROBE
+    size, times = TIMED_PRODUCTS
     factor = torch.ones(size, size, dtype=torch.bfloat16, device=device)
     start = record_event()
     for _ in range(times):

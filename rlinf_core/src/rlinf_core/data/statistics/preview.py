@@ -1,4 +1,4 @@
-"""A look at the training data before a run: samples of rows from all over it, without images. Imports no torch."""
+"""Preview the training data before a run: evenly spread samples without images, and all prompts. Torch-free."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from rlinf_core.data.statistics.compute import ROWS_AT_A_TIME, apply, takes_batc
 from rlinf_core.data.transforms import Transform
 from rlinf_core.errors import UserError
 
-PROBED_ROWS = 4096
-"""Rows that are looked at, at most: a few seconds."""
+PREVIEW_ROWS = 4096
+"""Most rows of a preview; they take a few seconds."""
 
 
-def probe(source: SampleSource, pipeline: Pipeline, most: int = PROBED_ROWS) -> Iterator[Sample]:
-    """Samples from all over a split, made as they are asked for: see `spread_rows` for which, `encode` for how."""
+def preview_samples(source: SampleSource, pipeline: Pipeline, most: int = PREVIEW_ROWS) -> Iterator[Sample]:
+    """Encode the rows that `spread_rows` selects, lazily and without images."""
     yield from encode_without_images(source, pipeline, spread_rows(source.episodes, most).tolist())
 
 
 def spread_rows(episodes: NDArray[np.int64], most: int) -> NDArray[np.int64]:
-    """Up to `most` rows: the first of every episode (what changes between episodes is seen whole), then evenly spread.
+    """Select up to `most` rows: the first of every episode, to cover all episodes, then evenly spread ones.
 
     Args:
         episodes: [N], the episode of each row.
-        most: If there are more episodes, they are spread evenly themselves.
+        most: If there are more episodes, evenly spread episodes are selected.
     """
     if len(episodes) <= most:
         return np.arange(len(episodes))
@@ -42,7 +42,7 @@ def spread_rows(episodes: NDArray[np.int64], most: int) -> NDArray[np.int64]:
 def encode_without_images(
     source: SampleSource, pipeline: Pipeline, rows: Sequence[int], at_once: int = 256
 ) -> Iterator[Sample]:
-    """Encode rows without their images; an error names the row it comes from."""
+    """Encode rows without their images; an error names the row."""
     for start in range(0, len(rows), at_once):
         indices = rows[start : start + at_once]
         for index, row in zip(indices, source.without_images(indices), strict=True):
@@ -55,12 +55,12 @@ def encode_without_images(
 def different_prompts(
     source: SampleSource, transforms: Sequence[Transform], *, read_images: bool = False
 ) -> Iterator[str]:
-    """Every prompt of a split once, in one pass over its rows.
+    """Every distinct prompt of a split, in one pass over its rows.
 
     Args:
         source: The rows.
-        transforms: Everything before normalisation: repacking and the dataset's transforms.
-        read_images: Decode images for transforms that look at them; slow.
+        transforms: All transforms before normalisation: repacking and the dataset's own.
+        read_images: Decode images for transforms that need them; slow.
     """
     seen: set[str] = set()
     in_columns = not read_images and isinstance(source, ColumnSource) and all(map(takes_batches, transforms))

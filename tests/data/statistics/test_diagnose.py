@@ -1,4 +1,4 @@
-"""A corpus of bad statistics and bad data, each found by its name, and good ones in which nothing is found."""
+"""A corpus of bad statistics and data, each with its finding, and good ones without findings."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,9 +10,9 @@ from distributions import repository_plugins
 from rlinf_core.config.load import load_config
 from rlinf_core.data.normalize import Normalize, NormStats, Origin, save_norm_stats
 from rlinf_core.data.splits import open_split
-from rlinf_core.data.statistics.action_kind import examine_actions
-from rlinf_core.data.statistics.compute import survey
-from rlinf_core.data.statistics.diagnose import compare_origins, examine
+from rlinf_core.data.statistics.action_kind import diagnose_actions
+from rlinf_core.data.statistics.compute import summarize
+from rlinf_core.data.statistics.diagnose import compare_origins, compare_with_data
 from rlinf_core.data.statistics.run import diagnose
 from rlinf_core.data.transforms import Concatenate, RelativeActions, RelativeUnless
 from rlinf_core.errors import UserError
@@ -72,8 +72,8 @@ def healthy():
 
 
 def own(source):
-    surveyed = survey(source, [REPACK])
-    return {key: one.stats for key, one in surveyed.items()}, surveyed
+    distributions = summarize(source, [REPACK])
+    return {key: one.stats for key, one in distributions.items()}, distributions
 
 
 def change(stats, key, **fields):
@@ -103,7 +103,7 @@ CORPUS = [
     ("constant", "mean_std", constant, "state", (2,), "warning", "never changes in the data"),
     ("beyond-5", "mean_std", outlier, "actions", (1,), "warning", "in episode 103"),
     ("beyond-5", "quantile", outlier, "actions", (1,), "warning", "in episode 103"),
-    ("no-spread", "quantile", hardly_ever, "actions", (3,), "warning", "the data move"),
+    ("no-spread", "quantile", hardly_ever, "actions", (3,), "warning", "the data vary"),
     ("scale-near-zero", "quantile", {"q01": (0, 0.0), "q99": (0, 2e-4)}, "state", (0,), "warning", "of the range"),
     ("no-spread", "mean_std", {"std": (1, 0.0)}, "state", (1,), "warning", "no spread"),
     ("not-finite", "mean_std", {"mean": (0, np.nan)}, "state", (0,), "error", "mean is NaN or infinite"),
@@ -128,10 +128,10 @@ def test_each_damage_is_found_by_name(name, mode, damage, key, dimensions, sever
     source = healthy()
     if callable(damage):
         damage(source)
-    stats, surveyed = own(source)
+    stats, distributions = own(source)
     if not callable(damage):
         stats = change(stats, key, **damage)
-    (found,) = [finding for finding in examine(stats, surveyed, mode) if finding.id == name]
+    (found,) = [finding for finding in compare_with_data(stats, distributions, mode) if finding.id == name]
     assert (found.key, found.dimensions, found.severity) == (key, dimensions, severity)
     assert text in found.message
     assert found.way_out
@@ -140,21 +140,21 @@ def test_each_damage_is_found_by_name(name, mode, damage, key, dimensions, sever
 def test_the_way_out_depends_on_how_many_episodes_are_far_out():
     source = healthy()
     outlier(source)
-    stats, surveyed = own(source)
-    (one,) = [finding for finding in examine(stats, surveyed, "quantile") if finding.id == "beyond-5"]
+    stats, distributions = own(source)
+    (one,) = [finding for finding in compare_with_data(stats, distributions, "quantile") if finding.id == "beyond-5"]
     assert "data.exclude_episodes" in one.way_out
-    stats, surveyed = own(healthy())
+    stats, distributions = own(healthy())
     tight = change(stats, "actions", std=(0, 0.015))
-    (all_,) = [finding for finding in examine(tight, surveyed, "mean_std") if finding.dimensions == (0,)]
+    (all_,) = [finding for finding in compare_with_data(tight, distributions, "mean_std") if finding.dimensions == (0,)]
     assert (all_.id, "leave data.norm_stats empty" in all_.way_out) == ("beyond-5", True)
 
 
 def test_statistics_that_miss_a_vector_or_numbers_of_it_are_errors():
-    stats, surveyed = own(healthy())
-    (found,) = examine({"actions": stats["actions"]}, surveyed, "mean_std")
+    stats, distributions = own(healthy())
+    (found,) = compare_with_data({"actions": stats["actions"]}, distributions, "mean_std")
     assert (found.id, found.severity, found.key) == ("missing", "error", "state")
     narrow = {"state": NormStats(*(value[:3] for value in vars(stats["state"]).values())), "actions": stats["actions"]}
-    (found,) = examine(narrow, surveyed, "mean_std")
+    (found,) = compare_with_data(narrow, distributions, "mean_std")
     assert (found.id, found.severity) == ("too-narrow", "error")
     assert "have 3 numbers, the data have 4" in found.message
 
@@ -162,11 +162,11 @@ def test_statistics_that_miss_a_vector_or_numbers_of_it_are_errors():
 @pytest.mark.parametrize("mode", MODES)
 def test_nothing_is_found_in_good_data(mode):
     source = healthy()
-    stats, surveyed = own(source)
-    assert examine(stats, surveyed, mode) == []
-    assert examine_actions(source, [REPACK]) == []
+    stats, distributions = own(source)
+    assert compare_with_data(stats, distributions, mode) == []
+    assert diagnose_actions(source, [REPACK]) == []
     wider = {key: NormStats(*(np.pad(v, (0, 3)) for v in vars(one).values())) for key, one in stats.items()}
-    assert examine(wider, surveyed, mode) == []  # openpi's files are filled up to 32 numbers.
+    assert compare_with_data(wider, distributions, mode) == []  # openpi's files are filled up to 32 numbers.
 
 
 @pytest.mark.parametrize("name", ["pi0_metaworld", "pi05_metaworld"])
@@ -189,13 +189,13 @@ def test_the_floor_that_is_offered_keeps_its_word(mode):
     source = healthy()
     source.actions[:, 3] = 0.0
     source.actions[5, 3] = 0.004
-    stats, surveyed = own(source)
+    stats, distributions = own(source)
     if mode == "mean_std":
         stats = change(stats, "actions", std=(3, 0.0))
-    (found,) = [finding for finding in examine(stats, surveyed, mode) if finding.id == "no-spread"]
+    (found,) = [finding for finding in compare_with_data(stats, distributions, mode) if finding.id == "no-spread"]
     assert found.way_out.startswith("data.norm_floor = 0.001 would widen actions [3]; ")
     floored = {key: one.floored(0.001) for key, one in stats.items()}
-    assert not [finding for finding in examine(floored, surveyed, mode) if finding.id == "no-spread"]
+    assert not [finding for finding in compare_with_data(floored, distributions, mode) if finding.id == "no-spread"]
     largest = np.abs(Normalize(floored, mode).normalized("actions", np.array([0.0, 0.0, 0.0, 0.004])))[3]
     assert f"number is then {largest:.2g}" in found.way_out
 
@@ -244,7 +244,7 @@ RELATIVE = RelativeActions((True, True, True))
     ],
 )
 def test_positions_and_displacements_are_told_apart(kind, transforms, expected):
-    found = examine_actions(moving(kind), transforms)
+    found = diagnose_actions(moving(kind), transforms)
     assert [(finding.id, finding.dimensions) for finding in found] == expected
     assert all("data.raw_action_is_delta" in str(finding) for finding in found if "absolute" in finding.id)
 

@@ -17,15 +17,15 @@ from rlinf_core.data.loading.sampling import steps_per_epoch
 from rlinf_core.data.normalize import Mode, NormStats
 from rlinf_core.data.pipeline import Pipeline, build_pipeline
 from rlinf_core.data.splits import open_split
-from rlinf_core.data.statistics.compute import Survey, survey
+from rlinf_core.data.statistics.compute import Distribution, summarize
 from rlinf_core.data.statistics.run import diagnose
 from rlinf_core.errors import UserError
 from rlinf_core.inspect.samples import Place, SampleView, choose, find, meetings, view
 from rlinf_core.plugins.registry import Plugins
-from rlinf_core.preflight import SURVEYED_ROWS, Report, check_run
+from rlinf_core.preflight import DIAGNOSED_ROWS, Report, check_run
 
-SURVEYED_WITH_IMAGES = 512
-SURVEYED_UNNORMALIZED = 4096
+DIAGNOSED_WITH_IMAGES = 512
+SUMMARIZED_ROWS = 4096
 EPISODES_ASKED = 4096
 """Episodes whose task is looked up, where a source cannot give columns."""
 
@@ -56,7 +56,7 @@ class SourceView:
     tasks: list[Task] = field(default_factory=list)
     tasks_of: int = 0
     """Of how many training episodes tasks were looked up."""
-    surveyed: Mapping[str, Survey] = field(default_factory=dict)
+    distributions: Mapping[str, Distribution] = field(default_factory=dict)
     """`state` and `actions`, after the dataset's transforms."""
     stats: Mapping[str, NormStats] = field(default_factory=dict)
     mode: Mode | None = None
@@ -98,7 +98,7 @@ class RunView:
         return [*self.report.warnings, *found]
 
 
-def look(run: RunConfig, plugins: Plugins, at: Sequence[tuple[str, int, int]] = ()) -> RunView:
+def gather(run: RunConfig, plugins: Plugins, at: Sequence[tuple[str, int, int]] = ()) -> RunView:
     """Gather all that the page shows.
 
     Args:
@@ -176,15 +176,17 @@ def _look_at(
 
 
 def _statistics(run: RunConfig, train: SampleSource, shown: SourceView) -> Pipeline | None:
-    """Survey the numbers; the pipeline with the statistics of the run, or None if there can be none."""
+    """Summarize the numbers; the pipeline with the statistics of the run, or None if there can be none."""
     try:
         images = run.data.stats_need_images
         if run.policy.normalization == "none":
-            most = SURVEYED_WITH_IMAGES if images else SURVEYED_UNNORMALIZED
-            shown.surveyed = survey(train, (run.data.repack(), *run.data.transforms()), read_images=images, rows=most)
+            most = DIAGNOSED_WITH_IMAGES if images else SUMMARIZED_ROWS
+            shown.distributions = summarize(
+                train, (run.data.repack(), *run.data.transforms()), read_images=images, rows=most
+            )
             return build_pipeline(run.data, run.policy, None)
-        diagnosis = diagnose(run, train, rows=SURVEYED_WITH_IMAGES if images else SURVEYED_ROWS)
-        shown.surveyed, shown.mode = diagnosis.surveyed, diagnosis.mode
+        diagnosis = diagnose(run, train, rows=DIAGNOSED_WITH_IMAGES if images else DIAGNOSED_ROWS)
+        shown.distributions, shown.mode = diagnosis.distributions, diagnosis.mode
         diagnosis.refuse()
         shown.stats = diagnosis.stats
         return build_pipeline(run.data, run.policy, diagnosis.stats)

@@ -1,11 +1,11 @@
-"""Rows from all over the data, encoded as they are asked for."""
+"""Evenly spread rows, encoded lazily."""
 
 import numpy as np
 import pytest
 from toy_data import Rows, ToyDataset
 
 from rlinf_core.data.pipeline import Pipeline
-from rlinf_core.data.statistics.probe import encode_without_images, probe, spread_rows
+from rlinf_core.data.statistics.preview import encode_without_images, preview_samples, spread_rows
 from rlinf_core.errors import UserError
 
 
@@ -37,7 +37,7 @@ def test_nothing_is_read_before_it_is_asked_for():
             read.extend(indices)
             return super().without_images(indices)
 
-    samples = probe(Counted(1000), Pipeline(ToyDataset(config_name="toy").repack()), most=600)
+    samples = preview_samples(Counted(1000), Pipeline(ToyDataset(config_name="toy").repack()), most=600)
     assert read == []
     first = next(samples)
     assert (first["index"], first["images"]) == (0, {})

@@ -1,0 +1,160 @@
+"""Which episodes a run uses, and which of them are held out for validation.
+
+The config first selects episodes by number, task, length and quality; some of those are then held out. The result
+depends only on the dataset and that selection, so that runs can be compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlinf_core.contract.datasets import DatasetConfig, LeRobotDatasetConfig
+from rlinf_core.errors import UserError, did_you_mean
+
+
+@dataclass(frozen=True, eq=False)
+class EpisodeTable:
+    """What episodes are selected by; arrays are [E]."""
+
+    numbers: NDArray[np.int64]
+    """Episode numbers, as the dataset counts them."""
+    lengths: NDArray[np.int64]
+    """Number of frames."""
+    tasks: NDArray[np.int64]
+    """`task_index` of each episode's first frame."""
+    task_texts: dict[int, str]
+    quality: NDArray[np.float64] | None = None
+    """Values of `data.quality_column`."""
+
+
+def split_episodes(config: LeRobotDatasetConfig, table: EpisodeTable) -> tuple[frozenset[int], frozenset[int]]:
+    """Return the episodes to train on and the held-out ones.
+
+    Raises:
+        UserError: The config names an episode or a task that the dataset does not have, or no episode is left.
+    """
+    chosen = np.ones(len(table.numbers), np.bool_)
+    narrowed: list[str] = []
+    if config.episodes:
+        chosen &= np.isin(table.numbers, _numbers("data.episodes", config, config.episodes, table))
+        narrowed.append("episodes")
+    if config.exclude_episodes:
+        chosen &= ~np.isin(table.numbers, _numbers("data.exclude_episodes", config, config.exclude_episodes, table))
+        narrowed.append("exclude_episodes")
+    if config.tasks:
+        chosen &= np.isin(table.tasks, _tasks("data.tasks", config, config.tasks, table))
+        narrowed.append("tasks")
+    if config.min_episode_length:
+        chosen &= table.lengths >= config.min_episode_length
+        narrowed.append("min_episode_length")
+    if config.max_episode_length:
+        chosen &= table.lengths <= config.max_episode_length
+        narrowed.append("max_episode_length")
+    if config.quality_column and table.quality is not None:
+        chosen &= table.quality >= config.min_quality
+        narrowed.append(f"quality_column (from {table.quality.min():g} to {table.quality.max():g})")
+    if not chosen.any():
+        raise UserError(
+            f"no episode of {config.repo_id} is left: none of its {len(chosen)} episodes ({table.lengths.min()} to "
+            f"{table.lengths.max()} frames) passes data." + ", data.".join(narrowed)
+        )
+    task_of = dict(zip(table.numbers[chosen].tolist(), table.tasks[chosen].tolist(), strict=True))
+    if config.validation_tasks:
+        wanted = _tasks("data.validation_tasks", config, config.validation_tasks, table)
+        held_out = frozenset(episode for episode, task in task_of.items() if task in wanted)
+        if len(held_out) in (0, len(task_of)):
+            which = "every episode" if held_out else "no episode"
+            raise UserError(f"data.validation_tasks holds out {which} of the selected ones: name other tasks")
+    else:
+        held_out = held_out_episodes(config, task_of)
+    return frozenset(task_of) - held_out, held_out
+
+
+def _numbers(key: str, config: DatasetConfig, named: Sequence[int | str], table: EpisodeTable) -> list[int]:
+    """The episode numbers in a list of numbers and ranges."""
+    numbers: list[int] = []
+    there = set(table.numbers.tolist())
+    for one in named:
+        first, last = (one, one) if isinstance(one, int) else map(int, one.split("-"))
+        if first > last or first not in there or last not in there:
+            raise UserError(
+                f"{key} names {one}, but the episodes of {config.repo_id} are {min(there)} to {max(there)}"
+                + ", with gaps" * (len(there) != max(there) - min(there) + 1)
+            )
+        numbers += range(first, last + 1)
+    return numbers
+
+
+def _tasks(key: str, config: DatasetConfig, named: Sequence[int | str], table: EpisodeTable) -> list[int]:
+    """The task numbers for a list of texts and numbers."""
+    number_of = {text: number for number, text in table.task_texts.items()}
+    found = []
+    for one in named:
+        number = one if isinstance(one, int) else number_of.get(one)
+        if number not in table.task_texts:
+            listed = ", ".join(f"{number} {text!r}" for number, text in list(table.task_texts.items())[:10])
+            near = did_you_mean(one, number_of) if isinstance(one, str) else ""
+            raise UserError(
+                f"{key} names {one!r}, which is not a task of {config.repo_id}{near}; it has {len(number_of)}: {listed}"
+                + ", ..." * (len(number_of) > 10)
+            )
+        found.append(int(number))
+    return found
+
+
+def held_out_episodes(config: DatasetConfig, tasks: dict[int, int]) -> frozenset[int]:
+    """The held-out episodes; the others are for training.
+
+    Args:
+        config: `validation_episodes` names them, or `validation_fraction` says how many.
+        tasks: Episode number -> number of its task.
+
+    Raises:
+        UserError: An episode does not exist, or none would be left to train on.
+    """
+    if config.validation_episodes:
+        unknown = sorted(set(config.validation_episodes) - tasks.keys())
+        if unknown:
+            raise UserError(
+                f"data.validation_episodes names {unknown}, but the {len(tasks)} selected episodes of {config.repo_id} "
+                f"are numbered {min(tasks)} to {max(tasks)}"
+            )
+        if set(config.validation_episodes) == tasks.keys():
+            raise UserError(
+                f"data.validation_episodes holds out every episode of {config.repo_id}: leave some for training"
+            )
+        return frozenset(config.validation_episodes)
+    if config.validation_fraction:
+        return _share_of_each_task(config, tasks)
+    return frozenset()
+
+
+def _share_of_each_task(config: DatasetConfig, tasks: dict[int, int]) -> frozenset[int]:
+    """Hold out the same share of every task, by the largest-remainder method."""
+    members: dict[int, list[int]] = defaultdict(list)
+    for episode in sorted(tasks, key=_shuffled):
+        members[tasks[episode]].append(episode)
+    room = {task: len(episodes) - 1 for task, episodes in members.items()}  # A task never loses its last episode.
+    if not any(room.values()):
+        raise UserError(
+            f"data.validation_fraction = {config.validation_fraction}: each task of {config.repo_id} has only one "
+            "episode, so none can be held out; name some in data.validation_episodes"
+        )
+    exact = {task: len(episodes) * config.validation_fraction for task, episodes in members.items()}
+    count = {task: min(int(exact[task]), room[task]) for task in members}
+    wanted = max(1, round(len(tasks) * config.validation_fraction))
+    for task in sorted(members, key=lambda task: (int(exact[task]) - exact[task], _shuffled(task))):
+        if sum(count.values()) < wanted and count[task] < room[task]:
+            count[task] += 1
+    return frozenset(episode for task, episodes in members.items() for episode in episodes[: count[task]])
+
+
+def _shuffled(number: int) -> bytes:
+    """A pseudo-random sort key that is the same on every machine and with every library version."""
+    return hashlib.blake2b(str(number).encode(), digest_size=8).digest()
