@@ -121,7 +121,7 @@ def test_rlinf_launch(plugins, configure, examples, monkeypatch):
 def test_rlinf_open_dataset(plugins, configure):
     run = configure("data.rows=5")
     rows = plugins.hook.rlinf_open_dataset(dataset=run.data, policy=run.policy, split="train")
-    assert (len(rows), rows.describe(4)) == (5, "made-up row 4")
+    assert (len(rows), rows.describe(4)) == (5, "synthetic row 4")
     nobody = PolicyConfig(type="arm")
     # Core's own reader answers last, and its errors stay as they are: the folder is the user's mistake, not a plugin's.
     with pytest.raises(UserError) as caught:

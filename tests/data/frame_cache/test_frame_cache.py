@@ -342,7 +342,7 @@ def test_options_that_would_be_ignored_are_refused(options, message, capsys):
 
 
 def test_a_quality_without_jpeg_is_refused():
-    with pytest.raises(ValueError, match='cache_quality is that of cache = "jpeg": set both'):
+    with pytest.raises(ValueError, match='cache_quality is for cache = "jpeg": set both'):
         config("data", cache_quality=80)
 
 
