@@ -104,7 +104,7 @@ def test_plugins_shows_who_registered_what_and_what_failed(rlinf):
     code, out, _ = rlinf(plugins, "plugins")
     assert code == 0
     assert "failed: lab 3.1 (entry point 'broken = a_module_that_nobody_has')" in out
-    assert "left out by RLINF_DISABLE_PLUGINS: quiet" in out
+    assert "disabled by RLINF_DISABLE_PLUGINS: quiet" in out
     assert ["only-data", "1.0", "2"] in [line.split() for line in out.splitlines()]
     code, out, _ = rlinf(repository_plugins(), "plugins")
     assert "trainer fsdp2" in out
@@ -215,7 +215,7 @@ def test_unknown_commands_are_told_near_names_and_failures(rlinf):
     assert (code, out) == (2, "")
     assert error.splitlines()[:2] == [
         "error: unknown command 'dataset'; did you mean 'datasets' or 'check-dataset'?",
-        f"  there is: {', '.join(sorted(command.name for command in cli.COMMANDS))}",
+        f"  available: {', '.join(sorted(command.name for command in cli.COMMANDS))}",
     ]
     assert "  failed: lab 3.1 (entry point" in error
     assert rlinf(broken)[0] == 2

@@ -103,7 +103,7 @@ def test_openpis_files_are_imported_with_their_root_or_without(command, tmp_path
             "--import", tmp_path / "theirs.json", "--from=openpi", "--output", tmp_path / f"{i}.json"
         )
         assert code == 0
-        assert "holds no quantiles" in out
+        assert "has no quantiles" in out
         assert load_norm_stats(tmp_path / f"{i}.json")["state"].std.tolist() == [2.0]
 
 

@@ -148,7 +148,7 @@ def test_a_compatible_policy_may_replace_the_datasets_own(load):
 
 def test_other_policies_are_refused(mistakes):
     message = mistakes('[policy]\ntype = "foreign"')
-    assert "policy.type: 'foreign' does not fit dataset 'toy_data', which is for toy or other" in message
+    assert "policy.type: 'foreign' is not compatible with dataset 'toy_data', which is for toy or other" in message
     assert "run.toml]" in message
 
 

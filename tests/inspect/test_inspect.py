@@ -21,7 +21,7 @@ from toy_mixture import toy_plugins
 from rlinf_core import UserError, cli
 from rlinf_core.data.loading.mixture import Order
 from rlinf_core.data.normalize import NormStats, save_norm_stats
-from rlinf_core.inspect.samples import choose, find, meetings
+from rlinf_core.inspect.samples import choose, find, occurrences
 
 EVIL = '<script>alert("1")</script> & "push" $x$'
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
@@ -204,7 +204,7 @@ def test_rows_can_be_chosen(robot, inspect):
     assert "policy.augment is off" in words
     for place, said in (
         ("3:0", "episode 3 is held out for validation"),
-        ("4:0", "episode 4 is none of the 3"),
+        ("4:0", "episode 4 is not one of the 3 training episodes"),
         ("2:12", "episode 2 has 12 frames"),
         ("x:2:1", "'x'"),
     ):
@@ -221,7 +221,7 @@ def test_statistics_that_would_spoil_the_run_stand_on_the_page(robot, inspect, t
     assert "too-narrow" in err
     words = words_of(folder)
     assert "error too-narrow: state" in words
-    assert "no samples are shown" in words
+    assert "no samples shown" in words
     assert "Episode lengths" in words
 
 
@@ -283,8 +283,8 @@ def test_text_shows_which_tokens_are_trained(inspect, tmp_path):
     code, out, _, folder = inspect(config)
     words = words_of(folder)
     assert code == 0
-    assert re.search(r"warning: 3 texts of the 3 samples shown are cut: up to \d+ tokens of one never", out)
-    assert re.search(r"cut \d+ more tokens did not fit", words)
+    assert re.search(r"warning: 3 texts of the 3 samples shown are truncated: up to \d+ tokens of a text never", out)
+    assert re.search(r"truncated \d+ more tokens did not fit", words)
     assert "nothing found" not in words
     assert "Text as 40 tokens only read trained" in words
     assert "Episode lengths" not in words
@@ -301,9 +301,9 @@ def test_chosen_rows_are_of_several_tasks_and_parts_of_an_episode():
     assert choose(Rows(1), {}) == [find(Rows(1), 0, 0)]
 
 
-def test_meetings_are_those_of_the_run():
+def test_occurrences_are_those_of_the_run():
     order = Order(7, (30, 6), (0.5, 0.5), 32)
-    met = list(meetings(order, 8, 12, 1, 4))
+    met = list(occurrences(order, 8, 12, 1, 4))
     assert len(met) == 3
     for _, epoch, position in met:
         sources, rows = order.epoch(epoch)

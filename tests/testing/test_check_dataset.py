@@ -28,7 +28,7 @@ def dataset(tiny_dataset):
 
 def test_a_dataset_that_conforms_passes(dataset, plugins):
     report = check_dataset(dataset, rows=8, plugins=plugins)
-    assert "inverses bring actions back to within 1e-05 of the largest number" in report.checked
+    assert "inverses restore actions to within 1e-05 of the largest value" in report.checked
     assert report.not_checked == ()
 
 
@@ -142,7 +142,7 @@ DATASET_BREAKS = [
     (
         "transforms",
         lambda self: (Halve(),),
-        "inverses bring actions back to within 1e-05 of the largest number; found number ",
+        "inverses restore actions to within 1e-05 of the largest value; found dimension ",
     ),
     (
         "transforms",
@@ -160,7 +160,7 @@ DATASET_BREAKS = [
     (
         "transforms",
         lambda self: (Unpicklable(),),
-        "rows and transforms can be pickled (they travel to workers); it raised TypeError: no copy of me",
+        "rows and transforms can be pickled (they are sent to workers); it raised TypeError: no copy of me",
     ),
     (
         "transforms",

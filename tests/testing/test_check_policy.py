@@ -116,14 +116,14 @@ BREAKS = [
         ArmPolicy,
         "transforms",
         lambda self: (Needs("prompt"), Needs("gripper")),
-        "transforms take a sample (a made-up one; give check_policy one that fits, if not); "
+        "transforms take a sample (a synthetic one; pass check_policy a sample that fits); "
         "it raised KeyError: 'gripper'",
     ),
     (
         ArmPolicy,
         "transforms",
         lambda self: (Pad(8), Unpicklable()),
-        "transforms can be pickled (they travel to workers); it raised TypeError: no copy of me",
+        "transforms can be pickled (they are sent to workers); it raised TypeError: no copy of me",
     ),
     (
         ArmPolicy,
@@ -185,7 +185,7 @@ BREAKS = [
         ArmPolicy,
         "published_name",
         lambda self, name: name.removesuffix(".bias").removesuffix(".weight"),
-        "published_name() gives every parameter a name of its own; found blocks.0, enter, leave",
+        "published_name() gives every parameter a different name; found blocks.0, enter, leave",
     ),
     (
         Arm,
@@ -197,7 +197,7 @@ BREAKS = [
         Arm,
         "shard_units",
         lambda self: iter([ShardUnit(self.enter), ShardUnit(self.enter)]),
-        "no shard unit is named twice; found enter",
+        "no shard unit is listed twice; found enter",
     ),
     (
         Arm,
@@ -326,7 +326,7 @@ def test_everything_found_stands_in_one_message(monkeypatch):
     assert str(caught.value) == (
         "ArmPolicy breaks 2 rules:\n"
         "  the class has a docstring, which listings show\n"
-        "  transforms take a sample (a made-up one; give check_policy one that fits, if not); "
+        "  transforms take a sample (a synthetic one; pass check_policy a sample that fits); "
         "it raised KeyError: 'gripper'\n"
-        "  (not checked: collate and the module: there are no samples)"
+        "  (not checked: collate and the module: no samples could be encoded)"
     )
