@@ -60,7 +60,7 @@ FAILURES = {
     "missing dependency": (
         "import robot_driver",
         "loading the plugin: No module named 'robot_driver', and broken needs it: pip install robot_driver "
-        "(or the package that brings this module)",
+        "(or the package that provides this module)",
     ),
     "missing part of a package": (
         "import email.robots",
@@ -90,7 +90,7 @@ FAILURES = {
     "wrapper": (
         "from rlinf_core import hookimpl\n@hookimpl(wrapper=True)\ndef rlinf_configure(run):\n    yield",
         "loading the plugin: rlinf_configure is a hook wrapper, which rlinf does not support: "
-        "write a plain implementation",
+        "use a plain implementation",
     ),
     "raising registration": (
         broken("raise RuntimeError('the arm is switched off')"),
@@ -99,7 +99,7 @@ FAILURES = {
     "registration with a missing dependency": (
         broken("import robot_driver"),
         "calling rlinf_register_policies: No module named 'robot_driver', and broken needs it: "
-        "pip install robot_driver (or the package that brings this module)",
+        "pip install robot_driver (or the package that provides this module)",
     ),
     "registration without a result": (
         broken("pass"),
@@ -120,8 +120,8 @@ FAILURES = {
     ),
     "malformed command name": (
         broken("return [Command('Go home', 'go', 'home')]", hook="rlinf_register_commands"),
-        "using what rlinf_register_commands returned: a command's name has lower-case letters, digits and hyphens only, "
-        "not 'Go home'",
+        "using what rlinf_register_commands returned: a command's name has lower-case letters, digits and hyphens "
+        "only, not 'Go home'",
     ),
     "malformed options": (
         broken("return [PolicyConfig]", hook="rlinf_register_options"),
@@ -170,7 +170,7 @@ def test_a_broken_plugin_says_what_is_wrong_and_disturbs_nobody(sound, source, f
 @pytest.mark.parametrize(
     ("entry_point", "cause"),
     [
-        ("nowhere", "No module named 'nowhere': install broken again, or correct its entry point"),
+        ("nowhere", "No module named 'nowhere': reinstall broken, or correct its entry point"),
         ("acme_arm:plugin", "AttributeError: module 'acme_arm' has no attribute 'plugin'"),
         ("acme_arm", "this plugin is loaded already, for acme-arm 1.0 (entry point 'arm = acme_arm')"),
     ],
@@ -193,7 +193,7 @@ def test_unknown_names_come_with_the_failures_that_may_be_why(sound):
         "unknown policy 'amr'; did you mean 'arm'?\n"
         "  available: arm\n"
         "  failed: broken 1.0 (entry point 'b = broken_plugin'): loading the plugin: No module named 'robot_driver', "
-        "and broken needs it: pip install robot_driver (or the package that brings this module)\n"
+        "and broken needs it: pip install robot_driver (or the package that provides this module)\n"
         "  failed: raising 1.0 (entry point 'r = raising_plugin'): calling rlinf_register_policies: OSError: no bus"
     )
 
@@ -272,7 +272,7 @@ def test_strict_mode_raises_the_failure(sound, monkeypatch):
         Plugins.load().policy("arm")
     assert str(caught.value) == (
         "broken 1.0 (entry point 'b = broken_plugin'): loading the plugin: No module named 'robot_driver', "
-        "and broken needs it: pip install robot_driver (or the package that brings this module)"
+        "and broken needs it: pip install robot_driver (or the package that provides this module)"
     )
 
 
