@@ -120,7 +120,7 @@ def test_plugins_as_json(rlinf):
     assert [one["distribution"] for one in found["plugins"]] == ["rlinf-core"]
     assert {"kind": "trainer", "name": "fsdp2"} in found["plugins"][0]["registers"]
     assert found["datasets"] == [{"distribution": "only-data", "version": "1.0", "count": 2}]
-    assert found["failures"][0].pop("cause").startswith("No module named 'a_module_that_nobody_has': install lab")
+    assert found["failures"][0].pop("cause").startswith("No module named 'a_module_that_nobody_has': reinstall lab")
     entry = "broken = a_module_that_nobody_has"
     assert found["failures"] == [
         {"distribution": "lab", "version": "3.1", "entry_point": entry, "doing": "loading the plugin"}

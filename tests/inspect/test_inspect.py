@@ -119,7 +119,7 @@ def test_the_page_shows_run_data_samples_and_distributions(page):
     }
     assert links <= anchors
     assert "training rows 28" in words
-    assert "From 7 to 12 frames, 9.3 on average, 28 together" in words
+    assert "From 7 to 12 frames, 9.3 on average, 28 in total" in words
     assert "recorded, 32 x 32 cut, 30 x 20 given to the model, 224 x 224" in words
     assert re.search(r"step \d+ \(epoch 0\): crop [+-]\d", words)
     assert "right_wrist_0_rgb The data have no such camera" in words
@@ -292,11 +292,11 @@ def test_text_shows_which_tokens_are_trained(inspect, tmp_path):
 
 def test_chosen_rows_are_of_several_tasks_and_parts_of_an_episode():
     tasks = {episode: "ab"[episode >= 15] for episode in range(20)}
-    places = choose(Rows(200), tasks)
-    assert [tasks[place.episode] for place in places] == ["a", "b", "a"]
-    assert [place.frame for place in places] == [3, 0, 8]
-    assert len({place.episode for place in places}) == 3
-    assert [place.row for place in places] == [place.episode * 10 + place.frame for place in places]
+    rows = choose(Rows(200), tasks)
+    assert [tasks[row.episode] for row in rows] == ["a", "b", "a"]
+    assert [row.frame for row in rows] == [3, 0, 8]
+    assert len({row.episode for row in rows}) == 3
+    assert [row.index for row in rows] == [row.episode * 10 + row.frame for row in rows]
     assert choose(Rows(10), {}) == [find(Rows(10), 0, frame) for frame in (3, 0, 8)]
     assert choose(Rows(1), {}) == [find(Rows(1), 0, 0)]
 

@@ -147,7 +147,7 @@ DATASET_BREAKS = [
     (
         "transforms",
         lambda self: (Cut(),),
-        "decoded actions have the data's shape (cut what a policy pads in the dataset's transforms); "
+        "decoded actions have the data's shape (remove the policy's padding in the dataset's transforms); "
         "found (3, 1), the data's is (3, 2)",
     ),
     ("repack", lambda self: repack_as(Erase)(self), "repack and transforms change no array in place"),
@@ -155,7 +155,7 @@ DATASET_BREAKS = [
     (
         "transforms",
         lambda self: (Center(),),
-        "transforms that say `batched` make the same numbers of many rows as of each",
+        "`batched` transforms give the same values for many rows at once as for each row alone",
     ),
     (
         "transforms",

@@ -145,7 +145,7 @@ def rlinf_train_started(trainer: Trainer) -> None:
     """Receive the trainer just before the first step, with its weights and position loaded.
 
     Args:
-        trainer: The trainer; `trainer.run` is the config, `trainer.step` the number of finished steps.
+        trainer: The trainer; its `run` is the config, its `step` the number of finished steps.
 
     Called on: every rank, once. Since 0.1.
     """
