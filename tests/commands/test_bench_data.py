@@ -38,7 +38,7 @@ def test_workers_are_measured_and_ended(capsys):
     )
     told = capsys.readouterr().out
     assert "(1 rank, 1 worker each, micro batch 16)" in told
-    assert "MB of its own" in told
+    assert "MB private memory in the largest worker" in told
     assert "GPUs at 5 samples/s each (given)" in told
     assert set(multiprocessing.active_children()) <= before
 
@@ -46,7 +46,10 @@ def test_workers_are_measured_and_ended(capsys):
 def test_what_a_gpu_takes_is_predicted_where_it_is_not_given(monkeypatch, capsys):
     monkeypatch.setattr(bench_data, "_predicted", lambda config, plugins, ranks: 60.0)
     assert main(["bench-data", *FEW, "data.num_workers=0", "--seconds", "0.1"]) == 0
-    assert "GPUs at 60 samples/s each (predicted for an H100 at 40% MFU; --samples" in capsys.readouterr().out
+    assert (
+        "GPUs at 60 samples/s each (predicted for an H100 at 40% MFU; override it with --samples"
+        in capsys.readouterr().out
+    )
 
 
 def test_of_a_run_on_the_cpu_no_gpus_are_told(capsys):
@@ -62,7 +65,7 @@ def test_a_text_run_has_no_pictures(capsys):
     text = ["examples/text_sft.toml", "data.num_workers=0", "--seconds", "0.1", "--samples-per-second-per-gpu", "5"]
     assert main(["bench-data", *text]) == 0
     told = capsys.readouterr().out
-    assert "none: no pictures" in told
+    assert "none: no images" in told
     assert "pictures 0%" not in told
 
 

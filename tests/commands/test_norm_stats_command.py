@@ -91,7 +91,7 @@ def test_two_files_are_compared_in_units_of_spread(command, tmp_path):
         (1, "mean", 0.5),
     ]
     out = command("--diff", a, b)[1]
-    assert "state: A has 3 numbers, B 4" in out
+    assert "state: A has 3 dimensions, B 4; only those of both are compared" in out
     assert command("--diff", a, a)[1].endswith("no difference\n")
 
 
@@ -135,7 +135,7 @@ def test_a_lerobot_policys_normalizer_is_imported(command, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ([], "name a config, or one of --show"),
+        ([], "give a config, or one of --show"),
         (["--import", "x.json"], "--import FILE and --from openpi|lerobot go together"),
         (["--import", "x.json", "--from=openpi"], "--import needs --output FILE"),
         (["--import", "no.json", "--from=openpi", "--output=y"], "no.json cannot be read"),

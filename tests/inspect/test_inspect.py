@@ -120,7 +120,7 @@ def test_the_page_shows_run_data_samples_and_distributions(page):
     assert links <= anchors
     assert "training rows 28" in words
     assert "From 7 to 12 frames, 9.3 on average, 28 in total" in words
-    assert "recorded, 32 x 32 cut, 30 x 20 given to the model, 224 x 224" in words
+    assert "recorded, 32 x 32 cropped, 30 x 20 given to the model, 224 x 224" in words
     assert re.search(r"step \d+ \(epoch 0\): crop [+-]\d", words)
     assert "right_wrist_0_rgb The data have no such camera" in words
     assert re.search(r"Task \d+ : \d+", words)  # Tokens, with their ids.

@@ -282,7 +282,7 @@ def test_the_command_makes_what_a_run_uses(tmp_path, monkeypatch, capsys):
     (folder,) = tmp_path.iterdir()
     damage(folder / "observation.image-000000.raw")
     assert main([*command, "--output", str(tmp_path)]) == 0
-    assert "damaged, and written again: observation.image-000000.raw" in capsys.readouterr().out
+    assert "damaged, written again: observation.image-000000.raw" in capsys.readouterr().out
     assert main([*command, "--output", str(tmp_path)]) == 0
     assert "all parts are complete and their hashes are correct" in capsys.readouterr().out
 
