@@ -1,4 +1,4 @@
-"""A plugin with every hook, each as short as it can be. `render_hooks.py` quotes it; the tests run it."""
+"""A plugin that implements every hook as briefly as possible. `render_hooks.py` quotes it; the tests run it."""
 
 import platform
 import subprocess
@@ -12,19 +12,19 @@ from rlinf_core import Command, DatasetConfig, LoggerConfig, PolicyConfig, Train
 
 
 class ArmPolicy(PolicyConfig):
-    """A policy of one's own; `rlinf_core.testing.check_policy` says what it still lacks."""
+    """A custom policy; `rlinf_core.testing.check_policy` reports what it still lacks."""
 
     type: Literal["arm"] = "arm"
 
 
 class CountingTrainer(TrainerConfig):
-    """A trainer of one's own."""
+    """A custom trainer."""
 
     type: Literal["counting"] = "counting"
 
 
 class SheetLogger(LoggerConfig):
-    """A logger of one's own."""
+    """A custom logger."""
 
     type: Literal["sheet"] = "sheet"
 
@@ -35,13 +35,13 @@ class ArmOptions(BaseModel):
     model_config = {"frozen": True, "extra": "forbid"}
 
     freeze: str = "vision."
-    """Parameters whose names begin so are not trained."""
+    """Parameters whose names start with this prefix are not trained."""
     largest_loss: float = 1e6
     """A run with a larger loss has diverged."""
 
 
 class MemoryDataset(DatasetConfig):
-    """Rows that are made up."""
+    """Synthetic rows."""
 
     rows: int = 8
 
@@ -61,10 +61,10 @@ class MemoryRows:
     without_images = __getitems__
 
     def describe(self, index):
-        return f"made-up row {index}"
+        return f"synthetic row {index}"
 
     def fingerprint(self):
-        return f"made up, {len(self)} rows"
+        return f"synthetic, {len(self)} rows"
 
 
 @hookimpl

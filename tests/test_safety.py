@@ -240,7 +240,7 @@ SECRETS = ["https://me:pa55word@host/data", "hf_" + "a1" * 16, "environment-secr
 def test_a_config_with_a_secret_is_refused_and_does_not_repeat_it(setting, secret, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("HF_TOKEN", "environment-secret")
     overrides = [setting.format(secret), f"runner.output_dir={tmp_path / 'runs'}"]
-    with pytest.raises(UserError, match="holds a password or a token") as refused:
+    with pytest.raises(UserError, match="contains a password or a token") as refused:
         load_config(QUICK, overrides, repository_plugins())
     assert cli.main(["validate", str(QUICK), *overrides]) == Exit.USER_ERROR
     told = capsys.readouterr()

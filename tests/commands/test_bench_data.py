@@ -38,8 +38,8 @@ def test_workers_are_measured_and_ended(capsys):
     )
     told = capsys.readouterr().out
     assert "(1 rank, 1 worker each, micro batch 16)" in told
-    assert "MB of its own" in told
-    assert "GPUs that take 5 samples a second each (given)" in told
+    assert "MB private memory in the largest worker" in told
+    assert "GPUs at 5 samples/s each (given)" in told
     assert set(multiprocessing.active_children()) <= before
 
 
@@ -47,7 +47,7 @@ def test_what_a_gpu_takes_is_predicted_where_it_is_not_given(monkeypatch, capsys
     monkeypatch.setattr(bench_data, "_predicted", lambda config, plugins, ranks: 60.0)
     assert main(["bench-data", *FEW, "data.num_workers=0", "--seconds", "0.1"]) == 0
     assert (
-        "GPUs that take 60 samples a second each (predicted for an H100 at 40% MFU; --samples"
+        "GPUs at 60 samples/s each (predicted for an H100 at 40% MFU; override it with --samples"
         in capsys.readouterr().out
     )
 
@@ -57,7 +57,7 @@ def test_of_a_run_on_the_cpu_no_gpus_are_told(capsys):
         form: (main(["bench-data", *FEW, "data.num_workers=0", "--seconds", "0.1", *form]), capsys.readouterr().out)[1]
         for form in ((), ("--json",))
     }
-    assert 'not said: trainer.device is "cpu"; give --samples-per-second-per-gpu' in told[()]
+    assert 'unknown: trainer.device is "cpu"; give --samples-per-second-per-gpu' in told[()]
     assert json.loads(told["--json",])["gpus_fed"] is None
 
 
@@ -65,7 +65,7 @@ def test_a_text_run_has_no_pictures(capsys):
     text = ["examples/text_sft.toml", "data.num_workers=0", "--seconds", "0.1", "--samples-per-second-per-gpu", "5"]
     assert main(["bench-data", *text]) == 0
     told = capsys.readouterr().out
-    assert "none: no pictures" in told
+    assert "none: no images" in told
     assert "pictures 0%" not in told
 
 
@@ -80,7 +80,7 @@ def test_a_missing_config_is_told_before_torch_is_loaded():
 @pytest.mark.parametrize("option", ["--ranks", "--seconds", "--samples-per-second-per-gpu"])
 def test_numbers_that_make_no_sense_are_refused(option, capsys):
     assert main(["bench-data", *FEW, option, "0"]) == 2
-    assert f"{option} must be more than 0" in capsys.readouterr().err
+    assert f"{option} must be greater than 0" in capsys.readouterr().err
 
 
 def test_sizes_that_do_not_divide_are_told(capsys):

@@ -104,7 +104,7 @@ def test_plugins_shows_who_registered_what_and_what_failed(rlinf):
     code, out, _ = rlinf(plugins, "plugins")
     assert code == 0
     assert "failed: lab 3.1 (entry point 'broken = a_module_that_nobody_has')" in out
-    assert "left out by RLINF_DISABLE_PLUGINS: quiet" in out
+    assert "disabled by RLINF_DISABLE_PLUGINS: quiet" in out
     assert ["only-data", "1.0", "2"] in [line.split() for line in out.splitlines()]
     code, out, _ = rlinf(repository_plugins(), "plugins")
     assert "trainer fsdp2" in out
@@ -120,7 +120,7 @@ def test_plugins_as_json(rlinf):
     assert [one["distribution"] for one in found["plugins"]] == ["rlinf-core"]
     assert {"kind": "trainer", "name": "fsdp2"} in found["plugins"][0]["registers"]
     assert found["datasets"] == [{"distribution": "only-data", "version": "1.0", "count": 2}]
-    assert found["failures"][0].pop("cause").startswith("No module named 'a_module_that_nobody_has': install lab")
+    assert found["failures"][0].pop("cause").startswith("No module named 'a_module_that_nobody_has': reinstall lab")
     entry = "broken = a_module_that_nobody_has"
     assert found["failures"] == [
         {"distribution": "lab", "version": "3.1", "entry_point": entry, "doing": "loading the plugin"}
@@ -215,7 +215,7 @@ def test_unknown_commands_are_told_near_names_and_failures(rlinf):
     assert (code, out) == (2, "")
     assert error.splitlines()[:2] == [
         "error: unknown command 'dataset'; did you mean 'datasets' or 'check-dataset'?",
-        f"  there is: {', '.join(sorted(command.name for command in cli.COMMANDS))}",
+        f"  available: {', '.join(sorted(command.name for command in cli.COMMANDS))}",
     ]
     assert "  failed: lab 3.1 (entry point" in error
     assert rlinf(broken)[0] == 2

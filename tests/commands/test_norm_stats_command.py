@@ -91,7 +91,7 @@ def test_two_files_are_compared_in_units_of_spread(command, tmp_path):
         (1, "mean", 0.5),
     ]
     out = command("--diff", a, b)[1]
-    assert "state: A has 3 numbers, B 4" in out
+    assert "state: A has 3 dimensions, B 4; only those of both are compared" in out
     assert command("--diff", a, a)[1].endswith("no difference\n")
 
 
@@ -103,7 +103,7 @@ def test_openpis_files_are_imported_with_their_root_or_without(command, tmp_path
             "--import", tmp_path / "theirs.json", "--from=openpi", "--output", tmp_path / f"{i}.json"
         )
         assert code == 0
-        assert "holds no quantiles" in out
+        assert "has no quantiles" in out
         assert load_norm_stats(tmp_path / f"{i}.json")["state"].std.tolist() == [2.0]
 
 
@@ -135,7 +135,7 @@ def test_a_lerobot_policys_normalizer_is_imported(command, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ([], "name a config, or one of --show"),
+        ([], "give a config, or one of --show"),
         (["--import", "x.json"], "--import FILE and --from openpi|lerobot go together"),
         (["--import", "x.json", "--from=openpi"], "--import needs --output FILE"),
         (["--import", "no.json", "--from=openpi", "--output=y"], "no.json cannot be read"),

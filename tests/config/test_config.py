@@ -148,7 +148,7 @@ def test_a_compatible_policy_may_replace_the_datasets_own(load):
 
 def test_other_policies_are_refused(mistakes):
     message = mistakes('[policy]\ntype = "foreign"')
-    assert "policy.type: 'foreign' does not fit dataset 'toy_data', which is for toy or other" in message
+    assert "policy.type: 'foreign' is not compatible with dataset 'toy_data', which is for toy or other" in message
     assert "run.toml]" in message
 
 
@@ -246,7 +246,7 @@ def test_all_mistakes_are_reported_together(mistakes):
         ("", "runner.loggers=[1]", "runner.loggers[0]: Input should be a valid string (got 1) [command line]"),
         ("trainer = 5", "seed=1", "trainer.type: is required"),
         ("", "trainer.type=fsdp", "unknown trainer 'fsdp'; did you mean 'fsdp2'?"),
-        ("", "policy.type=to", "policy.type: 'to' does not fit"),
+        ("", "policy.type=to", "policy.type: 'to' is not compatible with dataset"),
         ("", "data.config_name=toydata", "unknown dataset 'toydata'; did you mean 'toy_data'?"),
         ("", "data.cameras.x=1", "data.cameras.x: Input should be a valid string"),
         ("[runner]\nval_check_interval = 3", "seed=1", "runner.val_check_interval is set but no episode is held out"),
@@ -276,7 +276,7 @@ def test_syntax_errors_name_file_line_and_column(mistakes, tmp_path):
 
 @pytest.mark.parametrize("name", ["nowhere.toml", "."])
 def test_files_that_cannot_be_read_are_named(name, tmp_path, plugins):
-    with pytest.raises(UserError, match=r"there is no such file|cannot be read") as caught:
+    with pytest.raises(UserError, match=r": no such file|cannot be read") as caught:
         load_config(tmp_path / name, [], plugins)
     assert str(tmp_path / name) in str(caught.value)
 

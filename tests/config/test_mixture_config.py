@@ -133,14 +133,14 @@ def test_all_mistakes_of_all_entries_are_reported_together(mistakes):
     said = mistakes(text)
     assert "8 mistakes" in said or "9 mistakes" in said
     for expected in (
-        "data.repo_id: is set in the entries of data.mixture (beside them stands num_workers only)",
+        "data.repo_id: belongs in the entries of data.mixture (only num_workers goes beside them)",
         "data.mixture[0].weight: Input should be greater than 0 (got 0)",
         "data.mixture[0].rows: Input should be a valid integer",
         "table of toy-arm 1.0]",
         "data.mixture[1].config_name: unknown dataset 'narow'; did you mean 'narrow'?",
         "data.mixture[2].repo: unknown key; did you mean 'repo_id'?",
         "table of narrow-arm 1.0]",
-        "data.mixture[2].num_workers: is one for all sources: set data.num_workers",
+        "data.mixture[2].num_workers: applies to all sources: set data.num_workers",
         "data.mixture[2].name: String should match",
         "data.mixture[3].config_name: is required",
         "optim.lr",
@@ -161,7 +161,7 @@ def test_all_mistakes_of_all_entries_are_reported_together(mistakes):
         (TWO + 'name = "x"\n' + TWO + 'name = "x"\n', "data: two entries of data.mixture have the name 'x'"),
         (
             '[[data.mixture]]\nconfig_name = "weighed"\n',
-            "WeighedDataset cannot be mixed: an entry has a weight of its own",
+            "WeighedDataset cannot be mixed: its key weight is a key of the entry",
         ),
         (TWO + "[runner]\nval_check_interval = 5\n", "no episode is held out"),
         (TWO + "weight = inf\n", "data.mixture[1].weight: Input should be a finite number"),
@@ -189,12 +189,14 @@ def test_an_override_that_misses_an_entry_is_told_what_there_is(mistakes, overri
 def test_datasets_for_different_policies_do_not_mix(mistakes, load):
     text = TWO + '[[data.mixture]]\nconfig_name = "other"\n'
     said = mistakes(text)
-    assert "policy.type: one run trains one policy, the datasets of data.mixture set different ones" in said
+    assert "policy.type: a run trains one policy, but the datasets of data.mixture set different values" in said
     assert "toy 'trainable_toy', narrow 'trainable_toy', other 'pi05'" in said
     assert "1 mistake " in said
     # Chosen, it is held against what each of them accepts.
     assert load(text, "policy.type=trainable_toy").policy.type == "trainable_toy"
-    assert "'pi05' does not fit dataset 'toy', which is for trainable_toy" in mistakes(text, "policy.type=pi05")
+    assert "'pi05' is not compatible with dataset 'toy', which is for trainable_toy" in mistakes(
+        text, "policy.type=pi05"
+    )
 
 
 def test_defaults_that_differ_must_be_said(mistakes, load):
@@ -202,8 +204,9 @@ def test_defaults_that_differ_must_be_said(mistakes, load):
     said = mistakes(text)
     assert "2 mistakes" in said
     assert (
-        "policy.seconds_a_step: the datasets of data.mixture set different ones (faster 0.5, warm 0.25): set it" in said
+        "policy.seconds_a_step: the datasets of data.mixture set different values (faster 0.5, warm 0.25): set it"
+        in said
     )
-    assert "optim.lr: the datasets of data.mixture set different ones (faster 0.001, warm says nothing): set it" in said
+    assert "optim.lr: the datasets of data.mixture set different values (faster 0.001, warm sets none): set it" in said
     run = load(text, "policy.seconds_a_step=0.125", "optim.lr=0.5")
     assert (run.policy.seconds_a_step, run.optim.lr, run.optim.warmup_steps) == (0.125, 0.5, 3)

@@ -21,7 +21,7 @@ from toy_mixture import toy_plugins
 from rlinf_core import UserError, cli
 from rlinf_core.data.loading.mixture import Order
 from rlinf_core.data.normalize import NormStats, save_norm_stats
-from rlinf_core.inspect.samples import choose, find, meetings
+from rlinf_core.inspect.samples import choose, find, occurrences
 
 EVIL = '<script>alert("1")</script> & "push" $x$'
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
@@ -119,8 +119,8 @@ def test_the_page_shows_run_data_samples_and_distributions(page):
     }
     assert links <= anchors
     assert "training rows 28" in words
-    assert "From 7 to 12 frames, 9.3 on average, 28 together" in words
-    assert "recorded, 32 x 32 cut, 30 x 20 given to the model, 224 x 224" in words
+    assert "From 7 to 12 frames, 9.3 on average, 28 in total" in words
+    assert "recorded, 32 x 32 cropped, 30 x 20 given to the model, 224 x 224" in words
     assert re.search(r"step \d+ \(epoch 0\): crop [+-]\d", words)
     assert "right_wrist_0_rgb The data have no such camera" in words
     assert re.search(r"Task \d+ : \d+", words)  # Tokens, with their ids.
@@ -204,7 +204,7 @@ def test_rows_can_be_chosen(robot, inspect):
     assert "policy.augment is off" in words
     for place, said in (
         ("3:0", "episode 3 is held out for validation"),
-        ("4:0", "episode 4 is none of the 3"),
+        ("4:0", "episode 4 is not one of the 3 training episodes"),
         ("2:12", "episode 2 has 12 frames"),
         ("x:2:1", "'x'"),
     ):
@@ -221,7 +221,7 @@ def test_statistics_that_would_spoil_the_run_stand_on_the_page(robot, inspect, t
     assert "too-narrow" in err
     words = words_of(folder)
     assert "error too-narrow: state" in words
-    assert "no samples are shown" in words
+    assert "no samples shown" in words
     assert "Episode lengths" in words
 
 
@@ -283,8 +283,8 @@ def test_text_shows_which_tokens_are_trained(inspect, tmp_path):
     code, out, _, folder = inspect(config)
     words = words_of(folder)
     assert code == 0
-    assert re.search(r"warning: 3 texts of the 3 samples shown are cut: up to \d+ tokens of one never", out)
-    assert re.search(r"cut \d+ more tokens did not fit", words)
+    assert re.search(r"warning: 3 texts of the 3 samples shown are truncated: up to \d+ tokens of a text never", out)
+    assert re.search(r"truncated \d+ more tokens did not fit", words)
     assert "nothing found" not in words
     assert "Text as 40 tokens only read trained" in words
     assert "Episode lengths" not in words
@@ -292,18 +292,18 @@ def test_text_shows_which_tokens_are_trained(inspect, tmp_path):
 
 def test_chosen_rows_are_of_several_tasks_and_parts_of_an_episode():
     tasks = {episode: "ab"[episode >= 15] for episode in range(20)}
-    places = choose(Rows(200), tasks)
-    assert [tasks[place.episode] for place in places] == ["a", "b", "a"]
-    assert [place.frame for place in places] == [3, 0, 8]
-    assert len({place.episode for place in places}) == 3
-    assert [place.row for place in places] == [place.episode * 10 + place.frame for place in places]
+    rows = choose(Rows(200), tasks)
+    assert [tasks[row.episode] for row in rows] == ["a", "b", "a"]
+    assert [row.frame for row in rows] == [3, 0, 8]
+    assert len({row.episode for row in rows}) == 3
+    assert [row.index for row in rows] == [row.episode * 10 + row.frame for row in rows]
     assert choose(Rows(10), {}) == [find(Rows(10), 0, frame) for frame in (3, 0, 8)]
     assert choose(Rows(1), {}) == [find(Rows(1), 0, 0)]
 
 
-def test_meetings_are_those_of_the_run():
+def test_occurrences_are_those_of_the_run():
     order = Order(7, (30, 6), (0.5, 0.5), 32)
-    met = list(meetings(order, 8, 12, 1, 4))
+    met = list(occurrences(order, 8, 12, 1, 4))
     assert len(met) == 3
     for _, epoch, position in met:
         sources, rows = order.epoch(epoch)

@@ -85,4 +85,4 @@ def test_what_ended_the_run_is_said_with_the_way_on(logger, tmp_path):
     logger.close(KeyboardInterrupt())
     said = logger._console.file.getvalue()
     assert "smoke: stopped by an error after step 7; nothing was saved yet" in said
-    assert "smoke: interrupted after step 7; the same command continues after step_000000005" in said
+    assert "smoke: interrupted after step 7; the same command resumes from step_000000005" in said

@@ -121,7 +121,7 @@ def test_rlinf_launch(plugins, configure, examples, monkeypatch):
 def test_rlinf_open_dataset(plugins, configure):
     run = configure("data.rows=5")
     rows = plugins.hook.rlinf_open_dataset(dataset=run.data, policy=run.policy, split="train")
-    assert (len(rows), rows.describe(4)) == (5, "made-up row 4")
+    assert (len(rows), rows.describe(4)) == (5, "synthetic row 4")
     nobody = PolicyConfig(type="arm")
     # Core's own reader answers last, and its errors stay as they are: the folder is the user's mistake, not a plugin's.
     with pytest.raises(UserError) as caught:
@@ -222,7 +222,7 @@ def test_calls_are_checked():
     plugins = plugins_of(acme={"rlinf_configure": lambda run: None})
     with pytest.raises(TypeError, match="rlinf_configure has no argument 'config'; it has: run"):
         plugins.hook.rlinf_configure(config=None)
-    with pytest.raises(TypeError, match=r"rlinf_configure was called without 'run', which acme 1\.0 .* asks for"):
+    with pytest.raises(TypeError, match=r"rlinf_configure was called without 'run', which acme 1\.0 .* needs"):
         plugins.hook.rlinf_configure()
     with pytest.raises(AttributeError, match="there is no hook 'rlinf_configur'; did you mean 'rlinf_configure'"):
         plugins.hook.rlinf_configur(run=None)
@@ -265,7 +265,7 @@ def yielding(run):
             "rlinf_configure",
             lambda **rest: None,
             {},
-            "rlinf_configure takes **rest, which no call fills: name the arguments it needs (its arguments are run)",
+            "rlinf_configure takes **rest, which is never passed: name the arguments it needs (its arguments are run)",
         ),
         ("rlinf_configure", awaited, {}, "rlinf_configure is async: hooks are called, not awaited"),
         ("rlinf_configure", yielding, {}, "rlinf_configure contains yield: its body would never run"),
@@ -274,7 +274,7 @@ def yielding(run):
                 "rlinf_configure",
                 yielding,
                 {kind: True},
-                "rlinf_configure is a hook wrapper, which rlinf does not have: write a plain implementation",
+                "rlinf_configure is a hook wrapper, which rlinf does not support: use a plain implementation",
             )
             for kind in ("wrapper", "hookwrapper")
         ),

@@ -60,12 +60,12 @@ FAILURES = {
     "missing dependency": (
         "import robot_driver",
         "loading the plugin: No module named 'robot_driver', and broken needs it: pip install robot_driver "
-        "(or the package that brings this module)",
+        "(or the package that provides this module)",
     ),
     "missing part of a package": (
         "import email.robots",
         "loading the plugin: No module named 'email.robots' in the installed 'email', and broken needs it: "
-        "install the version of 'email' that it asks for",
+        "install the version of 'email' that it requires",
     ),
     "missing name": (
         "from email import robots",
@@ -89,8 +89,8 @@ FAILURES = {
     "no hook": ("answer = 42", "loading the plugin: broken_plugin implements no hook: mark functions with @hookimpl"),
     "wrapper": (
         "from rlinf_core import hookimpl\n@hookimpl(wrapper=True)\ndef rlinf_configure(run):\n    yield",
-        "loading the plugin: rlinf_configure is a hook wrapper, which rlinf does not have: "
-        "write a plain implementation",
+        "loading the plugin: rlinf_configure is a hook wrapper, which rlinf does not support: "
+        "use a plain implementation",
     ),
     "raising registration": (
         broken("raise RuntimeError('the arm is switched off')"),
@@ -99,7 +99,7 @@ FAILURES = {
     "registration with a missing dependency": (
         broken("import robot_driver"),
         "calling rlinf_register_policies: No module named 'robot_driver', and broken needs it: "
-        "pip install robot_driver (or the package that brings this module)",
+        "pip install robot_driver (or the package that provides this module)",
     ),
     "registration without a result": (
         broken("pass"),
@@ -120,8 +120,8 @@ FAILURES = {
     ),
     "malformed command name": (
         broken("return [Command('Go home', 'go', 'home')]", hook="rlinf_register_commands"),
-        "using what rlinf_register_commands returned: a command's name is of lower-case letters, digits and hyphens, "
-        "not 'Go home'",
+        "using what rlinf_register_commands returned: a command's name has lower-case letters, digits and hyphens "
+        "only, not 'Go home'",
     ),
     "malformed options": (
         broken("return [PolicyConfig]", hook="rlinf_register_options"),
@@ -149,7 +149,7 @@ FAILURES = {
     ),
     "one class for two tables": (
         broken("return {'a': DatasetConfig, 'b': DatasetConfig}", hook="rlinf_register_options"),
-        "using what rlinf_register_options returned: DatasetConfig stands for two tables, 'a' and 'b': derive a class",
+        "using what rlinf_register_options returned: DatasetConfig is used for two tables, 'a' and 'b': derive a class",
     ),
 }
 
@@ -170,7 +170,7 @@ def test_a_broken_plugin_says_what_is_wrong_and_disturbs_nobody(sound, source, f
 @pytest.mark.parametrize(
     ("entry_point", "cause"),
     [
-        ("nowhere", "No module named 'nowhere': install broken again, or correct its entry point"),
+        ("nowhere", "No module named 'nowhere': reinstall broken, or correct its entry point"),
         ("acme_arm:plugin", "AttributeError: module 'acme_arm' has no attribute 'plugin'"),
         ("acme_arm", "this plugin is loaded already, for acme-arm 1.0 (entry point 'arm = acme_arm')"),
     ],
@@ -191,9 +191,9 @@ def test_unknown_names_come_with_the_failures_that_may_be_why(sound):
         plugins.policy("amr")
     assert str(caught.value) == (
         "unknown policy 'amr'; did you mean 'arm'?\n"
-        "  there is: arm\n"
+        "  available: arm\n"
         "  failed: broken 1.0 (entry point 'b = broken_plugin'): loading the plugin: No module named 'robot_driver', "
-        "and broken needs it: pip install robot_driver (or the package that brings this module)\n"
+        "and broken needs it: pip install robot_driver (or the package that provides this module)\n"
         "  failed: raising 1.0 (entry point 'r = raising_plugin'): calling rlinf_register_policies: OSError: no bus"
     )
 
@@ -202,7 +202,7 @@ def test_unknown_names_say_what_was_left_out(sound):
     with pytest.raises(UserError) as caught:
         installed(sound, disabled=["acme-arm"]).dataset("arm_pick")
     assert str(caught.value) == (
-        "unknown dataset 'arm_pick'\n  no installed plugin brings one\n  left out by RLINF_DISABLE_PLUGINS: acme-arm"
+        "unknown dataset 'arm_pick'\n  no installed plugin provides one\n  disabled by RLINF_DISABLE_PLUGINS: acme-arm"
     )
 
 
@@ -221,7 +221,7 @@ def test_one_name_from_two_plugins_names_both(sound, noun, look_up, name):
     assert str(caught.value) == (
         f"{noun} '{name}' is registered by acme-arm 1.0 (entry point 'arm = acme_arm') "
         "and by bmce-arm 1.0 (entry point 'arm = bmce_arm'). "
-        "Uninstall one, or leave it out: RLINF_DISABLE_PLUGINS=bmce-arm"
+        "Uninstall one, or disable it: RLINF_DISABLE_PLUGINS=bmce-arm"
     )
 
 
@@ -232,7 +232,7 @@ def test_one_dataset_name_from_two_distributions_names_both(sound):
     assert str(caught.value) == (
         "dataset 'arm_pick' is offered by acme-arm 1.0 (entry point 'arm_pick = acme_arm:Pick') "
         "and by bmce-arm 1.0 (entry point 'arm_pick = bmce_arm:Pick'). "
-        'Say which: config_name = "acme-arm:arm_pick" or config_name = "bmce-arm:arm_pick"'
+        'Choose one: config_name = "acme-arm:arm_pick" or config_name = "bmce-arm:arm_pick"'
     )
 
 
@@ -272,7 +272,7 @@ def test_strict_mode_raises_the_failure(sound, monkeypatch):
         Plugins.load().policy("arm")
     assert str(caught.value) == (
         "broken 1.0 (entry point 'b = broken_plugin'): loading the plugin: No module named 'robot_driver', "
-        "and broken needs it: pip install robot_driver (or the package that brings this module)"
+        "and broken needs it: pip install robot_driver (or the package that provides this module)"
     )
 
 
@@ -299,7 +299,7 @@ def test_mistakes_in_plugin_tables_are_reported_with_all_others(load):
     ) == (
         "4 mistakes in the config:\n"
         "  plugins.tyo: unknown plugin table 'tyo'; did you mean 'toy'? [run.toml]\n"
-        "    there is: toy\n"
+        "    available: toy\n"
         "  optim.learning_rte: unknown key [run.toml]\n"
         "  plugins.toy.speed: Input should be a valid number, unable to parse string as a number (got 'fast') "
         "[command line; table of acme-arm 1.0]\n"
@@ -320,8 +320,7 @@ def test_plugin_tables_are_tables(load, text, mistake):
 
 def test_plugins_is_a_table(load):
     assert mistakes(load, "", "plugins=3") == (
-        "1 mistake in the config:\n"
-        "  plugins: must hold a table for each plugin, [plugins.<name>] (got 3) [command line]"
+        "1 mistake in the config:\n  plugins: must have one table per plugin, [plugins.<name>] (got 3) [command line]"
     )
 
 

@@ -193,7 +193,7 @@ def test_disabled_distributions_are_out_of_both_groups(site, monkeypatch):
     plugins = Plugins.load()
     assert plugins.blocked == ("acme-arm",)
     assert "arm_pick" not in [entry.name for entry in plugins.datasets()]
-    with pytest.raises(UserError, match="left out by RLINF_DISABLE_PLUGINS: acme-arm"):
+    with pytest.raises(UserError, match="disabled by RLINF_DISABLE_PLUGINS: acme-arm"):
         plugins.policy("arm")
     assert "acme_arm" not in sys.modules
 

@@ -28,7 +28,7 @@ def dataset(tiny_dataset):
 
 def test_a_dataset_that_conforms_passes(dataset, plugins):
     report = check_dataset(dataset, rows=8, plugins=plugins)
-    assert "inverses bring actions back to within 1e-05 of the largest number" in report.checked
+    assert "inverses restore actions to within 1e-05 of the largest value" in report.checked
     assert report.not_checked == ()
 
 
@@ -142,12 +142,12 @@ DATASET_BREAKS = [
     (
         "transforms",
         lambda self: (Halve(),),
-        "inverses bring actions back to within 1e-05 of the largest number; found number ",
+        "inverses restore actions to within 1e-05 of the largest value; found dimension ",
     ),
     (
         "transforms",
         lambda self: (Cut(),),
-        "decoded actions have the data's shape (cut what a policy pads in the dataset's transforms); "
+        "decoded actions have the data's shape (remove the policy's padding in the dataset's transforms); "
         "found (3, 1), the data's is (3, 2)",
     ),
     ("repack", lambda self: repack_as(Erase)(self), "repack and transforms change no array in place"),
@@ -155,12 +155,12 @@ DATASET_BREAKS = [
     (
         "transforms",
         lambda self: (Center(),),
-        "transforms that say `batched` make the same numbers of many rows as of each",
+        "`batched` transforms give the same values for many rows at once as for each row alone",
     ),
     (
         "transforms",
         lambda self: (Unpicklable(),),
-        "rows and transforms can be pickled (they travel to workers); it raised TypeError: no copy of me",
+        "rows and transforms can be pickled (they are sent to workers); it raised TypeError: no copy of me",
     ),
     (
         "transforms",

@@ -59,7 +59,7 @@ class Nullable(ArmPolicy):
     [
         (Nameless(), "`type` is a Literal with one name; it raised PluginError: Nameless must declare its name"),
         (Forgetful(), "the config is the same after TOML; found Forgetful("),
-        (Nullable(), "no field accepts None beside another default: TOML has no null to say it with; found note"),
+        (Nullable(), "no field that accepts None has another default: TOML has no null to set it with; found note"),
     ],
 )
 def test_defects_of_a_config_are_found(config, finding):
@@ -110,20 +110,20 @@ BREAKS = [
         ArmPolicy,
         "describe",
         lambda self, samples: {"states": len(list(samples))},
-        "describe() gives names of facts and lines of text; found {'states': 1}",
+        "describe() maps names of facts to lines of text; found {'states': 1}",
     ),
     (
         ArmPolicy,
         "transforms",
         lambda self: (Needs("prompt"), Needs("gripper")),
-        "transforms take a sample (a made-up one; give check_policy one that fits, if not); "
+        "transforms take a sample (a synthetic one; pass check_policy a sample that fits); "
         "it raised KeyError: 'gripper'",
     ),
     (
         ArmPolicy,
         "transforms",
         lambda self: (Pad(8), Unpicklable()),
-        "transforms can be pickled (they travel to workers); it raised TypeError: no copy of me",
+        "transforms can be pickled (they are sent to workers); it raised TypeError: no copy of me",
     ),
     (
         ArmPolicy,
@@ -154,7 +154,7 @@ BREAKS = [
         ArmPolicy,
         "collate",
         lambda self, samples: collate(self, samples) | {"time": {"start": torch.zeros(())}},
-        "every tensor of a batch has the sample axis first, but those of 'packing'; found time.start",
+        "every tensor of a batch has the sample axis first, except those of 'packing'; found time.start",
     ),
     (
         ArmPolicy,
@@ -185,25 +185,25 @@ BREAKS = [
         ArmPolicy,
         "published_name",
         lambda self, name: name.removesuffix(".bias").removesuffix(".weight"),
-        "published_name() gives every parameter a name of its own; found blocks.0, enter, leave",
+        "published_name() gives every parameter a different name; found blocks.0, enter, leave",
     ),
     (
         Arm,
         "shard_units",
         lambda self: iter([ShardUnit(self)]),
-        "every shard unit is a submodule of the policy, not the policy",
+        "every shard unit is a submodule of the policy, not the policy itself",
     ),
     (
         Arm,
         "shard_units",
         lambda self: iter([ShardUnit(self.enter), ShardUnit(self.enter)]),
-        "no shard unit is named twice; found enter",
+        "no shard unit is listed twice; found enter",
     ),
     (
         Arm,
         "shard_units",
         lambda self: iter([ShardUnit(self.blocks), ShardUnit(self.blocks[0])]),
-        "inner shard units come before the outer ones that hold them; found blocks.0",
+        "inner shard units come before the outer ones that contain them; found blocks.0",
     ),
     (
         Arm,
@@ -253,7 +253,7 @@ BREAKS = [
         arm_policy.Layer,
         "forward",
         nn.Linear.forward,
-        "forward() gives a float32 loss with its compute units in bf16, as trainers gather them (contract 3); "
+        "forward() gives a float32 loss when compute units are in bf16, as trainers gather them (contract 3); "
         "it raised RuntimeError: ",
     ),
     (
@@ -280,7 +280,7 @@ BREAKS = [
         Arm,
         "sample_actions",
         lambda self, batch, noise: actions(self, batch) + torch.randn_like(noise),
-        "sample_actions() is a function of observation and noise",
+        "sample_actions() is a function of observation and noise only",
     ),
     (
         Arm,
@@ -292,7 +292,7 @@ BREAKS = [
         Arm,
         "sample_actions",
         lambda self, batch, noise: actions(self, batch)[:, 0].double(),
-        "sample_actions() gives float32 [3, 3, 8], as the noise; found float64 [3, 8] without gradient",
+        "sample_actions() gives float32 [3, 3, 8], the noise's shape; found float64 [3, 8] without gradient",
     ),
 ]
 
@@ -315,7 +315,7 @@ def test_a_mean_instead_of_a_sum_is_found(monkeypatch):
     monkeypatch.setattr(Arm, "forward", mean)
     loss, weight = findings(check_policy, ArmPolicy())
     assert loss.startswith("loss_sum of a batch is the sum over its parts (contract 4); found ")
-    assert weight == "weight of a batch is the sum over its parts (contract 4); found 1, its parts have 2"
+    assert weight == "weight of a batch is the sum over its parts (contract 4); found 1, the parts sum to 2"
 
 
 def test_everything_found_stands_in_one_message(monkeypatch):
@@ -326,7 +326,7 @@ def test_everything_found_stands_in_one_message(monkeypatch):
     assert str(caught.value) == (
         "ArmPolicy breaks 2 rules:\n"
         "  the class has a docstring, which listings show\n"
-        "  transforms take a sample (a made-up one; give check_policy one that fits, if not); "
+        "  transforms take a sample (a synthetic one; pass check_policy a sample that fits); "
         "it raised KeyError: 'gripper'\n"
-        "  (not checked: collate and the module: there are no samples)"
+        "  (not checked: collate and the module: no samples could be encoded)"
     )

@@ -1,7 +1,7 @@
-"""The command `rlinf`: find the subcommand, run it, and turn how it ended into an exit code (`errors.Exit`).
+"""The command `rlinf`: find the subcommand, run it, and map its outcome to an exit code (`errors.Exit`).
 
-Core's own commands are looked up first, so that `rlinf datasets` loads no plugin; another name, or `--help`, loads them
-all. The module of a command is imported when the command is called.
+Core's own commands are looked up first, so that `rlinf datasets` loads no plugin; any other name, or `--help`, loads
+all plugins. A command's module is imported when the command is called.
 """
 
 from __future__ import annotations
@@ -19,27 +19,25 @@ from rlinf_core.contract.command import Command
 from rlinf_core.errors import Exit, PluginError, UserError, did_you_mean
 
 COMMANDS = (
-    Command("launch", "start a run's processes where its config says, and wait for them", "rlinf_core.commands.launch"),
-    Command("validate", "check a run's config, data and files without starting it", "rlinf_core.commands.validate"),
-    Command("plan", "say what memory, time and communication a run will take", "rlinf_core.commands.plan"),
+    Command("launch", "start a run's processes as its config says, and wait for them", "rlinf_core.commands.launch"),
+    Command("validate", "validate a run's config, data and files without starting it", "rlinf_core.commands.validate"),
+    Command("plan", "predict a run's memory, speed and communication", "rlinf_core.commands.plan"),
     Command("inspect", "write a page that shows what a run's model will see", "rlinf_core.commands.inspect"),
     Command("norm-stats", "compute, diagnose, compare and import statistics", "rlinf_core.commands.norm_stats"),
-    Command(
-        "check-dataset", "find what is wrong with the files of a LeRobot dataset", "rlinf_core.commands.check_dataset"
-    ),
-    Command("bench-data", "measure how fast data come, and how many GPUs that feeds", "rlinf_core.commands.bench_data"),
-    Command("cache", "decode a run's pictures once, into files that are read as they are", "rlinf_core.commands.cache"),
-    Command("export", "write a run's policy to a folder to act with or to train on", "rlinf_core.commands.export"),
-    Command("datasets", "list the dataset formats that installed packages offer", "rlinf_core.commands.datasets"),
+    Command("check-dataset", "check the files of a LeRobot dataset for damage", "rlinf_core.commands.check_dataset"),
+    Command("bench-data", "measure data loading, and how many GPUs it can feed", "rlinf_core.commands.bench_data"),
+    Command("cache", "decode a run's images once, into files that need no decoding", "rlinf_core.commands.cache"),
+    Command("export", "export a run's policy for inference or further training", "rlinf_core.commands.export"),
+    Command("datasets", "list the dataset formats of installed packages", "rlinf_core.commands.datasets"),
     Command("plugins", "list plugins, what they registered, and what failed", "rlinf_core.commands.plugins"),
 )
-"""Core's own."""
+"""Core's own commands."""
 
 EXIT_CODES = """\
 exit codes:
-  0    done; a run that SIGTERM asked to leave has saved
-  1    a defect, with its traceback, or a process that was killed
-  2    something to mend, with one message
+  0    done; also a run that saved after SIGTERM
+  1    a bug, with its traceback, or a process that was killed
+  2    something the user can fix, with one message
   130  Ctrl-C; a run has saved
 """
 
@@ -52,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(given[:split])
     try:
         code = _run(parser, options, given[split:])
-        sys.stdout.flush()  # Else a closed pipe is noticed only while Python shuts down.
+        sys.stdout.flush()  # Without this, a closed pipe is noticed only while Python shuts down.
         return code
     except UserError as error:
         if options.debug:
@@ -64,13 +62,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.debug:
             traceback.print_exc()
         return Exit.INTERRUPTED
-    except BrokenPipeError:  # Whoever reads has seen enough (`| head`). What is still in the buffer goes nowhere.
+    except BrokenPipeError:  # The reader has closed the pipe (`| head`): discard what is still buffered.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return Exit.OK
 
 
 def _parser() -> argparse.ArgumentParser:
-    """What stands before the command."""
+    """The options before the command's name."""
     parser = argparse.ArgumentParser(
         prog="rlinf",
         usage="rlinf [-h] [--debug] [--version] COMMAND ...",
@@ -78,8 +76,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
     )
-    parser.add_argument("-h", "--help", action="store_true", help="show this help, or a command's after its name")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of errors that have a message")
+    parser.add_argument("-h", "--help", action="store_true", help="show this help, or after a command its help")
+    parser.add_argument("--debug", action="store_true", help="also show the traceback of user errors")
     parser.add_argument("--version", action="store_true", help="show the version")
     return parser
 
@@ -90,13 +88,13 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace, rest: Seq
         parser.print_help()
         return Exit.OK
     if options.version:
-        from importlib import metadata  # The command also runs from a source tree that is not installed.
+        from importlib import metadata  # Imported here: the command also runs from a source tree without metadata.
 
         print(f"rlinf-core {metadata.version('rlinf-core')}")
         return Exit.OK
     if not rest:
         names = ", ".join(command.name for command in COMMANDS)
-        raise UserError(f"name a command: {names}, or a plugin's; `rlinf --help` describes them")
+        raise UserError(f"no command given: use {names}, or a plugin's; `rlinf --help` describes them")
     command, module = _find(rest[0])
     commands_parser = argparse.ArgumentParser(
         prog=f"rlinf {command.name}",
@@ -109,7 +107,7 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace, rest: Seq
 
 
 def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
-    """Options may stand between `key=value`s, unless the command has subcommands or takes the rest as it is."""
+    """Parse; options may come between `key=value`s unless the command has subcommands or takes the rest verbatim."""
     try:
         return parser.parse_intermixed_args(arguments)
     except TypeError:
@@ -117,7 +115,7 @@ def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argpars
 
 
 def _find(name: str) -> tuple[Command, Any]:
-    """The command of a name and its module."""
+    """The command with this name, and its module."""
     for command in COMMANDS:
         if command.name == name:
             return command, import_module(command.module)
@@ -126,9 +124,9 @@ def _find(name: str) -> tuple[Command, Any]:
     plugins = get_plugins()
     known = sorted({command.name for command in (*COMMANDS, *(one.item for one in plugins.commands()))})
     if name not in known:
-        lines = [f"unknown command {name!r}{did_you_mean(name, known)}", f"there is: {', '.join(known)}"]
+        lines = [f"unknown command {name!r}{did_you_mean(name, known)}", f"available: {', '.join(known)}"]
         lines += [f"failed: {failure}" for failure in plugins.failures]
-        lines += [f"left out by RLINF_DISABLE_PLUGINS: {distribution}" for distribution in plugins.blocked]
+        lines += [f"disabled by RLINF_DISABLE_PLUGINS: {distribution}" for distribution in plugins.blocked]
         raise UserError("\n  ".join(lines))
     found = plugins.find("command", name)
     try:
@@ -143,7 +141,7 @@ def _find(name: str) -> tuple[Command, Any]:
 
 
 def _list_commands() -> str:
-    """All commands with a line each, who brought a plugin's, and what failed."""
+    """All commands, one line each, with the distribution of a plugin's command, and the plugins that failed."""
     from rlinf_core.plugins.registry import get_plugins
 
     plugins = get_plugins()

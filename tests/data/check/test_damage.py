@@ -194,7 +194,7 @@ def test_a_dataset_that_cannot_be_opened_is_a_finding_too(tmp_path, capsys):
     assert code == Exit.USER_ERROR
     assert "is not a LeRobot dataset" in json.loads(told.out)["findings"][0]["message"]
     code, told = rlinf(capsys, tmp_path, "a.b=1")
-    assert "settings go with a run's TOML file" in told.err
+    assert "settings apply to a run's TOML file" in told.err
 
 
 def test_a_dataset_that_is_nowhere_is_named_as_the_argument_that_it_is(capsys):

@@ -282,9 +282,9 @@ def test_the_command_makes_what_a_run_uses(tmp_path, monkeypatch, capsys):
     (folder,) = tmp_path.iterdir()
     damage(folder / "observation.image-000000.raw")
     assert main([*command, "--output", str(tmp_path)]) == 0
-    assert "damaged, and written again: observation.image-000000.raw" in capsys.readouterr().out
+    assert "damaged, written again: observation.image-000000.raw" in capsys.readouterr().out
     assert main([*command, "--output", str(tmp_path)]) == 0
-    assert "all parts are there and their hashes are right" in capsys.readouterr().out
+    assert "all parts are complete and their hashes are correct" in capsys.readouterr().out
 
 
 def damage(path):
@@ -306,11 +306,11 @@ def test_commands_for_other_episodes_leave_what_is_there(video_dataset, tmp_path
     def files():
         return {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*.raw")}
 
-    assert "parts are there" in command(("0-1",))
+    assert "parts are complete" in command(("0-1",))
     first = files()
     assert "all frames are there, among others, and their hashes are right" in command((1,))
     assert files() == first
-    assert "0 of 1 parts are there" in command(("0-2",))
+    assert "0 of 1 parts are complete" in command(("0-2",))
     assert files().items() > first.items()
     second = files()
     damage(next(iter(files().keys() - first.keys())))
@@ -331,9 +331,9 @@ class Run(SimpleNamespace):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--format", "raw", "--quality", "90"], "--quality is of JPEG"),
-        (["--format", "jpeg", "--quality", "0"], "is not from 1 to 100"),
-        (["--format", "raw", "--workers", "0"], "one process, at least"),
+        (["--format", "raw", "--quality", "90"], "--quality is for JPEG"),
+        (["--format", "jpeg", "--quality", "0"], "is not between 1 and 100"),
+        (["--format", "raw", "--workers", "0"], "must be at least 1"),
     ],
 )
 def test_options_that_would_be_ignored_are_refused(options, message, capsys):
@@ -342,7 +342,7 @@ def test_options_that_would_be_ignored_are_refused(options, message, capsys):
 
 
 def test_a_quality_without_jpeg_is_refused():
-    with pytest.raises(ValueError, match='cache_quality is that of cache = "jpeg": set both'):
+    with pytest.raises(ValueError, match='cache_quality is for cache = "jpeg": set both'):
         config("data", cache_quality=80)
 
 

@@ -224,9 +224,12 @@ def test_ranks_must_divide_the_streams():
 def test_settings_that_do_nothing_or_cannot_work_are_refused():
     assert chunks_of(ToyDataset(shuffle="chunked", streams=48)) == Chunks(48, 16, 8192)
     assert chunks_of(ToyDataset()) is None
-    with pytest.raises(ValueError, match='streams does nothing without shuffle = "chunked"'):
+    with pytest.raises(ValueError, match='streams has no effect without shuffle = "chunked"'):
         ToyDataset(streams=48)
-    with pytest.raises(ValueError, match="shuffle_buffer = 100 is less than one run for each stream"):
+    with pytest.raises(
+        ValueError,
+        match="shuffle_buffer = 100 is less than streams x chunk_frames = 1024, one run of frames per stream",
+    ):
         ToyDataset(shuffle="chunked", shuffle_buffer=100)
 
 

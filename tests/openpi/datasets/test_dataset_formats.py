@@ -131,7 +131,7 @@ def test_everything_wrong_is_said_at_once():
         "state names 'a' 2 times",
         "state holds an empty column name",
         "'a' is named in state and in actions",
-        "crops names base_0_rgb, which images does not: front, wrist",
+        "crops names base_0_rgb, which is not in images: front, wrist",
         "prompt_from_task = false needs default_prompt",
         "the policy has no camera front, wrist: name some of base_0_rgb",
         "how are actions trained?",

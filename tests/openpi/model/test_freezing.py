@@ -95,7 +95,7 @@ FREEZE = 'policy.freeze = "vision", "vlm" or "all_but_expert"'
         ("policy.paligemma_variant=gemma_2b_lora", "'paligemma_variant' asks for LoRA"),
         (
             "policy.type=pi05_lora",
-            "'pi05_lora' does not fit dataset 'pi05_metaworld', which is for pi05: there is no LoRA",
+            "'pi05_lora' is not compatible with dataset 'pi05_metaworld', which is for pi05: there is no LoRA",
         ),
     ],
 )

@@ -1,1 +1,1 @@
-"""Core's subcommands of `rlinf`, a module each: `add_arguments(parser)` and `run(options)`, imported when called."""
+"""Core's subcommands of `rlinf`, one module each with `add_arguments(parser)` and `run(options)`."""

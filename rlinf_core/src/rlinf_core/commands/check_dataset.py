@@ -1,4 +1,4 @@
-"""`rlinf check-dataset`: what is wrong with the files of a LeRobot dataset."""
+"""`rlinf check-dataset`: check the files of a LeRobot dataset."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from rlinf_core.data.lerobot.metadata import Metadata
 
 JSON_KEYS = """\
-Checked are metadata and all numbers; that every picture is there; that first and last frame of every episode can be
-decoded. --fast leaves the pictures out, --full decodes all of them. Of a dataset on the hub, the files that are checked
-are downloaded. docs/lerobot.md tells what each kind of finding means.
+Checks the metadata and all numbers, that every image exists, and that the first and last frame of every episode can be
+decoded. --fast skips the images, --full decodes all of them. For a dataset on the hub, the files to check are
+downloaded. docs/lerobot.md explains each kind of finding.
 
 --json prints an object: "ok", "dataset", "format", "episodes", "frames", "checked" ("fast", "ends" or "full"), "counts"
-(findings by kind) and "findings", a list of {"kind", "note", "file", "episode", "frame", "message"}, at most 20 of a
-kind, most severe first; a note is no damage. Exit codes: 0 if ok, else 2.
+(findings by kind) and "findings", a list of {"kind", "note", "file", "episode", "frame", "message"}, at most 20 per
+kind, most severe first; a note is not damage. Exit codes: 0 if ok, otherwise 2.
 """
 
 
@@ -30,14 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.epilog = JSON_KEYS
     parser.add_argument(
-        "dataset", help="a folder, owner/name[@revision] on the hub, or a run's TOML file, of which the columns count"
+        "dataset", help="a folder, owner/name[@revision] on the hub, or a run's TOML file, to check the columns it uses"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the TOML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the TOML file")
     parser.add_argument("--source", default="", metavar="NAME", help="which dataset of a mixture in the TOML file")
     depth = parser.add_mutually_exclusive_group()
     depth.add_argument("--fast", action="store_true", help="metadata and numbers only")
     depth.add_argument("--full", action="store_true", help="decode every frame")
-    parser.add_argument("--json", action="store_true", help="the report as one JSON object")
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -61,14 +61,14 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _config(options: argparse.Namespace) -> LeRobotDatasetConfig | None:
-    """The `[data]` table of a TOML file; None where the dataset is named itself."""
+    """The `[data]` table of a TOML file; None if the argument is a dataset."""
     if not options.dataset.endswith(".toml"):
         if options.overrides or options.source:
             which = options.overrides[0] if options.overrides else "--source"
-            raise UserError(f"{which!r}: settings go with a run's TOML file, not with a dataset")
+            raise UserError(f"{which!r}: settings apply to a run's TOML file, not to a dataset")
         if Path(options.dataset).is_file():
             raise UserError(
-                f"{options.dataset} is a file, and neither a dataset's folder nor a run's TOML file: give one of "
+                f"{options.dataset} is a file, but neither a dataset's folder nor a run's TOML file: give one of "
                 "these, or the id of a dataset on the hub, owner/name"
             )
         return None
@@ -80,7 +80,7 @@ def _config(options: argparse.Namespace) -> LeRobotDatasetConfig | None:
     data = run.source(options.source).run.data
     if not isinstance(data, LeRobotDatasetConfig):
         raise UserError(
-            f"{options.dataset}: {data.config_name!r} is no format of LeRobot's layout; only such are checked"
+            f"{options.dataset}: {data.config_name!r} does not use LeRobot's layout, the only one that can be checked"
         )
     return data
 
@@ -102,7 +102,7 @@ def _check(name: str, config: LeRobotDatasetConfig | None, depth: Depth) -> tupl
         vectors = number_columns(metadata)
     place.fetch(metadata.files(() if depth == "fast" else cameras))
     if depth == "fast" and place.snapshot:
-        cameras = []  # Their files need not be here.
+        cameras = []  # Their files are not downloaded.
     with print_progress("checking files") as progress:
         damage = check_files(
             metadata, cameras=cameras, vectors=vectors, depth=depth, local=not place.snapshot, progress=progress

@@ -1,4 +1,4 @@
-"""`rlinf datasets`: the dataset formats that installed packages offer."""
+"""`rlinf datasets`: list the dataset formats of installed packages."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ if TYPE_CHECKING:
     from rlinf_core.plugins.registry import DatasetEntry
 
 JSON_KEYS = """\
---json prints a list with an object for each format: "name", "distribution", "version", and either "error", why its
-class cannot be imported, or "policy" (the type it sets, or ""), "action_horizon" (the chunk it sets, or null),
-"repo_id", "description" and what the class knows of its data. Of robot data that is "cameras" (of the policy, with
-their columns), "state" and "actions" (columns); formats for pi0 and pi0.5 add "state_dim" and "action_dim", null where
-they are left to the data.
+--json prints a list with one object per format: "name", "distribution", "version", and either "error" (why its class
+cannot be imported) or "policy" (the type it sets, or ""), "action_horizon" (the chunk length it sets, or null),
+"repo_id", "description" and facts about its data. For robot data these are "cameras" (the policy's, with their
+columns), "state" and "actions" (columns); formats for pi0 and pi0.5 add "state_dim" and "action_dim", null if the data
+determine them.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.epilog = JSON_KEYS
-    parser.add_argument("--details", action="store_true", help="import each format: policy, repository, purpose")
-    parser.add_argument("--json", action="store_true", help="the details as a JSON list")
+    parser.add_argument("--details", action="store_true", help="import each format: policy, repository, description")
+    parser.add_argument("--json", action="store_true", help="print the details as a JSON list")
 
 
 def run(options: argparse.Namespace) -> None:
-    """List from metadata alone, unless details are asked for."""
+    """List the formats from package metadata alone, unless details are requested."""
     from rlinf_core.plugins.registry import get_plugins
 
     entries = get_plugins().datasets()
@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> None:
         print_json(rows)
         return
     columns = ["name", "distribution", "version"] + ["policy", "repo_id", "description"] * options.details
-    # A format that cannot be imported says why where the others say what they are.
+    # A format that cannot be imported shows the reason instead of a description.
     rows = [{"description": row.get("error", "")} | row for row in rows]
     print_table(columns, [[row.get(key, "") for key in columns] for row in rows])
 

@@ -1,4 +1,4 @@
-"""`rlinf export`: a run's policy as a folder that one can act with, train on, or hand to another project."""
+"""`rlinf export`: write a run's policy to a folder for inference, further training, or another project."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from rlinf_core.commands.output import print_text
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.add_argument("run", help="the run's folder, runs/<name>")
-    parser.add_argument("--output", required=True, help="the folder to write; it must not be there")
+    parser.add_argument("--output", required=True, help="the folder to write; it must not exist")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--step", type=int, help="the checkpoint after this step; default: the newest")
-    which.add_argument("--best", action="store_true", help="the checkpoint with the best validation")
+    which.add_argument("--best", action="store_true", help="the checkpoint with the best validation result")
     parser.add_argument("--ema", action="store_true", help="the moving average of the weights (optim.ema_decay)")
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the file; default: fp32")
-    parser.add_argument("--format", default="rlinf", help="whose loader reads it: rlinf, or a format of the policy's")
-    parser.add_argument("--source", default="", metavar="NAME", help="of a mixture: for this dataset alone")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="dtype of the file; default: fp32")
+    parser.add_argument("--format", default="rlinf", help="output format: rlinf, or one that the policy supports")
+    parser.add_argument("--source", default="", metavar="NAME", help="export for this dataset of a mixture only")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Export, and say what."""
+    """Export, and print what was written."""
     from rlinf_core.export import Choice, export_run
     from rlinf_core.plugins.registry import get_plugins
 

@@ -1,4 +1,4 @@
-"""`rlinf inspect`: a page that shows what a run's model will see."""
+"""`rlinf inspect`: write a page that shows what a run's model will see."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 from rlinf_core.errors import Exit, UserError
 
 EPILOG = """\
-The page shows findings, the run's facts, episodes and tasks, and of each dataset a few training rows as the model gets
-them: images before and after cropping, resizing and random changes, prompts as tokens, masks, the actions that are
-trained within their episode; then how states and actions are distributed, recorded and normalised. It is one HTML file
-that needs no network; pictures/ and plots/ beside it hold the same as PNGs.
+The page shows findings, facts about the run, episodes and tasks, and for each dataset a few training rows as the model
+gets them: images before and after cropping, resizing and augmentation, prompts as tokens, masks, and the trained
+actions within their episode; then the distributions of states and actions, recorded and normalised. It is one HTML file
+that needs no network; pictures/ and plots/ beside it hold the same images and plots as PNGs.
 
-Exit codes: 0, or 2 if something would end the run or a row cannot be shown; the page says what.
+Exit codes: 0, or 2 if something would end the run or a row cannot be shown; the page gives the reason.
 """
 
 
@@ -23,19 +23,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.epilog = EPILOG
     parser.add_argument("config", help="the run's TOML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the file: policy.augment=true")
-    parser.add_argument("--output", metavar="DIR", help="folder of the page; else inspect/<runner.name>")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings that override the file: policy.augment=true"
+    )
+    parser.add_argument("--output", metavar="DIR", help="folder of the page; default: inspect/<runner.name>")
     parser.add_argument(
         "--at",
         action="append",
         default=[],
-        type=_place,
+        type=_row,
         metavar="[SOURCE:]EPISODE:FRAME",
-        help="a training row to show instead of chosen ones; may be repeated",
+        help="a training row to show instead of the default selection; may be repeated",
     )
 
 
-def _place(text: str) -> tuple[str, int, int]:
+def _row(text: str) -> tuple[str, int, int]:
     match = re.fullmatch(r"(?:(.+):)?(\d+):(\d+)", text)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not EPISODE:FRAME (in a mixture SOURCE:EPISODE:FRAME)")
@@ -43,7 +45,7 @@ def _place(text: str) -> tuple[str, int, int]:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Look, write the page, and say where it is."""
+    """Inspect the run, write the page, and print its path."""
     from rlinf_core.commands.output import print_error, print_text
     from rlinf_core.config.load import load_config
     from rlinf_core.inspect.page import check_folder, check_libraries, render, write
@@ -56,9 +58,9 @@ def run(options: argparse.Namespace) -> int:
     check_folder(folder)
     for name, _, _ in options.at:
         config.source(name)
-    from rlinf_core.inspect.gather import gather
+    from rlinf_core.inspect.views import inspect_run
 
-    view = gather(config, plugins, options.at)
+    view = inspect_run(config, plugins, options.at)
     if not any(len(source.lengths) for source in view.sources):
         raise UserError(view.report.refusal(options.config))
     given = shlex.join([options.config, *options.overrides])

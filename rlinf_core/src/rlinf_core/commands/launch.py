@@ -1,4 +1,4 @@
-"""`rlinf launch`: check the config, then have the run's processes started where `[cluster]` says."""
+"""`rlinf launch`: validate the config, then start the run's processes as `[cluster]` says."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's options: those of `rlinf_core.train`."""
+    """Add the command's options, the same as those of `rlinf_core.train`."""
     parser.add_argument("config", help="the run's TOML file")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings over the file: runner.max_steps=100"
+        "overrides", nargs="*", metavar="key=value", help="settings that override the file: runner.max_steps=100"
     )
-    parser.add_argument("--overwrite", action="store_true", help="remove the run of the same name and start afresh")
+    parser.add_argument("--overwrite", action="store_true", help="remove the run of the same name and start over")
     parser.add_argument(
-        "--allow-change", action="store_true", help="continue a run with a config that computes otherwise"
+        "--allow-change", action="store_true", help="resume a run although the config changes what it computes"
     )
     parser.add_argument(
-        "--debug", action="store_true", help="show the traceback of errors that have a message, in the run's processes"
+        "--debug", action="store_true", help="also show the traceback of user errors, in the run's processes"
     )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Launch; returns the exit code of the run."""
+    """Launch the run. Returns its exit code."""
     from rlinf_core.config.load import load_config
     from rlinf_core.plugins.registry import get_plugins
     from rlinf_core.preflight import nobody_launches

@@ -1,4 +1,4 @@
-"""`rlinf norm-stats`: compute, show, compare and import normalisation statistics, and what is wrong with them."""
+"""`rlinf norm-stats`: compute, diagnose, show, compare and import normalisation statistics."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ NAME_STATISTICS = "Name a norm_stats.json"
 NAME_OUTPUT = "Name another file with --output"
 
 EPILOG = """\
-With a config: the statistics that its run would begin with, computed or data.norm_stats, and what is wrong with them.
+With a config: the statistics that its run would start with, computed or from data.norm_stats, and their diagnosis.
 
---json prints an object: "made_of" (what a file tells of its origin), "statistics" ("state" and "actions", each with a
-list "mean", "std", "q01", "q99"; with a config also "min", "max", "share_beyond_5", "largest_normalized" and
+--json prints an object: "made_of" (provenance of the statistics), "statistics" ("state" and "actions", each with
+lists "mean", "std", "q01", "q99"; with a config also "min", "max", "share_beyond_5", "largest_normalized" and
 "worst_episode"), with a config "normalization" and "findings" ([{"id", "severity", "key", "dimensions", "message",
 "way_out"}]); with --diff a list of {"key", "dimension", "statistic", "a", "b", "spreads"}.
 Exit codes: 0, or 2 if a finding is an error.
@@ -38,28 +38,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.add_argument("config", nargs="?", help="a run's TOML file")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings over the file: data.norm_floor=0.01"
+        "overrides", nargs="*", metavar="key=value", help="settings that override the file: data.norm_floor=0.01"
     )
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--show", metavar="FILE", help="show a norm_stats.json")
-    instead.add_argument("--diff", nargs=2, metavar=("A", "B"), help="compare two, in units of A's spread")
+    instead.add_argument("--diff", nargs=2, metavar=("A", "B"), help="compare two files, in units of A's spread")
     instead.add_argument(
-        "--import", dest="imported", metavar="FILE", help="read another project's file, see --from; needs --output"
+        "--import", dest="imported", metavar="FILE", help="import another project's file (--from); needs --output"
     )
     parser.add_argument(
         "--from",
         dest="project",
         choices=("openpi", "lerobot"),
-        help="whose file: openpi's norm_stats.json; lerobot's meta/stats.json or a policy's normalizer .safetensors, "
-        "of the columns that a config names, else observation.state and action",
+        help="project of the file: openpi's norm_stats.json; lerobot's meta/stats.json or a policy's normalizer "
+        ".safetensors, for the columns that a config names, by default observation.state and action",
     )
     parser.add_argument("--source", default="", metavar="NAME", help="which dataset of a mixture")
     parser.add_argument("--output", metavar="FILE", help="the norm_stats.json to write")
-    parser.add_argument("--json", action="store_true", help="everything as one JSON document")
+    parser.add_argument("--json", action="store_true", help="print everything as one JSON document")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Do one of the four."""
+    """Compute, show, compare or import."""
     if bool(options.imported) != bool(options.project):
         raise UserError("--import FILE and --from openpi|lerobot go together")
     if options.output:
@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
     elif options.show:
         _show(Path(options.show), as_json=options.json)
     elif not options.config:
-        raise UserError("name a config, or one of --show FILE, --diff A B, --import FILE --from openpi|lerobot")
+        raise UserError("give a config, or one of --show FILE, --diff A B, --import FILE --from openpi|lerobot")
     else:
         return _compute(options)
     return Exit.OK
@@ -109,7 +109,7 @@ def _compute(options: argparse.Namespace) -> int:
 
 
 def _diagnosed(diagnosis: Diagnosis) -> dict[str, dict[str, list[Any]]]:
-    """Statistics with what the data make of them, as lists by name."""
+    """Statistics, and extremes of the data normalised by them, as lists by name."""
     from rlinf_core.data.statistics.diagnose import normalized_extremes, share_beyond
 
     broken = {finding.key for finding in diagnosis.findings if finding.severity == "error"}
@@ -162,18 +162,18 @@ def _diff(a: Path, b: Path, *, as_json: bool) -> None:
     for key in both[0]:
         widths = len(both[0][key].mean), len(both[1][key].mean)
         if widths[0] != widths[1]:
-            print_text(f"{key}: A has {widths[0]} numbers, B {widths[1]}; compared are those that both have")
+            print_text(f"{key}: A has {widths[0]} dimensions, B {widths[1]}; only those of both are compared")
 
 
 def _differences(key: str, a: NormStats, b: NormStats) -> list[dict[str, Any]]:
-    """Every statistic that differs, in units of A's standard deviation; None where one file lacks it."""
+    """Every statistic that differs, in units of A's standard deviation; None if one file lacks it."""
     from rlinf_core.data.normalize import EPSILON
 
     rows = []
     for dimension in range(min(len(a.mean), len(b.mean))):
         for name in STATISTICS:
             x, y = (float(getattr(stats, name)[dimension]) for stats in (a, b))
-            if x != y and not (x != x and y != y):  # NaN: a quantile that neither has.
+            if x != y and not (x != x and y != y):  # NaN in both: a quantile that neither file has.
                 spreads = (y - x) / (float(a.std[dimension]) + EPSILON) if x == x and y == y else None
                 row = {"key": key, "dimension": dimension, "statistic": name, "a": _known(x), "b": _known(y)}
                 rows.append(row | {"spreads": spreads})
@@ -194,7 +194,7 @@ def _import(options: argparse.Namespace) -> None:
     with writing(Path(options.output), NAME_OUTPUT):
         save_norm_stats(Path(options.output), stats, Origin(dataset=f"{options.project}: {path}"))
     if any(value != value for one in stats.values() for value in one.q01):
-        _say(f"{path} holds no quantiles: the statistics serve policies that normalise by mean_std only", options)
+        _say(f"{path} has no quantiles: use the statistics only for policies that normalise by mean_std", options)
     elif options.project == "lerobot" and path.suffix == ".json":
         _say("lerobot's quantiles are means of the episodes' quantiles, narrower than those of all frames", options)
     tables = {key: _lists(value) for key, value in stats.items()}
@@ -206,28 +206,28 @@ def _import(options: argparse.Namespace) -> None:
 
 
 def _columns(run: RunConfig, project: str) -> dict[str, Any]:
-    """The columns whose statistics lerobot's file holds, if they are those that the policy sees."""
+    """The config's columns, if lerobot's statistics of these columns are those of what the policy sees."""
     from rlinf_core.contract.datasets import LeRobotDatasetConfig
     from rlinf_core.data.transforms import RelativeActions
 
     if project != "lerobot" or not isinstance(run.data, LeRobotDatasetConfig):
-        raise UserError("a config says which columns of lerobot's file to take: leave it out otherwise")
+        raise UserError("a config is only needed to select columns of lerobot's file: leave it out")
     if any(isinstance(transform, RelativeActions) for transform in run.data.transforms()):
         raise UserError(
-            "the config trains on actions relative to the state, and lerobot's statistics are of those recorded: "
+            "the config trains on actions relative to the state, but lerobot's statistics are of the recorded actions: "
             "leave data.norm_stats empty to compute them"
         )
     return {"state": run.data.state, "actions": run.data.actions}
 
 
 def _say(text: str, options: argparse.Namespace) -> None:
-    """A line for people, which --json leaves out of its document."""
+    """Print a line, unless --json is given."""
     if not options.json:
         print_text(text)
 
 
-def _document(made_of: dict[str, Any], tables: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-    known = {name: value for name, value in made_of.items() if value}
+def _document(provenance: dict[str, Any], tables: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    known = {name: value for name, value in provenance.items() if value}
     return {"made_of": known, "statistics": tables} | more
 
 
@@ -236,7 +236,7 @@ def _lists(stats: NormStats) -> dict[str, list[Any]]:
 
 
 def _known(value: float) -> float | None:
-    """NaN stands for a quantile that a file lacks, and is no JSON."""
+    """None for NaN, which marks a quantile that a file lacks and which JSON cannot represent."""
     return value if value == value else None
 
 

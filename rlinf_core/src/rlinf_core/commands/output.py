@@ -1,4 +1,4 @@
-"""How commands speak: through rich where a person reads, plain where a program or a file does."""
+"""Output of commands: through rich on a terminal, plain text in a pipe or file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rlinf_core.untrusted import printable
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print rows of text under column names. A terminal folds wide columns; a pipe gets every row on one line."""
+    """Print rows under column names. A terminal wraps wide columns; a pipe gets every row on one line."""
     rows = [[printable(cell) for cell in row] for row in rows]
     if sys.stdout.isatty():
         from rich.console import Console
@@ -30,7 +30,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def print_text(text: str) -> None:
-    """Print a line, or several, for people."""
+    """Print one or more lines of text."""
     print(printable(text))
 
 
@@ -40,7 +40,7 @@ def print_json(value: Any) -> None:
 
 
 def print_error(message: str) -> None:
-    """Print an error's message to stderr."""
+    """Print an error message to stderr."""
     message = printable(message)
     if sys.stderr.isatty():
         from rich.console import Console
@@ -53,7 +53,7 @@ def print_error(message: str) -> None:
 
 @contextmanager
 def print_progress(what: str) -> Iterator[Callable[[int, int], object]]:
-    """A bar on stderr where somebody looks; it is told how much is done, and of how much."""
+    """A progress bar on stderr if it is a terminal; yields a function of how much is done, and the total."""
     if not sys.stderr.isatty():
         yield lambda done, all: None
         return

@@ -1,4 +1,4 @@
-"""`rlinf plan`: what a run will take, before it starts."""
+"""`rlinf plan`: predict a run's memory, speed and communication before it starts."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ if TYPE_CHECKING:
     from rlinf_core.plan.advice import Change
     from rlinf_core.plan.step import Plan
 
-CARDS = (24, 48, 80)
-"""GB; those of the table."""
+GPU_MEMORIES = (24, 48, 80)
+"""GB; the GPU sizes of the table."""
 SHOWN = ("H100", "A100", "RTX 4090")
-"""Cards whose speed is predicted; --json has all."""
+"""GPUs whose speed is printed; --json has all."""
 EPILOG = """\
-Nothing is computed: the policy's own code runs without numbers, on a CPU, and is counted. No weights are loaded and the
-hub is not asked: where the data are not at hand, samples are taken to be as long as the policy allows, which is said.
-Memory is that of eager training on CUDA with fused attention; GB are 10⁹ bytes. MFU is the share of a card's dense
-bfloat16 peak that useful operations get: no padding, nothing that is computed again to save memory.
+Nothing is trained: the policy's own code runs on a CPU on tensors without values, and its operations are counted. No
+weights are loaded and the hub is not contacted. If the data are not available, the samples are assumed to have the
+maximum length, and a line says so. Memory is for eager training on CUDA with fused attention; GB are 10⁹ bytes. MFU is
+useful operations as a fraction of a GPU's dense bfloat16 peak; padding and recomputation are not useful operations.
 
---json prints an object with the same and more, in bytes, operations and samples. Exit codes: 0, also where the run does
-not fit; 2 for something to mend.
+--json prints one object with these and more numbers, in bytes, operations and samples. Exit codes: 0, even if the run
+does not fit; 2 for something the user can fix.
 """
 
 
@@ -32,12 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.add_argument("config", help="the run's TOML file")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings over the file: trainer.micro_batch_size=8"
+        "overrides", nargs="*", metavar="key=value", help="settings that override the file: trainer.micro_batch_size=8"
     )
     parser.add_argument("--gpu-memory", type=_positive, default=80.0, metavar="GB", help="of each GPU; default: 80")
-    parser.add_argument("--mfu", type=_share, default=0.4, help="to predict samples/s with; default: 0.4")
-    parser.add_argument("--ranks", type=_count, help="processes of the run, where [cluster] does not say how many")
-    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument("--mfu", type=_fraction, default=0.4, help="MFU to predict samples/s with; default: 0.4")
+    parser.add_argument("--ranks", type=_count, help="number of processes, if [cluster] does not set it")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _positive(text: str) -> float:
@@ -46,13 +46,13 @@ def _positive(text: str) -> float:
             return number
     except ValueError:
         pass
-    raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
 
 
-def _share(text: str) -> float:
+def _fraction(text: str) -> float:
     if (number := _positive(text)) <= 1:
         return number
-    raise argparse.ArgumentTypeError(f"{text!r} is no share: above 0, at most 1")
+    raise argparse.ArgumentTypeError(f"{text!r} is not a fraction: above 0, at most 1")
 
 
 def _count(text: str) -> int:
@@ -62,13 +62,13 @@ def _count(text: str) -> int:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Work it out and print it."""
+    """Compute the plan and print it."""
     from rlinf_core.config.load import load_config
     from rlinf_core.plugins.registry import get_plugins
 
     plugins = get_plugins()
     config = load_config(options.config, options.overrides, plugins)
-    from rlinf_core.plan.advice import advise  # Takes seconds, with torch: a mistake in the config is told first.
+    from rlinf_core.plan.advice import advise  # Loads torch, which takes seconds: report config mistakes first.
     from rlinf_core.plan.step import plan
 
     made = plan(config, plugins, options.ranks)
@@ -79,15 +79,15 @@ def run(options: argparse.Namespace) -> None:
         _print(made, changes, options)
 
 
-def _cards(options: argparse.Namespace) -> list[float]:
-    return sorted({*map(float, CARDS), options.gpu_memory})
+def _gpu_memories(options: argparse.Namespace) -> list[float]:
+    return sorted({*map(float, GPU_MEMORIES), options.gpu_memory})
 
 
 def _speeds(made: Plan, mfu: float) -> dict[str, float]:
-    """Samples/s of all ranks together, by card."""
+    """Samples/s of all ranks together, by GPU."""
     from rlinf_core.costs.gpus import PEAKS
 
-    return {card: made.ranks * mfu * peak * 1e12 / made.flops_per_sample for card, peak in PEAKS.items()}
+    return {gpu: made.ranks * mfu * peak * 1e12 / made.flops_per_sample for gpu, peak in PEAKS.items()}
 
 
 def _object(made: Plan, changes: list[Change], options: argparse.Namespace) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def _object(made: Plan, changes: list[Change], options: argparse.Namespace) -> d
         "parameters": asdict(made.parameters),
         "states_bytes": asdict(made.states) | {"total": made.states.total},
         "peak_bytes": asdict(peak) | {"total": peak.total},
-        "fits": {f"{card:g}": made.largest_micro_batch(card) for card in _cards(options)},
+        "fits": {f"{gb:g}": made.largest_micro_batch(gb) for gb in _gpu_memories(options)},
         "gpu_memory": options.gpu_memory,
         "changes": [asdict(change) for change in changes],
         "flops_per_sample": made.flops_per_sample,
@@ -119,22 +119,20 @@ def _print(made: Plan, changes: list[Change], options: argparse.Namespace) -> No
     size, together = trainer.micro_batch_size, made.share // trainer.micro_batch_size
     print_table(["plan", options.config], _facts(made, options))
     peak = made.memory()
-    print(
-        f"\nmemory of each rank with micro batch {size}, {_several(together, 'micro batch', 'micro batches')} a step:"
-    )
-    print_table(["", "kept", "at the peak of a step"], _memory_rows(made, peak))
+    print(f"\nmemory per rank, micro batch {size}, {_several(together, 'micro batch', 'micro batches')} per step:")
+    print_table(["", "persistent", "at the peak of a step"], _memory_rows(made, peak))
     print()
     rows = []
-    for card in _cards(options):
-        fitting = made.largest_micro_batch(card)
+    for gb in _gpu_memories(options):
+        fitting = made.largest_micro_batch(gb)
         needs = made.memory(fitting or 1).total
-        told = f"micro batch {fitting} of {made.share}" if fitting else "does not fit"
-        rows.append([f"{card:g} GB", told, _size(needs)])
-    print_table(["GPU of", "largest that fits", "takes"], rows)
+        largest = f"micro batch {fitting} of {made.share}" if fitting else "does not fit"
+        rows.append([f"{gb:g} GB", largest, _size(needs)])
+    print_table(["GPU memory", "largest that fits", "takes"], rows)
     if changes:
-        print(f"\nmicro batch {size} does not fit {options.gpu_memory:g} GB. What would:")
+        print(f"\nmicro batch {size} does not fit {options.gpu_memory:g} GB. Options:")
         print_table(
-            ["change", "largest micro batch", "takes", "at the price of"],
+            ["change", "largest micro batch", "takes", "cost"],
             [[c.settings, str(c.micro_batch or "none"), _size(c.peak), c.costs] for c in changes],
         )
     for assumption in made.assumptions:
@@ -148,15 +146,13 @@ def _facts(made: Plan, options: argparse.Namespace) -> list[list[str]]:
         "parameters": f"{numbers.total:,}; {numbers.trainable:,} trained, {numbers.reached:,} reached by the loss",
         "ranks": str(made.ranks),
         "sizes from": "; ".join(made.data),
-        "operations a sample": f"{_flops(made.flops_per_sample)} useful ({made.flops_from}); "
-        f"{_flops(made.computed_per_sample)} computed for the longest",
+        "operations/sample": f"{_flops(made.flops_per_sample)} useful ({made.flops_from}); "
+        f"{_flops(made.computed_per_sample)} executed for the longest",
         f"at {options.mfu:.0%} MFU": ", ".join(
-            f"{speeds[card]:,.3g} samples/s on {card}"
-            if speeds[card] < 1000
-            else f"{speeds[card]:,.0f} samples/s on {card}"
-            for card in SHOWN
+            f"{speeds[gpu]:,.3g} samples/s on {gpu}" if speeds[gpu] < 1000 else f"{speeds[gpu]:,.0f} samples/s on {gpu}"
+            for gpu in SHOWN
         ),
-        "received a step": f"{_size(traffic.total)} a rank: {_size(traffic.all_gather)} weights, "
+        "received per step": f"{_size(traffic.total)} per rank: {_size(traffic.all_gather)} weights, "
         f"{_size(traffic.reduce_scatter)} gradients"
         + (f", {_size(traffic.all_reduce)} between replicas" if traffic.all_reduce else "")
         if traffic.total
@@ -166,19 +162,19 @@ def _facts(made: Plan, options: argparse.Namespace) -> list[list[str]]:
 
 
 def _memory_rows(made: Plan, peak: Any) -> list[list[str]]:
-    kept = asdict(made.states)
+    persistent = asdict(made.states)
     rows = []
     for name in ("weights", "optimizer", "ema", "gradients", "gathered", "reducing", "activations"):
-        text = {"ema": "EMA", "gathered": "weights gathered", "reducing": "gradients being reduced"}.get(name, name)
-        rows.append([text, _size(kept[name]) if name in kept else "", _size(getattr(peak, name))])
-    rows.append(["together", _size(made.states.total), _size(peak.total)])
+        text = {"ema": "EMA", "gathered": "gathered weights", "reducing": "gradients being reduced"}.get(name, name)
+        rows.append([text, _size(persistent[name]) if name in persistent else "", _size(getattr(peak, name))])
+    rows.append(["total", _size(made.states.total), _size(peak.total)])
     if peak.on_host:
-        rows.append(["in the CPU's memory", "", _size(peak.on_host)])
+        rows.append(["in CPU memory", "", _size(peak.on_host)])
     return rows
 
 
 def _size(size: float) -> str:
-    """Three digits that count: sizes are known no better."""
+    """Three significant digits: sizes are not known more exactly."""
     unit, factor = ("GB", 1e9) if size >= 1e8 else ("MB", 1e6)
     return f"{size / factor:.3g} {unit}" if size else "-"
 

@@ -1,4 +1,4 @@
-"""`rlinf plugins`: who is there, what each brings, and what failed."""
+"""`rlinf plugins`: list plugins, what they registered, and what failed."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ JSON_KEYS = """\
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.epilog = JSON_KEYS
-    parser.add_argument("--json", action="store_true", help="everything as one JSON object")
+    parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
 
 
 def run(options: argparse.Namespace) -> None:
-    """List plugin modules, distributions with dataset formats, failures and what is blocked."""
+    """List plugin modules, distributions with dataset formats, failures and disabled distributions."""
     from rlinf_core.plugins.registry import get_plugins
 
     found = _collect(get_plugins())
@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _collect(plugins: Plugins) -> dict[str, list[Any]]:
-    registered = plugins.registered  # First: it calls the hooks whose failures are listed.
+    registered = plugins.registered  # Must come first: it calls the hooks whose failures are listed below.
     modules = [
         {
             "distribution": owner.distribution,
@@ -79,4 +79,4 @@ def _print(found: dict[str, list[Any]]) -> None:
         owner = f"{one['distribution']} {one['version']} (entry point '{one['entry_point']}')"
         print(f"failed: {owner}: {one['doing']}: {one['cause']}")
     for distribution in found["blocked"]:
-        print(f"left out by RLINF_DISABLE_PLUGINS: {distribution}")
+        print(f"disabled by RLINF_DISABLE_PLUGINS: {distribution}")

@@ -1,4 +1,4 @@
-"""`rlinf validate`: everything that can be known of a run without starting it."""
+"""`rlinf validate`: validate everything about a run that can be known without starting it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from rlinf_core.preflight import Report
 
 JSON_KEYS = """\
-Checked are the config, the dataset with its columns and one sample of it, the arithmetic of batches, the files of the
-policy, and the folder of the run. Not checked: what needs a device, and whether pictures can be decoded.
+Validates the config, the dataset with its columns and one sample, the batch sizes, the policy's files, and the run's
+folder. Not covered: anything that needs a device, and whether images can be decoded.
 
---json prints an object: "ok", "config" (the file), "facts" (an object of numbers and texts; a fact that could not be
-found out is left out), "findings" (a list of texts, empty if ok) and "warnings" (a list of texts: what may spoil the
-run). Exit codes: 0 if ok, else 2.
+--json prints an object: "ok", "config" (the file), "facts" (numbers and texts; unknown facts are left out), "findings"
+(a list of texts, empty if ok) and "warnings" (a list of texts: what may spoil the run). Exit codes: 0 if ok, otherwise
+2.
 """
 
 
@@ -26,13 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = JSON_KEYS
     parser.add_argument("config", help="the run's TOML file")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings over the file: runner.max_steps=100"
+        "overrides", nargs="*", metavar="key=value", help="settings that override the file: runner.max_steps=100"
     )
-    parser.add_argument("--ranks", type=_positive, help="processes of the run, where [cluster] does not say how many")
+    parser.add_argument("--ranks", type=_positive, help="number of processes, if [cluster] does not set it")
     parser.add_argument(
-        "--allow-change", action="store_true", help="as for the run: it may go on with a config that computes otherwise"
+        "--allow-change", action="store_true", help="allow resuming although the config changes what the run computes"
     )
-    parser.add_argument("--json", action="store_true", help="facts and findings as one JSON object")
+    parser.add_argument("--json", action="store_true", help="print facts and findings as one JSON object")
 
 
 def _positive(text: str) -> int:
@@ -42,7 +42,7 @@ def _positive(text: str) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Check, and print facts or findings."""
+    """Validate the run, and print facts or findings."""
     try:
         report = _check(options)
     except UserError as error:
@@ -52,8 +52,8 @@ def run(options: argparse.Namespace) -> int:
         return Exit.USER_ERROR
     ok = not report.findings
     if options.json:
-        told = {"facts": report.facts, "findings": report.findings, "warnings": report.warnings}
-        print_json({"ok": ok, "config": options.config} | told)
+        found = {"facts": report.facts, "findings": report.findings, "warnings": report.warnings}
+        print_json({"ok": ok, "config": options.config} | found)
         return Exit.OK if ok else Exit.USER_ERROR
     if not ok:
         raise UserError(report.refusal(options.config))
@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _words(fact: str) -> str:
-    """A fact's key as words; the name of a source before it stays as one writes it."""
+    """A fact's key as words; the source name before it is kept verbatim."""
     source, colon, key = fact.rpartition(": ")
     return source + colon + key.replace("_", " ")
 

@@ -1,1 +1,1 @@
-"""The run's config: sections, layers and loading. Importing it leaves torch unloaded."""
+"""Loads the run's config from TOML and overrides. Importing it leaves torch unloaded."""

@@ -1,4 +1,4 @@
-"""Say what is wrong with a config: the place, the mistake, where it was written, and what was probably meant."""
+"""Messages about mistakes in a config: the key, the mistake, where it was written, and what was probably meant."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from rlinf_core.config.toml import dotted, is_list_of_tables
 from rlinf_core.errors import did_you_mean
 from rlinf_core.plugins.owners import Owner
 
-Place = tuple[str | int, ...]
-Tables = dict[Place, dict[str, FieldInfo]]
-"""The fields of each table by its place; those of the whole config are under `()`."""
+KeyPath = tuple[str | int, ...]
+"""Keys and list indices from the root of the config: `("data", "mixture", 0, "weight")`."""
+Tables = dict[KeyPath, dict[str, FieldInfo]]
+"""The fields of each table by its key path; those of the root are under `()`."""
 
 COMMAND_LINE = "command line"
 _ABSENT = object()
@@ -25,13 +26,13 @@ _ABSENT = object()
 
 @dataclass(frozen=True)
 class Layer:
-    """A table of the config and where it was written: a file, the command line, somebody's defaults."""
+    """A layer of the config and where it was written: a file, the command line, or a class's defaults."""
 
     origin: str
     table: Mapping[str, Any]
 
-    def reaches(self, place: Place) -> bool:
-        """Whether this layer says something about a place: sets it, a part of it, or the whole that it is a part of."""
+    def reaches(self, place: KeyPath) -> bool:
+        """Whether this layer sets a key path, a part of it, or a table that contains it."""
         found: Any = self.table
         for part in place:
             if not isinstance(found, Mapping) and not is_list_of_tables(found):
@@ -41,8 +42,8 @@ class Layer:
         return True
 
 
-def value_at(table: Mapping[str, Any], place: Place) -> Any:
-    """The value at a place of a table; None if there is none."""
+def value_at(table: Mapping[str, Any], place: KeyPath) -> Any:
+    """The value at a key path of a table; None if it is not set."""
     found: Any = table
     for part in place:
         if (found := _inside(found, part)) is _ABSENT:
@@ -51,7 +52,7 @@ def value_at(table: Mapping[str, Any], place: Place) -> Any:
 
 
 def _inside(found: object, part: str | int) -> Any:
-    """What a table or list holds; an override names an entry of a list by its number: `data.mixture.0.weight=2`."""
+    """An item of a table or list. Overrides give the index of a list as a string: `data.mixture.0.weight=2`."""
     if isinstance(found, list):
         return found[part] if isinstance(part, int) and part < len(found) else _ABSENT
     if isinstance(found, Mapping):
@@ -59,15 +60,17 @@ def _inside(found: object, part: str | int) -> Any:
     return _ABSENT
 
 
-def mistake(place: Place, what: str, layers: Sequence[Layer], value: Any = None, *, owner: Owner | None = None) -> str:
+def mistake(
+    place: KeyPath, what: str, layers: Sequence[Layer], value: Any = None, *, owner: Owner | None = None
+) -> str:
     """One line (or more, if `what` has more): `optim.lr: must be larger than 0 [run.toml]`.
 
     Args:
-        place: Where in the config.
+        place: Key path of the mistake.
         what: What is wrong.
-        layers: Who wrote the config, lowest first.
-        value: What stands there; a table may be the work of several layers.
-        owner: Who says what may stand there, if it is a plugin's own table: `[run.toml; table of acme-arm 1.2]`.
+        layers: The layers of the config, lowest first.
+        value: The value at `place`; a table may come from several layers.
+        owner: The plugin that defines the table, for a plugin's own table: `[run.toml; table of acme-arm 1.2]`.
     """
     sources = [", ".join(_origins(place, layers, value))]
     sources += [f"table of {owner.distribution} {owner.version}"] if owner else []
@@ -77,14 +80,14 @@ def mistake(place: Place, what: str, layers: Sequence[Layer], value: Any = None,
     return (f"{text} [{bracket}]" if bracket else text) + line_end + rest
 
 
-def _origins(place: Place, layers: Sequence[Layer], value: Any) -> list[str]:
-    """A single value was written by the highest layer that has it; a table may be the work of several."""
+def _origins(place: KeyPath, layers: Sequence[Layer], value: Any) -> list[str]:
+    """The origins of a value: the highest layer that sets it, or for a table every layer that contributes."""
     origins = [layer.origin for layer in layers if place and layer.reaches(place)]
     return origins if isinstance(value, Mapping) else origins[-1:]
 
 
 def explain(error: ErrorDetails, layers: Sequence[Layer], tables: Tables, owner: Owner | None = None) -> str:
-    """A pydantic error as a line for people; `owner` as in `mistake`."""
+    """A pydantic error as one line for users; `owner` as in `mistake`."""
     place, given = error["loc"], error["input"]
     match error["type"]:
         case "extra_forbidden":
@@ -111,8 +114,8 @@ def _short(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _near(place: Place, tables: Tables) -> str:
-    """Names that a misspelt key may have meant in its own table, else in another (a `[table]` line is missing)."""
+def _near(place: KeyPath, tables: Tables) -> str:
+    """A suggestion for a misspelt key: from its own table, otherwise from another (if a `[table]` line is missing)."""
     *above, last = place
     key = str(last)
     table = max((known for known in tables if known == tuple(above[: len(known)])), key=len)

@@ -1,4 +1,4 @@
-"""The tables of `[[data.mixture]]` before they become classes: names, misplaced keys, and shared defaults."""
+"""The tables of `[[data.mixture]]` before validation: names, misplaced keys, and common defaults."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from rlinf_core.config.toml import Table, leaves, merge
 from rlinf_core.contract.mixture import LOADER_KEYS
 
 NOT_CHUNKED = (
-    "is for a run of one dataset: several are mixed in random order only; leave it out, and convert videos that are "
-    "slow to seek in with `rlinf cache`"
+    "is for a run of one dataset; mixtures support random order only: leave it out, and if seeking in the videos is "
+    "slow, convert them with `rlinf cache`"
 )
 
 
 def wrong_shape(found: object, below: int) -> str:
-    """Why a value of `data.mixture` is no list of tables.
+    """Why a value of `data.mixture` is not a list of tables.
 
     Args:
         found: The value.
-        below: Entries of the list that an override of the form `data.mixture.0.weight=2` was laid over; 0: of none.
+        below: Length of the list that an override like `data.mixture.0.weight=2` should have changed; 0: no list.
     """
     if below and isinstance(found, Mapping):
         numbers = f"are {below} entries, numbered 0 {'and' if below == 2 else 'to'} {below - 1}"
-        there = numbers if below > 1 else "is one entry, numbered 0"
-        return f"an entry is named by its number, data.mixture.0.weight=2: there {there}"
-    return "must be a list of tables, [[data.mixture]], each of them a dataset"
+        entries = numbers if below > 1 else "is one entry, numbered 0"
+        return f"an override names an entry by its number, data.mixture.0.weight=2: there {entries}"
+    return "must be a list of tables, [[data.mixture]], each for one dataset"
 
 
 def name_sources(entries: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The name of each entry: the given one, else its `config_name` (without a distribution), numbered if taken."""
+    """The name of each entry: its `name`, or its `config_name` without the distribution, numbered if taken."""
     taken = {str(entry["name"]) for entry in entries if entry.get("name")}
     names = []
     for entry in entries:
@@ -45,31 +45,31 @@ def name_sources(entries: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def misplaced_keys(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, ...], str]]:
-    """Keys on the wrong side of the line between `[data]` and its entries: place in `[data]`, what is wrong."""
+    """Keys of `[data]` that belong in its entries, and the reverse: (key path in `[data]`, what is wrong)."""
     beside = ", ".join(LOADER_KEYS)
     for key in data.keys() - {"mixture", *LOADER_KEYS}:
         if key == "shuffle" and data[key] == "chunked":
             yield (key,), NOT_CHUNKED
         elif key == "config_name":
-            yield (key,), "is for a run of one dataset, data.mixture for several: leave one of them out"
+            yield (key,), "is for a run of one dataset, data.mixture for several: leave out one of them"
         else:
-            yield (key,), f"is set in the entries of data.mixture (beside them stands {beside} only)"
+            yield (key,), f"belongs in the entries of data.mixture (only {beside} goes beside them)"
     for number, entry in enumerate(data["mixture"]):
         if entry.get("shuffle") == "chunked":
             yield ("mixture", number, "shuffle"), NOT_CHUNKED
         for key in LOADER_KEYS:
             if key in entry:
-                yield ("mixture", number, key), f"is one for all sources: set data.{key}"
+                yield ("mixture", number, key), f"applies to all sources: set data.{key}"
 
 
 def common_defaults(defaults: Mapping[str, Mapping[str, Any]]) -> tuple[Table, dict[tuple[str, ...], str]]:
-    """What several datasets' `run_defaults` agree on, and where they do not.
+    """Split the `run_defaults` of several datasets into common and differing values.
 
     Args:
         defaults: Source -> its class's `run_defaults`.
 
     Returns:
-        The table of those that are the same in all, and place -> who says what of the others.
+        The table of common values, and for the others: key path -> the value of each source, in words.
     """
     common: Table = {}
     differing: dict[tuple[str, ...], str] = {}
@@ -83,6 +83,6 @@ def common_defaults(defaults: Mapping[str, Mapping[str, Any]]) -> tuple[Table, d
                 nested = {key: nested}
             common = merge(common, nested)
         else:
-            said = (f"{name} says nothing" if value is None else f"{name} {value!r}" for name, value in values.items())
+            said = (f"{name} sets none" if value is None else f"{name} {value!r}" for name, value in values.items())
             differing[path] = ", ".join(said)
     return common, differing

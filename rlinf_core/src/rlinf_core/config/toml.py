@@ -1,6 +1,6 @@
-"""Config as text and as tables: reading TOML, `key=value` overrides, layering, writing, comparing.
+"""Config as text and as tables: reading TOML, `key=value` overrides, merging, writing, comparing.
 
-A *table* is what `tomllib` makes of a document: nested dicts with string keys. Nothing here knows what the keys mean.
+A *table* is a document as `tomllib` parses it: nested dicts with string keys. Nothing here knows what the keys mean.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from rlinf_core.errors import UserError
 
 Table = dict[str, Any]
 DEEPEST = 50
-"""Levels of tables and lists in a document; Python follows some hundreds, and no config has ten."""
+"""Maximum nesting of tables and lists; Python's recursion allows a few hundred, and no config needs ten."""
 
 
 def read_toml(source: Path | str) -> Table:
     """Read a TOML document: a `Path` is a file, a `str` is the document itself.
 
     Raises:
-        UserError: If the file cannot be read or is not TOML; the message names the file, and line and column.
+        UserError: If the file cannot be read or is not TOML; the message names file, line and column.
     """
     if isinstance(source, str):
         return _loads(source)
     try:
         return _loads(source.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"{source}: there is no such file (looked from {Path.cwd()})") from error
+        raise UserError(f"{source}: no such file (relative to {Path.cwd()})") from error
     except OSError as error:
         raise UserError(f"{source}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -39,7 +39,7 @@ def read_toml(source: Path | str) -> Table:
 
 
 def _loads(text: str) -> Table:
-    """What `tomllib` makes of a document, unless it is nested more deeply than any config."""
+    """Parse a document, unless it is nested more deeply than any config."""
     too_deep = tomllib.TOMLDecodeError(f"it is nested more than {DEEPEST} levels deep")
     try:
         table = tomllib.loads(text)
@@ -57,8 +57,8 @@ def _loads(text: str) -> Table:
 def parse_override(text: str) -> Table:
     """Turn `section.key=value` into a table.
 
-    The value is read as TOML (`1e-4`, `true`, `["a", "b"]`); what is not TOML is a string as it stands, so that names
-    and paths need no quotes. Dates are strings too: no key of a config is a date, but runs are named after one.
+    The value is parsed as TOML (`1e-4`, `true`, `["a", "b"]`); anything else is taken as a string, so that names and
+    paths need no quotes. Dates are strings too: no config key is a date, but runs are often named after one.
 
     Raises:
         UserError: If there is no `=`, the key is not a dotted key, or the value is an unfinished list, table or string.
@@ -95,9 +95,9 @@ def _with_leaf(table: Table, leaf: Any) -> Table:
 
 
 def merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> Table:
-    """Lay one table over another: tables merge key by key, any other value replaces what it covers.
+    """Override one table with another: tables merge key by key, any other value replaces the lower one.
 
-    A table whose keys are numbers changes entries of a list of tables: `{"0": {"weight": 2}}`, the first.
+    A table whose keys are numbers changes entries of a list of tables: `{"0": {"weight": 2}}` changes the first.
     """
     merged = dict(low)
     for key, value in high.items():
@@ -116,15 +116,15 @@ def _are_numbers(table: Mapping[str, Any], below: int) -> bool:
 
 
 def write_toml(table: Table) -> str:
-    """TOML text of a table. Raises `TypeError` for what TOML cannot say, None above all."""
-    # Reading a config needs no writer: listing, validating and every rank but the first do without it.
+    """TOML text of a table. Raises `TypeError` for values that TOML cannot represent, such as None."""
+    # Imported here, because listing, validating and every rank but the first never write.
     import tomli_w
 
     return tomli_w.dumps(table)
 
 
 def diff_tables(old: Table, new: Table) -> list[tuple[str, Any, Any]]:
-    """The leaves that differ, as (dotted key, old, new); None stands for a key that is not there."""
+    """The leaves that differ, as (dotted key, old, new); None for a missing key."""
     before, after = dict(leaves(old)), dict(leaves(new))
     keys = [*before, *(key for key in after if key not in before)]
     return [(dotted(key), before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
@@ -133,7 +133,7 @@ def diff_tables(old: Table, new: Table) -> list[tuple[str, Any, Any]]:
 def leaves(
     table: Mapping[str, Any] | list[Table], above: tuple[str | int, ...] = ()
 ) -> Iterator[tuple[tuple[str | int, ...], Any]]:
-    """Every value that is no table, with its place."""
+    """Every value that is not a table, with its key path."""
     for key, value in table.items() if isinstance(table, Mapping) else enumerate(table):
         if value and (isinstance(value, dict) or is_list_of_tables(value)):
             yield from leaves(value, (*above, key))
@@ -142,12 +142,12 @@ def leaves(
 
 
 def is_list_of_tables(value: object) -> TypeGuard[list[Table]]:
-    """Whether a value is what TOML writes as `[[...]]`."""
+    """Whether a value is a list of tables, written `[[...]]` in TOML."""
     return isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
 
 
 def dotted(path: tuple[str | int, ...]) -> str:
-    """A place in a table as one writes it: `("data", "images", "my.cam")` -> `data.images."my.cam"`, `betas[0]`."""
+    """A key path as text: `("data", "images", "my.cam")` -> `data.images."my.cam"`, `("betas", 0)` -> `betas[0]`."""
     text = ""
     for part in path:
         if isinstance(part, int):

@@ -1,1 +1,1 @@
-"""What a plugin sees: hooks, the config bases and protocols, and the schema of a run's config."""
+"""Everything a plugin sees: hooks, config base classes, protocols, and the schema of a run's config."""

@@ -1,4 +1,4 @@
-"""A subcommand of `rlinf`, as core and plugins offer them. Its module is imported when the command is called."""
+"""A subcommand of `rlinf`, from core or a plugin. Its module is imported when the command is called."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: what help says of it, and where its code is.
+    """A subcommand: its name, its line in `rlinf --help`, and the module with its code.
 
     The module has two functions: `add_arguments(parser)` gets an `argparse.ArgumentParser`; `run(options)` gets the
-    parsed namespace and returns an exit code, or None for 0. It raises `UserError` for what the user can mend.
+    parsed namespace and returns an exit code, or None for 0. It raises `UserError` for anything the user can fix.
     """
 
     name: str

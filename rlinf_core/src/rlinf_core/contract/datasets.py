@@ -1,7 +1,7 @@
-"""What a dataset is to the rest of the project: a config that names columns and transforms, and a source of rows.
+"""The dataset interface: a config that names columns and transforms, and a source of rows.
 
 A `DatasetConfig` subclass is registered by an entry point in the group `rlinf.datasets`; it validates `[data]`.
-`LeRobotDatasetConfig` is its form for robot data in LeRobot's layout; `data.lerobot` opens it.
+`LeRobotDatasetConfig` is for robot data in LeRobot's layout; `data.lerobot` opens it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class SampleSource(Protocol):
         ...
 
     def __getitems__(self, indices: Sequence[int]) -> list[Row]:
-        """Rows with images decoded; each `0 <= index < len(self)`."""
+        """Rows with decoded images; `0 <= index < len(self)` for each index."""
         ...
 
     def without_images(self, indices: Sequence[int]) -> list[Row]:
@@ -47,18 +47,18 @@ class SampleSource(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """A hash of what the rows are made of (not of the pixels); it changes when the data does."""
+        """A hash of the rows' contents (without pixels); it changes when the data changes."""
         ...
 
 
 @runtime_checkable
 class ColumnSource(SampleSource, Protocol):
-    """A source that can give many rows at once: statistics then take seconds where they took minutes."""
+    """A source that can return many rows at once: statistics then take seconds instead of minutes."""
 
     def columns(self, indices: Sequence[int]) -> Row:
-        """Values of `without_images` with rows as their first axis: vectors [N, D], chunks [N, H, D], `task` a list.
+        """The values of `without_images` stacked along a first axis: vectors [N, D], chunks [N, H, D], `task` a list.
 
-        Transforms see such a batch in place of a row if their class says that they take it (`Transform.batched`).
+        Transforms get such a batch instead of a row if their class declares support (`Transform.batched`).
         """
         ...
 
@@ -81,45 +81,45 @@ class DecodingSource(SampleSource, Protocol):
 
 
 class DatasetConfig(BaseModel):
-    """The `[data]` table. Subclasses add fields; every field may be set in TOML."""
+    """The `[data]` table. Subclasses add fields; every field can be set in TOML."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     run_defaults: ClassVar[Mapping[str, Any]] = {}
-    """Defaults this dataset sets for the run, as a TOML table: `{"policy": {"type": "pi05", "action_horizon": 5}}`."""
+    """Run defaults set by this dataset, as a TOML table: `{"policy": {"type": "pi05", "action_horizon": 5}}`."""
     compatible_policies: ClassVar[tuple[str, ...]] = ()
-    """Policy types that fit besides the one named in `run_defaults`."""
+    """Compatible policy types besides the one in `run_defaults`."""
 
     config_name: str = ""
-    """The registered name of this format, from `rlinf datasets`; `distribution:name` when two packages use one name."""
+    """The registered name of this format, from `rlinf datasets`; `distribution:name` if two packages share a name."""
     repo_id: str = ""
     """A local folder, or the id of a dataset on the hub, `owner/name` with an optional `@revision`."""
     revision: str = ""
     """Branch, tag or commit on the hub; empty: the hub's default."""
     num_workers: int = Field(default=2, ge=0)
-    """Loader processes a rank; 0 loads in the training process."""
+    """Loader processes per rank; 0 loads in the training process."""
     shuffle: Literal["random", "chunked"] = "random"
-    """`random` takes rows in random order. `chunked` reads runs of consecutive frames and mixes them in a buffer: for
-    videos that are slow to seek in. Not for mixtures."""
+    """`random` reads rows in random order. `chunked` reads runs of consecutive frames and mixes them in a buffer, for
+    videos in which seeking is slow. Not for mixtures."""
     streams: int = Field(default=64, ge=1)
-    """Chunked: virtual streams over all ranks, each with runs and a buffer of its own. A multiple of the number of
-    ranks, and of any the run is to continue on."""
+    """Chunked: virtual streams over all ranks, each with its own runs of frames and its own buffer. A multiple of the
+    number of ranks, and of every number of ranks on which the run is to resume."""
     chunk_frames: int = Field(default=16, ge=1)
     """Chunked: consecutive frames that are read together."""
     shuffle_buffer: int = Field(default=8192, ge=1)
-    """Chunked: samples of all ranks together that wait to be drawn, in memory with their images as the policy gets
-    them (0.15 MB an image of 224 x 224)."""
+    """Chunked: buffered samples of all ranks together, in memory with their images at the policy's size (0.15 MB per
+    image of 224 x 224)."""
     norm_stats: str = ""
     """A `norm_stats.json` to use; empty: computed from the training rows when the run starts."""
     norm_floor: float = Field(default=0.0, ge=0.0)
-    """The smallest spread by which a number is divided: standard deviation, or half of q99 - q01; in the data's units.
-    Statistics with less are widened before they are used and kept. 0: none are, as in openpi."""
+    """The smallest spread to divide by: standard deviation, or half of q99 - q01; in the data's units. Statistics with
+    a smaller spread are widened before they are used and saved. 0: never, as in openpi."""
     stats_need_images: bool = False
-    """Whether a transform looks at images to make state or actions, so that statistics must decode them (slow)."""
+    """Whether a transform uses images to compute state or actions, so that statistics must decode them (slow)."""
     validation_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Share of the episodes, taken evenly over the tasks, that is held out of training for validation."""
+    """Fraction of the episodes, spread evenly over the tasks, that is held out of training for validation."""
     validation_episodes: tuple[int, ...] = ()
-    """Episode numbers to hold out, instead of a share."""
+    """Episode numbers to hold out, instead of a fraction."""
 
     @model_validator(mode="after")
     def _one_way_to_hold_out(self) -> DatasetConfig:
@@ -131,11 +131,11 @@ class DatasetConfig(BaseModel):
     def _buffers_hold_runs(self) -> DatasetConfig:
         changed = [key for key in ("streams", "chunk_frames", "shuffle_buffer") if self._differs(key)]
         if self.shuffle == "random" and changed:
-            raise ValueError(f'{changed[0]} does nothing without shuffle = "chunked"')
+            raise ValueError(f'{changed[0]} has no effect without shuffle = "chunked"')
         if self.shuffle_buffer < self.streams * self.chunk_frames:
             raise ValueError(
-                f"shuffle_buffer = {self.shuffle_buffer} is less than one run for each stream, streams x chunk_frames "
-                f"= {self.streams * self.chunk_frames}: raise it, or lower one of these"
+                f"shuffle_buffer = {self.shuffle_buffer} is less than streams x chunk_frames = "
+                f"{self.streams * self.chunk_frames}, one run of frames per stream: raise it, or lower one of these"
             )
         return self
 
@@ -148,12 +148,12 @@ class DatasetConfig(BaseModel):
         return bool(self.validation_fraction or self.validation_episodes)
 
     def given_statistics(self) -> str:
-        """The file of statistics to use; empty: computed from the training rows when the run starts."""
+        """The statistics file to use; empty: computed from the training rows when the run starts."""
         return self.norm_stats
 
     @classmethod
     def facts(cls) -> dict[str, Any]:
-        """What the class knows of its data without opening them, for `rlinf datasets --json`."""
+        """What the class knows about its data without opening them, for `rlinf datasets --json`."""
         return {}
 
     def repack(self) -> Transform:
@@ -161,21 +161,21 @@ class DatasetConfig(BaseModel):
         raise NotImplementedError(f"{type(self).__name__} must define repack()")
 
     def observation_columns(self) -> Sequence[str]:
-        """The columns that an acting policy needs of a row; empty where only `repack` knows."""
+        """The columns that inference needs from a row; empty if only `repack` knows."""
         return ()
 
     def transforms(self) -> Sequence[Transform]:
-        """Transforms between repacking and normalisation; the inverses run in reverse on the policy's actions."""
+        """Transforms between repacking and normalisation; their inverses run in reverse on the policy's actions."""
         return ()
 
 
 class Crop(BaseModel):
-    """A part of a camera's image, in pixels from its upper left corner."""
+    """A crop of a camera's image, in pixels from its upper left corner."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     top: int = Field(default=0, ge=0)
-    """Rows cut off above."""
+    """Rows cut off at the top."""
     left: int = Field(default=0, ge=0)
     """Columns cut off on the left."""
     height: int = Field(ge=1)
@@ -190,50 +190,50 @@ class Crop(BaseModel):
 
 
 class LeRobotDatasetConfig(DatasetConfig):
-    """Robot data in LeRobot's layout: which column is which. Several columns of one kind are concatenated."""
+    """Robot data in LeRobot's layout: which column is which. Several state or action columns are concatenated."""
 
     images: dict[str, str] = {}
     """Camera name of the policy -> image column of the dataset."""
     crops: dict[str, Crop] = {}
-    """Camera name of the policy -> the part of its image that is kept, `{ top, left, height, width }` in pixels."""
+    """Camera name of the policy -> the crop of its image to keep, `{ top, left, height, width }` in pixels."""
     state: tuple[str, ...] = ("observation.state",)
     """Columns of the proprioceptive state."""
     actions: tuple[str, ...] = ("action",)
     """Columns of the action."""
     stride: int = Field(default=1, ge=1)
-    """Frames from one action of a chunk to the next: 2 makes chunks of every second frame, for a robot that is
+    """Frames between consecutive actions of a chunk: 2 makes chunks of every second frame, for a robot that is
     controlled at half the dataset's rate."""
     prompt_from_task: bool = True
-    """Whether the prompt is the row's own task text. Otherwise it is `default_prompt`."""
+    """Whether the prompt is the row's own task text. If false, it is `default_prompt`."""
     default_prompt: str = ""
-    """The prompt of rows that have no task text, or of all rows if `prompt_from_task` is false."""
+    """The prompt of rows without task text, or of all rows if `prompt_from_task` is false."""
     episodes: tuple[int | EpisodeRange, ...] = ()
     """Episodes to use, numbers and ranges: `[7, "10-99"]` is 7 and 10 to 99. Empty: all."""
     exclude_episodes: tuple[int | EpisodeRange, ...] = ()
     """Episodes to leave out, in the same form."""
     tasks: tuple[int | str, ...] = ()
-    """Use episodes of these tasks only: texts, or numbers of the dataset (`task_index`). An episode's task is that of
+    """Use only episodes of these tasks: texts, or the dataset's numbers (`task_index`). An episode's task is that of
     its first frame."""
     min_episode_length: int = Field(default=0, ge=0)
-    """Leave out episodes of fewer frames."""
+    """Leave out episodes with fewer frames."""
     max_episode_length: int = Field(default=0, ge=0)
-    """Leave out episodes of more frames; 0: no limit."""
+    """Leave out episodes with more frames; 0: no limit."""
     quality_column: str = ""
-    """A number or a truth value of each episode (a column of `meta/episodes`), or of each frame, which counts by its
-    mean over the episode."""
+    """A number or boolean per episode (a column of `meta/episodes`), or per frame, of which the mean over the episode
+    is used."""
     min_quality: float = 1.0
-    """Leave out episodes with less in `quality_column`. Truth values count 0 and 1."""
+    """Leave out episodes with a lower value in `quality_column`. Booleans count as 0 and 1."""
     decoder: Literal["auto", "torchcodec", "pyav"] = "auto"
-    """What decodes videos. `auto`: torchcodec where it loads, else PyAV, which is slower; a run says which."""
+    """Video decoder. `auto`: torchcodec if it loads, otherwise PyAV, which is slower; a run reports which one."""
     cache: Literal["", "raw", "jpeg"] = ""
-    """Read pictures from what `rlinf cache` has made, instead of decoding the dataset's: `raw`, bit-equal, or `jpeg`,
-    smaller and with a loss. Empty: decode."""
+    """Read images from a cache written by `rlinf cache` instead of decoding the dataset's: `raw`, identical to the bit,
+    or `jpeg`, smaller and lossy. Empty: decode."""
     cache_quality: int = Field(default=95, ge=1, le=100)
-    """Of JPEG, the `--quality` that the cache was made with: other pictures are another run."""
+    """For `cache = "jpeg"`: the `--quality` of the cache. Changing it changes the samples of a run."""
     cache_dir: str = ""
     """Folder of caches; empty: `frames` in `RLINF_CACHE`, by default `~/.cache/rlinf_core`."""
     validation_tasks: tuple[int | str, ...] = ()
-    """Hold out all episodes of these tasks, instead of a share: how the policy does on tasks it has not seen."""
+    """Hold out all episodes of these tasks, instead of a fraction: measures the policy on unseen tasks."""
 
     @property
     def has_validation(self) -> bool:
@@ -247,9 +247,9 @@ class LeRobotDatasetConfig(DatasetConfig):
         return self
 
     def mistakes(self) -> list[str]:
-        """Everything that is wrong with the fields taken together; a subclass that knows more adds to it.
+        """All mistakes that involve several fields; subclasses may add to them.
 
-        Called when a config is made, so that all is reported at once.
+        Called when a config is validated, so that all are reported at once.
         """
         return [
             *_twice("images", self.images.values()),
@@ -257,7 +257,7 @@ class LeRobotDatasetConfig(DatasetConfig):
             *_twice("actions", self.actions),
             *(f"{name!r} is named in state and in actions" for name in self.state if name in self.actions),
             *(
-                f"crops names {name}, which images does not: {', '.join(self.images) or 'there are none'}"
+                f"crops names {name}, which is not in images: {', '.join(self.images) or 'there are none'}"
                 for name in self.crops
                 if name not in self.images
             ),
@@ -267,7 +267,7 @@ class LeRobotDatasetConfig(DatasetConfig):
                 else []
             ),
             *(
-                ['cache_quality is that of cache = "jpeg": set both']
+                ['cache_quality is for cache = "jpeg": set both']
                 if self.cache_quality != 95 and self.cache != "jpeg"
                 else []
             ),
@@ -279,7 +279,7 @@ class LeRobotDatasetConfig(DatasetConfig):
         if self.validation_tasks and super().has_validation:
             yield "set one of validation_tasks, validation_fraction and validation_episodes"
         if self.min_quality != 1.0 and not self.quality_column:
-            yield "min_quality needs quality_column, which names what it is compared with"
+            yield "min_quality needs quality_column, the column to compare it with"
         if self.max_episode_length and self.max_episode_length < self.min_episode_length:
             yield f"max_episode_length {self.max_episode_length} is less than min_episode_length"
 
@@ -289,11 +289,11 @@ class LeRobotDatasetConfig(DatasetConfig):
         return {key: cls.model_fields[name].get_default() for key, name in _COLUMN_FACTS.items()}
 
     def observation_columns(self) -> Sequence[str]:
-        """Cameras, state, and the task unless there is a prompt without it."""
+        """Cameras, state, and the task unless there is a default prompt."""
         return (*self.images.values(), *self.state, *(() if self.default_prompt else ("task",)))
 
     def repack(self) -> Transform:
-        """Rename the dataset's columns to a sample's keys and cut the images."""
+        """Rename the dataset's columns to a sample's keys and crop the images."""
         return Concatenate(
             images=self.images,
             state=self.state,
@@ -308,7 +308,7 @@ _COLUMN_FACTS = {"cameras": "images", "state": "state", "actions": "actions"}
 
 
 def _twice(key: str, columns: Iterable[str]) -> list[str]:
-    """What is wrong with a list of columns by itself."""
+    """What is wrong with a list of columns on its own."""
     counts = Counter(columns)
     wrong = [f"{key} names {column!r} {count} times" for column, count in counts.items() if count > 1]
     return wrong + [f"{key} holds an empty column name"] * ("" in counts)

@@ -1,8 +1,8 @@
 """Every hook of rlinf_core, in the order in which a run calls them.
 
 A plugin is a module with functions of these names, marked `@hookimpl` and named by an entry point in the group
-`rlinf.plugins`. Arguments are passed by keyword; an implementation may take a subset; arguments are added, never
-removed.
+`rlinf.plugins`. Arguments are passed by keyword, and an implementation may take a subset. Later releases may add
+arguments but never remove any.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def rlinf_register_policies() -> Iterable[type[PolicyConfig]]:  # type: ignore[e
     """Offer policy configs; `[policy] type` selects among them.
 
     Returns:
-        Config classes. All plugins' results are collected; one `type` from two plugins is an error that names both.
+        Config classes. All plugins' results are collected; the same `type` from two plugins is an error naming both.
 
     Called on: every rank, while the config is loaded. Since 0.1.
     """
@@ -43,7 +43,7 @@ def rlinf_register_trainers() -> Iterable[type[TrainerConfig]]:  # type: ignore[
     """Offer trainer configs; `[trainer] type` selects among them.
 
     Returns:
-        Config classes. All plugins' results are collected; one `type` from two plugins is an error that names both.
+        Config classes. All plugins' results are collected; the same `type` from two plugins is an error naming both.
 
     Called on: every rank, while the config is loaded. Since 0.1.
     """
@@ -54,7 +54,7 @@ def rlinf_register_loggers() -> Iterable[type[LoggerConfig]]:  # type: ignore[em
     """Offer loggers; `runner.loggers` selects among them by `type`.
 
     Returns:
-        Config classes. All plugins' results are collected; one `type` from two plugins is an error that names both.
+        Config classes. All plugins' results are collected; the same `type` from two plugins is an error naming both.
 
     Called on: every rank, while the config is loaded; only rank 0 builds them. Since 0.1.
     """
@@ -65,21 +65,21 @@ def rlinf_register_commands() -> Iterable[Command]:  # type: ignore[empty-body]
     """Offer subcommands of `rlinf`.
 
     Returns:
-        Commands; each names a module that is imported when the command is called. All plugins' results are collected;
-        one name from two plugins is an error that names both when it is called. Core's own names come first.
+        Commands; each names a module, which is imported when the command is called. All plugins' results are collected;
+        calling a name that two plugins registered is an error that names both. Core's own commands take precedence.
 
-    Called on: the process of `rlinf`, when help or a command that is not core's is asked for. Since 0.1.
+    Called on: the `rlinf` process, for help or for a command that is not core's. Since 0.1.
     """
 
 
 @hookspec
 def rlinf_register_options() -> Mapping[str, type[BaseModel]]:  # type: ignore[empty-body]
-    """Offer tables of the config for a plugin's own settings.
+    """Offer config tables for a plugin's own settings.
 
     Returns:
-        Name -> pydantic class; the class validates the table `[plugins.<name>]`, and `run.plugin_options(cls)` is the
-        result. It forbids extra keys, and every field has a default. All plugins' results are collected; one name from
-        two plugins is an error that names both when the config has such a table.
+        Name -> pydantic class. The class validates the table `[plugins.<name>]`, and `run.plugin_options(cls)` returns
+        the result. It must forbid extra keys and give every field a default. All plugins' results are collected; the
+        same name from two plugins is an error that names both if the config has that table.
 
     Called on: every rank, while the config is loaded. Since 0.1.
     """
@@ -87,7 +87,7 @@ def rlinf_register_options() -> Mapping[str, type[BaseModel]]:  # type: ignore[e
 
 @hookspec
 def rlinf_configure(run: RunConfig) -> None:
-    """Look at the complete config before anything is built; raise `UserError` to refuse it.
+    """Validate the complete config before anything is built; raise `UserError` to reject it.
 
     Args:
         run: The frozen config of the run.
@@ -98,16 +98,17 @@ def rlinf_configure(run: RunConfig) -> None:
 
 @hookspec(firstresult=True)
 def rlinf_launch(run: RunConfig, arguments: Sequence[str]) -> int | None:
-    """Start the processes of a run where `run.cluster` says, and wait for them.
+    """Start the processes of a run where `run.cluster` places them, and wait for them.
 
     Args:
-        run: The frozen config; `run.cluster.launcher` says who is meant.
-        arguments: What each process runs `rlinf_core.train` with: the config's path, `key=value` overrides, options.
+        run: The frozen config; `run.cluster.launcher` names the launcher to use.
+        arguments: Command line of `rlinf_core.train` for each process: the config's path, `key=value` overrides,
+            options.
 
     Returns:
-        The exit code of the run, or None if another launcher is meant. The first result counts.
+        The exit code of the run, or None if the config names another launcher. The first result counts.
 
-    Called on: the one process of `rlinf launch`, never under torchrun. Since 0.1.
+    Called on: the single process of `rlinf launch`, never under torchrun. Since 0.1.
     """
 
 
@@ -117,13 +118,13 @@ def rlinf_open_dataset(dataset: DatasetConfig, policy: PolicyConfig, split: Spli
 
     Args:
         dataset: The `[data]` section, already validated.
-        policy: Tells how many actions a chunk holds (`policy.chunk_length()`).
-        split: `"train"` or `"validation"`: the held-out episodes are only in the latter.
+        policy: `policy.chunk_length()` is the number of actions in a chunk.
+        split: `"train"` or `"validation"`; only the latter contains the held-out episodes.
 
     Returns:
         The rows, or None to leave the dataset to another plugin. The first result counts.
 
-    Called on: every rank, once a split; also by `rlinf validate`. Since 0.1.
+    Called on: every rank, once per split; also by `rlinf validate`. Since 0.1.
     """
 
 
@@ -141,10 +142,10 @@ def rlinf_policy_built(policy: nn.Module, run: RunConfig) -> None:
 
 @hookspec
 def rlinf_train_started(trainer: Trainer) -> None:
-    """Look at the trainer when weights and position are in place and the first step is next.
+    """Receive the trainer just before the first step, with its weights and position loaded.
 
     Args:
-        trainer: The trainer; `trainer.run` is the config, `trainer.step` the number of finished steps.
+        trainer: The trainer; its `run` is the config, its `step` the number of finished steps.
 
     Called on: every rank, once. Since 0.1.
     """
@@ -155,12 +156,12 @@ def rlinf_step_finished(trainer: Trainer, step: int, metrics: Mapping[str, float
     """Receive the metrics of an optimizer step.
 
     Args:
-        trainer: The trainer; on a GPU it may be a step ahead.
+        trainer: The trainer; on a GPU it may already be one step ahead.
         step: Number of the step, from 1.
-        metrics: Of core's trainer: `loss`, `lr`, `grad_norm` (before clipping), `skipped` (1 if loss or gradient was
-            not finite), `epoch`, `step_seconds`, `samples_per_second`, the shares of the step's time (0-1)
-            `data_wait_share`, `forward_share`, `backward_share` and `optimizer_share`, `peak_memory_gb`, and what the
-            policy adds. Another trainer reports its own.
+        metrics: From core's trainer: `loss`, `lr`, `grad_norm` (before clipping), `skipped` (1 if loss or gradient was
+            not finite), `epoch`, `step_seconds`, `samples_per_second`, the fractions of the step's time (0-1)
+            `data_wait_share`, `forward_share`, `backward_share` and `optimizer_share`, `peak_memory_gb`, and the
+            policy's own metrics. Other trainers report their own.
 
     Called on: rank 0, after every step. Since 0.1.
     """
@@ -173,9 +174,9 @@ def rlinf_validation_finished(trainer: Trainer, step: int, metrics: Mapping[str,
     Args:
         trainer: The trainer.
         step: Number of finished steps.
-        metrics: `val_loss`, and `val_<name>` of the policy's `validation_metrics`; for policies with actions
-            `val_action_mse`, `val_action_mse_mean` and `val_action_mse_repeat` (the data's units, squared);
-            `ema_val_loss` and so on where there are averaged weights.
+        metrics: `val_loss`, and `val_<name>` for each of the policy's `validation_metrics`; for policies with actions
+            `val_action_mse`, `val_action_mse_mean` and `val_action_mse_repeat` (the data's units, squared); the same
+            names prefixed with `ema_` if the run averages weights.
 
     Called on: rank 0. Since 0.1.
     """
@@ -183,12 +184,12 @@ def rlinf_validation_finished(trainer: Trainer, step: int, metrics: Mapping[str,
 
 @hookspec
 def rlinf_checkpoint_saved(trainer: Trainer, step: int, path: Path) -> None:
-    """Learn that a checkpoint is complete on disk, which may be some steps after it was taken.
+    """Receive a checkpoint that is complete on disk, which may be some steps after the save began.
 
     Args:
         trainer: The trainer.
-        step: Number of steps that were finished when it was taken.
-        path: The folder of the checkpoint.
+        step: Number of finished steps when the save began.
+        path: The checkpoint's folder.
 
     Called on: rank 0. Since 0.1.
     """
@@ -196,11 +197,11 @@ def rlinf_checkpoint_saved(trainer: Trainer, step: int, path: Path) -> None:
 
 @hookspec
 def rlinf_train_finished(trainer: Trainer, error: BaseException | None) -> None:
-    """Learn that the run has ended.
+    """Handle the end of the run.
 
     Args:
         trainer: The trainer.
-        error: What ended it (after a signal a `KeyboardInterrupt`), or None when it has come to its end.
+        error: What ended the run (a `KeyboardInterrupt` after a signal), or None if all steps are done.
 
     Called on: every rank, once. Since 0.1.
     """

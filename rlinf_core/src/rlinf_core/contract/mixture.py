@@ -1,7 +1,7 @@
-"""`[[data.mixture]]`: several datasets in one run, and how they are drawn from.
+"""`[[data.mixture]]`: several datasets in one run, and how samples are drawn from them.
 
-An entry is a dataset's table, as `[data]` would hold it, plus a name and a weight. A dataset class knows nothing of
-being mixed: whatever works for a run of one dataset sees each source as such a run (`RunConfig.sources`).
+An entry is a dataset's table, as in `[data]`, plus a name and a weight. Dataset classes know nothing about mixtures:
+code that handles a run of one dataset handles each source as such a run (`RunConfig.sources`).
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from rlinf_core.contract.datasets import DatasetConfig
 from rlinf_core.contract.tables import Section
 
 LOADER_KEYS = ("num_workers",)
-"""Keys that stay in `[data]`: one set of workers loads every source."""
+"""Keys that stay in `[data]`: the same workers load every source."""
 
 
 class MixtureShare(Section):
-    """What an entry of `[[data.mixture]]` has besides its dataset's own keys."""
+    """The keys of a `[[data.mixture]]` entry besides its dataset's own."""
 
     name: str = Field(default="", pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$")
-    """What metrics, files and messages call the source; empty: its `config_name`, numbered if that is taken."""
+    """Name of the source in metrics, files and messages; empty: its `config_name`, numbered if that is taken."""
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    """How often a training sample comes from this source: its weight divided by the sum of all is the probability."""
+    """Relative sampling weight: a training sample comes from this source with probability weight / sum of weights."""
 
 
 class MixtureEntry(MixtureShare):
     """An entry of `[[data.mixture]]`."""
 
     data: SerializeAsAny[InstanceOf[DatasetConfig]]
-    """The dataset; written out, its keys stand in the entry itself."""
+    """The dataset; in TOML its keys are in the entry itself."""
 
     @model_serializer(mode="wrap")
     def _in_one_table(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -40,7 +40,7 @@ class MixtureEntry(MixtureShare):
 
 
 class MixtureConfig(DatasetConfig):
-    """A `[data]` table that lists datasets instead of being one: all it has are `mixture` and `LOADER_KEYS`."""
+    """A `[data]` table that lists datasets instead of being one; its only keys are `mixture` and `LOADER_KEYS`."""
 
     mixture: tuple[MixtureEntry, ...] = Field(min_length=1)
     """The datasets."""

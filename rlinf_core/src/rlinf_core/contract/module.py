@@ -1,4 +1,4 @@
-"""What the trainer asks of a policy's module, on the standard library alone: a model may import this and only torch."""
+"""What the trainer needs from a policy's module. Imports the standard library only, so that models may import it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class WeightSource(Protocol):
     """Pretrained tensors, read one at a time."""
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The whole tensor of the parameter `name` (the module's own name), on the CPU, in the dtype of the file."""
+        """The whole tensor of the parameter `name` (the module's own name), on the CPU, in the file's dtype."""
         ...
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -25,17 +25,18 @@ class WeightSource(Protocol):
 
 
 class PolicyOutput(NamedTuple):
-    """What a forward pass hands to the trainer (contract 4: a sum and a weight)."""
+    """What a forward pass returns to the trainer (contract 4: a sum and a weight)."""
 
     loss_sum: torch.Tensor
-    """Scalar, float32: the loss summed over the elements that count. The only one with a gradient."""
+    """Scalar, float32: the loss summed over the elements that count. The only field with a gradient."""
     weight: torch.Tensor
-    """Scalar, float32: the number of elements summed. The loss of a step is the quotient over the global batch."""
+    """Scalar, float32: the number of elements summed. A step's loss is the sum of `loss_sum` over the global batch
+    divided by the sum of `weight`."""
     metrics: Mapping[str, torch.Tensor]
     """Detached scalars, sums over the same elements; the trainer divides them by the same weight."""
     sample_losses: torch.Tensor | None = None
-    """Detached, [B, 2], float32: what each sample adds to `loss_sum` and to `weight`. In a mixture of datasets the loss
-    of each source is made of it; None: it is not reported."""
+    """Detached, [B, 2], float32: each sample's contribution to `loss_sum` and to `weight`. The loss of each source of a
+    mixture is computed from it; None: it is not reported."""
 
 
 class ShardUnit(NamedTuple):
@@ -45,14 +46,15 @@ class ShardUnit(NamedTuple):
     dtype: Literal["compute", "fp32"] = "compute"
     """`"fp32"`: its parameters are never cast to the compute dtype (small projections, time features)."""
     block: bool = False
-    """One of the repeated blocks that make up most of the model: activation checkpointing and compilation apply."""
+    """One of the repeated blocks that make up most of the model; activation checkpointing and compilation apply to
+    these."""
     reached: bool = True
-    """False: no loss depends on its parameters, which are kept for export. They are never gathered in training, have
-    neither gradients nor optimizer state, and what weight decay would change of them it does."""
+    """False: no loss depends on its parameters, which are kept for export. They are never gathered in training and have
+    neither gradients nor optimizer state; weight decay still applies to them."""
 
 
 class Policy(Protocol):
-    """A policy is an `nn.Module` with these. It is single-device code: sharding is applied from outside."""
+    """A policy is an `nn.Module` with these methods. It is single-device code: sharding is applied from outside."""
 
     def forward(self, batch: Batch) -> PolicyOutput:
         """The training loss of a batch."""
@@ -62,7 +64,7 @@ class Policy(Protocol):
         """Draw action chunks.
 
         Args:
-            batch: Observations as `collate` makes them; actions in it are ignored.
+            batch: Observations from `collate`; actions in it are ignored.
             noise: [B, H, A], standard normal, float32.
 
         Returns:
@@ -71,24 +73,24 @@ class Policy(Protocol):
         ...
 
     def demonstrate(self, batch: Batch) -> Sequence[str]:
-        """Show to a person what the policy does with held-out samples, a line each; the run's loggers print them.
+        """Describe what the policy does with held-out samples, one line each; the run's loggers print them.
 
-        Only of policies whose config's `shown()` is not 0. Every rank is called with the same batch and must call
-        sharded modules equally often, whatever the numbers are.
+        Called only if the config's `shown()` is not 0. Every rank gets the same batch and must call sharded modules
+        equally often, whatever the values are.
         """
         ...
 
     def shard_units(self) -> Iterator[ShardUnit]:
-        """Units in the order of use, inner before outer; parameters in none of them belong to the root unit."""
+        """Units in order of use, inner before outer; the remaining parameters belong to the root unit."""
         ...
 
     def initial_value(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
         """The initial value of one whole parameter, float32 on the CPU, from `generator` alone (contract 2).
 
-        Of a parameter with `PolicyConfig.published_parts`, that of a part: `shape` is the part's.
+        For a parameter with `PolicyConfig.published_parts` it is called once per part, with the part's `shape`.
         """
         ...
 
     def rebuild_buffers(self) -> None:
-        """Fill buffers that no checkpoint holds; called after the module got real memory."""
+        """Fill the buffers, which no checkpoint holds; called once the module has real memory."""
         ...

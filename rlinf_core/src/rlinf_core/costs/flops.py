@@ -1,11 +1,11 @@
-"""What a forward and a backward pass cost, counted without computing them: operations, and bytes alive over time.
+"""The cost of a forward and a backward pass, counted without computing them: operations, and bytes alive over time.
 
-Torch and the standard library only. A policy on the meta device runs its own code, so that any policy can be counted
-without a formula. Floating-point numbers and pictures have shapes only; integers and truth values (masks, tokens,
-lengths) keep their values, so that code which selects by a mask or loops over lengths runs as it does in training.
+Torch and the standard library only. A policy runs its own code on the meta device, so that any policy can be counted
+without a formula. Floating-point tensors and images have shapes only; integers and booleans (masks, tokens, lengths)
+keep their values, so that code which selects by a mask or loops over lengths runs as it does in training.
 
-Attention that torch fuses is counted as CUDA's flash kernel keeps it (queries, keys, values, output, one number a
-query and head), whatever mask it has, and with two products forward and four backward, as the field counts.
+Fused attention is counted as in CUDA's flash kernel, whatever its mask: it saves queries, keys, values, output and one
+number per query and head. By convention it has two matrix products forward and four backward.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ class Counted:
     forward_flops: int
     """Operations, two for each multiply-add of a matrix product, a convolution or attention."""
     flops: int
-    """Of both passes, recomputation included."""
+    """Operations of both passes, recomputation included."""
     saved_bytes: int
     """Alive after the forward pass: what the backward pass needs besides parameters and the batch."""
     peak_bytes: int
-    """The most that was alive at once, gradients of parameters not counted."""
+    """The most bytes alive at once, without gradients of parameters."""
     moments: tuple[tuple[str, int], ...] = field(repr=False)
-    """In the order in which parameters get their gradients: a name, and the most bytes alive since the one before."""
+    """In the order in which parameters get their gradients: name, most bytes alive since the previous one."""
     flops_by_operation: Mapping[str, int] = field(repr=False)
 
 
@@ -62,10 +62,10 @@ def count(policy: Any, batch: Mapping[str, Any]) -> Counted:
 
     Args:
         policy: On the meta device, each parameter in the dtype in which it is gathered (`cast_as_gathered`).
-        batch: As `collate` made it, on the CPU.
+        batch: From `collate`, on the CPU.
 
     Raises:
-        RuntimeError: The policy reads a number that has no value here (`.item()` of a float).
+        RuntimeError: The policy reads the value of a floating-point tensor (`.item()`), which does not exist here.
     """
     named = {id(parameter): name for name, parameter in policy.named_parameters()}
     batch = tree_map(_without_values, dict(batch))
@@ -74,7 +74,7 @@ def count(policy: Any, batch: Mapping[str, Any]) -> Counted:
 
     def received(parameter: torch.Tensor) -> None:
         moments.append((named[id(parameter)], meter.take_peak()))
-        parameter.grad = None  # Sharding takes it away at once, too.
+        parameter.grad = None  # As in sharded training, where the gradient is reduced and freed immediately.
 
     hooks = [p.register_post_accumulate_grad_hook(received) for p in policy.parameters() if p.requires_grad]
     was_training = policy.training
@@ -90,7 +90,7 @@ def count(policy: Any, batch: Mapping[str, Any]) -> Counted:
         policy.train(was_training)
         for hook in hooks:
             hook.remove()
-    if moments:  # What the forward pass alone needed is there when the first gradient comes.
+    if moments:  # The forward pass's peak counts until the first gradient.
         moments[0] = (moments[0][0], max(moments[0][1], peaks[0]))
     peak = max([*peaks, rest, *(peak for _, peak in moments)])
     return Counted(forward, meter.flops, saved, peak, tuple(moments), dict(meter.by_operation))
@@ -104,14 +104,14 @@ def cast_as_gathered(groups: Mapping[torch.dtype, list[torch.nn.Parameter]]) -> 
 
 
 def _without_values(value: Any) -> Any:
-    """A batch's tensor as it is counted: numbers and pictures without their values."""
+    """Move floating-point tensors and images to the meta device, without their values."""
     if not isinstance(value, torch.Tensor):
         return value
     return value.to(_META) if value.is_floating_point() or value.dtype == torch.uint8 else value
 
 
 class _Form(NamedTuple):
-    """How a tensor without values is made."""
+    """Everything needed to create a tensor without values."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -119,7 +119,7 @@ class _Form(NamedTuple):
 
 
 class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sums operations, and follows how many bytes on the meta device are alive."""
+    """Sums operations, and tracks how many bytes on the meta device are alive."""
 
     def __init__(self, policy: Any, batch: Mapping[str, Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -130,7 +130,7 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tensors = [*policy.parameters(), *policy.buffers(), *tree_leaves(batch)]
         self._known = {storage_address(t.untyped_storage()) for t in tensors if isinstance(t, torch.Tensor)}
         self._known_results: dict[Any, tuple[Any, int]] = {}
-        self._kept = tensors  # Else their storages' places in memory could be taken by others.
+        self._kept = tensors  # Keeps their storages alive, so that no other storage reuses an address.
 
     def take_peak(self) -> int:
         """The most bytes alive since the last call."""
@@ -150,13 +150,13 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
     def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run an operation on the meta device; of one that was there before with the same shapes the result is known.
+        """Run an operation on the meta device; results are cached by operation and shapes.
 
-        Torch works shapes out in Python, at a millisecond each, and a model is many equal blocks.
+        Torch infers shapes in Python, about a millisecond each, and a model has many equal blocks.
         """
         name = name_of(func)
         formula: Any = _ATTENTION.get(name) or flop_registry.get(packet_of(func))
-        given = args  # With the values that there are.
+        given = args  # With the values of integers and booleans.
         args, kwargs = _all_on_meta(func, args, kwargs)
         key = (func, _signature(args), _signature(kwargs)) if _makes_new(func) else None
         if key is None or key not in self._known_results:
@@ -173,17 +173,17 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
     def _follow(self, storage: Any) -> None:
-        place = storage_address(storage)
-        if place in self._known:
+        address = storage_address(storage)
+        if address in self._known:
             return
         size = storage.nbytes()
-        self._known.add(place)
+        self._known.add(address)
         self.alive += size
         self._peak = max(self._peak, self.alive)
-        weakref.finalize(storage, self._forget, place, size)
+        weakref.finalize(storage, self._forget, address, size)
 
-    def _forget(self, place: int, size: int) -> None:
-        self._known.discard(place)
+    def _forget(self, address: int, size: int) -> None:
+        self._known.discard(address)
         self.alive -= size
 
 
@@ -200,19 +200,19 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 @functools.cache
 def _makes_new(func: Any) -> bool:
-    """Whether an operation's results share no memory with its arguments, which stay as they are."""
+    """Whether an operation neither changes its arguments nor returns views of them."""
     return name_of(func) not in _BY_VALUE and not shares_memory(func)
 
 
 def _signature(value: Any) -> Any:
-    """What an operation's result can depend on where numbers have no values."""
+    """What the shape of an operation's result can depend on, given tensors without values."""
     if isinstance(value, torch.Tensor):
         return value.shape, value.stride(), value.dtype
     if isinstance(value, tuple | list):
         return tuple(map(_signature, value))
     if isinstance(value, dict):
         return tuple((name, _signature(one)) for name, one in value.items())
-    return type(value), value  # 1, 1.0 and True are equal, and make other dtypes.
+    return type(value), value  # 1, 1.0 and True are equal but give different dtypes.
 
 
 def _forms(out: Any) -> Any:
@@ -228,7 +228,7 @@ def _of_forms(form: Any) -> Any:
 
 
 def _all_on_meta(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """Arguments of an operation of which some have no values; a mask that selects becomes the numbers it selects."""
+    """An operation's arguments on the meta device; boolean masks become the indices they select."""
     if func in _INDEXING:
         args = (args[0], [index for mask in args[1] for index in _selected(mask)], *args[2:])
     if kwargs.get("device") is not None:
@@ -263,26 +263,26 @@ def _as_on_cuda(
     is_causal: bool = False,
     **others: Any,
 ) -> torch.Tensor:
-    """Attention on the meta device by CUDA's flash kernel, which knows its shapes; torch would spell it out."""
+    """Attention on the meta device by CUDA's flash kernel; torch would decompose it into single operations."""
     if query.ndim != 4 or query.shape[-1] != value.shape[-1]:
         return attention_spelt_out(query, key, value, attn_mask, dropout_p, is_causal, **others)
     return flash_attention(query, key, value, is_causal=is_causal)
 
 
 def _attention_forward(query: torch.Tensor, key: torch.Tensor, *_: Any, **__: Any) -> int:
-    """Scores and their product with the values; key heads that queries share count as often as they are used."""
+    """Scores, and their product with the values; key heads shared by several queries count once per query head."""
     return 4 * query.numel() * key.shape[-2]
 
 
 def _attention_backward(_: torch.Tensor, query: torch.Tensor, key: torch.Tensor, *__: Any, **___: Any) -> int:
-    """Four products; that the kernel computes the scores anew is its way of saving memory, no work of the model's."""
+    """Four products; the kernel's recomputation of the scores saves memory and does not count."""
     return 8 * query.numel() * key.shape[-2]
 
 
 def _end_to_end_forward(
     query: torch.Tensor, key: torch.Tensor, _: Any, starts: Any, key_starts: Any, *__: Any, **___: Any
 ) -> int:
-    """The same of sequences that lie one after the other: queries [T, N, D], and where each begins."""
+    """The same for packed sequences: queries [T, N, D], and the start of each sequence."""
     return 4 * query.shape[1] * query.shape[2] * _pairs(starts, key_starts)
 
 
@@ -302,5 +302,5 @@ _ATTENTION = {
     VARLEN_BACKWARD: _end_to_end_backward,
 }
 _BY_VALUE = frozenset({VARLEN, VARLEN_BACKWARD})
-"""Operations whose cost depends on values, so that one is not like another of the same shapes."""
+"""Operations whose cost depends on values and not on shapes alone."""
 _INDEXING = frozenset({_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default})

@@ -1,7 +1,7 @@
-"""How fast GPUs multiply matrices at best: what a share of the peak (MFU) is a share of. Imports no torch.
+"""Peak matrix throughput of GPUs, the reference of MFU. Imports no torch.
 
-From the makers' data sheets: bfloat16 with float32 sums, dense (without the factor of structured sparsity), in 10¹²
-operations a second.
+From the manufacturers' data sheets: bfloat16 with float32 accumulation, dense (without the factor of structured
+sparsity), in 10¹² operations per second.
 """
 
 from __future__ import annotations
@@ -31,18 +31,19 @@ PEAKS: dict[str, float] = {
     "RTX 4090": 165.0,
     "RTX 3090": 71.0,
 }
-"""Part of the name by which a driver calls a card -> its peak."""
+"""Part of the driver's name of a GPU -> its peak."""
 
 
 def peak_tflops(device_name: str) -> float | None:
-    """The peak of a card, by the name that its driver gives; None if it is not listed.
+    """The peak of a GPU by the name that its driver reports; None if it is not listed.
 
-    Of several names that fit, the longest counts: an H100 PCIe is no H100.
+    The longest matching name counts: an H100 PCIe is not an H100.
     """
     words = device_name.replace("-", " ").split()
-    fitting = [name for name in PEAKS if _follow_one_another(name.split(), words)]
+    fitting = [name for name in PEAKS if _contains(words, name.split())]
     return PEAKS[max(fitting, key=len)] if fitting else None
 
 
-def _follow_one_another(wanted: list[str], words: list[str]) -> bool:
+def _contains(words: list[str], wanted: list[str]) -> bool:
+    """Whether `wanted` occurs in `words` as consecutive words."""
     return any(words[start : start + len(wanted)] == wanted for start in range(len(words)))

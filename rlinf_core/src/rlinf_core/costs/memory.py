@@ -1,8 +1,8 @@
 """How many bytes a training step takes on each rank, by arithmetic: what is sharded, gathered, accumulated and saved.
 
-Imports no torch. `rlinf plan` asks before a run, the message of a run that is out of memory after it. Parameters,
-gradients and optimizer state are float32, 4 bytes a number; a unit's parameters are gathered together, in their compute
-dtype. GB are 10⁹ bytes.
+Imports no torch. Used by `rlinf plan` and by the message of a run that is out of memory. Parameters, gradients and
+optimizer state are float32, 4 bytes per number; a unit's parameters are gathered together, in their compute dtype. GB
+are 10⁹ bytes.
 """
 
 from __future__ import annotations
@@ -14,34 +14,34 @@ from dataclasses import dataclass, replace
 MASTER = 4
 """Bytes of a number in float32."""
 RESERVED, GAPS = 1.0e9, 0.04
-"""What a device's memory holds besides tensors: driver and libraries; and the share lost between tensors."""
+"""Bytes of a device's memory that driver and libraries take, and the fraction lost in gaps between tensors."""
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter, whole."""
+    """A whole, unsharded parameter."""
 
     name: str
     shape: tuple[int, ...]
     trainable: bool = True
-    """Has optimizer state."""
+    """Whether it has optimizer state."""
     reached: bool = True
-    """The loss gives it a gradient, if it is trainable."""
+    """Whether the loss gives it a gradient, if it is trainable."""
     averaged: bool = True
-    """Is in the moving average, if there is one."""
+    """Whether it is in the moving average, if there is one."""
 
     @property
     def numel(self) -> int:
-        """Its numbers."""
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def has_gradient(self) -> bool:
-        """Whether a step makes a gradient for it."""
+        """Whether a step computes a gradient for it."""
         return self.trainable and self.reached
 
     def shard(self, ranks: int) -> int:
-        """The numbers that the first rank holds: rows are dealt out whole."""
+        """Number of elements on the first rank: sharding splits between rows."""
         if not self.shape:
             return 1
         return -(-self.shape[0] // ranks) * math.prod(self.shape[1:])
@@ -53,7 +53,7 @@ class Unit:
 
     parameters: tuple[Parameter, ...]
     itemsize: int
-    """Bytes of a number while they are gathered: 2 in bfloat16, 0 if they never are."""
+    """Bytes per number while gathered: 2 in bfloat16, 0 if they are never gathered."""
 
     @property
     def gathered(self) -> int:
@@ -62,13 +62,13 @@ class Unit:
 
     @property
     def learning(self) -> int:
-        """Numbers that get a gradient."""
+        """Number of elements that get a gradient."""
         return sum(parameter.numel for parameter in self.parameters if parameter.has_gradient)
 
 
 @dataclass(frozen=True)
 class Sharding:
-    """How a run spreads parameters, and what it keeps between micro batches; the settings of `[trainer]`."""
+    """How a run shards parameters, and what it keeps between micro batches; the settings of `[trainer]`."""
 
     ranks: int = 1
     num_replicas: int = 1
@@ -86,7 +86,7 @@ class Sharding:
 
 @dataclass(frozen=True)
 class States:
-    """Bytes a rank keeps from step to step."""
+    """Bytes that a rank keeps from step to step."""
 
     weights: int
     gradients: int
@@ -96,33 +96,33 @@ class States:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The sum of all."""
         return self.weights + self.gradients + self.optimizer + self.ema
 
 
 def states(units: Sequence[Unit], sharding: Sharding) -> States:
-    """What a rank keeps: the first, whose shards are the largest."""
+    """What the first rank keeps, whose shards are the largest."""
     whole = [parameter for unit in units for parameter in unit.parameters]
     trained = [parameter for parameter in whole if parameter.trainable]
     held = MASTER * sum(parameter.shard(sharding.shards) for parameter in trained)
     return States(
         weights=MASTER * sum(parameter.shard(sharding.shards) for parameter in whole),
         gradients=MASTER * sum(p.shard(sharding.shards) for p in trained if p.reached),
-        optimizer=2 * held + MASTER * len(trained),  # Two moments, and a count of steps each.
+        optimizer=2 * held + MASTER * len(trained),  # Two moments, and a step counter per parameter.
         ema=MASTER * sum(p.shard(sharding.shards) for p in whole if p.averaged) if sharding.ema else 0,
     )
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes of activations over a backward pass; they grow evenly with the samples of a micro batch."""
+    """Bytes of activations during a backward pass; linear in the samples of a micro batch."""
 
     units: tuple[int, ...]
-    """Numbers of the units in the order in which their last parameter gets its gradient."""
+    """Indices of the units in the order in which their last parameter gets its gradient."""
     once: tuple[float, ...]
-    """At each of them the most bytes alive, of which this many do not depend on the batch,"""
+    """For each unit, the part of the most bytes alive that does not depend on the batch."""
     a_sample: tuple[float, ...]
-    """and this many are a sample's."""
+    """For each unit, the part of the most bytes alive per sample."""
 
     def at(self, micro_batch: int) -> list[float]:
         """The most bytes alive while each unit gets its gradients."""
@@ -130,16 +130,16 @@ class Activations:
 
 
 Moments = Sequence[tuple[str, int]]
-"""In the order in which parameters get their gradients: a name, and the most bytes alive since the one before."""
+"""In the order in which parameters get their gradients: name, most bytes alive since the previous one."""
 
 
 def activations_of(units: Sequence[Unit], smaller: tuple[int, Moments], larger: tuple[int, Moments]) -> Activations:
-    """What grows with a micro batch and what does not, from two micro batches that were counted.
+    """Split activations into a constant and a per-sample part, from two counted micro batches.
 
     Args:
-        units: In the order of use.
-        smaller: Its samples, and the bytes alive over its backward pass.
-        larger: The same of more samples.
+        units: In order of use.
+        smaller: Number of samples, and the bytes alive during the backward pass.
+        larger: The same for more samples.
     """
     home = {parameter.name: index for index, unit in enumerate(units) for parameter in unit.parameters}
     samples = larger[0] - smaller[0]
@@ -152,24 +152,24 @@ def activations_of(units: Sequence[Unit], smaller: tuple[int, Moments], larger: 
 
 def _by_unit(home: dict[str, int], moments: Moments) -> dict[int, int]:
     """The most bytes alive while each unit gets its gradients, in the order in which units are done."""
-    last = {home[name]: place for place, (name, _) in enumerate(moments)}
+    last = {home[name]: moment for moment, (name, _) in enumerate(moments)}
     peaks: dict[int, int] = {}
     start = 0
-    for index, place in sorted(last.items(), key=lambda item: item[1]):
-        peaks[index] = max(peak for _, peak in moments[start : place + 1])
-        start = place + 1
+    for index, moment in sorted(last.items(), key=lambda item: item[1]):
+        peaks[index] = max(peak for _, peak in moments[start : moment + 1])
+        start = moment + 1
     return peaks
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on a rank at the moment of a step that takes most."""
+    """Bytes on a rank at the peak of a step."""
 
     weights: float = 0
     optimizer: float = 0
     ema: float = 0
     gradients: float = 0
-    """Those kept, and those of the unit that is being computed."""
+    """Accumulated gradients, and those of the unit being computed."""
     gathered: float = 0
     """Parameters in the compute dtype."""
     reducing: float = 0
@@ -180,7 +180,7 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """All on the device."""
+        """The sum of all on the device."""
         device = (self.weights, self.optimizer, self.ema, self.gradients, self.gathered, self.reducing)
         return sum(device) + self.activations
 
@@ -188,16 +188,16 @@ class Memory:
 def step_memory(
     units: Sequence[Unit], activations: Activations, micro_batch: int, sharding: Sharding, *, accumulates: bool
 ) -> Memory:
-    """The moment of a training step at which a rank needs most.
+    """Memory of a rank at the peak of a training step.
 
-    FSDP2's course of events: a unit's parameters are gathered while the next one's are fetched already; its gradient
-    is there whole, is copied to float32, reduced, and leaves a shard.
+    Follows FSDP2: while a unit's parameters are gathered, the next unit's are prefetched; its gradient exists whole,
+    is copied to float32, reduced, and becomes a shard.
 
     Args:
-        units: In the order of use, the root last.
-        activations: What `rlinf_core.plan` counted.
-        micro_batch: Samples a rank computes at a time.
-        sharding: How parameters are spread.
+        units: In order of use, the root last.
+        activations: Counted by `rlinf_core.plan`.
+        micro_batch: Samples that a rank computes at a time.
+        sharding: How parameters are sharded.
         accumulates: Whether a step has more than one micro batch.
     """
     kept = states(units, sharding)
@@ -224,7 +224,7 @@ def step_memory(
             reducing=before,
             activations=bytes_alive,
         )
-        # A gradient that was accumulated in float32 has taken this one in by then.
+        # When gradients accumulate in float32, this one has been added by then.
         added = shard if accumulates and not sharding.reduce_every_micro_batch else gradient + shard
         reducing = replace(computing, gradients=finished + added, reducing=whole)
         moments += [computing, replace(reducing, gathered=_gathered(units, index, sharding, released=True))]
@@ -234,14 +234,14 @@ def step_memory(
 
 
 def _gathered(units: Sequence[Unit], index: int, sharding: Sharding, *, released: bool = False) -> int:
-    """Parameters that are whole while a unit computes backward, or after it was `released`."""
+    """Bytes of gathered parameters during a unit's backward pass, or after it is `released`."""
     if not sharding.reshard_after_forward:
         return sum(unit.gathered for unit in units)
     root = units[-1].gathered
     if index == len(units) - 1:
         return root
     following = units[index - 1].gathered if index else 0
-    # What arrives from other ranks lies in one piece first, and is copied out of it.
+    # An all-gather first fills one buffer, from which the parameters are then copied.
     copies = 2 if sharding.shards > 1 else 1
     return root + (0 if released else units[index].gathered) + copies * following
 
@@ -249,14 +249,14 @@ def _gathered(units: Sequence[Unit], index: int, sharding: Sharding, *, released
 def largest_micro_batch(
     units: Sequence[Unit], activations: Activations, sharding: Sharding, share: int, capacity: float
 ) -> int:
-    """The largest micro batch that fits, of those that divide a rank's share of the global batch; 0: none does.
+    """The largest micro batch that fits and divides a rank's share of the global batch; 0: none fits.
 
     Args:
         units: See `step_memory`.
         activations: See `step_memory`.
         sharding: See `step_memory`.
-        share: Samples of a rank in a step.
-        capacity: Bytes for tensors, `usable`.
+        share: Samples per rank and step.
+        capacity: Bytes available for tensors, see `usable`.
     """
     for size in sorted((n for n in range(1, share + 1) if share % n == 0), reverse=True):
         if step_memory(units, activations, size, sharding, accumulates=size < share).total <= capacity:
@@ -264,14 +264,14 @@ def largest_micro_batch(
     return 0
 
 
-def usable(card: float) -> float:
-    """Bytes that tensors can have of a card's nominal memory in GB (which is counted in 2³⁰ bytes)."""
-    return (card * 2**30 - RESERVED) / (1 + GAPS)
+def usable(gpu_memory: float) -> float:
+    """Bytes that tensors can use, given a GPU's nominal memory in GB (nominal GB are 2³⁰ bytes)."""
+    return (gpu_memory * 2**30 - RESERVED) / (1 + GAPS)
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes a rank receives in a step."""
+    """Bytes that a rank receives in a step."""
 
     all_gather: float
     reduce_scatter: float
@@ -280,15 +280,15 @@ class Traffic:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """The sum of all."""
         return self.all_gather + self.reduce_scatter + self.all_reduce
 
 
 def traffic(units: Sequence[Unit], sharding: Sharding, micro_batches: int) -> Traffic:
-    """What is communicated in a step of some micro batches a rank.
+    """Communication per rank in a step of `micro_batches` micro batches.
 
-    A ring sends each rank the other ranks' part of a unit, (n - 1) / n of it. The root stays gathered from its forward
-    pass to its backward pass's end, but for its own release in between.
+    A ring sends each rank the other ranks' shards of a unit, (n - 1) / n of it. The root is gathered for its forward
+    pass, released, and gathered again until the end of the backward pass.
     """
     others = (sharding.shards - 1) / sharding.shards
     gathers = 2 * micro_batches if sharding.reshard_after_forward else 1

@@ -1,1 +1,1 @@
-"""`rlinf inspect`: a page that shows what a run's model will see. Knows no robot and no model."""
+"""The page of `rlinf inspect`, which shows what a run's model will see. Independent of robots and models."""

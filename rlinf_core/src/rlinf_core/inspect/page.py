@@ -1,4 +1,4 @@
-"""What was looked at, as one HTML file that needs no other, with PNGs of its pictures and plots beside it."""
+"""Render the page: one self-contained HTML file, with PNGs of its images and plots beside it."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from rlinf_core.data.statistics.diagnose import normalized_extremes, share_beyon
 from rlinf_core.errors import UserError
 from rlinf_core.files import check_writable, writing
 from rlinf_core.illustration import Camera, Grid, Illustration, Picture
-from rlinf_core.inspect.gather import RunView, SourceView
 from rlinf_core.inspect.plots import MOST_PANELS, Plot, plot_chunk, plot_distribution, plot_lengths
 from rlinf_core.inspect.samples import SampleView
+from rlinf_core.inspect.views import RunView, SourceView
 
-PAGE, PARTS = "index.html", ("pictures", "plots")
+PAGE, SUBFOLDERS = "index.html", ("pictures", "plots")
 NAME_OUTPUT = "Name another folder with --output"
 MOST_TASKS, MOST_TOKENS = 40, 600
 WIDEST = 320
-"""Pixels of a picture on the page; larger ones are shown smaller, and lie whole in `pictures/`."""
+"""Maximum width of an image on the page in pixels; `pictures/` has larger ones in full size."""
 COLORS = 6
-"""Of kinds of tokens and of values in a grid, as the style sheet has them."""
+"""Number of colours for kinds of tokens and for values in a grid, as in the style sheet."""
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Files:
     found: dict[str, bytes] = field(default_factory=dict)
 
     def picture(self, name: str, picture: Picture) -> str:
-        """Keep a picture; the data URL of what the page shows of it."""
+        """Add an image. Returns the data URL of the version on the page."""
         from PIL import Image
 
         image = Image.fromarray(picture.pixels)
@@ -49,7 +49,7 @@ class Files:
         return "data:image/png;base64," + base64.b64encode(_png(image)).decode()
 
     def plot(self, plot: Plot) -> Any:
-        """Keep a plot; its SVG, which autoescaping leaves alone."""
+        """Add a plot. Returns its SVG, marked as safe from autoescaping."""
         from markupsafe import Markup
 
         self.found[f"plots/{plot.name}.png"] = plot.png
@@ -57,13 +57,13 @@ class Files:
 
 
 def check_libraries() -> None:
-    """Raise `UserError` if what draws the page is not installed."""
+    """Raise `UserError` if a library that the page needs is not installed."""
     try:
         import jinja2  # noqa: F401
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"rlinf inspect draws with matplotlib and jinja2, and there is no {error.name}: "
+            f"rlinf inspect needs matplotlib and jinja2, but {error.name} is not installed: "
             "pip install 'rlinf-core[inspect]'"
         ) from error
 
@@ -72,7 +72,7 @@ def render(view: RunView, config: str) -> tuple[str, Mapping[str, bytes]]:
     """The page, and the files beside it.
 
     Args:
-        view: What was looked at.
+        view: The contents of the page.
         config: The config's path and overrides, as given.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -98,37 +98,37 @@ def render(view: RunView, config: str) -> tuple[str, Mapping[str, bytes]]:
 
 
 def write(folder: Path, html: str, files: Mapping[str, bytes]) -> Path:
-    """Write page and files aside, then put them in place of an earlier page. Returns the path of the page.
+    """Write page and files to a temporary folder, then replace an earlier page with it. Returns the page's path.
 
     Raises:
-        UserError: There is something else in the folder, or it cannot be written.
+        UserError: The folder has other files, or cannot be written.
     """
     check_folder(folder)
-    aside = folder.with_name(f".{folder.name}.tmp")
+    temporary = folder.with_name(f".{folder.name}.tmp")
     with writing(folder, NAME_OUTPUT):
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         for name, content in {PAGE: html.encode(), **files}.items():
-            path = aside / name
+            path = temporary / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
         shutil.rmtree(folder, ignore_errors=True)
-        aside.replace(folder)
+        temporary.replace(folder)
     return folder / PAGE
 
 
 def check_folder(folder: Path) -> None:
-    """Raise `UserError` unless the folder can be written to and is free, empty, or holds an earlier page."""
+    """Raise `UserError` unless the folder is writable and either missing, empty, or an earlier page."""
     check_writable(folder, NAME_OUTPUT)
-    others = sorted({path.name for path in folder.glob("*")} - {PAGE, *PARTS})
+    others = sorted({path.name for path in folder.glob("*")} - {PAGE, *SUBFOLDERS})
     if others:
         raise UserError(
-            f"{folder} holds other files than an earlier page ({', '.join(others[:3])}), which writing would remove: "
+            f"{folder} contains other files besides an earlier page ({', '.join(others[:3])}), which would be removed: "
             "name another folder with --output"
         )
 
 
 @dataclass(frozen=True)
-class Distribution:
+class DistributionPanel:
     """Plot and table of `state` or `actions`."""
 
     key: str
@@ -136,11 +136,11 @@ class Distribution:
     columns: list[str]
     rows: list[list[Any]]
     left_out: int
-    """Numbers that are not drawn."""
+    """Number of dimensions that are not drawn."""
 
 
 def _source(number: int, source: SourceView, files: Files) -> dict[str, Any]:
-    """What the template needs of a dataset."""
+    """A dataset for the template."""
     prefix = f"{_file_name(source.name)}-" if source.name else ""
     lengths = None
     if len(source.lengths) and source.lengths.max() > 1:
@@ -157,7 +157,7 @@ def _source(number: int, source: SourceView, files: Files) -> dict[str, Any]:
     }
 
 
-def _distributions(prefix: str, source: SourceView, files: Files) -> Iterator[Distribution]:
+def _distributions(prefix: str, source: SourceView, files: Files) -> Iterator[DistributionPanel]:
     for key, data in source.distributions.items():
         stats, mode, width = source.stats.get(key), source.mode, len(data.running.low)
         plot = plot_distribution(f"{prefix}{key}", key, data, stats, mode)
@@ -165,7 +165,7 @@ def _distributions(prefix: str, source: SourceView, files: Files) -> Iterator[Di
         values: dict[str, Sequence[Any]] = {
             name: getattr(used, name)[:width].tolist() for name in ("mean", "std", "q01", "q99")
         }
-        values |= {"least": data.running.low.tolist(), "greatest": data.running.high.tolist()}
+        values |= {"min": data.running.low.tolist(), "max": data.running.high.tolist()}
         if stats is not None and mode is not None:
             extremes = normalized_extremes(key, source.stats, data, mode)
             values |= {
@@ -174,11 +174,11 @@ def _distributions(prefix: str, source: SourceView, files: Files) -> Iterator[Di
                 "in episode": data.episodes[extremes.argmax(axis=0)].tolist(),
             }
         rows = [[number, *row] for number, row in enumerate(zip(*values.values(), strict=True))]
-        yield Distribution(key, files.plot(plot), [key, *values], rows, max(0, width - MOST_PANELS))
+        yield DistributionPanel(key, files.plot(plot), [key, *values], rows, max(0, width - MOST_PANELS))
 
 
 def _sample(name: str, sample: SampleView, files: Files) -> dict[str, Any]:
-    """What the template needs of a row."""
+    """A row for the template."""
     cameras = []
     for camera in _merged(sample.cameras, sample.illustration):
         shown = [
@@ -191,7 +191,7 @@ def _sample(name: str, sample: SampleView, files: Files) -> dict[str, Any]:
 
 
 def _merged(cameras: Sequence[Camera], illustration: Illustration) -> Iterator[Camera]:
-    """The data's pictures of each camera, then the policy's."""
+    """Each camera with the data's images, then the policy's."""
     of_policy = {camera.name: camera for camera in illustration.cameras}
     of_data = {camera.name: camera for camera in cameras}
     for name in dict.fromkeys((*of_policy, *of_data)):
@@ -207,13 +207,13 @@ def _png(image: Any) -> bytes:
 
 
 def _file_name(text: str) -> str:
-    """A part of a file's name; texts that differ in other characters stay different."""
+    """Text made safe for a file name; a digest keeps texts distinct that differ only in replaced characters."""
     plain = re.sub(r"[^A-Za-z0-9_]", "_", text)
     return plain if plain == text else f"{plain}_{hashlib.blake2b(text.encode(), digest_size=3).hexdigest()}"
 
 
 def _number(value: Any) -> str:
-    """A cell of a table."""
+    """A table cell."""
     if isinstance(value, float):
         return "none" if np.isnan(value) else f"{value:.4g}".replace("-", "\N{MINUS SIGN}")
     return str(value)
@@ -241,13 +241,13 @@ class DrawnGrid:
     gap: float
     """Cells between two blocks."""
     legend: list[tuple[int, str]]
-    """Value and name of those that occur."""
+    """Value and name of each value that occurs."""
 
 
 def _grid(grid: Grid) -> DrawnGrid:
     rows, columns = grid.values.shape
     width = int(np.clip(480 // columns, 2, 14 if rows > 1 else 60))
-    single = width >= 8  # Else cells are too small to be told apart.
+    single = width >= 8  # Smaller cells could not be distinguished.
     blocks = []
     for y, row in enumerate(grid.values.tolist()):
         starts = [0, *(x for x in range(1, columns) if single or row[x] != row[x - 1])]

@@ -1,7 +1,7 @@
-"""The curves and histograms of the page, by matplotlib. No text of a dataset gets in here.
+"""The curves and histograms of the page, drawn with matplotlib. They contain no text from datasets.
 
-Each figure is made once, as SVG for the page and as PNG beside it. The SVG's colours are CSS variables, so that it is
-readable on light and on dark ground.
+Each figure is drawn once and saved as SVG for the page and as PNG beside it. The SVG's colours are CSS variables, so
+that it is readable on light and dark backgrounds.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ VARIABLES = {INK: "ink", FAINT: "faint", LINE: "line", DATA: "data", CHUNK: "chu
 """Color of a PNG -> name of the CSS variable in an SVG."""
 
 WIDTH = 9.6
-"""Inches, at 72 points: nearly one CSS pixel a point on a narrow page."""
+"""Inches of 72 points: about one CSS pixel per point on a narrow page."""
 ROW = 0.82
-"""Inches of a panel's height."""
+"""Height of a panel in inches."""
 MOST_PANELS = 32
-"""Numbers of a vector that are drawn."""
+"""Maximum number of dimensions of a vector that are drawn."""
 BINS = 100
 VIEW = {"quantile": 2.0, "mean_std": 5.0}
-"""How far the axis of normalised numbers reaches, both ways."""
+"""The axis of normalised numbers reaches from minus this to plus this."""
 STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 8,
@@ -66,13 +66,13 @@ class Plot:
     """A drawn figure."""
 
     name: str
-    """Of the PNG, and prefix of the SVG's ids."""
+    """Name of the PNG, and prefix of the SVG's ids."""
     svg: str
     png: bytes
 
 
 def plot_lengths(name: str, train: NDArray[np.int64], held_out: NDArray[np.int64]) -> Plot:
-    """How long episodes are."""
+    """Histogram of episode lengths."""
     from matplotlib import rc_context
     from matplotlib.ticker import MaxNLocator
 
@@ -93,7 +93,7 @@ def plot_lengths(name: str, train: NDArray[np.int64], held_out: NDArray[np.int64
 
 
 def plot_distribution(name: str, key: str, data: Distribution, stats: NormStats | None, mode: Mode | None) -> Plot:
-    """How each number of `state` or `actions` is distributed, in the data's units and (with statistics) normalised."""
+    """Histogram of each dimension of `state` or `actions`, in the data's units and (with statistics) normalised."""
     from matplotlib import rc_context
 
     shown = min(len(data.running.low), MOST_PANELS)
@@ -128,7 +128,7 @@ def _raw(axes: Axes, number: int, data: Distribution, stats: NormStats | None) -
     used = data.stats if stats is None else stats
     left, right = axes.get_xlim()
     for value, style in ((used.mean[number], "-"), (used.q01[number], "--"), (used.q99[number], "--")):
-        if left <= value <= right:  # Of other data they may lie anywhere; the table has their numbers.
+        if left <= value <= right:  # Statistics of other data may be outside; the table shows their values.
             axes.axvline(value, color=CHUNK, linewidth=1.2, linestyle=style)
     axes.xaxis.set_major_formatter(_plain)
     axes.set_yticks([])
@@ -143,15 +143,15 @@ def _normalized(axes: Axes, middles: NDArray[Any], counts: NDArray[Any], mode: M
     for side, beyond in ((0, middles < -view), (-1, middles > view)):
         if share := counts[beyond].sum() / counts.sum():
             axes.bar(bins[side], heights[side], width=view / 25, align="center", color=FAR, zorder=3)
-            text, place = f"{share:.2%} beyond", (0.02 if side == 0 else 0.98, 0.7)
-            axes.annotate(text, place, xycoords="axes fraction", ha="left" if side == 0 else "right", color=FAR)
+            text, anchor = f"{share:.2%} beyond", (0.02 if side == 0 else 0.98, 0.7)
+            axes.annotate(text, anchor, xycoords="axes fraction", ha="left" if side == 0 else "right", color=FAR)
     axes.set_xlim(-view * 1.04, view * 1.04)
     axes.set_xticks([-view, -1, 0, 1, view])
     axes.set_yticks([])
 
 
 def plot_chunk(name: str, chunk: Chunk) -> Plot:
-    """The actions of an episode with the chunk, the target it becomes, and the state beside them."""
+    """Per dimension: the episode's actions with the chunk, the chunk as a training target, and the state."""
     from matplotlib import rc_context
 
     columns = [chunk.actions.shape[1], chunk.target.shape[1], 0 if chunk.state is None else chunk.state.shape[1]]
@@ -176,17 +176,17 @@ def plot_chunk(name: str, chunk: Chunk) -> Plot:
 
 
 def _plain(value: float, _: float) -> str:
-    """A tick's number in full: a common factor beside the axis would lie on the panel above."""
+    """A tick label in full: matplotlib would draw a common factor over the panel above."""
     return f"{value:.5g}".replace("-", "\N{MINUS SIGN}")
 
 
 def _name(axes: Axes, text: str, distance: int) -> None:
-    """Write which number of a vector a panel shows, so many points left of it."""
+    """Label a panel with its dimension, `distance` points to its left."""
     axes.annotate(text, (0, 0.5), (-distance, 0), "axes fraction", "offset points", color=INK, ha="right", va="center")
 
 
 def _curve(axes: Axes, chunk: Chunk, column: int, number: int) -> None:
-    """One panel: a number of the actions, of the target, or of the state."""
+    """One panel: a dimension of the actions, of the target, or of the state."""
     from matplotlib.ticker import FixedLocator, MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -209,7 +209,7 @@ def _curve(axes: Axes, chunk: Chunk, column: int, number: int) -> None:
 
 
 def _dots(axes: Axes, x: NDArray[Any], y: NDArray[Any], chunk: Chunk) -> None:
-    """A chunk's numbers; those past the end of the episode are hollow."""
+    """A chunk's values; those past the end of the episode are hollow."""
     size = 3.2 if len(x) <= 20 else 1.8
     axes.plot(x, y, color=CHUNK, linewidth=0.8)
     axes.plot(x[~chunk.is_pad], y[~chunk.is_pad], "o", markersize=size, color=CHUNK)
@@ -217,8 +217,8 @@ def _dots(axes: Axes, x: NDArray[Any], y: NDArray[Any], chunk: Chunk) -> None:
 
 
 def _figure(rows: int, columns: int, row: float = ROW) -> tuple[Figure, NDArray[Any]]:
-    """A figure and its panels [rows, columns], of fixed margins: a layout that measures takes seconds."""
-    from matplotlib.figure import Figure  # No pyplot: no backend is chosen, and nothing is kept.
+    """A figure and its panels [rows, columns], with fixed margins: automatic layout takes seconds."""
+    from matplotlib.figure import Figure  # Not pyplot, which chooses a backend and keeps figures alive.
 
     above, below, left, right, beside, between = 0.3, 0.45, 0.75, 0.1, 0.8, 0.24  # Inches.
     height = rows * row + above + below
@@ -238,7 +238,7 @@ def _drawn(name: str, figure: Figure) -> Plot:
 
 
 def _for_the_page(name: str, svg: str) -> Iterator[str]:
-    """The `svg` element alone, scaled by the page, its ids of its own and its colours variables."""
+    """The `svg` element alone: scaled by the page, with unique ids and CSS variables as colours."""
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg, count=2).replace("xlink:href", "href")
     svg = re.sub(r'<svg ([^>]*?)width="[^"]*"', r"<svg \1", re.sub(r' height="[^"]*pt"', "", svg, count=1), count=1)

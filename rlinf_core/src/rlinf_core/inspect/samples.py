@@ -1,7 +1,7 @@
-"""A few training rows on their way to the model, and what of each is shown.
+"""A few training rows and how the pipeline turns them into the model's input.
 
-Rows are chosen so that they differ: of several tasks, from the beginning of an episode to its end, past which chunks
-run. What cannot be read or encoded is shown in words, with the row's place.
+Rows are chosen to differ: from several tasks, and from the start of an episode to its end, where chunks are padded. A
+row that cannot be read or encoded is replaced by the error message, which names the row.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ from rlinf_core.illustration import Camera, Illustration, Picture
 
 SAMPLES = 3
 DRAWS = 3
-"""Meetings with the run whose random numbers are shown."""
+"""Uses of a row by the run whose random numbers are shown."""
 EPOCHS = 8
-"""Within which they are looked for: a mixture meets a row of a light source rarely."""
+"""Epochs in which uses are searched: a mixture rarely uses a given row of a source with a small weight."""
 FRAMES = 400
-"""Frames of an episode's curves at most."""
+"""Maximum number of frames in the curves of an episode."""
 
 GIVEN = "given to the model"
-"""The last stage of an image that the data path knows."""
+"""The last stage of an image in the pipeline."""
 
 Vectors = NDArray[np.floating]
 
 
 @dataclass(frozen=True)
-class Place:
-    """A training row."""
+class TrainingRow:
+    """A training row and its position."""
 
     episode: int
     """The dataset's own number."""
     frame: int
-    """Counted from 0 in the episode."""
-    row: int
+    """Frame number in the episode, from 0."""
+    index: int
     """Index in the source."""
     length: int
     """Frames of the episode."""
@@ -53,7 +53,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Numbers:
-    """An array that the model gets, in a line."""
+    """Summary of an array that the model gets."""
 
     name: str
     dtype: str
@@ -64,7 +64,7 @@ class Numbers:
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """The actions a sample is trained on, within its episode. Data's units are those of the dataset's own columns."""
+    """The actions that a sample is trained on, within its episode. Data's units are those of the dataset's columns."""
 
     frames: NDArray[np.int64]
     """[F], the frames of the curves."""
@@ -73,13 +73,13 @@ class Chunk:
     actions: Vectors
     """[F, D], the action recorded with each frame, data's units."""
     at: NDArray[np.int64]
-    """[H], the frames of the chunk; past the end of the episode they go on."""
+    """[H], the frames of the chunk; they continue past the end of the episode."""
     recorded: Vectors
     """[H, D], data's units."""
     target: Vectors
     """[H, D'], after the dataset's transforms and normalisation."""
     is_pad: NDArray[np.bool_]
-    """[H], past the end of the episode."""
+    """[H], true past the end of the episode."""
     normalized: bool
     """Whether the policy normalises."""
 
@@ -88,62 +88,63 @@ class Chunk:
 class SampleView:
     """What is shown of a training row."""
 
-    place: Place
+    row: TrainingRow
     where: str
-    """The row in words, as errors name it."""
+    """The row in words, as in error messages."""
     prompt: str | None = None
     cameras: list[Camera] = field(default_factory=list)
     numbers: list[Numbers] = field(default_factory=list)
     chunk: Chunk | None = None
     illustration: Illustration = field(default_factory=Illustration)
     round_trip: float | None = None
-    """The largest difference between the recorded chunk and what decoding makes of the encoded one."""
+    """The largest difference between the recorded chunk and the decoded encoded one."""
     problem: str = ""
-    """Why there is no more."""
+    """Why the rest is missing."""
 
 
-def choose(source: SampleSource, tasks: Mapping[int, str], count: int = SAMPLES) -> list[Place]:
-    """Rows that differ: of tasks spread over all, within the episode a third in, at the start, near the end, ...
+def choose(source: SampleSource, tasks: Mapping[int, str], count: int = SAMPLES) -> list[TrainingRow]:
+    """Choose rows that differ: from tasks spread over all; a third into the episode, at its start, near its end, ...
 
     Args:
         source: The rows.
         tasks: Episode -> its task.
-        count: How many, if there are as many rows that differ.
+        count: How many rows; fewer if there are not enough different ones.
     """
     episodes = _Episodes(source)
     by_task: dict[str, list[int]] = {}
     for episode in episodes.first:
         by_task.setdefault(tasks.get(episode, ""), []).append(episode)
     texts = [list(by_task)[i] for i in np.linspace(0, len(by_task) - 1, min(count, len(by_task))).astype(int)]
-    places: list[Place] = []
+    rows: list[TrainingRow] = []
     for number in range(count):
         members, turn = by_task[texts[number % len(texts)]], number // len(texts)
         episode = members[(len(members) // 2 + turn) % len(members)]
         length = episodes.length[episode]
-        places.append(episodes.place(episode, (length // 3, 0, max(0, length - 2))[number % 3]))
-    return list(dict.fromkeys(places))
+        rows.append(episodes.row(episode, (length // 3, 0, max(0, length - 2))[number % 3]))
+    return list(dict.fromkeys(rows))
 
 
-def find(source: SampleSource, episode: int, frame: int, held_out: SampleSource | None = None) -> Place:
-    """A row by episode and frame. Raises `UserError` if there is none among the training rows."""
+def find(source: SampleSource, episode: int, frame: int, held_out: SampleSource | None = None) -> TrainingRow:
+    """The row of an episode and frame. Raises `UserError` if it is not a training row."""
     episodes = _Episodes(source)
     if episode not in episodes.first:
         if held_out is not None and episode in held_out.episodes:
             raise UserError(
-                f"--at {episode}:{frame}: episode {episode} is held out for validation: name one that is trained on"
+                f"--at {episode}:{frame}: episode {episode} is held out for validation: give a training episode"
             )
         known = list(episodes.first)
         raise UserError(
-            f"--at {episode}:{frame}: episode {episode} is none of the {len(known)} that are trained on, which are "
+            f"--at {episode}:{frame}: episode {episode} is not one of the {len(known)} training episodes, which are "
             f"numbered {min(known)} to {max(known)}"
         )
     if frame >= episodes.length[episode]:
-        raise UserError(f"--at {episode}:{frame}: episode {episode} has {episodes.length[episode]} frames, from 0")
-    return episodes.place(episode, frame)
+        frames = episodes.length[episode]
+        raise UserError(f"--at {episode}:{frame}: episode {episode} has {frames} frames, numbered from 0")
+    return episodes.row(episode, frame)
 
 
 class _Episodes:
-    """Where the episodes of a source lie; their rows follow one another."""
+    """First row and length of each episode of a source; the rows of an episode are consecutive."""
 
     def __init__(self, source: SampleSource) -> None:
         numbers, first, lengths = np.unique(source.episodes, return_index=True, return_counts=True)
@@ -151,21 +152,21 @@ class _Episodes:
         self.first = dict(zip(numbers[order].tolist(), first[order].tolist(), strict=True))
         self.length = dict(zip(numbers.tolist(), lengths.tolist(), strict=True))
 
-    def place(self, episode: int, frame: int) -> Place:
-        return Place(episode, frame, self.first[episode] + frame, self.length[episode])
+    def row(self, episode: int, frame: int) -> TrainingRow:
+        return TrainingRow(episode, frame, self.first[episode] + frame, self.length[episode])
 
 
-def meetings(
+def occurrences(
     order: Order | ChunkedOrder, steps_per_epoch: int, stop_step: int, number: int, row: int
 ) -> Iterator[tuple[str, int, int]]:
-    """Where the run meets a row, the first `DRAWS` times: in words, epoch, position in its order.
+    """The first `DRAWS` times that the run uses a row: step in words, epoch, position in the epoch's order.
 
     Args:
-        order: Of the run.
-        steps_per_epoch: Of the run.
-        stop_step: Where the run ends; meetings after it are said to be.
-        number: Of the row's source.
-        row: Its index there.
+        order: The run's sampling order.
+        steps_per_epoch: The run's steps per epoch.
+        stop_step: The run's last step; uses after it are marked.
+        number: Number of the row's source.
+        row: The row's index in the source.
     """
     batch = order.samples // steps_per_epoch
     found = 0
@@ -184,32 +185,32 @@ def view(
     run: RunConfig,
     source: SampleSource,
     pipeline: Pipeline,
-    place: Place,
-    met: Sequence[tuple[str, int, int]],
+    row: TrainingRow,
+    uses: Sequence[tuple[str, int, int]],
 ) -> SampleView:
-    """Read a row, encode it as training does, and ask the policy what it shows of it.
+    """Read a row, encode it as training does, and let the policy illustrate it.
 
     Args:
-        run: With the row's dataset as its `data`.
+        run: The run, with the row's dataset as its `data`.
         source: The rows.
         pipeline: Encodes them.
-        place: Which row.
-        met: Where the run meets it, see `meetings`.
+        row: The row to show.
+        uses: When the run uses it, see `occurrences`.
     """
-    shown = SampleView(place, source.describe(place.row))
+    shown = SampleView(row, source.describe(row.index))
     try:
-        (row,) = source.__getitems__([place.row])
-        target = pipeline.target(row)
+        (raw,) = source.__getitems__([row.index])
+        target = pipeline.target(raw)
         shown.prompt = target.get("prompt")
-        shown.cameras = _cameras(run, row, target, {})
-        sample = pipeline.encode(row)
-        shown.cameras = _cameras(run, row, target, sample)
+        shown.cameras = _cameras(run, raw, target, {})
+        sample = pipeline.encode(raw)
+        shown.cameras = _cameras(run, raw, target, sample)
         shown.numbers = list(_numbers(sample))
         if "actions" in target and target["actions"].size:
-            shown.chunk = _chunk(run, source, pipeline, place, row)
+            shown.chunk = _chunk(run, source, pipeline, row, raw)
             decoded = pipeline.decode(sample["actions"], sample)
             shown.round_trip = float(np.abs(decoded - target["actions"]).max())
-        draws = {words: run.policy.draw(sample_generator(run.seed, epoch, at)) for words, epoch, at in met}
+        draws = {words: run.policy.draw(sample_generator(run.seed, epoch, at)) for words, epoch, at in uses}
         shown.illustration = run.policy.illustrate(sample, draws)
     except UserError as error:
         shown.problem = f"{error} [{shown.where}]"
@@ -220,13 +221,13 @@ def view(
 
 
 def _cameras(run: RunConfig, row: Row, target: Sample, sample: Sample | Mapping[str, Any]) -> list[Camera]:
-    """Every camera's image as recorded, cut, and given to the model, where these differ."""
+    """Every camera's image as recorded, cropped, and given to the model, if these differ."""
     columns = run.data.images if isinstance(run.data, LeRobotDatasetConfig) else {}
     cameras = []
     for name, image in target.get("images", {}).items():
         stages = [
             ("recorded", row.get(columns.get(name, ""))),
-            ("cut", image),
+            ("cropped", image),
             (GIVEN, sample.get("images", {}).get(name)),
         ]
         found: list[tuple[list[str], NDArray[np.uint8]]] = []
@@ -237,17 +238,17 @@ def _cameras(run: RunConfig, row: Row, target: Sample, sample: Sample | Mapping[
                 found[-1][0].append(stage)
             else:
                 found.append(([stage], pixels))
-        pictures = tuple(_captioned(names, pixels) for names, pixels in found)
+        images = tuple(_captioned(names, pixels) for names, pixels in found)
         column = f"Column {columns[name]}." if name in columns else ""
-        cameras.append(Camera(name, pictures, column))
+        cameras.append(Camera(name, images, column))
     return cameras
 
 
 def _captioned(stages: Sequence[str], pixels: NDArray[np.uint8]) -> Picture:
-    """A picture that stands at several stages."""
+    """An image, captioned with the stages at which it is the same."""
     height, width = pixels.shape[:2]
-    told = [stage for stage in stages if stage in (stages[0], GIVEN)]  # What cuts nothing is not told.
-    return Picture(f"{' and '.join(told)}, {width} x {height}", pixels)
+    named = [stage for stage in stages if stage in (stages[0], GIVEN)]  # Stages that changed nothing are left out.
+    return Picture(f"{' and '.join(named)}, {width} x {height}", pixels)
 
 
 def _numbers(sample: Sample) -> Iterator[Numbers]:
@@ -257,11 +258,11 @@ def _numbers(sample: Sample) -> Iterator[Numbers]:
             yield Numbers(name, str(value.dtype), shape, float(value.min()), float(value.max()))
 
 
-def _chunk(run: RunConfig, source: SampleSource, pipeline: Pipeline, place: Place, row: Row) -> Chunk:
-    every = max(1, -(-place.length // FRAMES))
-    frames = np.arange(0, place.length, every)
-    of_episode = [pipeline.target(one) for one in source.without_images((place.row - place.frame + frames).tolist())]
-    recorded = pipeline.target(row)
+def _chunk(run: RunConfig, source: SampleSource, pipeline: Pipeline, row: TrainingRow, raw: Row) -> Chunk:
+    every = max(1, -(-row.length // FRAMES))
+    frames = np.arange(0, row.length, every)
+    of_episode = [pipeline.target(one) for one in source.without_images((row.index - row.frame + frames).tolist())]
+    recorded = pipeline.target(raw)
     target = recorded
     for transform in (*pipeline.dataset, *((pipeline.normalize,) if pipeline.normalize else ())):
         target = transform(target)
@@ -271,7 +272,7 @@ def _chunk(run: RunConfig, source: SampleSource, pipeline: Pipeline, place: Plac
         frames=frames,
         state=np.stack([one["state"] for one in of_episode]) if "state" in recorded else None,
         actions=np.stack([one["actions"][0] for one in of_episode]),
-        at=place.frame + stride * np.arange(steps),
+        at=row.frame + stride * np.arange(steps),
         recorded=recorded["actions"],
         target=target["actions"],
         is_pad=np.asarray(recorded.get("actions_is_pad", np.zeros(steps, np.bool_))),

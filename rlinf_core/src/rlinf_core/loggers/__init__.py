@@ -1,1 +1,1 @@
-"""The two loggers that always run."""
+"""The two loggers of every run."""

@@ -1,4 +1,4 @@
-"""The console: a line now and then while training, a table and a plot at the end. Torch-free."""
+"""Console output: a line every few seconds while training, a table and a plot at the end. Torch-free."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlinf_core.contract.run import Logger, LoggerConfig, RunConfig
-from rlinf_core.loggers.jsonl import FILE, read_rows
+from rlinf_core.loggers.jsonl import METRICS_FILE, read_rows
 from rlinf_core.untrusted import printable
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -24,19 +24,19 @@ SHOWN = {
     "mfu": "MFU {:.1%}",
     "data_wait_share": "data wait {:.0%}",
 }
-"""Metrics that a line shows, of those that the trainer reports."""
+"""The trainer's metrics that a line shows, with their format."""
 PLOT_SIZE = (76, 16)
 """Columns and rows of the plot in characters."""
 
 
 class ConsoleLoggerConfig(LoggerConfig):
-    """Tells a person how the run is doing. Always on."""
+    """Shows the progress of a run. Always on."""
 
     type: Literal["console"] = "console"
 
     def build(self, run: RunConfig, *, start_step: int, stop_step: int) -> Logger:
-        """Greet with the run's name, size and place."""
-        # torchrun's children write to a pipe; 100 columns hold every line and table.
+        """Print the run's name, size and folder."""
+        # torchrun's children write to a pipe; 100 columns fit every table.
         console = Console(width=None if Console().is_terminal else 100, highlight=False)
         return ConsoleLogger(console, run, start_step, stop_step)
 
@@ -55,14 +55,14 @@ class ConsoleLogger:
             f"[bold]{run.runner.name}[/] {where}: {run.policy.type} on {datasets}, "
             f"{stop_step} steps of {run.trainer.global_batch_size} samples, files in {run.folder}"
         )
-        self._note_the_schedule()
+        self._note_schedule()
 
-    def _note_the_schedule(self) -> None:
+    def _note_schedule(self) -> None:
         optim, last = self._run.optim, self._stop_step
         if optim.warmup_steps >= last:
             self._print(
-                f"[yellow]note: the warm-up of {optim.warmup_steps} steps (optim.warmup_steps) does not end within "
-                f"this run[/]"
+                f"[yellow]note: the warm-up of {optim.warmup_steps} steps (optim.warmup_steps) does not end before "
+                f"this run does[/]"
             )
         elif optim.decay_steps > last:
             self._print(
@@ -71,18 +71,18 @@ class ConsoleLogger:
             )
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Print the step if it is time for a line."""
+        """Print the step if enough time has passed since the last line."""
         now = time.monotonic()
         if now - self._last_line < SECONDS_BETWEEN_LINES and step != self._stop_step:
             return
         self._last_line = now
         left = (now - self._started) / (step - self._start_step) * (self._stop_step - step)
         shown = [form.format(metrics[name]) for name, form in SHOWN.items() if name in metrics]
-        place = f"step {step:>{len(str(self._stop_step))}}/{self._stop_step}"
-        self._print("  ".join([place, *shown, f"ETA {_duration(left)}"]))
+        position = f"step {step:>{len(str(self._stop_step))}}/{self._stop_step}"
+        self._print("  ".join([position, *shown, f"ETA {_duration(left)}"]))
 
     def validation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Print a validation; of a mixture a line for each source, too."""
+        """Print a validation; for a mixture also one line per source."""
         for name, own in by_source(metrics, self._sources):
             self._print(f"[cyan]step {step}: {name}{':' * bool(name)}{self._measured(own)}[/]")
 
@@ -90,7 +90,7 @@ class ConsoleLogger:
         line = ""
         if "val_loss" in metrics:
             line += f" held-out loss {metrics['val_loss']:.4f}{_of_ema(metrics, 'val_loss')}"
-        else:  # Of a trainer that measures something else.
+        else:  # From a trainer with other metrics.
             line += " " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         line += "".join(
             f", {_words(name)} {metrics[name]:.4g}{_of_ema(metrics, name)}" for name in _of_the_policy(metrics)
@@ -108,23 +108,24 @@ class ConsoleLogger:
         self._console.print(Text(printable(text), style="dim"), soft_wrap=True)
 
     def close(self, error: BaseException | None) -> None:
-        """Print how the run ended: the table of results and the plot of the loss."""
-        # The file has null where there was no number.
-        rows = [{k: math.nan if v is None else v for k, v in row.items()} for row in read_rows(self._run.folder / FILE)]
+        """Print how the run ended: the result table and a plot of the loss."""
+        # The file has null for NaN and infinity.
+        read = read_rows(self._run.folder / METRICS_FILE)
+        rows = [{k: math.nan if v is None else v for k, v in row.items()} for row in read]
         steps = [row for row in rows if math.isfinite(row.get("loss", math.nan))]
         if error is not None:
-            done = [row["step"] for row in rows if "loss" in row]  # Skipped ones among them.
-            self._say_why_it_stopped(error, int(done[-1]) if done else 0)
+            done = [row["step"] for row in rows if "loss" in row]  # Includes skipped steps.
+            self._print_why_stopped(error, int(done[-1]) if done else 0)
             return
         validations = [row for row in rows if "val_loss" in row]
         self._console.print(result_table(self._run.runner.name, steps, validations, self._sources))
         if len(steps) > 1:
             self._console.print(Text.from_ansi(loss_plot(steps)))
 
-    def _say_why_it_stopped(self, error: BaseException, step: int) -> None:
+    def _print_why_stopped(self, error: BaseException, step: int) -> None:
         why = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped by an error"
         saved = self._run.folder / "latest"
-        way_on = f"the same command continues after {saved.read_text()}" if saved.exists() else "nothing was saved yet"
+        way_on = f"the same command resumes from {saved.read_text()}" if saved.exists() else "nothing was saved yet"
         self._print(f"[red]{self._run.runner.name}: {why} after step {step}; {way_on}[/]")
 
     def _print(self, line: str) -> None:
@@ -132,7 +133,7 @@ class ConsoleLogger:
 
 
 def by_source(metrics: Mapping[str, float], sources: Sequence[str]) -> Iterator[tuple[str, dict[str, float]]]:
-    """Metrics of the whole, under no name, and of each source of a mixture, by the names they have without sources."""
+    """Split metrics by source: first the overall ones under the name "", then each source's without its suffix."""
     own = {key for key in metrics if key.rpartition("/")[2] in sources and "/" in key}
     yield "", {key: value for key, value in metrics.items() if key not in own}
     for name in sources:
@@ -146,7 +147,7 @@ def result_table(
     validations: Sequence[Mapping[str, Any]],
     sources: Sequence[str] = (),
 ) -> Table:
-    """Loss at both ends, and the held-out action error beside what a policy that looks at nothing would reach."""
+    """First and last loss, and the held-out action error next to two baselines that ignore the observation."""
     table = Table(title=f"{name}: {steps[-1]['step'] if steps else 0} steps", title_justify="left")
     table.add_column("result")
     table.add_column("value", justify="right")
@@ -167,7 +168,7 @@ def result_table(
 
 
 def _add_results(table: Table, source: str, result: Mapping[str, float], at: str, before: Mapping[str, str]) -> None:
-    """The rows of a validation, or of a source's part in it."""
+    """The rows of a validation, or of one source in it."""
     table.add_row(f"{source}held-out loss", f"{result['val_loss']:.4f}", at)
     for name in _of_the_policy(result):
         table.add_row(f"{source}held-out {_words(name)}", f"[bold]{result[name]:.4g}[/]", before.get(name, ""))
@@ -202,7 +203,7 @@ def loss_plot(steps: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _of_the_policy(metrics: Mapping[str, float]) -> list[str]:
-    """The results that a policy adds to those that core knows."""
+    """The names of the policy's own validation metrics."""
     return [n for n in metrics if n.startswith("val_") and n != "val_loss" and not n.startswith("val_action_mse")]
 
 

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one JSON object a step, and one a validation. Torch-free."""
+"""`metrics.jsonl`: one JSON object per step and per validation. Torch-free."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from rlinf_core.contract.run import Logger, LoggerConfig, RunConfig
 from rlinf_core.errors import UserError
 from rlinf_core.files import write_text
 
-FILE = "metrics.jsonl"
+METRICS_FILE = "metrics.jsonl"
+FILE = METRICS_FILE  # The name that training/monitor/anomalies.py imports.
 
 
 class JsonlLoggerConfig(LoggerConfig):
@@ -25,18 +26,18 @@ class JsonlLoggerConfig(LoggerConfig):
     type: Literal["jsonl"] = "jsonl"
 
     def build(self, run: RunConfig, *, start_step: int, stop_step: int) -> Logger:
-        """Open the file, cut back to `start_step`."""
+        """Open the file, with rows after `start_step` removed."""
         run.folder.mkdir(parents=True, exist_ok=True)
-        path = run.folder / FILE
+        path = run.folder / METRICS_FILE
         cut_back(path, start_step)
         return JsonlLogger(RowFile(path))
 
 
 class RowFile:
-    """A file of JSON objects, a line each, which is whole at any time; it is made with the first of them.
+    """A file with one JSON object per line, never with a partial row; created with the first row.
 
-    A full disk does not end the run, which can go on until it has to save: rows that do not fit are kept, and written
-    with the next one that does.
+    A full disk does not end the run before its next save: rows that cannot be written are kept in memory and written
+    together with a later row.
     """
 
     def __init__(self, path: Path) -> None:
@@ -45,21 +46,20 @@ class RowFile:
         self._kept: list[bytes] = []
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Write a row, and those kept before it."""
+        """Write a row, after those that could not be written before."""
         self._kept.append(json.dumps(row).encode() + b"\n")
         try:
             self._write()
         except OSError as error:
-            if len(self._kept) == 1:  # The others were told of.
-                print(
-                    f"warning: {self.path} cannot be written: {error}; its rows are kept", file=sys.stderr, flush=True
-                )
+            if len(self._kept) == 1:  # Warn once, not for every further row.
+                text = f"warning: {self.path} cannot be written: {error}; its rows are kept in memory"
+                print(text, file=sys.stderr, flush=True)
 
     def close(self, error: BaseException | None) -> None:
-        """Write what was kept.
+        """Write the rows that could not be written before.
 
         Args:
-            error: What ended the run, which is then what is told.
+            error: What ended the run; it takes precedence over lost rows.
 
         Raises:
             UserError: Rows are lost, and the run has no other error.
@@ -68,7 +68,7 @@ class RowFile:
             self._write()
         except OSError as why:
             if error is None:
-                raise UserError(f"{self.path} lacks its last {len(self._kept)} rows: {why}. Make room there") from why
+                raise UserError(f"{self.path} lacks its last {len(self._kept)} rows: {why}. Free disk space") from why
         if self._file is not None:
             self._file.close()
 
@@ -82,13 +82,13 @@ class RowFile:
             if self._file.write(rows) != len(rows):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError:
-            self._file.truncate(whole)  # Half a row would spoil the next.
+            self._file.truncate(whole)  # Half a row would corrupt the next one.
             raise
         self._kept.clear()
 
 
 class JsonlLogger:
-    """A row is on disk when its step is done."""
+    """Appends a row per step and validation, unbuffered."""
 
     def __init__(self, file: RowFile) -> None:
         self._file = file
@@ -109,21 +109,21 @@ class JsonlLogger:
         self._file.close(error)
 
     def _write(self, step: int, metrics: Mapping[str, float]) -> None:
-        # JSON has no NaN; null says "not a number" to every reader.
+        # JSON has neither NaN nor infinity; every reader understands null.
         self._file.append({"step": step} | {k: v if math.isfinite(v) else None for k, v in metrics.items()})
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file of them; a last line torn by a crash is left out.
+    """The rows of a file; an incomplete last line, left by a crash, is skipped.
 
     Raises:
-        UserError: Another line is no row.
+        UserError: Another line is not a row.
     """
     return [row for _, row in _lines(path)]
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Whole lines, and the row in each."""
+    """Complete lines, each with its row."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     for number, line in enumerate(lines, start=1):
         if not line.endswith(b"\n"):
@@ -132,12 +132,12 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
             row = json.loads(line)
             row["step"] + 0
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise UserError(f"{path}: line {number} is damaged, no row with a step. Remove that line") from error
+            raise UserError(f"{path}: line {number} is damaged, not a row with a step. Remove that line") from error
         yield line, row
 
 
 def cut_back(path: Path, step: int) -> None:
-    """Drop rows after `step` (contract 9); the rows that stay keep their bytes."""
+    """Drop rows after `step` (contract 9); the remaining rows stay identical byte for byte."""
     if not path.exists():
         return
     write_text(path, b"".join(line for line, row in _lines(path) if row["step"] <= step).decode())

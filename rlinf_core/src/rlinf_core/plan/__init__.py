@@ -1,1 +1,1 @@
-"""What a run will take, for `rlinf plan`: samples.py finds sizes, step.py counts, advice.py says what to change."""
+"""Predicts a run's cost for `rlinf plan`: samples.py finds sizes, step.py counts, advice.py suggests changes."""

@@ -1,4 +1,4 @@
-"""What to change where a run does not fit its GPU: each setting by itself, then together."""
+"""What to change if a run does not fit its GPU: each setting alone, then combinations."""
 
 from __future__ import annotations
 
@@ -11,53 +11,53 @@ from rlinf_core.plan.step import Plan
 from rlinf_core.plugins.registry import Plugins
 
 MORE_RANKS = 4
-"""Times as many are told of at most."""
+"""Suggest at most this many times the ranks."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """A change of settings, and what a run takes with it."""
+    """A change of settings, and what the run would then take."""
 
     settings: str
     """In words: `trainer.activation_checkpointing = "full"`."""
     micro_batch: int
     """The largest that fits and divides a rank's share of the global batch; 0: none."""
     peak: float
-    """Bytes on a rank with that micro batch, or with one sample where none fits."""
+    """Bytes on a rank with that micro batch, or with one sample if none fits."""
     costs: str
-    """What it is paid with."""
+    """The disadvantage of the change."""
 
 
-def advise(plan: Plan, plugins: Plugins, card: float) -> list[Change]:
-    """Changes that make a run fit a card of so many GB, or come nearer to it; empty if it fits as it is.
+def advise(plan: Plan, plugins: Plugins, gpu_memory: float) -> list[Change]:
+    """Changes that make a run fit the GPU, or come closer if none does; empty if it already fits.
 
     Args:
-        plan: Of the run.
+        plan: The run's plan.
         plugins: The loaded plugins.
-        card: Nominal memory, 80 for an 80 GB card.
+        gpu_memory: Nominal memory in GB, 80 for an 80 GB GPU.
     """
-    if plan.memory().total <= usable(card):
+    if plan.memory().total <= usable(gpu_memory):
         return []
     found = []
     for changes, costs in _changes(plan):
-        for kind in {"activation_checkpointing"} & changes.keys():
-            plan = plan.counting(changes[kind], plugins)
-        size = plan.largest_micro_batch(card, **changes)
+        for key in {"activation_checkpointing"} & changes.keys():
+            plan = plan.counting(changes[key], plugins)
+        size = plan.largest_micro_batch(gpu_memory, **changes)
         found.append(Change(_words(changes, size), size, plan.memory(size or 1, **changes).total, costs))
     return [change for change in found if change.micro_batch] or found
 
 
 def _changes(plan: Plan) -> Iterator[tuple[dict[str, Any], str]]:
-    """Settings of `[trainer]` and what they cost, those that cost least first."""
+    """Settings of `[trainer]` and their cost, cheapest first."""
     trainer = plan.trainer
-    yield {}, "more micro batches a step"
+    yield {}, "more micro batches per step"
     ema: dict[str, Any] = {"ema_device": "cpu"} if _has_ema_on_device(plan) else {}
     if ema:
         yield ema, "copies the weights to the CPU each step"
     if not trainer.reshard_after_forward:
-        yield {"reshard_after_forward": True}, "one more all-gather a micro batch"
+        yield {"reshard_after_forward": True}, "one more all-gather per micro batch"
     if plan.ranks > 1 and plan.share > 1 and not trainer.reduce_every_micro_batch:
-        yield {"reduce_every_micro_batch": True}, "communicates gradients each micro batch"
+        yield {"reduce_every_micro_batch": True}, "communicates gradients in each micro batch"
     if trainer.num_replicas > 1:
         yield {"num_replicas": 1}, "gathers weights from all ranks"
     if plan.has_blocks and trainer.activation_checkpointing == "none":
@@ -65,7 +65,7 @@ def _changes(plan: Plan) -> Iterator[tuple[dict[str, Any], str]]:
     full: dict[str, Any] = {}
     if plan.has_blocks and trainer.activation_checkpointing != "full":
         full = {"activation_checkpointing": "full"}
-        yield full, "a third more computing"
+        yield full, "a third more computation"
         if ema:
             yield full | ema, "both"
     ranks = plan.ranks
@@ -74,7 +74,7 @@ def _changes(plan: Plan) -> Iterator[tuple[dict[str, Any], str]]:
             yield {"ranks": ranks}, "more GPUs"
     if not trainer.cpu_offload:
         offload = {**full, "cpu_offload": True, "ema_device": "auto"}
-        yield offload, "the optimizer runs on the CPU: much slower steps"
+        yield offload, "optimizer on the CPU: much slower steps"
 
 
 def _has_ema_on_device(plan: Plan) -> bool:

@@ -1,4 +1,4 @@
-"""How long a run's samples are: those of its data where they are at hand, else the longest that its policy takes."""
+"""How long a run's samples are: from its data if available, otherwise the policy's maximum."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from rlinf_core.plugins.registry import Plugins
 from rlinf_core.training.data import bind_policy
 
 SAMPLED_ROWS = 256
-"""Evenly spread over the training rows: the mean length of prompts is known to a few hundredths."""
+"""Evenly spread over the training rows; enough to know the mean prompt length to a few percent."""
 STATISTICS_ROWS = 4096
-"""For the statistics without which numbers cannot become tokens."""
+"""For the statistics that are needed to turn numbers into tokens."""
 
 
 @dataclass(frozen=True)
@@ -32,19 +32,19 @@ class SampledSource:
     """Samples of a dataset, as `collate` takes them."""
 
     share: float
-    """The probability that a training sample is from here."""
+    """The probability that a training sample comes from this dataset."""
     samples: Sequence[Sample]
     fact: str
-    """Which they are."""
+    """Which samples these are, in words."""
     assumption: str = ""
-    """What was not known; empty: they are of the data."""
+    """What was assumed instead of read from the data; empty: the samples are from the data."""
 
 
 def sample_sources(run: RunConfig, plugins: Plugins) -> list[SampledSource]:
-    """Samples of each of a run's datasets; the hub is not asked.
+    """Samples of each of a run's datasets; the hub is not contacted.
 
     Raises:
-        UserError: A dataset is not at hand and the policy does not say how long samples can be.
+        UserError: A dataset is not available and the policy has no maximum sample length.
     """
     sampled = []
     for source in run.sources:
@@ -56,18 +56,18 @@ def sample_sources(run: RunConfig, plugins: Plugins) -> list[SampledSource]:
     return sampled
 
 
-def know_data_at_hand(run: RunConfig, plugins: Plugins) -> tuple[RunConfig, list[str]]:
-    """`training.data.bind_policy`, or the run as it is and an assumption; the hub is not asked."""
+def bind_policy_at_hand(run: RunConfig, plugins: Plugins) -> tuple[RunConfig, list[str]]:
+    """`training.data.bind_policy`, or the unchanged run and an assumption; the hub is not contacted."""
     with cache_only():
         try:
             return bind_policy(run, plugins)[0], []
         except UserError as error:
             first = str(error).splitlines()[0]
-            return run, [f"what of the policy's size follows from the data is as it assumes: {first}"]
+            return run, [f"the policy's own defaults for sizes that depend on the data: {first}"]
 
 
 def _of_data(source: RunSource, plugins: Plugins) -> SampledSource:
-    """Rows without their pictures; those of one row stand for all: a dataset's pictures are of one size."""
+    """Rows without images, to which the images of one row are added: all images of a dataset have the same size."""
     run = source.run
     rows = open_split(run, plugins, "train")
     if not len(rows):
@@ -76,10 +76,10 @@ def _of_data(source: RunSource, plugins: Plugins) -> SampledSource:
     pipeline = build_pipeline(run.data, run.policy, stats)
     indices = np.unique(np.linspace(0, len(rows) - 1, SAMPLED_ROWS).astype(np.int64)).tolist()
     (seen,) = rows.__getitems__(indices[:1])
-    pictures = {key: value for key, value in pipeline.encode(seen).items() if key == "images"}
+    images = {key: value for key, value in pipeline.encode(seen).items() if key == "images"}
     samples: list[Any] = [
-        {**sample, **run.policy.draw(sample_generator(run.seed, 0, place)), **pictures}
-        for place, sample in enumerate(encode_without_images(rows, pipeline, indices))
+        {**sample, **run.policy.draw(sample_generator(run.seed, 0, position)), **images}
+        for position, sample in enumerate(encode_without_images(rows, pipeline, indices))
     ]
     where = f"{source.name}: " if source.name else ""
     return SampledSource(
@@ -93,7 +93,7 @@ def _longest_possible(source: RunSource, reason: UserError) -> SampledSource:
     sample = run.policy.largest_sample(cameras)
     if sample is None:
         raise UserError(
-            f"{reason}\n  Without the data nothing tells how long samples are: the policy {run.policy.type!r} has no "
+            f"{reason}\n  Without the data, the length of samples is unknown: the policy {run.policy.type!r} has no "
             "largest_sample()"
         ) from reason
     drawn: Any = {**sample, **run.policy.draw(sample_generator(run.seed, 0, 0))}
@@ -101,14 +101,14 @@ def _longest_possible(source: RunSource, reason: UserError) -> SampledSource:
     return SampledSource(
         source.share,
         [drawn],
-        f"{where}the longest samples that the policy takes",
-        f"{where}samples as long as the policy takes, as {_why(data.repo_id, reason)}",
+        f"{where}the policy's longest samples",
+        f"{where}samples of the policy's maximum length, because {_why(data.repo_id, reason)}",
     )
 
 
 def _why(dataset: str, reason: UserError) -> str:
-    """Why data were not read, in a line."""
+    """Why the data were not read, in one line."""
     # The rest of the message is about reaching the hub; the text plugin's wording differs.
     if any(f"'{dataset}' is {no} file or folder" in str(reason) for no in ("no", "not a")):
-        return f"{dataset} is not on this machine, and the hub was not asked"
+        return f"{dataset} is not on this machine, and the hub was not contacted"
     return "the data were not read: " + str(reason).splitlines()[0]

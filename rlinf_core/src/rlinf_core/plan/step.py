@@ -1,7 +1,7 @@
-"""What a run will take, before it starts: parameters, operations, bytes, traffic. No weights, no network, no device.
+"""Predict what a run takes before it starts: parameters, operations, bytes, traffic. No weights, network or device.
 
-The policy's own code runs on the meta device over batches whose shapes come from the run's data (`training.counting`);
-sharding is arithmetic on that (`training.memory`). No policy needs a formula for it.
+The policy's own code runs on the meta device on batches whose shapes come from the run's data (`costs.flops`); the
+effect of sharding is computed from the result (`costs.memory`). No policy needs a formula.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rlinf_core.costs.memory import Activations, Memory, Parameter, Sharding, St
 from rlinf_core.data.loading.sampling import check_batch
 from rlinf_core.data.sample import Batch, Sample
 from rlinf_core.errors import UserError
-from rlinf_core.plan.samples import SampledSource, know_data_at_hand, sample_sources
+from rlinf_core.plan.samples import SampledSource, bind_policy_at_hand, sample_sources
 from rlinf_core.plugins.registry import Plugins
 from rlinf_core.training.blocks import Checkpointing
 from rlinf_core.training.build import DTYPES, build_on_meta, prepare_blocks
@@ -26,23 +26,23 @@ from rlinf_core.training.fsdp import gathered_together, unreached
 from rlinf_core.training.optim import decays
 
 COUNTED_SAMPLES = 8
-"""Samples at once where mean operations are counted."""
+"""Batch size for counting the mean operations."""
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """How many numbers the policy has."""
+    """The number of the policy's parameters."""
 
     total: int
     trainable: int
-    """Have optimizer state."""
+    """Those with optimizer state."""
     reached: int
-    """Of those, the loss gives a gradient to so many."""
+    """Trainable parameters that the loss gives a gradient."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run takes."""
+    """The predicted cost of a run."""
 
     run: RunConfig = field(repr=False)
     ranks: int
@@ -51,21 +51,21 @@ class Plan:
     flops_per_sample: float
     """Useful operations of a sample's forward and backward pass."""
     flops_from: str
-    """Where they are from."""
+    """How they were determined, in words."""
     computed_per_sample: float
-    """What the policy computes for one of the longest samples, padding and what is computed again included."""
+    """Operations executed for one of the longest samples, including padding and recomputation."""
     traffic: Traffic
     assumptions: tuple[str, ...]
-    """What was not known, and what was taken instead."""
+    """What was not known, and what was assumed instead."""
     data: tuple[str, ...]
-    """Of each dataset, from which rows sizes were taken."""
+    """For each dataset, the rows that sizes were taken from."""
     has_blocks: bool
-    """Whether the policy names blocks, without which there is no activation checkpointing."""
+    """Whether the policy has blocks; activation checkpointing needs them."""
     units: tuple[Unit, ...] = field(repr=False)
     longest: Sample = field(repr=False)
-    """The sample whose batch is the largest: memory must do for it."""
+    """The sample with the largest batch, for which memory is computed."""
     activations: Mapping[Checkpointing, Activations] = field(repr=False)
-    """Counted so far: those of the run's own setting, and others that were asked for."""
+    """Counted so far: for the run's own setting, and for others on request."""
 
     @property
     def trainer(self) -> Fsdp2TrainerConfig:
@@ -75,25 +75,25 @@ class Plan:
 
     @property
     def share(self) -> int:
-        """Samples of a rank in a step."""
+        """Samples per rank and step."""
         return self.trainer.global_batch_size // self.ranks
 
     def memory(self, micro_batch: int | None = None, **changes: Any) -> Memory:
-        """Bytes on a rank, with the run's micro batch or another one, and with other settings of `[trainer]`."""
+        """Bytes on a rank with the run's micro batch or another, and optionally with changed `[trainer]` settings."""
         size = micro_batch or self.trainer.micro_batch_size
         sharding, checkpointing = self._with(changes)
         accumulates = size < self.trainer.global_batch_size // sharding.ranks
         return memory.step_memory(self.units, self.activations[checkpointing], size, sharding, accumulates=accumulates)
 
-    def largest_micro_batch(self, card: float, **changes: Any) -> int:
-        """The largest micro batch that fits a card of so many GB and divides a rank's share of the batch; 0: none."""
+    def largest_micro_batch(self, gpu_memory: float, **changes: Any) -> int:
+        """The largest micro batch that fits a GPU (GB) and divides a rank's share of the batch; 0: none fits."""
         sharding, checkpointing = self._with(changes)
         share = self.trainer.global_batch_size // sharding.ranks
-        capacity = memory.usable(card)
+        capacity = memory.usable(gpu_memory)
         return memory.largest_micro_batch(self.units, self.activations[checkpointing], sharding, share, capacity)
 
     def counting(self, checkpointing: Checkpointing, plugins: Plugins) -> Plan:
-        """The same, with another setting of `trainer.activation_checkpointing` counted, too."""
+        """The same plan with another setting of `trainer.activation_checkpointing` counted as well."""
         if checkpointing in self.activations:
             return self
         counted = _count(self.run, plugins, self.longest, checkpointing)
@@ -106,7 +106,7 @@ class Plan:
 
 
 def sharding_of(run: RunConfig, trainer: Fsdp2TrainerConfig, ranks: int) -> Sharding:
-    """How a run spreads parameters over its ranks."""
+    """How a run shards parameters over its ranks."""
     return Sharding(
         ranks=ranks,
         num_replicas=trainer.num_replicas,
@@ -119,35 +119,35 @@ def sharding_of(run: RunConfig, trainer: Fsdp2TrainerConfig, ranks: int) -> Shar
 
 
 def plan(run: RunConfig, plugins: Plugins, ranks: int | None = None) -> Plan:
-    """Work out what a run takes.
+    """Predict what a run takes.
 
     Args:
-        run: The config, already valid in itself.
+        run: The validated config.
         plugins: The loaded plugins.
-        ranks: Processes that will take part; None: as many as `[cluster]` places, else one.
+        ranks: Number of processes; None: as many as `[cluster]` places, otherwise one.
 
     Raises:
-        UserError: Sizes do not divide, neither data nor the policy tell how long samples are, or the policy cannot be
-            built without files that are missing.
+        UserError: Batch sizes do not divide, the length of samples is unknown, or the policy cannot be built because
+            files are missing.
     """
     trainer = run.trainer
     if not isinstance(trainer, Fsdp2TrainerConfig):
-        raise UserError(f'rlinf plan knows what core\'s trainer "fsdp2" does, and trainer.type is {trainer.type!r}')
+        raise UserError(f'rlinf plan supports only core\'s trainer "fsdp2", but trainer.type is {trainer.type!r}')
     assumptions: list[str] = []
     if ranks is None:
         placed = run.cluster.ranks
         ranks = run.cluster.num_nodes if placed is None else len(placed)
         if placed is None:
-            assumptions.append(f"{ranks} rank{'s' * (ranks > 1)}, as [cluster] does not say: give --ranks")
+            assumptions.append(f"{ranks} rank{'s' * (ranks > 1)}, because [cluster] does not set it: give --ranks")
     trainer.check_ranks(ranks)
     micro_batches = check_batch(trainer.global_batch_size, trainer.micro_batch_size, ranks)
     plugins.hook.rlinf_configure(run=run)
-    run, unknown = know_data_at_hand(run, plugins)
+    run, unknown = bind_policy_at_hand(run, plugins)
     sampled = sample_sources(run, plugins)
     assumptions += unknown
     assumptions += [source.assumption for source in sampled if source.assumption]
     if trainer.compile:
-        assumptions.append("eager blocks: trainer.compile is not counted, with which they keep less")
+        assumptions.append("eager blocks: the lower memory of trainer.compile is not counted")
     longest = _longest(run, sampled)
     counted = _count(run, plugins, longest, trainer.activation_checkpointing)
     units = counted.units
@@ -181,12 +181,12 @@ class _Counted:
     units: tuple[Unit, ...]
     activations: Activations
     flops: float
-    """Of a sample."""
+    """Per sample."""
     has_blocks: bool
 
 
 def _count(run: RunConfig, plugins: Plugins, sample: Sample, checkpointing: Checkpointing) -> _Counted:
-    """Count micro batches of two sizes, of equal samples; large enough that what is rounded up matters little."""
+    """Count micro batches of two sizes, with equal samples; large enough that rounding up hardly matters."""
     sizes = (1, 2) if run.trainer.micro_batch_size < 4 else (4, 8)
     policy, groups = _build(run, plugins, checkpointing)
     smaller, larger = (_count_batch(run, policy, run.policy.collate([sample] * size)) for size in sizes)
@@ -197,7 +197,7 @@ def _count(run: RunConfig, plugins: Plugins, sample: Sample, checkpointing: Chec
 
 
 Groups = list[tuple[int, list[Any]]]
-"""Bytes of a number while gathered, and the parameters that are gathered together."""
+"""Bytes per number while gathered, and the parameters that are gathered together."""
 
 
 def _build(run: RunConfig, plugins: Plugins, checkpointing: Checkpointing) -> tuple[Any, Groups]:
@@ -221,7 +221,7 @@ def _build(run: RunConfig, plugins: Plugins, checkpointing: Checkpointing) -> tu
 def _units(run: RunConfig, policy: Any, groups: Groups, reached: set[str]) -> tuple[Unit, ...]:
     names = {parameter: name for name, parameter in policy.named_parameters()}
     kept = unreached(policy)
-    # Where weight decay is lost in rounding they do not change at all, and have no average either.
+    # If weight decay is lost in rounding, unreached parameters never change and are not averaged either.
     decayed = decays(run.optim.lr, run.optim.weight_decay)
     return tuple(
         Unit(
@@ -242,7 +242,7 @@ def _units(run: RunConfig, policy: Any, groups: Groups, reached: set[str]) -> tu
 
 
 def _longest(run: RunConfig, sampled: Sequence[SampledSource]) -> Sample:
-    """The sample whose batch is the largest: memory must do for it."""
+    """The sample with the largest batch."""
 
     def size(sample: Sample) -> int:
         return sum(tensor.nbytes for tensor in _tensors(run.policy.collate([sample])))
@@ -257,7 +257,7 @@ def _tensors(batch: Any) -> list[Any]:
 
 
 def _useful_flops(run: RunConfig, plugins: Plugins, sampled: Sequence[SampledSource]) -> tuple[float, str]:
-    """Mean useful operations of a sample, and where they are from."""
+    """Mean useful operations of a sample, and how they were determined."""
     size = min(run.trainer.micro_batch_size, COUNTED_SAMPLES)
     by_formula = [_by_formula(run, source, size) for source in sampled]
     if None not in by_formula:
@@ -282,7 +282,7 @@ def _by_formula(run: RunConfig, source: SampledSource, size: int) -> float | Non
 
 
 def _batches(run: RunConfig, source: SampledSource, size: int) -> Iterator[tuple[int, Batch]]:
-    """All samples of a source in batches, with how many each has."""
+    """All samples of a source in batches, each with its number of samples."""
     for start in range(0, len(source.samples), size):
         samples = source.samples[start : start + size]
         yield len(samples), run.policy.collate(samples)
@@ -294,6 +294,6 @@ def _count_batch(run: RunConfig, policy: Any, batch: Batch) -> Counted:
     except (RuntimeError, NotImplementedError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"the policy {run.policy.type!r} cannot be counted: its forward pass needs the value of a number that is "
-            f"known in training only ({reason}). What collate() gives as integers or truth values can be read"
+            f"the policy {run.policy.type!r} cannot be counted: its forward pass reads the value of a tensor, which "
+            f"exists only in training ({reason}). Only values of integer and boolean tensors from collate() can be read"
         ) from error

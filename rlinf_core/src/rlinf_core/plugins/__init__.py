@@ -1,1 +1,1 @@
-"""Finds plugins, loads them, calls their hooks, and keeps what failed."""
+"""Finds and loads plugins, calls their hooks, and records failures."""

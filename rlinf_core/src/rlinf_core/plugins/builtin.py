@@ -1,7 +1,7 @@
-"""Core's own plugin, found through core's own entry point: the FSDP2 trainer, the LeRobot reader, two loggers,
-and torchrun as launcher.
+"""Core's own plugin, found through its own entry point: the FSDP2 trainer, the LeRobot reader, two loggers, and
+torchrun as launcher.
 
-Configs and readers are imported when a hook is called, so that loading the plugins costs nothing.
+Configs and readers are imported when a hook is called, so that loading the plugins is cheap.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def rlinf_open_dataset(dataset: DatasetConfig, policy: PolicyConfig, split: Spli
 
 @hookimpl(trylast=True)
 def rlinf_launch(run: RunConfig, arguments: Sequence[str]) -> int | None:
-    """Start the processes with torchrun, if `cluster.launcher` says so."""
+    """Start the processes with torchrun, if `cluster.launcher` selects it."""
     from rlinf_core.contract.cluster import TORCHRUN
 
     if run.cluster.launcher != TORCHRUN:

@@ -1,7 +1,7 @@
-"""Calling hooks so that every error names its plugin, and refusing implementations that would never be called.
+"""Call hooks so that every error names its plugin, and reject implementations that would never be called.
 
-pluggy keeps the implementations, their order and their arguments. Calling them is done here, one at a time, because an
-error has to say whose it is.
+pluggy stores the implementations, their order and their arguments. They are called here, one at a time, because an
+error must name the plugin that raised it.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from rlinf_core.errors import PluginError, UserError, did_you_mean
 from rlinf_core.plugins.owners import Owner
 
 CORE = "rlinf-core"
-"""Core's own distribution. Its errors are about what the user handed in, and need no plugin's name."""
+"""Core's own distribution. Its errors are about the user's input and name no plugin."""
 
 
 class Hooks:
     """Every hook as a method: `hooks.rlinf_configure(run=run)`.
 
-    A call returns what the implementations returned, in the order of calls and without None; of a hook with one result
+    A call returns the implementations' results in call order, without None; for a hook with a single result
     (`firstresult`) the first that is not None, or None.
 
     Args:
-        relay: pluggy's callers, which keep implementations and their order.
-        owners: Who registered each plugin, by its name.
+        relay: pluggy's callers, which store implementations and their order.
+        owners: Plugin name -> its owner.
     """
 
     def __init__(self, relay: pluggy.HookRelay, owners: Mapping[str, Owner]) -> None:
@@ -45,7 +45,7 @@ class Hooks:
         return call
 
     def owners_of(self, name: str) -> list[Owner]:
-        """Who implements a hook, in the order of calls."""
+        """The owners of a hook's implementations, in call order."""
         caller: pluggy.HookCaller = getattr(self._relay, name)
         return [self._owners[implementation.plugin_name] for implementation in reversed(caller.get_hookimpls())]
 
@@ -55,12 +55,12 @@ class Hooks:
         if unknown := sorted(arguments.keys() - set(spec.argnames)):
             raise TypeError(f"{caller.name} has no argument {unknown[0]!r}; it has: {', '.join(spec.argnames)}")
         results = []
-        # pluggy lists implementations last to be called first.
+        # pluggy lists implementations in reverse call order.
         for implementation in reversed(caller.get_hookimpls()):
             owner = self._owners[implementation.plugin_name]
             missing = [name for name in implementation.argnames if name not in arguments]
             if missing:
-                raise TypeError(f"{caller.name} was called without {missing[0]!r}, which {owner} asks for")
+                raise TypeError(f"{caller.name} was called without {missing[0]!r}, which {owner} needs")
             result = _call_one(
                 caller.name, owner, implementation.function, [arguments[n] for n in implementation.argnames]
             )
@@ -89,14 +89,14 @@ def specified_hooks() -> dict[str, Callable[..., Any]]:
 
 
 def check_plugin(manager: pluggy.PluginManager, plugin: object) -> None:
-    """Refuse what would be ignored or misunderstood: hooks that do not exist, are not marked, or cannot be called.
+    """Reject hooks that would be ignored or misunderstood: unknown names, missing marks, signatures nobody can call.
 
     Args:
-        manager: Reads the marks.
+        manager: Reads the `@hookimpl` marks.
         plugin: A module, or an object with functions.
 
     Raises:
-        PluginError: If the plugin holds one of these, or no hook at all; the message names it and near names.
+        PluginError: If the plugin has such a hook, or no hook at all; the message names it and similar names.
     """
     implemented = 0
     for name in dir(plugin):
@@ -111,7 +111,7 @@ def check_plugin(manager: pluggy.PluginManager, plugin: object) -> None:
         hook = options.get("specname") or name
         if hook in specified_hooks():
             if options.get("wrapper") or options.get("hookwrapper"):
-                raise PluginError(f"{name} is a hook wrapper, which rlinf does not have: write a plain implementation")
+                raise PluginError(f"{name} is a hook wrapper, which rlinf does not support: use a plain implementation")
             _check_signature(hook, getattr(plugin, name))
         elif not options.get("optionalhook"):
             raise PluginError(f"there is no hook {hook!r}{did_you_mean(hook, specified_hooks())}")
@@ -122,7 +122,7 @@ def check_plugin(manager: pluggy.PluginManager, plugin: object) -> None:
 
 
 def _check_signature(hook: str, function: Callable[..., Any]) -> None:
-    """A hook is called with the arguments that an implementation names, and once: nothing iterates or awaits it."""
+    """Check that a hook can be called with the arguments it names; hooks are neither iterated nor awaited."""
     if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
         raise PluginError(f"{hook} is async: hooks are called, not awaited")
     if inspect.isgeneratorfunction(function) and not hook.startswith("rlinf_register_"):
@@ -131,7 +131,7 @@ def _check_signature(hook: str, function: Callable[..., Any]) -> None:
     known = f"its arguments are {', '.join(allowed)}" if allowed else "it takes none"
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.POSITIONAL_ONLY):
-            raise PluginError(f"{hook} takes {parameter}, which no call fills: name the arguments it needs ({known})")
+            raise PluginError(f"{hook} takes {parameter}, which is never passed: name the arguments it needs ({known})")
         if name not in allowed and parameter.default is parameter.empty:
             raise PluginError(f"{hook} has no argument {name!r} ({known}){did_you_mean(name, allowed)}")
         if name in allowed and parameter.default is not parameter.empty:

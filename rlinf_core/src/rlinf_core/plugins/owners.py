@@ -1,4 +1,4 @@
-"""Who brought something, and what became of those that failed."""
+"""Which distribution something comes from, and failures with their owner."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from rlinf_core.errors import UserError
 
 @dataclass(frozen=True, order=True)
 class Owner:
-    """Who brought something: a distribution, by one of its entry points."""
+    """The source of a plugin: a distribution and one of its entry points."""
 
     distribution: str
     version: str
     entry_point: str
-    """As its `pyproject.toml` says it: `name = module:attribute`."""
+    """As in its `pyproject.toml`: `name = module:attribute`."""
 
     def __str__(self) -> str:
         return f"{self.distribution} {self.version} (entry point '{self.entry_point}')"
@@ -33,14 +33,14 @@ class Failure:
 
     owner: Owner
     doing: str
-    """What was tried: loading the plugin, or calling one of its registration hooks."""
+    """The action that failed: loading the plugin, or calling one of its registration hooks."""
     cause: Exception
     hook: str = ""
-    """The registration hook that failed; empty: loading did."""
+    """The registration hook that failed; empty if loading failed."""
 
     @property
     def reason(self) -> str:
-        """The cause in words; of a missing module what to install."""
+        """The cause in words; for a missing module, what to install."""
         return explain(self.cause, self.owner)
 
     def __str__(self) -> str:
@@ -48,7 +48,7 @@ class Failure:
 
 
 def explain(cause: Exception, owner: Owner) -> str:
-    """A cause in words: a message that was written for users as it is, a missing module with what to install."""
+    """A cause in words: user errors verbatim, a missing module with what to install."""
     if isinstance(cause, UserError):
         return str(cause)
     if isinstance(cause, ModuleNotFoundError) and cause.name:
@@ -58,14 +58,14 @@ def explain(cause: Exception, owner: Owner) -> str:
 
 def _missing_module(name: str, owner: Owner) -> str:
     if f"{owner.module}.".startswith(f"{name}."):
-        return f"No module named {name!r}: install {owner.distribution} again, or correct its entry point"
+        return f"No module named {name!r}: reinstall {owner.distribution}, or correct its entry point"
     package = name.partition(".")[0]
     if package != name and (package in sys.modules or util.find_spec(package)):
         return (
             f"No module named {name!r} in the installed {package!r}, and {owner.distribution} needs it: "
-            f"install the version of {package!r} that it asks for"
+            f"install the version of {package!r} that it requires"
         )
     return (
         f"No module named {name!r}, and {owner.distribution} needs it: pip install {package} "
-        "(or the package that brings this module)"
+        "(or the package that provides this module)"
     )

@@ -1,6 +1,6 @@
-"""What plugins register, and how each kind of it is read from what a hook returned.
+"""What plugins register, and how each kind is read from a hook's result.
 
-A reader takes the result of one implementation apart, item by item, so that a malformed item costs only itself.
+A reader unpacks the result of one implementation item by item, so that a malformed item affects only itself.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from rlinf_core.contract.run import LoggerConfig, TrainerConfig
 from rlinf_core.errors import PluginError
 from rlinf_core.plugins.owners import Owner
 
-Kind = Literal["policy", "trainer", "logger", "options", "command"]
+RegistrationKind = Literal["policy", "trainer", "logger", "options", "command"]
 
 
 @dataclass(frozen=True)
 class Registered[T]:
-    """Something that a plugin registered, under the name that selects it."""
+    """Something that a plugin registered, and the name that selects it."""
 
-    kind: Kind
+    kind: RegistrationKind
     name: str
     item: T
-    """A config class (of `options` any pydantic class), or of kind `command` the `Command`."""
+    """A config class (any pydantic class for `options`), or the `Command` of kind `command`."""
     owner: Owner
 
 
 class Reading(NamedTuple):
-    """One item of a result: its name and itself, or why it cannot be used."""
+    """One item of a result with its name, or the reason why it cannot be used."""
 
     name: str
     item: Any
@@ -42,20 +42,20 @@ class Reading(NamedTuple):
 
 @dataclass(frozen=True)
 class RegistrationHook:
-    """How a kind is asked for."""
+    """The hook for one kind of registration."""
 
     name: str
     noun: str
-    """What messages call an item."""
+    """The name of an item in messages."""
     read: Callable[[Any], Iterator[Reading]]
-    """The items of what one implementation returned; raises what the result raises while it is read."""
+    """Reads the items of one implementation's result; raises whatever iterating the result raises."""
 
 
 def type_of(config: object, base: type[BaseModel]) -> str:
     """The name that selects a config class: the one value of its field `type`.
 
     Raises:
-        PluginError: If it is no subclass of `base`, or does not declare its name.
+        PluginError: If it is not a subclass of `base`, or does not declare its name.
     """
     if not (isinstance(config, type) and issubclass(config, base)):
         raise PluginError(f"expected a subclass of {base.__name__}, found {config!r}")
@@ -83,7 +83,7 @@ def _name_of_command(command: object) -> str:
     if not isinstance(command, Command):
         raise PluginError(f"expected a Command, found {command!r}")
     if not re.fullmatch(r"[a-z][a-z0-9-]*", command.name):
-        raise PluginError(f"a command's name is of lower-case letters, digits and hyphens, not {command.name!r}")
+        raise PluginError(f"a command's name has lower-case letters, digits and hyphens only, not {command.name!r}")
     return command.name
 
 
@@ -105,8 +105,8 @@ def _name_of_options(name: object, model: object, earlier: object) -> str:
     for field, info in model.model_fields.items():
         if info.is_required():
             raise PluginError(f"field {field!r} of {model.__qualname__} has no default")
-    if earlier != name:  # `run.plugin_options(cls)` could not tell which table is meant.
-        raise PluginError(f"{model.__qualname__} stands for two tables, {earlier!r} and {name!r}: derive a class")
+    if earlier != name:  # `run.plugin_options(cls)` would be ambiguous.
+        raise PluginError(f"{model.__qualname__} is used for two tables, {earlier!r} and {name!r}: derive a class")
     return name
 
 
@@ -117,11 +117,11 @@ def _reading(item: Any, name_of: Callable[..., str], *arguments: Any) -> Reading
         return Reading("", item, error)
 
 
-HOOKS: Mapping[Kind, RegistrationHook] = {
+HOOKS: Mapping[RegistrationKind, RegistrationHook] = {
     "policy": RegistrationHook("rlinf_register_policies", "policy", _configs(PolicyConfig)),
     "trainer": RegistrationHook("rlinf_register_trainers", "trainer", _configs(TrainerConfig)),
     "logger": RegistrationHook("rlinf_register_loggers", "logger", _configs(LoggerConfig)),
     "options": RegistrationHook("rlinf_register_options", "plugin table", _options),
     "command": RegistrationHook("rlinf_register_commands", "command", _commands),
 }
-"""The hook that asks for each kind."""
+"""The hook of each kind."""

@@ -1,13 +1,14 @@
 """Find plugins, load them, and explain those that fail.
 
-Plugins are found by entry point alone. The group `rlinf.plugins` names modules with hook implementations, which are
-loaded together when a hook or a registered class is first needed. The group `rlinf.datasets` names one config class
-each, which is loaded alone when it is used: listing two hundred datasets imports none of them.
+Plugins are found through entry points only. Entry points of the group `rlinf.plugins` name modules with hook
+implementations, which are loaded together when a hook or a registered class is first needed. Those of the group
+`rlinf.datasets` name one config class each, which is loaded alone when it is used: listing two hundred datasets imports
+none of them.
 
-A plugin that fails costs itself and nobody else. The failure is kept with its owner and cause, and repeated where
-something that this plugin might have brought is missing.
+A plugin that fails affects only itself. The failure is recorded with its owner and cause, and repeated in the error
+message if something is missing that this plugin might have registered.
 
-Listing imports nothing that takes long: pydantic and the config classes are loaded when one of them is asked for.
+Listing imports nothing slow: pydantic and the config classes are loaded when one of them is needed.
 """
 
 from __future__ import annotations
@@ -35,22 +36,22 @@ if TYPE_CHECKING:
     from rlinf_core.contract.datasets import DatasetConfig
     from rlinf_core.contract.policy import PolicyConfig
     from rlinf_core.contract.run import Logger, LoggerConfig, RunConfig, TrainerConfig
-    from rlinf_core.plugins.registrations import Kind, Registered
+    from rlinf_core.plugins.registrations import Registered, RegistrationKind
 
 PLUGIN_GROUP = "rlinf.plugins"
 DATASET_GROUP = "rlinf.datasets"
 ALWAYS_ON = ("jsonl", "console")
-"""Loggers of every run, in the order in which they are told."""
+"""Loggers of every run, in the order in which they are called."""
 
 
 @dataclass(frozen=True)
 class DatasetEntry:
-    """A dataset format as its distribution's metadata announces it; nothing of it is imported."""
+    """A dataset format as announced in its distribution's metadata; nothing is imported."""
 
     name: str
     owner: Owner
     read: Callable[[], Any]
-    """Import the object that the entry point names."""
+    """Imports the object that the entry point names."""
 
     @property
     def qualified_name(self) -> str:
@@ -61,7 +62,7 @@ class DatasetEntry:
         """Import the config class.
 
         Raises:
-            PluginError: If the import fails or yields something else; the message names the owner and the cause.
+            PluginError: If the import fails or gives something else; the message names the owner and the cause.
         """
         from rlinf_core.contract.datasets import DatasetConfig
 
@@ -80,41 +81,41 @@ class Plugins:
     """The plugins of this process: their hooks, what they registered, and what failed.
 
     Args:
-        entry_points: Entry points of both groups, with their distributions; `load()` takes those of the environment.
-        strict: Raise a plugin's failure at once instead of keeping it.
-        disabled: Distributions whose entry points are left out, in both groups.
+        entry_points: Entry points of both groups, with their distributions; `load()` uses those of the environment.
+        strict: Raise a plugin's failure immediately instead of recording it.
+        disabled: Distributions whose entry points are ignored, in both groups.
     """
 
     def __init__(
         self, entry_points: Iterable[metadata.EntryPoint] = (), *, strict: bool = False, disabled: Iterable[str] = ()
     ) -> None:
         named = {_normalize(name) for name in disabled}
-        # Every rank must call hooks in one order, and the order in which a file system lists distributions differs.
+        # Every rank must call hooks in the same order, but file systems list distributions in different orders.
         offered = sorted(((_owner(entry), entry) for entry in entry_points), key=lambda pair: pair[0])
         used = [(owner, entry) for owner, entry in offered if _normalize(owner.distribution) not in named]
         out = {owner.distribution for owner, _ in offered if _normalize(owner.distribution) in named}
         self.blocked = tuple(sorted(out))
-        """Distributions that were left out because `RLINF_DISABLE_PLUGINS` names them."""
+        """Distributions disabled by `RLINF_DISABLE_PLUGINS`."""
         self._strict = strict
         self._modules = [(owner, entry) for owner, entry in used if entry.group == PLUGIN_GROUP]
         self._datasets = [DatasetEntry(e.name, owner, e.load) for owner, e in used if e.group == DATASET_GROUP]
         self._owners: dict[str, Owner] = {}
         self._failures: list[Failure] = []
-        self._registered: dict[Kind, tuple[Registered[Any], ...]] = {}
+        self._registered: dict[RegistrationKind, tuple[Registered[Any], ...]] = {}
 
     @classmethod
     def load(cls) -> Plugins:
-        """The plugins of the environment, under `RLINF_STRICT_PLUGINS` and `RLINF_DISABLE_PLUGINS`."""
+        """The plugins of the environment; reads `RLINF_STRICT_PLUGINS` and `RLINF_DISABLE_PLUGINS`."""
         strict = os.environ.get("RLINF_STRICT_PLUGINS", "")
         if strict not in ("", "0", "1"):
-            raise UserError(f"RLINF_STRICT_PLUGINS is {strict!r}: set it to 1 (raise plugin failures at once) or 0")
+            raise UserError(f"RLINF_STRICT_PLUGINS is {strict!r}: set it to 1 (raise plugin failures) or 0")
         disabled = [name.strip() for name in os.environ.get("RLINF_DISABLE_PLUGINS", "").split(",") if name.strip()]
         found = metadata.entry_points()
         entry_points = [*found.select(group=PLUGIN_GROUP), *found.select(group=DATASET_GROUP)]
         there = {_normalize(_owner(entry).distribution) for entry in entry_points}
         if absent := [name for name in disabled if _normalize(name) not in there]:
             raise UserError(
-                f"RLINF_DISABLE_PLUGINS names {absent[0]!r}, but no installed plugin package is called so"
+                f"RLINF_DISABLE_PLUGINS names {absent[0]!r}, but no installed plugin package has that name"
                 f"{did_you_mean(_normalize(absent[0]), there)}"
             )
         return cls(entry_points, strict=strict == "1", disabled=disabled)
@@ -123,8 +124,8 @@ class Plugins:
     def hook(self) -> Hooks:
         """Call a hook in every plugin: `plugins.hook.rlinf_configure(run=run)`.
 
-        A `UserError` of an implementation is raised as a `PluginError` that names hook and owner (core's own stay as
-        they are); other exceptions carry a note that names them.
+        A `UserError` of a plugin's implementation is raised as a `PluginError` that names hook and owner (core's own
+        are raised unchanged); other exceptions get a note that names them.
         """
         return Hooks(self._manager.hook, self._owners)
 
@@ -135,33 +136,33 @@ class Plugins:
 
     @property
     def failures(self) -> tuple[Failure, ...]:
-        """What has failed so far: loading the plugins, and those registration hooks whose results were asked for."""
+        """Failures so far: from loading the plugins, and from the registration hooks called so far."""
         _ = self._manager
         return tuple(self._failures)
 
-    def raise_failures_if_strict(self) -> None:
-        """In strict mode, raise a plugin's failure now, not where something of it is missing."""
+    def raise_if_strict(self) -> None:
+        """In strict mode, raise a plugin's failure now, before something that it registers is found missing."""
         if self._strict:
             _ = self.registered
 
     @property
     def registered(self) -> tuple[Registered[Any], ...]:
-        """Everything that plugins registered, of every kind; calls all registration hooks."""
+        """Everything that plugins registered, of all kinds; calls all registration hooks."""
         from rlinf_core.plugins.registrations import HOOKS
 
         return tuple(one for kind in HOOKS for one in self.registered_as(kind))
 
-    def registered_as(self, kind: Kind) -> tuple[Registered[Any], ...]:
-        """What plugins registered of one kind, with owners, by name; calls the hook of that kind only."""
+    def registered_as(self, kind: RegistrationKind) -> tuple[Registered[Any], ...]:
+        """What plugins registered of one kind, with owners, sorted by name; calls only that kind's hook."""
         if kind not in self._registered:
             self._registered[kind] = tuple(sorted(self._collect(kind), key=lambda one: (one.name, one.owner)))
         return self._registered[kind]
 
-    def find(self, kind: Kind, name: str) -> Registered[Any]:
-        """The one thing that is registered under a name.
+    def find(self, kind: RegistrationKind, name: str) -> Registered[Any]:
+        """The item registered under a name.
 
         Raises:
-            UserError: If there is none; the message has near names and the failures that may be why.
+            UserError: If there is none; the message has similar names and failures that may be the reason.
             PluginError: If two plugins registered it; the message names both.
         """
         from rlinf_core.plugins.registrations import HOOKS
@@ -179,7 +180,7 @@ class Plugins:
                 owners = " and by ".join(str(one.owner) for one in several)
                 raise PluginError(
                     f"{HOOKS[kind].noun} {name!r} is registered by {owners}. "
-                    f"Uninstall one, or leave it out: RLINF_DISABLE_PLUGINS={several[-1].owner.distribution}"
+                    f"Uninstall one, or disable it: RLINF_DISABLE_PLUGINS={several[-1].owner.distribution}"
                 )
 
     def policy(self, name: str) -> type[PolicyConfig]:
@@ -188,7 +189,7 @@ class Plugins:
         return found
 
     def instead_of(self, policy: str) -> str:
-        """What a registered policy says there is in place of a type that is not there; empty if none knows it."""
+        """What to use instead of an unavailable policy type, according to a registered policy; empty if unknown."""
         said = (one.item.not_here.get(policy, "") for one in self.registered_as("policy"))
         return next(filter(None, said), "")
 
@@ -203,11 +204,11 @@ class Plugins:
         return found
 
     def build_loggers(self, run: RunConfig, *, start_step: int, stop_step: int) -> list[Logger]:
-        """The loggers of a run: those of every run and those in `runner.loggers`. Called on rank 0.
+        """The loggers of a run: the default ones and those in `runner.loggers`. Called on rank 0.
 
         Args:
             run: The frozen config.
-            start_step: Steps that are already done.
+            start_step: Steps already done.
             stop_step: The last step of the run.
         """
         names = dict.fromkeys((*ALWAYS_ON, *run.runner.loggers))
@@ -225,18 +226,18 @@ class Plugins:
         return found
 
     def commands(self) -> tuple[Registered[Command], ...]:
-        """Every registered subcommand of `rlinf`, with its owner, by name."""
+        """Every registered subcommand of `rlinf`, with its owner, sorted by name."""
         return self.registered_as("command")
 
     def dataset(self, name: str) -> type[DatasetConfig]:
-        """Import the dataset config of this name, and no other; raises as `find_dataset` and `DatasetEntry.load`."""
+        """Import the dataset config of this name only; raises as `find_dataset` and `DatasetEntry.load` do."""
         return self.find_dataset(name).load()
 
     def find_dataset(self, name: str) -> DatasetEntry:
-        """The one dataset format of a name; imports nothing.
+        """The dataset format with this name; imports nothing.
 
         Args:
-            name: The name of an entry point, or `distribution:name` when two distributions use one name.
+            name: The name of an entry point, or `distribution:name` if two distributions use the same name.
 
         Raises:
             UserError: If there is no such dataset.
@@ -252,11 +253,11 @@ class Plugins:
         if len(found) > 1:
             owners = " and by ".join(str(entry.owner) for entry in found)
             choices = " or ".join(f'config_name = "{entry.qualified_name}"' for entry in found)
-            raise PluginError(f"dataset {name!r} is offered by {owners}. Say which: {choices}")
+            raise PluginError(f"dataset {name!r} is offered by {owners}. Choose one: {choices}")
         return found[0]
 
     def datasets(self) -> tuple[DatasetEntry, ...]:
-        """Every dataset format that the installed distributions announce; imports none of them."""
+        """Every dataset format of the installed distributions; imports nothing."""
         return tuple(sorted(self._datasets, key=lambda entry: (entry.name, entry.owner)))
 
     @functools.cached_property
@@ -273,14 +274,14 @@ class Plugins:
                 self._owners[name] = owner
                 manager.register(plugin, name)
             except Exception as error:
-                # Before pluggy 1.7 a plugin that fails validation is left half registered.
+                # Before pluggy 1.7, a plugin that fails validation stays half registered.
                 if manager.has_plugin(name):
                     manager.unregister(name=name)
                 self._fail(owner, "loading the plugin", error)
         return manager
 
-    def _collect(self, kind: Kind) -> Iterator[Registered[Any]]:
-        """Call a hook one implementation at a time, so that every result and every failure has an owner."""
+    def _collect(self, kind: RegistrationKind) -> Iterator[Registered[Any]]:
+        """Call a registration hook, one implementation at a time, so that every result and failure has an owner."""
         from rlinf_core.plugins.registrations import HOOKS, Registered
 
         hook = HOOKS[kind].name
@@ -308,9 +309,9 @@ class Plugins:
     ) -> str:
         known = sorted(set(names))
         lines = [f"unknown {noun} {name!r}" + (f": {instead}" if instead else did_you_mean(name, known))]
-        lines.append(f"there is: {', '.join(known)}" if known else "no installed plugin brings one")
+        lines.append(f"available: {', '.join(known)}" if known else "no installed plugin provides one")
         lines += [f"failed: {failure}" for failure in failures]
-        lines += [f"left out by RLINF_DISABLE_PLUGINS: {distribution}" for distribution in self.blocked]
+        lines += [f"disabled by RLINF_DISABLE_PLUGINS: {distribution}" for distribution in self.blocked]
         if not self._modules and not self.blocked:
             lines.append("no plugin is installed, not even rlinf-core's own: install rlinf-core with pip or uv")
         return "\n".join([lines[0], textwrap.indent("\n".join(lines[1:]), "  ")])
@@ -318,7 +319,7 @@ class Plugins:
 
 @functools.cache
 def get_plugins() -> Plugins:
-    """The plugins of the environment, found once a process."""
+    """The plugins of the environment, found once per process."""
     return Plugins.load()
 
 
@@ -330,5 +331,5 @@ def _owner(entry: metadata.EntryPoint) -> Owner:
 
 
 def _normalize(distribution: str) -> str:
-    """The form of a distribution's name that packaging compares (PEP 503)."""
+    """A distribution's name normalised for comparison (PEP 503)."""
     return re.sub(r"[-_.]+", "-", distribution).lower()

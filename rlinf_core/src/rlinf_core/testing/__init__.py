@@ -1,4 +1,4 @@
-"""Help for the tests of plugins: proofs of conformance, a tiny dataset, and pytest fixtures.
+"""Tools for testing plugins: conformance checks, a tiny dataset, and pytest fixtures.
 
     from rlinf_core.testing import check_dataset, check_policy
 
@@ -9,7 +9,7 @@
         check_policy(MyPolicyConfig(size="tiny"))
 
 The fixtures `tiny_dataset`, `tiny_run` and `installed_plugins` come with `pytest_plugins = ["rlinf_core.testing"]` in a
-`conftest.py`; without pytest, everything else works. Importing this leaves torch unloaded.
+`conftest.py`; everything else works without pytest. Importing this leaves torch unloaded.
 """
 
 from importlib.util import find_spec

@@ -1,4 +1,4 @@
-"""What every config class promises: it explains itself, cannot be changed, refuses unknown keys, survives TOML."""
+"""Rules for every config class: documented, frozen, unknown keys forbidden, unchanged by a TOML round trip."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rlinf_core.testing.findings import Findings
 
 
 def check_class(findings: Findings, model: type[BaseModel]) -> None:
-    """What can be said of the class alone."""
+    """Check the class itself, without an instance."""
     findings.expect(
         bool((model.__dict__.get("__doc__") or "").strip()), "the class has a docstring, which listings show"
     )
@@ -26,12 +26,12 @@ def check_class(findings: Findings, model: type[BaseModel]) -> None:
         for name, info in model.model_fields.items()
         if NoneType in get_args(info.annotation) and not info.is_required() and info.default is not None
     ]
-    rule = "no field accepts None beside another default: TOML has no null to say it with"
+    rule = "no field that accepts None has another default: TOML has no null to set it with"
     findings.expect(not nullable, rule, ", ".join(nullable))
 
 
 def check_round_trip(findings: Findings, config: BaseModel) -> None:
-    """Written as TOML and read again, the config is the same."""
+    """Check that the config is unchanged after it is written as TOML and read back."""
 
     def again() -> BaseModel:
         return type(config).model_validate(tomllib.loads(write_toml(config.model_dump(mode="json", exclude_none=True))))
@@ -42,7 +42,7 @@ def check_round_trip(findings: Findings, config: BaseModel) -> None:
 
 
 def check_run_defaults(findings: Findings, defaults: Any) -> bool:
-    """Whether a class's `run_defaults` are a table of the run's sections, as TOML has them."""
+    """Check that a class's `run_defaults` are a TOML table with the run's sections."""
     if not findings.expect(isinstance(defaults, Mapping), "run_defaults is a table", repr(defaults)):
         return False
     text = findings.attempt("run_defaults can be written as TOML", lambda: write_toml(dict(defaults)))

@@ -1,4 +1,4 @@
-"""`check_dataset`: does a dataset's config keep what the data path relies on?"""
+"""`check_dataset`: check that a dataset's config follows the rules that the data pipeline relies on."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from rlinf_core.testing.findings import Findings, Report
 from rlinf_core.testing.samples import check_form, same
 
 TOLERANCE = 1e-5
-"""How far decoded actions may be off, as a share of the largest number in states and actions: float32's rounding."""
+"""Allowed error of decoded actions, relative to the largest value in states and actions: float32 rounding."""
 
 
 def check_dataset(
@@ -40,19 +40,19 @@ def check_dataset(
     policy: PolicyConfig | None = None,
     plugins: Plugins | None = None,
 ) -> Report:
-    """Prove that a dataset's config conforms, as far as it can be proven here; opens rows if they are on this machine.
+    """Check that a dataset's config conforms. Opens rows if they are on this machine.
 
     Args:
-        config: A config whose `repo_id` is a local folder, or a class, whose defaults are taken.
-        rows: How many training rows to look at, evenly spread.
-        policy: The policy whose transforms follow; default: the one in the class's `run_defaults`, if that is complete.
-        plugins: Where policies and readers come from; default: the plugins of the environment.
+        config: A config whose `repo_id` is a local folder, or a class, to check with its defaults.
+        rows: Number of training rows to check, evenly spread.
+        policy: The policy whose transforms are appended; default: the one in `run_defaults`, if it is complete.
+        plugins: Source of policies and readers; default: the plugins of the environment.
 
     Returns:
-        What was checked, and what was not and why; `print` shows it.
+        What was checked, and what was not checked and why; `print` shows it.
 
     Raises:
-        AssertionError: Something does not conform; the message has one line for each finding.
+        AssertionError: A rule is broken; the message has one line per finding.
     """
     model = config if isinstance(config, type) else type(config)
     findings = Findings(model.__qualname__)
@@ -60,7 +60,7 @@ def check_dataset(
     check_class(findings, model)
     dataset = findings.attempt("the defaults make a config", model) if isinstance(config, type) else config
     if dataset is None:
-        findings.skip("everything else: there is no config")
+        findings.skip("everything else: no config could be created")
         return findings.report()
     check_round_trip(findings, dataset)
     own, asks_for = _own_policy(findings, model, plugins)
@@ -68,7 +68,7 @@ def check_dataset(
         findings.skip(f"the policy's own transforms (pass policy=): {asks_for}")
     policy, complete = (policy, True) if policy else (own, not asks_for)
     if policy is None:
-        findings.skip("rows: no policy is known, which says how many actions a row holds (pass policy=)")
+        findings.skip("rows: no policy is known, which sets the number of actions in a row (pass policy=)")
     elif not dataset.repo_id or not Path(dataset.repo_id).expanduser().exists():
         findings.skip(f"rows: repo_id = {dataset.repo_id!r} is not on this machine (pass a config that names a folder)")
     else:
@@ -77,13 +77,13 @@ def check_dataset(
 
 
 def _own_policy(findings: Findings, model: type[DatasetConfig], plugins: Plugins) -> tuple[PolicyConfig | None, str]:
-    """The policy that `run_defaults` names, and what its table still asks a user for, such as weights."""
+    """The policy that `run_defaults` names, and what the user still has to set, such as weights."""
     if not check_run_defaults(findings, model.run_defaults):
         return None, ""
     table = model.run_defaults.get("policy", {})
     name = table.get("type")
     if name is None:
-        findings.skip("the policy: run_defaults names none")
+        findings.skip("the policy: run_defaults does not name one")
         return None, ""
     cls = findings.attempt(f"run_defaults' policy.type {name!r} is registered", lambda: plugins.policy(name))
     if cls is None:
@@ -93,7 +93,7 @@ def _own_policy(findings: Findings, model: type[DatasetConfig], plugins: Plugins
     try:
         return cls.model_validate(table), ""
     except ValidationError as error:
-        # A mistake at a key is the dataset's; one of the whole table asks for what only a user can say.
+        # A mistake at a key is the dataset's; one of the whole table asks for a setting that only the user knows.
         wrong = [f"policy.{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors() if one["loc"]]
         asks_for = "; ".join(one["msg"].removeprefix("Value error, ") for one in error.errors())
     except UserError as error:
@@ -119,7 +119,7 @@ def _check_rows(
     if whole is None:
         return
     indices = np.unique(np.linspace(0, len(whole) - 1, min(count, len(whole))).astype(np.int64))
-    source = _Some(whole, indices.tolist())
+    source = _Subset(whole, indices.tolist())
     read = findings.attempt("rows can be read", lambda: source.__getitems__(range(len(source))))
     steps = findings.attempt(
         "repack() and transforms() can be called", lambda: (dataset.repack(), *dataset.transforms())
@@ -147,7 +147,7 @@ def _open(dataset: DatasetConfig, policy: PolicyConfig, plugins: Plugins) -> Sam
 
 
 def _check_columns(findings: Findings, dataset: LeRobotDatasetConfig, policy: PolicyConfig) -> bool:
-    """Whether every column of the config is in the dataset; all that are not are named."""
+    """Whether every column of the config is in the dataset; each missing one is a finding."""
     metadata = findings.attempt(
         "the folder holds a LeRobot dataset", lambda: load_metadata(dataset.repo_id, find_root(dataset.repo_id, ""))
     )
@@ -162,11 +162,11 @@ def _check_columns(findings: Findings, dataset: LeRobotDatasetConfig, policy: Po
     return len(findings.broken) == before
 
 
-def _check_batches(findings: Findings, whole: SampleSource, source: _Some, steps: Sequence[Transform]) -> None:
-    """Statistics hand many rows at once to transforms that say they take them."""
+def _check_batches(findings: Findings, whole: SampleSource, source: _Subset, steps: Sequence[Transform]) -> None:
+    """Check transforms marked `batched`, to which statistics pass many rows at once."""
     if not isinstance(whole, ColumnSource) or not all(map(takes_batches, steps)):
         return
-    rule = "transforms that say `batched` make the same numbers of many rows as of each"
+    rule = "`batched` transforms give the same values for many rows at once as for each row alone"
     both = findings.attempt(
         rule, lambda: (outputs(source, steps, range(len(source))), outputs(whole, steps, source.indices))
     )
@@ -178,7 +178,7 @@ def _check_batches(findings: Findings, whole: SampleSource, source: _Some, steps
 
 
 def _check_inference(findings: Findings, pipeline: Pipeline, row: Row) -> None:
-    """At inference there are no actions; while statistics are computed, no images (that is checked apart)."""
+    """Check transforms without actions, as at inference; statistics already run them without images."""
 
     def encode() -> Any:
         sample: Any = {k: v for k, v in pipeline.repack(copy.deepcopy(row)).items() if not k.startswith("actions")}
@@ -190,7 +190,7 @@ def _check_inference(findings: Findings, pipeline: Pipeline, row: Row) -> None:
 
 
 def _check_encoding(
-    findings: Findings, pipeline: Pipeline, source: _Some, rows: Sequence[Row], policy: PolicyConfig
+    findings: Findings, pipeline: Pipeline, source: _Subset, rows: Sequence[Row], policy: PolicyConfig
 ) -> None:
     untouched = copy.deepcopy(rows[0])
     encoded = findings.attempt("rows pass repack and transforms", lambda: [pipeline.encode(row) for row in rows])
@@ -202,18 +202,18 @@ def _check_encoding(
         same(pipeline.encode(source.__getitems__([0])[0]), encoded[0]), "one row is the same each time"
     )
     copied = findings.attempt(
-        "rows and transforms can be pickled (they travel to workers)",
+        "rows and transforms can be pickled (they are sent to workers)",
         lambda: pickle.loads(pickle.dumps((source.whole, pipeline))),
     )
     if again and copied is not None:
-        elsewhere = copied[1].encode(_Some(copied[0], source.indices).__getitems__([0])[0])
+        elsewhere = copied[1].encode(_Subset(copied[0], source.indices).__getitems__([0])[0])
         findings.expect(same(elsewhere, encoded[0]), "a row is the same after pickling")
     if "actions" in encoded[0]:
         _check_decoding(findings, pipeline, rows, encoded)
 
 
 def _check_decoding(findings: Findings, pipeline: Pipeline, rows: Sequence[Row], encoded: Sequence[Sample]) -> None:
-    """The robot must get the actions that the data hold: `decode(encode(row))` is the row's own chunk."""
+    """Check that `decode(encode(row))` is the row's own chunk, so that the robot executes the recorded actions."""
     targets = [pipeline.target(row) for row in rows]
     decoded = findings.attempt(
         "inverses run on encoded actions", lambda: [pipeline.decode(one["actions"], one) for one in encoded]
@@ -221,20 +221,20 @@ def _check_decoding(findings: Findings, pipeline: Pipeline, rows: Sequence[Row],
     if decoded is None:
         return
     shapes = decoded[0].shape, targets[0]["actions"].shape
-    rule = "decoded actions have the data's shape (cut what a policy pads in the dataset's transforms)"
+    rule = "decoded actions have the data's shape (remove the policy's padding in the dataset's transforms)"
     if not findings.expect(shapes[0] == shapes[1], rule, f"{shapes[0]}, the data's is {shapes[1]}"):
         return
     numbers = [np.abs(np.asarray(one[key])).max() for one in targets for key in ("actions", "state") if key in one]  # type: ignore[literal-required]
     errors = np.abs(np.stack(decoded) - np.stack([one["actions"] for one in targets])).max(axis=(0, 1))
     worst = int(errors.argmax())
-    rule = f"inverses bring actions back to within {TOLERANCE:g} of the largest number"
-    found = f"number {worst} of the action off by {errors[worst]:.3g}, the largest is {max(numbers):.3g}"
+    rule = f"inverses restore actions to within {TOLERANCE:g} of the largest value"
+    found = f"dimension {worst} of the action off by {errors[worst]:.3g}, the largest value is {max(numbers):.3g}"
     findings.expect(bool(errors[worst] <= TOLERANCE * max(numbers)), rule, found)
 
 
 @dataclass(frozen=True)
-class _Some:
-    """Some rows of a source."""
+class _Subset:
+    """A subset of a source's rows."""
 
     whole: SampleSource
     indices: Sequence[int]

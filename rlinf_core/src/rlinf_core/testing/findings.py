@@ -1,4 +1,4 @@
-"""What a check found: every broken rule in one error, and an account of what was and was not looked at."""
+"""Results of a check: every broken rule in one error, and a report of what was and was not checked."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Report:
-    """What a check that found nothing wrong looked at."""
+    """The report of a check without findings."""
 
     subject: str
     checked: tuple[str, ...]
-    """What holds, in the order in which it was checked."""
+    """The rules that hold, in the order in which they were checked."""
     not_checked: tuple[str, ...]
-    """What could not be looked at, and why."""
+    """What could not be checked, and why."""
 
     def __str__(self) -> str:
         lines = [f"{self.subject} conforms"]
@@ -36,7 +36,7 @@ class Findings:
     not_checked: list[str] = field(default_factory=list)
 
     def expect(self, holds: bool, rule: str, found: object = None) -> bool:
-        """Note a rule, and that it is broken if it does not hold; returns whether it holds."""
+        """Record whether a rule holds, and return that."""
         if holds:
             self.checked.append(rule)
         else:
@@ -44,7 +44,7 @@ class Findings:
         return holds
 
     def attempt(self, rule: str, function: Callable[[], T]) -> T | None:
-        """Call what must not raise; returns its result, or None after noting what it raised."""
+        """Call a function that must not raise. Returns its result, or None after recording the exception."""
         try:
             result = function()
         except Exception as error:
@@ -54,14 +54,14 @@ class Findings:
         return result
 
     def skip(self, what: str) -> None:
-        """Note what could not be looked at, and why."""
+        """Record what could not be checked, and why."""
         self.not_checked.append(what)
 
     def report(self) -> Report:
-        """The account of a check that found nothing.
+        """The report of a check without findings.
 
         Raises:
-            AssertionError: Something is broken; the message has one line for each finding.
+            AssertionError: A rule is broken; the message has one line per finding.
         """
         if self.broken:
             rules = "rule" if len(self.broken) == 1 else "rules"

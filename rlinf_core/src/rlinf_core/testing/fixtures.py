@@ -17,7 +17,7 @@ from rlinf_core.testing.plugins import plugins_in_memory
 
 @pytest.fixture(scope="session")
 def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> TinyDataset:
-    """A LeRobot dataset of four episodes: two cameras as pictures, a 3-number state and a 2-number action."""
+    """A LeRobot dataset of four episodes: two cameras as images, a 3-dimensional state, a 2-dimensional action."""
     return write_tiny_dataset(tmp_path_factory.mktemp("tiny_dataset") / "data")
 
 
@@ -25,7 +25,7 @@ def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> TinyDataset:
 def tiny_run(tmp_path: Path) -> Iterator[Callable[..., Path]]:
     """Write the config of a two-step run on the CPU: `tiny_run(config_name, repo_id, "policy.width=8")`.
 
-    It returns the path of the TOML file; `rlinf_core.train.main([str(path)])` trains, and the run's files are in the
+    It returns the path of the TOML file. `rlinf_core.train.main([str(path)])` trains and writes the run's files to the
     folder `run` beside it.
     """
 
@@ -43,14 +43,14 @@ def tiny_run(tmp_path: Path) -> Iterator[Callable[..., Path]]:
 
     before = signal.getsignal(signal.SIGTERM)
     yield write
-    signal.signal(signal.SIGTERM, before)  # A run in this process has set its own.
+    signal.signal(signal.SIGTERM, before)  # A run in this process has replaced it.
 
 
 @pytest.fixture
 def installed_plugins(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Plugins]]:
-    """Let this process find only core's plugin and those given: `installed_plugins(my_plugin, datasets={...})`.
+    """Make this process find only core's plugin and the given ones: `installed_plugins(my_plugin, datasets={...})`.
 
-    It takes what `plugins_in_memory` takes and returns the `Plugins`. Other processes do not see them.
+    Arguments are those of `plugins_in_memory`; the result is the `Plugins`. Other processes do not see them.
     """
 
     def install(*plugins: object, **options: Any) -> Plugins:

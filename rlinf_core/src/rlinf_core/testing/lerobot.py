@@ -1,4 +1,4 @@
-"""Tiny LeRobot datasets, written by lerobot's own writer; a moving square shows which frame a picture is."""
+"""Tiny LeRobot datasets, written by lerobot's own writer; a moving square identifies the frame of an image."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from rlinf_core.errors import UserError
 from rlinf_core.testing.lerobot_v2 import write_v2
 
 FPS = 10
-"""Frames a second."""
+"""Frames per second."""
 SIZE = 32
-"""Pixels, both ways."""
+"""Width and height in pixels."""
 TASKS = ("push the block", "open the drawer")
 CAMERAS = ("observation.images.front", "observation.images.wrist")
 VECTORS = {"observation.state": 3, "action": 2}
@@ -25,15 +25,15 @@ VECTORS = {"observation.state": 3, "action": 2}
 
 @dataclass(frozen=True)
 class TinyDataset:
-    """What went into a dataset, to compare with what comes out."""
+    """What was written to a dataset, to compare with what is read."""
 
     root: Path
     vectors: dict[str, list[NDArray[np.float32]]]
-    """Column -> one [frames, width] an episode."""
+    """Column -> one [frames, width] per episode."""
     images: list[NDArray[np.uint8]]
-    """One [frames, cameras, SIZE, SIZE, 3] an episode."""
+    """One [frames, cameras, SIZE, SIZE, 3] per episode."""
     tasks: list[str]
-    """One an episode."""
+    """One per episode."""
 
     @property
     def states(self) -> list[NDArray[np.float32]]:
@@ -47,7 +47,7 @@ class TinyDataset:
 
 
 def picture(episode: int, frame: int, camera: int) -> NDArray[np.uint8]:
-    """Uint8 [SIZE, SIZE, 3]: a square whose place tells the frame and whose colours tell the episode and the camera."""
+    """Uint8 [SIZE, SIZE, 3]: a square whose position encodes the frame, in colours of the episode and the camera."""
     image = np.full((SIZE, SIZE, 3), ((40 + 60 * camera) % 256, 20 * episode % 240, 90), np.uint8)
     left = 2 * frame % (SIZE - 8)
     image[8:16, left : left + 8] = (250, (200 - 100 * camera) % 256, 30 * episode % 240)
@@ -65,24 +65,24 @@ def write_tiny_dataset(
     seed: int = 0,
     **create: Any,
 ) -> TinyDataset:
-    """Write a dataset of random numbers and small pictures; two tasks alternate by episode.
+    """Write a dataset of random numbers and small images; two tasks alternate by episode.
 
     Args:
         root: Folder to write; it must not exist.
-        cameras: Columns of pictures.
+        cameras: Image columns.
         vectors: Columns of numbers with their widths.
-        lengths: Frames of each episode; pictures repeat after 12.
-        videos: Pictures as AV1 video instead of PNG in the data files.
-        version: Format; of the older ones, lerobot's writer writes none, so that its v3.0 is taken apart.
-        seed: Of the numbers.
+        lengths: Frames of each episode; images repeat after 12.
+        videos: Images as AV1 video instead of PNG in the data files.
+        version: Format; older ones are converted from v3.0, the only one that lerobot's writer supports.
+        seed: Seed of the numbers.
         create: Further arguments of `LeRobotDataset.create`.
 
     Raises:
         UserError: lerobot is not installed.
     """
-    root, asked = Path(root), Path(root)
+    root, target = Path(root), Path(root)
     if version != "v3.0":
-        root = asked.with_name(f"{asked.name}_v30")
+        root = target.with_name(f"{target.name}_v30")
     shape = {"shape": (SIZE, SIZE, 3), "names": ["height", "width", "channels"]}
     features: dict[str, Any] = {name: {"dtype": "video" if videos else "image"} | shape for name in cameras}
     features |= {
@@ -91,7 +91,7 @@ def write_tiny_dataset(
     }
     dataset = _lerobot_dataset().create("tests/tiny", FPS, features, root=root, use_videos=videos, **create)
     generator = np.random.default_rng(seed)
-    written = TinyDataset(asked, {name: [] for name in vectors}, [], [])
+    written = TinyDataset(target, {name: [] for name in vectors}, [], [])
     for episode, length in enumerate(lengths):
         frames = {name: generator.normal(size=(length, width)).astype(np.float32) for name, width in vectors.items()}
         pictures = [[picture(episode, frame, camera) for camera in range(len(cameras))] for frame in range(length)]
@@ -106,13 +106,13 @@ def write_tiny_dataset(
         written.tasks.append(task)
     dataset.finalize()
     if version != "v3.0":
-        write_v2(root, asked, version)
+        write_v2(root, target, version)
         shutil.rmtree(root)
     return written
 
 
 def _lerobot_dataset() -> Any:
-    """All that this project imports of lerobot: the class that writes datasets."""
+    """The class that writes datasets, the only import from lerobot in this project."""
     try:
         from lerobot.datasets.lerobot_dataset import LeRobotDataset
     except ImportError as error:

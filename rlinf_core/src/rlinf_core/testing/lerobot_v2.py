@@ -1,7 +1,7 @@
-"""LeRobot datasets in formats v2.0 and v2.1, made of v3.0 ones without encoding anything anew.
+"""Convert v3.0 LeRobot datasets to formats v2.0 and v2.1, without re-encoding anything.
 
-Every episode gets its rows as a data file of its own, and its packets as video files of its own: numbers, PNG bytes and
-decoded frames are the same in all formats.
+Every episode gets its own data file and video files, with the same rows and packets: numbers, PNG bytes and decoded
+frames are identical in all formats.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ def write_v2(source: Path, target: Path, version: Literal["v2.0", "v2.1"], chunk
     Args:
         source: Folder of the v3.0 dataset.
         target: Folder to write; it must not exist.
-        version: v2.0 has statistics of the whole dataset, v2.1 those of each episode.
-        chunks_size: Episodes a folder.
+        version: v2.0 has statistics of the whole dataset, v2.1 of each episode.
+        chunks_size: Episodes per folder.
     """
     metadata = load_metadata(str(source), source)
     (target / "meta").mkdir(parents=True)
     data = [pq.read_table(path) for path in metadata.data_files]
     rows = pa.concat_tables(data)
     for i, episode in enumerate(metadata.episodes.tolist()):
-        place = {"episode_chunk": episode // chunks_size, "episode_index": episode}
-        path = target / DATA_PATH.format(**place)
+        keys = {"episode_chunk": episode // chunks_size, "episode_index": episode}
+        path = target / DATA_PATH.format(**keys)
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(rows.slice(metadata.starts[i], metadata.lengths[i]), path)
         for key in metadata.video_files:
-            path = target / VIDEO_PATH.format(**place, video_key=key)
+            path = target / VIDEO_PATH.format(**keys, video_key=key)
             path.parent.mkdir(parents=True, exist_ok=True)
             start = metadata.video_starts[key][i]
             _cut(metadata.video_files[key][i], path, start, start + metadata.lengths[i] / metadata.fps)
@@ -83,7 +83,7 @@ def _write_lines(path: Path, values: list[Any]) -> None:
 
 
 def _cut(source: Path, target: Path, start: float, stop: float) -> None:
-    """Copy the packets from `start` to `stop` seconds, where lerobot has joined videos, to a file that starts at 0."""
+    """Copy the packets from `start` to `stop` seconds of a concatenated video to a file that starts at 0."""
     import av
 
     with av.open(str(source)) as whole, av.open(str(target), "w") as part:
@@ -92,7 +92,7 @@ def _cut(source: Path, target: Path, start: float, stop: float) -> None:
         first, end = round(start / video.time_base), round(stop / video.time_base)
         packets: Iterator[Any] = whole.demux(video)
         for packet in packets:
-            if packet.pts is not None and first <= packet.pts + 1 < end:  # A tick for rounding.
+            if packet.pts is not None and first <= packet.pts + 1 < end:  # One tick of tolerance for rounding.
                 packet.pts -= first
                 packet.dts -= first
                 packet.stream = copied

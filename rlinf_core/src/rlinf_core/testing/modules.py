@@ -18,11 +18,11 @@ from rlinf_core.training.fsdp import allocate
 
 SEED = 0
 RTOL = 1e-4
-"""How far a batch's loss may be from its parts', relative: float32 sums in another order."""
+"""Allowed relative error between a batch's loss and the sum over its parts: float32 sums in another order."""
 
 
 def check_collate(findings: Findings, config: PolicyConfig, samples: Sequence[Sample]) -> bool:
-    """Whether samples become a batch at all; what is wrong with it is noted."""
+    """Check `collate`. Returns whether it gives a batch of tensors."""
     batch = findings.attempt("collate() stacks samples", lambda: config.collate(samples))
     if batch is None:
         return False
@@ -37,14 +37,14 @@ def check_collate(findings: Findings, config: PolicyConfig, samples: Sequence[Sa
         wrong["images"] += [name] * (name.partition(".")[0] == "images" and value.dtype != torch.uint8)
     findings.expect(not wrong["tensors"], "a batch holds tensors only", ", ".join(wrong["tensors"]))
     findings.expect(not wrong["on the CPU"], "collate() stays on the CPU", ", ".join(wrong["on the CPU"]))
-    rule = f"every tensor of a batch has the sample axis first, but those of {PACKING!r}"
+    rule = f"every tensor of a batch has the sample axis first, except those of {PACKING!r}"
     findings.expect(not wrong["sample axis first"], rule, ", ".join(wrong["sample axis first"]))
     findings.expect(not wrong["images"], "images stay uint8", ", ".join(wrong["images"]))
     return not wrong["tensors"]
 
 
 def check_module(findings: Findings, config: PolicyConfig, samples: Sequence[Sample]) -> None:
-    """Build the module and use it as a trainer does."""
+    """Check the module by building and using it as a trainer does."""
     module = findings.attempt("build() works on the meta device", lambda: _build(config))
     if module is None:
         return
@@ -82,25 +82,26 @@ def _check_units(findings: Findings, module: Any) -> None:
         return
     names = {id(part): name for name, part in module.named_modules() if name}
     units = [(unit, names.get(id(unit.module), "")) for unit in units]
-    findings.expect(all(name for _, name in units), "every shard unit is a submodule of the policy, not the policy")
+    rule = "every shard unit is a submodule of the policy, not the policy itself"
+    findings.expect(all(name for _, name in units), rule)
     twice = sorted({name for i, (_, name) in enumerate(units) if name in [other for _, other in units[:i]]})
-    findings.expect(not twice, "no shard unit is named twice", ", ".join(twice))
+    findings.expect(not twice, "no shard unit is listed twice", ", ".join(twice))
     late = [n for i, (_, n) in enumerate(units) if any(n.startswith(f"{outer}.") for _, outer in units[:i] if outer)]
-    findings.expect(not late, "inner shard units come before the outer ones that hold them", ", ".join(late))
+    findings.expect(not late, "inner shard units come before the outer ones that contain them", ", ".join(late))
     dtypes = sorted({str(unit.dtype) for unit, _ in units} - {"compute", "fp32"})
     findings.expect(not dtypes, "a shard unit's dtype is 'compute' or 'fp32'", ", ".join(dtypes))
 
 
 def _give_values(findings: Findings, config: PolicyConfig, module: Any) -> bool:
-    """Give every parameter its initial value and rebuild the buffers; False if that cannot be done."""
+    """Set every parameter to its initial value and rebuild the buffers. Returns whether that succeeded."""
     shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     published = findings.attempt(
-        "published_name() knows every parameter", lambda: [config.published_name(name) for name in shapes]
+        "published_name() can be called", lambda: [config.published_name(name) for name in shapes]
     )
     if published is None:
         return False
     twice = sorted({name for name in published if published.count(name) > 1})
-    findings.expect(not twice, "published_name() gives every parameter a name of its own", ", ".join(twice))
+    findings.expect(not twice, "published_name() gives every parameter a different name", ", ".join(twice))
 
     def value(name: str) -> torch.Tensor:
         return initial_value(config, module, SEED, name, shapes[name])
@@ -118,7 +119,7 @@ def _give_values(findings: Findings, config: PolicyConfig, module: Any) -> bool:
     findings.expect(not infinite, "initial values are finite", ", ".join(infinite))
     other = [n for n, found in values.items() if n not in infinite and not torch.equal(found, value(n))]
     findings.expect(not other, "initial_value() is a function of its generator alone (contract 2)", ", ".join(other))
-    return good and bool(findings.attempt("the module takes its values", lambda: _fill(findings, module, values)))
+    return good and bool(findings.attempt("initial values can be set", lambda: _fill(findings, module, values)))
 
 
 def _fill(findings: Findings, module: Any, values: Mapping[str, torch.Tensor]) -> bool:
@@ -146,18 +147,18 @@ def _check_loss(findings: Findings, config: PolicyConfig, module: Any, samples: 
         bad = [name for name, grad in reached.items() if not bool(grad.isfinite().all())]
         findings.expect(not bad and any(bool(grad.any()) for grad in reached.values()), rule, ", ".join(bad) or "none")
         if unreached := sorted(gradients.keys() - reached.keys()):
-            findings.skip(f"gradients of what this loss does not reach: {', '.join(unreached)}")
+            findings.skip(f"gradients of parameters that this loss does not reach: {', '.join(unreached)}")
     _check_sums(findings, config, module, samples)
-    rule = "forward() gives a float32 loss with its compute units in bf16, as trainers gather them (contract 3)"
+    rule = "forward() gives a float32 loss when compute units are in bf16, as trainers gather them (contract 3)"
     loss = findings.attempt(rule, lambda: _loss_in_bf16(module, config.collate(samples)))
     findings.expect(loss is None or _is_scalar(loss), rule, _form(loss))
 
 
 def _loss_in_bf16(module: Any, batch: Mapping[str, Any]) -> torch.Tensor:
-    """The loss with each compute unit's parameters in bf16 while the unit runs, and inputs as they come."""
+    """The loss with each compute unit's parameters in bf16 while the unit runs; inputs are not cast."""
     lower = copy.deepcopy(module)
     decided: set[int] = set()
-    for unit in lower.shard_units():  # Inner units come first: a parameter is its innermost unit's.
+    for unit in lower.shard_units():  # Inner units come first: a parameter belongs to its innermost unit.
         own = [parameter for parameter in unit.module.parameters() if id(parameter) not in decided]
         decided |= {id(parameter) for parameter in own}
         if unit.dtype == "compute":
@@ -179,7 +180,7 @@ def _backward(loss: torch.Tensor) -> bool:
 
 
 def _check_output(findings: Findings, config: PolicyConfig, out: Any) -> bool:
-    """The form of a `PolicyOutput`."""
+    """Check the fields of a `PolicyOutput`."""
     fields = ("loss_sum", "weight", "metrics", "sample_losses")
     if not findings.expect(
         all(hasattr(out, f) for f in fields), "forward() returns a PolicyOutput", type(out).__name__
@@ -204,19 +205,19 @@ def _check_output(findings: Findings, config: PolicyConfig, out: Any) -> bool:
 
 
 def _check_validation_metrics(findings: Findings, config: PolicyConfig, metrics: Mapping[str, Any]) -> None:
-    """They are functions of the loss and the policy's own metrics."""
+    """Check that validation metrics are functions of the loss and the policy's own metrics."""
     means = dict.fromkeys(("loss", *metrics), 0.5)
     for name, value in config.validation_metrics.items():
-        rule = f"validation_metrics[{name!r}] is a number, made of the loss and of metrics that forward() gives"
+        rule = f"validation_metrics[{name!r}] is a float, computed from the loss and the metrics of forward()"
         result = findings.attempt(rule, partial(value, means))
         findings.expect(result is None or isinstance(result, float), rule, result)
     strange = sorted(config.larger_is_better - config.validation_metrics.keys())
-    findings.expect(not strange, "larger_is_better names validation_metrics", ", ".join(strange))
+    findings.expect(not strange, "larger_is_better names only validation_metrics", ", ".join(strange))
 
 
 def _check_sums(findings: Findings, config: PolicyConfig, module: Any, samples: Sequence[Sample]) -> None:
-    """Contract 4: how samples are dealt to ranks and micro batches must not change the loss."""
-    module.eval()  # Dropout would draw other numbers for other batches.
+    """Check contract 4: splitting samples over ranks and micro batches must not change the loss."""
+    module.eval()  # With dropout, the loss would differ between batches.
 
     def sums(part: Sequence[Sample]) -> torch.Tensor:
         with torch.no_grad():
@@ -232,21 +233,21 @@ def _check_sums(findings: Findings, config: PolicyConfig, module: Any, samples: 
         return
     for name, whole, parts in zip(("loss_sum", "weight"), *(one.tolist() for one in both), strict=True):
         rule = f"{name} of a batch is the sum over its parts (contract 4)"
-        findings.expect(abs(whole - parts) <= RTOL * abs(whole), rule, f"{whole:.6g}, its parts have {parts:.6g}")
+        findings.expect(abs(whole - parts) <= RTOL * abs(whole), rule, f"{whole:.6g}, the parts sum to {parts:.6g}")
 
 
 def _check_sample_losses(findings: Findings, out: Any, count: int) -> None:
-    """What each sample adds, for the losses of a mixture's sources."""
-    told = out.sample_losses
+    """Check each sample's contribution, from which the losses of a mixture's sources are computed."""
+    losses = out.sample_losses
     form = f"float32 [{count}, 2] without gradient"
-    if findings.expect(_form(told) == form, f"sample_losses are {form}", _form(told)):
-        close = torch.allclose(told.sum(0), torch.stack([out.loss_sum, out.weight]), rtol=RTOL, atol=0.0)
-        findings.expect(close, "sample_losses add up to loss_sum and weight", told.sum(0).tolist())
+    if findings.expect(_form(losses) == form, f"sample_losses are {form}", _form(losses)):
+        close = torch.allclose(losses.sum(0), torch.stack([out.loss_sum, out.weight]), rtol=RTOL, atol=0.0)
+        findings.expect(close, "sample_losses add up to loss_sum and weight", losses.sum(0).tolist())
 
 
 def _check_actions(findings: Findings, module: Any, batch: Mapping[str, Any]) -> None:
     module.eval()
-    if not findings.expect("noise" in batch, "a batch of a policy with actions holds `noise`"):
+    if not findings.expect("noise" in batch, "a batch of a policy with actions contains `noise`"):
         return
 
     def act(observed: Mapping[str, Any]) -> torch.Tensor:
@@ -259,17 +260,17 @@ def _check_actions(findings: Findings, module: Any, batch: Mapping[str, Any]) ->
         return
     noise = batch["noise"]
     good = isinstance(actions, torch.Tensor) and actions.shape == noise.shape and actions.dtype == torch.float32
-    rule = f"sample_actions() gives float32 {list(noise.shape)}, as the noise"
+    rule = f"sample_actions() gives float32 {list(noise.shape)}, the noise's shape"
     if findings.expect(good, rule, _form(actions)):
         findings.expect(bool(actions.isfinite().all()), "sampled actions are finite")
-        rule = "sample_actions() is a function of observation and noise"
+        rule = "sample_actions() is a function of observation and noise only"
         if findings.expect(torch.equal(actions, act(batch)), rule) and "actions" in batch:
             blind = act({**batch, "actions": torch.zeros_like(batch["actions"])})
             findings.expect(torch.equal(actions, blind), "sample_actions() ignores the actions in the batch")
 
 
 def _check_demonstration(findings: Findings, module: Any, batch: Mapping[str, Any]) -> None:
-    """What a person reads after a validation."""
+    """Check the lines that a user reads after a validation."""
     module.eval()
 
     def texts() -> list[str]:
@@ -279,7 +280,7 @@ def _check_demonstration(findings: Findings, module: Any, batch: Mapping[str, An
     shown = findings.attempt("demonstrate() works", texts)
     if shown is not None:
         findings.expect(all(isinstance(text, str) for text in shown), "demonstrate() gives lines of text", shown)
-        findings.expect(shown == texts(), "demonstrate() shows the same each time, as ranks must stay in step")
+        findings.expect(shown == texts(), "demonstrate() is deterministic, because ranks must stay in step")
 
 
 def _leaves(batch: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,4 +1,4 @@
-"""Plugins without installing them."""
+"""Plugins that need not be installed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlinf_core.plugins.registry import DATASET_GROUP, PLUGIN_GROUP, Plugins
 
 
 class _InMemory(metadata.EntryPoint):
-    """An entry point whose object is at hand."""
+    """An entry point whose object is already imported."""
 
     def __init__(self, group: str, name: str, found: object, distribution: str, version: str) -> None:
         super().__init__(name, getattr(found, "__name__", name), group)
@@ -30,13 +30,13 @@ def plugins_in_memory(
     distribution: str = "in-memory",
     strict: bool = True,
 ) -> Plugins:
-    """Core's own plugin and the ones given, as if one distribution brought them; nothing of the environment.
+    """Core's own plugin and the given ones, as if from one distribution; ignores the environment's plugins.
 
     Args:
         plugins: Modules, or objects with functions, that implement hooks.
         datasets: Name -> config class, as in the group `rlinf.datasets`.
-        distribution: What messages call the distribution.
-        strict: Raise a plugin's failure at once: a test should not pass without its plugin.
+        distribution: The distribution's name in messages.
+        strict: Raise a plugin's failure immediately: a test should not pass without its plugin.
     """
     entries = [_InMemory(PLUGIN_GROUP, CORE, builtin, CORE, metadata.version(CORE))]
     entries += [_InMemory(PLUGIN_GROUP, f"plugin{i}", found, distribution, "0") for i, found in enumerate(plugins)]

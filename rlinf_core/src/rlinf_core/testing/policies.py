@@ -1,4 +1,4 @@
-"""`check_policy`: does a policy's config, and the module it builds, keep what trainers rely on?"""
+"""`check_policy`: check that a policy's config and the module it builds follow the rules that trainers rely on."""
 
 from __future__ import annotations
 
@@ -12,37 +12,38 @@ from rlinf_core.data.sample import Sample
 from rlinf_core.plugins.registrations import type_of
 from rlinf_core.testing.configs import check_class, check_round_trip, check_run_defaults
 from rlinf_core.testing.findings import Findings, Report
-from rlinf_core.testing.samples import made_up, pipeline_of, same, variants
+from rlinf_core.testing.samples import pipeline_of, same, synthetic, variants
 
 
 def check_policy(config: PolicyConfig, sample: Sample | None = None) -> Report:
-    """Prove that a policy conforms: its config, its transforms, and the module on the CPU in float32.
+    """Check that a policy conforms: its config, its transforms, and the module on the CPU in float32.
 
-    Take a small variant: every parameter is initialised and trained for a step.
+    Use a small variant: every parameter is initialised and trained for one step.
 
     Args:
         config: The policy.
-        sample: What a dataset's transforms leave, before normalisation; default: one made up, of an arm with a state
-            and actions of 7 numbers, a prompt, and no cameras. Give one if the policy needs something else.
+        sample: A sample after the dataset's transforms, before normalisation; default: a synthetic one of an arm with
+            7-dimensional state and actions, a prompt, and no cameras. Pass one if the policy needs something else.
 
     Returns:
-        What was checked, and what was not and why; `print` shows it.
+        What was checked, and what was not checked and why; `print` shows it.
 
     Raises:
-        AssertionError: Something does not conform; the message has one line for each finding.
+        AssertionError: A rule is broken; the message has one line per finding.
     """
     findings = Findings(type(config).__qualname__)
     check_class(findings, type(config))
     findings.attempt("`type` is a Literal with one name", lambda: type_of(type(config), PolicyConfig))
     check_round_trip(findings, config)
     check_run_defaults(findings, type(config).run_defaults)
-    findings.attempt("the config can be pickled (it travels to workers)", lambda: pickle.loads(pickle.dumps(config)))
+    findings.attempt("the config can be pickled (it is sent to workers)", lambda: pickle.loads(pickle.dumps(config)))
     _check_draw(findings, config)
-    known = findings.attempt("data_layout(prompts) and with_data_layout(layout) fit", lambda: _knowing(config, sample))
-    config = known or config
+    rule = "data_layout(prompts) and with_data_layout(layout) can be called"
+    bound = findings.attempt(rule, lambda: _with_layout(config, sample))
+    config = bound or config
     samples = _encode(findings, config, sample)
     if samples is None:
-        findings.skip("collate and the module: there are no samples")
+        findings.skip("collate and the module: no samples could be encoded")
         return findings.report()
 
     from rlinf_core.testing.modules import check_collate, check_module
@@ -50,12 +51,12 @@ def check_policy(config: PolicyConfig, sample: Sample | None = None) -> Report:
     if check_collate(findings, config, samples):
         check_module(findings, config, samples)
     else:
-        findings.skip("the module: there is no batch")
+        findings.skip("the module: no batch could be collated")
     return findings.report()
 
 
-def _knowing(config: PolicyConfig, sample: Sample | None) -> PolicyConfig:
-    given: Any = sample or made_up(config)
+def _with_layout(config: PolicyConfig, sample: Sample | None) -> PolicyConfig:
+    given: Any = sample or synthetic(config)
     return config.with_data_layout(config.data_layout([given["prompt"]] if "prompt" in given else []))
 
 
@@ -76,15 +77,15 @@ def _check_draw(findings: Findings, config: PolicyConfig) -> None:
 
 
 def _encode(findings: Findings, config: PolicyConfig, sample: Sample | None) -> list[Sample] | None:
-    """Three samples as they reach `collate`, with their draws."""
-    given: Any = sample or made_up(config)
-    rule = "transforms take a sample" + ("" if sample else " (a made-up one; give check_policy one that fits, if not)")
+    """Three encoded samples with their draws, as `collate` gets them."""
+    given: Any = sample or synthetic(config)
+    rule = "transforms take a sample" + ("" if sample else " (a synthetic one; pass check_policy a sample that fits)")
     encoded = findings.attempt(rule, lambda: [pipeline_of(config, given).encode(one) for one in variants(given)])
     if encoded is None:
         return None
     pipeline = pipeline_of(config, given)
     copied: Any = findings.attempt(
-        "transforms can be pickled (they travel to workers)", lambda: pickle.loads(pickle.dumps(pipeline))
+        "transforms can be pickled (they are sent to workers)", lambda: pickle.loads(pickle.dumps(pipeline))
     )
     again = findings.expect(same(pipeline.encode(variants(given)[0]), encoded[0]), "transforms do the same each time")
     if again and copied is not None:
@@ -96,7 +97,7 @@ def _encode(findings: Findings, config: PolicyConfig, sample: Sample | None) -> 
     facts = findings.attempt("describe() takes samples", lambda: config.describe(pipeline.encode(w) for w in [without]))
     if facts is not None:
         texts = all(isinstance(text, str) for fact in facts.items() for text in fact)
-        findings.expect(texts, "describe() gives names of facts and lines of text", facts)
+        findings.expect(texts, "describe() maps names of facts to lines of text", facts)
     drawn = [_draw(config, key) for key in range(len(encoded))]
     return [{**one, **draw} for one, draw in zip(encoded, drawn, strict=True)]  # type: ignore[typeddict-item]
 
@@ -104,5 +105,5 @@ def _encode(findings: Findings, config: PolicyConfig, sample: Sample | None) -> 
 def _draw(config: PolicyConfig, key: int) -> dict[str, Any]:
     try:
         return config.draw(_generator(key))
-    except Exception:  # Already a finding of `_check_draw`.
+    except Exception:  # Already reported by `_check_draw`.
         return {}

@@ -1,4 +1,4 @@
-"""Samples: their promised form, equality, and one made up for policies."""
+"""Samples for checks: their required form, equality, and a synthetic sample."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rlinf_core.data.transforms import Transform
 from rlinf_core.testing.findings import Findings
 
 WIDTH = 7
-"""Numbers of the made-up state and action: an arm with six joints and a gripper."""
+"""Dimensions of the synthetic state and action: an arm with six joints and a gripper."""
 
 
 def same(one: Any, other: Any) -> bool:
@@ -31,13 +31,13 @@ def same(one: Any, other: Any) -> bool:
 
 
 def check_form(findings: Findings, sample: Mapping[str, Any], chunk_length: int) -> None:
-    """What `data.sample.Sample` says of its keys, for those that are there."""
+    """Check the keys of a sample against `data.sample.Sample`."""
     for name, image in sample.get("images", {}).items():
         good = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[-1] == 3
         findings.expect(good, f"images.{name} is uint8 [height, width, 3]", _form(image))
     if "state" in sample:
         findings.expect(_is_floating(sample["state"], 1), "state is floating, [D]", _form(sample["state"]))
-    if chunk_length and findings.expect("actions" in sample, "there are actions, as the policy has them"):
+    if chunk_length and findings.expect("actions" in sample, "the sample has actions, because the policy does"):
         actions, pad = sample["actions"], sample.get("actions_is_pad")
         good = _is_floating(actions, 2) and len(actions) == chunk_length
         findings.expect(good, f"actions are floating, [H, D] with H = {chunk_length}", _form(actions))
@@ -47,8 +47,8 @@ def check_form(findings: Findings, sample: Mapping[str, Any], chunk_length: int)
         findings.expect(isinstance(sample["prompt"], str), "prompt is a str", _form(sample["prompt"]))
 
 
-def made_up(policy: PolicyConfig) -> Sample:
-    """A sample of an arm without cameras, as a dataset's transforms leave it."""
+def synthetic(policy: PolicyConfig) -> Sample:
+    """A sample of an arm without cameras, as after a dataset's transforms."""
     generator = np.random.default_rng(0)
     sample = Sample(images={}, state=generator.standard_normal(WIDTH, np.float32), prompt="lift the red block")
     if horizon := policy.chunk_length():
@@ -58,7 +58,7 @@ def made_up(policy: PolicyConfig) -> Sample:
 
 
 def variants(sample: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Three samples like one: other numbers, and in the last a chunk that runs past its episode's end."""
+    """Three variants of a sample: other values, and in the last a chunk that runs past its episode's end."""
     found: list[dict[str, Any]] = []
     for scale in (1.0, 0.5, -0.75):
         keys = {key: np.float32(scale) * np.asarray(sample[key]) for key in ("state", "actions") if key in sample}
@@ -72,18 +72,18 @@ def variants(sample: Mapping[str, Any]) -> list[dict[str, Any]]:
 def pipeline_of(policy: PolicyConfig, sample: Mapping[str, Any]) -> Pipeline:
     """Normalisation by the sample's own range, then the policy's transforms."""
     if policy.normalization == "none":
-        return Pipeline(_AsItIs(), (), None, tuple(policy.transforms()))
+        return Pipeline(_Identity(), (), None, tuple(policy.transforms()))
     stats: dict[str, NormStats] = {}
     for key in ("state", "actions"):
         if key in sample:
             numbers = np.asarray(sample[key], np.float64).reshape(-1, np.shape(sample[key])[-1])
             reach = np.abs(numbers).max(axis=0) + 1e-3
             stats[key] = NormStats(mean=np.zeros_like(reach), std=reach, q01=-reach, q99=reach)
-    return Pipeline(_AsItIs(), (), Normalize(stats, policy.normalization), tuple(policy.transforms()))
+    return Pipeline(_Identity(), (), Normalize(stats, policy.normalization), tuple(policy.transforms()))
 
 
 @dataclass(frozen=True)
-class _AsItIs(Transform):
+class _Identity(Transform):
     def __call__(self, sample: Sample) -> Sample:
         return sample
 

@@ -1,4 +1,4 @@
-"""Looking at the datasets of a run: what is gathered for the page. Draws nothing."""
+"""The contents of the page: gathers what is shown of a run and its datasets. Draws nothing."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from rlinf_core.data.splits import open_split
 from rlinf_core.data.statistics.compute import Distribution, summarize
 from rlinf_core.data.statistics.run import diagnose
 from rlinf_core.errors import UserError
-from rlinf_core.inspect.samples import Place, SampleView, choose, find, meetings, view
+from rlinf_core.inspect.samples import SampleView, TrainingRow, choose, find, occurrences, view
 from rlinf_core.plugins.registry import Plugins
 from rlinf_core.preflight import DIAGNOSED_ROWS, Report, check_run
 
 DIAGNOSED_WITH_IMAGES = 512
 SUMMARIZED_ROWS = 4096
 EPISODES_ASKED = 4096
-"""Episodes whose task is looked up, where a source cannot give columns."""
+"""Maximum number of episodes whose task is read, for a source that cannot return columns."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task text and how much there is of it."""
+    """A task text, with counts."""
 
     text: str
     episodes: int
     rows: int
     held_out: int
-    """Episodes."""
+    """Held-out episodes."""
 
 
 @dataclass
@@ -46,16 +46,16 @@ class SourceView:
     """What is shown of a dataset."""
 
     name: str
-    """In a mixture; else empty."""
+    """Name in the mixture; otherwise empty."""
     dataset: str
     facts: dict[str, int | float | str] = field(default_factory=dict)
     lengths: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     """[E], frames of each training episode."""
     held_out: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
-    """[E'], of each that is held out."""
+    """[E'], frames of each held-out episode."""
     tasks: list[Task] = field(default_factory=list)
     tasks_of: int = 0
-    """Of how many training episodes tasks were looked up."""
+    """Number of training episodes whose task was read."""
     distributions: Mapping[str, Distribution] = field(default_factory=dict)
     """`state` and `actions`, after the dataset's transforms."""
     stats: Mapping[str, NormStats] = field(default_factory=dict)
@@ -73,43 +73,43 @@ class RunView:
     run: RunConfig
     report: Report
     facts: dict[str, int | float | str]
-    """Those of the run as a whole."""
+    """Facts about the run as a whole."""
     sources: list[SourceView]
 
     @property
     def errors(self) -> list[str]:
-        """What would end the run, rows that cannot be read included."""
+        """Everything that would end the run, including rows that cannot be read."""
         own = [text for source in self.sources for text in (*source.problems, *(s.problem for s in source.samples))]
         new = [text for text in own if text and not any(text in found for found in self.report.findings)]
         return [*self.report.findings, *dict.fromkeys(new)]
 
     @property
     def warnings(self) -> list[str]:
-        """What may spoil the run, texts that are cut in the rows shown included."""
+        """Everything that may spoil the run, including truncated texts in the rows shown."""
         found = []
         for source in self.sources:
             cut = [text.cut for sample in source.samples for text in sample.illustration.texts if text.cut]
             if cut:
                 message = (
-                    f"{len(cut)} texts of the {len(source.samples)} samples shown are cut: "
-                    f"up to {max(cut)} tokens of one never reach the model"
+                    f"{len(cut)} texts of the {len(source.samples)} samples shown are truncated: "
+                    f"up to {max(cut)} tokens of a text never reach the model"
                 )
                 found.append(f"{source.name}: {message}" if source.name else message)
         return [*self.report.warnings, *found]
 
 
-def gather(run: RunConfig, plugins: Plugins, at: Sequence[tuple[str, int, int]] = ()) -> RunView:
-    """Gather all that the page shows.
+def inspect_run(run: RunConfig, plugins: Plugins, at: Sequence[tuple[str, int, int]] = ()) -> RunView:
+    """Gather everything that the page shows.
 
     Args:
-        run: The config, already valid in itself.
+        run: The validated config.
         plugins: The loaded plugins.
-        at: Rows to show instead of chosen ones: source, episode, frame.
+        at: Rows to show instead of the default selection: source, episode, frame.
 
     Raises:
         UserError: A row of `at` does not exist.
     """
-    opened = [_open(source, plugins) for source in run.sources]  # Held open, so that the checks need not read again.
+    opened = [_open(source, plugins) for source in run.sources]  # Kept open, so that check_run need not reopen them.
     report = check_run(run, plugins)
     order, steps = _order(run, opened)
     views, facts = [], dict(report.facts)
@@ -121,9 +121,9 @@ def gather(run: RunConfig, plugins: Plugins, at: Sequence[tuple[str, int, int]] 
             shown.facts = {key.removeprefix(prefix): fact for key, fact in own.items()}
             facts = {key: fact for key, fact in facts.items() if key not in own}
         if rows is not None:
-            asked = [(episode, frame) for name, episode, frame in at if name == source.name]
-            places = [find(rows.train, *one, rows.held_out) for one in asked]
-            _look_at(source, rows, places, (order, steps, number), shown)
+            requested = [(episode, frame) for name, episode, frame in at if name == source.name]
+            chosen = [find(rows.train, *one, rows.held_out) for one in requested]
+            _fill(shown, source, rows, chosen, (order, steps, number))
         views.append(shown)
     return RunView(run, report, facts, views)
 
@@ -135,7 +135,7 @@ class _Opened:
 
 
 def _open(source: RunSource, plugins: Plugins) -> _Opened | None:
-    """Both splits; None if they cannot be had, which `check_run` tells."""
+    """Both splits; None if they cannot be opened, which `check_run` reports."""
     try:
         held_out = open_split(source.run, plugins, "validation") if source.run.data.has_validation else None
         return _Opened(open_split(source.run, plugins, "train"), held_out)
@@ -144,7 +144,7 @@ def _open(source: RunSource, plugins: Plugins) -> _Opened | None:
 
 
 def _order(run: RunConfig, opened: Sequence[_Opened | None]) -> tuple[Order | ChunkedOrder | None, int]:
-    """The order in which the run takes rows, and its steps an epoch; None if `check_run` refuses them."""
+    """The run's sampling order and its steps per epoch; (None, 0) if the data cannot be used, see `check_run`."""
     rows = tuple(len(one.train) for one in opened if one)
     batch = run.trainer.global_batch_size
     if len(rows) < len(opened) or sum(rows) < batch:
@@ -155,13 +155,22 @@ def _order(run: RunConfig, opened: Sequence[_Opened | None]) -> tuple[Order | Ch
     return Order(run.seed, rows, tuple(source.share for source in run.sources), steps * batch), steps
 
 
-def _look_at(
+def _fill(
+    shown: SourceView,
     source: RunSource,
     rows: _Opened,
-    places: Sequence[Place],
+    chosen: Sequence[TrainingRow],
     ordered: tuple[Order | ChunkedOrder | None, int, int],
-    shown: SourceView,
 ) -> None:
+    """Fill the view of a dataset.
+
+    Args:
+        shown: The view.
+        source: The dataset.
+        rows: Its splits.
+        chosen: The rows to show; empty: a default selection.
+        ordered: The run's sampling order, its steps per epoch, and the source's number in it.
+    """
     shown.lengths = _lengths(rows.train)
     shown.held_out = _lengths(rows.held_out) if rows.held_out else shown.held_out
     tasks = _tasks(rows.train)
@@ -170,9 +179,10 @@ def _look_at(
     if pipeline is None:
         return
     order, steps, number = ordered
-    for place in places or choose(rows.train, tasks):
-        met = list(meetings(order, steps, source.run.runner.stop_step(steps), number, place.row)) if order else []
-        shown.samples.append(view(source.run, rows.train, pipeline, place, met))
+    stop_step = source.run.runner.stop_step(steps)
+    for row in chosen or choose(rows.train, tasks):
+        uses = list(occurrences(order, steps, stop_step, number, row.index)) if order else []
+        shown.samples.append(view(source.run, rows.train, pipeline, row, uses))
 
 
 def _statistics(run: RunConfig, train: SampleSource, shown: SourceView) -> Pipeline | None:
@@ -213,7 +223,7 @@ def _tasks(source: SampleSource) -> dict[int, str]:
 
 
 def _count_tasks(rows: _Opened, tasks: Mapping[int, str]) -> list[Task]:
-    """Tasks, those with most episodes first."""
+    """Tasks, those with the most episodes first."""
     numbers, lengths = np.unique(rows.train.episodes, return_counts=True)
     length = dict(zip(numbers.tolist(), lengths.tolist(), strict=True))
     episodes, frames = Counter(tasks.values()), Counter[str]()
