@@ -20,6 +20,41 @@ from rlinf_core.contract.tables import OptimConfig, RunnerConfig, Section
 from rlinf_core.errors import UserError, did_you_mean
 
 
+class TrainerConfig(BaseModel):
+    """The `[trainer]` table. A subclass narrows `type` to a `Literal` of its own and adds fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    type: str
+    """Which trainer this is."""
+    global_batch_size: int = Field(default=32, ge=1)
+    """Samples an optimizer step, over all ranks."""
+    micro_batch_size: int = Field(default=32, ge=1)
+    """Samples a rank computes at a time; `global_batch_size` must be a multiple of ranks x this."""
+
+    device: Literal["auto", "cpu"] = "auto"
+    """`auto`: each rank's own CUDA device, or the CPU where there is none; `cpu`: the CPU."""
+    timeout_seconds: float = Field(default=600.0, ge=1.0)
+    """How long ranks wait for one another in a collective: then the run ends, with a flight record of every rank."""
+
+    def check_run(self, run: RunConfig) -> None:
+        """Refuse what does not fit the rest of the config. Raises `ValueError` that names the keys."""
+
+    def check_ranks(self, ranks: int) -> None:
+        """Refuse a number of processes. Raises `UserError` that names the key and the way out."""
+
+    def build(self, run: RunConfig, *, start: Start, group: ProcessGroup, plugins: LoadedPlugins) -> Trainer:
+        """Build the trainer: open data, build the policy, give it its weights. Called on every rank.
+
+        Args:
+            run: The frozen config; this trainer's own table is `run.trainer`.
+            start: Where the run starts: step and checkpoint.
+            group: The running process group.
+            plugins: The loaded plugins, for their hooks and registered classes.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define build()")
+
+
 class RunConfig(Section):
     """A whole run, as written to `<run>/config.toml`."""
 
@@ -162,41 +197,6 @@ def no_source(name: str, names: Sequence[str], where: str = "with --source") -> 
         return f"there is no source {name!r}: it is a run of one dataset"
     which = f"there is no source {name!r}{did_you_mean(name, names)}" if name else "it is a run of several datasets"
     return f"{which}: name one of {', '.join(names)} {where}"
-
-
-class TrainerConfig(BaseModel):
-    """The `[trainer]` table. A subclass narrows `type` to a `Literal` of its own and adds fields."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    type: str
-    """Which trainer this is."""
-    global_batch_size: int = Field(default=32, ge=1)
-    """Samples an optimizer step, over all ranks."""
-    micro_batch_size: int = Field(default=32, ge=1)
-    """Samples a rank computes at a time; `global_batch_size` must be a multiple of ranks x this."""
-
-    device: Literal["auto", "cpu"] = "auto"
-    """`auto`: each rank's own CUDA device, or the CPU where there is none; `cpu`: the CPU."""
-    timeout_seconds: float = Field(default=600.0, ge=1.0)
-    """How long ranks wait for one another in a collective: then the run ends, with a flight record of every rank."""
-
-    def check_run(self, run: RunConfig) -> None:
-        """Refuse what does not fit the rest of the config. Raises `ValueError` that names the keys."""
-
-    def check_ranks(self, ranks: int) -> None:
-        """Refuse a number of processes. Raises `UserError` that names the key and the way out."""
-
-    def build(self, run: RunConfig, *, start: Start, group: ProcessGroup, plugins: LoadedPlugins) -> Trainer:
-        """Build the trainer: open data, build the policy, give it its weights. Called on every rank.
-
-        Args:
-            run: The frozen config; this trainer's own table is `run.trainer`.
-            start: Where the run starts: step and checkpoint.
-            group: The running process group.
-            plugins: The loaded plugins, for their hooks and registered classes.
-        """
-        raise NotImplementedError(f"{type(self).__name__} must define build()")
 
 
 class Start(Protocol):
