@@ -18,7 +18,7 @@ from rlinf_core.config.toml import dotted, write_toml
 from rlinf_core.contract.cluster import ClusterConfig
 from rlinf_core.contract.mixture import MixtureShare
 from rlinf_core.contract.tables import OptimConfig, RunnerConfig
-from rlinf_core.training.config import Fsdp2TrainerConfig
+from rlinf_core.training.settings import Fsdp2Settings
 from rlinf_plugins_openpi import Pi0Config, Pi05Config
 from rlinf_plugins_openpi.datasets.aloha import AlohaRobotwinConfig
 from rlinf_plugins_openpi.datasets.config import OpenpiDatasetConfig
@@ -87,7 +87,7 @@ PARTS = (
     ),
     Part("`[policy]` of `text`", "Of [text](text.md).", [TextPolicySettings, TextPolicyConfig]),
     Part("`[optim]`", "AdamW with linear warm-up, cosine decay and clipping by the global norm.", [OptimConfig]),
-    Part("`[trainer]`", "Of the trainer `fsdp2`.", [TrainerConfig, Fsdp2TrainerConfig]),
+    Part("`[trainer]`", "Of the trainer `fsdp2`.", [TrainerConfig, Fsdp2Settings]),
 )
 
 
