@@ -76,7 +76,8 @@ def main() -> int:
 
 
 def _work(job: dict[str, Any]) -> int:
-    from text_sft.job import Job, run_job
+    from text_sft.job import Job
+    from text_sft.running import run_job
 
     folder = Path(job.pop("folder"))
     (folder / "found.json").write_text(json.dumps(run_job(Job(folder=folder, **job))))

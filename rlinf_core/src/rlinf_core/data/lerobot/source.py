@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -66,13 +67,31 @@ def open_lerobot(dataset: LeRobotDatasetConfig, chunk_length: int, split: Split)
         columns,
         np.flatnonzero(in_split),
         file_stops,
-        images=tuple(dict.fromkeys(dataset.images.values())),
-        state=tuple(dict.fromkeys(dataset.state)),
-        actions=tuple(dict.fromkeys(actions)),
-        chunk_length=chunk_length,
-        stride=dataset.stride,
+        RowLayout(
+            images=tuple(dict.fromkeys(dataset.images.values())),
+            state=tuple(dict.fromkeys(dataset.state)),
+            actions=tuple(dict.fromkeys(actions)),
+            chunk_length=chunk_length,
+            stride=dataset.stride,
+        ),
         decoder=dataset.decoder,
     )
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """What a row contains."""
+
+    images: tuple[str, ...]
+    """Image columns to decode."""
+    state: tuple[str, ...]
+    """Columns that a row contains as vectors."""
+    actions: tuple[str, ...]
+    """Columns that a row contains as chunks."""
+    chunk_length: int
+    """Steps of a chunk."""
+    stride: int = 1
+    """Frames from one step to the next."""
 
 
 class LeRobotSource:
@@ -84,12 +103,8 @@ class LeRobotSource:
         columns: dict[str, NDArray[Any]],
         rows: NDArray[np.int64],
         file_stops: NDArray[np.int64],
+        layout: RowLayout,
         *,
-        images: tuple[str, ...],
-        state: tuple[str, ...],
-        actions: tuple[str, ...],
-        chunk_length: int,
-        stride: int = 1,
         decoder: Literal["auto", "torchcodec", "pyav"] = "auto",
     ) -> None:
         """Create a source; `open_lerobot` does so from a config.
@@ -99,20 +114,16 @@ class LeRobotSource:
             columns: Numeric columns of all frames: vectors [N, D], index columns [N].
             rows: [n], positions of this split's rows among all frames.
             file_stops: [data files], position after the last frame of each.
-            images: Image columns to decode.
-            state: Columns that a row contains as vectors.
-            actions: Columns that a row contains as chunks.
-            chunk_length: Steps of a chunk.
-            stride: Frames from one step to the next.
+            layout: What a row contains.
             decoder: Video decoder; `"auto"`: torchcodec if it loads, else PyAV.
         """
         self._metadata = metadata
         self._columns = columns
         self._rows = Runs.of(rows)
-        self._state, self._actions = state, actions
-        self._chunk_length, self._stride = chunk_length, stride
-        self._video_columns = tuple(name for name in images if metadata.features[name]["dtype"] == "video")
-        self._image_columns = tuple(name for name in images if metadata.features[name]["dtype"] == "image")
+        self._state, self._actions = layout.state, layout.actions
+        self._chunk_length, self._stride = layout.chunk_length, layout.stride
+        self._video_columns = tuple(name for name in layout.images if metadata.features[name]["dtype"] == "video")
+        self._image_columns = tuple(name for name in layout.images if metadata.features[name]["dtype"] == "image")
         self._file_stops = file_stops
         self._decoder = decoder
         self._videos = VideoReader(decoder=None if decoder == "auto" else decoder)
