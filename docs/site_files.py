@@ -13,15 +13,18 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("*.md", "docs/**/*.md", "*/README.md", "plugins/*/README.md", "examples/*/README.md")
+STYLE = ROOT / "docs" / "site.css"
 LINK = re.compile(r"\[([^\]\[]*)\]\((?!\w+:|#)([^)#\s]+)([^)\s]*)\)")
 """A link or an image that leads to a file: its text, the path and the anchor."""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Return the repository's pages and the files that they link to, in place of the files of docs/."""
+    """Put the repository's pages and the files that they link to in place of the files of docs/."""
+    of_theme_and_plugins = [file for file in files if file.src_dir != config.docs_dir]
     pages = [path for pattern in PAGES for path in sorted(ROOT.glob(pattern))]
-    linked = {path for page in pages for path in _linked_files(page)}
-    return Files([_file(path, config) for path in dict.fromkeys([*pages, *sorted(linked)])])
+    linked = sorted({path for page in pages for path in _linked_files(page)})
+    ours = dict.fromkeys([*pages, *linked, STYLE])
+    return Files([*of_theme_and_plugins, *(_file(path, config) for path in ours)])
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
