@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ class TrainState:
     parameters: Mapping[str, nn.Parameter]
     """The policy's, taken now: while parameters are gathered, the policy shows those instead, in the compute dtype."""
 
-    @property
+    @cached_property
     def layout(self) -> str:
         """A tag of parameter names and shapes."""
         return layout(self.parameters.items())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from rlinf_core.contract.datasets import DecodingSource, SampleSource, Split
 from rlinf_core.contract.process_group import ProcessGroup
@@ -74,12 +75,12 @@ class RunData:
             warnings += [f"{_prefix(given.name)}{finding}" for finding in findings]
         return replace(self, sources=tuple(sources), warnings=tuple(warnings))
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Training rows of all datasets: the samples of an epoch before it is cut to whole steps."""
         return sum(map(len, self.rows))
 
-    @property
+    @cached_property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of an epoch."""
         return steps_per_epoch(self.size, self.run.trainer.global_batch_size)
@@ -89,7 +90,7 @@ class RunData:
         """The last step of the run."""
         return self.run.runner.stop_step(self.steps_per_epoch)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """A hash of what the rows are made of; empty where there are statistics, which have their own."""
         if self.run.policy.normalization != "none":
