@@ -114,7 +114,7 @@ def test_what_is_no_run_is_told(command, file, tmp_path):
 def test_a_file_that_is_no_dataset_is_told(command, file):
     code, said = command("check-dataset", file)
     assert code == 2
-    assert f"{file} is a file, and neither a dataset's folder nor a run's TOML file" in said
+    assert f"{file} is a file, but neither a dataset's folder nor a run's TOML file" in said
 
 
 def test_statistics_that_are_shown_are_not_those_of_a_setting(command):

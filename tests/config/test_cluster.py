@@ -1,7 +1,5 @@
 """The `[cluster]` table: RLinf's placement, and what of it a machine has."""
 
-from types import SimpleNamespace
-
 import pytest
 from pydantic import ValidationError
 
@@ -119,13 +117,10 @@ def test_some_of_the_visible_accelerators_stay_visible():
 
 
 def test_a_run_that_others_started_is_held_to_its_placement():
-    def check(config, world_size):
-        check_world_size(SimpleNamespace(cluster=config), world_size)
-
-    check(cluster(), 5)
-    check(cluster("0-3"), 4)
-    check(two_nodes(), 16)
+    check_world_size(cluster(), 5)
+    check_world_size(cluster("0-3"), 4)
+    check_world_size(two_nodes(), 16)
     with pytest.raises(UserError, match='actor = "0-3" } asks for 4 processes, but 2 were started'):
-        check(cluster("0-3"), 2)
+        check_world_size(cluster("0-3"), 2)
     with pytest.raises(UserError, match=r"cluster\.num_nodes = 2, but 3 processes were started"):
-        check(two_nodes(), 3)
+        check_world_size(two_nodes(), 3)

@@ -541,3 +541,61 @@ def test_a_run_whose_config_is_damaged_can_only_be_overwritten(run):
     with pytest.raises(UserError, match=r"config\.toml"):
         decided(run())
     assert decided(run(), overwrite=True).replaced
+
+
+@pytest.mark.parametrize("damage", ["latest is a folder", "runner is a number", "checkpoint_dir is a number"])
+def test_a_run_whose_files_make_no_sense_can_be_overwritten(run, damage):
+    prepare_folder(run())
+    checkpoint(run(), 4)
+    folder, config = run().folder, run().folder / "config.toml"
+    if damage == "latest is a folder":
+        (folder / "latest").unlink()
+        (folder / "latest").mkdir()
+        with pytest.raises(UserError, match=r"/r cannot be read: .*overwrite it"):
+            decided(run())
+    else:
+        config.write_text("runner = 3" if damage.startswith("runner") else "[runner]\ncheckpoint_dir = 3")
+        with pytest.raises(UserError, match="another config"):
+            decided(run())
+    assert decided(run(), overwrite=True).replaced
+
+
+def test_a_rank_that_dies_while_the_folder_is_prepared_costs_nothing(run):
+    """Rank 0 has moved the run aside, and then cannot tell the others."""
+
+    class Broken(OneRank):
+        calls = 0
+
+        def decide(self, decision):
+            self.calls += 1
+            decided = decision()
+            if self.calls == 2:
+                raise RuntimeError("connection reset by peer")
+            return decided
+
+    prepare_folder(run())
+    checkpoint(run(), 4)
+    with RunFolder(run("optim.lr=0.5"), Broken()) as folder:
+        start = folder.start(overwrite=True)
+        with pytest.raises(RuntimeError, match="reset by peer"):
+            folder.transaction(start).__enter__()
+    assert decided(run()).step == 4
+    assert not start.replaced.exists()
+
+
+def test_a_folder_of_checkpoints_that_may_not_be_entered_is_named(run, monkeypatch, tmp_path):
+    closed = tmp_path / "closed"
+    monkeypatch.setattr(
+        "rlinf_core.training.run_folder.find_obstacle",
+        lambda folder: "you may not enter it" if closed in folder.parents else "",
+    )
+    with pytest.raises(UserError, match="cannot hold the checkpoints of 'r': you may not enter it"):
+        decided(run(f"runner.checkpoint_dir={closed}"))
+
+
+def test_steps_without_a_config_are_not_mixed_with_others(run):
+    prepare_folder(run())
+    checkpoint(run(), 4)
+    (run().folder / "config.toml").unlink()
+    with pytest.raises(UserError, match=r"has steps but no config\.toml"):
+        decided(run(), restarted=True)

@@ -147,8 +147,8 @@ def test_other_rows_are_refused_with_what_changed(trained, tmp_path, monkeypatch
 
 def test_a_token_of_no_prompt_is_refused_by_its_text_and_row(trained):
     _, used, _, _ = trained
-    row = used.sources[0].rows.without_images([5])[0] | {"task": "open the zebra"}
-    source = used.sources[0]
+    row = used.data.sources[0].rows.without_images([5])[0] | {"task": "open the zebra"}
+    source = used.data.sources[0]
     with pytest.raises(UserError, match=r"the prompt 'open the zebra' has the token \d+, '.+', that none .* frame 5"):
         encode_rows(source.rows, [5], [row], source.pipeline)
 

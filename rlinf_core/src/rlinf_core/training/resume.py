@@ -123,6 +123,8 @@ def decide_start(run: RunConfig, state: FolderState, flags: Flags = Flags()) -> 
         raise none_whole(run.checkpoints, state.damaged, way_out)
     changes: list[Change] = []
     if state.checkpoint or state.has_metrics:
+        if not state.has_config:
+            raise UserError(f"{run.folder} has steps but no config.toml: restore it, or give another runner.name.")
         changes = find_changes(run, state.config, allow_change=flags.allow_change)
     if state.checkpoint is None or state.position is None:
         return Start()

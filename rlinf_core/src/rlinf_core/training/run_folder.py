@@ -13,7 +13,7 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -91,18 +91,23 @@ class RunFolder:
             UserError: The folder cannot be written to, or another run has taken the checkpoints' folder. A `UserError`
                 of the body is raised with the config's changes as its likely cause.
         """
-        run, first = self._run, self._group.rank == 0
+        run, begun = self._run, False
+
+        def prepare() -> None:
+            nonlocal begun
+            begin(run, start, self._agents)
+            begun = True
+
         try:
-            self._group.decide(lambda: begin(run, start, self._agents))
-            try:
-                yield
-            except BaseException:
-                if first:
-                    roll_back(run, start)
-                raise
-        except UserError as error:
-            raise explain(error, start) from error
-        if first:
+            self._group.decide(prepare)
+            yield
+        except BaseException as error:
+            if begun:  # On rank 0, whose `begin` undoes its own failures.
+                roll_back(run, start)
+            if isinstance(error, UserError):
+                raise explain(error, start) from error
+            raise
+        if begun:
             commit(run, start)
 
 
@@ -139,56 +144,59 @@ def read_folder(run: RunConfig, damaged: Mapping[str, str] | None = None) -> Fol
         run: The run.
         damaged: Checkpoint -> what is already known to be wrong with it.
     """
-    folder, error = run.folder, None
-    obstacle, is_empty = find_obstacle(folder), True
+    folder, saved, metrics = run.folder, run.folder / "config.toml", run.folder / "metrics.jsonl"
+    obstacles = find_obstacle(folder), find_obstacle(run.checkpoints)
+    if any(obstacles):
+        return FolderState(obstacle=obstacles[0], checkpoint_dir=CheckpointDir(obstacle=obstacles[1]))
+    is_empty, config, wanted, newest, error = True, None, [], None, None
+    bad = dict(damaged or {})
     try:
         is_empty = not (folder.exists() and any(folder.iterdir()))
-    except OSError as denied:
-        obstacle = obstacle or str(denied)
-    if obstacle:
-        return FolderState(obstacle=obstacle, is_empty=is_empty)
-    config: Mapping[str, Any] = {}
-    saved, metrics = folder / "config.toml", folder / "metrics.jsonl"
-    wanted = candidates(folder, run.checkpoints)
-    bad, newest = dict(damaged or {}), None
-    try:
-        config = read_toml(saved) if saved.exists() else {}
+        config = read_toml(saved) if saved.exists() else None
+        wanted = candidates(folder, run.checkpoints)
         newest = newest_whole(wanted, bad)
     except UserError as unreadable:
-        error = unreadable
+        is_empty, error = False, unreadable
+    except OSError as unreadable:
+        is_empty, error = False, UserError(f"{folder} cannot be read: {unreadable}. Restore it, or --overwrite it.")
     there = sorted((path.name for path in run.checkpoints.glob(NAMES)), reverse=True)
     return FolderState(
         is_empty=is_empty,
         has_config=saved.exists(),
-        config=config,
+        config=config or {},
         has_metrics=metrics.exists() and bool(metrics.stat().st_size),
         checkpoint=newest[0] if newest else None,
         position=newest[1] if newest else None,
         damaged={path.name: bad[path.name] for path in wanted if path.name in bad},
         later=tuple(sorted(name for name in there if newest and name > newest[0].name)),
         error=error,
-        checkpoint_dir=_read_checkpoint_dir(run, config if saved.exists() else None, wanted, bool(there)),
+        checkpoint_dir=_read_checkpoint_dir(run, config, wanted, bool(there)),
     )
 
 
 def _read_checkpoint_dir(
-    run: RunConfig, config: Mapping[str, Any] | None, wanted: list[Path], holds_checkpoints: bool
+    run: RunConfig, config: Mapping[str, Any] | None, wanted: Sequence[Path], holds_checkpoints: bool
 ) -> CheckpointDir:
-    before = None
-    if config is not None:
-        given = config.get("runner", {}).get("checkpoint_dir", "")
-        before = run.runner.model_copy(update={"checkpoint_dir": given}).checkpoints_of(run.folder)
-    owner = run.checkpoints / OWNER
+    before = None if config is None else _checkpoints_before(run, config)
+    owner, wanted_here = run.checkpoints / OWNER, bool(wanted) and wanted[0].exists()
+    left = before / wanted[0].name if before and wanted and not wanted_here else None
     return CheckpointDir(
-        obstacle=find_obstacle(run.checkpoints),
         owner=_read(owner) if owner.exists() else None,
         run_owner=_read(run.folder / OWNER),
         holds_checkpoints=holds_checkpoints,
-        wanted_here=bool(wanted) and wanted[0].exists(),
+        wanted_here=wanted_here,
         is_before=before is not None and os.path.realpath(before) == os.path.realpath(run.checkpoints),
-        wanted_before=before is not None and bool(wanted) and (before / wanted[0].name).exists(),
+        wanted_before=left is not None and os.path.exists(left),  # Where pathlib may raise, this answers False.
         before=before,
     )
+
+
+def _checkpoints_before(run: RunConfig, config: Mapping[str, Any]) -> Path:
+    """Where the run's saved config puts its checkpoints; a damaged one counts as if it did not say."""
+    runner = config.get("runner")
+    given = runner.get("checkpoint_dir") if isinstance(runner, Mapping) else None
+    given = given if isinstance(given, str) else ""
+    return run.runner.model_copy(update={"checkpoint_dir": given}).checkpoints_of(run.folder)
 
 
 def check_folder(run: RunConfig) -> None:

@@ -36,12 +36,14 @@ class Fsdp2Trainer:
         with group.first_on_each_machine():  # Data and weights may have to be downloaded.
             data = RunData.open(run, plugins)
             weights = None if start.checkpoint else open_weights(data.run)
+        self.stop_step = data.stop_step  # Known before statistics, which take long: are there enough rows?
         data = data.prepare(group, resuming=start.checkpoint is not None)
-        self.run, self.step, self.stop_step, self.data = data.run, start.step, data.stop_step, data
+        self.run, self.step, self.data = data.run, start.step, data
         self._config, self._group = config, group
         self._validation = open_validation(data.run, data.sources, data.held_out, group)
         self._state = build_state(data.run, config, group, plugins, weights, filled=start.checkpoint is None)
         self._best, self._validated = Best(), 0
+        self._fingerprint = data.fingerprint  # Now: a save must not depend on files that may be gone by then.
         if start.checkpoint:
             position = load(start.checkpoint, self._state.tensors(), self._position())
             self._best, self._validated = position.best, position.validated
@@ -87,6 +89,7 @@ class Fsdp2Trainer:
         """
         error: BaseException | None = None
         try:
+            self._monitor.start()
             with stop_signals() as stop, self._monitor.watching():
                 received = self._train(stop)
                 self._finish_saving(stop, received)
@@ -160,7 +163,9 @@ class Fsdp2Trainer:
         if results is None:
             return False, True
         self._validated = self.step
-        self._monitor.validated(self.step, results, self._validation.demonstrate(self.policy))
+        self._monitor.validated(self.step, results)
+        for text in self._validation.demonstrate(self.policy):
+            self._monitor.log(f"step {self.step}: {text}")
         runner = self.run.runner
         metric = best_metric(runner.best_metric, results)
         self._best = self._best.after(self.step, metric, results[metric], runner.early_stop_min_delta)
@@ -214,6 +219,6 @@ class Fsdp2Trainer:
             layout=self._state.layout,
             validated=self._validated,
             best=self._best,
-            data=self.data.fingerprint,
+            data=self._fingerprint,
             data_layout=self.data.layout,
         )

@@ -10,6 +10,7 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from rlinf_core.contract.process_group import ProcessGroup
@@ -88,13 +89,14 @@ class Monitor:
         """Note what this rank does next, for flight records."""
         self.recorder.enter(name)
 
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        """Write a flight record if anything in the body takes too long; announce its start to observers."""
+    def start(self) -> None:
+        """Announce the start to observers, and wait until every rank is here."""
         self._hook.rlinf_train_started(trainer=self._trainer)
         self._group.wait()  # Some ranks read their weights longer than others may wait in a collective.
-        with self.recorder.watching():
-            yield
+
+    def watching(self) -> AbstractContextManager[None]:
+        """Write a flight record if anything in the body takes too long."""
+        return self.recorder.watching()
 
     def before(self, step: int) -> tuple[float, float] | None:
         """The step with this number comes next; returns this rank's times if the ranks are compared after it."""
@@ -120,14 +122,12 @@ class Monitor:
             self._guard.check(self._trainer.run, record.step)
         return asked
 
-    def validated(self, step: int, results: Mapping[str, float], shown: Sequence[str]) -> None:
-        """Report the results of a validation, and what the policy showed of held-out samples."""
+    def validated(self, step: int, results: Mapping[str, float]) -> None:
+        """Report the results of a validation."""
         if self._group.rank == 0:
             for logger in self._loggers:
                 logger.validation(step, results)
             self._hook.rlinf_validation_finished(trainer=self._trainer, step=step, metrics=results)
-        for text in shown:
-            self.log(f"step {step}: {text}")
 
     def saved(self, checkpoints: Sequence[Saved]) -> None:
         """Report checkpoints that have become complete, or have failed."""
