@@ -197,11 +197,11 @@ def _check_folder(run: RunConfig, report: Report, *, allow_change: bool) -> None
     if start.checkpoint:
         report.facts["starts"] = f"from checkpoint {start.checkpoint.name}" + ", finished" * start.finished
     for note in start.notes:
-        told, _, lines = note.partition("\n")
-        if told.startswith("warning: "):
+        heading, _, lines = note.partition("\n")
+        if heading.startswith("warning: "):
             report.warnings.append(note.removeprefix("warning: "))
         else:
-            report.facts[told.rstrip(":").replace(" ", "_")] = "; ".join(map(str.strip, lines.splitlines()))
+            report.facts[heading.rstrip(":").replace(" ", "_")] = "; ".join(map(str.strip, lines.splitlines()))
 
 
 def _check_launcher(run: RunConfig, plugins: Plugins, report: Report) -> None:

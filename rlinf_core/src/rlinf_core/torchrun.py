@@ -131,11 +131,11 @@ def launch(run: RunConfig, arguments: Sequence[str]) -> int:
             f"{run.cluster.rdzv_endpoint!r} ({error}): run the same command on each, and see that the port of that "
             "machine can be reached"
         ) from error
-    told = _read_end(run.folder / EXIT_FILE) if _stamp(run.folder / EXIT_FILE) != before else None
+    ended = _read_end(run.folder / EXIT_FILE) if _stamp(run.folder / EXIT_FILE) != before else None
     if isinstance(failed, ChildFailedError):
-        return _explain(failed, told, _records(run.folder / FOLDER, started))
-    if told is not None:
-        return told
+        return _explain(failed, ended, _records(run.folder / FOLDER, started))
+    if ended is not None:
+        return ended
     if failed is None:
         return Exit.OK
     return Exit.INTERRUPTED if failed.sigval == signal.SIGINT else Exit.DEFECT
@@ -190,7 +190,7 @@ def _records(folder: Path, started: float) -> str:
     return f"; {folder} says what each rank was doing before" if newest >= started else ""
 
 
-def _explain(failed: ChildFailedError, told: int | None, records: str) -> int:
+def _explain(failed: ChildFailedError, ended: int | None, records: str) -> int:
     """The exit code of a run whose processes failed; says what they could not say themselves."""
     rank, failure = failed.get_first_failure()
     code = failure.exitcode
@@ -201,6 +201,6 @@ def _explain(failed: ChildFailedError, told: int | None, records: str) -> int:
             f"error: rank {rank} (process {failure.pid}) was ended by {name}{why}{records}", file=sys.stderr, flush=True
         )
         return Exit.DEFECT
-    if told:  # 0 would be another run's end, or a restart's.
-        return told
+    if ended:  # 0 would be another run's end, or a restart's.
+        return ended
     return code if code in (Exit.USER_ERROR, Exit.INTERRUPTED) else Exit.DEFECT

@@ -31,7 +31,7 @@ from rlinf_core.training.checkpoint.state import (
     read_position,
     read_state,
 )
-from rlinf_core.training.checkpoint.writer import Keep, Place
+from rlinf_core.training.checkpoint.writer import CheckpointFolder, Retention
 from rlinf_core.training.distributed.processes import processes
 from rlinf_core.training.stopping import seconds_from_now
 
@@ -53,8 +53,8 @@ def open_checkpoints(tmp_path, group):
 
     def open_checkpoints(keep_last=2, keep_every=0, rename=True, **options):
         tensors = {"w": torch.zeros(3, 2)}
-        place = Place(tmp_path, tmp_path / "checkpoints", Keep(keep_last, keep_every), rename)
-        return Checkpoints(place, group, tensors, **options), tensors["w"]
+        where = CheckpointFolder(tmp_path, tmp_path / "checkpoints", Retention(keep_last, keep_every), rename)
+        return Checkpoints(where, group, tensors, **options), tensors["w"]
 
     return open_checkpoints
 
@@ -416,8 +416,8 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(tmp_path):
         def position(step):
             return Position(step=step, epoch=0, sample=0, rows=1, seed=0, layout="a")
         with processes() as group:
-            place = saving.Place(folder, folder / "checkpoints", saving.Keep(1))
-            checkpoints = Checkpoints(place, group, {{"w": torch.ones(2)}})
+            where = saving.CheckpointFolder(folder, folder / "checkpoints", saving.Retention(1))
+            checkpoints = Checkpoints(where, group, {{"w": torch.ones(2)}})
             checkpoints.save(position(1))
             checkpoints.wait()
             saving.write_text = lambda *_: os.kill(os.getpid(), signal.SIGKILL)

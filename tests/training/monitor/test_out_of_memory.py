@@ -58,15 +58,15 @@ def test_ways_out_are_those_that_are_not_taken_yet():
 def test_an_error_of_the_device_becomes_a_mistake_that_names_rank_step_and_phase(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * GB))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 79 * GB)
-    watch = FlightRecorder(tmp_path, 3, timeout=600.0)
-    watch.enter("backward", 12)
+    recorder = FlightRecorder(tmp_path, 3, timeout=600.0)
+    recorder.enter("backward", 12)
     group = SimpleNamespace(device=torch.device("cuda", 0), size=1)
     layer = torch.nn.Linear(4, 4)
     parameters = dict(layer.named_parameters())
     tensors = {f"model.{name}": parameter for name, parameter in parameters.items()}
     state = SimpleNamespace(parameters=parameters, tensors=lambda: tensors)
-    told = explain(torch.OutOfMemoryError("CUDA out of memory"), watch, PLAIN, group, state)
-    assert isinstance(told, UserError)
-    assert str(told).startswith("rank 3, step 12, backward: out of memory, of 80.0 GB.")
+    explained = explain(torch.OutOfMemoryError("CUDA out of memory"), recorder, PLAIN, group, state)
+    assert isinstance(explained, UserError)
+    assert str(explained).startswith("rank 3, step 12, backward: out of memory, of 80.0 GB.")
     other = ValueError("something else")
-    assert explain(other, watch, PLAIN, group, state) is other
+    assert explain(other, recorder, PLAIN, group, state) is other

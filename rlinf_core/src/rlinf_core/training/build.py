@@ -16,7 +16,7 @@ from rlinf_core.contract.run import LoadedPlugins, RunConfig
 from rlinf_core.errors import UserError
 from rlinf_core.training.blocks import Checkpointing, prepare_block
 from rlinf_core.training.ema import Ema
-from rlinf_core.training.fsdp import derived_seed, layout, materialize, ranks_mesh, shard, unreached
+from rlinf_core.training.fsdp import derived_seed, layout, materialize, ranks_mesh, shard, unused_parameters
 from rlinf_core.training.optim import Optimizer, Schedule, decays
 from rlinf_core.training.settings import Fsdp2Settings
 
@@ -96,7 +96,7 @@ def build_policy(
     if weights is not None:
         weights.check({name: tuple(parameter.shape) for name, parameter in policy.named_parameters()})
     if not decays(run.optim.lr, run.optim.weight_decay):  # Then they are as good as frozen: not even averaged.
-        for name in unreached(policy):
+        for name in unused_parameters(policy):
             policy.get_parameter(name).requires_grad_(False)
     prepare_blocks(run, policy, config.activation_checkpointing, compiled=config.compile)
     shard(
@@ -141,7 +141,7 @@ def build_optimizer(run: RunConfig, policy: Any) -> Optimizer:
         eps=optim.eps,
         weight_decay=optim.weight_decay,
         clip_grad=optim.clip_grad,
-        unreached=unreached(policy),
+        unused=unused_parameters(policy),
     )
 
 

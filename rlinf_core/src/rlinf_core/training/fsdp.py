@@ -92,7 +92,7 @@ def gathered_together(
     yield policy, torch.float32
 
 
-def communicate(policy: Any, *, last: bool, reduce_every_micro_batch: bool, reshard: bool) -> None:
+def set_gradient_sync(policy: Any, *, last: bool, reduce_every_micro_batch: bool, reshard: bool) -> None:
     """Say what the coming micro batch of a step sends; between micro batches nothing needs to be sent.
 
     Args:
@@ -113,7 +113,7 @@ def communicate(policy: Any, *, last: bool, reduce_every_micro_batch: bool, resh
     policy.set_reshard_after_backward(last or reshard)
 
 
-def unreached(policy: Any) -> frozenset[str]:
+def unused_parameters(policy: Any) -> frozenset[str]:
     """Names of the parameters that no loss reaches, as the policy's units say."""
     there = {id(p) for unit in policy.shard_units() if not unit.reached for p in unit.module.parameters()}
     return frozenset(name for name, parameter in policy.named_parameters() if id(parameter) in there)

@@ -63,7 +63,7 @@ class Optimizer:
         eps: float,
         weight_decay: float,
         clip_grad: float,
-        unreached: Collection[str] = (),
+        unused: Collection[str] = (),
     ) -> None:
         """See `OptimConfig` for the settings.
 
@@ -74,11 +74,11 @@ class Optimizer:
             eps: Beside the root of the second moment.
             weight_decay: Of AdamW.
             clip_grad: The largest norm of a gradient.
-            unreached: Names of parameters that no loss reaches: they have no state, only weight decay.
+            unused: Names of parameters that no loss reaches: they have no state, only weight decay.
         """
         trained = {name: parameter for name, parameter in parameters if parameter.requires_grad}
-        self.parameters = {name: parameter for name, parameter in trained.items() if name not in unreached}
-        self._only_decayed = [parameter for name, parameter in trained.items() if name in unreached]
+        self.parameters = {name: parameter for name, parameter in trained.items() if name not in unused}
+        self._only_decayed = [parameter for name, parameter in trained.items() if name in unused]
         self._weight_decay = weight_decay
         device = next(iter(self.parameters.values())).device
         self.schedule = schedule

@@ -224,7 +224,7 @@ def explain(error: UserError, start: Start) -> UserError:
 def _is_finished(run: RunConfig, position: Position) -> bool:
     """Whether nothing is left to do; raising a limit, or the patience, makes a finished run continue."""
     runner = run.runner
-    if position.best.improves_no_more(runner.best_metric, runner.early_stop_patience):
+    if position.best.should_stop_early(runner.best_metric, runner.early_stop_patience):
         return True
     if runner.val_check_interval and position.validated < position.step:
         return False  # The last validation, at least, is still to be done.

@@ -16,7 +16,7 @@ import torch
 from rlinf_core.contract.process_group import ProcessGroup
 from rlinf_core.data.sample import SOURCE
 from rlinf_core.training.distributed.processes import to_device
-from rlinf_core.training.fsdp import communicate, derived_seed
+from rlinf_core.training.fsdp import derived_seed, set_gradient_sync
 from rlinf_core.training.monitor.flight_recorder import FlightRecorder
 from rlinf_core.training.monitor.metrics import StepClock, StepRecord, record_event
 
@@ -96,8 +96,8 @@ class TrainStep:
         keys = ("loss", "lr", "grad_norm", "skipped", *names)
         by_source = len(sums) - last
         sizes = (len(keys), by_source, len(request), len(parts[2]), size)
-        told = out.sample_losses is not None
-        return StepRecord(step + 1, clock, keys, sizes, *_to_host(values), told)
+        has_sample_losses = out.sample_losses is not None
+        return StepRecord(step + 1, clock, keys, sizes, *_to_host(values), has_sample_losses)
 
     def _seed(self, seed: int) -> None:
         torch.default_generator.manual_seed(seed)  # `torch.manual_seed` writes down its callers for every other device.
@@ -109,7 +109,7 @@ class TrainStep:
     ) -> tuple[PolicyOutput, torch.Tensor | None]:
         """Forward and backward of a micro batch: the output, and in a mixture each sample's source."""
         if self._batches.accumulation > 1:
-            communicate(
+            set_gradient_sync(
                 self._policy,
                 last=micro + 1 == self._batches.accumulation,
                 reduce_every_micro_batch=self._config.reduce_every_micro_batch,

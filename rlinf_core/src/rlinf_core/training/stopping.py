@@ -88,7 +88,7 @@ class Best:
             return Best(step, value, metric=metric)
         return replace(self, stale=self.stale + 1)
 
-    def improves_no_more(self, wanted: str, patience: int) -> bool:
+    def should_stop_early(self, wanted: str, patience: int) -> bool:
         """Whether as many validations as `patience` (if it is not 0) were no better, by the wanted metric."""
         return 0 < patience <= self.stale and wanted in ("", self.metric)
 

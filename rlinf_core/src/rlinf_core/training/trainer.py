@@ -168,7 +168,7 @@ class Fsdp2Trainer:
 
     def _should_stop_early(self) -> bool:
         runner = self.run.runner
-        return self._best.improves_no_more(runner.best_metric, runner.early_stop_patience)
+        return self._best.should_stop_early(runner.best_metric, runner.early_stop_patience)
 
     def _agree_on(self, stop: StopSignal) -> signal.Signals:
         """The signal that stops the run on every rank, though it may have reached only one."""

@@ -22,7 +22,7 @@ from rlinf_core.contract.run import RunConfig, Start
 from rlinf_core.errors import UserError
 from rlinf_core.training.checkpoint.staging import Staging
 from rlinf_core.training.checkpoint.state import Position
-from rlinf_core.training.checkpoint.writer import THREAD, Keep, Place, SaveError, Writers, restate, write_checkpoint
+from rlinf_core.training.checkpoint.writer import THREAD, CheckpointFolder, Retention, SaveError, Writers, restate, write_checkpoint
 
 ASK_AGAIN = 0.2
 """Seconds between two looks at how long to wait."""
@@ -68,7 +68,7 @@ class Checkpoints:
     """Saves a run's checkpoints, one at a time, while training goes on. Made and called on every rank.
 
     Args:
-        place: Where they lie.
+        folder: Where they lie.
         group: All ranks.
         tensors: What every checkpoint holds; their memory is the run's for its whole life.
         in_background: Whether training goes on while a checkpoint is written. It then takes the memory of one copy of
@@ -78,14 +78,14 @@ class Checkpoints:
 
     def __init__(
         self,
-        place: Place,
+        folder: CheckpointFolder,
         group: ProcessGroup,
         tensors: Mapping[str, torch.Tensor],
         *,
         in_background: bool = True,
         last_good: str = "",
     ) -> None:
-        self._place, self._device, self._tensors = place, group.device, dict(tensors)
+        self._folder, self._device, self._tensors = folder, group.device, dict(tensors)
         self._writers = Writers(group.rank)
         self._last_good, self._failures, self._why = last_good, 0, ""
         self._stall, self._left = 0.0, False
@@ -100,10 +100,10 @@ class Checkpoints:
     def of(cls, run: RunConfig, group: ProcessGroup, tensors: Mapping[str, torch.Tensor], start: Start) -> Checkpoints:
         """Those of a run, as its config says."""
         runner = run.runner
-        keep = Keep(runner.keep_last, runner.keep_every)
-        place = Place(run.folder, run.checkpoints, keep, rename=runner.checkpoint_rename)
+        retention = Retention(runner.keep_last, runner.keep_every)
+        folder = CheckpointFolder(run.folder, run.checkpoints, retention, rename=runner.checkpoint_rename)
         last = start.checkpoint.name if start.checkpoint else ""
-        return cls(place, group, tensors, in_background=runner.async_save, last_good=last)
+        return cls(folder, group, tensors, in_background=runner.async_save, last_good=last)
 
     def _touch(self) -> None:
         try:
@@ -131,7 +131,7 @@ class Checkpoints:
             return
         self.wait_for_memory()
         tensors = self._staging.copy() if self._staging is not None else self._tensors
-        self._pending = _Pending(self._device, self._place, position, tensors, self._writers, best, self._last_good)
+        self._pending = _Pending(self._device, self._folder, position, tensors, self._writers, best, self._last_good)
         if self._staging is None or self._failures:
             self.wait(left)
         stall = self._stall = time.perf_counter() - started
@@ -152,7 +152,7 @@ class Checkpoints:
         """Why the newest checkpoint is not there, and which one is; empty if it is."""
         if not self._failures:
             return ""
-        return f"{self._place.checkpoints} cannot take a checkpoint: {self._why}. {self._kept()} Make room there."
+        return f"{self._folder.checkpoints} cannot take a checkpoint: {self._why}. {self._kept()} Make room there."
 
     def _kept(self) -> str:
         return f"{self._last_good} is the last good one." if self._last_good else "There is no earlier one."
@@ -229,7 +229,7 @@ class Checkpoints:
 
     def restate(self, position: Position, best: str) -> None:
         """Correct what the checkpoint of a position says of validations: one was made up for. Called on rank 0."""
-        restate(self._place, position, best)
+        restate(self._folder, position, best)
 
 
 class _Pending:
@@ -238,19 +238,19 @@ class _Pending:
     def __init__(
         self,
         device: torch.device,
-        place: Place,
+        folder: CheckpointFolder,
         position: Position,
         tensors: Mapping[str, torch.Tensor],
         writers: Writers,
         best: str,
         before: str,
     ) -> None:
-        self.path = place.path(position.step)
+        self.path = folder.path(position.step)
         self.stall_seconds = 0.0
         self.failure = ""
         self.error: BaseException | None = None
         self._write_seconds, self._bytes = 0.0, 0
-        self._device, self._place, self._position = device, place, position
+        self._device, self._folder, self._position = device, folder, position
         self._tensors, self._writers = tensors, writers
         self._best, self._before = best, before
         self.thread = threading.Thread(target=self._write, name=THREAD + self.path.name, daemon=True)
@@ -261,7 +261,7 @@ class _Pending:
         try:
             _use(self._device)
             self._bytes = write_checkpoint(
-                self._place, self._position, self._tensors, self._writers, best=self._best, before=self._before
+                self._folder, self._position, self._tensors, self._writers, best=self._best, before=self._before
             )
         except SaveError as error:
             self.failure = str(error)

@@ -32,7 +32,7 @@ from rlinf_core.torch_names import (
     forget_plans,
     set_plan_key,
 )
-from rlinf_core.training.checkpoint.state import FileSum
+from rlinf_core.training.checkpoint.state import FileDigest
 
 INDEX = ".metadata"
 INDEX_NAMES: Mapping[str, frozenset[str]] = {
@@ -85,16 +85,16 @@ class HashedFile:
                 self._file.flush()
                 os.fsync(self._file.fileno())
 
-    def sum(self) -> FileSum:
+    def digest(self) -> FileDigest:
         """What was written."""
-        return FileSum(self._size, self._hash.hexdigest())
+        return FileDigest(self._size, self._hash.hexdigest())
 
 
 class HashingFiles(FileSystem):
     """A folder in which files are synced and hashed as they are written."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, FileSum] = {}
+        self.digests: dict[str, FileDigest] = {}
         self.failure: OSError | None = None
         """Why a file could not be written; torch's writers do not hand every error on as it was."""
 
@@ -109,7 +109,7 @@ class HashingFiles(FileSystem):
                 finally:
                     self.failure = self.failure or stream.failure
                 stream.close()
-            self.sums[Path(path).name] = stream.sum()
+            self.digests[Path(path).name] = stream.digest()
         except OSError as error:
             self.failure = self.failure or error
             raise

@@ -73,7 +73,7 @@ def _first(numbers: Sequence[int], most: int = 8) -> str:
 
 
 @dataclass(frozen=True)
-class FileSum:
+class FileDigest:
     """What a file of a checkpoint was when it was written."""
 
     bytes: int
@@ -88,7 +88,7 @@ class State:
 
     position: Position
     """Where the run stood."""
-    files: Mapping[str, FileSum]
+    files: Mapping[str, FileDigest]
     """Every other file of the checkpoint by its name."""
 
 
@@ -116,7 +116,7 @@ def read_state(path: Path) -> State:
             raise UserError(f"{path} has checkpoint format {form}; this version reads {FORMAT}.")
         if table.pop("sha256") != _own_hash(table):
             raise DamageError(f"the text of {STATE} does not have its hash")
-        files = {_plain(name): FileSum(**entry) for name, entry in table.pop("files").items()}
+        files = {_plain(name): FileDigest(**entry) for name, entry in table.pop("files").items()}
         return State(Position(**table | {"best": Best(**table["best"])}), files)
     except FileNotFoundError as error:
         missing = f"it has no {STATE}: it was never completed" if path.is_dir() else "it is not there"
@@ -195,7 +195,7 @@ def find_damage(path: Path, *, rank: int = 0, ranks: int = 0) -> str:
     return ""
 
 
-def _share(files: Mapping[str, FileSum], rank: int, ranks: int) -> list[str]:
+def _share(files: Mapping[str, FileDigest], rank: int, ranks: int) -> list[str]:
     """Every rank's as many and as large files as another's."""
     by_size = sorted(files, key=lambda name: (-files[name].bytes, name))
     return by_size[rank::ranks] if ranks else []

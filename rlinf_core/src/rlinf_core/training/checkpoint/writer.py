@@ -23,7 +23,7 @@ from rlinf_core.training.checkpoint.shards import Planner, ShardWriter
 from rlinf_core.training.checkpoint.state import (
     NAMES,
     STATE,
-    FileSum,
+    FileDigest,
     Position,
     State,
     dump_state,
@@ -42,7 +42,7 @@ class SaveError(Exception):
 
 
 @dataclass(frozen=True)
-class Keep:
+class Retention:
     """Which checkpoints stay."""
 
     last: int
@@ -50,7 +50,7 @@ class Keep:
     every: int = 0
     """Those after every so many steps; 0: no others."""
 
-    def superfluous(self, names: list[str], best: str) -> list[str]:
+    def expired(self, names: list[str], best: str) -> list[str]:
         """Those of some checkpoints that need not stay.
 
         Args:
@@ -63,18 +63,18 @@ class Keep:
 
 
 @dataclass(frozen=True)
-class Place:
+class CheckpointFolder:
     """Where a run's checkpoints lie, and which of them stay."""
 
-    folder: Path
-    """The run's, with `latest` and `best`."""
+    run_folder: Path
+    """The run\'s, with `latest` and `best`."""
     checkpoints: Path
     """That of the checkpoints."""
-    keep: Keep
+    retention: Retention
     rename: bool = True
     """Whether folders can be renamed there; if not, checkpoints are written under their own names."""
 
-    def aside(self, step: int) -> Path:
+    def temporary(self, step: int) -> Path:
         """Where a checkpoint is written to."""
         name = step_name(step)
         return self.checkpoints / (f".{name}.tmp" if self.rename else name)
@@ -112,7 +112,7 @@ class Writers:
         if box[0]:
             raise SaveError(box[0])
 
-    def write(self, folder: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, FileSum]:
+    def write(self, folder: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, FileDigest]:
         """Write the shards of all ranks; what their files are, on rank 0.
 
         Raises:
@@ -127,9 +127,9 @@ class Writers:
             if not all(isinstance(cause, OSError) for cause in causes.values()):
                 raise RuntimeError(str(error)) from error  # It is no Exception itself, which nobody would expect.
             raise SaveError("; ".join(f"rank {rank}: {_in_words(cause)}" for rank, cause in causes.items())) from error
-        gathered: list[dict[str, FileSum]] = [{}] * dist.get_world_size(self.group)
-        dist.gather_object(writer.files.sums, gathered if self.rank == 0 else None, dst=0, group=self.group)
-        return {name: of for sums in gathered for name, of in sums.items()}
+        gathered: list[dict[str, FileDigest]] = [{}] * dist.get_world_size(self.group)
+        dist.gather_object(writer.files.digests, gathered if self.rank == 0 else None, dst=0, group=self.group)
+        return {name: digest for digests in gathered for name, digest in digests.items()}
 
 
 def _in_words(error: BaseException) -> str:
@@ -139,7 +139,7 @@ def _in_words(error: BaseException) -> str:
 
 
 def write_checkpoint(
-    place: Place,
+    folder: CheckpointFolder,
     position: Position,
     tensors: Mapping[str, torch.Tensor],
     writers: Writers,
@@ -150,7 +150,7 @@ def write_checkpoint(
     """Write a checkpoint; called on every rank, in the same order of checkpoints.
 
     Args:
-        place: Where.
+        folder: Where.
         position: Where the run stands.
         tensors: What to save; nobody changes them meanwhile.
         writers: All ranks.
@@ -163,42 +163,42 @@ def write_checkpoint(
     Raises:
         SaveError: Some rank could not write; nothing is left of it.
     """
-    aside = place.aside(position.step)
+    temporary = folder.temporary(position.step)
     try:
-        writers.first(lambda: _make_room(place, aside))
-        files = writers.write(aside, tensors)
-        writers.first(lambda: _complete(place, position, files, best))
+        writers.first(lambda: _make_room(folder, temporary))
+        files = writers.write(temporary, tensors)
+        writers.first(lambda: _complete(folder, position, files, best))
     except SaveError:
-        writers.first(lambda: shutil.rmtree(aside, ignore_errors=True))
+        writers.first(lambda: shutil.rmtree(temporary, ignore_errors=True))
         raise
-    writers.first(lambda: _remove_others(place, place.path(position.step).name, before, best))
+    writers.first(lambda: _remove_others(folder, folder.path(position.step).name, before, best))
     return sum(entry.bytes for entry in files.values())
 
 
-def _make_room(place: Place, aside: Path) -> None:
-    place.checkpoints.mkdir(parents=True, exist_ok=True)
-    for unfinished in place.checkpoints.glob(".step_*.tmp"):
+def _make_room(folder: CheckpointFolder, temporary: Path) -> None:
+    folder.checkpoints.mkdir(parents=True, exist_ok=True)
+    for unfinished in folder.checkpoints.glob(".step_*.tmp"):
         shutil.rmtree(unfinished)
-    if aside.exists():
-        (aside / STATE).unlink(missing_ok=True)  # First, so that what is left is no checkpoint.
-        shutil.rmtree(aside)
-    aside.mkdir()
+    if temporary.exists():
+        (temporary / STATE).unlink(missing_ok=True)  # First, so that what is left is no checkpoint.
+        shutil.rmtree(temporary)
+    temporary.mkdir()
 
 
-def _complete(place: Place, position: Position, files: Mapping[str, FileSum], best: str) -> None:
-    aside, path = place.aside(position.step), place.path(position.step)
+def _complete(folder: CheckpointFolder, position: Position, files: Mapping[str, FileDigest], best: str) -> None:
+    temporary, path = folder.temporary(position.step), folder.path(position.step)
     state = dump_state(State(position, files))
-    if place.rename:
-        write_text(aside / STATE, state)
-        sync_folder(aside)
+    if folder.rename:
+        write_text(temporary / STATE, state)
+        sync_folder(temporary)
         if path.exists():
             shutil.rmtree(path)
-        aside.rename(path)
+        temporary.rename(path)
     else:
         _write_in_place(path / STATE, state)
-    sync_folder(place.checkpoints)
-    name_best(place, best)
-    write_text(place.folder / "latest", path.name)
+    sync_folder(folder.checkpoints)
+    name_best(folder, best)
+    write_text(folder.run_folder / "latest", path.name)
 
 
 def _write_in_place(file: Path, text: str) -> None:
@@ -208,15 +208,15 @@ def _write_in_place(file: Path, text: str) -> None:
         os.fsync(stream.fileno())
 
 
-def _remove_others(place: Place, name: str, before: str, best: str) -> None:
+def _remove_others(folder: CheckpointFolder, name: str, before: str, best: str) -> None:
     """Remove what need not stay now that a checkpoint is complete; what cannot be removed is told, and no failure.
 
     After the checkpoint before, this run has no other than this one. What else is there was left when the run went on
     from an earlier one, and must not be taken for its own once it has come past.
     """
-    others = [other for other in place.checkpoints.glob(NAMES) if other.name != name]
+    others = [other for other in folder.checkpoints.glob(NAMES) if other.name != name]
     complete = [other.name for other in others if other.name <= before and (other / STATE).exists()]
-    kept = set(complete) - set(place.keep.superfluous([*complete, name], best))
+    kept = set(complete) - set(folder.retention.expired([*complete, name], best))
     for other in others:
         if other.name not in kept:
             try:
@@ -226,16 +226,16 @@ def _remove_others(place: Place, name: str, before: str, best: str) -> None:
                 print(f"warning: {other} cannot be removed: {_in_words(error)}", file=sys.stderr, flush=True)
 
 
-def restate(place: Place, position: Position, best: str) -> None:
+def restate(folder: CheckpointFolder, position: Position, best: str) -> None:
     """Correct what the checkpoint of a position says of validations. Called on rank 0."""
-    path = place.path(position.step)
-    (write_text if place.rename else _write_in_place)(path / STATE, dump_state(State(position, read_state(path).files)))
-    name_best(place, best)
+    path = folder.path(position.step)
+    (write_text if folder.rename else _write_in_place)(path / STATE, dump_state(State(position, read_state(path).files)))
+    name_best(folder, best)
 
 
-def name_best(place: Place, best: str) -> None:
+def name_best(folder: CheckpointFolder, best: str) -> None:
     """Make the file `best` name a checkpoint, if that is complete, or none. Called on rank 0."""
-    if best and (place.checkpoints / best / STATE).exists():
-        write_text(place.folder / "best", best)
+    if best and (folder.checkpoints / best / STATE).exists():
+        write_text(folder.run_folder / "best", best)
     else:
-        (place.folder / "best").unlink(missing_ok=True)
+        (folder.run_folder / "best").unlink(missing_ok=True)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from rlinf_core.errors import UserError
 from rlinf_core.torch_names import HashStore
-from rlinf_core.training.distributed.rendezvous import meet
+from rlinf_core.training.distributed.rendezvous import rendezvous
 from rlinf_core.training.monitor.flight_recorder import remember_collectives
 
 T = TypeVar("T")
@@ -135,7 +135,7 @@ def processes(
     timeout = timedelta(seconds=timeout_seconds)
     backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
     if "RANK" in os.environ:
-        store, rank, size = meet(timeout)
+        store, rank, size = rendezvous(timeout)
     else:
         store, rank, size = HashStore(), 0, 1
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)

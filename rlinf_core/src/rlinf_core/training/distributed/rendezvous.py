@@ -14,7 +14,8 @@ import uuid
 from datetime import timedelta
 
 from rlinf_core.errors import RunError
-from rlinf_core.torch_names import DistError, PrefixStore, Store, rendezvous
+from rlinf_core.torch_names import DistError, PrefixStore, Store
+from rlinf_core.torch_names import rendezvous as torch_rendezvous
 
 PAUSES = (0.02, 0.5)
 """Seconds between two looks into the store: at first, and when it takes long."""
@@ -22,13 +23,13 @@ NAMED = 8
 """Ranks that an error names at most."""
 
 
-def meet(timeout: timedelta) -> tuple[Store, int, int]:
+def rendezvous(timeout: timedelta) -> tuple[Store, int, int]:
     """What `torch.distributed.init_process_group` needs of a process that torchrun has started: store, rank, size.
 
     Raises:
         RunError: Some rank has not come in time, or the store has gone.
     """
-    store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
+    store, rank, size = next(iter(torch_rendezvous("env://", timeout=timeout)))
     try:
         return agree(store, rank, size, timeout), rank, size
     except DistError as error:
@@ -52,9 +53,9 @@ def agree(store: Store, rank: int, size: int, timeout: timedelta) -> Store:
         RunError: Some rank has not come in time; or this process is left over from an earlier start.
     """
     end, pause, parent = time.monotonic() + timeout.total_seconds(), PAUSES[0], os.getppid()
-    meeting = PrefixStore("meeting", store)
-    member = _Leader(meeting, size) if rank == 0 else _Follower(meeting, rank)
-    while (start := member.look()) is None:
+    shared = PrefixStore("rendezvous", store)
+    member = _Leader(shared, size) if rank == 0 else _Follower(shared, rank)
+    while (start := member.poll()) is None:
         if os.getppid() != parent:
             raise RunError(f"rank {rank} is left over: what started it is gone")
         if time.monotonic() > end:
@@ -67,27 +68,27 @@ def agree(store: Store, rank: int, size: int, timeout: timedelta) -> Store:
 class _Leader:
     """Rank 0."""
 
-    def __init__(self, meeting: Store, size: int) -> None:
-        self._meeting = meeting
-        self._number = meeting.add("starts", 1)
+    def __init__(self, store: Store, size: int) -> None:
+        self._store = store
+        self._number = store.add("starts", 1)
         self._missing = list(range(1, size))
         """Ranks that have not confirmed."""
 
-    def look(self) -> int | None:
+    def poll(self) -> int | None:
         """Answer whoever asks; the number of the start, once all have confirmed it."""
-        if self._meeting.add("starts", 0) != self._number:
+        if self._store.add("starts", 0) != self._number:
             raise RunError("rank 0 is left over: the ranks have been started anew")
         self._missing = [rank for rank in self._missing if not self._has_confirmed(rank)]
         if self._missing:
             return None
-        self._meeting.set(f"complete/{self._number}", "")
+        self._store.set(f"complete/{self._number}", "")
         return self._number
 
     def _has_confirmed(self, rank: int) -> bool:
-        if nonce := _read(self._meeting, f"nonce/{rank}"):
+        if nonce := _read(self._store, f"nonce/{rank}"):
             # Each time: a rank 0 that is left over may just have given its own answer, for the last time.
-            self._meeting.set(f"number/{nonce}", str(self._number))
-        return bool(nonce) and _read(self._meeting, f"confirmed/{self._number}/{rank}") == nonce
+            self._store.set(f"number/{nonce}", str(self._number))
+        return bool(nonce) and _read(self._store, f"confirmed/{self._number}/{rank}") == nonce
 
     def missing(self) -> str:
         ranks = self._missing
@@ -98,24 +99,24 @@ class _Leader:
 class _Follower:
     """Any other rank."""
 
-    def __init__(self, meeting: Store, rank: int) -> None:
-        self._meeting, self._rank, self._nonce = meeting, rank, uuid.uuid4().hex
+    def __init__(self, store: Store, rank: int) -> None:
+        self._store, self._rank, self._nonce = store, rank, uuid.uuid4().hex
         self._confirmed = ""
-        meeting.set(f"nonce/{rank}", self._nonce)
+        store.set(f"nonce/{rank}", self._nonce)
 
-    def look(self) -> int | None:
+    def poll(self) -> int | None:
         """Confirm rank 0's number; it, once all have."""
-        if _read(self._meeting, f"nonce/{self._rank}") != self._nonce:
+        if _read(self._store, f"nonce/{self._rank}") != self._nonce:
             raise RunError(f"rank {self._rank} is left over: another process has taken its place")
-        number = _read(self._meeting, f"number/{self._nonce}")
+        number = _read(self._store, f"number/{self._nonce}")
         if number != self._confirmed:
-            self._meeting.set(f"confirmed/{number}/{self._rank}", self._nonce)
+            self._store.set(f"confirmed/{number}/{self._rank}", self._nonce)
             self._confirmed = number
-        return int(number) if number and self._meeting.check([f"complete/{number}"]) else None
+        return int(number) if number and self._store.check([f"complete/{number}"]) else None
 
     def missing(self) -> str:
         return "others" if self._confirmed else "rank 0"
 
 
-def _read(meeting: Store, key: str) -> str:
-    return meeting.get(key).decode() if meeting.check([key]) else ""
+def _read(store: Store, key: str) -> str:
+    return store.get(key).decode() if store.check([key]) else ""

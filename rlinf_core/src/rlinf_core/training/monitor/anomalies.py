@@ -33,14 +33,14 @@ SMALLEST_SPREAD = 0.01
 MOST_SAMPLES = 64
 """Samples of an anomaly that are written down, the most suspicious first."""
 
-Kind = Literal["skipped", "spike"]
+AnomalyKind = Literal["skipped", "spike"]
 
 
 @dataclass(frozen=True)
 class Anomaly:
     """Something odd about a step."""
 
-    kind: Kind
+    kind: AnomalyKind
     value: float
     """The step's loss."""
     expected: float

@@ -89,12 +89,12 @@ class StepNumbers:
     asked: bool
     """Whether any rank had been asked to stop when it had computed the step."""
     times: list[float]
-    """`Stragglers.own` of each rank, where the step brought them; else empty."""
+    """`Stragglers.own_times` of each rank, where the step brought them; else empty."""
     useful_tflop: float
     """Useful operations of the step over all ranks, in 10¹²; 0: not known."""
     sample_losses: list[float]
     """[global batch]; of a policy that does not tell them, each has the mean of its micro batch."""
-    told: bool
+    has_sample_losses: bool
     """Whether the policy tells them."""
 
 
@@ -110,7 +110,7 @@ class StepRecord:
     """Of metrics, sums of sources, the request to stop with useful operations, times and sample losses."""
     _values: torch.Tensor
     _arrived: torch.cuda.Event | None
-    _told: bool
+    _has_sample_losses: bool
 
     @property
     def is_here(self) -> bool:
@@ -129,7 +129,7 @@ class StepRecord:
             part.tolist() for part in torch.split(self._values, list(self._sizes))
         )
         metrics = dict(zip(self._keys, values, strict=True)) | self.clock.read(samples)
-        return StepNumbers(metrics, by_source, asked[0] > 0, times, asked[1], losses, self._told)
+        return StepNumbers(metrics, by_source, asked[0] > 0, times, asked[1], losses, self._has_sample_losses)
 
 
 def record_event() -> torch.cuda.Event:
@@ -159,9 +159,9 @@ def peak_memory_gb(device: torch.device) -> float:
 class Throughput:
     """Useful operations of a run's micro batches, and what they amount to."""
 
-    def __init__(self, run: RunConfig, policy: Any, group: ProcessGroup, say: Callable[[str], None]) -> None:
+    def __init__(self, run: RunConfig, policy: Any, group: ProcessGroup, log: Callable[[str], None]) -> None:
         self._config = run.policy
-        self._ranks, self._say = group.size, say
+        self._ranks, self._log = group.size, log
         self._on_cuda = group.device.type == "cuda"
         self._peak = peak_tflops(torch.cuda.get_device_name(group.device)) if self._on_cuda else None
         self._trained = {name: parameter.requires_grad for name, parameter in policy.named_parameters()}
@@ -203,7 +203,7 @@ class Throughput:
             flops = count(twin, batch).flops
         except (RuntimeError, NotImplementedError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self._say(f"note: no mfu: the policy has no useful_flops(), and cannot be counted: {reason}")
+            self._log(f"note: no mfu: the policy has no useful_flops(), and cannot be counted: {reason}")
             return 0.0
-        self._say("note: mfu takes padding for useful: the policy has no useful_flops(), one micro batch was counted")
+        self._log("note: mfu takes padding for useful: the policy has no useful_flops(), one micro batch was counted")
         return float(flops)

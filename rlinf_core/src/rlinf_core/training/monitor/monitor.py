@@ -99,7 +99,7 @@ class Monitor:
     def before(self, step: int) -> tuple[float, float] | None:
         """The step with this number comes next; returns this rank's times if the ranks are compared after it."""
         self._profile.before(step)
-        return self._stragglers.own() if self._stragglers.due(step) else None
+        return self._stragglers.own_times() if self._stragglers.is_due(step) else None
 
     def add(self, record: StepRecord) -> None:
         """Take in a step that was computed, or is being."""
@@ -143,9 +143,9 @@ class Monitor:
             for logger in self._loggers:
                 ending.callback(logger.close, error)
             ending.callback(self._profile.close)
-            ending.callback(self._read_what_is_left)
+            ending.callback(self._read_remaining)
 
-    def _read_what_is_left(self) -> None:
+    def _read_remaining(self) -> None:
         """Report steps that were computed before an error, as far as their numbers still arrive."""
         until = time.monotonic() + LAST_WAIT
         while self._waiting:
@@ -166,9 +166,9 @@ class Monitor:
         if self._is_first and (missing := missing_losses(self._batches.sources, metrics)):
             self.log(missing)
         self._is_first = False
-        self._look_for_anomalies(step, metrics, numbers)
-        self._stragglers.note(metrics, record.clock)
-        if numbers.times and (slow := self._stragglers.tell(step, numbers.times)):
+        self._report_anomaly(step, metrics, numbers)
+        self._stragglers.add(metrics, record.clock)
+        if numbers.times and (slow := self._stragglers.report(step, numbers.times)):
             self.log(slow)
         return numbers.asked
 
@@ -181,8 +181,8 @@ class Monitor:
             logger.step(step, metrics)
         self._hook.rlinf_step_finished(trainer=self._trainer, step=step, metrics=metrics)
 
-    def _look_for_anomalies(self, step: int, metrics: Mapping[str, float], numbers: StepNumbers) -> None:
-        losses, together = numbers.sample_losses, 1 if numbers.told else self._batches.batching.micro_batch_size
+    def _report_anomaly(self, step: int, metrics: Mapping[str, float], numbers: StepNumbers) -> None:
+        losses, together = numbers.sample_losses, 1 if numbers.has_sample_losses else self._batches.batching.micro_batch_size
         diverged = have_diverged(losses, together=together)
         anomaly = self._guard.see(metrics, diverged=diverged)
         if anomaly is None or self._anomalies is None:

@@ -18,11 +18,11 @@ class Profile:
         folder: The run's.
         steps: The first and the last step to record, from 1; empty: none.
         device: What the steps compute on.
-        say: Tells loggers a line.
+        log: Sends a line to the loggers.
     """
 
-    def __init__(self, folder: Path, steps: Sequence[int], device: torch.device, say: Callable[[str], None]) -> None:
-        self._steps, self._device, self._say = tuple(steps), device, say
+    def __init__(self, folder: Path, steps: Sequence[int], device: torch.device, log: Callable[[str], None]) -> None:
+        self._steps, self._device, self._log = tuple(steps), device, log
         self._file = folder / FOLDER / f"steps_{'_'.join(f'{step:09d}' for step in steps)}.json"
         self._recorder: torch.profiler.profile | None = None
 
@@ -55,4 +55,4 @@ class Profile:
         aside = self._file.with_name(f".{self._file.name}")
         recorder.export_chrome_trace(str(aside))
         aside.replace(self._file)
-        self._say(f"step {self._steps[1]}: the trace of steps {self._steps[0]} to {self._steps[1]} is {self._file}")
+        self._log(f"step {self._steps[1]}: the trace of steps {self._steps[0]} to {self._steps[1]} is {self._file}")

@@ -32,45 +32,45 @@ class Stragglers:
     def __init__(self, group: ProcessGroup) -> None:
         self._group = group
         self._steps, self._seconds, self._data, self._cpu = 0, 0.0, 0.0, 0.0
-        self._probe: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        self._timed: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
         self.step_seconds = 0.0
-        """How long a step took, on average, before the last call of `own`."""
+        """How long a step took, on average, before the last call of `own_times`."""
 
-    def due(self, step: int) -> bool:
+    def is_due(self, step: int) -> bool:
         """Whether the ranks are compared after so many steps."""
         return self._group.size > 1 and step % INTERVAL == 0
 
-    def note(self, metrics: dict[str, float], clock: StepClock) -> None:
+    def add(self, metrics: dict[str, float], clock: StepClock) -> None:
         """Take in a step of this rank."""
         self._steps += 1
         self._data += metrics["data_wait_share"] * metrics["step_seconds"]
         self._seconds += metrics["step_seconds"]
         self._cpu += clock.cpu_seconds
 
-    def own(self) -> tuple[float, float]:
+    def own_times(self) -> tuple[float, float]:
         """This rank's seconds since the last call: waiting for data, and computing; 0 where nothing was measured."""
         steps = max(self._steps, 1)
         data, computing = self._data / steps, self._cpu / steps
         if self._group.device.type == "cuda":
-            done = self._probe is not None and self._probe[1].query()  # type: ignore[no-untyped-call]
-            computing = self._probe[0].elapsed_time(self._probe[1]) / 1000 if done and self._probe else 0.0
-            self._probe = _probe(self._group.device)
+            done = self._timed is not None and self._timed[1].query()  # type: ignore[no-untyped-call]
+            computing = self._timed[0].elapsed_time(self._timed[1]) / 1000 if done and self._timed else 0.0
+            self._timed = _queue_products(self._group.device)
         self.step_seconds = self._seconds / steps
         self._steps, self._seconds, self._data, self._cpu = 0, 0.0, 0.0, 0.0
         return data, computing
 
-    def tell(self, step: int, times: Sequence[float]) -> str:
+    def report(self, step: int, times: Sequence[float]) -> str:
         """Who holds the others up; empty if nobody does.
 
         Args:
             step: The number of the step that brought the times.
-            times: What `own` gave, rank after rank.
+            times: What `own_times` gave, rank after rank.
         """
         slow = find_slow(times[::2], times[1::2], self.step_seconds)
         if not slow:
             return ""
         return f"step {step}: slower than the other ranks: " + "; ".join(
-            f"{place(rank)}, {words}" for rank, words in slow
+            f"{name_rank(rank)}, {words}" for rank, words in slow
         )
 
 
@@ -93,14 +93,14 @@ def find_slow(data: Sequence[float], computing: Sequence[float], step_seconds: f
     return slow
 
 
-def place(rank: int) -> str:
+def name_rank(rank: int) -> str:
     """A rank in words, with its machine where there are several."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     world = int(os.environ.get("WORLD_SIZE", "1"))
     return f"rank {rank}" if world <= local else f"rank {rank} (process {rank % local} of machine {rank // local})"
 
 
-def _probe(device: torch.device) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+def _queue_products(device: torch.device) -> tuple[torch.cuda.Event, torch.cuda.Event]:
     """Queue the same small piece of work on every device; nothing waits for it."""
     size, times = TIMED_PRODUCTS
     factor = torch.ones(size, size, dtype=torch.bfloat16, device=device)
