@@ -211,7 +211,7 @@ def test_values_of_different_metrics_are_not_compared():
     [
         (["runner.save_best=true"], "runner.save_best needs validations: set runner.val_check_interval"),
         (["runner.early_stop_min_delta=0.1"], "does nothing without early_stop_patience"),
-        (["trainer.cpu_offload=true", "trainer.ema_device=cpu"], "says nothing new beside cpu_offload"),
+        (["trainer.cpu_offload=true", "trainer.ema_device=cpu"], "is redundant with cpu_offload"),
         (["trainer.ema_device=cpu"], "does nothing without optim.ema_decay"),
     ],
 )
@@ -221,7 +221,7 @@ def test_options_that_would_do_nothing_are_refused(configure, overrides, complai
 
 
 def test_an_unknown_best_metric_is_refused_before_training(train):
-    with pytest.raises(UserError, match=r"no 'val_los' of which smaller is better; did you mean 'val_loss'\?"):
+    with pytest.raises(UserError, match=r"no 'val_los' for which smaller is better; did you mean 'val_loss'\?"):
         train("runner.best_metric=val_los", "runner.val_check_interval=2")
 
 

@@ -20,7 +20,7 @@ SHORT = Shortage(80 * GB, 78 * GB, States(13 * GB, 13 * GB, 26 * GB, 0), micro_b
 def test_the_largest_consumers_come_first_and_a_fitting_micro_batch_is_named():
     said = describe_shortage(SHORT, PLAIN, where="rank 3, step 1, forward", ranks=1)
     assert said.startswith("rank 3, step 1, forward: out of memory, of 80.0 GB.")
-    held = said.partition("Taken: ")[2]
+    held = said.partition("Used: ")[2]
     assert held.index("optimizer moments 26.0 GB") < held.index("weights 13.0 GB")
     assert "activations and gathered weights of 32 samples, at least 26.0 GB" in held
     assert "trainer.micro_batch_size = 16 should fit (now 32; same result)" in said

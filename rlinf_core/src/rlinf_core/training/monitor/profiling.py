@@ -1,4 +1,4 @@
-"""`runner.profile`: a trace of some steps, for chrome://tracing or Perfetto, written by rank 0."""
+"""`runner.profile`: a trace of a few steps for chrome://tracing or Perfetto, written by rank 0."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ FOLDER = "profile"
 
 
 class Profile:
-    """Records the steps that `runner.profile` names; does nothing where it names none.
+    """Records the steps in `runner.profile`; does nothing if it is empty.
 
     Args:
-        folder: The run's.
-        steps: The first and the last step to record, from 1; empty: none.
-        device: What the steps compute on.
+        folder: The run's folder.
+        steps: First and last step to record, from 1; empty: none.
+        device: The device that computes the steps.
         log: Sends a line to the loggers.
     """
 
@@ -27,24 +27,24 @@ class Profile:
         self._recorder: torch.profiler.profile | None = None
 
     def before(self, step: int) -> None:
-        """The step with this number comes next."""
+        """Called before each step: starts recording at the first one."""
         if not self._steps or step != self._steps[0]:
             return
         activities = [torch.profiler.ProfilerActivity.CPU]
         if self._device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
-        else:  # PyTorch's tracer calls it an error that there is no GPU; its levels end with errors, 4.
+        else:  # PyTorch's tracer logs an error (level 4, the highest) if there is no GPU.
             os.environ.setdefault("KINETO_LOG_LEVEL", "5")
         self._recorder = torch.profiler.profile(activities=activities, acc_events=True)
         self._recorder.start()
 
     def after(self, step: int) -> None:
-        """The step with this number was computed, or is being."""
+        """Called after each step was started: ends recording at the last one."""
         if self._recorder is not None and step >= self._steps[1]:
             self.close()
 
     def close(self) -> None:
-        """Write what was recorded, also if the run ends before the last step that is wanted."""
+        """Write the trace, even if the run ends before the last step to record."""
         if self._recorder is None:
             return
         recorder, self._recorder = self._recorder, None

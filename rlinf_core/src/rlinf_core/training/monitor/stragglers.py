@@ -1,9 +1,9 @@
-"""Ranks that hold the others up: named now and then, with what they are slow at.
+"""Stragglers: ranks that hold up the others, reported once per interval with what they are slow at.
 
-All ranks take equally long for a step, because each waits for the slowest. Two times are a rank's own: what it waits
-for its data, and how long it computes the same thing. On the CPU the latter is the processor time of a step; on CUDA,
-where a rank's kernels wait for others' inside collectives, a small product of matrices is timed once an interval.
-The numbers travel with the sums of a step that are added up anyway.
+All ranks take equally long for a step, because each waits for the slowest. Two times are a rank's own: how long it
+waits for data, and how long it takes for the same computation. On the CPU the latter is the CPU time of a step; on
+CUDA, where kernels wait for other ranks inside collectives, a few small matrix products are timed once per interval.
+The times travel with the sums of a step, so that comparing needs no further collective.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from rlinf_core.contract.process_group import ProcessGroup
 from rlinf_core.training.monitor.metrics import StepClock, record_event
 
 INTERVAL = 100
-"""Steps between two looks at all ranks."""
+"""Steps between two comparisons of all ranks."""
 SLOWER = 1.3
-"""A rank is told of from this on: computing so many times as long as the median rank, or waiting for data longer than
-the median rank by the part of a step that makes it take so many times as long."""
+"""Report a rank once it takes this many times the median rank's compute time, or waits so much longer for data than the
+median rank that a step takes this many times as long."""
 TIMED_PRODUCTS = 2048, 32
-"""Rows of the square matrices and number of products that are timed: 0.55 TFLOP, about a millisecond."""
+"""Rows of the square matrices, and number of products timed together: 0.55 TFLOP, about a millisecond."""
 
 
 class Stragglers:
@@ -34,21 +34,21 @@ class Stragglers:
         self._steps, self._seconds, self._data, self._cpu = 0, 0.0, 0.0, 0.0
         self._timed: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
         self.step_seconds = 0.0
-        """How long a step took, on average, before the last call of `own_times`."""
+        """Mean duration of a step in the interval before the last call of `own_times`."""
 
     def is_due(self, step: int) -> bool:
-        """Whether the ranks are compared after so many steps."""
+        """Whether the ranks are compared at this step."""
         return self._group.size > 1 and step % INTERVAL == 0
 
     def add(self, metrics: dict[str, float], clock: StepClock) -> None:
-        """Take in a step of this rank."""
+        """Add the times of a step of this rank."""
         self._steps += 1
         self._data += metrics["data_wait_share"] * metrics["step_seconds"]
         self._seconds += metrics["step_seconds"]
         self._cpu += clock.cpu_seconds
 
     def own_times(self) -> tuple[float, float]:
-        """This rank's seconds since the last call: waiting for data, and computing; 0 where nothing was measured."""
+        """This rank's mean seconds per step since the last call, waiting for data and computing; 0 if not measured."""
         steps = max(self._steps, 1)
         data, computing = self._data / steps, self._cpu / steps
         if self._group.device.type == "cuda":
@@ -60,11 +60,11 @@ class Stragglers:
         return data, computing
 
     def report(self, step: int, times: Sequence[float]) -> str:
-        """Who holds the others up; empty if nobody does.
+        """A message that names the slow ranks; empty if there are none.
 
         Args:
-            step: The number of the step that brought the times.
-            times: What `own_times` gave, rank after rank.
+            step: The step that compared the ranks.
+            times: `own_times` of all ranks, concatenated.
         """
         slow = find_slow(times[::2], times[1::2], self.step_seconds)
         if not slow:
@@ -75,12 +75,12 @@ class Stragglers:
 
 
 def find_slow(data: Sequence[float], computing: Sequence[float], step_seconds: float) -> list[tuple[int, str]]:
-    """The ranks that are slower than the median one, each with what it is slow at.
+    """The ranks that are slower than the median rank, each with what it is slow at.
 
     Args:
-        data: Seconds a step that each rank waits for data.
-        computing: Seconds that each rank takes to compute the same; 0 where that is not known.
-        step_seconds: How long a step takes.
+        data: Seconds per step that each rank waits for data.
+        computing: Seconds that each rank takes for the same computation; 0 if not known.
+        step_seconds: Duration of a step.
     """
     slow = []
     usual_data = statistics.median_low(data)
@@ -94,14 +94,14 @@ def find_slow(data: Sequence[float], computing: Sequence[float], step_seconds: f
 
 
 def name_rank(rank: int) -> str:
-    """A rank in words, with its machine where there are several."""
+    """A rank as text, with its machine if there are several."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     world = int(os.environ.get("WORLD_SIZE", "1"))
     return f"rank {rank}" if world <= local else f"rank {rank} (process {rank % local} of machine {rank // local})"
 
 
 def _queue_products(device: torch.device) -> tuple[torch.cuda.Event, torch.cuda.Event]:
-    """Queue the same small piece of work on every device; nothing waits for it."""
+    """Queue the timed products, the same on every device, without waiting for them."""
     size, times = TIMED_PRODUCTS
     factor = torch.ones(size, size, dtype=torch.bfloat16, device=device)
     start = record_event()
