@@ -37,7 +37,7 @@ def measure(folder: Path, rounds: int, width: int, *, ema: bool) -> None:
 
     from rlinf_core.training.checkpoint.manager import Checkpoints
     from rlinf_core.training.checkpoint.state import Position
-    from rlinf_core.training.checkpoint.writer import Keep, Place
+    from rlinf_core.training.checkpoint.writer import CheckpointFolder, Retention
     from rlinf_core.training.distributed.processes import processes
     from rlinf_core.training.ema import Ema
     from rlinf_core.training.fsdp import ranks_mesh
@@ -92,8 +92,8 @@ def measure(folder: Path, rounds: int, width: int, *, ema: bool) -> None:
 
         saving = {}
         for name, in_background in (("async", True), ("sync", False)):
-            place = Place(folder, folder / name, Keep(1))
-            saving[name] = Checkpoints(place, group, tensors, in_background=in_background)
+            where = CheckpointFolder(folder, folder / name, Retention(1))
+            saving[name] = Checkpoints(where, group, tensors, in_background=in_background)
         begin = time.perf_counter()
         for checkpoints in saving.values():  # Seconds on a busy machine; a run spends them before its first save.
             checkpoints.wait_for_memory()

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from rlinf_core.training.blocks import prepare_block
 from rlinf_core.training.distributed.processes import to_device
 from rlinf_core.training.ema import Ema
-from rlinf_core.training.fsdp import communicate, materialize, shard, unreached
+from rlinf_core.training.fsdp import materialize, set_gradient_sync, shard, unused_parameters
 from rlinf_core.training.optim import Optimizer, Schedule, decays
 from rlinf_plugins_openpi.inputs.collate import stack
 from rlinf_plugins_openpi.model.packing import pack
@@ -75,7 +75,7 @@ def sharded(dimensions: Pi0Dimensions, device: torch.device, options: Options) -
 
 def _prepare(policy: Pi0, *, checkpointing: Any, compiled: bool) -> None:
     if not decays(SCHEDULE.lr, WEIGHT_DECAY):
-        for name in unreached(policy):
+        for name in unused_parameters(policy):
             policy.get_parameter(name).requires_grad_(False)
     for unit in policy.shard_units():
         if unit.block:
@@ -115,7 +115,7 @@ class OurStep:
         self.batches = [to_device(collate(samples[i : i + micro_batch], policy), device) for i in starts]
         # betas, eps, decay and bound: the reference's, as in `Pi0Config`.
         rest = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": WEIGHT_DECAY, "clip_grad": 1.0}
-        self.optimizer = Optimizer(policy.named_parameters(), SCHEDULE, unreached=unreached(policy), **rest)
+        self.optimizer = Optimizer(policy.named_parameters(), SCHEDULE, unused=unused_parameters(policy), **rest)
         self.ema = None
         self.average(ema_decay)
 
@@ -129,7 +129,7 @@ class OurStep:
         totals: torch.Tensor | None = None
         for number, batch in enumerate(self.batches):
             if self.options is not None:
-                communicate(
+                set_gradient_sync(
                     self.policy,
                     last=number + 1 == len(self.batches),
                     reduce_every_micro_batch=self.options.reduce_every_micro_batch,

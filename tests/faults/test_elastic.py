@@ -120,12 +120,12 @@ def test_two_machines_survive_losing_and_regaining_one(start_agent, tmp_path, le
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    meeting = ("--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=8", "--rdzv-backend=c10d", "--rdzv-id=elastic")
-    meeting += (f"--rdzv-endpoint=localhost:{port}", "--rdzv-conf=last_call_timeout=3,keep_alive_interval=1")
+    rendezvous = ("--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=8", "--rdzv-backend=c10d", "--rdzv-id=elastic")
+    rendezvous += (f"--rdzv-endpoint=localhost:{port}", "--rdzv-conf=last_call_timeout=3,keep_alive_interval=1")
     folder, steps = tmp_path / "run", 600
-    stays = start_agent(steps, *meeting, own_store="1")
+    stays = start_agent(steps, *rendezvous, own_store="1")
     wait_for(lambda: last_step(folder) > 6, [stays])
-    comes = start_agent(steps, *meeting, own_store="1")
+    comes = start_agent(steps, *rendezvous, own_store="1")
     wait_for(lambda: ranks_of(folder) == 2, [stays, comes])
     at = last_step(folder)
     wait_for(lambda: last_step(folder) > at + 6, [stays, comes])
@@ -133,7 +133,7 @@ def test_two_machines_survive_losing_and_regaining_one(start_agent, tmp_path, le
     wait_for(lambda: ranks_of(folder) == 1, [stays])
     at = last_step(folder)
     wait_for(lambda: last_step(folder) > at + 6, [stays])
-    again = start_agent(steps, *meeting, own_store="1")
+    again = start_agent(steps, *rendezvous, own_store="1")
     wait_for(lambda: ranks_of(folder) == 2, [stays, again])
     (tmp_path / FAST).touch()
     assert stays.process.wait(LONG) == 0, stays.said()

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from rlinf_core.training.blocks import prepare_block
 from rlinf_core.training.ema import Ema
-from rlinf_core.training.fsdp import communicate, materialize, shard
+from rlinf_core.training.fsdp import materialize, set_gradient_sync, shard
 from rlinf_core.training.optim import Optimizer, Schedule
 from rlinf_plugins_openpi.model.dimensions import Pi0Dimensions
 from rlinf_plugins_openpi.model.parts import unpacked
@@ -101,7 +101,7 @@ def train(
     ema, losses = Ema(policy, 0.5, torch.device(ema_device) if ema_device else None), []
     for number, batch in enumerate(batches(pi05, device)):
         last = number % MICRO_BATCHES == MICRO_BATCHES - 1
-        communicate(policy, last=last, reduce_every_micro_batch=False, reshard=reshard_after_forward)
+        set_gradient_sync(policy, last=last, reduce_every_micro_batch=False, reshard=reshard_after_forward)
         out = policy(batch)
         out.loss_sum.backward()
         losses.append(float(out.loss_sum.detach() / out.weight))

@@ -16,7 +16,7 @@ from rlinf_core.training.checkpoint import shards
 from rlinf_core.training.checkpoint.load import load
 from rlinf_core.training.checkpoint.manager import Checkpoints
 from rlinf_core.training.checkpoint.state import Position, find_damage
-from rlinf_core.training.checkpoint.writer import Keep, Place
+from rlinf_core.training.checkpoint.writer import CheckpointFolder, Retention
 from rlinf_core.training.distributed.processes import processes
 from rlinf_core.training.fsdp import ranks_mesh
 
@@ -37,7 +37,7 @@ def main(arguments):
             "w": distribute_tensor(whole, ranks_mesh(group.device.type, group.size), [Shard(0)]),
             "same": torch.ones(3),
         }
-        checkpoints = Checkpoints(Place(folder, folder / "checkpoints", Keep(2)), group, tensors)
+        checkpoints = Checkpoints(CheckpointFolder(folder, folder / "checkpoints", Retention(2)), group, tensors)
         for step in (1, 2):
             time.sleep(0.2 * group.rank * (step == 1))  # Ranks come to a save at different times.
             checkpoints.save(at(step))

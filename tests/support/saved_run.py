@@ -4,7 +4,7 @@ from rlinf_core.config.load import dump_config
 from rlinf_core.data.normalize import save_norm_stats
 from rlinf_core.files import write_text
 from rlinf_core.training.checkpoint.manager import Checkpoints
-from rlinf_core.training.checkpoint.state import FileSum, Position, State, dump_state
+from rlinf_core.training.checkpoint.state import FileDigest, Position, State, dump_state
 from rlinf_core.training.fsdp import layout
 from rlinf_core.training.resume import Start
 
@@ -32,7 +32,7 @@ def checkpoint(run, step, validated=None, sample=0):
     at = step if validated is None else validated
     position = Position(step=step, epoch=0, sample=sample, rows=1, seed=0, layout="", validated=at)
     (path / "shard").write_bytes(b"abc")
-    sums = {"shard": FileSum(3, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad")}
-    write_text(path / "state.json", dump_state(State(position, sums)))
+    digests = {"shard": FileDigest(3, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad")}
+    write_text(path / "state.json", dump_state(State(position, digests)))
     write_text(run.folder / "latest", path.name)
     return path

@@ -260,6 +260,6 @@ def test_accuracy_is_no_best_metric(tmp_path, monkeypatch):
     run = load_config("examples/text_sft.toml", given)
     with (
         processes("cpu") as group,
-        pytest.raises(UserError, match="no 'val_token_accuracy' of which smaller is better"),
+        pytest.raises(UserError, match="no 'val_token_accuracy' for which smaller is better"),
     ):
         run.trainer.build(run, start=prepare_folder(run, overwrite=True), group=group, plugins=get_plugins())

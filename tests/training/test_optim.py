@@ -88,7 +88,7 @@ def test_what_no_loss_reaches_has_no_state_and_decays_as_adamw_would_have_it():
     torch.manual_seed(0)
     model = torch.nn.ModuleDict({"used": torch.nn.Linear(4, 3), "kept": torch.nn.Linear(4, 3)})
     start = {name: p.detach().clone() for name, p in model["kept"].named_parameters()}
-    settings = {"betas": (0.9, 0.95), "eps": 1e-8, "clip_grad": 1.0, "unreached": {"kept.weight", "kept.bias"}}
+    settings = {"betas": (0.9, 0.95), "eps": 1e-8, "clip_grad": 1.0, "unused": {"kept.weight", "kept.bias"}}
     optimizer = Optimizer(model.named_parameters(), Schedule(1e-2, 1e-3, 3, 12), weight_decay=0.1, **settings)
     assert not any("kept" in name for name in optimizer.state_dict())
     factor = 1.0
@@ -115,7 +115,7 @@ def test_the_references_decay_changes_no_float32_number():
         eps=1e-8,
         weight_decay=1e-10,
         clip_grad=1.0,
-        unreached={"bias"},
+        unused={"bias"},
     )
     before = model.bias.detach().clone()
     backward(model, 0)

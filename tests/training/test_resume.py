@@ -238,7 +238,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_newest_whole_one(run):
     assert (begun.step, begun.checkpoint.name) == (4, "step_000000004")
     assert [note.removeprefix("warning: ") for note in begun.notes] == [
         "the checkpoint step_000000008 is damaged: it has no state.json: it was never completed",
-        "the checkpoint step_000000006 is damaged: the bytes of shard are not those that were written (sha256)",
+        "the checkpoint step_000000006 is damaged: the content of shard has changed since it was written (sha256)",
         f"goes on from {folder / 'checkpoints' / 'step_000000004'}, the newest that is whole",
         f"goes on from {folder / 'checkpoints' / 'step_000000004'}; later checkpoints are removed when the next one is "
         "complete: step_000000006, step_000000008",
@@ -268,7 +268,7 @@ def test_a_folder_that_is_full_is_named(run, monkeypatch):
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_afresh(run):
     prepare_folder(run(), overwrite=False)
     (checkpoint(run(), 4) / "shard").write_bytes(b"abd")
-    with pytest.raises(UserError, match=r"(?s)no checkpoint .*step_000000004: the bytes of shard.*--overwrite"):
+    with pytest.raises(UserError, match=r"(?s)no checkpoint .*step_000000004: the content of shard.*--overwrite"):
         settle(run())
 
 
@@ -316,9 +316,9 @@ def test_a_run_that_cannot_begin_names_what_has_changed_as_the_cause(run):
     )
     assert str(explain(UserError("other rows"), begun)).splitlines() == [
         "other rows",
-        "The cause may be what --allow-change lets differ from the run's config so far:",
+        "The cause may be a change to the run's config that --allow-change permits:",
         "  data.validation_fraction: 0.15 -> 0.3 (changes what a step computes)",
-        "Without that the run goes on as it was; to train with it, give another runner.name.",
+        "Without the change the run can continue; to train with it, give another runner.name.",
     ]
     assert str(explain(UserError("other rows"), decided(run()))) == "other rows"
 
@@ -444,7 +444,7 @@ def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before_as_if_nothi
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
     said, losses = train("run", "runner.max_steps=8")
-    assert "the checkpoint step_000000006 is damaged: the bytes of __1_0.distcp are not those" in said
+    assert "the checkpoint step_000000006 is damaged: the content of __1_0.distcp has changed" in said
     assert "continues at step 4" in said
     assert losses == train("whole", "runner.max_steps=8")[1]
     assert [step for step, _ in losses] == list(range(1, 9))

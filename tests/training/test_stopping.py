@@ -82,7 +82,7 @@ def test_a_signal_to_one_rank_stops_all_after_saving_and_the_run_goes_on_exactly
     end = ending(tmp_path)
     assert (end["code"], end["reason"], end["step"]) == (Exit.OK, "preempted", 3)
     assert (tmp_path / "run" / "latest").read_text() == "step_000000003"
-    assert "interrupted after step 3; the same command continues after step_000000003" in stopped.stdout
+    assert "interrupted after step 3; the same command resumes from step_000000003" in stopped.stdout
     again = start_ranks("rlinf_core.train:main", 2, *settings, paths=site)
     assert again.returncode == 0, again.stderr
     assert (ending(tmp_path)["reason"], ending(tmp_path)["step"]) == ("finished", 8)

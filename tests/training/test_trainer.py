@@ -178,7 +178,7 @@ def test_a_best_checkpoint_that_is_no_longer_kept_up_has_no_name(train):
     assert checkpoints(trainer) == [10]
 
 
-def test_a_run_that_improves_no_more_ends_early(train):
+def test_a_run_that_no_longer_improves_ends_early(train):
     early = ("runner.max_steps=20", "runner.early_stop_patience=2", *VALIDATED)
     trainer = train(*early, results=[3.0, 2.0, 2.0, math.nan, 0.0])
     assert trainer.step == 8
@@ -201,9 +201,9 @@ def test_the_first_number_is_an_improvement_and_no_number_is_none():
 def test_values_of_different_metrics_are_not_compared():
     best = Best(4, 0.1, 3, "val_loss")
     assert best.after(6, "val_action_mse", 750.0, 0.0) == Best(6, 750.0, 0, "val_action_mse")
-    assert best.improves_no_more("", 3)
-    assert best.improves_no_more("val_loss", 3)
-    assert not best.improves_no_more("val_action_mse", 3)
+    assert best.should_stop_early("", 3)
+    assert best.should_stop_early("val_loss", 3)
+    assert not best.should_stop_early("val_action_mse", 3)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_values_of_different_metrics_are_not_compared():
     [
         (["runner.save_best=true"], "runner.save_best needs validations: set runner.val_check_interval"),
         (["runner.early_stop_min_delta=0.1"], "does nothing without early_stop_patience"),
-        (["trainer.cpu_offload=true", "trainer.ema_device=cpu"], "says nothing new beside cpu_offload"),
+        (["trainer.cpu_offload=true", "trainer.ema_device=cpu"], "is redundant with cpu_offload"),
         (["trainer.ema_device=cpu"], "does nothing without optim.ema_decay"),
     ],
 )
@@ -221,7 +221,7 @@ def test_options_that_would_do_nothing_are_refused(configure, overrides, complai
 
 
 def test_an_unknown_best_metric_is_refused_before_training(train):
-    with pytest.raises(UserError, match=r"no 'val_los' of which smaller is better; did you mean 'val_loss'\?"):
+    with pytest.raises(UserError, match=r"no 'val_los' for which smaller is better; did you mean 'val_loss'\?"):
         train("runner.best_metric=val_los", "runner.val_check_interval=2")
 
 

@@ -26,10 +26,10 @@ class Camera:
     """A camera of the policy."""
 
     name: str
-    """A key of a sample's `images`; the page shows the pictures after the dataset's image of that name."""
+    """A key of a sample's `images`; the page shows the images after the dataset's image of that name."""
     pictures: tuple[Picture, ...] = ()
     note: str = ""
-    """A sentence below the pictures."""
+    """A sentence below the images."""
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ class LoadedPolicy:
         # A task overrides the default prompt, which may be all that the columns ask for.
         wanted = (*columns, "task") if columns else observation
         seen = {column: observation[column] for column in wanted if column in observation}
-        # Checked here: training skips a camera that a row lacks, but a robot that loses one must be told.
+        # Checked here: training skips a camera that a row lacks, but a robot that loses one must raise an error.
         if missing := [column for column in columns if column not in observation]:
             hints = did_you_mean(missing[0], observation.keys() - set(columns))
             raise UserError(

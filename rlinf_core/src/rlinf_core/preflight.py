@@ -1,6 +1,6 @@
-"""What can be known of a run before it starts: no device is touched and torch stays unloaded.
+"""All checks of a run that are possible before it starts: no device is touched and torch is not imported.
 
-Every check adds facts, or findings that would end the run; one that fails does not keep the others from looking.
+Every check adds facts, warnings, or findings that would end the run; a failed check does not stop the others.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ from rlinf_core.training.run_folder import read_folder
 from rlinf_core.training.stopping import best_metric, result_names
 
 DIAGNOSED_ROWS = 65_536
-"""Rows from which statistics are diagnosed; the run uses all."""
+"""Most rows whose statistics are diagnosed; the run itself uses all."""
 
 
 @dataclass
 class Report:
-    """What the checks found."""
+    """The results of the checks."""
 
     facts: dict[str, int | float | str] = field(default_factory=dict)
     """In the order of checking."""
     findings: list[str] = field(default_factory=list)
-    """What would end the run, each with its way out."""
+    """Problems that would end the run, each with its way out."""
     warnings: list[str] = field(default_factory=list)
-    """What may spoil it, each with its way out."""
+    """Problems that may degrade it, each with its way out."""
 
     def refusal(self, config: str) -> str:
-        """All findings in one message; `config` is the file."""
+        """All findings in one message; `config` is the path of the TOML file."""
         lines = "".join(f"\n  {finding.replace(chr(10), chr(10) + '  ')}" for finding in self.findings)
         return f"{config} would not run:{lines}"
 
     @contextmanager
     def checking(self) -> Iterator[None]:
-        """Keep what a check refuses as a finding, once if two checks meet it."""
+        """Record a `UserError` of the body as a finding; the same error from two checks only once."""
         try:
             yield
         except UserError as error:
@@ -60,7 +60,7 @@ class Report:
 
     @contextmanager
     def of_source(self, name: str) -> Iterator[Report]:
-        """A report whose facts, findings and warnings become this one's, in a mixture under the source's name."""
+        """A report for one source that is added to this one, in a mixture with the source's name as prefix."""
         part = Report()
         yield part
         before = f"{name}: " if name else ""
@@ -73,10 +73,10 @@ def check_run(run: RunConfig, plugins: Plugins, ranks: int | None = None, *, all
     """Check everything about a run that needs no device.
 
     Args:
-        run: The config, already valid in itself.
+        run: The validated config.
         plugins: The loaded plugins.
-        ranks: Processes that will take part; None: as many as `[cluster]` places, if it says.
-        allow_change: Whether a run that goes on may do so with a config that changes what a step computes.
+        ranks: Number of processes; None: the number that `[cluster]` gives, if it does.
+        allow_change: Whether an existing run may continue with a config that changes what a step computes.
     """
     report = Report({"run": str(run.folder)})
     with report.checking():
@@ -113,7 +113,7 @@ def check_run(run: RunConfig, plugins: Plugins, ranks: int | None = None, *, all
 
 
 def _check_data(run: RunConfig, plugins: Plugins, report: Report) -> SampleSource | None:
-    """Open both splits; the training rows, or None if they cannot be had."""
+    """Open both splits; returns the training rows, or None if they cannot be opened."""
     report.facts["dataset"] = run.data.repo_id
     train = None
     with report.checking():
@@ -131,7 +131,7 @@ def _check_data(run: RunConfig, plugins: Plugins, report: Report) -> SampleSourc
 
 
 def _check_images(data: DatasetConfig, train: SampleSource, report: Report) -> None:
-    """Whether the images can be had; decodes none, as that may need torch."""
+    """Check that images can be decoded, without decoding any, as that may need torch."""
     if isinstance(data, LeRobotDatasetConfig) and data.cache_dir and not data.cache:
         report.warnings.append('data.cache_dir does nothing here: set data.cache = "raw" or "jpeg" to read from there')
     if isinstance(train, DecodingSource) and (decoder := train.check_decoder()):
@@ -139,7 +139,7 @@ def _check_images(data: DatasetConfig, train: SampleSource, report: Report) -> N
 
 
 def _check_batch(run: RunConfig, ranks: int | None, report: Report) -> None:
-    """Global batch = ranks x micro batch x accumulation."""
+    """Check that global batch = ranks x micro batch x accumulation."""
     whole, micro, nodes = run.trainer.global_batch_size, run.trainer.micro_batch_size, run.cluster.num_nodes
     report.facts["global_batch_size"] = whole
     if ranks is not None:
@@ -160,7 +160,7 @@ def _check_batch(run: RunConfig, ranks: int | None, report: Report) -> None:
 
 
 def _check_length(run: RunConfig, rows: int, report: Report) -> None:
-    """How long an epoch and the run are."""
+    """Report how long an epoch and the run are."""
     with report.checking():
         epoch = steps_per_epoch(rows, run.trainer.global_batch_size)
         report.facts["steps_an_epoch"] = epoch
@@ -169,7 +169,7 @@ def _check_length(run: RunConfig, rows: int, report: Report) -> None:
 
 
 def _check_sample(run: RunConfig, train: SampleSource, report: Report) -> None:
-    """Make a sample of the first row as training will, except for its pictures: decoding them may need torch."""
+    """Make a sample of the first row as training will, but without its images: decoding them may need torch."""
     stats: Stats | None = None
     with report.checking():
         if run.data.stats_need_images:
@@ -191,17 +191,17 @@ def _check_sample(run: RunConfig, train: SampleSource, report: Report) -> None:
 
 
 def _check_folder(run: RunConfig, report: Report, *, allow_change: bool) -> None:
-    """Whether the folder can be written to, whether a run of this name is there already, and what becomes of it."""
+    """Check that the folder can be written to, and report where the run would start if it holds one already."""
     start = decide_start(run, read_folder(run), Flags(allow_change=allow_change))
     report.facts["starts"] = "at step 0"
     if start.checkpoint:
         report.facts["starts"] = f"from checkpoint {start.checkpoint.name}" + ", finished" * start.finished
     for note in start.notes:
-        told, _, lines = note.partition("\n")
-        if told.startswith("warning: "):
+        heading, _, lines = note.partition("\n")
+        if heading.startswith("warning: "):
             report.warnings.append(note.removeprefix("warning: "))
         else:
-            report.facts[told.rstrip(":").replace(" ", "_")] = "; ".join(map(str.strip, lines.splitlines()))
+            report.facts[heading.rstrip(":").replace(" ", "_")] = "; ".join(map(str.strip, lines.splitlines()))
 
 
 def _check_launcher(run: RunConfig, plugins: Plugins, report: Report) -> None:
@@ -212,11 +212,11 @@ def _check_launcher(run: RunConfig, plugins: Plugins, report: Report) -> None:
 
 
 def nobody_launches(run: RunConfig, plugins: Plugins) -> UserError:
-    """The error for a `cluster.launcher` that no plugin answers to."""
+    """The error for a `cluster.launcher` that no plugin provides."""
     name = run.cluster.launcher
     lines = [
         f"no installed plugin launches with cluster.launcher = {name!r}{did_you_mean(name, [TORCHRUN])}",
-        f"install the package that brings it, or leave cluster.launcher out: core brings {TORCHRUN!r}",
+        f"install the package that provides it, or leave cluster.launcher out: core provides {TORCHRUN!r}",
         *(f"failed: {failure}" for failure in plugins.failures),
         *(f"left out by RLINF_DISABLE_PLUGINS: {distribution}" for distribution in plugins.blocked),
     ]

@@ -1,9 +1,9 @@
-"""All that we use of torch's less public names, so that a new version of torch breaks here, and one test says where.
+"""All non-public torch names that we use, so that a new version of torch breaks here and one test says where.
 
-Less public: private modules, names with an underscore, and modules whose place torch does not promise. Torch and the
-standard library only, as models, sharding and optimizer may import it. `tests/test_torch_names.py` asks of each name
-that it exists and does what we need. Two families of names stay where their only user is: torchrun's own in
-`rlinf_core.torchrun`, and what a checkpoint's index may name, as text, in `training.shards`.
+Non-public: private modules, names with an underscore, and modules whose location torch does not guarantee. Torch and
+the standard library only, as models, sharding and optimizer may import it. `tests/test_torch_names.py` checks that each
+name exists and does what we need. Two groups of names stay with their only user: torchrun's own in
+`rlinf_core.torchrun`, and what a checkpoint's index may name, as text, in `training.checkpoint.shards`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.attention.varlen  # registers its operator
-from torch.distributed import (  # type: ignore[attr-defined]  # torch's stubs leave some out
+from torch.distributed import (  # type: ignore[attr-defined]  # torch's stubs lack some
     DistError,
     HashStore,
     PrefixStore,
@@ -35,13 +35,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 __all__ = [
-    # How ranks find each other: `training.meeting`, `training.distributed`.
+    # How ranks find each other: `training.distributed`.
     "DistError",
     "HashStore",
     "PrefixStore",
     "Store",
     "rendezvous",
-    # The files of a checkpoint: `training.shards`, `training.saving`, `training.loading`, `training.staging`, `export`.
+    # The files of a checkpoint: `training.checkpoint`, `export`.
     "CheckpointException",
     "DefaultSavePlanner",
     "FileSystem",
@@ -56,7 +56,7 @@ __all__ = [
     "set_plan_key",
     "shard_like",
     "write_shards",
-    # Operations as torch dispatches them: `training.counting`, `training.blocks`.
+    # Operations as torch dispatches them: `costs.flops`, `training.blocks`.
     "ATTENTION",
     "FLASH",
     "FLASH_BACKWARD",
@@ -87,30 +87,30 @@ ATTENTION = frozenset(
         torch.ops.torch_attn._varlen_attn.default,
     }
 )
-"""The forward passes of attention that torch fuses."""
+"""Forward passes of torch's fused attention."""
 FLASH = "aten._scaled_dot_product_flash_attention"
 FLASH_BACKWARD = "aten._scaled_dot_product_flash_attention_backward"
 VARLEN = "torch_attn._varlen_attn"
 VARLEN_BACKWARD = "torch_attn._varlen_attn_backward"
-"""Operations by `name_of`."""
+"""Names of operations, as `name_of` returns them."""
 
 
 def flash_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, is_causal: bool = False
 ) -> torch.Tensor:
-    """The output of CUDA's flash kernel, [B, N, L, D]; on the meta device, its shape and what it keeps."""
+    """The output of CUDA's flash attention kernel, [B, N, L, D]; works on the meta device too."""
     out: torch.Tensor = _aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal)[0]
     return out
 
 
 def attention_spelt_out(*args: Any, **kwargs: Any) -> torch.Tensor:
-    """`scaled_dot_product_attention` as matrix products and a softmax; its arguments."""
+    """`scaled_dot_product_attention`, with the same arguments, as matrix products and a softmax."""
     out: torch.Tensor = _aten._scaled_dot_product_attention_math(*args, **kwargs)[0]
     return out
 
 
 def packet_of(operation: Any) -> Any:
-    """All overloads of a dispatched operation, as `flop_registry` knows them."""
+    """The key in `flop_registry` of a dispatched operation: all its overloads."""
     return operation._overloadpacket
 
 
@@ -120,20 +120,20 @@ def name_of(operation: Any) -> str:
 
 
 def shares_memory(operation: Any) -> bool:
-    """Whether a dispatched operation's results share memory with its arguments, or it changes these."""
+    """Whether a dispatched operation returns views of its arguments or changes them in place."""
     schema = operation._schema
     return any(one.alias_info for one in (*schema.arguments, *schema.returns))
 
 
 def storage_address(storage: Any) -> int:
-    """What a storage is told apart by for as long as it lives."""
+    """An identifier of a storage, unique while it exists."""
     address: int = storage._cdata
     return address
 
 
 @contextmanager
 def implemented(operation: str, function: Callable[..., Any], key: str) -> Iterator[None]:
-    """Replace what an operation of `aten` does under a dispatch key, for as long as the body lasts."""
+    """Replace an `aten` operation under a dispatch key while the body runs."""
     library: Any = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
     library.impl(operation, function, key)
     try:
@@ -143,23 +143,23 @@ def implemented(operation: str, function: Callable[..., Any], key: str) -> Itera
 
 
 def shard_like(tensor: DTensor, local: torch.Tensor) -> DTensor:
-    """A local tensor as this rank's shard of what the other tensor is a shard of, on whichever device it is."""
+    """A DTensor with the mesh and placement of another, whose local shard is `local`, on any device."""
     return DTensor(local, tensor._spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
 
 def set_plan_key(planner: DefaultSavePlanner, key: str) -> None:
-    """Under which key the process's caches keep a planner's plans."""
+    """Set the key under which the process's caches keep a planner's plans."""
     planner._cached_plans_key = key
 
 
 def forget_plans(planner: DefaultSavePlanner) -> None:
-    """Drop the plans that the process's caches keep for a planner."""
+    """Drop a planner's plans from the process's caches."""
     for cache in plan_caches():
         cache.pop(planner._cached_plans_key, None)
 
 
 def plan_caches() -> tuple[dict[str, Any], ...]:
-    """The process's caches of plans, by key."""
+    """The process's caches of plans; each maps keys to plans."""
     return (
         SavePlanner._cached_save_plan,
         SavePlanner._cached_all_plans,

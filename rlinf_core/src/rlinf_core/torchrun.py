@@ -1,8 +1,8 @@
-"""Start a run's processes on this machine with torchrun, wait for them, and tell how the run ended.
+"""Start a run's processes on this machine with torchrun, wait for them, and report how the run ended.
 
-torchrun works inside this process rather than as another one, so that its own report of thirty lines does not bury the
-one message of the run. Every worker leads a session of its own: Ctrl-C and SIGTERM reach it through torchrun, once, and
-it has 30 seconds to save before it is killed.
+torchrun runs inside this process, so that its own report of thirty lines does not bury the run's one message. Every
+worker has its own session: Ctrl-C and SIGTERM reach it once, through torchrun, and it has 30 seconds to save before it
+is killed.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Share:
-    """What this machine has of a run."""
+    """The part of a run on this machine."""
 
     processes: int
     devices: tuple[int, ...] = ()
-    """Its accelerators to use, as this machine counts them; empty: all there are."""
+    """The accelerators to use, by their index on this machine; empty: all."""
 
 
 def share_of_machine(cluster: ClusterConfig, devices: int) -> Share:
-    """What each machine has of the placement; torchrun runs the same on all of them.
+    """The part of the placement on each machine, which torchrun requires to be the same on all.
 
     Args:
         cluster: The `[cluster]` table.
-        devices: Accelerators of this machine (and of every other); 0: train on the CPU.
+        devices: Number of accelerators per machine; 0: train on the CPU.
 
     Raises:
-        UserError: The placement names an accelerator that is not there, or differs between machines.
+        UserError: The placement names an accelerator that does not exist, or differs between machines.
     """
     ranks, nodes = cluster.ranks, cluster.num_nodes
     placement = f'cluster.component_placement = {{ {COMPONENT} = "{cluster.component_placement[COMPONENT]}" }}'
@@ -83,7 +83,7 @@ def share_of_machine(cluster: ClusterConfig, devices: int) -> Share:
 
 
 def visible_devices(devices: Sequence[int], environment: Mapping[str, str]) -> str:
-    """`CUDA_VISIBLE_DEVICES` for some of the accelerators that this process sees, which may be some already."""
+    """`CUDA_VISIBLE_DEVICES` for some of the accelerators that this process sees, relative to its current value."""
     named = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     return ",".join(named[device].strip() if named else str(device) for device in devices)
 
@@ -93,11 +93,11 @@ def launch(run: RunConfig, arguments: Sequence[str]) -> int:
 
     Args:
         run: The config.
-        arguments: Of `rlinf_core.train`.
+        arguments: Arguments of `rlinf_core.train`.
 
     Raises:
-        UserError: The placement does not fit this machine, the batch does not divide by the processes, the run's folder
-            cannot be written to, or the machines do not find one another.
+        UserError: The placement does not fit this machine, the batch cannot be divided among the processes, the run's
+            folder cannot be written to, or the rendezvous of the machines failed.
     """
     import torch
     from torch.distributed.elastic.multiprocessing import SignalException
@@ -113,12 +113,11 @@ def launch(run: RunConfig, arguments: Sequence[str]) -> int:
     if share.processes > 1:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # As torchrun does.
     if run.cluster.num_nodes > 1 and run.cluster.max_restarts:
-        # torch 2.11's agents share the store of the first round; a machine that comes back does not learn where it is.
+        # torch 2.11's agents share the store of the first rendezvous, whose address a returning machine does not learn.
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     _quieten()
-    (run.folder / EXIT_FILE).unlink(
-        missing_ok=True
-    )  # Of an earlier process; a monitor shall not take it for this one's.
+    # That of an earlier process, which must not be mistaken for this one's.
+    (run.folder / EXIT_FILE).unlink(missing_ok=True)
     before, started = _stamp(run.folder / EXIT_FILE), time.time()
     failed: ChildFailedError | SignalException | None = None
     try:
@@ -128,14 +127,14 @@ def launch(run: RunConfig, arguments: Sequence[str]) -> int:
     except RendezvousError as error:
         raise UserError(
             f"the {run.cluster.num_nodes} machines did not meet at cluster.rdzv_endpoint = "
-            f"{run.cluster.rdzv_endpoint!r} ({error}): run the same command on each, and see that the port of that "
+            f"{run.cluster.rdzv_endpoint!r} ({error}): run the same command on each, and check that the port of that "
             "machine can be reached"
         ) from error
-    told = _read_end(run.folder / EXIT_FILE) if _stamp(run.folder / EXIT_FILE) != before else None
+    ended = _read_end(run.folder / EXIT_FILE) if _stamp(run.folder / EXIT_FILE) != before else None
     if isinstance(failed, ChildFailedError):
-        return _explain(failed, told, _records(run.folder / FOLDER, started))
-    if told is not None:
-        return told
+        return _explain(failed, ended, _records(run.folder / FOLDER, started))
+    if ended is not None:
+        return ended
     if failed is None:
         return Exit.OK
     return Exit.INTERRUPTED if failed.sigval == signal.SIGINT else Exit.DEFECT
@@ -157,7 +156,7 @@ def _launch_config(run: RunConfig, share: Share) -> Any:
 
 
 def _quieten() -> None:
-    """Silence torchrun's log, unless somebody asks for it with LOGLEVEL: what failed, this module says."""
+    """Silence torchrun's log unless LOGLEVEL is set: this module reports what failed."""
     if "LOGLEVEL" not in os.environ:
         logger = logging.getLogger("torch.distributed.elastic")
         logger.addHandler(logging.NullHandler())
@@ -165,7 +164,7 @@ def _quieten() -> None:
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
-    """Something that changes whenever the file is written anew."""
+    """A value that changes whenever the file is rewritten; None if it does not exist."""
     try:
         stat = path.stat()
     except OSError:
@@ -174,7 +173,7 @@ def _stamp(path: Path) -> tuple[int, int] | None:
 
 
 def _read_end(path: Path) -> int | None:
-    """The exit code that the run left, or None if it left none."""
+    """The exit code in the file that a run leaves; None if there is none."""
     try:
         return int(json.loads(path.read_text(encoding="utf-8"))["code"])
     except (OSError, ValueError, TypeError, KeyError):
@@ -182,7 +181,7 @@ def _read_end(path: Path) -> int | None:
 
 
 def _records(folder: Path, started: float) -> str:
-    """What to tell of the records that ranks have written since then of where they hang; empty: there are none."""
+    """A hint at flight records written since `started`; empty if there are none."""
     try:
         newest = max((path.stat().st_mtime for path in folder.iterdir()), default=0.0)
     except FileNotFoundError:
@@ -190,8 +189,8 @@ def _records(folder: Path, started: float) -> str:
     return f"; {folder} says what each rank was doing before" if newest >= started else ""
 
 
-def _explain(failed: ChildFailedError, told: int | None, records: str) -> int:
-    """The exit code of a run whose processes failed; says what they could not say themselves."""
+def _explain(failed: ChildFailedError, ended: int | None, records: str) -> int:
+    """The exit code of a run whose processes failed; reports what they could not report themselves."""
     rank, failure = failed.get_first_failure()
     code = failure.exitcode
     if code < 0:
@@ -201,6 +200,6 @@ def _explain(failed: ChildFailedError, told: int | None, records: str) -> int:
             f"error: rank {rank} (process {failure.pid}) was ended by {name}{why}{records}", file=sys.stderr, flush=True
         )
         return Exit.DEFECT
-    if told:  # 0 would be another run's end, or a restart's.
-        return told
+    if ended:  # 0 would come from another run, or from a restart.
+        return ended
     return code if code in (Exit.USER_ERROR, Exit.INTERRUPTED) else Exit.DEFECT

@@ -1,6 +1,6 @@
 """Train a policy: `torchrun --nproc-per-node 8 -m rlinf_core.train config.toml [key=value ...]`.
 
-The file reads in the order in which a run happens. Every rank runs it; `python -m rlinf_core.train` is a run of one.
+The file follows the order of a run. Every rank runs it; `python -m rlinf_core.train` starts a run with one rank.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="torchrun ... -m rlinf_core.train", description=__doc__.splitlines()[0])
     parser.add_argument("config", help="the run's TOML file")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings over the file: runner.max_steps=100"
+        "overrides", nargs="*", metavar="key=value", help="override settings of the file: runner.max_steps=100"
     )
-    parser.add_argument("--overwrite", action="store_true", help="remove the run of the same name and start afresh")
     parser.add_argument(
-        "--allow-change", action="store_true", help="continue a run with a config that computes otherwise"
+        "--overwrite", action="store_true", help="remove the run of the same name and start from scratch"
+    )
+    parser.add_argument(
+        "--allow-change", action="store_true", help="continue a run with a config that changes what a step computes"
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of errors that have a message")
     args = parser.parse_intermixed_args(arguments)
@@ -42,9 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _leave_writers(code: int) -> None:
-    """End the process at once where the time to leave has come while a thread still writes a checkpoint.
+    """Exit the process at once if a thread is still writing a checkpoint.
 
-    Python's own end would take down torch's process groups under the thread, which may crash or wait for long.
+    A normal exit of Python would destroy torch's process groups while the thread uses them, which may crash or hang.
     """
     if "torch" in sys.modules:
         from rlinf_core.training.checkpoint.writer import THREAD
@@ -58,17 +60,17 @@ def _leave_writers(code: int) -> None:
 def train(
     ending: Ending, config: str, overrides: Sequence[str], *, overwrite: bool = False, allow_change: bool = False
 ) -> None:
-    """Train as `config` says, from wherever the run stands.
+    """Train the run in `config`, from the start or from its last checkpoint.
 
     Args:
-        ending: Learns whose end it records.
+        ending: Records the end of the run; learns its folder, step and trainer here.
         config: The run's TOML file.
-        overrides: `section.key=value`, over the file.
-        overwrite: Start afresh where a run of the same name is.
+        overrides: `section.key=value`, settings that override the file.
+        overwrite: Replace a run of the same name and start from scratch.
         allow_change: Continue a run with a config that changes what a step computes.
 
     Raises:
-        UserError: For everything that is the user's to mend.
+        UserError: For everything that the user can fix.
         Interrupted: A signal ended the run early, after saving.
     """
     from rlinf_core.config.load import load_config
@@ -109,7 +111,7 @@ def _report(group: ProcessGroup, lines: Iterable[str], stream: TextIO | None = N
 
 
 def record_environment(run: RunConfig, group: ProcessGroup, plugins: Plugins) -> None:
-    """Write `environment.json`: what the run, or its latest continuation, was made with."""
+    """Write `environment.json`: versions, device and commit of the run or its latest continuation."""
     import json
     import platform
     from importlib.metadata import distributions
@@ -134,7 +136,7 @@ def record_environment(run: RunConfig, group: ProcessGroup, plugins: Plugins) ->
 
 
 def _commit() -> str:
-    """The git commit of the current directory; empty where there is none."""
+    """The git commit of the current directory; empty if there is none."""
     import shutil
     import subprocess
 

@@ -31,7 +31,7 @@ from rlinf_core.training.checkpoint.state import (
     read_position,
     read_state,
 )
-from rlinf_core.training.checkpoint.writer import Keep, Place
+from rlinf_core.training.checkpoint.writer import CheckpointFolder, Retention
 from rlinf_core.training.distributed.processes import processes
 from rlinf_core.training.stopping import seconds_from_now
 
@@ -53,8 +53,8 @@ def open_checkpoints(tmp_path, group):
 
     def open_checkpoints(keep_last=2, keep_every=0, rename=True, **options):
         tensors = {"w": torch.zeros(3, 2)}
-        place = Place(tmp_path, tmp_path / "checkpoints", Keep(keep_last, keep_every), rename)
-        return Checkpoints(place, group, tensors, **options), tensors["w"]
+        where = CheckpointFolder(tmp_path, tmp_path / "checkpoints", Retention(keep_last, keep_every), rename)
+        return Checkpoints(where, group, tensors, **options), tensors["w"]
 
     return open_checkpoints
 
@@ -216,7 +216,7 @@ def flip(path):
 
 
 DAMAGE = {
-    "flipped shard": (lambda path: flip(path / "__0_0.distcp"), "the bytes of __0_0.distcp are not those"),
+    "flipped shard": (lambda path: flip(path / "__0_0.distcp"), "the content of __0_0.distcp has changed"),
     "short shard": (lambda path: os.truncate(path / "__0_0.distcp", 100), "__0_0.distcp has 100 bytes instead of"),
     "missing shard": (lambda path: (path / "__0_0.distcp").unlink(), "__0_0.distcp is missing"),
     "missing index": (lambda path: (path / ".metadata").unlink(), ".metadata is missing"),
@@ -224,7 +224,7 @@ DAMAGE = {
     "empty state": (lambda path: (path / "state.json").write_text(""), "state.json cannot be read"),
     "another step": (
         lambda path: (path / "state.json").write_text((path / "state.json").read_text().replace(": 2,", ": 3,", 1)),
-        "the text of state.json does not have its hash",
+        "the text of state.json does not match its hash",
     ),
     "a list": (lambda path: (path / "state.json").write_text("[]"), "state.json cannot be read"),
 }
@@ -252,7 +252,7 @@ def test_ranks_share_the_files_that_they_check(tmp_path):
         file = shards.HashedFile((tmp_path / name).open("wb"))
         file.write(data)
         file.close()
-        sums[name] = file.sum()
+        sums[name] = file.digest()
     (tmp_path / "state.json").write_text(dump_state(State(position(1), sums)))
     flip(tmp_path / "3")
     assert sorted(bool(find_damage(tmp_path, rank=rank, ranks=3)) for rank in range(3)) == [False, False, True]
@@ -277,7 +277,7 @@ def test_a_missing_checkpoint_is_named(tmp_path):
     (tmp_path / "latest").write_text("step_000000007")
     damaged = {}
     assert newest_whole(candidates(tmp_path, tmp_path / "checkpoints"), damaged) is None
-    assert damaged == {"step_000000007": "it is not there"}
+    assert damaged == {"step_000000007": "it does not exist"}
 
 
 def test_another_format_is_no_damage(tmp_path, open_checkpoints):
@@ -416,8 +416,8 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(tmp_path):
         def position(step):
             return Position(step=step, epoch=0, sample=0, rows=1, seed=0, layout="a")
         with processes() as group:
-            place = saving.Place(folder, folder / "checkpoints", saving.Keep(1))
-            checkpoints = Checkpoints(place, group, {{"w": torch.ones(2)}})
+            where = saving.CheckpointFolder(folder, folder / "checkpoints", saving.Retention(1))
+            checkpoints = Checkpoints(where, group, {{"w": torch.ones(2)}})
             checkpoints.save(position(1))
             checkpoints.wait()
             saving.write_text = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
@@ -460,7 +460,7 @@ def test_a_save_that_takes_too_long_is_left_behind(tmp_path, open_checkpoints, m
     assert not checkpoints.finish()  # Nobody waits a second time.
     told = [str(saved) for saved in checkpoints.finished()]
     assert "saved" in told[0]
-    assert "the time to leave had come. step_000000001 is the last good one" in told[1]
+    assert "the run had to exit before it was written. step_000000001 is the last good one" in told[1]
     assert newest(tmp_path).name == "step_000000001"
     go_on.set()
     assert checkpoints.wait()
@@ -477,7 +477,9 @@ def test_export_takes_the_newest_whole_one_but_no_other_than_asked_for(tmp_path,
     said = []
     found = find_checkpoint(tmp_path, tmp_path / "checkpoints", Choice(), said.append)
     assert found.name == "step_000000002"
-    assert ["step_000000003 is damaged" in text and "step_000000002 is exported" in text for text in said] == [True]
+    assert ["step_000000003 is damaged" in text and "exporting step_000000002 instead" in text for text in said] == [
+        True
+    ]
     with pytest.raises(UserError, match=r"step_000000003 is damaged: .*--step"):
         find_checkpoint(tmp_path, tmp_path / "checkpoints", Choice(step=3), said.append)
     assert find_checkpoint(tmp_path, tmp_path / "checkpoints", Choice(step=1), said.append).name == "step_000000001"

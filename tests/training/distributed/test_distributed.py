@@ -70,7 +70,7 @@ def test_batches_move_with_what_is_nested_in_them():
     assert moved["a"].device.type == moved["b"]["c"].device.type == "meta"
 
 
-def start_meeting(store, size):
+def start_ranks_together(store, size):
     """What a thread for each rank agrees on, by rank, once all have."""
     with ThreadPoolExecutor(size) as threads:
         agreeing = [threads.submit(agree, store, rank, size, timedelta(seconds=20)) for rank in range(size)]
@@ -81,7 +81,7 @@ def test_ranks_of_one_start_share_a_part_of_the_store_with_nobody_of_an_earlier_
     """Two ranks, then three, then one, which the launcher gives the same store each time."""
     store, seen = HashStore(), []
     for size in (2, 3, 1, 3):
-        stores = start_meeting(store, size)
+        stores = start_ranks_together(store, size)
         assert not any(stores[0].check([key]) for key in seen)
         stores[0].set(f"address of {len(seen)}", "here")
         assert all(one.get(f"address of {len(seen)}") == b"here" for one in stores)
@@ -94,7 +94,7 @@ def test_a_rank_that_dies_while_they_meet_does_not_spoil_the_next_start():
         agree(store, 1, 2, timedelta(seconds=0.1))
     with pytest.raises(RunError, match=r"for ranks 1, 2, 3, 4, 5, 6, 7, 8 and 2 more to start$"):
         agree(store, 0, 11, timedelta(seconds=0.1))  # It answers the dead one, which does not confirm.
-    one, other = start_meeting(store, 2)
+    one, other = start_ranks_together(store, 2)
     one.set("address", "here")
     assert other.get("address") == b"here"
 
@@ -105,9 +105,9 @@ def test_a_rank_that_an_earlier_start_has_left_behind_goes(rank):
     store = HashStore()
     with ThreadPoolExecutor(1) as thread:
         left = thread.submit(agree, store, rank, 3, timedelta(seconds=20))
-        while not store.check(["meeting/starts"]) and not store.check(["meeting/nonce/1"]):
+        while not store.check(["rendezvous/starts"]) and not store.check(["rendezvous/nonce/1"]):
             time.sleep(0.01)
-        stores = start_meeting(store, 3)
+        stores = start_ranks_together(store, 3)
         with pytest.raises(RunError, match=rf"^rank {rank} is left over: "):
             left.result()
     stores[0].set("address", "here")

@@ -58,25 +58,25 @@ def test_a_rank_that_stops_joining_is_shown_with_its_stack(toy_site, tmp_path, s
 
 
 def test_what_takes_long_is_written_down_once(tmp_path, capsys):
-    watch = FlightRecorder(tmp_path, 3, timeout=0.2)
-    with watch.watching():
-        watch.enter("data_wait", 7)
+    recorder = FlightRecorder(tmp_path, 3, timeout=0.2)
+    with recorder.watching():
+        recorder.enter("data_wait", 7)
         until = time.monotonic() + 20
-        while not watch.file.exists() and time.monotonic() < until:
+        while not recorder.file.exists() and time.monotonic() < until:
             time.sleep(0.01)
         time.sleep(0.3)
-    text = watch.file.read_text()
+    text = recorder.file.read_text()
     assert text.count("rank 3, process") == 1
     assert "step 7: data_wait" in text
     assert "test_what_takes_long_is_written_down_once" in text
-    assert str(watch.file) in capsys.readouterr().err
+    assert str(recorder.file) in capsys.readouterr().err
 
 
 def test_a_run_that_hangs_nowhere_leaves_no_record(tmp_path):
-    watch = FlightRecorder(tmp_path, 0, timeout=60, beside_nccl=True)
-    with watch.watching():
-        watch.enter("forward", 1)
-        assert watch.file.parent.exists()
+    recorder = FlightRecorder(tmp_path, 0, timeout=60, beside_nccl=True)
+    with recorder.watching():
+        recorder.enter("forward", 1)
+        assert recorder.file.parent.exists()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -88,9 +88,9 @@ def test_a_run_that_hangs_nowhere_leaves_no_record(tmp_path):
     ],
 )
 def test_a_backends_words_become_ours(tmp_path, text):
-    watch = FlightRecorder(tmp_path, 1, timeout=5)
-    watch.enter("backward", 12)
-    fault = watch.explain(RuntimeError(text))
+    recorder = FlightRecorder(tmp_path, 1, timeout=5)
+    recorder.enter("backward", 12)
+    fault = recorder.explain(RuntimeError(text))
     assert isinstance(fault, RunError)
     assert "rank 1 waited for the other ranks in step 12 (backward)" in str(fault)
 

@@ -20,7 +20,7 @@ SHORT = Shortage(80 * GB, 78 * GB, States(13 * GB, 13 * GB, 26 * GB, 0), micro_b
 def test_the_largest_consumers_come_first_and_a_fitting_micro_batch_is_named():
     said = describe_shortage(SHORT, PLAIN, where="rank 3, step 1, forward", ranks=1)
     assert said.startswith("rank 3, step 1, forward: out of memory, of 80.0 GB.")
-    held = said.partition("Taken: ")[2]
+    held = said.partition("Used: ")[2]
     assert held.index("optimizer moments 26.0 GB") < held.index("weights 13.0 GB")
     assert "activations and gathered weights of 32 samples, at least 26.0 GB" in held
     assert "trainer.micro_batch_size = 16 should fit (now 32; same result)" in said
@@ -58,15 +58,15 @@ def test_ways_out_are_those_that_are_not_taken_yet():
 def test_an_error_of_the_device_becomes_a_mistake_that_names_rank_step_and_phase(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * GB))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 79 * GB)
-    watch = FlightRecorder(tmp_path, 3, timeout=600.0)
-    watch.enter("backward", 12)
+    recorder = FlightRecorder(tmp_path, 3, timeout=600.0)
+    recorder.enter("backward", 12)
     group = SimpleNamespace(device=torch.device("cuda", 0), size=1)
     layer = torch.nn.Linear(4, 4)
     parameters = dict(layer.named_parameters())
     tensors = {f"model.{name}": parameter for name, parameter in parameters.items()}
     state = SimpleNamespace(parameters=parameters, tensors=lambda: tensors)
-    told = explain(torch.OutOfMemoryError("CUDA out of memory"), watch, PLAIN, group, state)
-    assert isinstance(told, UserError)
-    assert str(told).startswith("rank 3, step 12, backward: out of memory, of 80.0 GB.")
+    explained = explain(torch.OutOfMemoryError("CUDA out of memory"), recorder, PLAIN, group, state)
+    assert isinstance(explained, UserError)
+    assert str(explained).startswith("rank 3, step 12, backward: out of memory, of 80.0 GB.")
     other = ValueError("something else")
-    assert explain(other, watch, PLAIN, group, state) is other
+    assert explain(other, recorder, PLAIN, group, state) is other

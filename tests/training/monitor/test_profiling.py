@@ -36,7 +36,7 @@ def test_the_trace_has_the_phases_of_its_steps(train_toy, capsys):
         ("[3]", "must be \\[start, stop\\]"),
         ("[3,2]", "must be \\[start, stop\\]"),
         ("[0,2]", "two steps from 1"),
-        ("[10,60]", "has 51 steps: a trace holds 20"),
+        ("[10,60]", "has 51 steps: a trace holds at most 20"),
         ("[95,101]", "ends after max_steps = 100"),
     ],
 )

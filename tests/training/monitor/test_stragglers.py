@@ -3,7 +3,7 @@
 import distributions
 import pytest
 
-from rlinf_core.training.monitor.stragglers import find_slow, place
+from rlinf_core.training.monitor.stragglers import find_slow, name_rank
 
 BUSY = """
 import os, time
@@ -50,7 +50,7 @@ def test_a_time_that_was_not_measured_says_nothing():
 
 
 @pytest.mark.parametrize(("world", "words"), [("8", "rank 5"), ("16", "rank 13 (process 5 of machine 1)")])
-def test_a_rank_is_told_with_its_machine(monkeypatch, world, words):
+def test_a_rank_is_named_with_its_machine(monkeypatch, world, words):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     monkeypatch.setenv("WORLD_SIZE", world)
-    assert place(int(words.split()[1])) == words
+    assert name_rank(int(words.split()[1])) == words

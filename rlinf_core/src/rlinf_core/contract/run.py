@@ -1,4 +1,4 @@
-"""A run: its config as a whole, its datasets one by one, and what is built from it, the trainer and the loggers."""
+"""A run: its whole config, its datasets (`RunSource`), and the protocols of what is built from it: trainer, loggers."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ class TrainerConfig(BaseModel):
     type: str
     """Which trainer this is."""
     global_batch_size: int = Field(default=32, ge=1)
-    """Samples an optimizer step, over all ranks."""
+    """Samples per optimizer step, over all ranks."""
     micro_batch_size: int = Field(default=32, ge=1)
     """Samples a rank computes at a time; `global_batch_size` must be a multiple of ranks x this."""
 
     device: Literal["auto", "cpu"] = "auto"
-    """`auto`: each rank's own CUDA device, or the CPU where there is none; `cpu`: the CPU."""
+    """`auto`: each rank's own CUDA device, or the CPU if there is none; `cpu`: the CPU."""
     timeout_seconds: float = Field(default=600.0, ge=1.0)
-    """How long ranks wait for one another in a collective: then the run ends, with a flight record of every rank."""
+    """How long ranks wait for one another in a collective before the run ends, with a flight record of every rank."""
 
     def check_run(self, run: RunConfig) -> None:
-        """Refuse what does not fit the rest of the config. Raises `ValueError` that names the keys."""
+        """Check this table against the rest of the config. Raises `ValueError` that names the keys."""
 
     def check_ranks(self, ranks: int) -> None:
-        """Refuse a number of processes. Raises `UserError` that names the key and the way out."""
+        """Check the number of processes. Raises `UserError` that names the key and the way out."""
 
     def build(self, run: RunConfig, *, start: Start, group: ProcessGroup, plugins: LoadedPlugins) -> Trainer:
         """Build the trainer: open data, build the policy, give it its weights. Called on every rank.
@@ -63,8 +63,8 @@ class RunConfig(Section):
     cluster: ClusterConfig = ClusterConfig()
     runner: RunnerConfig = RunnerConfig()
     data: SerializeAsAny[DatasetConfig]
-    """The class is the one registered under `data.config_name`; `MixtureConfig` if there is `data.mixture`. What a
-    dataset has of its own is to be asked of `sources`."""
+    """The class is the one registered under `data.config_name`, or `MixtureConfig` if there is `data.mixture`. Use
+    `sources` for the settings of single datasets."""
     policy: SerializeAsAny[PolicyConfig]
     """The class is the one registered under `policy.type`, which the dataset sets."""
     optim: OptimConfig = OptimConfig()
@@ -75,17 +75,17 @@ class RunConfig(Section):
 
     @property
     def folder(self) -> Path:
-        """Where the run's files live."""
+        """The folder of the run's files."""
         return Path(self.runner.output_dir) / self.runner.name
 
     @property
     def checkpoints(self) -> Path:
-        """Where its checkpoints live."""
+        """The folder of its checkpoints."""
         return self.runner.checkpoints_of(self.folder)
 
     @property
     def sources(self) -> tuple[RunSource, ...]:
-        """The run's datasets: one, or the entries of `[[data.mixture]]` in their order."""
+        """The run's datasets: one, or the entries of `[[data.mixture]]` in order."""
         if not isinstance(self.data, MixtureConfig):
             return (RunSource("", 1.0, 1.0, self),)
         entries = self.data.mixture
@@ -96,10 +96,10 @@ class RunConfig(Section):
         )
 
     def source(self, name: str = "") -> RunSource:
-        """One of the run's datasets by its name; it may be left out where there is one only.
+        """One of the run's datasets by name; the name may be left out if there is only one.
 
         Raises:
-            UserError: There is none of that name, or there are several and none is named.
+            UserError: No dataset has that name, or no name is given and there are several.
         """
         sources = {source.name: source for source in self.sources}
         if not name and len(sources) == 1:
@@ -109,7 +109,7 @@ class RunConfig(Section):
         return sources[name]
 
     def plugin_options[M: BaseModel](self, cls: type[M]) -> M:
-        """A plugin's own settings: the `[plugins.<name>]` table of this class, or its defaults if there is none."""
+        """A plugin's settings: the `[plugins.<name>]` table of this class, or its defaults if the config has none."""
         for table in self.plugins.values():
             if isinstance(table, cls) and type(table) is cls:
                 return table
@@ -157,32 +157,32 @@ class RunSource:
     """A dataset of a run, as if it were the only one."""
 
     name: str
-    """Of the entry of `[[data.mixture]]`; empty for the dataset of a run that has one."""
+    """Name of the entry in `[[data.mixture]]`; empty if the run has only one dataset."""
     weight: float
-    """As configured."""
+    """The configured weight."""
     share: float
-    """The probability that a training sample comes from here; those of all sources sum to 1."""
+    """The probability that a training sample comes from this dataset; sums to 1 over all sources."""
     run: RunConfig
     """The run with this dataset as its `data`."""
 
     @property
     def statistics(self) -> str:
-        """Where its statistics lie in the run's folder and in that of an exported policy."""
+        """Path of its statistics, relative to the run's folder or to that of an exported policy."""
         return f"norm_stats/{self.name}.json" if self.name else "norm_stats.json"
 
     def drawn(self, rows: int, total: int) -> str:
         """How often a mixture draws from it: `weight 2, 66.7% of the samples, 1.25 passes an epoch`.
 
         Args:
-            rows: Its training rows.
-            total: Those of all sources: the samples of an epoch.
+            rows: Training rows of this dataset.
+            total: Training rows of all sources: the samples of an epoch.
         """
         passes = self.share * total / max(rows, 1)
         return f"weight {self.weight:g}, {self.share:.1%} of the samples, {passes:.3g} passes an epoch"
 
     @contextmanager
     def naming(self) -> Iterator[None]:
-        """Say in a mixture whose an error is."""
+        """In a mixture, prefix a `UserError` of the body with the source's name."""
         try:
             yield
         except UserError as error:
@@ -192,10 +192,10 @@ class RunSource:
 
 
 def no_source(name: str, names: Sequence[str], where: str = "with --source") -> str:
-    """What to say of a source that is not there, or not named."""
+    """The message for a source that does not exist, or that is not named."""
     if not names:
-        return f"there is no source {name!r}: it is a run of one dataset"
-    which = f"there is no source {name!r}{did_you_mean(name, names)}" if name else "it is a run of several datasets"
+        return f"there is no source {name!r}: the run has only one dataset"
+    which = f"there is no source {name!r}{did_you_mean(name, names)}" if name else "the run has several datasets"
     return f"{which}: name one of {', '.join(names)} {where}"
 
 
@@ -204,12 +204,12 @@ class Start(Protocol):
 
     @property
     def step(self) -> int:
-        """Steps already done."""
+        """Finished steps."""
         ...
 
     @property
     def checkpoint(self) -> Path | None:
-        """The checkpoint to continue from; None: from the initial weights."""
+        """The checkpoint to continue from; None to start from the initial weights."""
         ...
 
 
@@ -222,7 +222,7 @@ class LoadedPlugins(Protocol):
         ...
 
     def build_loggers(self, run: RunConfig, *, start_step: int, stop_step: int) -> list[Logger]:
-        """The loggers of the run; on rank 0."""
+        """Build the loggers of the run, on rank 0."""
         ...
 
 
@@ -238,7 +238,7 @@ class Trainer(Protocol):
         """Run the remaining steps, validating and saving as configured.
 
         Returns:
-            SIGINT or SIGTERM if that ended the run early, on every rank and after saving; else None.
+            SIGINT or SIGTERM if that ended the run early, after saving, the same on every rank; else None.
         """
         ...
 
@@ -255,8 +255,8 @@ class LoggerConfig(BaseModel):
         """Build the logger on rank 0.
 
         Args:
-            run: The frozen config; `run.folder` is where the run's files live.
-            start_step: Steps that are already done (a resumed run); rows after it are cut (contract 9).
+            run: The frozen config; `run.folder` is the folder of the run's files.
+            start_step: Finished steps (of a resumed run); rows of later steps are to be cut off (contract 9).
             stop_step: The last step of the run, after `runner.max_steps` and `runner.max_epochs`.
         """
         raise NotImplementedError(f"{type(self).__name__} must define build()")
@@ -278,5 +278,5 @@ class Logger(Protocol):
         ...
 
     def close(self, error: BaseException | None) -> None:
-        """The run has ended, with an error or (None) with all steps done."""
+        """The run has ended, with an error or (None) because all steps are done."""
         ...

@@ -1,4 +1,4 @@
-"""Core's own tables of the config: what they share, `[runner]` and `[optim]`. Units are at the fields."""
+"""Core's own tables of the config, `[runner]` and `[optim]`, and their base class. Units are given at the fields."""
 
 from __future__ import annotations
 
@@ -16,61 +16,59 @@ class Section(BaseModel):
 
 
 MOST_PROFILED = 20
-"""Steps in one trace: a step of a large model has some 20 MB."""
+"""Most steps in one trace: a step of a large model takes about 20 MB."""
 
 
 class RunnerConfig(Section):
     """The `[runner]` table: how long to run, what to write and when."""
 
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Name of the run; its files live in `<output_dir>/<name>/`."""
+    """Name of the run; its files are in `<output_dir>/<name>/`."""
     output_dir: str = "runs"
     """Folder of all runs."""
     max_steps: int = Field(default=30_000, ge=0)
-    """Optimizer steps; 0, which is the default beside `max_epochs`: as many as those epochs have."""
+    """Optimizer steps; 0, the default if `max_epochs` is set: no limit."""
     max_epochs: int = Field(default=0, ge=0)
-    """Passes over the training rows; 0: no limit. With `max_steps` too, the run ends at whichever comes first."""
+    """Passes over the training rows; 0: no limit. If `max_steps` is set too, the run ends at whichever comes first."""
     save_interval: int = Field(default=1000, ge=0)
     """Steps between checkpoints; 0: only after the last step, which is always saved."""
     keep_last: int = Field(default=2, ge=1)
-    """Checkpoints to keep; older ones are removed once a newer one is complete."""
+    """Newest checkpoints to keep; older ones are removed once a newer one is complete."""
     keep_every: int = Field(default=0, ge=0)
-    """Steps between checkpoints that are kept for good, a multiple of `save_interval`; 0: none are."""
+    """Steps between checkpoints that are kept permanently, a multiple of `save_interval`; 0: none."""
     async_save: bool = True
-    """Train on while a checkpoint is written, from a copy in the host's memory; false: wait, without a copy."""
+    """Continue training while a checkpoint is written from a copy in host memory; false: wait, without a copy."""
     checkpoint_dir: str = ""
-    """Folder for the checkpoints of all runs, each in `<checkpoint_dir>/<name>/`, as on a mount that is larger; empty:
+    """Folder for the checkpoints of all runs, e.g. on a larger mount: `<checkpoint_dir>/<name>/`; empty:
     `<output_dir>/<name>/checkpoints/`."""
     checkpoint_rename: bool = True
-    """Write checkpoints aside and rename them; false: where folders cannot be renamed, as in mounted object storage,
-    write them in place. What has no valid `state.json`, which is written last, is never read either way."""
+    """Write checkpoints to a temporary folder and rename it; false: write in place, for storage without renaming, e.g.
+    mounted object storage. Either way, a folder without a valid `state.json`, written last, is never read."""
     val_check_interval: int = Field(default=0, ge=0)
     """Steps between validations on the held-out episodes, also after the last step; 0: none."""
     val_samples: int = Field(default=256, ge=1)
-    """Held-out frames a validation looks at, evenly spread; all of them if there are fewer. In a mixture: of
-    each source."""
+    """Held-out frames per validation, evenly spaced; all if there are fewer. In a mixture: of each source."""
     best_metric: str = ""
-    """Result of validation by which checkpoints are compared, smaller is better; empty: the action error where there is
-    one, else the loss, of the EMA weights where there are any. In a mixture empty means the loss, and
-    each source has its own results: `val_loss/<name>`."""
+    """Validation result by which checkpoints are compared; smaller is better. Empty: the action error if there is one,
+    else the loss, and of the EMA weights if there are any. In a mixture, empty means the loss; each source has its own
+    results, e.g. `val_loss/<name>`."""
     save_best: bool = False
-    """Save whenever `best_metric` improves, and keep that checkpoint, which the file `best` names, until a better."""
+    """Save whenever `best_metric` improves, and keep that checkpoint, named by the file `best`, until the next one."""
     early_stop_patience: int = Field(default=0, ge=0)
     """Validations in a row without improvement after which the run ends; 0: it never ends early."""
     early_stop_min_delta: float = Field(default=0.0, ge=0.0)
-    """By how much `best_metric` must fall to count as an improvement."""
+    """How much `best_metric` must decrease to count as an improvement."""
     max_skipped_steps: int = Field(default=10, ge=0)
-    """Steps in a row whose loss or gradient was not finite, after which the run ends; 0: it goes on."""
+    """Skipped steps in a row (loss or gradient not finite) after which the run ends; 0: never."""
     spike_threshold: float = Field(default=10.0, ge=0.0)
-    """A loss is written to `anomalies.jsonl` when it is so many standard deviations (1.4826 x median absolute
-    deviation) above the median of the last 100 steps; 0: none is."""
+    """A loss this many standard deviations (1.4826 x median absolute deviation) above the median of the last 100 steps
+    is written to `anomalies.jsonl`; 0: none is."""
     profile: tuple[int, ...] = ()
-    """`[start, stop]`: the first and the last step of which rank 0 writes a profiler trace to `<run>/profile/`; empty:
-    none."""
+    """`[start, stop]`: first and last step of a profiler trace that rank 0 writes to `<run>/profile/`; empty: none."""
     resume: Literal["auto", "never"] = "auto"
-    """`auto` continues an unfinished run of this name; `never` refuses if one is there (`--overwrite` removes it)."""
+    """`auto` continues an unfinished run of this name; `never` refuses if one exists (`--overwrite` removes it)."""
     loggers: tuple[str, ...] = ()
-    """Loggers beside `console` and `jsonl`, which always run, by their `type`."""
+    """Loggers, by `type`, in addition to `console` and `jsonl`, which always run."""
 
     @model_validator(mode="before")
     @classmethod
@@ -85,8 +83,8 @@ class RunnerConfig(Section):
             raise ValueError("max_steps and max_epochs are both 0: set one of them, or both")
         if self.keep_every and (not self.save_interval or self.keep_every % self.save_interval):
             raise ValueError(
-                f"keep_every ({self.keep_every}) must be a multiple of save_interval ({self.save_interval}): no other "
-                "checkpoints are there to be kept"
+                f"keep_every ({self.keep_every}) must be a multiple of save_interval ({self.save_interval}): only "
+                "saved checkpoints can be kept"
             )
         if "://" in self.checkpoint_dir:
             raise ValueError(
@@ -105,7 +103,9 @@ class RunnerConfig(Section):
             raise ValueError(f"profile = {list(self.profile)} must be [start, stop]: two steps from 1, in order")
         start, stop = self.profile
         if stop - start >= MOST_PROFILED:
-            raise ValueError(f"profile = {[start, stop]} has {stop - start + 1} steps: a trace holds {MOST_PROFILED}")
+            raise ValueError(
+                f"profile = {[start, stop]} has {stop - start + 1} steps: a trace holds at most {MOST_PROFILED}"
+            )
         if self.max_steps and stop > self.max_steps:
             raise ValueError(f"profile = {[start, stop]} ends after max_steps = {self.max_steps}")
         return self
@@ -116,7 +116,7 @@ class RunnerConfig(Section):
         return min(limit for limit in limits if limit)
 
     def checkpoints_of(self, folder: Path) -> Path:
-        """Where the checkpoints of the run in a folder live, also after the folder was moved."""
+        """The checkpoint folder of the run in `folder`, even if that was moved."""
         return Path(self.checkpoint_dir) / self.name if self.checkpoint_dir else folder / "checkpoints"
 
 
@@ -130,7 +130,7 @@ class OptimConfig(Section):
     warmup_steps: int = Field(default=1000, ge=0)
     """Steps from lr / (warmup_steps + 1) to lr."""
     decay_steps: int = Field(default=30_000, ge=1)
-    """Step, counted from 0, at which the cosine reaches `min_lr`. It never follows from `runner.max_steps`."""
+    """Step, counted from 0, at which the cosine reaches `min_lr`. It does not depend on `runner.max_steps`."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decay rates of the first and second moment."""
     eps: float = Field(default=1e-8, gt=0)
@@ -140,7 +140,7 @@ class OptimConfig(Section):
     clip_grad: float = Field(default=1.0, gt=0)
     """Largest global gradient norm; larger gradients are divided by norm / clip_grad."""
     ema_decay: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Decay rate of an exponential moving average of the weights (float32, 4 bytes a parameter); 0: none is kept."""
+    """Decay rate of an exponential moving average of the weights (float32, 4 bytes per parameter); 0: no average."""
 
     @model_validator(mode="after")
     def _decay_follows_warmup(self) -> OptimConfig:

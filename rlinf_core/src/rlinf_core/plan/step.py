@@ -22,7 +22,7 @@ from rlinf_core.plugins.registry import Plugins
 from rlinf_core.training.blocks import Checkpointing
 from rlinf_core.training.build import DTYPES, build_on_meta, prepare_blocks
 from rlinf_core.training.config import Fsdp2TrainerConfig
-from rlinf_core.training.fsdp import gathered_together, unreached
+from rlinf_core.training.fsdp import gathered_together, unused_parameters
 from rlinf_core.training.optim import decays
 
 COUNTED_SAMPLES = 8
@@ -220,8 +220,8 @@ def _build(run: RunConfig, plugins: Plugins, checkpointing: Checkpointing) -> tu
 
 def _units(run: RunConfig, policy: Any, groups: Groups, reached: set[str]) -> tuple[Unit, ...]:
     names = {parameter: name for name, parameter in policy.named_parameters()}
-    kept = unreached(policy)
-    # If weight decay is lost in rounding, unreached parameters never change and are not averaged either.
+    kept = unused_parameters(policy)
+    # If weight decay is lost in rounding, unused parameters never change and are not averaged either.
     decayed = decays(run.optim.lr, run.optim.weight_decay)
     return tuple(
         Unit(

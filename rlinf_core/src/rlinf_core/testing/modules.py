@@ -146,8 +146,8 @@ def _check_loss(findings: Findings, config: PolicyConfig, module: Any, samples: 
         rule = "gradients reach parameters, and are finite"
         bad = [name for name, grad in reached.items() if not bool(grad.isfinite().all())]
         findings.expect(not bad and any(bool(grad.any()) for grad in reached.values()), rule, ", ".join(bad) or "none")
-        if unreached := sorted(gradients.keys() - reached.keys()):
-            findings.skip(f"gradients of parameters that this loss does not reach: {', '.join(unreached)}")
+        if unused := sorted(gradients.keys() - reached.keys()):
+            findings.skip(f"gradients of parameters that this loss does not reach: {', '.join(unused)}")
     _check_sums(findings, config, module, samples)
     rule = "forward() gives a float32 loss when compute units are in bf16, as trainers gather them (contract 3)"
     loss = findings.attempt(rule, lambda: _loss_in_bf16(module, config.collate(samples)))

@@ -1,7 +1,7 @@
-"""What is done to a policy's repeated blocks before sharding: activation checkpointing and compilation.
+"""Activation checkpointing and compilation of a policy's repeated blocks, before sharding.
 
 Torch and the standard library only. Both replace a block's `forward`, not the block: parameters keep their names, and
-what sharding does before and after a block stays outside of the compiled code and is not done twice.
+FSDP's hooks before and after a block are neither compiled nor run twice.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ Checkpointing = Literal["none", "selective", "full"]
 
 _aten = torch.ops.aten
 EXPENSIVE = frozenset({_aten.mm.default, _aten.addmm.default, _aten.bmm.default, *ATTENTION})
-"""What selective checkpointing keeps: results that cost more to compute than to store."""
+"""Operations whose results selective checkpointing keeps: they cost more to compute than to store."""
 
 
 def prepare_block(block: nn.Module, *, checkpointing: Checkpointing, compiled: bool) -> None:
-    """Change in place how a block trains. Without gradients (validation, sampling) it runs as it was written.
+    """Change in place how a block trains. Without gradients (validation, sampling) it runs unchanged.
 
     Args:
         block: One of the policy's repeated blocks; those of one class share compiled code.
-        checkpointing: What the backward pass computes anew. `"full"`: all but the block's inputs; `"selective"`: all
-            but those and the results of matrix products and attention.
-        compiled: Compile with `torch.compile`. Other shapes than the first compile once more, for all shapes.
+        checkpointing: What the backward pass recomputes. `"full"`: everything from the block's inputs; `"selective"`:
+            everything but the results of matrix products and attention.
+        compiled: Compile with `torch.compile`. The first change of shapes compiles once more, then for all shapes.
     """
     as_written: Callable[..., Any] = block.forward
     in_training = as_written if checkpointing == "none" else _checkpointed(as_written, checkpointing)
@@ -39,7 +39,7 @@ def prepare_block(block: nn.Module, *, checkpointing: Checkpointing, compiled: b
 
     @functools.wraps(as_written)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        # Decided out here: sampling has many forms, which would use up the number of variants that torch.compile keeps.
+        # Outside of the compiled code: sampling has many shapes, which would exhaust torch.compile's cache of variants.
         return in_training(*args, **kwargs) if torch.is_grad_enabled() else as_written(*args, **kwargs)
 
     block.forward = forward

@@ -1,4 +1,4 @@
-"""What trains: the policy, sharded and with its weights, its optimizer and its moving average."""
+"""Build what trains: the policy, sharded and with its weights, its optimizer and its moving average."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rlinf_core.contract.run import LoadedPlugins, RunConfig
 from rlinf_core.errors import UserError
 from rlinf_core.training.blocks import Checkpointing, prepare_block
 from rlinf_core.training.ema import Ema
-from rlinf_core.training.fsdp import derived_seed, layout, materialize, ranks_mesh, shard, unreached
+from rlinf_core.training.fsdp import derived_seed, layout, materialize, ranks_mesh, shard, unused_parameters
 from rlinf_core.training.optim import Optimizer, Schedule, decays
 from rlinf_core.training.settings import Fsdp2Settings
 
@@ -32,17 +32,17 @@ class TrainState:
     """The sharded policy; see `contract.module.Policy`."""
     optimizer: Optimizer
     ema: Ema | None
-    """The moving average of the weights; None if none is kept."""
+    """The moving average of the weights; None if `optim.ema_decay` is 0."""
     parameters: Mapping[str, nn.Parameter]
-    """The policy's, taken now: while parameters are gathered, the policy shows those instead, in the compute dtype."""
+    """The sharded parameters: while they are gathered, the policy shows the gathered ones, in the compute dtype."""
 
     @cached_property
     def layout(self) -> str:
-        """A tag of parameter names and shapes."""
+        """A hash of parameter names and shapes."""
         return layout(self.parameters.items())
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Everything that a checkpoint holds, in place: `<part>.<name>`."""
+        """All tensors of a checkpoint by `<part>.<name>`, not copied."""
         parts: dict[str, Mapping[str, torch.Tensor]] = {
             "model": {name: parameter.detach() for name, parameter in self.parameters.items()},
             "optim": self.optimizer.state_dict(),
@@ -67,12 +67,12 @@ def build_state(
 
 
 def open_weights(run: RunConfig) -> WeightSource | None:
-    """The pretrained weights to start from; None: from the policy's initial values."""
+    """The pretrained weights to start from; None to start from the policy's initial values."""
     return run.policy.open_weights() if run.policy.weights not in ("", "random") else None
 
 
 def build_on_meta(run: RunConfig, plugins: LoadedPlugins, *, to_count: bool = False) -> Any:
-    """The policy without memory, as plugins have changed it; `to_count`: as far as it can be without its files."""
+    """The policy on the meta device, after plugins' changes; with `to_count`, without reading the policy's files."""
     with torch.device("meta"):
         policy: Any = run.policy.build_to_count() if to_count else run.policy.build()
     plugins.hook.rlinf_policy_built(policy=policy, run=run)
@@ -91,13 +91,13 @@ def build_policy(
 ) -> Any:
     """Build the policy, shard it, and give it its weights: pretrained, or (`weights` is None) its initial values.
 
-    Not `filled`, its parameters hold whatever memory held: a checkpoint brings all of them.
+    If not `filled`, its parameters are left uninitialised, for a checkpoint to load.
     """
     policy = build_on_meta(run, plugins)
     if weights is not None:
         weights.check({name: tuple(parameter.shape) for name, parameter in policy.named_parameters()})
-    if not decays(run.optim.lr, run.optim.weight_decay):  # Then they are as good as frozen: not even averaged.
-        for name in unreached(policy):
+    if not decays(run.optim.lr, run.optim.weight_decay):  # Unused parameters never change then: no average is needed.
+        for name in unused_parameters(policy):
             policy.get_parameter(name).requires_grad_(False)
     prepare_blocks(run, policy, config.activation_checkpointing, compiled=config.compile)
     shard(
@@ -120,7 +120,7 @@ def build_policy(
 
 
 def initial_value(config: PolicyConfig, policy: Any, seed: int, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """The initial value of a whole parameter: each published tensor in it has a generator of its own (contract 2)."""
+    """The initial value of a full parameter: each published tensor in it has its own generator (contract 2)."""
 
     def value(published: str, shape: tuple[int, ...]) -> torch.Tensor:
         generator = torch.Generator().manual_seed(derived_seed(seed, published))
@@ -133,7 +133,7 @@ def initial_value(config: PolicyConfig, policy: Any, seed: int, name: str, shape
 
 
 def build_optimizer(run: RunConfig, policy: Any) -> Optimizer:
-    """The optimizer of a sharded policy, as `[optim]` says."""
+    """The optimizer of a sharded policy, with the settings in `[optim]`."""
     optim = run.optim
     return Optimizer(
         policy.named_parameters(),
@@ -142,12 +142,12 @@ def build_optimizer(run: RunConfig, policy: Any) -> Optimizer:
         eps=optim.eps,
         weight_decay=optim.weight_decay,
         clip_grad=optim.clip_grad,
-        unreached=unreached(policy),
+        unused=unused_parameters(policy),
     )
 
 
 def build_ema(run: RunConfig, config: Fsdp2Settings, policy: Any) -> Ema | None:
-    """The moving average of a sharded policy with its initial weights; None if none is kept."""
+    """The moving average of a sharded policy, starting from its weights; None if `optim.ema_decay` is 0."""
     if not run.optim.ema_decay:
         return None
     return Ema(policy, run.optim.ema_decay, torch.device("cpu") if config.ema_device == "cpu" else None)
@@ -156,13 +156,13 @@ def build_ema(run: RunConfig, config: Fsdp2Settings, policy: Any) -> Ema | None:
 def _refuse_saved_buffers(run: RunConfig, policy: Any) -> None:
     if unfilled := sorted(policy.state_dict().keys() - dict(policy.named_parameters(remove_duplicate=False)).keys()):
         raise UserError(
-            f"the policy {run.policy.type!r} has buffers that checkpoints would have to hold: {', '.join(unfilled)}. "
+            f"the policy {run.policy.type!r} has buffers that checkpoints would have to save: {', '.join(unfilled)}. "
             "Register them with persistent=False and fill them in rebuild_buffers, or make them parameters"
         )
 
 
 def prepare_blocks(run: RunConfig, policy: Any, checkpointing: Checkpointing, *, compiled: bool) -> None:
-    """Activation checkpointing, then compilation of what it made, before anything is sharded."""
+    """Apply activation checkpointing, then compilation, to the policy's blocks; before sharding."""
     if checkpointing == "none" and not compiled:
         return
     units: list[ShardUnit] = list(policy.shard_units())

@@ -1,4 +1,4 @@
-"""Core's trainer as `trainer.type = "fsdp2"` names it: its settings, and how they build it, importing torch late."""
+"""Core's trainer as registered under `trainer.type = "fsdp2"`: its settings and `build`, which imports torch late."""
 
 from __future__ import annotations
 

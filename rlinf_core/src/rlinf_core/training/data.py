@@ -1,6 +1,6 @@
-"""`RunData`: a run bound to its datasets, on their way from rows to a trainer's micro batches.
+"""`RunData`: a run bound to its datasets, from rows to a trainer's micro batches.
 
-A run of one dataset and a mixture go the same way; only a mixture's sources have names.
+A single dataset is handled like a mixture of one; only the sources of a mixture have names.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from rlinf_core.errors import UserError
 
 @dataclass(frozen=True, eq=False)
 class RunData:
-    """A run whose policy is bound to its data. `open` reads rows, `prepare` adds statistics and pipelines."""
+    """A run whose policy is bound to its data. `open` opens the rows, `prepare` adds statistics and pipelines."""
 
     run: RunConfig
-    """The run; its policy has what `PolicyConfig.data_layout` found in the data."""
+    """The run; its policy knows the `PolicyConfig.data_layout` of the data."""
     rows: tuple[SampleSource, ...]
     """The training rows of each dataset."""
     held_out: tuple[SampleSource | None, ...]
-    """Its held-out rows; None where the run does not validate or the dataset holds out nothing."""
+    """The held-out rows of each dataset; None if the run does not validate or the dataset holds out nothing."""
     layout: Mapping[str, Sequence[int]]
-    """What of the module's layout follows from the data; checkpoints hold it."""
+    """The `PolicyConfig.data_layout`: what the module's layout takes from the data; saved in checkpoints."""
     sources: tuple[Source, ...] = ()
-    """The datasets as the loader takes them; empty before `prepare`."""
+    """The datasets with their pipelines, for the loader; empty before `prepare`."""
     warnings: tuple[str, ...] = field(default=())
-    """What may be wrong with their statistics."""
+    """Warnings about the statistics; empty before `prepare`."""
 
     @classmethod
     def open(cls, run: RunConfig, plugins: LoadedPlugins) -> RunData:
@@ -57,14 +57,14 @@ class RunData:
         return cls(run, rows, held_out, layout)
 
     def prepare(self, group: ProcessGroup, *, resuming: bool) -> RunData:
-        """With the statistics of each dataset, which rank 0 computes or reads, and the pipelines that use them.
+        """Add the statistics of each dataset, which rank 0 computes or reads, and the pipelines that use them.
 
         Args:
             group: All ranks call this.
             resuming: The run continues from a checkpoint; see `data.statistics.run.run_statistics`.
 
         Raises:
-            UserError: The statistics would spoil the run, or are no longer those of the data.
+            UserError: The statistics are unusable, or no longer match the data.
         """
         sources, warnings = [], []
         for given, rows in zip(self.run.sources, self.rows, strict=True):
@@ -77,12 +77,12 @@ class RunData:
 
     @cached_property
     def size(self) -> int:
-        """Training rows of all datasets: the samples of an epoch before it is cut to whole steps."""
+        """Training rows of all datasets: the samples of an epoch, before it is cut to whole steps."""
         return sum(map(len, self.rows))
 
     @cached_property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps of an epoch."""
+        """Optimizer steps per epoch."""
         return steps_per_epoch(self.size, self.run.trainer.global_batch_size)
 
     @property
@@ -92,7 +92,7 @@ class RunData:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of what the rows are made of; empty where there are statistics, which have their own."""
+        """A hash of what the rows are made of; empty if the policy normalizes, as the statistics record their own."""
         if self.run.policy.normalization != "none":
             return ""
         return " ".join(source.fingerprint() for source in self.rows)
@@ -111,7 +111,7 @@ class RunData:
         )
 
     def facts(self) -> Iterator[str]:
-        """What to report of each dataset: episodes, rows, decoder; in a mixture, how often it is drawn from."""
+        """Lines to report per dataset: episodes, rows, decoder; in a mixture also how often it is drawn from."""
         for given, rows, held_out in zip(self.run.sources, self.rows, self.held_out, strict=True):
             text = f"data: {describe_splits(rows, held_out)}"
             if isinstance(rows, DecodingSource) and (decoder := rows.try_decoder()):
@@ -119,7 +119,7 @@ class RunData:
             yield f"{given.name}: {text}; {given.drawn(len(rows), self.size)}" if given.name else text
 
     def sample_facts(self) -> Iterator[str]:
-        """What the policy reports of each dataset's samples."""
+        """What the policy reports about the samples of each dataset."""
         for given, source in zip(self.run.sources, self.sources, strict=True):
             if not given.run.data.stats_need_images:
                 for name, fact in self.run.policy.describe(preview_samples(source.rows, source.pipeline)).items():
@@ -127,7 +127,7 @@ class RunData:
 
 
 def check_batching(run: RunConfig, ranks: int) -> None:
-    """Raise `UserError` if the run's batches, or the streams of the chunked order, do not divide among the ranks."""
+    """Raise `UserError` if the batches, or the streams of the chunked order, cannot be divided among the ranks."""
     run.trainer.check_ranks(ranks)
     _ = Batching.of(run, 0, ranks).accumulation
     check_streams(chunks_of(run.data), ranks)

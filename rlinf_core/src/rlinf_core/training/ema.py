@@ -1,7 +1,7 @@
-"""An exponential moving average of the weights: float32, sharded like them, honouring skipped steps.
+"""An exponential moving average of the weights: float32, sharded like them, unchanged by skipped steps.
 
 Torch and the standard library only. The reference is openpi's JAX training loop: after each step the average becomes
-decay · average + (1 - decay) · weights, from the initial weights on and without bias correction.
+decay · average + (1 - decay) · weights, starting from the initial weights, without bias correction.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from rlinf_core.training.fsdp import local_shard, release
 
 
 class Ema:
-    """The average of a policy's trainable parameters; frozen ones are their own average and cost nothing.
+    """The average of a policy's trainable parameters; frozen ones need no copy.
 
     Args:
         policy: The sharded policy, with its initial weights.
         decay: 0 < decay < 1.
-        device: Where the average lives; None: beside the parameters.
+        device: Device of the average; None: that of the parameters.
     """
 
     def __init__(self, policy: nn.Module, decay: float, device: torch.device | None = None) -> None:
@@ -34,11 +34,11 @@ class Ema:
 
     @torch.no_grad()
     def update(self, skipped: torch.Tensor) -> None:
-        """Follow the weights by one step.
+        """Update the average after a step.
 
         Args:
-            skipped: 1.0 if the step changed nothing, which then is no step here either; else 0.0. Never read on the
-                host unless the average lives on another device.
+            skipped: 1.0 if the step was skipped, which leaves the average unchanged; else 0.0. Not read on the host
+                unless the average is on another device.
         """
         weight: torch.Tensor | None = None
         for name, parameter in self._parameters.items():
@@ -48,12 +48,12 @@ class Ema:
             average.lerp_(local_shard(parameter).to(average.device), weight)
 
     def state_dict(self) -> Mapping[str, torch.Tensor]:
-        """The averages by parameter name; loading writes into these same tensors."""
+        """The averages by parameter name; loading writes into these tensors."""
         return self._averages
 
     @contextmanager
     def in_place_of_weights(self) -> Iterator[None]:
-        """Let the policy compute with the averages; on leaving, the weights are what they were, to the bit."""
+        """Let the policy compute with the averages; afterwards the weights are restored exactly."""
         self._exchange()
         try:
             yield
@@ -62,7 +62,7 @@ class Ema:
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        release(self._policy)  # What is still gathered is the other weights.
+        release(self._policy)  # Gathered parameters would still have the previous values.
         for name, parameter in self._parameters.items():
             weights, average = local_shard(parameter), local_shard(self._averages[name])
             kept = weights.clone()

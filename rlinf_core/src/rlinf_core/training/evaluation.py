@@ -1,7 +1,8 @@
-"""How good a policy is on held-out episodes: its loss, and the error of the actions it samples in the data's own units.
+"""Evaluate a policy on held-out episodes: its loss, and the error of its sampled actions in the data's own units.
 
-Two policies that look at nothing are measured beside it: one that always acts the mean action of the training rows, one
-that repeats the robot's last action. A policy that is not clearly better has learned nothing from what it sees.
+Two baselines that ignore observations are evaluated too: one always outputs the mean action of the training rows, the
+other repeats the robot's last action. A policy that is not clearly better has learned nothing from its observations.
+`Validation` evaluates one dataset, `MixtureValidation` every source of a mixture; `open_validation` chooses.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from rlinf_core.training.stopping import BASELINES, HEADLINES, best_metric, resu
 Vectors = NDArray[np.floating]
 
 ROWS_FOR_THE_MEAN = 4096
-"""Training rows from which the mean action is taken, evenly spread."""
+"""Evenly spaced training rows from which the mean action is computed."""
 
 
 class Validation:
-    """Measures a policy on the same held-out rows, with the same draws, each time."""
+    """Evaluates a policy, each time on the same held-out rows with the same random draws."""
 
     def __init__(
         self, run: RunConfig, pipeline: Pipeline, held_out: SampleSource, training: SampleSource, group: ProcessGroup
@@ -48,14 +49,14 @@ class Validation:
 
         Args:
             policy: The sharded policy.
-            ema: If there is one, its weights are measured too.
-            interrupted: Whether to give up; asked before each batch, with the same answer on every rank.
+            ema: The moving average, whose weights are then evaluated too.
+            interrupted: Whether to abort; called before each batch, with the same answer on every rank.
 
         Returns:
             `val_loss`, and `val_<name>` of the policy's `validation_metrics`; for policies with actions also
             `val_action_mse`, and for the two baselines `val_action_mse_mean` and `val_action_mse_repeat`: the squared
-            error in the data's units, averaged over the numbers of an action and over the steps of a chunk that lie
-            within the episode. `ema_val_loss` and so on are those of the EMA weights. None if interrupted.
+            error in the data's units, averaged over the dimensions of an action and over the steps of a chunk that are
+            within the episode. `ema_val_loss` etc. are the results of the EMA weights. None if interrupted.
         """
         policy.eval()
         try:
@@ -71,7 +72,7 @@ class Validation:
 
     @torch.no_grad()
     def _measure(self, policy: Any, interrupted: Callable[[], bool]) -> dict[str, float] | None:
-        """The results with the weights that the policy has now."""
+        """The results with the policy's current weights."""
         device = self._group.device
         loss = torch.zeros(2, dtype=torch.float64)
         own: dict[str, float] = {}
@@ -81,11 +82,11 @@ class Validation:
                 return None
             on_device = to_device(batch, device)
             out = policy(on_device)
-            own = own or dict.fromkeys(sorted(out.metrics), 0.0)  # A filling batch has the same names.
+            own = own or dict.fromkeys(sorted(out.metrics), 0.0)  # A filler batch has the same names.
             actions = None
             if self._mean is not None:
                 actions = policy.sample_actions(on_device, on_device["noise"]).float().cpu().numpy()
-            if not rows:  # The batch only keeps this rank in step with the others, and does not count.
+            if not rows:  # A filler batch, so that all ranks run equally many; it does not count.
                 continue
             loss += torch.stack([out.loss_sum, out.weight]).double().cpu()
             own = {name: total + float(out.metrics[name]) for name, total in own.items()}
@@ -103,10 +104,10 @@ class Validation:
         return results
 
     def demonstrate(self, policy: Any) -> list[str]:
-        """What the policy says of the held-out samples it asks for (`PolicyConfig.shown`), the same on every rank."""
+        """The policy's texts about held-out samples (`PolicyConfig.shown` says how many), the same on every rank."""
         if not (count := self._run.policy.shown()):
             return []
-        # Without regard to ranks: all of them compute the same.
+        # Not divided among ranks: all of them compute the same.
         batches = self._batches_of(count, micro_batch_size=count, rank=0, world_size=1)
         policy.eval()
         try:
@@ -132,7 +133,7 @@ class Validation:
         )
 
     def _errors(self, actions: Vectors, row: ValidationRow, mean: Vectors) -> Vectors:
-        """Summed squared errors of policy, mean action and repeated action, and how many numbers were compared."""
+        """[4], summed squared errors of policy, mean action and repeated action, and the number of values compared."""
         within = ~row.target["actions_is_pad"]
         target = row.target["actions"][within]
         decoded = self._pipeline.decode(actions, row.sample)[within]
@@ -145,7 +146,7 @@ class Validation:
         return np.array([*(float(np.square(guess - target).sum()) for guess in guesses), target.size])
 
     def _last_action(self, row: int, mean: Vectors) -> Vectors:
-        """[D], the action before this row; the first row of an episode has none, there the mean action stands in."""
+        """[D], the action before this row; for the first row of an episode, the mean action."""
         if row == 0 or self._episodes[row - 1] != self._episodes[row]:
             return mean
         (before,) = self._source.without_images([row - 1])
@@ -154,17 +155,17 @@ class Validation:
 
 
 def mean_action(source: SampleSource, pipeline: Pipeline) -> Vectors:
-    """[D], the mean over training rows, in the data's own units."""
+    """[D], the mean action of the training rows, in the data's own units."""
     indices = np.unique(np.linspace(0, len(source) - 1, min(len(source), ROWS_FOR_THE_MEAN)).astype(np.int64))
     actions = [pipeline.target(row)["actions"][0] for row in source.without_images(indices.tolist())]
     return np.asarray(np.mean(actions, axis=0, dtype=np.float64))
 
 
 class MixtureValidation:
-    """Measures a policy on every source that holds out episodes.
+    """Evaluates a policy on every source that holds out episodes.
 
-    The result `<key>` of a source is `<key>/<name>`. `val_loss` (and `ema_val_loss`) is the mean of the sources',
-    weighted as training draws from them: the held-out loss of what is trained.
+    The result `<key>` of a source is reported as `<key>/<name>`. `val_loss` (and `ema_val_loss`) is the mean over
+    sources, weighted as training draws from them.
     """
 
     def __init__(self, parts: Mapping[str, Validation], shares: Mapping[str, float]) -> None:
@@ -175,7 +176,7 @@ class MixtureValidation:
     def __call__(
         self, policy: Any, ema: Ema | None = None, interrupted: Callable[[], bool] = lambda: False
     ) -> dict[str, float] | None:
-        """Validate; every rank calls it and gets the same results. Arguments are those of `Validation`."""
+        """Validate; every rank calls it and gets the same results. The arguments are those of `Validation`."""
         found: dict[str, dict[str, float]] = {}
         for name, part in self._parts.items():
             results = part(policy, ema, interrupted)
@@ -190,17 +191,17 @@ class MixtureValidation:
         return whole | {f"{key}/{name}": value for name, results in found.items() for key, value in results.items()}
 
     def demonstrate(self, policy: Any) -> list[str]:
-        """What the policy says of held-out samples of each source."""
+        """The policy's texts about held-out samples of each source."""
         return [f"{name}: {text}" for name, part in self._parts.items() for text in part.demonstrate(policy)]
 
 
 def open_validation(
     run: RunConfig, sources: Sequence[Source], held_out: Sequence[SampleSource | None], group: ProcessGroup
 ) -> Validation | MixtureValidation | None:
-    """What measures a run's policy on its held-out rows; None if there are none.
+    """The validation of a run's held-out rows; None if there are none.
 
     Raises:
-        UserError: `runner.best_metric` is no result of it.
+        UserError: `runner.best_metric` is not one of its results.
     """
     parts = {
         source.name: Validation(given.run, source.pipeline, own, source.rows, group)
@@ -211,5 +212,5 @@ def open_validation(
         return None
     shares = {source.name: source.share for source in sources}
     validation = parts[""] if "" in parts else MixtureValidation(parts, shares)
-    best_metric(run.runner.best_metric, result_names(run))  # Better refused now than at the first validation.
+    best_metric(run.runner.best_metric, result_names(run))  # Fail now rather than at the first validation.
     return validation

@@ -1,7 +1,7 @@
-"""Sharding a single-device policy with FSDP2, and giving its parameters their values tensor by tensor.
+"""Shard a single-device policy with FSDP2, and fill its parameters tensor by tensor.
 
 Torch and the standard library only. A policy names its units and their dtype (`Policy.shard_units`); everything else
-here is the same for every policy.
+is the same for all policies.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FORWARD_METHODS = ("sample_actions", "demonstrate")
 
 
 def ranks_mesh(device_type: str, ranks: int, num_replicas: int = 1) -> DeviceMesh:
-    """All ranks as FSDP2 takes them: one dimension that shards; with replicas, one that replicates before it."""
+    """The device mesh of all ranks: one dimension that shards; with replicas, one that replicates before it."""
     if num_replicas == 1:
         return init_device_mesh(device_type, (ranks,), mesh_dim_names=("shard",))
     return init_device_mesh(device_type, (num_replicas, ranks // num_replicas), mesh_dim_names=("replicate", "shard"))
@@ -49,12 +49,12 @@ def shard(
 
     Args:
         policy: A policy whose parameters are on the meta device or hold the same values on every rank.
-        mesh: The ranks; of two dimensions (HSDP), the first replicates and the second shards.
-        compute_dtype: Dtype of the matrix products.
+        mesh: The ranks; with two dimensions (HSDP), the first replicates and the second shards.
+        compute_dtype: Dtype of matrix products.
         reshard_after_forward: Release a unit's gathered parameters between forward and backward.
-        min_unit_size: Smaller units, in parameters, stay with the root where their dtype is the root's, float32:
-            gathering a few kilobytes apart saves no memory and costs a round trip.
-        cpu_offload: Keep parameters and gradients in the CPU's memory, page-locked where there is an accelerator.
+        min_unit_size: Float32 units with fewer parameters are gathered with the root, whose dtype is float32 too:
+            gathering a few kilobytes separately saves no memory and costs a round trip.
+        cpu_offload: Keep parameters and gradients in CPU memory, page-locked if there is an accelerator.
     """
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if cpu_offload else OffloadPolicy()
 
@@ -80,9 +80,9 @@ def shard(
 def gathered_together(
     policy: Any, *, compute_dtype: torch.dtype, min_unit_size: int
 ) -> Iterator[tuple[nn.Module, torch.dtype]]:
-    """Modules whose parameters are gathered at once, in which dtype; a parameter belongs to the first that has it.
+    """Modules whose parameters are gathered together, and in which dtype; a parameter belongs to the first that has it.
 
-    The policy itself comes last, for all that is in no unit. Arguments are those of `shard`.
+    The policy itself comes last, for parameters that are in no unit. Arguments are those of `shard`.
     """
     for unit in policy.shard_units():
         dtype = compute_dtype if unit.dtype == "compute" else torch.float32
@@ -92,14 +92,15 @@ def gathered_together(
     yield policy, torch.float32
 
 
-def communicate(policy: Any, *, last: bool, reduce_every_micro_batch: bool, reshard: bool) -> None:
-    """Say what the coming micro batch of a step sends; between micro batches nothing needs to be sent.
+def set_gradient_sync(policy: Any, *, last: bool, reduce_every_micro_batch: bool, reshard: bool) -> None:
+    """Choose which gradients the next micro batch reduces; only the last one of a step has to.
 
     Args:
         policy: The sharded policy.
-        last: It is the step's last micro batch.
-        reduce_every_micro_batch: Reduce gradients within the shard group each time, so that no rank keeps them whole.
-        reshard: Gathered parameters are released after use; else they stay until the step's end.
+        last: Whether it is the last micro batch of the step.
+        reduce_every_micro_batch: Reduce gradients within the shard group each time, so that no rank keeps them
+            unsharded.
+        reshard: Release gathered parameters after use; else they stay until the end of the step.
     """
     policy.set_is_last_backward(last)
     if reduce_every_micro_batch:
@@ -107,20 +108,20 @@ def communicate(policy: Any, *, last: bool, reduce_every_micro_batch: bool, resh
     else:
         policy.set_requires_gradient_sync(last)
         for unit in policy.shard_units():
-            # What no loss reaches is never gathered; torch 2.11 fails on keeping gradients of such a unit.
+            # Unused units are never gathered; torch 2.11 fails when it should keep the gradients of one.
             if not unit.reached and isinstance(unit.module, FSDPModule):
                 unit.module.set_requires_gradient_sync(True, recurse=False)
     policy.set_reshard_after_backward(last or reshard)
 
 
-def unreached(policy: Any) -> frozenset[str]:
-    """Names of the parameters that no loss reaches, as the policy's units say."""
+def unused_parameters(policy: Any) -> frozenset[str]:
+    """Names of the parameters that the loss does not depend on, according to the policy's units."""
     there = {id(p) for unit in policy.shard_units() if not unit.reached for p in unit.module.parameters()}
     return frozenset(name for name, parameter in policy.named_parameters() if id(parameter) in there)
 
 
 def release(policy: nn.Module) -> None:
-    """Release what is still gathered: after a pass without gradients it may stay, and would outlive its shards."""
+    """Release gathered parameters: after a pass without gradients they may remain, and would hide changed shards."""
     for module in policy.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -133,16 +134,16 @@ def materialize(
     *,
     buffers_on: torch.device | None = None,
 ) -> None:
-    """Give a sharded policy on the meta device memory and values.
+    """Allocate and fill a sharded policy that is on the meta device.
 
-    Each rank makes or reads one whole tensor at a time and keeps its slice (contract 2), so that the weights are the
+    Each rank creates or reads one full tensor at a time and keeps its slice (contract 2), so that the weights are the
     same on any number of ranks and no rank holds a second full copy.
 
     Args:
         policy: The sharded policy.
-        device: Where the shards live.
-        value: (parameter name, whole shape) -> the whole tensor; None: leave parameters as memory is.
-        buffers_on: Where buffers live, if elsewhere than the shards.
+        device: Device of the shards.
+        value: (parameter name, full shape) -> the full tensor; None: leave parameters uninitialised.
+        buffers_on: Device of buffers; None: that of the shards.
     """
     allocate(policy, device)
     if value is not None:
@@ -154,12 +155,12 @@ def materialize(
 
 
 def allocate(policy: nn.Module, device: torch.device) -> None:
-    """Give a module on the meta device memory; a parameter that several modules share stays one."""
+    """Allocate memory for a module on the meta device; a parameter shared by several modules stays shared."""
     homes: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for module in policy.modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             homes.setdefault(parameter, []).append((module, name))
-    policy.to_empty(device=device)  # Makes a parameter of its own for each home.
+    policy.to_empty(device=device)  # Creates a separate parameter for each module.
     for (first, its_name), *others in homes.values():
         for module, name in others:
             setattr(module, name, getattr(first, its_name))
@@ -171,7 +172,7 @@ def _fill(policy: nn.Module, device: torch.device, value: Callable[[str, tuple[i
         whole = value(name, tuple(parameter.shape)).to(dtype=torch.float32, device=device)
         if isinstance(parameter, DTensor):
             mesh, placements = parameter.device_mesh, parameter.placements
-            # src_data_rank=None: slice locally, every rank has the whole tensor.
+            # src_data_rank=None: slice locally, as every rank has the full tensor.
             whole = distribute_tensor(whole, mesh, placements, src_data_rank=None)
         parameter.copy_(whole)
 
@@ -183,12 +184,12 @@ def local_shard(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def derived_seed(*parts: object) -> int:
-    """A generator's seed from what it belongs to: the run's seed and a name, or numbers."""
+    """A generator's seed, derived from what it is for: the run's seed and a name, or numbers."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def layout(parameters: Iterable[tuple[str, nn.Parameter]]) -> str:
-    """A tag of names and shapes; checkpoints of another layout are refused."""
+    """A hash of names and shapes; checkpoints with another layout are refused."""
     text = "\n".join(sorted(f"{name} {tuple(parameter.shape)}" for name, parameter in parameters))
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -1,4 +1,4 @@
-"""The optimizer step: AdamW on float32 masters, the reference's schedule and clipping, and no host synchronisation.
+"""The optimizer step: AdamW on float32 master weights, the reference's schedule and clipping, no host synchronisation.
 
 Torch and the standard library only. The reference is openpi's JAX training loop: optax `warmup_cosine_decay_schedule`,
 `clip_by_global_norm` and `adamw`.
@@ -30,7 +30,7 @@ class Schedule(NamedTuple):
 
         Warm-up runs from lr / (warmup_steps + 1) at 0 to lr at `warmup_steps`; the cosine ends at `decay_steps`.
         """
-        # Optax's order of float32 operations, which loses the last digits of small rates: equal rates, equal curves.
+        # The order of float32 operations is optax's: it loses the last digits of small rates, and curves must be equal.
         step = step.to(torch.float32)
         start = self.lr / (self.warmup_steps + 1)
         warmup = (start - self.lr) * (1.0 - step / max(self.warmup_steps, 1)) + self.lr
@@ -41,14 +41,14 @@ class Schedule(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """What an optimizer step reports; scalars on the device, so that reading them is the caller's choice of moment."""
+    """What an optimizer step reports: scalars on the device, so that the caller decides when to wait for them."""
 
     grad_norm: torch.Tensor
     """Global norm of the mean loss's gradient, before clipping."""
     lr: torch.Tensor
     """Learning rate of this step."""
     skipped: torch.Tensor
-    """1.0 where gradient or loss was not finite and nothing changed, else 0.0."""
+    """1.0 if the gradient or loss was not finite, so that nothing was changed; else 0.0."""
 
 
 class Optimizer:
@@ -63,28 +63,28 @@ class Optimizer:
         eps: float,
         weight_decay: float,
         clip_grad: float,
-        unreached: Collection[str] = (),
+        unused: Collection[str] = (),
     ) -> None:
         """See `OptimConfig` for the settings.
 
         Args:
-            parameters: By name; those that require no gradient are left alone.
+            parameters: Named parameters; those that require no gradient are ignored.
             schedule: The learning rate.
-            betas: Of the two moments.
-            eps: Beside the root of the second moment.
-            weight_decay: Of AdamW.
-            clip_grad: The largest norm of a gradient.
-            unreached: Names of parameters that no loss reaches: they have no state, only weight decay.
+            betas: Decay rates of the two moments.
+            eps: Added to the root of the second moment.
+            weight_decay: AdamW's decoupled weight decay.
+            clip_grad: Largest global gradient norm.
+            unused: Names of parameters that the loss does not depend on: no state, only weight decay.
         """
         trained = {name: parameter for name, parameter in parameters if parameter.requires_grad}
-        self.parameters = {name: parameter for name, parameter in trained.items() if name not in unreached}
-        self._only_decayed = [parameter for name, parameter in trained.items() if name in unreached]
+        self.parameters = {name: parameter for name, parameter in trained.items() if name not in unused}
+        self._only_decayed = [parameter for name, parameter in trained.items() if name in unused]
         self._weight_decay = weight_decay
         device = next(iter(self.parameters.values())).device
         self.schedule = schedule
         self.clip_grad = clip_grad
         self.applied = torch.zeros((), dtype=torch.float32, device=device)
-        """Steps that changed the weights; the schedule counts these."""
+        """Number of steps that changed the weights; the schedule is a function of it."""
         self._lr = torch.zeros((), dtype=torch.float32, device=device)
         self._adamw = torch.optim.AdamW(
             self.parameters.values(), lr=self._lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True
@@ -99,15 +99,15 @@ class Optimizer:
     def step(self, divisor: torch.Tensor | float = 1.0, loss: torch.Tensor | None = None) -> StepResult:
         """Apply the gradients once and clear them.
 
-        The fused kernel divides the gradients as it reads them, so neither the loss's weight nor clipping costs a pass
-        over memory, and it changes nothing where `found_inf` is set.
+        The fused kernel scales the gradients as it reads them, so that neither the loss's weight nor clipping costs a
+        pass over memory; if `found_inf` is set, it changes nothing.
 
         Args:
-            divisor: What turns the stored gradients into those of the mean loss: total weight / data-parallel ranks.
-            loss: Of all ranks, scalar. Where it is not finite, the step is skipped even if its gradient is.
+            divisor: Turns the stored gradients into those of the mean loss: total weight / data-parallel ranks.
+            loss: Scalar, over all ranks. If it is not finite, the step is skipped even if the gradient is finite.
         """
         if isinstance(divisor, torch.Tensor):
-            divisor = divisor.to(self.applied.device)  # Elsewhere only if the parameters are offloaded to the CPU.
+            divisor = divisor.to(self.applied.device)  # Differs only if the parameters are offloaded to the CPU.
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = _whole(torch.nn.utils.get_total_norm(gradients)) / divisor
         # optax.clip_by_global_norm: divide only when the norm exceeds the bound, and without an epsilon.
@@ -117,7 +117,7 @@ class Optimizer:
             finite &= torch.isfinite(loss).to(norm.device)
         skipped = (~finite).to(torch.float32)
         self._lr.copy_(self.schedule.at(self.applied))
-        # The names under which torch.amp.GradScaler hands these to fused optimizers.
+        # The attributes through which torch.amp.GradScaler passes these to fused optimizers.
         self._adamw.grad_scale = excess * divisor  # type: ignore[attr-defined]
         self._adamw.found_inf = skipped  # type: ignore[attr-defined]
         self._adamw.step()
@@ -128,14 +128,14 @@ class Optimizer:
 
     @torch.no_grad()
     def _decay(self, applied: torch.Tensor) -> None:
-        """What AdamW does to a parameter without a gradient."""
+        """Apply weight decay to the unused parameters, as AdamW would with a gradient of zero."""
         if decays(self.schedule.lr, self._weight_decay):
             factor = 1.0 - self._lr * self._weight_decay * applied
             for parameter in self._only_decayed:
                 local_shard(parameter).mul_(factor)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Every tensor of the state under `<kind>.<parameter>`; loading writes into these same tensors."""
+        """All tensors of the state as `<kind>.<parameter>`; loading writes into these same tensors."""
         state = {"applied": self.applied}
         for name, parameter in self.parameters.items():
             for kind, value in self._adamw.state[parameter].items():
@@ -144,10 +144,10 @@ class Optimizer:
 
 
 def decays(lr: float, weight_decay: float) -> bool:
-    """Whether weight decay changes a float32 number at all: the reference's, 1e-10, at usual rates does not."""
+    """Whether weight decay changes a float32 number at all; the reference's 1e-10 at usual rates does not."""
     return bool(torch.tensor(1.0, device="cpu") - lr * weight_decay != 1.0)
 
 
 def _whole(norm: torch.Tensor) -> torch.Tensor:
-    """The norm over all shards."""
+    """The norm over all shards, as a plain tensor."""
     return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -1,7 +1,8 @@
-"""Where a run starts: at step 0, at its last checkpoint, or not at all because it is finished (contract 9).
+"""Where a run starts: at step 0, at its last checkpoint, or nowhere because it is finished (contract 9). Torch-free.
 
-`decide_start` is a pure function of the run, of what is in its folder (`FolderState`) and of the command's flags.
-Every refusal and every note of a start is made here; `training.run_folder` reads the folder and writes to it.
+`decide_start` is a pure function of the run's config, the content of its folder (`FolderState`) and the command's
+flags; `training.run_folder` reads and writes the folder. In reading order: the values (`Flags`, `FolderState`,
+`Start`), the decision, its refusals and notes, and then how the config may change when a run continues (`MAY_CHANGE`).
 """
 
 from __future__ import annotations
@@ -19,37 +20,37 @@ from rlinf_core.training.checkpoint.state import Position, none_whole
 
 @dataclass(frozen=True)
 class Flags:
-    """What a start was asked for beyond its config."""
+    """Command-line flags that affect the start."""
 
     overwrite: bool = False
     """Replace the run of the same name."""
     allow_change: bool = False
     """Continue with a config that changes what a step computes."""
     restarted: bool = False
-    """torchrun restarted the processes with the same arguments: what is in the folder is this run's own, which neither
-    `overwrite` nor `runner.resume = "never"` is about."""
+    """torchrun restarted the processes with the same arguments: the folder holds this very run, so `overwrite` and
+    `runner.resume = "never"` do not apply."""
 
 
 @dataclass(frozen=True)
 class CheckpointDir:
-    """The folder of the checkpoints and who owns it."""
+    """The checkpoint folder and its owner."""
 
     obstacle: str = ""
-    """Why it cannot be created or written to; empty: it can."""
+    """Why it cannot be created or written; empty if it can."""
     owner: str | None = None
-    """Content of the owner file in it; None: there is none."""
+    """Content of its owner file; None if it has none."""
     run_owner: str = ""
-    """Content of the owner file in the run's folder; empty: it has none."""
+    """Content of the owner file in the run's folder; empty if it has none."""
     holds_checkpoints: bool = False
-    """Whether any checkpoint is in it."""
+    """Whether it contains any checkpoint."""
     wanted_here: bool = False
-    """Whether the checkpoint that `latest` names is in it."""
+    """Whether it contains the checkpoint named by `latest`."""
     before: Path | None = None
-    """Where the run's saved config puts the checkpoints; None: the run has no saved config."""
+    """The checkpoint folder according to the run's saved config; None if there is no saved config."""
     is_before: bool = False
-    """Whether that is the same folder, links followed."""
+    """Whether `before` is this same folder, after resolving links."""
     wanted_before: bool = False
-    """Whether the checkpoint that `latest` names is there."""
+    """Whether `before` contains the checkpoint named by `latest`."""
 
 
 @dataclass(frozen=True)
@@ -57,25 +58,25 @@ class FolderState:
     """What is in a run's folder before a start; `training.run_folder.read_folder` reads it."""
 
     obstacle: str = ""
-    """Why the folder cannot be created, read or written to; empty: it can."""
+    """Why the folder cannot be created, read or written; empty if it can."""
     is_empty: bool = True
-    """Whether it is missing or has nothing in it."""
+    """Whether it is missing or empty."""
     has_config: bool = False
-    """Whether it has a `config.toml`, and so is a run's."""
+    """Whether it has a `config.toml`, i.e. belongs to a run."""
     config: Mapping[str, Any] = field(default_factory=dict)
-    """That config's table."""
+    """The content of that `config.toml`."""
     has_metrics: bool = False
     """Whether any step was logged."""
     checkpoint: Path | None = None
-    """The newest checkpoint that is not known to be damaged."""
+    """The newest checkpoint with no known damage."""
     position: Position | None = None
     """Its position in the run."""
     damaged: Mapping[str, str] = field(default_factory=dict)
-    """Newer checkpoints -> what is wrong with each, newest first."""
+    """Name of each newer checkpoint -> its damage, newest first."""
     later: tuple[str, ...] = ()
     """All checkpoints newer than `checkpoint`, damaged or not."""
     error: UserError | None = None
-    """Why the config or the checkpoints cannot be read; only `Flags.overwrite` gets past it."""
+    """Why the config or the checkpoints cannot be read; raised unless `Flags.overwrite` is set."""
     checkpoint_dir: CheckpointDir = field(default_factory=CheckpointDir)
 
 
@@ -84,17 +85,17 @@ class Start:
     """Where a run starts."""
 
     step: int = 0
-    """Steps already done."""
+    """Finished steps."""
     checkpoint: Path | None = None
-    """The checkpoint to continue from; None: from the initial weights."""
+    """The checkpoint to continue from; None to start from the initial weights."""
     finished: bool = False
-    """Whether nothing is left to do."""
+    """Whether all steps are done."""
     notes: tuple[str, ...] = ()
-    """What to report: a changed config, damaged checkpoints."""
+    """Lines to report, e.g. a changed config or damaged checkpoints."""
     changes: tuple[str, ...] = ()
-    """What `--allow-change` lets change of what a step computes, a line per key."""
+    """The changes to what a step computes that `--allow-change` permits, one line per key."""
     replaced: Path | None = None
-    """Where `--overwrite` moves the previous run; removed once its successor is ready to train."""
+    """Where `--overwrite` moves the previous run; it is deleted once its successor is ready to train."""
 
     @property
     def changed(self) -> bool:
@@ -106,7 +107,7 @@ def decide_start(run: RunConfig, state: FolderState, flags: Flags = Flags()) -> 
     """Decide where a run starts. Reads and writes nothing.
 
     Raises:
-        UserError: Continuing would mix two runs or overwrite one, or the folders cannot hold the run.
+        UserError: The start would mix or overwrite runs, or the folders cannot be written.
     """
     check_obstacles(run, state.obstacle, state.checkpoint_dir.obstacle)
     if flags.overwrite and not flags.restarted and state.has_config:
@@ -119,7 +120,7 @@ def decide_start(run: RunConfig, state: FolderState, flags: Flags = Flags()) -> 
     _refuse_foreign_checkpoints(run, state.checkpoint_dir)
     if state.checkpoint is None and state.damaged:
         pointer = run.folder / "latest"
-        way_out = f"Restore one, write the name of another one into {pointer}, or --overwrite to start afresh."
+        way_out = f"Restore one, write the name of another one into {pointer}, or --overwrite to start from scratch."
         raise none_whole(run.checkpoints, state.damaged, way_out)
     changes: list[Change] = []
     if state.checkpoint or state.has_metrics:
@@ -148,7 +149,7 @@ def _continue_from(
 
 
 def check_obstacles(run: RunConfig, folder: str, checkpoints: str) -> None:
-    """Raise `UserError` if there is an obstacle to the run's folder or to its checkpoints'; an empty text is none."""
+    """Raise `UserError` if the text for the run's folder or for its checkpoint folder is not empty."""
     if folder:
         raise UserError(
             f"runner.output_dir = {run.runner.output_dir!r} cannot hold the run {run.runner.name!r}: {folder}. "
@@ -172,7 +173,7 @@ def _refuse_occupied(run: RunConfig, state: FolderState) -> None:
 
 
 def _refuse_foreign_checkpoints(run: RunConfig, there: CheckpointDir, *, overwrite: bool = False) -> None:
-    """Two runs of one name must not take turns in one `runner.checkpoint_dir`, nor a run leave its own behind."""
+    """Two runs must not share a checkpoint folder, and a run must not lose its own when `checkpoint_dir` changes."""
     if not overwrite and there.wanted_before and not there.wanted_here:
         raise UserError(
             f"runner.checkpoint_dir has changed, and the checkpoints of {run.folder} are still in {there.before}: move "
@@ -191,12 +192,12 @@ def _refuse_foreign_checkpoints(run: RunConfig, there: CheckpointDir, *, overwri
 
 
 def refuse_other_owner(run: RunConfig, owner: str | None, own: str) -> None:
-    """Raise `UserError` where the folder of the checkpoints has another owner than this run.
+    """Raise `UserError` if the checkpoint folder belongs to another run.
 
     Args:
         run: The run.
-        owner: Content of the owner file there; None: it has none.
-        own: Content of the run's own.
+        owner: Content of the owner file in the checkpoint folder; None if it has none.
+        own: Content of the owner file in the run's folder.
     """
     if owner is not None and owner != own:
         whose = owner.partition(" ")[2].strip()
@@ -207,29 +208,29 @@ def refuse_other_owner(run: RunConfig, owner: str | None, own: str) -> None:
 
 
 def say_finished(run: RunConfig, start: Start) -> str:
-    """The message for someone who starts a finished run."""
+    """The message for a run that is already finished."""
     limits = "runner.max_steps, runner.max_epochs or runner.early_stop_patience"
     return f"{run.runner.name} is finished: its {start.step} steps are in {run.folder} (see {limits})."
 
 
 def explain(error: UserError, start: Start) -> UserError:
-    """The error of a run that cannot begin; if its config has changed, with the changes as the likely cause."""
+    """The error of a run that cannot start; if its config has changed, the changes are added as the likely cause."""
     if not start.changed:
         return error
     lines = "\n".join(start.changes)
     return UserError(
-        f"{error}\nThe cause may be what --allow-change lets differ from the run's config so far:\n{lines}\n"
-        "Without that the run goes on as it was; to train with it, give another runner.name."
+        f"{error}\nThe cause may be a change to the run's config that --allow-change permits:\n{lines}\n"
+        "Without the change the run can continue; to train with it, give another runner.name."
     )
 
 
 def _is_finished(run: RunConfig, position: Position) -> bool:
-    """Whether nothing is left to do; raising a limit, or the patience, makes a finished run continue."""
+    """Whether all steps are done; a finished run continues if its limit or patience is raised."""
     runner = run.runner
-    if position.best.improves_no_more(runner.best_metric, runner.early_stop_patience):
+    if position.best.should_stop_early(runner.best_metric, runner.early_stop_patience):
         return True
     if runner.val_check_interval and position.validated < position.step:
-        return False  # The last validation, at least, is still to be done.
+        return False  # The last validation is still missing.
     return position.step >= runner.stop_step(position.rows // run.trainer.global_batch_size)
 
 
@@ -239,7 +240,7 @@ def _describe_damage(damaged: Mapping[str, str], used: Path) -> list[str]:
 
 
 def _describe_later(later: tuple[str, ...], used: Path) -> list[str]:
-    """What happens to later checkpoints when a run continues from an earlier one."""
+    """Warn which later checkpoints will be removed when a run continues from an earlier one."""
     gone = f"later checkpoints are removed when the next one is complete: {', '.join(later)}"
     return [f"warning: goes on from {used}; {gone}"] if later else []
 
@@ -258,60 +259,60 @@ MAY_CHANGE = frozenset(
         *("trainer.compile", "trainer.cpu_offload", "trainer.ema_device"),
     }
 )
-"""Keys and tables that may differ when a run continues: they change a step by rounding at most."""
+"""Keys and tables that may differ when a run continues: they change a step's result by rounding at most."""
 
 CHANGE_ORDER = ("seed", "data.shuffle", "data.streams", "data.chunk_frames", "data.shuffle_buffer", "data.mixture")
 """Keys and tables that change the order of an epoch's samples."""
 
 Change = tuple[str, object, object]
-"""A key, its value before, and its value now."""
+"""A key, its previous value, and its current value."""
 
 
 def find_changes(run: RunConfig, saved: Mapping[str, Any], *, allow_change: bool) -> list[Change]:
-    """What differs from the config that the run has been trained with so far.
+    """Find what differs from the config that the run was trained with so far.
 
     Args:
         run: The run.
-        saved: The table of its config so far.
-        allow_change: Whether what a step computes may differ.
+        saved: The content of its saved config.
+        allow_change: Whether changes to what a step computes are permitted.
 
     Raises:
-        UserError: What a step computes differs, and may not.
+        UserError: A change affects what a step computes, and `allow_change` is False.
     """
     changes = diff_tables(dict(saved), read_toml(dump_config(run)))
     if not allow_change and any(not may_change(key) for key, _, _ in changes):
         lines = "\n".join(lines_of(changes))
         raise UserError(
             f"{run.folder} holds a run with another config:\n{lines}\n"
-            "Continue it with its own config, give another runner.name, --allow-change to go on with this one from "
-            "where it stands, or --overwrite to remove it and start afresh."
+            "Continue it with its own config, give another runner.name, --allow-change to continue from its last "
+            "checkpoint with this config, or --overwrite to remove it and start from scratch."
         )
     return changes
 
 
 def may_change(key: str) -> bool:
-    """Whether a key may differ without `--allow-change`."""
+    """Whether a key may change without `--allow-change`."""
     return bool({key, key.split(".")[0]} & MAY_CHANGE)
 
 
 def describe_changes(changes: list[Change]) -> str:
-    """The changes as a note: a heading and a line per change; empty if there are none."""
+    """The changes as a note: a heading and one line per change; empty if there are none."""
     return "\n".join(["goes on with another config:", *lines_of(changes)]) if changes else ""
 
 
 def describe_order(changes: list[Change], *, in_epoch: bool) -> str:
-    """A warning where the order of samples changes while an epoch is under way (`in_epoch`); else empty."""
+    """A warning if the order of samples changes in the middle of an epoch (`in_epoch`), else empty."""
     keys = [key for key, _, _ in changes if key.startswith(CHANGE_ORDER)]
     if not keys or not in_epoch:
         return ""
     return (
         f"warning: {', '.join(keys)}: the order of samples changes in the middle of an epoch: some of its rows will "
-        "come twice and some not at all"
+        "be used twice and some not at all"
     )
 
 
 def lines_of(changes: list[Change]) -> list[str]:
-    """A line per change."""
+    """One line per change."""
     return [
         f"  {key}: {before!r} -> {after!r}{'' if may_change(key) else ' (changes what a step computes)'}"
         for key, before, after in changes

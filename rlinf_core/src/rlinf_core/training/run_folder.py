@@ -1,8 +1,8 @@
-"""A run's folder from the lock to the first step: read once, decided in `training.resume`, written once. Torch-free.
+"""The run's folder between launch and first step: locked, read once, and written once after `resume` has decided.
 
-Beside the run's own files it holds `agents` (the torchrun agents that started the run) and, where checkpoints go to a
-`runner.checkpoint_dir`, `owner`: a line that the checkpoints' folder holds, too, so that two runs of one name never
-share it and both folders may be moved, to another machine as well.
+Torch-free. Besides the run's own files the folder holds `agents` (the torchrun agents that started the run) and, if
+`runner.checkpoint_dir` is set, `owner`: a line that the checkpoint folder holds too. It keeps two runs of the same name
+from sharing a checkpoint folder, and still matches after both folders are moved, even to another machine.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from rlinf_core.training.resume import (
 )
 
 OWNER = "owner"
-"""A line: a random number, and the run's folder when it was written."""
+"""One line: a random number, and the path of the run's folder at the time of writing."""
 AGENTS = "agents"
-"""A line per torchrun agent that started the run."""
+"""One line per torchrun agent that started the run."""
 ORPHANS_WAIT = 60.0
-"""Seconds to wait for the lock if the job's own orphans may hold it: after their agent was killed, they save first."""
+"""Seconds to wait for the lock if orphaned workers of the same job may hold it: they save before they exit."""
 ASK_AGAIN = 0.2
 """Seconds between two attempts to lock the folder."""
 
@@ -49,7 +49,7 @@ ASK_AGAIN = 0.2
 class RunFolder:
     """The folder of a run that is about to start. Every rank makes the same calls; rank 0 reads and writes.
 
-    As a context manager it keeps the folder locked while the run trains.
+    A context manager: the folder stays locked until it exits.
     """
 
     def __init__(self, run: RunConfig, group: ProcessGroup) -> None:
@@ -68,7 +68,7 @@ class RunFolder:
     def start(self, *, overwrite: bool = False, allow_change: bool = False) -> Start:
         """Lock the folder and decide where the run starts, the same on every rank.
 
-        Each rank hashes its share of the checkpoint; as long as one is damaged, the one before it is taken.
+        Each rank hashes its share of the checkpoint; if it is damaged, the previous one is tried.
 
         Raises:
             UserError: The run cannot start here; see `resume.decide_start`.
@@ -88,8 +88,8 @@ class RunFolder:
         """Prepare the folder; commit once the body, which builds the trainer, succeeds; undo everything if it fails.
 
         Raises:
-            UserError: The folder cannot be written to, or another run has taken the checkpoints' folder. A `UserError`
-                of the body is raised with the config's changes as its likely cause.
+            UserError: The folder cannot be written to, or the checkpoint folder belongs to another run. A `UserError`
+                from the body is raised with the changes to the config as its likely cause.
         """
         run, begun = self._run, False
 
@@ -112,7 +112,7 @@ class RunFolder:
 
 
 def prepare_folder(run: RunConfig, *, overwrite: bool = False, restarted: bool = False) -> Start:
-    """Decide the start of a run of one process and prepare its folder, without a lock."""
+    """Decide where a single-process run starts and prepare its folder, without locking it."""
     start = decide_start(run, read_folder(run), Flags(overwrite=overwrite, restarted=restarted))
     if not start.finished:
         begin(run, start)
@@ -120,10 +120,10 @@ def prepare_folder(run: RunConfig, *, overwrite: bool = False, restarted: bool =
 
 
 def verify_start(run: RunConfig, group: ProcessGroup, start: Start, *, allow_change: bool = False) -> Start:
-    """Have every rank hash its share of the checkpoint, and start from an earlier one as long as it is damaged.
+    """Have every rank hash its share of the checkpoint; go back to earlier checkpoints until one is intact.
 
     Raises:
-        UserError: No checkpoint is whole.
+        UserError: No checkpoint is intact.
     """
     damaged: dict[str, str] = {}
     flags = Flags(allow_change=allow_change, restarted=True)
@@ -138,11 +138,11 @@ def verify_start(run: RunConfig, group: ProcessGroup, start: Start, *, allow_cha
 
 
 def read_folder(run: RunConfig, damaged: Mapping[str, str] | None = None) -> FolderState:
-    """Read what is in a run's folder; writes nothing. Of checkpoints only states and sizes are checked.
+    """Read what is in a run's folder; writes nothing. Checkpoints are checked by `state.json` and file sizes only.
 
     Args:
         run: The run.
-        damaged: Checkpoint -> what is already known to be wrong with it.
+        damaged: Checkpoint name -> known damage.
     """
     folder, saved, metrics = run.folder, run.folder / "config.toml", run.folder / "metrics.jsonl"
     obstacles = find_obstacle(folder), find_obstacle(run.checkpoints)
@@ -200,14 +200,14 @@ def _checkpoints_before(run: RunConfig, config: Mapping[str, Any]) -> Path:
 
 
 def check_folder(run: RunConfig) -> None:
-    """Raise `UserError` if the run's folder, or its checkpoints', cannot be created or written to; creates nothing."""
+    """Raise `UserError` if the run's folder or its checkpoint folder cannot be created or written; creates nothing."""
     check_obstacles(run, find_obstacle(run.folder), find_obstacle(run.checkpoints))
 
 
 def begin(run: RunConfig, start: Start, agents: Set[str] = frozenset()) -> None:
-    """Prepare the folder for a run that starts there: move a replaced run aside, write `config.toml`, claim ownership.
+    """Prepare the folder: move a replaced run aside, write `config.toml`, and claim the checkpoint folder.
 
-    A config that changes what a step computes is recorded by `commit`: the trainer may still refuse it.
+    A config that changes what a step computes is recorded only by `commit`: the trainer may still refuse it.
 
     Args:
         run: The run.
@@ -215,7 +215,7 @@ def begin(run: RunConfig, start: Start, agents: Set[str] = frozenset()) -> None:
         agents: The torchrun agents that started it.
 
     Raises:
-        UserError: The folder cannot be written to, or another run has taken the checkpoints' folder.
+        UserError: The folder cannot be written to, or the checkpoint folder belongs to another run.
     """
     way_out = "Make room there, or name another runner.output_dir"
     if start.replaced:
@@ -236,29 +236,29 @@ def begin(run: RunConfig, start: Start, agents: Set[str] = frozenset()) -> None:
 
 
 def roll_back(run: RunConfig, start: Start) -> None:
-    """Put back the run that `begin` moved aside: its successor never came to train."""
+    """Restore the run that `begin` moved aside, because its successor could not start."""
     if start.replaced:
-        shutil.rmtree(run.folder, ignore_errors=True)  # It may not even exist.
+        shutil.rmtree(run.folder, ignore_errors=True)  # It may not exist.
         start.replaced.rename(run.folder)
 
 
 def commit(run: RunConfig, start: Start) -> None:
-    """The run is ready to train: remove the run it replaces, record a changed config beside the one before."""
+    """The run is ready to train: remove the run it replaces; record a changed config and keep the previous one."""
     if start.changed:
         config = run.folder / "config.toml"
         before = config.with_name(f"config.{step_name(start.step)}.toml")
-        if not before.exists():  # Otherwise no step was made with the config that is there.
+        if not before.exists():  # If it exists, no step was made with the current config.
             write_text(before, config.read_text(encoding="utf-8"))
         write_text(config, dump_config(run))
     if start.replaced:
         shutil.rmtree(start.replaced)
         for left in (*run.checkpoints.glob(NAMES), *run.checkpoints.glob(f".{NAMES}.tmp")):
-            shutil.rmtree(left)  # In a `runner.checkpoint_dir`: they were not moved with the folder.
+            shutil.rmtree(left)  # With `runner.checkpoint_dir` they were not moved with the folder.
 
 
 def _move_aside(folder: Path, aside: Path) -> None:
     if aside.exists() and not (folder / "latest").exists():
-        shutil.rmtree(folder)  # Left by an --overwrite that was killed; what it replaced is still aside.
+        shutil.rmtree(folder)  # Left by an --overwrite that was killed; the run it replaced is still in `aside`.
         return
     if aside.exists():
         shutil.rmtree(aside)
@@ -266,7 +266,7 @@ def _move_aside(folder: Path, aside: Path) -> None:
 
 
 def _claim_checkpoints(run: RunConfig, replaced: Path | None) -> None:
-    """Write this run's owner file where its checkpoints will go, inheriting that of the run it replaces."""
+    """Write the owner file to the checkpoint folder; a run that replaces another inherits its owner line."""
     if not run.runner.checkpoint_dir:
         return
     own, there = run.folder / OWNER, run.checkpoints / OWNER
@@ -276,7 +276,7 @@ def _claim_checkpoints(run: RunConfig, replaced: Path | None) -> None:
             inherited = _read(replaced / OWNER) if replaced else ""
             write_text(own, inherited or f"{uuid.uuid4().hex} {run.folder.absolute()}\n")
         if replaced:
-            write_text(replaced / OWNER, _read(own))  # It may be put back.
+            write_text(replaced / OWNER, _read(own))  # `roll_back` may restore it.
         try:
             with there.open("x", encoding="utf-8") as file:
                 file.write(_read(own))
@@ -286,7 +286,7 @@ def _claim_checkpoints(run: RunConfig, replaced: Path | None) -> None:
 
 @contextmanager
 def lock_folder(run: RunConfig, *, patience: float = 0.0) -> Iterator[None]:
-    """Keep other processes out of the run's folder for as long as this one lives. Called on rank 0.
+    """Lock the run's folder against other processes. Called on rank 0.
 
     Args:
         run: The run.
@@ -314,7 +314,7 @@ def lock_folder(run: RunConfig, *, patience: float = 0.0) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
-        yield  # The lock goes with the process, however it ends; the file may stay.
+        yield  # The operating system releases the lock however the process ends; the file may stay.
 
 
 def _lock(file: IO[str], patience: float) -> None:
@@ -330,10 +330,10 @@ def _lock(file: IO[str], patience: float) -> None:
 
 
 def own_agent() -> str:
-    """The torchrun agent that started this process, by a unique name; empty: torchrun did not start it.
+    """A unique name of the torchrun agent that started this process; empty if torchrun did not start it.
 
-    torchrun restarts all processes with the same arguments when one fails and when machines come or go, and reports
-    only the former to them. A job is the same as long as one of its agents, one per machine, is.
+    torchrun restarts all processes with the same arguments when one fails or when machines join or leave, but counts
+    only failures as restarts. So a start belongs to the same job if it shares at least one agent (one per machine).
     """
     file = os.environ.get("TORCHELASTIC_ERROR_FILE", "")  # <a new folder for each agent>/attempt_0/0/error.json
     return f"{socket.gethostname()} {Path(file).parents[2]}" if file else ""
@@ -345,7 +345,7 @@ def is_restart(folder: Path, agents: Set[str]) -> bool:
 
 
 def _remember(folder: Path, agents: Set[str]) -> None:
-    """Record who started the run; earlier agents of the same job, which may come back, stay recorded."""
+    """Record who started the run; earlier agents of the same job stay recorded, as they may return."""
     if agents:
         known = set(_read(folder / AGENTS).splitlines())
         agents = agents | known if not agents.isdisjoint(known) else agents

@@ -1,4 +1,4 @@
-"""The `[trainer]` table of core's trainer: its keys and what they rule out. Torch-free."""
+"""The `[trainer]` table of core's trainer: its keys and their constraints. Torch-free."""
 
 from __future__ import annotations
 
@@ -17,39 +17,41 @@ class Fsdp2Settings(TrainerConfig):
     param_dtype: Literal["bf16", "fp32"] = "bf16"
     """Dtype of matrix products. Master weights, gradient reduction and optimizer states are float32 either way."""
     reshard_after_forward: bool = True
-    """Release gathered weights between forward and backward: less memory, one more all-gather a step."""
+    """Release gathered weights between forward and backward: less memory, one more all-gather per step."""
     min_unit_size: int = Field(default=1_000_000, ge=0)
-    """Parameters from which a float32 unit of the policy is gathered apart; smaller ones go with the root's."""
+    """Float32 units of the policy with at least this many parameters are gathered separately; smaller ones with the
+    root."""
     num_replicas: int = Field(default=1, ge=1)
-    """Hybrid sharding (HSDP): copies of the model, each sharded over ranks / num_replicas neighbouring ranks; one
-    a node keeps all-gathers within the node, for as many times the memory."""
+    """Hybrid sharding (HSDP): copies of the model, each sharded over ranks / num_replicas neighbouring ranks. One copy
+    per node keeps all-gathers within the node; memory per rank grows by this factor."""
     reduce_every_micro_batch: bool = False
-    """Reduce gradients after each micro batch, not only after a step's last: no rank keeps whole float32 gradients
-    (4 bytes a parameter) between them, but each micro batch communicates."""
+    """Reduce gradients after each micro batch, not only after the last of a step: no rank keeps unsharded float32
+    gradients (4 bytes per parameter) in between, but each micro batch communicates."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """What the backward pass of a block computes anew: nothing; everything but matrix products and attention; all."""
+    """What the backward pass of a block recomputes: nothing; all but matrix products and attention; everything."""
     compile: bool = False
-    """Compile each block with `torch.compile`: a slow first step, faster ones after it."""
+    """Compile each block with `torch.compile`: the first step is slow, later ones are faster."""
     cpu_offload: bool = False
-    """Keep parameters, gradients and optimizer states in the CPU's memory, where the optimizer then runs."""
+    """Keep parameters, gradients and optimizer states in CPU memory; the optimizer then runs on the CPU."""
     ema_device: Literal["auto", "cpu"] = "auto"
-    """Where the moving average of `optim.ema_decay` lives: `auto`, beside the parameters; `cpu`, a copy each step."""
+    """Device of the moving average (`optim.ema_decay`): `auto`, that of the parameters; `cpu`, which copies the weights
+    each step."""
 
     @model_validator(mode="after")
     def _offloaded_parameters_are_on_the_cpu(self) -> Fsdp2Settings:
         if self.cpu_offload and self.ema_device == "cpu":
-            raise ValueError('ema_device = "cpu" says nothing new beside cpu_offload: leave it out')
+            raise ValueError('ema_device = "cpu" is redundant with cpu_offload: leave it out')
         return self
 
     def check_run(self, run: RunConfig) -> None:
-        """Refuse a place for an average that is not kept."""
+        """Refuse a device for a moving average that does not exist."""
         if self.ema_device != "auto" and not run.optim.ema_decay:
             raise ValueError(f'trainer.ema_device = "{self.ema_device}" does nothing without optim.ema_decay')
 
     def check_ranks(self, ranks: int) -> None:
-        """Replicas are of equal size."""
+        """Refuse a number of ranks that replicas do not divide."""
         if ranks % self.num_replicas:
             raise UserError(
-                f"trainer.num_replicas = {self.num_replicas} does not divide the {ranks} ranks: take a divisor, such "
+                f"trainer.num_replicas = {self.num_replicas} does not divide the {ranks} ranks: choose a divisor, such "
                 "as the number of nodes"
             )

@@ -1,8 +1,8 @@
-"""One optimizer step over the global batch, and its numbers on their way to the host.
+"""One optimizer step over the global batch, and the transfer of its numbers to the host.
 
-Nothing in a step waits for the device. Its numbers are added up over the ranks in one collective, and on CUDA copied
-into page-locked memory, where `StepRecord.read` finds them some steps later; on the CPU they are there at once. It
-needs torch and NumPy alone, so that it can be tried on a bare CUDA machine.
+Nothing in a step waits for the device. Its numbers are summed over the ranks in one collective and, on CUDA, copied
+to page-locked memory, where `StepRecord.read` finds them some steps later; on the CPU they are available at once. The
+module needs only torch and NumPy, so that it can be tested on a bare CUDA machine.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from rlinf_core.contract.process_group import ProcessGroup
 from rlinf_core.data.sample import SOURCE
 from rlinf_core.training.distributed.processes import to_device
-from rlinf_core.training.fsdp import communicate, derived_seed
+from rlinf_core.training.fsdp import derived_seed, set_gradient_sync
 from rlinf_core.training.monitor.flight_recorder import FlightRecorder
 from rlinf_core.training.monitor.metrics import StepClock, StepRecord, record_event
 
@@ -50,19 +50,19 @@ class TrainStep:
         self._clock: StepClock | None = None
 
     def pause(self) -> None:
-        """Something else than steps comes next, whose time is not the next step's."""
+        """Stop the step clock: the time until the next step does not count as step time."""
         self._clock = None
 
     def __call__(
         self, step: int, batches: Iterator[Any], *, asked: Callable[[], bool], times: tuple[float, float] | None = None
     ) -> StepRecord:
-        """Compute the step that comes after `step` others.
+        """Compute the step after `step` finished ones.
 
         Args:
             step: Finished steps.
             batches: This rank's micro batches.
-            asked: Whether this rank was asked to stop; called when the ranks tell one another.
-            times: This rank's own, at the steps that compare ranks.
+            asked: Whether this rank was asked to stop; called just before the ranks exchange their numbers.
+            times: `Stragglers.own_times` of this rank, at steps that compare ranks.
         """
         clock = self._clock = StepClock(self._group.device, self._clock)
         self._recorder.enter("data_wait", step + 1)
@@ -79,7 +79,7 @@ class TrainStep:
                 own = torch.cat([own, source_sums(out, numbers, len(self._batches.sources))])
             sums = own if not micro else sums + own
             losses[self._places[micro]] = self._losses(out)
-        # What else ranks have to tell one another travels with the sums: they communicate no more than they do anyway.
+        # Whatever else ranks exchange travels with the sums, so that a step needs no further collective.
         request = torch.cat([losses.new_full((1,), float(asked())), losses.new_full((1,), self._useful)])
         parts = [sums, request, self._own_times(times), losses]
         with self._phase(clock, "optimizer"):
@@ -96,20 +96,20 @@ class TrainStep:
         keys = ("loss", "lr", "grad_norm", "skipped", *names)
         by_source = len(sums) - last
         sizes = (len(keys), by_source, len(request), len(parts[2]), size)
-        told = out.sample_losses is not None
-        return StepRecord(step + 1, clock, keys, sizes, *_to_host(values), told)
+        has_sample_losses = out.sample_losses is not None
+        return StepRecord(step + 1, clock, keys, sizes, *_to_host(values), has_sample_losses)
 
     def _seed(self, seed: int) -> None:
-        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` writes down its callers for every other device.
+        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` records a stack trace per other device.
         if self._group.device.type == "cuda":
             torch.cuda.manual_seed(seed)
 
     def _backpropagate(
         self, step: int, micro: int, batches: Iterator[Any], clock: StepClock
     ) -> tuple[PolicyOutput, torch.Tensor | None]:
-        """Forward and backward of a micro batch: the output, and in a mixture each sample's source."""
+        """Forward and backward of a micro batch; returns the output and, in a mixture, the source of each sample."""
         if self._batches.accumulation > 1:
-            communicate(
+            set_gradient_sync(
                 self._policy,
                 last=micro + 1 == self._batches.accumulation,
                 reduce_every_micro_batch=self._config.reduce_every_micro_batch,
@@ -117,12 +117,12 @@ class TrainStep:
             )
         with self._phase(clock, "data_wait"):
             batch = next(batches)
-        self._useful += self._throughput.tflop(batch) if self._throughput else 0.0  # Here its numbers are on the host.
-        # Modules with randomness of their own (dropout) draw the same numbers after a resume.
+        self._useful += self._throughput.tflop(batch) if self._throughput else 0.0  # The batch is still on the host.
+        # Modules with their own randomness (dropout) draw the same numbers after a resume.
         self._seed(derived_seed(self._batches.batching.seed, step, self._group.rank, micro))
         with self._phase(clock, "forward"):
             batch = to_device(batch, self._group.device)
-            numbers = batch.pop(SOURCE, None)  # The loader's, not the policy's.
+            numbers = batch.pop(SOURCE, None)  # For core, not for the policy.
             out: PolicyOutput = self._policy(batch)
         with self._phase(clock, "backward"):
             torch.autograd.backward(out.loss_sum)
@@ -135,14 +135,14 @@ class TrainStep:
             yield
 
     def _losses(self, out: PolicyOutput) -> torch.Tensor:
-        """[B] or scalar, the loss of each sample of a micro batch, or their mean."""
+        """[B], the loss of each sample of a micro batch, or a scalar, their mean."""
         if out.sample_losses is None:
             return out.loss_sum.detach() / out.weight
         loss, weight = out.sample_losses.unbind(1)
         return torch.where(weight > 0, loss / weight, loss)
 
     def _own_times(self, times: tuple[float, float] | None) -> torch.Tensor:
-        """[2 * ranks] with this rank's times in their place, at the steps that compare ranks; else [0]."""
+        """[2 * ranks], zero but for this rank's times, at steps that compare ranks; [0] otherwise."""
         table = torch.zeros(2 * self._group.size if times else 0, device=self._group.device)
         for place, seconds in enumerate(times or (), start=2 * self._group.rank):
             table[place].fill_(seconds)
@@ -150,23 +150,23 @@ class TrainStep:
 
 
 def source_sums(output: PolicyOutput, numbers: torch.Tensor, count: int) -> torch.Tensor:
-    """[2 * count], loss sum and weight of each source in a micro batch; zeros where the policy does not tell.
+    """[2 * count], loss sum and weight of each source in a micro batch; zeros without `PolicyOutput.sample_losses`.
 
     Args:
-        output: Of the forward pass.
+        output: The result of the forward pass.
         numbers: [B], the source of each sample.
         count: Number of sources.
     """
     if output.sample_losses is None:
         return output.loss_sum.detach().new_zeros(2 * count)
-    # Not index_add_, whose order of addition on a GPU is not always the same.
+    # Not index_add_, whose order of addition on a GPU is not deterministic.
     mine = numbers == torch.arange(count, device=numbers.device)[:, None]
-    # A product would spread a loss that is not a number to every source.
+    # Multiplying by the mask would spread a NaN loss to every source.
     return torch.where(mine[..., None], output.sample_losses, 0.0).sum(1).flatten()
 
 
 def _to_host(values: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-    """The values in the host's memory, and the event after which they are there."""
+    """The values in host memory, and the event after which they have arrived (None: they already have)."""
     if values.device.type != "cuda":
         return values, None
     landing = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)

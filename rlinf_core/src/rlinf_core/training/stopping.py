@@ -15,14 +15,14 @@ from rlinf_core.errors import UserError, did_you_mean
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 AGAIN = 2.0
-"""Seconds after which a second signal is a person who will not wait. Until then it is the same one: Ctrl-C reaches a
-worker from the terminal and once more from torchrun."""
+"""Seconds after which a second signal means that the user does not want to wait. Until then it is a repetition: Ctrl-C
+reaches a worker from the terminal and again through torchrun."""
 GRACE = 25.0
-"""Seconds from a signal to the end: torchrun kills 30 seconds after it has passed one on."""
+"""Seconds from a signal to the exit: torchrun kills its workers 30 seconds after it forwards one."""
 
 
 class StopSignal:
-    """Whether this process was asked to stop; ranks then agree on the step after which they do."""
+    """Records whether this process was asked to stop; the ranks then agree on the step after which they do."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -30,17 +30,17 @@ class StopSignal:
         self._leaving = math.inf
 
     def seconds_left(self) -> float:
-        """Until this process must have left; infinite as long as it may stay."""
+        """Seconds until this process must have exited; infinite if it was not asked to stop."""
         return self._leaving - time.monotonic()
 
     def agreed(self, stopping: bool) -> bool:
-        """Learn whether the ranks have agreed to stop, as they do where any of them got a signal."""
+        """Take in whether any rank received a signal, which starts the grace period; returns `stopping`."""
         if stopping:
             self._leaving = min(self._leaving, time.monotonic() + GRACE)
         return stopping
 
     def handle(self, number: int, _: FrameType | None) -> None:
-        """Remember the first signal; a later one that is meant gets through at once."""
+        """Remember the first signal; a deliberate second one ends the process at once."""
         now = time.monotonic()
         if self.received is None:
             self.received, self._at = signal.Signals(number), now
@@ -50,14 +50,14 @@ class StopSignal:
 
 
 def seconds_from_now(seconds: float) -> Callable[[], float]:
-    """How much is left of a time that begins now."""
+    """A function that returns how many of these seconds, counted from now, are left."""
     end = time.monotonic() + seconds
     return lambda: end - time.monotonic()
 
 
 @contextmanager
 def stop_signals() -> Iterator[StopSignal]:
-    """Catch SIGINT and SIGTERM for as long as the run trains, so that it can save before it leaves."""
+    """Catch SIGINT and SIGTERM while the run trains, so that it can save before it exits."""
     stop = StopSignal()
     before = {number: signal.signal(number, stop.handle) for number in SIGNALS}
     try:
@@ -72,35 +72,35 @@ class Best:
     """The best validation so far, kept in every checkpoint."""
 
     step: int = 0
-    """Finished steps; 0: there was no validation yet."""
+    """Finished steps at that validation; 0 before the first one."""
     value: float | None = None
-    """What `runner.best_metric` was there."""
+    """The value of `runner.best_metric` there."""
     stale: int = 0
-    """Validations since then that were no better."""
+    """Validations since then, none of them better."""
     metric: str = ""
-    """Which result was compared."""
+    """Name of the result that is compared."""
 
     def after(self, step: int, metric: str, value: float, min_delta: float) -> Best:
-        """What is best after another validation; a value that is not a number is no improvement."""
+        """The best after another validation; NaN is never an improvement."""
         if metric != self.metric:
             return Best(metric=metric).after(step, metric, value, 0.0)
         if value < (math.inf if self.value is None else self.value) - min_delta:
             return Best(step, value, metric=metric)
         return replace(self, stale=self.stale + 1)
 
-    def improves_no_more(self, wanted: str, patience: int) -> bool:
-        """Whether as many validations as `patience` (if it is not 0) were no better, by the wanted metric."""
+    def should_stop_early(self, wanted: str, patience: int) -> bool:
+        """Whether `patience` validations in a row (0: never) did not improve the wanted metric."""
         return 0 < patience <= self.stale and wanted in ("", self.metric)
 
 
 BASELINES = ("val_action_mse_mean", "val_action_mse_repeat")
-"""Results of the two policies that look at nothing."""
+"""Results of the two baselines that ignore observations."""
 HEADLINES = ("val_loss", "ema_val_loss")
-"""Results that a mixture has as a whole."""
+"""Results that a mixture also has over all sources."""
 
 
 def result_names(run: RunConfig) -> tuple[str, ...]:
-    """The names of what a run's validation results in and of which smaller is better; empty: nothing is held out."""
+    """Names of a run's validation results for which smaller is better; empty if nothing is held out."""
     policy = run.policy
     own = ["val_loss", *(f"val_{name}" for name in policy.validation_metrics if name not in policy.larger_is_better)]
     own += ["val_action_mse"] if policy.chunk_length() else []
@@ -116,14 +116,14 @@ DEFAULT_BEST = ("ema_val_action_mse", "val_action_mse", "ema_val_loss", "val_los
 
 
 def best_metric(wanted: str, results: Collection[str]) -> str:
-    """The result of validation by which checkpoints are compared.
+    """The validation result by which checkpoints are compared.
 
     Raises:
-        UserError: There is no result of the wanted name.
+        UserError: No result has the wanted name.
     """
     if wanted and wanted not in results:
         raise UserError(
-            f"runner.best_metric: validation reports no {wanted!r} of which smaller is better"
+            f"runner.best_metric: validation reports no {wanted!r} for which smaller is better"
             f"{did_you_mean(wanted, results)} (it reports {', '.join(results)})"
         )
     return wanted or next(name for name in DEFAULT_BEST if name in results)

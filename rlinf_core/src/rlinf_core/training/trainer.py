@@ -1,7 +1,7 @@
-"""Core's trainer: the run from open data to the last checkpoint, in the order in which it happens.
+"""Core's trainer: a run from opening the data to the last checkpoint, in order of execution.
 
 The optimizer step is the reference's (`training.optim`), sharding is applied from outside (`training.fsdp`), and
-nothing here knows a policy or a dataset beyond the protocols.
+policies and datasets are known only through their protocols.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from rlinf_core.training.stopping import GRACE, Best, StopSignal, best_metric, s
 
 
 class Fsdp2Trainer:
-    """Fully sharded training of one policy on one dataset or a mixture of several."""
+    """Fully sharded training of one policy on one dataset or on a mixture of several."""
 
     def __init__(
         self, run: RunConfig, config: Fsdp2Settings, *, start: Start, group: ProcessGroup, plugins: LoadedPlugins
@@ -63,12 +63,12 @@ class Fsdp2Trainer:
 
     @property
     def optimizer(self) -> Any:
-        """Its optimizer."""
+        """The policy's optimizer."""
         return self._state.optimizer
 
     @property
     def ema(self) -> Any:
-        """The moving average of its weights; None if none is kept."""
+        """The moving average of the policy's weights; None if `optim.ema_decay` is 0."""
         return self._state.ema
 
     def _describe(self) -> None:
@@ -85,7 +85,7 @@ class Fsdp2Trainer:
         """Run the remaining steps; validate and save as configured and after the last one.
 
         Returns:
-            The signal that ended the run early, after saving; None when it has come to its end.
+            The signal that ended the run early, after saving; None if the run is finished.
         """
         error: BaseException | None = None
         try:
@@ -96,7 +96,7 @@ class Fsdp2Trainer:
             error = Interrupted(received, self.step) if received else None
         except BaseException as e:
             error = explain(e, self._monitor.recorder, self._config, self._group, self._state)
-            with stop_signals():  # torchrun's, once another rank has ended: what is being written may still be saved.
+            with stop_signals():  # torchrun sends one when another rank failed; the pending save may still finish.
                 self._abandon_saving(error)
             if error is e:
                 raise
@@ -123,7 +123,7 @@ class Fsdp2Trainer:
             if last or interval or stopping or improved or self._should_stop_early():
                 self._monitor.read(all_=True)
                 self._save(stop)
-                stopping = stop.agreed(self._group.any(stop.received is not None))  # Saving takes time, too.
+                stopping = stop.agreed(self._group.any(stop.received is not None))  # Perhaps during the save.
             if stopping and (self.step < self.stop_step or self._validation_is_due()):
                 return self._agree_on(stop)
         if self._should_stop_early():
@@ -131,7 +131,7 @@ class Fsdp2Trainer:
         return None
 
     def _train_step(self, batches: Iterator[Any], stop: StopSignal) -> None:
-        """Compute the next step; on CUDA it is under way when this returns."""
+        """Start the next step; on CUDA the device may still be computing it on return."""
         times = self._monitor.before(self.step + 1)
         self._monitor.add(self._compute(self.step, batches, asked=lambda: stop.received is not None, times=times))
         self.step += 1
@@ -142,7 +142,7 @@ class Fsdp2Trainer:
         return self._validation is not None and due and self._validated < self.step
 
     def _make_up_for_validation(self, stop: StopSignal) -> bool:
-        """Validate if the run was stopped before it could; returns whether to stop again."""
+        """Validate if the run was stopped before a validation that was due; returns whether to stop again."""
         if not self.step or not self._validation_is_due():
             return False
         _, stopping = self._validate(stop)
@@ -151,7 +151,7 @@ class Fsdp2Trainer:
         return stopping
 
     def _validate(self, stop: StopSignal) -> tuple[bool, bool]:
-        """Validate, unless asked to stop meanwhile: whether the result is the best to be saved, and whether to stop."""
+        """Validate; returns whether to save the result as the best, and whether the run was asked to stop meanwhile."""
         assert self._validation is not None
 
         def interrupted() -> bool:
@@ -173,10 +173,10 @@ class Fsdp2Trainer:
 
     def _should_stop_early(self) -> bool:
         runner = self.run.runner
-        return self._best.improves_no_more(runner.best_metric, runner.early_stop_patience)
+        return self._best.should_stop_early(runner.best_metric, runner.early_stop_patience)
 
     def _agree_on(self, stop: StopSignal) -> signal.Signals:
-        """The signal that stops the run on every rank, though it may have reached only one."""
+        """The signal that stops the run, the same on every rank, even if only one rank received it."""
         interrupted = self._group.any(stop.received == signal.SIGINT)
         return signal.SIGINT if interrupted else signal.SIGTERM
 
@@ -189,19 +189,19 @@ class Fsdp2Trainer:
             self._monitor.saved(self._checkpoints.finished())
 
     def _finish_saving(self, stop: StopSignal, received: signal.Signals | None) -> None:
-        """Wait for what is being written; a run that was asked to leave does so in time (contract 10)."""
+        """Wait for the pending save; a run that was asked to stop does so within the grace period (contract 10)."""
         try:
             in_time = self._checkpoints.finish(stop.seconds_left, cut_short=received is not None)
         finally:
             self._monitor.saved(self._checkpoints.finished())
-        if not in_time:  # As for a failure: no rank waits for another any more.
+        if not in_time:  # As after a failure: ranks no longer wait for one another.
             raise Interrupted(received or stop.received or signal.SIGTERM, self.step)
 
     def _abandon_saving(self, error: BaseException) -> None:
-        """Let a checkpoint that is being written become complete, though training has failed."""
+        """Give a pending save the chance to finish although training has failed."""
         try:
             self._checkpoints.finish(seconds_from_now(GRACE), cut_short=True)
-        except Exception as another:  # Report what ended training; this mostly follows from it.
+        except Exception as another:  # Report the error that ended training; this one usually follows from it.
             error.add_note(f"the checkpoint that was being written is lost: {another}")
         self._monitor.saved(self._checkpoints.finished())
 

@@ -1,1 +1,1 @@
-"""Checkpoints: written beside training, verified, loaded."""
+"""Checkpoints: written while training continues, verified and loaded."""

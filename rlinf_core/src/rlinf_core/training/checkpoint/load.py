@@ -1,4 +1,4 @@
-"""Loading a checkpoint into a run that fits it, on any number of ranks; what does not fit is refused."""
+"""Load a checkpoint into a run on any number of ranks; a checkpoint that does not match the run is refused."""
 
 from __future__ import annotations
 
@@ -18,24 +18,23 @@ def load(path: Path, tensors: Mapping[str, torch.Tensor], here: Position) -> Pos
 
     Args:
         path: The checkpoint.
-        tensors: What to load, by name.
-        here: What this run would say of itself at that step.
+        tensors: The tensors to fill, by name.
+        here: The position that this run would have at the same step.
 
     Raises:
-        UserError: If the checkpoint is of another model, or its position is one in other data.
+        UserError: The checkpoint belongs to another model, or its position to other data.
     """
     position = read_state(path).position
     if position.rows != here.rows:
         raise UserError(
             f"{path} was saved while training on {position.rows} rows, but the training split now has {here.rows}: "
-            "the dataset has changed, so the run cannot go on where it was. Restore the dataset, or use another "
+            "the dataset has changed, so the run cannot continue. Restore the dataset, or use another "
             "runner.name."
         )
     if position.data and here.data and position.data != here.data:
         raise UserError(
             f"{path} was saved while training on other rows than the training split now has: the dataset, or how "
-            "samples are made of it, has changed, so the run cannot go on where it was. Restore it, or use another "
-            "runner.name."
+            "samples are made from it, has changed, so the run cannot continue. Restore it, or use another runner.name."
         )
     if changed := position.other_layout(here):
         raise UserError(
@@ -49,9 +48,9 @@ def load(path: Path, tensors: Mapping[str, torch.Tensor], here: Position) -> Pos
         )
     if (position.epoch, position.sample) != (here.epoch, here.sample):
         raise UserError(
-            f"{path} stands at sample {position.sample} of epoch {position.epoch}, which with this "
-            f"trainer.global_batch_size is not where step {position.step} ends (sample {here.sample} of epoch "
-            f"{here.epoch}): the data would go on elsewhere. Keep the batch size, or use another runner.name."
+            f"{path} is at sample {position.sample} of epoch {position.epoch}, but with this "
+            f"trainer.global_batch_size step {position.step} ends at sample {here.sample} of epoch {here.epoch}: "
+            "samples would be skipped or repeated. Keep the batch size, or use another runner.name."
         )
     reader = ShardReader(path)
     missing = sorted(set(tensors) - set(reader.read_metadata().state_dict_metadata))

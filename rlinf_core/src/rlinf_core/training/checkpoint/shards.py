@@ -1,7 +1,7 @@
-"""The files of a checkpoint, in the format of `torch.distributed.checkpoint`: hashed while written, read without trust.
+"""A checkpoint's files in the format of `torch.distributed.checkpoint`: hashed while written, read as untrusted input.
 
-That format keeps its index, `.metadata`, as a pickle, and a pickle can run code. Here it may name nothing but the
-classes that such an index is made of; the shards themselves are read with `weights_only`.
+The format's index, `.metadata`, is a pickle, and a pickle can run code. Here it may name only the classes that such an
+index consists of; the shards themselves are read with `weights_only`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from rlinf_core.torch_names import (
     forget_plans,
     set_plan_key,
 )
-from rlinf_core.training.checkpoint.state import FileSum
+from rlinf_core.training.checkpoint.state import FileDigest
 
 INDEX = ".metadata"
 INDEX_NAMES: Mapping[str, frozenset[str]] = {
@@ -47,17 +47,17 @@ INDEX_NAMES: Mapping[str, frozenset[str]] = {
     "torch.distributed.checkpoint.filesystem": frozenset({"_StorageInfo"}),
     "collections": frozenset({"OrderedDict"}),
 }
-"""What the index may name, by module. None of it does anything but hold values. `BytesStorageMetadata` is not among it:
-what it describes would be unpickled without `weights_only`, and checkpoints hold tensors alone."""
+"""What the index may name, by module; all of these only hold values. `BytesStorageMetadata` is left out: its data would
+be unpickled without `weights_only`, and checkpoints hold only tensors."""
 
 
 class HashedFile:
-    """A file that is written from its start to its end, and hashed on the way."""
+    """A file that is written sequentially and hashed on the way."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self._hash, self._size = file, hashlib.sha256(), 0
         self.failure: OSError | None = None
-        """Why something could not be written: torch.save, which calls from C++, raises a RuntimeError of its own."""
+        """Why writing failed: torch.save, which calls from C++, raises its own RuntimeError instead."""
 
     def write(self, data: Any) -> int:
         """Append."""
@@ -75,32 +75,32 @@ class HashedFile:
         return self._size
 
     def flush(self) -> None:
-        """Hand on what is buffered."""
+        """Flush the buffer to the operating system."""
         self._file.flush()
 
     def close(self) -> None:
-        """Close, with everything on disk."""
+        """Sync to disk and close."""
         if not self._file.closed:
             with self._file:
                 self._file.flush()
                 os.fsync(self._file.fileno())
 
-    def sum(self) -> FileSum:
-        """What was written."""
-        return FileSum(self._size, self._hash.hexdigest())
+    def digest(self) -> FileDigest:
+        """Size and hash of what was written."""
+        return FileDigest(self._size, self._hash.hexdigest())
 
 
 class HashingFiles(FileSystem):
-    """A folder in which files are synced and hashed as they are written."""
+    """A file system whose files are synced and hashed as they are written."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, FileSum] = {}
+        self.digests: dict[str, FileDigest] = {}
         self.failure: OSError | None = None
-        """Why a file could not be written; torch's writers do not hand every error on as it was."""
+        """Why a file could not be written; torch's writers replace some errors by their own."""
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[Any, None, None]:
-        """Open a file to be written."""
+        """Open a file for writing."""
         try:
             with Path(path).open(mode) as file:
                 stream = HashedFile(file)
@@ -109,7 +109,7 @@ class HashingFiles(FileSystem):
                 finally:
                     self.failure = self.failure or stream.failure
                 stream.close()
-            self.sums[Path(path).name] = stream.sum()
+            self.digests[Path(path).name] = stream.digest()
         except OSError as error:
             self.failure = self.failure or error
             raise
@@ -119,7 +119,7 @@ class ShardWriter(FileSystemWriter):
     """Writes this rank's shards, and on the coordinator the index.
 
     Args:
-        folder: Where to; it is there and empty.
+        folder: The folder to write to; it exists and is empty.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -137,20 +137,20 @@ class ShardWriter(FileSystemWriter):
             raise
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Write the index under its own name, as what is in the folder counts only once `state.json` is there."""
+        """Write the index under its final name: a folder counts as a checkpoint only once it has `state.json`."""
         storage = {result.index: result.storage_data for of_rank in results for result in of_rank}
-        # Without storage_meta, which is the folder's path of today: checkpoints may be moved.
+        # Without storage_meta, which is the folder's current path: checkpoints may be moved.
         metadata = dataclasses.replace(metadata, version="1.0.0", storage_data=storage, storage_meta=None)
         with self.files.create_stream(Path(self.path) / INDEX, "wb") as stream:
             pickle.dump(metadata, stream)
 
 
 class Planner(DefaultSavePlanner):
-    """Plans once which rank writes what, and again only when a plan is another or a save has failed."""
+    """Plans once which rank writes what, and again only if a plan changes or a save has failed."""
 
     def __init__(self) -> None:
         super().__init__(enable_plan_caching=True)
-        set_plan_key(self, f"{__name__}-{uuid.uuid4()}")  # torch's caches are the process's.
+        set_plan_key(self, f"{__name__}-{uuid.uuid4()}")  # torch's caches are global to the process.
 
     def forget(self) -> None:
         """Drop the plans."""
@@ -158,13 +158,13 @@ class Planner(DefaultSavePlanner):
 
 
 class ShardReader(FileSystemReader):
-    """Reads a checkpoint that may come from anywhere."""
+    """Reads a checkpoint from an untrusted source."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The index.
 
         Raises:
-            UserError: It is none, or names what an index has no use for.
+            UserError: It is not a valid index, or names something that does not belong in one.
         """
         path = Path(self.path) / INDEX
         try:
@@ -184,4 +184,4 @@ class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name in INDEX_NAMES.get(module, ()):
             return getattr(importlib.import_module(module), name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}, for which an index has no use")
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which does not belong in an index")

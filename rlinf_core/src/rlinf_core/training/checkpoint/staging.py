@@ -1,7 +1,7 @@
-"""Copies of the state that training goes on changing: in the host's memory, in place from one save to the next.
+"""Host memory for a copy of the state, reused from save to save, so that training can go on changing the original.
 
-Copying is all that training waits for at a save, so the pages are there before the first one and, where there is a
-CUDA device, locked: it copies at the speed of the bus, and the host waits once.
+Training waits only for this copy. So the pages are allocated before the first save and locked if there is a CUDA
+device, which then copies at the speed of the bus while the host waits only once.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from rlinf_core.torch_names import shard_like
 from rlinf_core.training.fsdp import local_shard
 
 ALIGNMENT = 64
-"""Bytes; a cache line."""
+"""Bytes: a cache line."""
 
 
 class Staging:
     """Memory for one copy of this rank's shards.
 
     Args:
-        tensors: What will be copied, by name; DTensors by their local shards. They keep their memory.
+        tensors: The tensors to copy, by name (local shards of DTensors). They must keep their memory.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -35,18 +35,18 @@ class Staging:
             offsets[name], total = total, total + -(-shard.nbytes // ALIGNMENT) * ALIGNMENT
         self._memory = mmap.mmap(-1, max(total, 1))
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            with suppress(OSError):  # Kernels without them.
-                self._memory.madvise(mmap.MADV_HUGEPAGE)  # Copying looks up fewer pages.
+            with suppress(OSError):  # Kernels without huge pages.
+                self._memory.madvise(mmap.MADV_HUGEPAGE)  # Fewer page-table look-ups.
         self._locked = False
         self._stream: torch.cuda.Stream | None = None
         devices = {shard.device for shard in shards.values() if shard.is_cuda}
         if devices:
             self._stream = torch.cuda.Stream(devices.pop())  # type: ignore[no-untyped-call]
-        # All once: of a thousand tensors, asking for shards takes longer than the save may.
+        # Looked up once: for a thousand tensors, that takes longer than a save should.
         self._shards, self._buffers = list(shards.values()), []
         self._copies = {}
         for name, shard in shards.items():
-            # Each a storage of its own: who writes a tensor writes the whole of its storage.
+            # Each buffer has its own storage: saving a tensor writes its whole storage.
             buffer = (
                 torch.frombuffer(self._memory, dtype=shard.dtype, count=shard.numel(), offset=offsets[name])
                 if shard.numel()
@@ -56,7 +56,7 @@ class Staging:
             self._copies[name] = _like(tensors[name], self._buffers[-1])
 
     def touch(self) -> None:
-        """Have the operating system provide the pages, and lock them for a CUDA device; may run beside training."""
+        """Allocate the pages, and lock them if there is a CUDA device; may run while training."""
         whole = torch.frombuffer(self._memory, dtype=torch.uint8)
         whole.zero_()
         if self._stream is not None:
@@ -66,10 +66,10 @@ class Staging:
             self._locked = True
 
     def copy(self) -> dict[str, torch.Tensor]:
-        """Copy the values of now, and wait until that is done.
+        """Copy the current values, and wait for the copy.
 
         Returns:
-            The same tensors on the CPU, valid until the next call; DTensors are DTensors over the same mesh.
+            The tensors on the CPU, valid until the next call; DTensors stay DTensors over the same mesh.
         """
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
@@ -81,7 +81,7 @@ class Staging:
         return self._copies
 
     def close(self) -> None:
-        """Unlock the pages; a later copy is slower."""
+        """Unlock the pages; later copies are slower."""
         if self._locked:
             self._locked = False
             address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
@@ -89,5 +89,5 @@ class Staging:
 
 
 def _like(tensor: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
-    """The buffer as a shard of what the tensor is a shard of, though it lives elsewhere than the mesh."""
+    """The buffer, as a DTensor with the tensor's mesh and placement if that is one, though on another device."""
     return shard_like(tensor, buffer) if isinstance(tensor, DTensor) else buffer

@@ -1,7 +1,8 @@
-"""Where in a run a checkpoint stands, what files it is made of, and which checkpoint is the newest. Torch-free.
+"""`state.json`: a checkpoint's position in its run and its files; damaged checkpoints, and the newest intact one.
 
-Both stand in `state.json`, which is written when everything else of the checkpoint is on disk: a folder without one
-that can be read is no checkpoint.
+Torch-free. The file is written when the rest of the checkpoint is on disk: a folder without a readable one is not a
+checkpoint. In reading order: `Position` and `State`, writing and reading them, the names of checkpoints, and the checks
+that find damage and choose the checkpoint to continue from.
 """
 
 from __future__ import annotations
@@ -20,41 +21,41 @@ FORMAT = 4
 NO_BEST = Best()
 STATE = "state.json"
 NAMES = "step_" + "[0-9]" * 9
-"""A pattern of checkpoints' names, and of nobody else's folders."""
+"""A glob pattern that matches the names of checkpoints and no other folder."""
 
 
 class DamageError(UserError):
-    """A checkpoint is not what was written; the message says what is wrong with it, without naming it."""
+    """A checkpoint is damaged; the message says how, without naming the checkpoint."""
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where in the run a checkpoint stands."""
+    """The position of a checkpoint in its run."""
 
     step: int
     """Finished optimizer steps."""
     epoch: int
-    """Passes over the data that are complete."""
+    """Complete passes over the data."""
     sample: int
-    """Samples of the current epoch that were consumed, over all ranks."""
+    """Samples of the current epoch consumed so far, over all ranks."""
     rows: int
-    """Rows of the training split; with another number the order would be another."""
+    """Rows of the training split, on which the order of samples depends."""
     seed: int
     """The run's seed; with epoch and sample it determines every further draw."""
     layout: str
-    """Tag of parameter names and shapes."""
+    """Hash of parameter names and shapes."""
     validated: int = 0
-    """The last step after which there was a validation."""
+    """The step of the last validation."""
     best: Best = NO_BEST
     """The best validation so far."""
     data: str = ""
-    """What the rows are made of; empty where the origin of the statistics tells (`training.statistics`)."""
+    """Fingerprint of the rows; empty if the statistics record it (`data.statistics.run`)."""
     data_layout: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    """`PolicyConfig.data_layout`."""
+    """The run's `PolicyConfig.data_layout`."""
     format: int = FORMAT
 
     def other_layout(self, now: Position) -> str:
-        """What of the layout follows from other data than those of now; empty: nothing."""
+        """The differences between the data layouts of this position and of `now`; empty if they are equal."""
         return "; ".join(
             f"{name}: {_difference(self.data_layout.get(name, ()), now.data_layout.get(name, ()))}"
             for name in {**self.data_layout, **now.data_layout}
@@ -73,13 +74,13 @@ def _first(numbers: Sequence[int], most: int = 8) -> str:
 
 
 @dataclass(frozen=True)
-class FileSum:
-    """What a file of a checkpoint was when it was written."""
+class FileDigest:
+    """Size and hash of a checkpoint's file when it was written."""
 
     bytes: int
     """Its size."""
     sha256: str
-    """Its hash, hexadecimal."""
+    """Its SHA-256, hexadecimal."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,9 @@ class State:
     """The content of `state.json`."""
 
     position: Position
-    """Where the run stood."""
-    files: Mapping[str, FileSum]
-    """Every other file of the checkpoint by its name."""
+    """The run's position."""
+    files: Mapping[str, FileDigest]
+    """All other files of the checkpoint, by name."""
 
 
 def dump_state(state: State) -> str:
@@ -103,10 +104,10 @@ def _own_hash(table: Mapping[str, Any]) -> str:
 
 
 def read_state(path: Path) -> State:
-    """What `state.json` of a checkpoint says.
+    """Read the `state.json` of a checkpoint.
 
     Raises:
-        DamageError: It is missing, or not as it was written.
+        DamageError: It is missing, or its hash does not match.
         UserError: Another version of this package wrote it.
     """
     try:
@@ -115,18 +116,18 @@ def read_state(path: Path) -> State:
         if isinstance(form, int) and form != FORMAT:
             raise UserError(f"{path} has checkpoint format {form}; this version reads {FORMAT}.")
         if table.pop("sha256") != _own_hash(table):
-            raise DamageError(f"the text of {STATE} does not have its hash")
-        files = {_plain(name): FileSum(**entry) for name, entry in table.pop("files").items()}
+            raise DamageError(f"the text of {STATE} does not match its hash")
+        files = {_plain(name): FileDigest(**entry) for name, entry in table.pop("files").items()}
         return State(Position(**table | {"best": Best(**table["best"])}), files)
     except FileNotFoundError as error:
-        missing = f"it has no {STATE}: it was never completed" if path.is_dir() else "it is not there"
+        missing = f"it has no {STATE}: it was never completed" if path.is_dir() else "it does not exist"
         raise DamageError(missing) from error
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DamageError(f"{STATE} cannot be read ({type(error).__name__}: {error})") from error
 
 
 def _plain(name: str) -> str:
-    """The name of a file in the checkpoint's own folder; raises `ValueError` for a way out of it."""
+    """The name, if it is that of a file directly in the checkpoint's folder; raises `ValueError` otherwise."""
     if Path(name).name != name:
         raise ValueError(f"{name!r} is not the name of a file in the checkpoint")
     return name
@@ -145,34 +146,34 @@ def read_position(path: Path) -> Position:
 
 
 def step_name(step: int) -> str:
-    """The name of a checkpoint's folder; names sort as steps do."""
+    """The name of a checkpoint's folder; names sort like steps."""
     return f"step_{step:09d}"
 
 
 def candidates(folder: Path, checkpoints: Path) -> list[Path]:
-    """The checkpoints that a run may continue from, newest first: the one that `latest` names and those before it.
+    """The checkpoints that a run may continue from, newest first: the one named by `latest` and earlier ones.
 
     Args:
-        folder: The run's.
-        checkpoints: The folder of its checkpoints.
+        folder: The run's folder.
+        checkpoints: The checkpoint folder.
     """
     pointer = folder / "latest"
     if not pointer.exists():
         return []
     names = {path.name for path in checkpoints.glob(NAMES)}
     named = pointer.read_text(encoding="utf-8", errors="replace").strip()
-    if Path(named).name == named and named.startswith("step_"):  # Else it is damaged itself.
+    if Path(named).name == named and named.startswith("step_"):  # Otherwise `latest` itself is damaged.
         names = {name for name in names if name < named} | {named}
     return [checkpoints / name for name in sorted(names, reverse=True)]
 
 
 def find_damage(path: Path, *, rank: int = 0, ranks: int = 0) -> str:
-    """What is wrong with a checkpoint, in words; empty: nothing.
+    """The damage of a checkpoint, as text; empty if there is none.
 
     Args:
         path: The checkpoint.
-        rank: Whose share of the hashes is computed.
-        ranks: How many share them; 0: nobody computes any, and only sizes are compared.
+        rank: The rank whose share of the files is hashed.
+        ranks: Number of ranks that share the files; 0: hash none, compare only sizes.
 
     Raises:
         UserError: Another version of this package wrote it.
@@ -185,7 +186,7 @@ def find_damage(path: Path, *, rank: int = 0, ranks: int = 0) -> str:
         for name in _share(files, rank, ranks):
             with (path / name).open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != files[name].sha256:
-                    return f"the bytes of {name} are not those that were written (sha256)"
+                    return f"the content of {name} has changed since it was written (sha256)"
     except DamageError as error:
         return str(error)
     except FileNotFoundError as error:
@@ -195,20 +196,20 @@ def find_damage(path: Path, *, rank: int = 0, ranks: int = 0) -> str:
     return ""
 
 
-def _share(files: Mapping[str, FileSum], rank: int, ranks: int) -> list[str]:
-    """Every rank's as many and as large files as another's."""
+def _share(files: Mapping[str, FileDigest], rank: int, ranks: int) -> list[str]:
+    """The files that this rank hashes: every rank gets about as many bytes."""
     by_size = sorted(files, key=lambda name: (-files[name].bytes, name))
     return by_size[rank::ranks] if ranks else []
 
 
 def newest_whole(paths: Sequence[Path], damaged: dict[str, str]) -> tuple[Path, Position] | None:
-    """The first checkpoint that is not known to be damaged; None: there is none.
+    """The newest checkpoint with no known damage; None if there is none.
 
-    Only what costs nothing is checked: states and sizes.
+    Checks only what is cheap: `state.json` and file sizes.
 
     Args:
         paths: Checkpoints, newest first (`candidates`).
-        damaged: Checkpoint -> what is wrong with it; findings are added.
+        damaged: Checkpoint name -> its damage; what is found is added.
 
     Raises:
         UserError: Another version of this package wrote one.
@@ -222,12 +223,12 @@ def newest_whole(paths: Sequence[Path], damaged: dict[str, str]) -> tuple[Path, 
 
 
 def none_whole(checkpoints: Path, damaged: Mapping[str, str], way_out: str) -> UserError:
-    """The error where every checkpoint is damaged.
+    """The error if every checkpoint is damaged.
 
     Args:
-        checkpoints: Their folder.
-        damaged: Checkpoint -> what is wrong with it.
-        way_out: What the user can do, a sentence.
+        checkpoints: The checkpoint folder.
+        damaged: Checkpoint name -> its damage.
+        way_out: What the user can do, as a sentence.
     """
     lines = "\n".join(f"  {name}: {why}" for name, why in damaged.items())
     return UserError(f"no checkpoint in {checkpoints} can be continued from:\n{lines}\n{way_out}")

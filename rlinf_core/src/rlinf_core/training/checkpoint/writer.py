@@ -1,7 +1,8 @@
-"""Writing a checkpoint on all ranks: aside, synced and hashed, then under its name; or not at all, as all learn.
+"""Write a checkpoint atomically: to a temporary folder, fsynced and hashed, then renamed.
 
-Everything here runs beside training, in a thread of its own on each rank, and communicates over a process group of its
-own: whatever training sends meanwhile is not mixed up with it, and ranks may come to a save at different times.
+If one rank fails, all ranks know and nothing is left. Everything here runs in a thread per rank while training
+continues, over its own process group: nothing that training sends meanwhile can interfere, and ranks may start a save
+at different times.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from rlinf_core.training.checkpoint.shards import Planner, ShardWriter
 from rlinf_core.training.checkpoint.state import (
     NAMES,
     STATE,
-    FileSum,
+    FileDigest,
     Position,
     State,
     dump_state,
@@ -32,9 +33,9 @@ from rlinf_core.training.checkpoint.state import (
 )
 
 THREAD = "save "
-"""How the name of a thread that writes begins."""
+"""Prefix of the names of threads that write checkpoints."""
 TIMEOUT = timedelta(hours=2)
-"""How long ranks wait for one another's files; a rank that has died is known much sooner."""
+"""How long ranks wait for one another's files; a rank that died is noticed much sooner."""
 
 
 class SaveError(Exception):
@@ -42,20 +43,20 @@ class SaveError(Exception):
 
 
 @dataclass(frozen=True)
-class Keep:
-    """Which checkpoints stay."""
+class Retention:
+    """Which checkpoints are kept."""
 
     last: int
-    """As many of the newest."""
+    """How many of the newest."""
     every: int = 0
-    """Those after every so many steps; 0: no others."""
+    """Also those whose step is a multiple of this; 0: no others."""
 
-    def superfluous(self, names: list[str], best: str) -> list[str]:
-        """Those of some checkpoints that need not stay.
+    def expired(self, names: list[str], best: str) -> list[str]:
+        """The checkpoints to remove.
 
         Args:
-            names: The checkpoints.
-            best: The one that stays besides.
+            names: All checkpoints.
+            best: One that is kept in any case.
         """
         old = sorted(names)[: -self.last]
         kept = {best} | {name for name in old if self.every and int(name.removeprefix("step_")) % self.every == 0}
@@ -63,32 +64,32 @@ class Keep:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a run's checkpoints lie, and which of them stay."""
+class CheckpointFolder:
+    """Where a run's checkpoints are, and which of them are kept."""
 
-    folder: Path
-    """The run's, with `latest` and `best`."""
+    run_folder: Path
+    """The run's folder, with the files `latest` and `best`."""
     checkpoints: Path
-    """That of the checkpoints."""
-    keep: Keep
+    """The folder of the checkpoints."""
+    retention: Retention
     rename: bool = True
-    """Whether folders can be renamed there; if not, checkpoints are written under their own names."""
+    """Whether folders can be renamed there; if not, checkpoints are written directly under their final names."""
 
-    def aside(self, step: int) -> Path:
-        """Where a checkpoint is written to."""
+    def temporary(self, step: int) -> Path:
+        """Where a checkpoint is while it is written."""
         name = step_name(step)
         return self.checkpoints / (f".{name}.tmp" if self.rename else name)
 
     def path(self, step: int) -> Path:
-        """Where it lies when it is complete."""
+        """Where a complete checkpoint is."""
         return self.checkpoints / step_name(step)
 
 
 class Writers:
-    """The ranks, as those who write. Made on every rank, by the thread that trains.
+    """The ranks as writers of checkpoints. Created on every rank, in the training thread.
 
     Args:
-        rank: This one.
+        rank: This rank.
     """
 
     def __init__(self, rank: int) -> None:
@@ -97,10 +98,10 @@ class Writers:
         self.planner = Planner()
 
     def first(self, action: Callable[[], None]) -> None:
-        """Let rank 0 do something, and all ranks wait for it.
+        """Run an action on rank 0 while all ranks wait for it.
 
         Raises:
-            SaveError: Rank 0 could not.
+            SaveError: The action failed.
         """
         box: list[str] = [""]
         if self.rank == 0:
@@ -112,11 +113,11 @@ class Writers:
         if box[0]:
             raise SaveError(box[0])
 
-    def write(self, folder: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, FileSum]:
-        """Write the shards of all ranks; what their files are, on rank 0.
+    def write(self, folder: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, FileDigest]:
+        """Write the shards of all ranks; returns the digests of their files on rank 0.
 
         Raises:
-            SaveError: Some rank could not.
+            SaveError: Some rank could not write.
         """
         writer = ShardWriter(folder)
         try:
@@ -125,11 +126,11 @@ class Writers:
             self.planner.forget()
             causes = {rank: failure[0] for rank, failure in error.failures.items()}
             if not all(isinstance(cause, OSError) for cause in causes.values()):
-                raise RuntimeError(str(error)) from error  # It is no Exception itself, which nobody would expect.
+                raise RuntimeError(str(error)) from error  # CheckpointException does not derive from Exception.
             raise SaveError("; ".join(f"rank {rank}: {_in_words(cause)}" for rank, cause in causes.items())) from error
-        gathered: list[dict[str, FileSum]] = [{}] * dist.get_world_size(self.group)
-        dist.gather_object(writer.files.sums, gathered if self.rank == 0 else None, dst=0, group=self.group)
-        return {name: of for sums in gathered for name, of in sums.items()}
+        gathered: list[dict[str, FileDigest]] = [{}] * dist.get_world_size(self.group)
+        dist.gather_object(writer.files.digests, gathered if self.rank == 0 else None, dst=0, group=self.group)
+        return {name: digest for digests in gathered for name, digest in digests.items()}
 
 
 def _in_words(error: BaseException) -> str:
@@ -139,7 +140,7 @@ def _in_words(error: BaseException) -> str:
 
 
 def write_checkpoint(
-    place: Place,
+    folder: CheckpointFolder,
     position: Position,
     tensors: Mapping[str, torch.Tensor],
     writers: Writers,
@@ -150,55 +151,55 @@ def write_checkpoint(
     """Write a checkpoint; called on every rank, in the same order of checkpoints.
 
     Args:
-        place: Where.
-        position: Where the run stands.
-        tensors: What to save; nobody changes them meanwhile.
+        folder: Where to.
+        position: The run's position.
+        tensors: The tensors to save; they must not change meanwhile.
         writers: All ranks.
-        best: The checkpoint that the file `best` shall name; empty: there is none.
-        before: The run's checkpoint before this one; empty: there is none.
+        best: The checkpoint that the file `best` should name; empty if there is none.
+        before: The run's previous checkpoint; empty if there is none.
 
     Returns:
-        Its size in bytes, on rank 0; elsewhere 0.
+        Its size in bytes on rank 0; 0 on other ranks.
 
     Raises:
-        SaveError: Some rank could not write; nothing is left of it.
+        SaveError: Some rank could not write; nothing of the checkpoint is left.
     """
-    aside = place.aside(position.step)
+    temporary = folder.temporary(position.step)
     try:
-        writers.first(lambda: _make_room(place, aside))
-        files = writers.write(aside, tensors)
-        writers.first(lambda: _complete(place, position, files, best))
+        writers.first(lambda: _make_room(folder, temporary))
+        files = writers.write(temporary, tensors)
+        writers.first(lambda: _complete(folder, position, files, best))
     except SaveError:
-        writers.first(lambda: shutil.rmtree(aside, ignore_errors=True))
+        writers.first(lambda: shutil.rmtree(temporary, ignore_errors=True))
         raise
-    writers.first(lambda: _remove_others(place, place.path(position.step).name, before, best))
+    writers.first(lambda: _remove_others(folder, folder.path(position.step).name, before, best))
     return sum(entry.bytes for entry in files.values())
 
 
-def _make_room(place: Place, aside: Path) -> None:
-    place.checkpoints.mkdir(parents=True, exist_ok=True)
-    for unfinished in place.checkpoints.glob(".step_*.tmp"):
+def _make_room(folder: CheckpointFolder, temporary: Path) -> None:
+    folder.checkpoints.mkdir(parents=True, exist_ok=True)
+    for unfinished in folder.checkpoints.glob(".step_*.tmp"):
         shutil.rmtree(unfinished)
-    if aside.exists():
-        (aside / STATE).unlink(missing_ok=True)  # First, so that what is left is no checkpoint.
-        shutil.rmtree(aside)
-    aside.mkdir()
+    if temporary.exists():
+        (temporary / STATE).unlink(missing_ok=True)  # First: without it the folder does not count as a checkpoint.
+        shutil.rmtree(temporary)
+    temporary.mkdir()
 
 
-def _complete(place: Place, position: Position, files: Mapping[str, FileSum], best: str) -> None:
-    aside, path = place.aside(position.step), place.path(position.step)
+def _complete(folder: CheckpointFolder, position: Position, files: Mapping[str, FileDigest], best: str) -> None:
+    temporary, path = folder.temporary(position.step), folder.path(position.step)
     state = dump_state(State(position, files))
-    if place.rename:
-        write_text(aside / STATE, state)
-        sync_folder(aside)
+    if folder.rename:
+        write_text(temporary / STATE, state)
+        sync_folder(temporary)
         if path.exists():
             shutil.rmtree(path)
-        aside.rename(path)
+        temporary.rename(path)
     else:
         _write_in_place(path / STATE, state)
-    sync_folder(place.checkpoints)
-    name_best(place, best)
-    write_text(place.folder / "latest", path.name)
+    sync_folder(folder.checkpoints)
+    name_best(folder, best)
+    write_text(folder.run_folder / "latest", path.name)
 
 
 def _write_in_place(file: Path, text: str) -> None:
@@ -208,34 +209,35 @@ def _write_in_place(file: Path, text: str) -> None:
         os.fsync(stream.fileno())
 
 
-def _remove_others(place: Place, name: str, before: str, best: str) -> None:
-    """Remove what need not stay now that a checkpoint is complete; what cannot be removed is told, and no failure.
+def _remove_others(folder: CheckpointFolder, name: str, before: str, best: str) -> None:
+    """Remove outdated checkpoints after a save; one that cannot be removed is logged, not fatal.
 
-    After the checkpoint before, this run has no other than this one. What else is there was left when the run went on
-    from an earlier one, and must not be taken for its own once it has come past.
+    Checkpoints later than `before` were left when the run continued from an earlier one. They are removed too, as they
+    must not be mistaken for this run's own once it has passed their steps.
     """
-    others = [other for other in place.checkpoints.glob(NAMES) if other.name != name]
+    others = [other for other in folder.checkpoints.glob(NAMES) if other.name != name]
     complete = [other.name for other in others if other.name <= before and (other / STATE).exists()]
-    kept = set(complete) - set(place.keep.superfluous([*complete, name], best))
+    kept = set(complete) - set(folder.retention.expired([*complete, name], best))
     for other in others:
         if other.name not in kept:
             try:
-                (other / STATE).unlink(missing_ok=True)  # First, so that what is left is no checkpoint.
+                (other / STATE).unlink(missing_ok=True)  # First: without it the folder does not count as a checkpoint.
                 shutil.rmtree(other)
             except OSError as error:
                 print(f"warning: {other} cannot be removed: {_in_words(error)}", file=sys.stderr, flush=True)
 
 
-def restate(place: Place, position: Position, best: str) -> None:
-    """Correct what the checkpoint of a position says of validations. Called on rank 0."""
-    path = place.path(position.step)
-    (write_text if place.rename else _write_in_place)(path / STATE, dump_state(State(position, read_state(path).files)))
-    name_best(place, best)
+def restate(folder: CheckpointFolder, position: Position, best: str) -> None:
+    """Rewrite `state.json` of a position's checkpoint, to record a later validation. Called on rank 0."""
+    path = folder.path(position.step)
+    state = dump_state(State(position, read_state(path).files))
+    (write_text if folder.rename else _write_in_place)(path / STATE, state)
+    name_best(folder, best)
 
 
-def name_best(place: Place, best: str) -> None:
-    """Make the file `best` name a checkpoint, if that is complete, or none. Called on rank 0."""
-    if best and (place.checkpoints / best / STATE).exists():
-        write_text(place.folder / "best", best)
+def name_best(folder: CheckpointFolder, best: str) -> None:
+    """Make the file `best` name a checkpoint; remove the file if that is not complete. Called on rank 0."""
+    if best and (folder.checkpoints / best / STATE).exists():
+        write_text(folder.run_folder / "best", best)
     else:
-        (place.folder / "best").unlink(missing_ok=True)
+        (folder.run_folder / "best").unlink(missing_ok=True)

@@ -1,1 +1,1 @@
-"""Processes, devices, and how the ranks of a run meet."""
+"""Processes, devices, and the rendezvous of a run's ranks."""

@@ -1,6 +1,6 @@
-"""Processes and devices: who am I, what do I compute on, and how do we start and leave together.
+"""The process group and the device of this process: joining, leaving, and decisions that all ranks share.
 
-Works under torchrun, and alone (`python -m rlinf_core.train`), where it makes a process group of one.
+Works under torchrun and alone (`python -m rlinf_core.train`), where the process group has one member.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ import torch.distributed as dist
 
 from rlinf_core.errors import UserError
 from rlinf_core.torch_names import HashStore
-from rlinf_core.training.distributed.rendezvous import meet
+from rlinf_core.training.distributed.rendezvous import rendezvous
 from rlinf_core.training.monitor.flight_recorder import remember_collectives
 
 T = TypeVar("T")
 
 SETUP_TIMEOUT = timedelta(hours=12)
-"""How long ranks wait for rank 0 to prepare data; in training they wait `trainer.timeout_seconds`."""
+"""How long ranks wait for rank 0 to prepare data; while training the limit is `trainer.timeout_seconds`."""
 TIMEOUT = 600.0
-"""`trainer.timeout_seconds` where nothing is configured."""
+"""The default of `trainer.timeout_seconds`."""
 
 
 def device(wanted: Literal["auto", "cpu"] = "auto") -> torch.device:
-    """The device of this process: its own CUDA device, or the CPU if that is wanted or there is no CUDA device.
+    """The device of this process: its own CUDA device, or the CPU if requested or if there is no CUDA device.
 
     Raises:
-        UserError: More processes on this machine than CUDA devices.
+        UserError: There are more processes than CUDA devices on this machine.
     """
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
@@ -46,7 +46,7 @@ def device(wanted: Literal["auto", "cpu"] = "auto") -> torch.device:
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """The batch on a device; copies from page-locked memory do not wait."""
+    """Copy a batch to a device; copies from page-locked memory are asynchronous."""
     return {
         key: to_device(value, device) if isinstance(value, Mapping) else value.to(device, non_blocking=True)
         for key, value in batch.items()
@@ -57,8 +57,8 @@ class Processes:
     """The running process group.
 
     Args:
-        device: What this process computes on.
-        timeout_seconds: How long ranks wait for one another in training.
+        device: The device of this process.
+        timeout_seconds: How long ranks wait for one another in a collective of training.
     """
 
     def __init__(self, device: torch.device, timeout_seconds: float = TIMEOUT) -> None:
@@ -69,9 +69,9 @@ class Processes:
         self._training = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
 
     def decide(self, decision: Callable[[], T]) -> T:
-        """Let rank 0 decide (or prepare files) and tell all ranks what came of it.
+        """Let rank 0 decide (or prepare files), and return its result on every rank.
 
-        The others wait as long as preparing data may take. A `UserError` on rank 0 is raised on every rank.
+        The others wait for up to `SETUP_TIMEOUT`. A `UserError` on rank 0 is raised on every rank.
         """
         box: list[T | UserError | None] = [None]
         if self.rank == 0:
@@ -85,14 +85,14 @@ class Processes:
         return cast("T", box[0])
 
     def gather(self, value: T) -> list[T]:
-        """What every rank has to say, by rank; all ranks get the same answer."""
+        """The values of all ranks, in rank order; the same on every rank."""
         answers: list[T] = [value] * self.size
         dist.all_gather_object(answers, value, group=self._setup)
         return answers
 
     @contextmanager
     def first_on_each_machine(self) -> Iterator[None]:
-        """One process of each machine goes first; the others follow when all of those are through."""
+        """Run the body first in one process per machine, and in the others once all of those have finished."""
         first = os.environ.get("LOCAL_RANK", "0") == "0"
         if not first:
             self.wait()
@@ -101,13 +101,13 @@ class Processes:
             self.wait()
 
     def any(self, flag: bool) -> bool:
-        """Whether a flag is set on any rank; all ranks get the same answer."""
+        """Whether a flag is set on any rank; the same on every rank."""
         flags = torch.tensor(float(flag))
         dist.all_reduce(flags, group=self._training)
         return bool(flags)
 
     def wait(self) -> None:
-        """Wait until every rank is here."""
+        """Wait until every rank has made this call."""
         dist.barrier(group=self._setup)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -125,7 +125,8 @@ def processes(
     Args:
         wanted: See `device`.
         timeout_seconds: How long ranks wait for one another in a collective of training.
-        folder: The run's, where NCCL writes its flight record if one takes longer; None: nowhere in particular.
+        folder: The run's folder, where NCCL writes its flight record if a collective takes longer; None: NCCL's
+            default.
     """
     here = device(wanted)
     if here.type == "cuda":
@@ -135,7 +136,7 @@ def processes(
     timeout = timedelta(seconds=timeout_seconds)
     backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
     if "RANK" in os.environ:
-        store, rank, size = meet(timeout)
+        store, rank, size = rendezvous(timeout)
     else:
         store, rank, size = HashStore(), 0, 1
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
@@ -143,7 +144,7 @@ def processes(
     try:
         yield group
     except BaseException:
-        # The others may wait in a collective: an orderly end would break or block them before the error is told.
+        # The others may be in a collective: an orderly exit would break or block them before the error is reported.
         if group.size == 1:
             dist.destroy_process_group()
         raise

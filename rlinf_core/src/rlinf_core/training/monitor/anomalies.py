@@ -1,6 +1,7 @@
-"""What is odd about a step, and when there is too much of it: skipped steps, and losses that spike. Torch-free.
+"""Anomalies of steps, skipped steps and loss spikes, and the end of the run when too many steps were skipped.
 
-All of it follows from numbers that every rank reads of the same step, so that ranks decide alike without asking.
+Torch-free. All decisions follow from numbers that every rank reads for the same step, so that ranks decide alike
+without communication.
 """
 
 from __future__ import annotations
@@ -23,28 +24,28 @@ from rlinf_core.training.checkpoint.state import NAMES, STATE
 
 FILE = "anomalies.jsonl"
 WINDOW = 100
-"""Steps with whose losses a step's is compared."""
+"""Number of previous steps with whose losses a step's loss is compared."""
 FEWEST = 20
-"""Steps before which no loss is called a spike."""
+"""Fewest losses in the window for a loss to be called a spike."""
 TO_DEVIATION = 1.4826
-"""Median absolute deviation times this is the standard deviation of normally distributed numbers."""
+"""For normally distributed numbers, the median absolute deviation times this is the standard deviation."""
 SMALLEST_SPREAD = 0.01
-"""Of the median: a loss that hardly moves does not make every movement a spike."""
+"""Least deviation, relative to the median: otherwise any change of a nearly constant loss would be a spike."""
 MOST_SAMPLES = 64
-"""Samples of an anomaly that are written down, the most suspicious first."""
+"""Most samples recorded per anomaly, the most suspicious first."""
 
-Kind = Literal["skipped", "spike"]
+AnomalyKind = Literal["skipped", "spike"]
 
 
 @dataclass(frozen=True)
 class Anomaly:
-    """Something odd about a step."""
+    """An anomaly of a step."""
 
-    kind: Kind
+    kind: AnomalyKind
     value: float
     """The step's loss."""
     expected: float
-    """The median of the losses before it; not a number where there are none yet."""
+    """The median of the previous losses; NaN if there are none."""
 
     def __str__(self) -> str:
         if self.kind == "spike":
@@ -54,14 +55,14 @@ class Anomaly:
 
 
 class Spikes:
-    """Losses far above those of the steps before: by `threshold` robust standard deviations above their median.
+    """Finds losses that are more than `threshold` robust standard deviations above the median of previous losses.
 
-    Median and median absolute deviation of the window do not mind the spikes in it; a loss that stays high is usual
-    once half of the window is.
+    Median and median absolute deviation are robust against the spikes in the window; a loss that stays high counts as
+    usual once it fills half of the window.
 
     Args:
         threshold: Robust standard deviations; 0: nothing is a spike.
-        losses: Of the steps before, in their order; those that are not finite do not count.
+        losses: The previous losses in order; NaN and infinity are ignored.
     """
 
     def __init__(self, threshold: float, losses: Iterable[float] = ()) -> None:
@@ -69,7 +70,7 @@ class Spikes:
         self._window = deque((loss for loss in losses if math.isfinite(loss)), maxlen=WINDOW)
 
     def see(self, loss: float) -> float | None:
-        """What was usual, if this loss is a spike; the loss then belongs to the window."""
+        """Add a loss to the window; if it is a spike, returns the median before it."""
         usual = statistics.median(self._window) if self._window else math.nan
         is_spike = False
         if self._threshold and len(self._window) >= FEWEST and math.isfinite(loss) and loss > usual:
@@ -81,29 +82,29 @@ class Spikes:
 
     @property
     def usual(self) -> float:
-        """The median of the window; not a number if it is empty."""
+        """The median of the window; NaN if it is empty."""
         return statistics.median(self._window) if self._window else math.nan
 
 
 @dataclass(frozen=True)
 class History:
-    """The last steps of a run before the one with which it goes on."""
+    """The last steps before the one from which a run continues."""
 
     losses: Sequence[float] = ()
-    """Of those that were not skipped."""
+    """Losses of the steps that were not skipped."""
     skipped: int = 0
-    """How many of the very last were skipped in a row."""
+    """How many steps in a row were skipped at the end."""
 
 
 NOTHING = History()
 
 
 class Guard:
-    """Finds what is odd about steps, and ends the run when too many in a row were skipped.
+    """Finds anomalies of steps, and ends the run when too many in a row were skipped.
 
     Args:
         settings: `[runner]`.
-        before: The steps before, the same on every rank.
+        before: The steps before the start, the same on every rank.
     """
 
     def __init__(self, settings: RunnerConfig, before: History = NOTHING) -> None:
@@ -111,11 +112,11 @@ class Guard:
         self._in_a_row, self._diverged = before.skipped, False
 
     def see(self, metrics: Mapping[str, float], *, diverged: bool = False) -> Anomaly | None:
-        """What is odd about the next step.
+        """The anomaly of the next step; None if there is none.
 
         Args:
-            metrics: The step's.
-            diverged: Whether no single sample explains that its loss is not finite.
+            metrics: The step's metrics.
+            diverged: Whether too many losses are not finite for a single sample to explain it.
         """
         loss, self._diverged = metrics["loss"], diverged
         if metrics["skipped"]:
@@ -126,33 +127,35 @@ class Guard:
         return None if usual is None else Anomaly("spike", loss, usual)
 
     def check(self, run: RunConfig, step: int) -> None:
-        """End the run if the steps up to this one were skipped too often in a row.
+        """End the run if too many steps in a row, up to this one, were skipped.
 
         Raises:
-            UserError: They were; it names the last checkpoint from before.
+            UserError: Names the skipped steps and the last checkpoint before them.
         """
         if not self._limit or self._in_a_row < self._limit:
             return
         before, folder = step - self._in_a_row, run.folder
         good = last_checkpoint(run.checkpoints, before)
-        way_on = f"The last checkpoint from before is {good}: write its name into {folder / 'latest'} to go on from it"
+        way_on = (
+            f"The last checkpoint before them is {good}: write its name into {folder / 'latest'} to continue from it"
+        )
         raise UserError(
             f"{self._in_a_row} steps in a row were skipped, {before + 1} to {step}: loss or gradient was not finite "
             f"(runner.max_skipped_steps = {self._limit}). {folder / FILE} names their samples"
-            f"{', most of which are no cause: the weights have diverged' if self._diverged else ''}. "
-            f"{way_on if good else 'There is no checkpoint from before'}; with the same settings the same happens "
+            f"{', most of which are not the cause: the weights have diverged' if self._diverged else ''}. "
+            f"{way_on if good else 'There is no checkpoint before'}; with the same settings this will happen "
             f"again: {'' if self._diverged else 'leave the samples out, or '}lower optim.lr"
         )
 
 
 def last_checkpoint(folder: Path, step: int) -> Path | None:
-    """The newest complete checkpoint in a folder after at most so many steps."""
+    """The newest complete checkpoint in a folder of at most this step."""
     paths = (path.parent for path in folder.glob(f"{NAMES}/{STATE}"))
     return max((path for path in paths if int(path.name.removeprefix("step_")) <= step), default=None)
 
 
 def read_history(folder: Path, step: int) -> History:
-    """The last steps of a run up to a step, from its metrics; validations are none."""
+    """The last steps of a run up to a step, from its metrics file; rows of validations are ignored."""
     rows = [row for row in read_rows(folder / METRICS) if row["step"] <= step and "loss" in row]
     losses = [row["loss"] for row in rows if not row.get("skipped") and row["loss"] is not None]
     skipped = itertools.takewhile(lambda row: row.get("skipped"), reversed(rows))
@@ -164,15 +167,15 @@ class Suspect:
     """A sample of a step."""
 
     position: int
-    """In the global batch."""
+    """Index in the global batch."""
     loss: float
-    """Its own, or the mean of its micro batch where the policy does not tell it (`PolicyOutput.sample_losses`)."""
+    """Its own loss, or its micro batch's mean if the policy does not return `PolicyOutput.sample_losses`."""
 
 
 def suspects(losses: Sequence[float]) -> list[Suspect]:
-    """The samples of a step that explain what is odd about it, the most suspicious first.
+    """The samples that may explain a step's anomaly, the most suspicious first.
 
-    Losses that are not finite explain it; otherwise any sample may, and the largest come first.
+    Samples whose loss is not finite, if there are any; otherwise all, in order of decreasing loss.
     """
     every = [Suspect(position, loss) for position, loss in enumerate(losses)]
     broken = [suspect for suspect in every if not math.isfinite(suspect.loss)]
@@ -180,26 +183,26 @@ def suspects(losses: Sequence[float]) -> list[Suspect]:
 
 
 def not_finite(losses: Sequence[float]) -> int:
-    """How many losses are not finite."""
+    """How many losses are NaN or infinity."""
     return sum(not math.isfinite(loss) for loss in losses)
 
 
 def have_diverged(losses: Sequence[float], *, together: int) -> bool:
-    """Whether so many losses of a step are not finite that no single sample explains it: the weights do.
+    """Whether so many losses of a step are NaN or infinity that the weights, not a single sample, must be the cause.
 
     Args:
-        losses: Of its samples.
-        together: Of how many samples a loss is told: 1, or as many as a micro batch has.
+        losses: The losses of its samples.
+        together: Number of samples that share one loss value: 1, or the size of a micro batch.
     """
     return not_finite(losses) > max(together, len(losses) / 2)
 
 
 class AnomalyFile:
-    """`<run>/anomalies.jsonl`: one JSON object an anomaly. There is no file where there is none.
+    """`<run>/anomalies.jsonl`: one JSON object per anomaly; created with the first one.
 
     Args:
-        folder: The run's.
-        step: Where the run starts; what came later is cut back, as in `metrics.jsonl`.
+        folder: The run's folder.
+        step: Where the run starts; rows of later steps are cut off, as in `metrics.jsonl`.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
@@ -212,9 +215,9 @@ class AnomalyFile:
 
         Args:
             step: The step's number, from 1.
-            anomaly: What is odd.
-            samples: The samples that explain it, the most suspicious first.
-            of: Samples in the step.
+            anomaly: The anomaly.
+            samples: The samples that may explain it, the most suspicious first.
+            of: Number of samples in the step.
         """
         row = {
             "step": step,
@@ -228,5 +231,5 @@ class AnomalyFile:
 
 
 def number(value: float) -> float | None:
-    """JSON has no NaN; null says "not a number" to every reader."""
+    """The value for JSON, which has no NaN or infinity: None in their place."""
     return value if math.isfinite(value) else None

@@ -1,4 +1,8 @@
-"""Errors of a step that are told in this project's words: collectives that time out, devices without memory."""
+"""Explains two errors of a step: collectives that time out, and devices that run out of memory.
+
+`explain` chooses the message. For memory, a `Shortage` holds what was measured when it ran out, and `describe_shortage`
+lists the largest consumers, a micro batch that should fit, and other settings that need less.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +26,14 @@ if TYPE_CHECKING:
 def explain(
     error: BaseException, recorder: FlightRecorder, config: Fsdp2Settings, group: ProcessGroup, state: TrainState
 ) -> BaseException:
-    """The error to raise for an error of training: the error itself, or one whose message says more.
+    """The error to raise instead of an error of training: one with a better message, or the error itself.
 
     Args:
-        error: What was raised.
+        error: The error that was raised.
         recorder: Knows rank, step and phase.
         config: The trainer's settings.
         group: All ranks.
-        state: What trains.
+        state: Policy, optimizer and moving average.
     """
     if isinstance(error, torch.OutOfMemoryError) and group.device.type == "cuda":
         where = f"rank {recorder.rank}, step {recorder.step}, {recorder.phase}"
@@ -58,40 +62,40 @@ def _shortage(config: Fsdp2Settings, group: ProcessGroup, state: TrainState) -> 
 
 @dataclass(frozen=True)
 class Shortage:
-    """The moment at which a rank ran out of memory; bytes."""
+    """A rank's memory when it ran out, in bytes."""
 
     capacity: int
-    """Of the device."""
+    """Memory of the device."""
     peak: int
-    """The most that tensors had by then."""
+    """Peak memory of tensors up to then."""
     states: States
-    """Of which these stay from step to step, on the device."""
+    """The part of it that stays on the device from step to step."""
     micro_batch: int
     share: int
-    """Samples that a rank computes in a step, over its micro batches."""
+    """Samples per rank and step, over all micro batches."""
 
     @property
     def activations(self) -> int:
-        """What grows with the micro batch; at least, because the pass was not over."""
+        """Memory that grows with the micro batch; a lower bound, as the pass was not complete."""
         return max(self.peak - self.states.total, 0)
 
     @property
     def fitting(self) -> int:
-        """The largest smaller micro batch that should fit and divides the rank's share; 0: none does."""
+        """The largest smaller micro batch that should fit and divides `share`; 0 if there is none."""
         room = self.capacity / (1 + GAPS) - self.states.total
-        a_sample = max(self.activations, room) / self.micro_batch  # It did not fit, whatever was measured.
+        a_sample = max(self.activations, room) / self.micro_batch  # At least `room`, since it did not fit.
         most = min(int(room / a_sample), self.micro_batch - 1) if a_sample > 0 else 0
         return max((size for size in range(1, most + 1) if self.share % size == 0), default=0)
 
 
 def describe_shortage(shortage: Shortage, config: Fsdp2Settings, *, where: str, ranks: int) -> str:
-    """One message: the largest consumers first, a micro batch that would fit, and other ways out.
+    """One message: consumers, the largest first, a micro batch that should fit, and other settings.
 
     Args:
-        shortage: What is known.
+        shortage: The measured memory.
         config: The settings in use.
-        where: Rank, step and phase, in words.
-        ranks: Of the run.
+        where: Rank, step and phase, as text.
+        ranks: Number of ranks.
     """
     states = shortage.states
     held = {
@@ -109,11 +113,11 @@ def describe_shortage(shortage: Shortage, config: Fsdp2Settings, *, where: str, 
         else f"no smaller trainer.micro_batch_size than {shortage.micro_batch} should fit by itself"
     )
     ways = "; ".join(ways_out(shortage, config, ranks))
-    return f"{where}: out of memory, of {shortage.capacity / 1e9:.1f} GB. Taken: {consumers}. {fits}. Also: {ways}"
+    return f"{where}: out of memory, of {shortage.capacity / 1e9:.1f} GB. Used: {consumers}. {fits}. Also: {ways}"
 
 
 def ways_out(shortage: Shortage, config: Fsdp2Settings, ranks: int) -> Iterable[str]:
-    """Settings that take less memory and are not in use yet, the cheapest first."""
+    """Settings that need less memory and are not in use yet, the cheapest first."""
     if shortage.states.ema and config.ema_device == "auto":
         yield 'trainer.ema_device = "cpu"'
     if config.activation_checkpointing == "none":
@@ -137,13 +141,13 @@ def states_of(
     average: Iterable[torch.Tensor],
     gradients: int,
 ) -> States:
-    """Bytes of a rank's own tensors that lie on a CUDA device.
+    """Bytes of a rank's own shards on a CUDA device.
 
     Args:
         weights: Parameters.
         moments: The optimizer's state.
-        average: The moving average, if there is one.
-        gradients: Bytes of the gradients, which exist only at times.
+        average: The moving average; empty if there is none.
+        gradients: Bytes of the gradients, given because they exist only at times.
     """
 
     def size(tensors: Iterable[torch.Tensor]) -> int:

@@ -1,9 +1,8 @@
-"""Flight records: what every rank was doing when the run hung, in `<run>/flight/`.
+"""Flight records: what every rank was doing when the run hung, in `<run>/flight/`. Torch-free.
 
-A rank that stops joining makes all others wait, until a collective takes longer than `trainer.timeout_seconds`. Shortly
-before, each rank writes down its step, its phase and the stacks of its threads, the one that is stuck among them;
-NCCL's own recorder writes its last collectives beside them, for `python -m torch.distributed.flight_recorder.fr_trace`.
-Torch-free.
+A rank that hangs makes all others wait until a collective takes longer than `trainer.timeout_seconds`. Shortly before
+that, each rank (the one that hangs too) writes its step, its phase and the stacks of its threads. NCCL's own recorder
+writes its last collectives to the same folder, for `python -m torch.distributed.flight_recorder.fr_trace`.
 """
 
 from __future__ import annotations
@@ -22,18 +21,18 @@ from rlinf_core.errors import RunError
 
 FOLDER = "flight"
 EARLIER = 0.9
-"""Of the timeout, after which a rank writes its record: the others' collectives have not failed yet."""
+"""Fraction of the timeout after which a rank writes its record: no collective has failed yet."""
 COLLECTIVES = 2000
-"""The last ones that NCCL remembers."""
+"""Number of last collectives that NCCL remembers."""
 TIMED_OUT = re.compile(r"timed out|timeout", re.IGNORECASE)
 BROKEN = re.compile(r"connection (closed|reset)|broken pipe|remote process exited|pair closure", re.IGNORECASE)
 OF_A_COLLECTIVE = re.compile(r"gloo|nccl|c10d|store|waiting \d+ms", re.IGNORECASE)
 
 
 def remember_collectives(folder: Path) -> None:
-    """Make NCCL keep its last collectives, and write them into a run's folder when one times out.
+    """Make NCCL remember its last collectives and write them to a run's folder when one times out.
 
-    To be called before the process group is made; what the environment says already stays.
+    Must be called before the process group is created; existing environment variables are kept.
     """
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(COLLECTIVES))
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
@@ -41,13 +40,13 @@ def remember_collectives(folder: Path) -> None:
 
 
 class FlightRecorder:
-    """Knows what this rank is doing, and writes it down when that takes too long.
+    """Keeps track of what this rank is doing, and writes a record when that takes too long.
 
     Args:
-        folder: The run's.
-        rank: This process.
+        folder: The run's folder.
+        rank: The rank of this process.
         timeout: `trainer.timeout_seconds`.
-        beside_nccl: NCCL's own recorder writes into the same folder, which it does not make.
+        beside_nccl: NCCL's own recorder writes to the same folder, which it does not create.
     """
 
     def __init__(self, folder: Path, rank: int, timeout: float, *, beside_nccl: bool = False) -> None:
@@ -58,11 +57,11 @@ class FlightRecorder:
 
     @property
     def file(self) -> Path:
-        """Where the record is written."""
+        """The file of this rank's records."""
         return self._folder / f"rank_{self.rank:05d}.txt"
 
     def enter(self, phase: str, step: int | None = None) -> None:
-        """Say what comes next; the step, from 1, stays the same unless it is given."""
+        """Set what comes next; the step, from 1, stays the same unless given."""
         self._doing = (self._doing[0] if step is None else step, phase, time.monotonic())
 
     @property
@@ -72,12 +71,12 @@ class FlightRecorder:
 
     @property
     def step(self) -> int:
-        """The step that it computes, from 1."""
+        """The step that the rank computes, from 1."""
         return self._doing[0]
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """FlightRecorder from a thread for as long as the body lasts."""
+        """Watch this rank from a thread while the body runs."""
         thread = threading.Thread(target=self._watch, name="flight record", daemon=True)
         thread.start()
         if self._beside_nccl:
@@ -110,20 +109,20 @@ class FlightRecorder:
         print(f"warning: {head}; its stack is in {self.file}", file=sys.stderr, flush=True)
 
     def explain(self, error: BaseException) -> RunError | None:
-        """What to say instead of a backend's words, where a collective timed out or a rank has gone; else None."""
+        """A clearer error if a collective timed out or another rank is gone; else None."""
         text = str(error)
         if not (isinstance(error, RuntimeError) and OF_A_COLLECTIVE.search(text)):
             return None
         if BROKEN.search(text):
             return RunError(
                 f"rank {self.rank} lost the connection to another rank in step {self.step} ({self.phase}): that "
-                "process has ended, or its machine is gone; what it said last, if anything, tells why. The same "
+                "process has ended, or its machine is gone; its last message, if any, says why. The same "
                 "command continues from the last checkpoint"
             )
         if not TIMED_OUT.search(text):
             return None
         return RunError(
             f"rank {self.rank} waited for the other ranks in step {self.step} ({self.phase}) for longer than "
-            f"trainer.timeout_seconds = {self._timeout:g}: one of them hangs, or is that late. The files in "
+            f"trainer.timeout_seconds = {self._timeout:g}: one of them hangs or is too slow. The files in "
             f"{self._folder} say where each of them was. The same command continues from the last checkpoint"
         )

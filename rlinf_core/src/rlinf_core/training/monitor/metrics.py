@@ -1,8 +1,9 @@
-"""Where a step's time goes, and how much memory it took.
+"""A step's numbers: where its time goes, its metrics and sample losses, peak memory, TFLOP/s and MFU.
 
-Times are marks on the device's own timeline: on CUDA events, read when the device has long passed them, so that
-measuring waits for nothing; elsewhere the host's clock. The phases of a step follow one another there, so that their
-shares never sum to more than 1.
+`StepClock` times the phases of a step on the device's own timeline: on CUDA with events that are read long after the
+device has passed them, so that measuring waits for nothing; elsewhere with the host's clock. Phases follow one another,
+so that their shares never sum to more than 1. `StepRecord` is a step whose numbers may still be on their way to the
+host, `StepNumbers` what it reads. `Throughput` counts useful operations.
 """
 
 from __future__ import annotations
@@ -27,18 +28,18 @@ if TYPE_CHECKING:
 PHASES = ("data_wait", "forward", "backward", "optimizer")
 
 Mark = float | torch.cuda.Event
-"""A point in time: seconds of the host's clock, or an event in the device's stream."""
+"""A point in time: seconds of the host's clock, or an event on the device's stream."""
 
 
 class StepClock:
     """Times the phases of one step.
 
-    `data_wait` is the time that the device waited: a host that runs ahead may wait for a batch at no cost.
+    `data_wait` is how long the device waited: a host that runs ahead may wait for a batch at no cost.
 
     Args:
         device: What the step computes on.
-        before: The clock of the step before, if nothing but telling of steps came in between: this step then begins
-            where that one ended. None: it begins now.
+        before: The clock of the previous step, if only reporting came in between: this step then begins where that
+            one ended. None: it begins now.
     """
 
     def __init__(self, device: torch.device, before: StepClock | None = None) -> None:
@@ -50,24 +51,24 @@ class StepClock:
 
     @contextmanager
     def time(self, phase: str) -> Iterator[None]:
-        """Add what happens inside to a phase, under whose name it also stands in a profile."""
+        """Add the body's time to a phase; profiles show the body under the phase's name."""
         start = self._mark()
         with torch.profiler.record_function(phase):
             yield
         self._phases.append((phase, start, self._mark()))
 
     def stop(self) -> None:
-        """The step has ended, or on CUDA: will have ended when the device comes here."""
+        """Mark the end of the step; on CUDA, the point at which the device will have finished it."""
         self._ended = self._mark()
         self._cpu_seconds += time.thread_time()
 
     @property
     def cpu_seconds(self) -> float:
-        """Time for which this thread computed, after `stop`: what it waited for, others above all, does not count."""
+        """CPU time of this thread in the step, known after `stop`; waiting, e.g. for other ranks, does not count."""
         return self._cpu_seconds
 
     def read(self, samples: int) -> dict[str, float]:
-        """The step's `samples_per_second` and the share of each phase in its time; call it when the device is done."""
+        """The step's `samples_per_second`, `step_seconds` and phase shares; call it when the device is done."""
         seconds = max(_seconds(self._began, self._ended), 1e-9)
         spent = dict.fromkeys(PHASES, 0.0)
         for phase, start, end in self._phases:
@@ -81,47 +82,47 @@ class StepClock:
 
 @dataclass(frozen=True)
 class StepNumbers:
-    """What is known of a step, the same on every rank but for times and memory."""
+    """The numbers of a step, the same on every rank except for the times among the metrics."""
 
     metrics: dict[str, float]
     by_source: list[float]
-    """Loss sum and weight of each source of a mixture."""
+    """Loss sum and weight of each source of a mixture, alternating; empty for a run of one dataset."""
     asked: bool
-    """Whether any rank had been asked to stop when it had computed the step."""
+    """Whether any rank had been asked to stop by the end of the step."""
     times: list[float]
-    """`Stragglers.own` of each rank, where the step brought them; else empty."""
+    """`Stragglers.own_times` of each rank, at steps that compare ranks; else empty."""
     useful_tflop: float
-    """Useful operations of the step over all ranks, in 10¹²; 0: not known."""
+    """Useful operations of the step over all ranks, in 10¹²; 0 if not known."""
     sample_losses: list[float]
-    """[global batch]; of a policy that does not tell them, each has the mean of its micro batch."""
-    told: bool
-    """Whether the policy tells them."""
+    """[global batch], the loss of each sample, or its micro batch's mean if the policy does not return them."""
+    has_sample_losses: bool
+    """Whether the policy returns `PolicyOutput.sample_losses`."""
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """A step whose numbers may still be on their way."""
+    """A step whose numbers may still be on their way to the host."""
 
     step: int
     """Number of the step, from 1."""
     clock: StepClock
     _keys: tuple[str, ...]
     _sizes: tuple[int, ...]
-    """Of metrics, sums of sources, the request to stop with useful operations, times and sample losses."""
+    """Sizes of `_values`' parts: metrics, sums of sources, request to stop and useful operations, times, losses."""
     _values: torch.Tensor
     _arrived: torch.cuda.Event | None
-    _told: bool
+    _has_sample_losses: bool
 
     @property
     def is_here(self) -> bool:
-        """Whether reading will not wait."""
+        """Whether `read` returns without waiting."""
         return self._arrived is None or bool(self._arrived.query())  # type: ignore[no-untyped-call]
 
     def read(self, samples: int) -> StepNumbers:
         """The numbers; waits until the device has computed them.
 
         Args:
-            samples: Of the step, over all ranks.
+            samples: Number of samples in the step, over all ranks.
         """
         if self._arrived is not None:
             self._arrived.synchronize()
@@ -129,11 +130,11 @@ class StepRecord:
             part.tolist() for part in torch.split(self._values, list(self._sizes))
         )
         metrics = dict(zip(self._keys, values, strict=True)) | self.clock.read(samples)
-        return StepNumbers(metrics, by_source, asked[0] > 0, times, asked[1], losses, self._told)
+        return StepNumbers(metrics, by_source, asked[0] > 0, times, asked[1], losses, self._has_sample_losses)
 
 
 def record_event() -> torch.cuda.Event:
-    """An event at this point of the current stream, with its time."""
+    """A timed event at this point of the current stream."""
     event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     event.record()
     return event
@@ -149,7 +150,7 @@ def _seconds(start: Mark, end: Mark) -> float:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """The most memory this process has held so far, in 10⁹ bytes: on its CUDA device, else in the machine's memory."""
+    """Peak memory of this process so far, in 10⁹ bytes: of tensors on its CUDA device, else resident on the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
@@ -157,21 +158,21 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 class Throughput:
-    """Useful operations of a run's micro batches, and what they amount to."""
+    """Counts the useful operations of a run's micro batches, for TFLOP/s and MFU."""
 
-    def __init__(self, run: RunConfig, policy: Any, group: ProcessGroup, say: Callable[[str], None]) -> None:
+    def __init__(self, run: RunConfig, policy: Any, group: ProcessGroup, log: Callable[[str], None]) -> None:
         self._config = run.policy
-        self._ranks, self._say = group.size, say
+        self._ranks, self._log = group.size, log
         self._on_cuda = group.device.type == "cuda"
         self._peak = peak_tflops(torch.cuda.get_device_name(group.device)) if self._on_cuda else None
         self._trained = {name: parameter.requires_grad for name, parameter in policy.named_parameters()}
         self._counted: float | None = None
 
     def tflop(self, batch: Mapping[str, Any]) -> float:
-        """Useful operations of a micro batch, in 10¹²; 0 if they are not known.
+        """Useful operations of a micro batch, in 10¹²; 0 if not known.
 
         Args:
-            batch: As the loader made it, on the CPU.
+            batch: The loader's batch, on the CPU.
         """
         flops = self._config.useful_flops(batch)
         if flops is None and self._on_cuda:
@@ -179,11 +180,11 @@ class Throughput:
         return (flops or 0.0) / 1e12
 
     def metrics(self, tflop: float, seconds: float) -> dict[str, float]:
-        """`tflops_per_second` of a rank, and on a card whose peak is known `mfu`; nothing where nothing is known.
+        """`tflops_per_second` per rank and, on a GPU with a known peak, `mfu`; empty if `tflop` is 0.
 
         Args:
-            tflop: Useful operations of a step, over all ranks.
-            seconds: That the step took.
+            tflop: Useful operations of a step in 10¹², over all ranks.
+            seconds: Duration of the step.
         """
         if not tflop:
             return {}
@@ -191,7 +192,7 @@ class Throughput:
         return {"tflops_per_second": speed} | ({"mfu": speed / self._peak} if self._peak else {})
 
     def _count(self, batch: Mapping[str, Any]) -> float:
-        """Operations of a micro batch; all have the same number of samples."""
+        """Count the operations of one micro batch; all have the same number of samples."""
         try:
             with torch.device("meta"):
                 twin: Any = self._config.build_to_count()
@@ -203,7 +204,7 @@ class Throughput:
             flops = count(twin, batch).flops
         except (RuntimeError, NotImplementedError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self._say(f"note: no mfu: the policy has no useful_flops(), and cannot be counted: {reason}")
+            self._log(f"note: no mfu: the policy has no useful_flops(), and its operations cannot be counted: {reason}")
             return 0.0
-        self._say("note: mfu takes padding for useful: the policy has no useful_flops(), one micro batch was counted")
+        self._log("note: mfu counts padding as useful: without useful_flops(), one micro batch was counted for all")
         return float(flops)

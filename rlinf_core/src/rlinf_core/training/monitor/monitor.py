@@ -1,7 +1,7 @@
-"""What a run measures, watches and reports while it trains: one object between the trainer and everyone who listens.
+"""All that a run measures and reports while it trains: one object between the trainer and loggers, hooks and files.
 
-Steps are read some time after they were computed, when their numbers have reached the host. Ranks read the same steps
-at the same time, so that what follows from a step (to stop, to give up) happens on all of them after the same one.
+A step is read some time after it was computed, when its numbers have reached the host. All ranks read the same steps at
+the same point, so that a decision that follows from a step (to stop, to give up) is made on all of them alike.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ from rlinf_core.training.monitor.profiling import Profile
 from rlinf_core.training.monitor.stragglers import Stragglers
 
 LAG = {"cuda": 1}
-"""Steps of a device after which a step is read; elsewhere 0. While the host waits for a step's numbers, the device has
-the next step to compute; more would only make a request to stop take longer."""
+"""How many steps later a step is read, by device type; 0 for others. While the host waits for a step's numbers, the
+device computes the next one; a larger lag would only delay a request to stop."""
 LAST_WAIT = 10.0
-"""Seconds to wait, when the run ends by an error, for numbers that may never come."""
+"""Seconds to wait, when the run ends with an error, for numbers that may never arrive."""
 
 
 class Monitor:
-    """Metrics, anomalies, slow ranks, traces, flight records, loggers and observers. Every rank makes the same calls.
+    """Metrics, anomalies, slow ranks, traces, flight records, loggers and hooks. Every rank makes the same calls.
 
     Args:
-        trainer: What hooks get; its `step` is where the run starts.
+        trainer: Passed to hooks; its `step` is where the run starts.
         group: All ranks.
-        plugins: Bring loggers and observers.
-        batches: The run's micro batches, for the samples of a step.
-        policy: The sharded policy, for its useful operations.
+        plugins: Provide loggers and hooks.
+        batches: The run's micro batches, to name the samples of a step.
+        policy: The sharded policy, to count its useful operations.
         stop_step: The last step.
     """
 
@@ -82,11 +82,11 @@ class Monitor:
             logger.message(text)
 
     def measure(self, metrics: Callable[[], Mapping[str, float]]) -> None:
-        """Ask for further metrics whenever a step is reported; on rank 0."""
+        """Add metrics to every reported step; called on rank 0."""
         self._more.append(metrics)
 
     def phase(self, name: str) -> None:
-        """Note what this rank does next, for flight records."""
+        """Set what this rank does next, for flight records."""
         self.recorder.enter(name)
 
     def start(self) -> None:
@@ -99,17 +99,17 @@ class Monitor:
         return self.recorder.watching()
 
     def before(self, step: int) -> tuple[float, float] | None:
-        """The step with this number comes next; returns this rank's times if the ranks are compared after it."""
+        """Called before each step; returns this rank's times if the step compares ranks."""
         self._profile.before(step)
-        return self._stragglers.own() if self._stragglers.due(step) else None
+        return self._stragglers.own_times() if self._stragglers.is_due(step) else None
 
     def add(self, record: StepRecord) -> None:
-        """Take in a step that was computed, or is being."""
+        """Queue a step that was started; `read` reports it."""
         self._waiting.append(record)
         self._profile.after(record.step)
 
     def read(self, *, all_: bool = False) -> bool:
-        """Report the steps that are due, or all; returns whether a rank had been asked to stop at one of them.
+        """Report the steps that are due, or all; returns whether any rank had been asked to stop by one of them.
 
         Raises:
             UserError: Too many steps in a row were skipped.
@@ -130,23 +130,23 @@ class Monitor:
             self._hook.rlinf_validation_finished(trainer=self._trainer, step=step, metrics=results)
 
     def saved(self, checkpoints: Sequence[Saved]) -> None:
-        """Report checkpoints that have become complete, or have failed."""
+        """Report saves that finished or failed."""
         for saved in checkpoints:
             self.log(str(saved))
             if self._group.rank == 0 and not saved.failure:
                 self._hook.rlinf_checkpoint_saved(trainer=self._trainer, step=saved.step, path=saved.path)
 
     def close(self, error: BaseException | None) -> None:
-        """The run has ended. Everyone is told, even if one of them fails."""
+        """Report the end of the run to loggers and hooks, even if one of them fails."""
         with contextlib.ExitStack() as ending:
             ending.callback(self._hook.rlinf_train_finished, trainer=self._trainer, error=error)
             for logger in self._loggers:
                 ending.callback(logger.close, error)
             ending.callback(self._profile.close)
-            ending.callback(self._read_what_is_left)
+            ending.callback(self._read_remaining)
 
-    def _read_what_is_left(self) -> None:
-        """Report steps that were computed before an error, as far as their numbers still arrive."""
+    def _read_remaining(self) -> None:
+        """Report the steps before an error whose numbers still arrive in time."""
         until = time.monotonic() + LAST_WAIT
         while self._waiting:
             while not self._waiting[0].is_here and time.monotonic() < until:
@@ -166,9 +166,9 @@ class Monitor:
         if self._is_first and (missing := missing_losses(self._batches.sources, metrics)):
             self.log(missing)
         self._is_first = False
-        self._look_for_anomalies(step, metrics, numbers)
-        self._stragglers.note(metrics, record.clock)
-        if numbers.times and (slow := self._stragglers.tell(step, numbers.times)):
+        self._report_anomaly(step, metrics, numbers)
+        self._stragglers.add(metrics, record.clock)
+        if numbers.times and (slow := self._stragglers.report(step, numbers.times)):
             self.log(slow)
         return numbers.asked
 
@@ -181,8 +181,9 @@ class Monitor:
             logger.step(step, metrics)
         self._hook.rlinf_step_finished(trainer=self._trainer, step=step, metrics=metrics)
 
-    def _look_for_anomalies(self, step: int, metrics: Mapping[str, float], numbers: StepNumbers) -> None:
-        losses, together = numbers.sample_losses, 1 if numbers.told else self._batches.batching.micro_batch_size
+    def _report_anomaly(self, step: int, metrics: Mapping[str, float], numbers: StepNumbers) -> None:
+        losses = numbers.sample_losses
+        together = 1 if numbers.has_sample_losses else self._batches.batching.micro_batch_size
         diverged = have_diverged(losses, together=together)
         anomaly = self._guard.see(metrics, diverged=diverged)
         if anomaly is None or self._anomalies is None:
@@ -192,13 +193,13 @@ class Monitor:
         advice = f"look at {samples[0]['where']} first"
         if diverged:
             advice = (
-                f"{not_finite(losses)} of {len(losses)} samples have no finite loss, so it is hardly a sample's fault: "
+                f"{not_finite(losses)} of {len(losses)} samples have no finite loss, so no single sample explains it: "
                 "the weights have diverged (lower optim.lr)"
             )
         self.log(f"step {step}: {anomaly}; {advice} ({self._anomalies.path})")
 
     def _samples(self, step: int, numbers: StepNumbers) -> Iterator[dict[str, Any]]:
-        """The samples that explain a step, the most suspicious first."""
+        """The samples that may explain an anomaly, the most suspicious first."""
         batches = self._batches
         own, rows = batches.global_batch(step - 1)
         computed_by = {
@@ -221,13 +222,13 @@ class Monitor:
 
 
 def source_losses(sources: Sequence[Source], sums: Sequence[float]) -> dict[str, float]:
-    """`loss/<name>` of the sources that the step has samples of, from `step.source_sums` of the global batch."""
+    """`loss/<name>` of each source with samples in the step, from `step.source_sums` of the global batch."""
     pairs = zip(sources, sums[::2], sums[1::2], strict=True) if sums else ()
     return {f"loss/{source.name}": loss / weight for source, loss, weight in pairs if weight}
 
 
 def missing_losses(sources: Sequence[Source], metrics: Mapping[str, float]) -> str:
-    """A note for a mixture whose first step has no losses of sources; empty where it has."""
+    """A note if a mixture's first step has no losses per source; else empty."""
     if len(sources) == 1 or any(key.startswith("loss/") for key in metrics):
         return ""
-    return "note: no loss/<source> is measured: the policy does not tell PolicyOutput.sample_losses"
+    return "note: no loss/<source> is measured: the policy does not return PolicyOutput.sample_losses"
