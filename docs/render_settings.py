@@ -31,10 +31,10 @@ HEAD = """\
 # Settings
 
 Every key of a run's config. Written by `docs/render_settings.py` from the classes that validate the config: change a
-field's docstring there, not this page. How the keys work together stands in [training.md](training.md).
+field's docstring there, not this page. [training.md](training.md) explains how the keys work together.
 
 A key that is not listed is refused, unless the class of a plugin's dataset, policy or trainer adds it. A default here
-is covered by what the policy sets for the run, that by the dataset, then come the TOML file and `key=value` arguments.
+is overridden by the policy's, then the dataset's own defaults, then the TOML file, then `key=value` arguments.
 """
 
 
@@ -46,7 +46,7 @@ class Part(NamedTuple):
     models: Sequence[type[BaseModel]]
     """Classes whose own fields are listed, in this order; the last is the one that validates."""
     without: Sequence[type[BaseModel]] = ()
-    """Classes that declare some of these fields anew: those are listed there."""
+    """Classes that redeclare some of these fields: those are listed there."""
 
 
 PARTS = (
