@@ -1,1 +1,1 @@
-"""The parts of `benchmarks/data_loading.py`: the datasets it reads, and loaders that take turns."""
+"""The parts of `benchmarks/data_loading.py`: the datasets it reads, and loaders measured in turns."""

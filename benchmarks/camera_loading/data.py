@@ -1,4 +1,4 @@
-"""LeRobot datasets as cameras would record them, synthesised: texture, motion and noise, the same in every run."""
+"""Synthetic LeRobot datasets that resemble camera recordings: texture, motion and noise, the same in every run."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ FPS, SIZE = 10, 256
 
 @dataclass(frozen=True)
 class Recording:
-    """How much to record, and how its pictures are kept."""
+    """How much to record, and how images are stored."""
 
     episodes: int
     frames: int
-    """Of an episode."""
+    """Frames per episode."""
     encoder: Mapping[str, Any] | None
     """Changes to lerobot's default (AV1, a key frame every second frame, crf 30); None: PNG in the data files."""
 
@@ -52,7 +52,7 @@ def write_dataset(root: Path, recording: Recording) -> None:
     }
     encoding: dict[str, Any] = {"use_videos": videos}
     if recording.encoder is not None:
-        # What does not fit the queue is dropped.
+        # Frames that do not fit into the queue are dropped.
         encoding |= {"streaming_encoding": True, "encoder_queue_maxsize": recording.frames + 1}
         encoding["rgb_encoder"] = RGBEncoderConfig(**recording.encoder)
     dataset = LeRobotDataset.create("benchmarks/cameras", FPS, features, root=root, **encoding)

@@ -1,4 +1,4 @@
-"""Loaders that take turns: each stays open, and is measured while the others have nothing to do."""
+"""Loaders measured in turns: each stays open, and is measured while the others are idle."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 Batches = Iterator[int]
-"""A loader at work: the number of samples of each batch, as it arrives."""
+"""A running loader: yields the number of samples of each batch as it arrives."""
 
 
 class Speed(NamedTuple):
-    """How fast a loader was in a turn."""
+    """The speed of a loader in one turn."""
 
     samples_per_second: float
     processor_ms: float
-    """Processor time of a sample, over all processes: it does not count how long others had the cores."""
+    """CPU time per sample, over all processes; independent of how busy the cores are otherwise."""
 
 
 class Runner:
     """A loader that stays open from turn to turn."""
 
     def __init__(self, batches: Batches, workers: int, together: int = 0) -> None:
-        """Open it and take a batch of each worker.
+        """Open the loader and take one batch from each worker.
 
         Args:
             batches: The loader.
@@ -38,7 +38,7 @@ class Runner:
         settle()
 
     def turn(self, seconds: float) -> Speed:
-        """Run for so long at least, from idle to idle; what workers had ready does not count."""
+        """Run for at least this long, from idle to idle; batches that workers had ready do not count."""
         self._take(self._ready)
         begin, before, taken, passed = time.perf_counter(), processor_seconds(), 0, 0.0
         while passed < seconds:
@@ -57,7 +57,7 @@ class Runner:
 
 
 def settle() -> None:
-    """Wait until workers have read ahead as far as they may, so that they do not disturb the next turn."""
+    """Wait until workers have prefetched all they may, so that they do not disturb the next turn."""
     before = processor_seconds()
     while True:
         time.sleep(0.15)
@@ -68,7 +68,7 @@ def settle() -> None:
 
 
 def processor_seconds() -> float:
-    """Processor time so far of this process and of the workers it has."""
+    """CPU time so far of this process and its current workers."""
     total = time.process_time()
     for worker in multiprocessing.active_children():
         fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()

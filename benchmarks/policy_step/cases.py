@@ -1,4 +1,4 @@
-"""What `benchmarks/training_step.py` trains on: sizes of the model, and observations like those of known datasets.
+"""Cases of `benchmarks/training_step.py`: sizes of the model, and observations like those of well-known datasets.
 
 NumPy and the standard library, so that every side, in whatever environment, makes the same samples.
 """
@@ -23,7 +23,7 @@ ACTION_DIM = 32
 
 
 class Case(NamedTuple):
-    """Observations of one kind."""
+    """Shapes of the observations of one dataset."""
 
     pi05: bool
     images: int
@@ -35,7 +35,7 @@ class Case(NamedTuple):
 
     @property
     def room(self) -> int:
-        """Tokens that peers fill every prompt up to."""
+        """Tokens to which peers pad every prompt."""
         return 200 if self.pi05 else 48
 
 
@@ -53,13 +53,13 @@ SIZES = {
         pi05=True,
         action_dim=ACTION_DIM,
         action_horizon=10,
-        # A 0.27th of the VLM's other parameters, as at real size. Embedding rows cost a lookup and their update alone.
+        # A 0.27th of the VLM's other parameters, as at real size. Embedding rows cost only a look-up and their update.
         vocab_size=4096,
         vlm=GemmaDimensions(width=256, depth=4, mlp_dim=1024, num_heads=8, num_kv_heads=1, head_dim=32),
         expert=GemmaDimensions(width=128, depth=4, mlp_dim=512, num_heads=8, num_kv_heads=1, head_dim=32),
         vision=VisionDimensions(width=128, depth=4, mlp_dim=512, num_heads=4),
     ),
-    # Eight heads: lerobot's and openpi's joint attention have that number written into it.
+    # Eight heads: that number is hard-coded in lerobot's and openpi's joint attention.
     "minimal": Pi0Dimensions(
         pi05=True,
         action_dim=ACTION_DIM,
@@ -71,7 +71,7 @@ SIZES = {
     ),
     "base": Pi0Dimensions.of("base", pi05=True, action_dim=ACTION_DIM, action_horizon=10),
 }
-"""`small` is what CPUs compare at, `base` the published size, `minimal` for tests of the benchmark itself."""
+"""`small` is for comparisons on CPUs, `base` the published size, `minimal` for tests of the benchmark itself."""
 
 
 def dimensions(size: str, case: Case, *, vocabulary: int | None = None) -> Pi0Dimensions:
@@ -113,14 +113,14 @@ def make_samples(
 
 
 def useful_flops(samples: list[dict[str, Any]], sized: Pi0Dimensions) -> float:
-    """The operations that training on these samples is worth."""
+    """Useful operations of training on these samples."""
     return sum(
         training_flops(sized, images=len(sample["images"]), text=int(sample["token_mask"].sum())) for sample in samples
     )
 
 
 def padded(samples: list[dict[str, Any]], slots: int) -> dict[str, Any]:
-    """Samples stacked as peers take them: `slots` cameras, those that are absent black and masked, prompts filled up.
+    """Samples stacked in the peers' format: `slots` cameras, missing ones black and masked; prompts padded.
 
     Returns:
         `images`: a list of float32 [B, 3, height, width] on [-1, 1]; `image_masks`: a list of bool [B]; `tokens`,

@@ -27,7 +27,7 @@ CLASSES = ("PaliGemmaForConditionalGenerationWithPiGemma", "PiGemmaForCausalLM")
 
 @contextlib.contextmanager
 def of_size(dimensions: Pi0Dimensions) -> Iterator[Any]:
-    """The module of π0 or π0.5; while this lasts, it builds models of these sizes."""
+    """The module of π0 or π0.5; while the body runs, it builds models of these sizes."""
     name = "pi05" if dimensions.pi05 else "pi0"
     modeling = importlib.import_module(f"lerobot.policies.{name}.modeling_{name}")
     before = modeling.get_gemma_config
@@ -46,7 +46,7 @@ def build(
     device: str | None = None,
     compiled: bool = False,
 ) -> Any:
-    """The core model, `PI0Pytorch` or `PI05Pytorch`, with whatever initial values; None: on torch's default device.
+    """The core model, `PI0Pytorch` or `PI05Pytorch`, with arbitrary values; None: on torch's default device.
 
     `compiled` is lerobot's `compile_model` in torch's default mode: `max-autotune`, its own, would search for minutes.
     """
@@ -101,7 +101,7 @@ class LerobotStep:
         return losses.mean()
 
     def __call__(self) -> torch.Tensor:
-        """One step; the loss is read on the host, as in its loop."""
+        """One step; the loss is read on the host, as in lerobot's loop."""
         self.model.train()
         self.say_checkpointing()
         total = torch.zeros((), device=self.batches[0]["time"].device)

@@ -1,4 +1,4 @@
-"""The model at real size on one card: every row of the table in a process of its own, so that nobody inherits memory.
+"""The model at real size on one GPU: every row of the table in its own process, so that none inherits memory.
 
 Rows are measured in the order of what they are worth, until the time is over; what was found is written after each.
 """
@@ -20,7 +20,7 @@ from policy_step.table import markdown
 from policy_step.worker import Job
 
 SHORTEST = 20.0
-"""Seconds below which no process is started any more."""
+"""No process is started with fewer seconds left than this."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Row:
     name: str
     job: Job
     smaller: tuple[int, ...] = ()
-    """Micro batches to take if the card's memory is too small for the job's."""
+    """Micro batches to try if the GPU's memory is too small for the job's."""
 
 
 def rows(size: str, device: str, samples: int, micro_batch: int, *, steps: int) -> list[Row]:
@@ -91,7 +91,7 @@ def measure(
     found: dict[str, Any] = {"rows": {}, "not_measured": {}}
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        # Empty at the beginning: the first row's first step compiles, later ones find what it compiled.
+        # Empty at the start: the first row's first step compiles, later ones reuse what it compiled.
         environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(Path(scratch) / "compiled")}
         for row in wanted:
             if row.job.side not in pythons:
@@ -109,7 +109,7 @@ def measure(
 
 
 def _row(row: Row, python: str, scratch: Path, end: float, environment: Mapping[str, str]) -> dict[str, Any]:
-    """A row's result: of the largest micro batch that the card's memory is enough for."""
+    """The result of a row, with the largest micro batch that fits into the GPU's memory."""
     result: dict[str, Any] = {}
     for micro_batch in (row.job.micro_batch, *(size for size in row.smaller if size > 0)):
         print(f"{row.name}, micro batch {micro_batch} ...", file=sys.stderr, flush=True)

@@ -19,18 +19,18 @@ if TYPE_CHECKING:
     from rlinf_plugins_openpi.model.dimensions import Pi0Dimensions
 
 TOLERANCE = 1e-4
-"""Relative, between the sides' losses in float32. lerobot computes the time features in float64, the reference and we
-in float32, where angles of 1570 rad step by 1e-4."""
+"""Largest relative difference between the sides' losses in float32. lerobot computes the time features in float64, the
+reference and we in float32, where angles of 1570 rad have a resolution of 1e-4."""
 SLOTS = 3
 COUNTED = 8
 """Samples whose operations are counted."""
 
 
 class Against(NamedTuple):
-    """A way in which lerobot takes the same step."""
+    """A variant of lerobot's step."""
 
     key: str
-    """What the result is called."""
+    """Name of the result."""
     case: str
     empty_cameras: int = 1
     checkpointing: bool = False
@@ -49,7 +49,7 @@ COMPILED = Against("two_of_three_compiled", "two_of_three", compiled=True)
 
 
 class DifferentLossesError(Exception):
-    """The sides do not compute the same: their times say nothing."""
+    """The sides compute different losses, so that their times cannot be compared."""
 
 
 def compare(
@@ -103,7 +103,7 @@ def compare(
 def one_case(
     case: Case, sized: Pi0Dimensions, ways: list[Against], batch: int, rounds: int, *, compiled: bool
 ) -> dict[str, Any]:
-    """Seconds of ours and of every way of lerobot's, and how many times as fast ours is."""
+    """Seconds of our step and of every variant of lerobot's, and the speedup of ours."""
     samples = make_samples(case, sized, batch)
     policy = plain(sized, compiled=compiled)
     steps: dict[str, Step] = {}
@@ -123,7 +123,7 @@ def one_case(
 def _peers(
     policy: Any, case: Case, sized: Any, samples: Any, ways: Any, *, compiled: bool
 ) -> tuple[dict[str, Step], float]:
-    """Steps of lerobot, after giving ours its weights and seeing that the losses agree."""
+    """Steps of lerobot, after ours was given its weights and the losses were found to agree."""
     from policy_step.lerobot import LerobotStep, build, optimizer_of
 
     model = build(sized, compiled=compiled)
@@ -163,7 +163,7 @@ def _random(model: torch.nn.Module) -> None:
 
 @torch.no_grad()
 def _copy(theirs: torch.nn.Module, ours: torch.nn.Module, sized: Pi0Dimensions) -> None:
-    """Give ours the weights of lerobot's model, as a run reads them from a file of lerobot's."""
+    """Give our model the weights of lerobot's, as a run reads them from one of lerobot's files."""
     from safetensors.torch import save_file
 
     from rlinf_plugins_openpi.weights.names import EMBEDDING, EMBEDDING_IN_FILES
@@ -172,7 +172,7 @@ def _copy(theirs: torch.nn.Module, ours: torch.nn.Module, sized: Pi0Dimensions) 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.safetensors"
         state = theirs.state_dict()
-        state[EMBEDDING_IN_FILES] = state[EMBEDDING]  # lerobot's head of the VLM, which no loss reaches
+        state[EMBEDDING_IN_FILES] = state[EMBEDDING]  # lerobot's language-model head, on which no loss depends
         save_file({name: value.clone() for name, value in state.items()}, file)
         source = PublishedWeights(file, sized)
         source.check({name: tuple(parameter.shape) for name, parameter in ours.named_parameters()})

@@ -26,7 +26,7 @@ CLASSES = ("PaliGemmaForConditionalGeneration", "GemmaForCausalLM")
 
 
 def build(dimensions: Pi0Dimensions, *, dtype: Literal["float32", "bfloat16"], device: str) -> Any:
-    """The model `PI0Pytorch` with whatever initial values."""
+    """The model `PI0Pytorch` with arbitrary values."""
     if dimensions.action_dim != ACTION_DIM:
         raise ValueError(f"openpi's model takes actions of {ACTION_DIM} numbers, not {dimensions.action_dim}")
     sizes, images = types.ModuleType("openpi.models.gemma"), types.ModuleType("openpi.shared.image_tools")
@@ -87,7 +87,7 @@ class OpenpiStep:
         return losses.mean()
 
     def __call__(self) -> torch.Tensor:
-        """One step; the loss is read on the host, as in its loop."""
+        """One step; the loss is read on the host, as in openpi's loop."""
         self.model.train()
         total = torch.zeros((), device=self.batches[0]["time"].device)
         for batch in self.batches:

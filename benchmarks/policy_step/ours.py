@@ -1,6 +1,6 @@
-"""Our training step of π0 and π0.5, as core's trainer takes it. Needs torch and NumPy, and our source folders.
+"""Our training step of π0 and π0.5, as in core's trainer. Needs torch and NumPy, and our source folders.
 
-On a card the policy is sharded over that one card, as in a run: float32 masters, bf16 products.
+On a GPU the policy is sharded over that one GPU, as in a run: float32 master weights, bf16 products.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ WEIGHT_DECAY = 1e-10
 
 
 class Options(NamedTuple):
-    """What core's trainer offers; the defaults are its own but for `compiled`."""
+    """Options of core's trainer, with its defaults except for `compiled`."""
 
     compute_dtype: torch.dtype = torch.bfloat16
     compiled: bool = True
@@ -41,7 +41,7 @@ class Options(NamedTuple):
 
 
 def plain(dimensions: Pi0Dimensions, *, compiled: bool = False) -> Pi0:
-    """The policy in float32 on the CPU, with whatever values memory held."""
+    """The policy in float32 on the CPU, uninitialised."""
     policy = Pi0(dimensions)
     _prepare(policy, checkpointing="none", compiled=compiled)
     return policy
@@ -65,7 +65,7 @@ def sharded(dimensions: Pi0Dimensions, device: torch.device, options: Options) -
     generator = torch.Generator(device).manual_seed(0)
 
     def value(_: str, shape: tuple[int, ...]) -> torch.Tensor:
-        # Products of round numbers take less power than those of real weights, and the clock rises: no zeros.
+        # Random, not zeros: products of round numbers need less power than those of real weights, and the clock rises.
         scale = 0.1 if len(shape) == 1 else math.prod(shape[1:]) ** -0.5
         return torch.randn(shape, device=device, generator=generator) * scale
 
@@ -83,7 +83,7 @@ def _prepare(policy: Pi0, *, checkpointing: Any, compiled: bool) -> None:
 
 
 def collate(samples: list[dict[str, Any]], policy: Pi0) -> dict[str, Any]:
-    """A batch as `Pi0Config.collate` makes it: what samples lack is left out."""
+    """A batch as `Pi0Config.collate` makes it: missing cameras are left out."""
     batch = stack(samples)
     packing = pack(batch["image_mask"], batch["token_mask"], image_tokens=policy.dimensions.vision.num_tokens)
     return {**batch, "packing": packing}
@@ -120,7 +120,7 @@ class OurStep:
         self.average(ema_decay)
 
     def average(self, decay: float | None) -> None:
-        """Keep a moving average of the weights from now on, or no more."""
+        """Switch the moving average of the weights on or off."""
         self.ema = None if decay is None else Ema(self.policy, decay)
 
     def __call__(self) -> torch.Tensor:
@@ -154,7 +154,7 @@ class OurStep:
 
 
 def counted_flops(dimensions: Pi0Dimensions, samples: list[dict[str, Any]]) -> float:
-    """Operations of matrix products in a forward and backward pass, counted on the meta device at any size.
+    """Operations of matrix products in a forward and backward pass, counted on the meta device, for any size.
 
     Attention is counted as matrix products: torch's counter knows no flash kernel of CPUs.
     """

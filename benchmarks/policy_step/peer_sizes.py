@@ -1,4 +1,4 @@
-"""The peers' models in sizes of ours: what their configs of transformers must say. Standard library only.
+"""Our sizes for the peers' models, through their configs of transformers. Standard library only.
 
 lerobot and openpi write the published sizes into their code, so smaller models are built by giving their classes other
 numbers; all that computes is theirs.
@@ -26,7 +26,7 @@ def gemma_sizes(dimensions: Pi0Dimensions, variant: str) -> Any:
 
 @contextlib.contextmanager
 def of_size(dimensions: Pi0Dimensions, module: Any, classes: tuple[str, str]) -> Iterator[None]:
-    """While this lasts, the two classes of transformers that a peer's module uses build models of these sizes."""
+    """While the body runs, the two transformers classes that a peer's module uses build models of these sizes."""
 
     def shrunk(cls: Any) -> Any:
         return lambda config: cls(config=_shrink(config, dimensions))

@@ -1,4 +1,4 @@
-"""What was measured on a card as a table, each prediction beside its measurement."""
+"""The measurements on a GPU as a table, each with its prediction."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PREDICTED = {
     "lerobot, its LIBERO recipe (bf16, checkpointing), π0.5, LIBERO-like": 13.4,
     "openpi, float32, π0.5, LIBERO-like": 10,
 }
-"""Samples a second on one H100 that a model of the step's time said before anything was measured (± 30 %)."""
+"""Samples per second on one H100, predicted by a model of the step's time before any measurement (± 30 %)."""
 
 LIBERO, SAME = "ours, π0.5, LIBERO-like", "ours, π0.5, same tokens"
 RATIOS = {
@@ -26,7 +26,7 @@ RATIOS = {
     "against lerobot, compiled": (LIBERO, "lerobot, bf16, compiled, no checkpointing, π0.5, LIBERO-like"),
     "against lerobot, no checkpointing": (LIBERO, "lerobot, bf16, no checkpointing, π0.5, LIBERO-like"),
     "against lerobot, no empty camera": (LIBERO, "lerobot, bf16, no checkpointing, no empty camera, π0.5, LIBERO-like"),
-    # Both compute 3 x 256 image tokens, 200 text tokens and 10 actions: openpi does so whatever is there.
+    # Both compute 3 x 256 image tokens, 200 text tokens and 10 actions: openpi always pads to these.
     "against openpi as shipped, same tokens": (SAME, "openpi, bf16 as shipped, π0.5, LIBERO-like"),
     "against openpi as shipped, ALOHA-like": (
         "ours, π0.5, ALOHA-like",
@@ -34,7 +34,7 @@ RATIOS = {
     ),
     "against openpi as shipped, π0": ("ours, π0, LIBERO-like", "openpi, bf16 as shipped, π0, LIBERO-like"),
 }
-"""What is divided by what."""
+"""Which rows are divided by which."""
 
 HEAD = (
     "row",
@@ -67,7 +67,7 @@ def markdown(found: Mapping[str, Any]) -> str:
 
 
 def ratios(measured: Mapping[str, Any]) -> dict[str, float]:
-    """How many times as fast ours is, for each of `RATIOS` whose rows were measured."""
+    """The speedup of ours, for each of `RATIOS` whose rows were measured."""
     return {
         name: round(measured[ours]["samples_per_second"] / measured[peer]["samples_per_second"], 3)
         for name, (ours, peer) in RATIOS.items()
@@ -95,6 +95,6 @@ def _cells(name: str, row: Mapping[str, Any]) -> list[str]:
 
 
 def _share_of_peak(row: Mapping[str, Any]) -> str | None:
-    """Useful operations a second over the card's bfloat16 peak."""
+    """Useful operations per second, divided by the GPU's bfloat16 peak."""
     peak = peak_tflops(row["card"]) if row["card"] else None
     return None if peak is None else f"{100 * row['useful_tflops_per_second'] / peak:.1f} %"

@@ -1,4 +1,4 @@
-"""Timing of training steps: sides in turn on a CPU, one side to itself on a card. Torch and the standard library."""
+"""Timing of training steps: sides in turn on a CPU, one side alone on a GPU. Torch and the standard library only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Step = Callable[[], torch.Tensor]
 
 
 def tensors(value: Any, device: torch.device) -> Any:
-    """Arrays, and lists and mappings of them, as tensors on a device."""
+    """Convert arrays, and lists and mappings of them, to tensors on a device."""
     if isinstance(value, Mapping):
         return {key: tensors(one, device) for key, one in value.items()}
     if isinstance(value, list):
@@ -23,7 +23,7 @@ def tensors(value: Any, device: torch.device) -> Any:
 
 
 def in_turn(steps: Mapping[str, Step], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each side's steps, a step of every side in each round and an untimed one before.
+    """Seconds of each side's steps: one step per side and round, after an untimed one.
 
     Seconds of CPU time: with one thread and nothing else on the machine they are what a clock shows, and what else runs
     beside changes them least.
@@ -32,7 +32,7 @@ def in_turn(steps: Mapping[str, Step], rounds: int) -> dict[str, list[float]]:
         step()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds):
-        # Every other round backwards: nobody always runs on what the same neighbour left in the caches.
+        # Every other round in reverse, so that no side always runs after the same one, with its caches.
         for name in list(steps)[:: 1 if number % 2 == 0 else -1]:
             begin = time.process_time()
             steps[name]()
@@ -41,7 +41,7 @@ def in_turn(steps: Mapping[str, Step], rounds: int) -> dict[str, list[float]]:
 
 
 def factor(slower: list[float], faster: list[float]) -> dict[str, float]:
-    """How many times as fast: ratio of the medians, and the least and the greatest ratio of a round."""
+    """Speedup: the ratio of the medians, and the smallest and largest ratio of a round."""
     rounds = [a / b for a, b in zip(slower, faster, strict=True)]
     ratio = statistics.median(slower) / statistics.median(faster)
     return {"ratio": round(ratio, 3), "least": round(min(rounds), 3), "greatest": round(max(rounds), 3)}
@@ -73,7 +73,7 @@ def to_itself(step: Step, device: torch.device, *, warm_up: int, steps: int) -> 
 
 
 def waits_for_the_device(step: Step) -> str | None:
-    """Whether a step makes the host wait for the card: None, or what torch says of the first place that does."""
+    """Torch's message about the first place where a step makes the host wait for the GPU; None if there is none."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         step()

@@ -1,4 +1,4 @@
-"""One measurement of one side, alone in its process: `training_step.py --job` runs it, in any environment.
+"""One measurement of one side, alone in its process; `training_step.py --job` runs it, in any environment.
 
 Imports of a side's packages are late: each environment has those of one side.
 """
@@ -25,23 +25,23 @@ EMA_DECAY = 0.999
 
 @dataclass(frozen=True)
 class Job:
-    """What one process measures."""
+    """The measurement of one process."""
 
     side: Literal["ours", "lerobot", "openpi"]
     case: str
     size: str
     device: str
     samples: int
-    """Of an optimizer step."""
+    """Samples of an optimizer step."""
     micro_batch: int
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of matrix products; for the peers, of most parameters and their optimizer state as well."""
+    """Dtype of matrix products; for the peers, of most parameters and their optimizer state as well."""
     compiled: bool = False
     checkpointing: bool = False
     empty_cameras: int = 1
-    """Of lerobot."""
+    """Option of lerobot."""
     reshard_after_forward: bool = True
-    """Ours, as the two below."""
+    """Option of ours, like the two below."""
     reduce_every_micro_batch: bool = False
     ema: bool = False
     """Measure again with a moving average."""
@@ -52,10 +52,10 @@ class Job:
 
 
 def run_job(job: Job, result: Path) -> None:
-    """Measure, and write what was found, or why nothing was, as JSON."""
+    """Measure, and write the result, or the error, as JSON."""
     try:
         found = _measure(job)
-    except Exception as error:  # Told in the table: the other rows are still to be measured.
+    except Exception as error:  # Reported in the table: the other rows still have to be measured.
         traceback.print_exc()
         memory = isinstance(error, torch.OutOfMemoryError)
         found = {"error": "out of memory" if memory else f"{type(error).__name__}: {error}".splitlines()[0]}
@@ -66,7 +66,7 @@ def _measure(job: Job) -> dict[str, Any]:
     device = torch.device(job.device)
     case = CASES[job.case]
     sized = dimensions(job.size, case)
-    # Fully packed: prompts are as long as there is room for.
+    # Fully packed: prompts have the full length.
     samples = make_samples(case, sized, job.samples, spread=0.0 if case.text == case.room else job.spread)
     useful = useful_flops(samples, sized)
     step, versions = _step(job, sized, samples, device)
@@ -95,7 +95,7 @@ def _speed(job: Job, useful: float, found: dict[str, Any]) -> dict[str, float]:
 
 
 def _graphs() -> int:
-    """Graphs that torch.compile has made in this process."""
+    """Number of graphs that torch.compile has created in this process."""
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 

@@ -1,4 +1,4 @@
-"""What the tests of faults share: runs on real LeRobot data that end badly, and the same runs left alone."""
+"""Fixtures of the fault tests: runs on real LeRobot data that fail, and the same runs undisturbed."""
 
 import pytest
 from distributions import install
@@ -17,7 +17,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(scope="session")
 def faulty_site(tmp_path_factory, image_dataset):
-    """A folder for `sys.path` with the plugin that breaks runs, and the config of these."""
+    """A folder for `sys.path` with the plugin that breaks runs, and their config."""
     site = tmp_path_factory.mktemp("faulty")
     install(site, "faulty", plugins={"faulty": "faulty"}, datasets={"faulty": "faulty:FaultyData"})
     (site / "faulty.toml").write_text(CONFIG.format(root=image_dataset.root))
@@ -26,13 +26,13 @@ def faulty_site(tmp_path_factory, image_dataset):
 
 @pytest.fixture
 def runs(faulty_site, tmp_path, start_ranks):
-    """Runs in a folder of the test's own: `Runs`."""
+    """`Runs` in a temporary folder."""
     return Runs(faulty_site, tmp_path, start_ranks)
 
 
 @pytest.fixture(scope="session")
 def left_alone(faulty_site, tmp_path_factory, start_ranks):
-    """`left_alone(steps, ranks)`: the folder of a run that nothing has happened to, made once."""
+    """`left_alone(steps, ranks)`: the folder of an undisturbed run, made once."""
     made = {}
 
     def left_alone(steps, ranks=2):

@@ -1,4 +1,4 @@
-"""A rank that dies: the others end with one message instead of waiting, and the run goes on from its checkpoint."""
+"""A rank that dies: the others end with one message instead of waiting, and the run continues from its checkpoint."""
 
 import signal
 import time
@@ -7,12 +7,12 @@ import pytest
 from faulty import assert_same
 
 SOON = 60
-"""Seconds in which the others have ended, on a machine with a lot else to do; they would wait ten minutes."""
+"""Seconds within which the others end, even on a busy machine; without detection they would wait ten minutes."""
 
 
 @pytest.mark.parametrize("kind", ["step", "save"])
 def test_the_others_end_with_one_message(runs, left_alone, kind):
-    """While the checkpoint of step 6 is being written, or in step 5, when that of step 3 is there."""
+    """While the checkpoint of step 6 is being written, or in step 5, after that of step 3 was saved."""
     waiting = ["runner.async_save=false"] if kind == "step" else []
     fault, kill = runs.when(kind, rank=1, step=6 if kind == "save" else 5, delay=0.0, to=[1])
     if kind == "save":

@@ -1,4 +1,4 @@
-"""Elasticity through torchrun itself: workers that are killed, and machines that go and come back.
+"""Elasticity through torchrun itself: workers that are killed, and machines that leave and return.
 
 pytest tests/faults/test_elastic.py -m slow
 """
@@ -21,13 +21,13 @@ pytestmark = pytest.mark.slow
 
 TESTS = Path(__file__).parents[1] / "support"
 LONG = 300
-"""Seconds that anything may take on a machine with a lot else to do."""
+"""Seconds that anything may take on a busy machine."""
 FAST = "fast"
 """The file that ends the slow steps."""
 
 
 class Agent:
-    """A torchrun in a session of its own: a machine of a run."""
+    """A torchrun in its own session, which represents one machine of a run."""
 
     def __init__(self, faulty_site, folder, steps, *options, own_store="0"):
         self.log = (folder / f"agent_{random.getrandbits(32):08x}.txt").open("w+")
@@ -51,7 +51,7 @@ class Agent:
         return children(self.process.pid)
 
     def lose(self):
-        """What is left when a machine's power fails: nothing."""
+        """End everything at once, as a power failure of the machine would."""
         workers = self.workers()
         self.process.kill()
         for worker in workers:
@@ -74,7 +74,7 @@ def children(pid):
 
 @pytest.fixture
 def start_agent(faulty_site, tmp_path):
-    """Start agents, and leave none behind."""
+    """Start agents; all are ended after the test."""
     agents = []
 
     def start(*arguments, **options):
@@ -89,7 +89,7 @@ def start_agent(faulty_site, tmp_path):
 
 
 def wait_for(condition, agents):
-    """Wait until something is so, for as long as some agent lives."""
+    """Wait until a condition holds, while some agent is alive."""
     end = time.monotonic() + LONG
     while not condition():
         assert time.monotonic() < end, agents[0].said()

@@ -1,4 +1,4 @@
-"""A full disk: the last good checkpoint stays, the run goes on until the next save, and then stops or is well again."""
+"""A full disk: the last good checkpoint stays, the run continues until the next save, and then ends or recovers."""
 
 import subprocess
 
@@ -6,7 +6,7 @@ import pytest
 from faulty import Runs, assert_same, lines
 
 WAITING = "runner.async_save=false"
-"""So that the first checkpoint is whole when the disk is full, however slow that is."""
+"""The first checkpoint is then complete before the disk is full, however slow the machine is."""
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_a_disk_that_stays_full_ends_the_run_at_the_save_after(runs, left_alone)
 
 
 def test_a_disk_that_is_full_for_a_while_costs_one_checkpoint(small_disk, faulty_site, start_ranks, left_alone):
-    """The whole run lies on it, so that rows of the metrics do not fit either."""
+    """The whole run is on the small disk, so that rows of the metrics do not fit either."""
     runs = Runs(faulty_site, small_disk, start_ranks)
     faults = [
         {"kind": "fill", "rank": 0, "step": step, "folder": str(small_disk), "full": full}

@@ -1,4 +1,4 @@
-"""kill -9 at random moments: the same command goes on, and the end is that of a run that nobody killed."""
+"""kill -9 at random moments: the same command continues, and the result is that of an undisturbed run."""
 
 import random
 import signal
@@ -8,7 +8,7 @@ from faulty import assert_same, lines
 KILLS = 20
 STEPS = 60
 FURTHEST = 15
-"""Steps after which a life ends at the latest; saves are due after every third, and each waits for the one before."""
+"""Most steps between two kills; saves are due after every third, and each waits for the one before."""
 
 
 def random_kill(runs, draw):

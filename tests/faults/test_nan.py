@@ -1,4 +1,4 @@
-"""Samples that are not numbers: their step is skipped on all ranks alike, and they are named."""
+"""Samples with NaN: their step is skipped on all ranks alike, and they are named."""
 
 import json
 from itertools import accumulate
@@ -17,7 +17,7 @@ def where(row):
 
 
 def test_samples_that_are_not_numbers_skip_one_step_on_all_ranks_and_are_named(runs):
-    """Only rank 1 meets them. Weights that differed between ranks would show in every loss after that."""
+    """Only rank 1 reads them. Weights that differed between ranks would show in every loss after that."""
     broken = {"kind": "nan", "rank": 1, "step": 4, "number": 0}
     ended = runs.start(6, faults=[broken])
     assert ended.returncode == 0, ended.stderr

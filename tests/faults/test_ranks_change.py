@@ -1,4 +1,4 @@
-"""A run goes on with another number of ranks as with the same one, to rounding (contract 1)."""
+"""A run continues on another number of ranks as on the same number, up to rounding (contract 1)."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ KEEP = "runner.keep_last=10"
 
 
 def weights(folder, step):
-    """[parameters + averages], those of a checkpoint, end to end."""
+    """[parameters + averages], all of a checkpoint, concatenated."""
     reader = ShardReader(folder / "checkpoints" / f"step_{step:09d}")
     index = reader.read_metadata().state_dict_metadata
     tensors = {name: torch.empty(of.size) for name, of in index.items() if name.startswith(("model.", "ema."))}

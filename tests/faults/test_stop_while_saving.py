@@ -1,4 +1,4 @@
-"""Signals while a checkpoint is being written: the run saves where it stands; a second Ctrl-C just leaves."""
+"""Signals while a checkpoint is being written: the run saves its current step; a second Ctrl-C exits at once."""
 
 import signal
 

@@ -26,7 +26,7 @@ def flip(path):
 
 
 class OneRank:
-    """A process group of this process alone."""
+    """A process group with this process as its only member."""
 
     rank, size = 0, 1
 

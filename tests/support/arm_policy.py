@@ -13,12 +13,12 @@ from rlinf_core import DatasetConfig, LeRobotDatasetConfig, PolicyConfig, Policy
 from rlinf_core.data.transforms import Transform
 
 WIDTH = 8
-"""Numbers of a state and of an action inside the policy."""
+"""Width of states and actions inside the policy."""
 
 
 @dataclass(frozen=True)
 class Pad(Transform):
-    """Zeros up to the policy's width."""
+    """Pad with zeros to the policy's width."""
 
     width: int
 
@@ -38,7 +38,7 @@ class Layer(nn.Linear):
 
 
 class Arm(nn.Module):
-    """Actions from the state by two layers, with a mask of what lies past the episode's end."""
+    """Actions from the state by two layers, with a mask of steps past the end of the episode."""
 
     def __init__(self, horizon):
         super().__init__()
@@ -117,7 +117,7 @@ def rlinf_register_policies():
 
 
 def findings(check, *arguments, **options):
-    """The lines of what a check found."""
+    """A check's findings, one per line."""
     with pytest.raises(AssertionError) as caught:
         check(*arguments, **options)
     lines = [line.strip() for line in str(caught.value).splitlines()]

@@ -1,4 +1,4 @@
-"""Two ranks for test_checkpoint.py that save, fail to, and check what is there: `main` leaves what they saw in a file.
+"""Two ranks for test_checkpoint.py that save, fail to save and check files; `main` writes what they saw to a file.
 
 The argument is a folder: `saved` gets the checkpoints, `seen.json` what rank 0 found.
 """

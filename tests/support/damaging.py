@@ -1,4 +1,4 @@
-"""Damage for what a user can hand in, and what reading damaged input may do: work, or say in one message what is wrong.
+"""Damages user input; reading it may succeed, or raise one message that says what is wrong.
 
 `RLINF_FUZZ=2000` draws as many examples a test instead of a few, and others each time.
 """
@@ -24,7 +24,7 @@ ODD = (
     *("{episode_index:99999999999d}", "{video_key!r}", "{", "float32", "video", "<script>alert(1)</script>", "[bold]"),
     *([], {}, [None], [[]], [-1], [0], [2**40, 2**40], {"": None}, {"a": {"b": []}}, ["x"], [1.5], [[1, 2], [3]]),
 )
-"""Values that stand where another one belongs."""
+"""Values that replace others."""
 
 
 def examples(count):
@@ -39,7 +39,7 @@ def examples(count):
 
 
 def places(document, above=()):
-    """Every place in a tree of dicts and lists, the root aside."""
+    """Every position in a tree of dicts and lists except the root."""
     pairs = document.items() if isinstance(document, dict) else enumerate(document)
     for key, value in pairs if isinstance(document, dict | list) else ():
         yield (*above, key)
@@ -72,7 +72,7 @@ def damaged(draw, document, odd=ODD):
 
 @st.composite
 def damaged_bytes(draw, data):
-    """Bytes that are cut off, changed in some places, or have others in between."""
+    """Bytes that are truncated, changed in some places, or have others inserted."""
     data = bytearray(data)
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, max(len(data) - 1, 0)))
@@ -103,7 +103,7 @@ def _dumped(tree):
 
 @contextlib.contextmanager
 def little_memory(spare=SPARE):
-    """Let this process take no more than `spare` bytes of address space beyond what it has."""
+    """Let this process allocate at most `spare` bytes of address space beyond what it has."""
     with open("/proc/self/statm") as file:
         taken = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     before = resource.getrlimit(resource.RLIMIT_AS)
@@ -115,7 +115,7 @@ def little_memory(spare=SPARE):
 
 
 def complaint(read, *names, spare=SPARE):
-    """What reading complains of, or None where it works; anything but a `UserError` fails the test.
+    """The message of a failed read, or None if it succeeds; anything but a `UserError` fails the test.
 
     Args:
         read: Reads what is damaged.

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def install(site, distribution, *, plugins=None, datasets=None, version="1.0", **modules):
-    """Write what pip leaves of a distribution into a folder for `sys.path`: modules (name=source) and metadata."""
+    """Write an installed distribution into a folder for `sys.path`: modules (name=source) and metadata."""
     info = site / f"{distribution.replace('-', '_')}-{version}.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")

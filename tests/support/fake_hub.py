@@ -1,4 +1,4 @@
-"""A hub on this machine: serves a folder as the dataset or model `lab/arm`, and counts what is asked of it."""
+"""A hub on this machine: serves a folder as the dataset or model `lab/arm`, and counts requests."""
 
 import contextlib
 import hashlib
@@ -15,12 +15,12 @@ PAGES = {401: "RepoNotFound", 403: "GatedRepo", 404: "RepoNotFound"}
 
 @dataclass
 class Hub:
-    """The folder that is served, and what was asked."""
+    """The folder that is served, and the requests so far."""
 
     root: object
     address: str = ""
     status: int = 200
-    """What it answers to everything if not 200."""
+    """The status of every response, unless 200."""
     asked: list = field(default_factory=list)
 
     def got(self):

@@ -1,4 +1,4 @@
-"""Runs that end badly: a toy policy on LeRobot data, a plugin that breaks it as `FAULTS` says, and what is left of it.
+"""Runs that fail: a toy policy on LeRobot data, a plugin that injects the faults in `FAULTS`, and checks of the result.
 
 `FAULTS` is a JSON list of faults, each with the rank and the step that it is for. Signals come from outside, from the
 process that has forked the ranks, so many seconds after a rank has got somewhere.
@@ -42,13 +42,13 @@ save_interval = 3
 keep_last = 3
 """
 IMPORTS = ("faulty", "rlinf_core.loggers.console", "pandas", "plotext")
-"""What every rank would import for itself, which is most of what a start costs."""
+"""What every rank would import itself, which takes most of the time of a start."""
 TIMES = {"step_seconds", "samples_per_second", "save_stall_seconds", "peak_memory_gb", "tflops_per_second"}
-"""What a row says of how long it took."""
+"""Columns of a row that hold times."""
 
 
 class FaultyPolicy(ToyPolicy):
-    """Two blocks on the state, with whatever befalls them."""
+    """Two blocks on the state, with injected faults."""
 
     type: Literal["faulty"] = "faulty"
 
@@ -91,7 +91,7 @@ def rlinf_train_started(trainer):
 
 
 def break_step(trainer, kind, rank, step, **fault):
-    """Do something when a rank begins to compute a step."""
+    """Inject the faults that are due when a rank starts a step."""
     doings = {"step": tell, "limit": limit_files, "fill": fill_disk, "nan": break_sample, "slow": be_slow}
 
     def begin(policy, arguments):
@@ -102,7 +102,7 @@ def break_step(trainer, kind, rank, step, **fault):
 
 
 def break_saves(trainer, kind, rank, step, seconds=0.0, **fault):
-    """Tell when a rank writes the first bytes of a file of a checkpoint, from a step on, and take longer over it."""
+    """Report when a rank writes the first bytes of a checkpoint file, from a step on, and slow that down."""
     write_checkpoint, write = checkpoint.write_checkpoint, shards.HashedFile.write
     written = -1
 
@@ -125,13 +125,13 @@ def tell(batch, file):
 
 
 def limit_files(batch, size):
-    """From now on this rank's files cannot grow beyond so many bytes: to the writer, a disk that is full. -1: any."""
+    """Limit the size of this rank's files from now on, which looks like a full disk to the writer. -1: no limit."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
 def fill_disk(batch, folder, full):
-    """Fill a small disk to its last byte, or make room again."""
+    """Fill a small disk completely, or free it again."""
     ballast = Path(folder) / "ballast"
     if not full:
         ballast.unlink(missing_ok=True)  # A step has several micro batches.
@@ -142,18 +142,18 @@ def fill_disk(batch, folder, full):
 
 
 def break_sample(batch, number):
-    """A number of a sample is none, as after a fault of a sensor that nobody noticed."""
+    """Put NaN into a sample, as a faulty sensor would."""
     batch["actions"][number, 0, 0] = math.nan
 
 
 def be_slow(batch, seconds, until):
-    """So that one can follow from the outside, until a file is there."""
+    """Slow down steps until a file exists, so that a test can follow from outside."""
     if not Path(until).exists():
         time.sleep(seconds)
 
 
 class Runs:
-    """A run in a folder, started as often as it takes."""
+    """A run in a folder, started as often as necessary."""
 
     def __init__(self, site, folder, start_ranks):
         self._site, self._start_ranks, self._events = site, start_ranks, 0
@@ -161,7 +161,7 @@ class Runs:
         folder.mkdir(exist_ok=True)
 
     def next(self):
-        """Another run, that starts from the beginning."""
+        """Another run, which starts from scratch."""
         return Runs(self._site, self.folder.parent / "next", self._start_ranks)
 
     def start(self, steps, *settings, ranks=2, faults=(), signals=(), wait=ending.OTHER_RANKS_WAIT):
@@ -180,7 +180,7 @@ class Runs:
         )
 
     def when(self, kind, rank, step, delay, to, number=signal.SIGKILL, **fault):
-        """A signal to the ranks `to`, so long after a rank got to a step, or to writing a checkpoint: fault, signal."""
+        """A signal to the ranks `to`, some time after a rank starts a step or a save; returns (fault, signal)."""
         self._events += 1
         file = str(self.folder.parent / f"event_{self._events}")
         fault = {"kind": kind, "rank": rank, "step": step, "file": file, **fault}
@@ -197,13 +197,13 @@ class Runs:
 
 
 def lines(folder):
-    """The rows of the metrics, as they are in the file."""
+    """The rows of the metrics file, unparsed."""
     path = folder / "metrics.jsonl"
     return path.read_bytes().splitlines(keepends=True) if path.exists() else []
 
 
 def numbers(folder):
-    """What the metrics say of each step, but for times."""
+    """The metrics of each step, without times."""
     rows = [json.loads(line) for line in lines(folder)]
     return [{key: row[key] for key in row if key not in TIMES and not key.endswith("_share")} for row in rows]
 
@@ -215,7 +215,7 @@ def shards_of(folder, step):
 
 
 def assert_same(folder, other, steps):
-    """No step is missing or double, and the ends are the same, bit for bit."""
+    """No step is missing or repeated, and the final checkpoints are identical, bit for bit."""
     assert [row["step"] for row in numbers(folder)] == list(range(1, steps + 1))
     assert numbers(folder) == numbers(other)
     assert shards_of(folder, steps) == shards_of(other, steps)

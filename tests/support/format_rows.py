@@ -1,4 +1,4 @@
-"""Formats of datasets and rows of them, for the tests of formats."""
+"""Dataset formats and their rows, for the tests of formats."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def policy_of(dataset, **settings):
 
 
 def numbers(dataset, *, width=7, seed=0, **others):
-    """A row without pictures of a dataset with one state and one action column."""
+    """A row without images of a dataset with one state and one action column."""
     rng = np.random.default_rng(seed)
     (state,), (action,) = dataset.state, dataset.actions
     row = {state: rng.normal(size=width), action: rng.normal(size=(HORIZON, width)), "task": "pick"}

@@ -1,4 +1,4 @@
-"""Ranks for test_trainer_options.py: one process group, many runs, each with other trainer options.
+"""Ranks for test_trainer_options.py: one process group, many runs, each with different trainer options.
 
 Arguments are `FOLDER CONFIG NAME:key=value,... ...`: each named run trains a few steps and leaves
 `FOLDER/NAME/{start,end,ema}.safetensors`, `rows.json`, and what it sent in `sent.json`.

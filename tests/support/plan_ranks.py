@@ -19,7 +19,7 @@ from rlinf_core.training.resume import Start
 
 
 class Received(TorchDispatchMode):
-    """Counts the bytes that collectives hand to a rank: of a gather the whole, of a reduction its input."""
+    """Counts the bytes of collectives per rank: the output of a gather, the input of a reduction."""
 
     def __init__(self):
         super().__init__()

@@ -19,9 +19,9 @@ from importlib import import_module
 from subprocess import CompletedProcess
 
 NOTICED = 0.3
-"""Seconds until the others are ended once a rank has failed: torchrun, too, looks now and then only."""
+"""Seconds until the others are ended once a rank has failed: torchrun, too, only polls."""
 LIMIT = 900
-"""Seconds that a rank may live: none outlives its test for long, whatever it waits for."""
+"""Most seconds that a rank may run, so that none outlives its test for long."""
 PRELOAD = (
     "torch._inductor.compile_fx",
     "safetensors.torch",
@@ -35,13 +35,13 @@ PRELOAD = (
 
 
 class Ranks:
-    """A process that forks ranks, started at the first need."""
+    """A process that forks ranks, started on first use."""
 
     def __init__(self):
         self._server = None
 
     def start(self, main, ranks, *arguments, paths=(), imports=(), signals=(), **environment):
-        """Start ranks, which see each other as under torchrun, and wait for them.
+        """Start ranks with the environment of torchrun, and wait for them.
 
         Args:
             main: `module:function`, which gets the list of arguments and returns the exit code.
@@ -128,7 +128,7 @@ def launch(main, ranks, arguments, paths, imports, signals, environment):
 
 
 def send(running, file, delay, ranks, signal):
-    """Wait for the file, and send the signal to the ranks that are still there."""
+    """Wait for the file, and send the signal to the ranks that are still alive."""
     while not os.path.exists(file):
         if not running:
             return
@@ -140,7 +140,7 @@ def send(running, file, delay, ranks, signal):
 
 
 def become(rank, ranks, out, err, environment):
-    """Make this process a rank: what torchrun tells it, and where it writes."""
+    """Make this process a rank: set torchrun's variables and redirect its output."""
     signal.alarm(LIMIT)
     with open(os.devnull) as nothing:
         for file, descriptor in ((nothing, 0), (out, 1), (err, 2)):
@@ -151,7 +151,7 @@ def become(rank, ranks, out, err, environment):
 
 
 def leave(main, arguments):
-    """Do what this process is for, and end it as Python would, without taking down what is imported.
+    """Run the target and exit as Python would, but without tearing down imported modules.
 
     That touches all the memory that ranks share, which is then copied: it would take longer than most runs.
     """

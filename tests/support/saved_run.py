@@ -26,7 +26,7 @@ def save_run(run, parameters, stats, group):
 
 
 def checkpoint(run, step, validated=None, sample=0):
-    """What a checkpoint leaves as far as starting is concerned."""
+    """The files of a checkpoint that matter for starting a run."""
     path = run.folder / "checkpoints" / f"step_{step:09d}"
     path.mkdir(parents=True, exist_ok=True)
     at = step if validated is None else validated

@@ -1,4 +1,4 @@
-"""lerobot's π0 and π0.5 in sizes of ours, which its configs do not offer: it builds one published size only."""
+"""lerobot's π0 and π0.5 in our test sizes; its configs offer only the published size."""
 
 from policy_step.lerobot import build, of_size
 
@@ -13,5 +13,5 @@ VISION = VisionDimensions(width=8, depth=2, mlp_dim=6, num_heads=2, patch_size=5
 
 
 def tiny_dimensions(*, pi05, vocab_size=512):
-    """Sizes that both build, for pictures of 224 pixels."""
+    """Sizes that both can build, for images of 224 pixels."""
     return Pi0Dimensions(pi05, 8, 5, vocab_size, GEMMA, EXPERT, VISION)

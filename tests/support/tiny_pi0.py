@@ -1,4 +1,4 @@
-"""π0 and π0.5 of a few hundred numbers: their parameters, and the same as other projects' files hold them."""
+"""π0 and π0.5 with a few hundred parameters, by our names and by those in other projects' files."""
 
 import torch
 
@@ -31,7 +31,7 @@ def published_state(dimensions):
 
 
 def rlinf_state(dimensions):
-    """The names of RLinf's own port -> tensors, put together by hand from the published ones."""
+    """The names of RLinf's own port -> tensors, built by hand from the published ones."""
     published = published_state(dimensions)
     tower = "paligemma_with_expert.paligemma.model.vision_tower.vision_model."
     experts = ("paligemma_with_expert.paligemma.model.language_model.", "paligemma_with_expert.gemma_expert.model.")

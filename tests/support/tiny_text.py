@@ -1,4 +1,4 @@
-"""Language models of a few thousand numbers and chats to tune them on."""
+"""Language models with a few thousand parameters, and chats to fine-tune them on."""
 
 import json
 
@@ -25,7 +25,7 @@ def tiny_policy(**settings):
 
 
 def with_values(policy, seed=0):
-    """The built module on the CPU with its initial values, larger than usual so that words matter."""
+    """The built module on the CPU with initial values larger than usual, so that words matter."""
     from rlinf_core.training.fsdp import derived_seed, materialize
 
     with torch.device("meta"):

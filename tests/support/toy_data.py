@@ -1,4 +1,4 @@
-"""A source of rows in memory and the smallest policy config, for tests of what lies between them."""
+"""A source of rows in memory and the smallest policy config, for tests of everything between them."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -75,7 +75,7 @@ class Shift(Transform):
 
 @dataclass(frozen=True)
 class Pad(Transform):
-    """What policies do: zeros up to a width of their own."""
+    """Pad with zeros to the policy's width, as policies do."""
 
     width: int
 

@@ -1,4 +1,4 @@
-"""Two toy datasets for one policy: the toy rows, and a robot with one action number whose values lie elsewhere."""
+"""Two toy datasets for one policy: the toy rows, and a robot with one action dimension in another range."""
 
 from dataclasses import dataclass
 
@@ -37,7 +37,7 @@ max_steps = 12
 
 
 class NarrowRows(Rows):
-    """Rows of a robot with one action number, at another place and in another unit."""
+    """Rows of a robot with one action dimension, in another range and unit."""
 
     def without_images(self, indices):
         return [
@@ -55,7 +55,7 @@ class RepackNarrow(RepackWhole):
 
 
 class NarrowDataset(ToyDataset):
-    """Says nothing of mixtures, as a third party's would."""
+    """Knows nothing of mixtures, like a third party's config."""
 
     run_defaults = {"policy": {"type": "trainable_toy"}}
     rows: int = 200

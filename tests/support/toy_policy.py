@@ -89,7 +89,7 @@ class TrainableToyPolicy(ToyPolicy):
 
 @dataclass(frozen=True)
 class RepackWhole(Repack):
-    """No chunk reaches over the end of its episode."""
+    """No chunk extends past the end of its episode."""
 
     def __call__(self, row):
         return super().__call__(row) | {"actions_is_pad": np.zeros(HORIZON, bool)}

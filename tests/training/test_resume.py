@@ -239,9 +239,9 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_newest_whole_one(run):
     assert [note.removeprefix("warning: ") for note in begun.notes] == [
         "the checkpoint step_000000008 is damaged: it has no state.json: it was never completed",
         "the checkpoint step_000000006 is damaged: the content of shard has changed since it was written (sha256)",
-        f"goes on from {folder / 'checkpoints' / 'step_000000004'}, the newest that is whole",
-        f"goes on from {folder / 'checkpoints' / 'step_000000004'}; later checkpoints are removed when the next one is "
-        "complete: step_000000006, step_000000008",
+        f"continues from {folder / 'checkpoints' / 'step_000000004'}, the newest undamaged one",
+        f"continues from {folder / 'checkpoints' / 'step_000000004'}; later checkpoints are removed when the next one "
+        "is complete: step_000000006, step_000000008",
     ]
     assert (folder / "latest").read_text() == "step_000000004"
     assert len(settle(run()).notes) == 1

@@ -17,7 +17,7 @@ from rlinf_plugins_openpi.model.dimensions import Pi0Dimensions
 from rlinf_plugins_openpi.model.parts import unpacked
 
 DIMENSIONS = Pi0Dimensions.of("dummy", pi05=True, action_dim=32, action_horizon=1)
-"""Of all runs here, as far as they decide which published tensors a parameter holds."""
+"""Settings of all runs here that decide which published tensors a parameter holds."""
 ROOT = Path(__file__).parents[2]
 OBSERVER = """
 import os, signal

@@ -1,4 +1,4 @@
-"""Signals: a run saves and leaves, says so in `exit.json`, and goes on as if nothing had happened (contract 10)."""
+"""Signals: a run saves, exits, records that in `exit.json`, and continues as if nothing had happened (contract 10)."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A run of an earlier version goes on: `stored_run/` was written by version 0.1.0 as of 2026-11-23.
+"""A run of an earlier version continues: `stored_run/` was written by version 0.1.0 as of 2026-11-23.
 
 It holds a run of the toy policy after 6 steps, and what the same version measured when it went on to 12. Where both
 versions ran on one machine, every number was equal to the bit; elsewhere a CPU may round differently.

@@ -1,4 +1,4 @@
-"""How a run goes, with the toy policy in this process: where it ends, what it validates, saves and keeps."""
+"""Runs of the toy policy in this process: where they end, what they validate, save and keep."""
 
 import json
 import math

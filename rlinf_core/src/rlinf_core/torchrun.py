@@ -76,7 +76,7 @@ def share_of_machine(cluster: ClusterConfig, devices: int) -> Share:
         parts = "; ".join(f"machine {node}: {on_machine[node] or 'none'}" for node in range(nodes))
         raise UserError(
             f"{placement} means different accelerators on different machines, which torchrun cannot start "
-            f"({devices} a machine; {parts}): place equally on each"
+            f"({devices} per machine; {parts}): use the same on each"
         )
     here = tuple(on_machine[0])
     return Share(len(here), here if len(here) < devices else ())

@@ -1,4 +1,4 @@
-"""Checkpoints: written beside training, whole or not at all, the newest few kept, refused where they do not fit."""
+"""Checkpoints: written atomically while training continues, the newest few kept, refused if they do not fit."""
 
 import errno
 import json

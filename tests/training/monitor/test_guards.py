@@ -1,4 +1,4 @@
-"""Steps that are not finite are skipped, losses that spike are flagged, and both name their samples."""
+"""Steps with NaN or infinity are skipped, loss spikes are flagged, and both name their samples."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""A run whose ranks no longer come together ends with one message, and says where every rank was."""
+"""A run whose ranks hang ends with one message that says where every rank was."""
 
 import json
 import re

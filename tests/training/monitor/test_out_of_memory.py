@@ -1,4 +1,4 @@
-"""What is said of a device without memory: who holds it, what would fit, what else helps."""
+"""Out-of-memory messages: the consumers, a micro batch that should fit, other settings that help."""
 
 from dataclasses import replace
 from types import SimpleNamespace

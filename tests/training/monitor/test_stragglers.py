@@ -1,4 +1,4 @@
-"""Ranks that hold the others up are named, with what they are slow at."""
+"""Ranks that hold up the others are named, with what they are slow at."""
 
 import distributions
 import pytest
@@ -38,7 +38,7 @@ def test_a_rank_that_computes_longer_is_named_once_an_interval(toy_site, tmp_pat
 def test_a_rank_that_waits_for_data_is_slow_at_data():
     ((rank, words),) = find_slow([0.01, 0.02, 0.6, 0.01], [0.1] * 4, 1.0)
     assert rank == 2
-    assert words == "data: waits 0.6 s a step, the median rank 0.01 s"
+    assert words == "data: waits 0.6 s per step, the median rank 0.01 s"
 
 
 def test_ranks_that_all_wait_alike_are_not_slower_than_one_another():

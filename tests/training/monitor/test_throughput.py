@@ -1,4 +1,4 @@
-"""What a run says of its speed: useful operations of the policy's formula, or counted where there is none."""
+"""Reported speed: useful operations by the policy's formula, or counted if it has none."""
 
 from types import SimpleNamespace
 

@@ -236,13 +236,13 @@ def _is_finished(run: RunConfig, position: Position) -> bool:
 
 def _describe_damage(damaged: Mapping[str, str], used: Path) -> list[str]:
     notes = [f"warning: the checkpoint {name} is damaged: {why}" for name, why in sorted(damaged.items(), reverse=True)]
-    return [*notes, f"warning: goes on from {used}, the newest that is whole"] if notes else []
+    return [*notes, f"warning: continues from {used}, the newest undamaged one"] if notes else []
 
 
 def _describe_later(later: tuple[str, ...], used: Path) -> list[str]:
     """Warn which later checkpoints will be removed when a run continues from an earlier one."""
     gone = f"later checkpoints are removed when the next one is complete: {', '.join(later)}"
-    return [f"warning: goes on from {used}; {gone}"] if later else []
+    return [f"warning: continues from {used}; {gone}"] if later else []
 
 
 MAY_CHANGE = frozenset(

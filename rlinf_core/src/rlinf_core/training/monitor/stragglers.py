@@ -87,7 +87,7 @@ def find_slow(data: Sequence[float], computing: Sequence[float], step_seconds: f
     usual = statistics.median_low(computing)
     for rank, (waited, took) in enumerate(zip(data, computing, strict=True)):
         if waited - usual_data > (1 - 1 / SLOWER) * step_seconds:
-            slow.append((rank, f"data: waits {waited:.3g} s a step, the median rank {usual_data:.3g} s"))
+            slow.append((rank, f"data: waits {waited:.3g} s per step, the median rank {usual_data:.3g} s"))
         elif usual > 0 and took > SLOWER * usual:
             slow.append((rank, f"computing: takes {took / usual:.2g} times as long as the median rank"))
     return slow
