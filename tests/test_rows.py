@@ -359,6 +359,8 @@ def test_an_index_out_of_range_is_an_index_error_as_in_a_list(rows):
     for index in (len(rows), -len(rows) - 1):
         with pytest.raises(IndexError, match=rf"index {index} is out of range: .* has indices 0 to {len(rows) - 1}"):
             rows[index]
+    with pytest.raises(IndexError, match=r"index 0 is out of range: .* is empty"):
+        rows[3:3][0]
     with pytest.raises(TypeError, match="indices are integers or slices, not 'action'"):
         rows["action"]
 

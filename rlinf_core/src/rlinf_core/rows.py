@@ -122,7 +122,8 @@ class OpenedSequence[T](Sequence[T]):
         except TypeError as error:
             raise TypeError(f"indices are integers or slices, not {index!r} (a column is in an item)") from error
         if not -len(self) <= number < len(self):
-            raise IndexError(f"index {number} is out of range: {self!r} has indices 0 to {len(self) - 1}")
+            there = f"has indices 0 to {len(self) - 1}" if len(self) else "is empty"
+            raise IndexError(f"index {number} is out of range: {self!r} {there}")
         return number
 
 
