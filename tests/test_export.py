@@ -8,10 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlinf_core import UserError, cli
+from rlinf_core import UserError, cli, open_rows
 from rlinf_core.config.load import load_config
 from rlinf_core.data.loading.sampling import validation_generator
-from rlinf_core.data.splits import open_split
 from rlinf_core.inference import load_policy
 from rlinf_core.plugins.registry import get_plugins
 from rlinf_core.training.distributed.processes import processes
@@ -72,12 +71,11 @@ def test_the_exported_policy_acts_as_the_trainers_validation_did(trained, export
     code, folder, _ = export(*["--ema"] * (weights == "ema"))
     assert code == 0
     policy = load_policy(folder)
-    held_out = open_split(trainer.run, get_plugins(), "validation")
+    held_out = open_rows(trainer.run, split="validation")
     assert len(acted[weights]) == 6
     for row, actions in acted[weights].items():
         noise = trainer.run.policy.draw(validation_generator(trainer.run.seed, row))["noise"]
-        [observation] = held_out.__getitems__([row])
-        seen = {key: value for key, value in observation.items() if not key.startswith("action")}
+        seen = {key: value for key, value in held_out[row].items() if not key.startswith("action")}
         np.testing.assert_allclose(policy.infer(seen, noise), actions, rtol=1e-5, atol=1e-6)
 
 

@@ -26,6 +26,8 @@ PUBLIC = [
     "UserError",
     "hookimpl",
     "load_policy",
+    "open_rows",
+    "open_samples",
 ]
 
 

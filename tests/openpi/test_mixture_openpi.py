@@ -13,10 +13,10 @@ from rlinf_core.data.loading.micro_batches import SOURCE
 from rlinf_core.data.loading.sampling import validation_generator
 from rlinf_core.data.normalize import load_norm_stats
 from rlinf_core.data.sample import PACKING
+from rlinf_core.data.statistics.preview import bind_policy
 from rlinf_core.inference import load_policy
 from rlinf_core.loggers.jsonl import read_rows
 from rlinf_core.testing import write_tiny_dataset
-from rlinf_core.training.data import bind_policy
 from rlinf_core.training.distributed.processes import processes
 from rlinf_core.training.run_folder import prepare_folder
 

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from rlinf_core.errors import PluginError as PluginError
     from rlinf_core.errors import UserError as UserError
     from rlinf_core.inference import load_policy as load_policy
+    from rlinf_core.rows import open_rows as open_rows
+    from rlinf_core.rows import open_samples as open_samples
 
 _HOME = {
     "DatasetConfig": "contract.datasets",
@@ -45,6 +47,8 @@ _HOME = {
     "RunConfig": "contract.run",
     "hookimpl": "contract.hookspecs",
     "load_policy": "inference",
+    "open_rows": "rows",
+    "open_samples": "rows",
     "PluginError": "errors",
     "UserError": "errors",
 }

@@ -27,10 +27,9 @@ from rlinf_core.data.loading.loader import TrainLoader, build_train_loader
 from rlinf_core.data.loading.micro_batches import MicroBatches
 from rlinf_core.data.loading.mixture import Source
 from rlinf_core.data.loading.sampling import Batching
-from rlinf_core.data.pipeline import build_pipeline
 from rlinf_core.data.sample import Batch, Row, Sample
 from rlinf_core.data.splits import open_split
-from rlinf_core.data.statistics.run import diagnose
+from rlinf_core.data.statistics.run import diagnosed_pipeline
 from rlinf_core.plugins.registry import Plugins
 from rlinf_core.preflight import DIAGNOSED_ROWS
 
@@ -69,9 +68,8 @@ def open_sources(run: RunConfig, plugins: Plugins) -> tuple[Source, ...]:
     for given in run.sources:
         with given.naming():
             rows = open_split(given.run, plugins, "train")
-            normalizes = run.policy.normalization != "none"
-            stats = diagnose(given.run, rows, rows=DIAGNOSED_ROWS).stats if normalizes else None
-            sources.append(Source(rows, build_pipeline(given.run.data, run.policy, stats), given.name, given.share))
+            pipeline, _ = diagnosed_pipeline(given.run, rows, rows=DIAGNOSED_ROWS)
+            sources.append(Source(rows, pipeline, given.name, given.share))
     return tuple(sources)
 
 

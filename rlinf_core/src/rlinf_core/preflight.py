@@ -17,11 +17,10 @@ from rlinf_core.contract.datasets import DatasetConfig, DecodingSource, LeRobotD
 from rlinf_core.contract.run import RunConfig, RunSource
 from rlinf_core.data.loading.chunked_sampling import check_streams, chunks_of
 from rlinf_core.data.loading.sampling import check_batch, sample_generator, steps_per_epoch
-from rlinf_core.data.normalize import Stats, load_norm_stats
-from rlinf_core.data.pipeline import build_pipeline
+from rlinf_core.data.normalize import load_norm_stats
 from rlinf_core.data.splits import describe_splits, open_split
 from rlinf_core.data.statistics.preview import encode_without_images, preview_samples
-from rlinf_core.data.statistics.run import diagnose
+from rlinf_core.data.statistics.run import diagnosed_pipeline
 from rlinf_core.errors import UserError, did_you_mean
 from rlinf_core.plugins.registry import Plugins
 from rlinf_core.training.resume import Flags, decide_start
@@ -170,19 +169,16 @@ def _check_length(run: RunConfig, rows: int, report: Report) -> None:
 
 def _check_sample(run: RunConfig, train: SampleSource, report: Report) -> None:
     """Make a sample of the first row as training will, but without its images: decoding them may need torch."""
-    stats: Stats | None = None
     with report.checking():
         if run.data.stats_need_images:
             if given := run.data.given_statistics():
                 load_norm_stats(Path(given).expanduser())
             report.facts["sample"] = "not tried: data.stats_need_images"
             return
-        if run.policy.normalization != "none":
-            diagnosis = diagnose(run, train, rows=DIAGNOSED_ROWS)
+        pipeline, diagnosis = diagnosed_pipeline(run, train, rows=DIAGNOSED_ROWS)
+        if diagnosis:
             report.warnings += [str(finding) for finding in diagnosis.findings if finding.severity == "warning"]
             diagnosis.refuse()
-            stats = diagnosis.stats
-        pipeline = build_pipeline(run.data, run.policy, stats)
         (sample,) = encode_without_images(train, pipeline, [0])
         drawn = run.policy.draw(sample_generator(run.seed, 0, 0))
         shapes = {key: np.shape(value) for key, value in {**sample, **drawn}.items() if np.ndim(value)}

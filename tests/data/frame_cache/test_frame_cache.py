@@ -13,7 +13,7 @@ import pytest
 from distributions import repository_plugins
 from toy_data import ToyPolicy
 
-from rlinf_core import UserError
+from rlinf_core import UserError, open_rows
 from rlinf_core.cli import main
 from rlinf_core.commands import cache
 from rlinf_core.config.load import load_config
@@ -270,15 +270,16 @@ def test_the_command_makes_what_a_run_uses(tmp_path, monkeypatch, capsys):
     assert "as the policy resizes them: raw" in told
     assert "GB to write" in told
     assert "frames of 1 camera," in told
-    rows = open_split(run, plugins, "train")
-    assert isinstance(rows, CachedSource)
-    decoded = open_split(load_config(quickstart, few, plugins), plugins, "train")
+    assert isinstance(open_split(run, plugins, "train"), CachedSource)
+    rows, decoded = open_rows(run, plugins=plugins), open_rows(quickstart, *few, plugins=plugins)
     assert len(rows) == len(decoded)
     resize = run.policy.transforms()[0]
-    for ours, theirs in zip(rows.__getitems__([0, 5]), decoded.__getitems__([0, 5]), strict=True):
+    for ours, theirs in zip(rows[:6:5], decoded[:6:5], strict=True):
         samples = [resize({"images": run.data.repack()(row)["images"]}) for row in (ours, theirs)]
         ((camera, image),) = samples[1]["images"].items()
         np.testing.assert_array_equal(samples[0]["images"][camera], image)
+    rows.close()
+    assert samples[0]["images"][camera].any()  # A raw frame is a view of a file.
     (folder,) = tmp_path.iterdir()
     damage(folder / "observation.image-000000.raw")
     assert main([*command, "--output", str(tmp_path)]) == 0

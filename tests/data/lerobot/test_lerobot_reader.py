@@ -52,6 +52,16 @@ def test_every_row_equals_lerobots_own(kind, request):
             np.testing.assert_array_equal(ours[column], expected[column].numpy())
 
 
+@pytest.mark.parametrize("kind", ["video_dataset", "image_dataset"])
+def test_closed_files_are_opened_again(kind, request):
+    source = open_lerobot(config(request.getfixturevalue(kind).root), HORIZON, "train")
+    (before,) = source.__getitems__([3])
+    source.close()
+    (after,) = source.__getitems__([3])
+    for column in CAMERAS:
+        np.testing.assert_array_equal(after[column], before[column])
+
+
 def test_chunks_repeat_the_last_action_of_the_episode(image_dataset):
     source = open_lerobot(config(image_dataset.root), HORIZON, "train")
     row = source.without_images([len(image_dataset.actions[0]) - 2])[0]

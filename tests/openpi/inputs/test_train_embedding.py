@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 from rlinf_core import UserError
 from rlinf_core.config.load import load_config
 from rlinf_core.data.loading.encoding import encode_rows
+from rlinf_core.data.statistics.preview import bind_policy
 from rlinf_core.export import Choice, export_run
 from rlinf_core.inference import load_policy
 from rlinf_core.plan.step import plan
 from rlinf_core.plugins.registry import get_plugins
 from rlinf_core.testing import check_policy
 from rlinf_core.training.build import initial_value
-from rlinf_core.training.data import bind_policy
 from rlinf_core.training.distributed.processes import processes
 from rlinf_core.training.run_folder import prepare_folder
 from rlinf_plugins_openpi import Pi05Config

@@ -127,16 +127,14 @@ def _make(conversion: Conversion, workers: int) -> None:
 def _open(source: RunSource, plugins: Plugins) -> tuple[LeRobotSource, ...]:
     """The splits that have rows, opened with the dataset's own images."""
     from rlinf_core.data.lerobot.source import LeRobotSource
-    from rlinf_core.data.splits import open_split
+    from rlinf_core.data.splits import open_splits
 
     data = source.run.data
     if not isinstance(data, LeRobotDatasetConfig) or not data.images:
         raise UserError(f"{data.config_name!r} has no images in LeRobot's layout: nothing to cache")
     without = data.model_copy(update={"cache": ""})
     decoded = source.run.model_copy(update={"data": without})
-    splits = [open_split(decoded, plugins, "train")]
-    if data.has_validation:
-        splits.append(open_split(decoded, plugins, "validation"))
+    splits = [split for split in open_splits(decoded, plugins) if split is not None]
     opened = tuple(split for split in splits if isinstance(split, LeRobotSource))
     if len(opened) < len(splits):
         raise UserError(f"{data.config_name!r} is read by another plugin: only core's LeRobot reader supports a cache")

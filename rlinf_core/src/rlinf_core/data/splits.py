@@ -2,22 +2,45 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 
 from rlinf_core.contract.datasets import ColumnSource, SampleSource, Split
 from rlinf_core.contract.run import LoadedPlugins, RunConfig
 from rlinf_core.errors import UserError
 
+HOLDING_OUT = ("validation_fraction", "validation_episodes", "validation_tasks")
+"""Keys of `[data]`; not every dataset has all."""
+
 
 def open_split(run: RunConfig, plugins: LoadedPlugins, split: Split) -> SampleSource:
-    """The rows of a split, from the plugin that reads the dataset."""
+    """The rows of a split, from the plugin that reads the dataset.
+
+    Raises:
+        UserError: There is no such split, it has no rows, or no plugin can open the dataset.
+    """
+    if split not in (splits := get_args(Split)):
+        raise UserError(f"there is no split {split!r}: use {' or '.join(splits)}")
+    if split == "validation" and not run.data.has_validation:
+        keys = [f"data.{key}" for key in HOLDING_OUT if key in type(run.data).model_fields]
+        name = run.data.repo_id or run.data.config_name
+        raise UserError(f"no episode of {name} is held out for validation: set {' or '.join(keys)}")
     source: SampleSource | None = plugins.hook.rlinf_open_dataset(dataset=run.data, policy=run.policy, split=split)
     if source is None:
         raise UserError(
             f"No installed plugin opens the dataset {run.data.config_name!r} ({type(run.data).__name__}): "
             "its config must derive from LeRobotDatasetConfig, or a plugin must implement rlinf_open_dataset."
         )
+    if not len(source):
+        raise UserError(f"the dataset {run.data.config_name!r} has no rows for {split}")
     return source
+
+
+def open_splits(run: RunConfig, plugins: LoadedPlugins) -> tuple[SampleSource, SampleSource | None]:
+    """The training rows, and the held-out rows if the dataset holds episodes out; raises as `open_split` does."""
+    train = open_split(run, plugins, "train")
+    return train, open_split(run, plugins, "validation") if run.data.has_validation else None
 
 
 def describe_splits(train: SampleSource, held_out: SampleSource | None) -> str:

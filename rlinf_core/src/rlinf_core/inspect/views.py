@@ -15,10 +15,10 @@ from rlinf_core.data.loading.chunked_sampling import ChunkedOrder, chunks_of
 from rlinf_core.data.loading.mixture import Order
 from rlinf_core.data.loading.sampling import steps_per_epoch
 from rlinf_core.data.normalize import Mode, NormStats
-from rlinf_core.data.pipeline import Pipeline, build_pipeline
-from rlinf_core.data.splits import open_split
+from rlinf_core.data.pipeline import Pipeline
+from rlinf_core.data.splits import open_splits
 from rlinf_core.data.statistics.compute import Distribution, summarize
-from rlinf_core.data.statistics.run import diagnose
+from rlinf_core.data.statistics.run import diagnosed_pipeline
 from rlinf_core.errors import UserError
 from rlinf_core.inspect.samples import SampleView, TrainingRow, choose, find, occurrences, view
 from rlinf_core.plugins.registry import Plugins
@@ -137,8 +137,7 @@ class _Opened:
 def _open(source: RunSource, plugins: Plugins) -> _Opened | None:
     """Both splits; None if they cannot be opened, which `check_run` reports."""
     try:
-        held_out = open_split(source.run, plugins, "validation") if source.run.data.has_validation else None
-        return _Opened(open_split(source.run, plugins, "train"), held_out)
+        return _Opened(*open_splits(source.run, plugins))
     except UserError:
         return None
 
@@ -189,17 +188,16 @@ def _statistics(run: RunConfig, train: SampleSource, shown: SourceView) -> Pipel
     """Summarize the numbers; the pipeline with the statistics of the run, or None if there can be none."""
     try:
         images = run.data.stats_need_images
-        if run.policy.normalization == "none":
+        pipeline, diagnosis = diagnosed_pipeline(run, train, rows=DIAGNOSED_WITH_IMAGES if images else DIAGNOSED_ROWS)
+        if diagnosis is None:
+            transforms = (run.data.repack(), *run.data.transforms())
             most = DIAGNOSED_WITH_IMAGES if images else SUMMARIZED_ROWS
-            shown.distributions = summarize(
-                train, (run.data.repack(), *run.data.transforms()), read_images=images, rows=most
-            )
-            return build_pipeline(run.data, run.policy, None)
-        diagnosis = diagnose(run, train, rows=DIAGNOSED_WITH_IMAGES if images else DIAGNOSED_ROWS)
+            shown.distributions = summarize(train, transforms, read_images=images, rows=most)
+            return pipeline
         shown.distributions, shown.mode = diagnosis.distributions, diagnosis.mode
         diagnosis.refuse()
         shown.stats = diagnosis.stats
-        return build_pipeline(run.data, run.policy, diagnosis.stats)
+        return pipeline
     except UserError as error:
         shown.problems.append(str(error))
         return None

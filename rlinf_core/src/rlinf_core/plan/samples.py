@@ -11,15 +11,13 @@ import numpy as np
 from rlinf_core.contract.datasets import LeRobotDatasetConfig
 from rlinf_core.contract.run import RunConfig, RunSource
 from rlinf_core.data.loading.sampling import sample_generator
-from rlinf_core.data.pipeline import build_pipeline
 from rlinf_core.data.sample import Sample
 from rlinf_core.data.splits import open_split
-from rlinf_core.data.statistics.preview import encode_without_images
-from rlinf_core.data.statistics.run import diagnose
+from rlinf_core.data.statistics.preview import bind_policy, encode_without_images
+from rlinf_core.data.statistics.run import diagnosed_pipeline
 from rlinf_core.errors import UserError
 from rlinf_core.hub import cache_only
 from rlinf_core.plugins.registry import Plugins
-from rlinf_core.training.data import bind_policy
 
 SAMPLED_ROWS = 256
 """Evenly spread over the training rows; enough to know the mean prompt length to a few percent."""
@@ -57,7 +55,7 @@ def sample_sources(run: RunConfig, plugins: Plugins) -> list[SampledSource]:
 
 
 def bind_policy_at_hand(run: RunConfig, plugins: Plugins) -> tuple[RunConfig, list[str]]:
-    """`training.data.bind_policy`, or the unchanged run and an assumption; the hub is not contacted."""
+    """`bind_policy`, or the unchanged run and an assumption; the hub is not contacted."""
     with cache_only():
         try:
             return bind_policy(run, plugins)[0], []
@@ -70,10 +68,7 @@ def _of_data(source: RunSource, plugins: Plugins) -> SampledSource:
     """Rows without images, to which the images of one row are added: all images of a dataset have the same size."""
     run = source.run
     rows = open_split(run, plugins, "train")
-    if not len(rows):
-        raise UserError(f"the dataset {run.data.config_name!r} has no rows for train")
-    stats = diagnose(run, rows, rows=STATISTICS_ROWS).stats if run.policy.normalization != "none" else None
-    pipeline = build_pipeline(run.data, run.policy, stats)
+    pipeline, _ = diagnosed_pipeline(run, rows, rows=STATISTICS_ROWS)
     indices = np.unique(np.linspace(0, len(rows) - 1, SAMPLED_ROWS).astype(np.int64)).tolist()
     (seen,) = rows.__getitems__(indices[:1])
     images = {key: value for key, value in pipeline.encode(seen).items() if key == "images"}

@@ -18,9 +18,8 @@ from rlinf_core.data.loading.mixture import Source
 from rlinf_core.data.loading.sampling import Batching, steps_per_epoch
 from rlinf_core.data.pipeline import build_pipeline
 from rlinf_core.data.splits import describe_splits, open_split
-from rlinf_core.data.statistics.preview import different_prompts, preview_samples
+from rlinf_core.data.statistics.preview import bind_policy, preview_samples
 from rlinf_core.data.statistics.run import run_statistics
-from rlinf_core.errors import UserError
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,28 +132,9 @@ def check_batching(run: RunConfig, ranks: int) -> None:
     check_streams(chunks_of(run.data), ranks)
 
 
-def bind_policy(run: RunConfig, plugins: LoadedPlugins) -> tuple[RunConfig, Mapping[str, Sequence[int]]]:
-    """The run with its policy bound to what its layout takes from the data (e.g. embedding rows), and that layout."""
-    layout = run.policy.data_layout(_prompts(run, plugins))
-    return run.model_copy(update={"policy": run.policy.with_data_layout(layout)}), layout
-
-
-def _prompts(run: RunConfig, plugins: LoadedPlugins) -> Iterator[str]:
-    for source in run.sources:
-        data = source.run.data
-        splits: tuple[Split, ...] = ("train", "validation") if data.has_validation else ("train",)
-        for split in splits:
-            with source.naming():
-                rows, transforms = _open(source, plugins, split), (data.repack(), *data.transforms())
-                yield from different_prompts(rows, transforms, read_images=data.stats_need_images)
-
-
 def _open(source: RunSource, plugins: LoadedPlugins, split: Split) -> SampleSource:
     with source.naming():
-        rows = open_split(source.run, plugins, split)
-        if not len(rows):
-            raise UserError(f"the dataset {source.run.data.config_name!r} has no rows for {split}")
-        return rows
+        return open_split(source.run, plugins, split)
 
 
 def _prefix(source: str) -> str:

@@ -56,6 +56,10 @@ class CachedColumn:
         offsets, data = self._open[part]
         return decode(data[offsets[frame] : offsets[frame + 1]], f"{self._file(part)}: frame {frame}")
 
+    def close(self) -> None:
+        """Unmap the files that no frame uses."""
+        self._open.clear()
+
     def _file(self, part: int) -> Path:
         return self._cache.folder / self._manifest.parts[part].file
 
@@ -88,6 +92,11 @@ class CachedSource:
     def episodes(self) -> NDArray[np.int64]:
         """[n], the dataset's episode number of each row."""
         return self._source.episodes
+
+    def close(self) -> None:
+        """Close the cache's files; they are opened again when rows are read."""
+        for column in self._columns.values():
+            column.close()
 
 
 def open_cached(source: LeRobotSource, dataset: LeRobotDatasetConfig, policy: PolicyConfig) -> CachedSource:

@@ -116,6 +116,16 @@ class VideoReader:
         self._pool = self._pool or ThreadPoolExecutor(threads, "rlinf-video")
         return list(self._pool.map(lambda one: self.frames(one[0], one[1], tolerance), wanted))
 
+    def close(self) -> None:
+        """Close all files and end the threads; the next call opens what it needs again."""
+        with self._lock:
+            decoders, self._open = list(self._open.values()), OrderedDict()
+        for decoder in decoders:
+            decoder.close()
+        if self._pool:
+            self._pool.shutdown()
+            self._pool = None
+
     def _take(self, path: Path) -> Decoder:
         """The decoder of a file, for this thread only until `_give_back`."""
         with self._lock:

@@ -229,6 +229,11 @@ class LeRobotSource:
         speed = frames / (time.perf_counter() - begin)
         return f"{self._videos.decoder}, {speed:.0f} frames/s in this process"
 
+    def close(self) -> None:
+        """Close videos and image files; they are opened again when rows are read."""
+        self._videos.close()
+        self._images.clear()
+
     def _video_frames(self, at: NDArray[np.int64]) -> dict[str, list[Frame]]:
         """Column -> one frame per position; the frames of a file are requested together."""
         meta, frames = self._metadata, {column: [_NO_FRAME] * len(at) for column in self._video_columns}

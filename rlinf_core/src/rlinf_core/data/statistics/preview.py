@@ -1,16 +1,21 @@
-"""Preview the training data before a run: evenly spread samples without images, and all prompts. Torch-free."""
+"""Preview the data before a run: evenly spread samples without images, and all prompts, to which the policy is bound.
+
+Torch-free.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rlinf_core.contract.datasets import ColumnSource, SampleSource
+from rlinf_core.contract.datasets import ColumnSource, SampleSource, Split
+from rlinf_core.contract.run import LoadedPlugins, RunConfig
 from rlinf_core.data.pipeline import Pipeline
 from rlinf_core.data.sample import Sample
+from rlinf_core.data.splits import open_split
 from rlinf_core.data.statistics.compute import ROWS_AT_A_TIME, apply, takes_batches
 from rlinf_core.data.transforms import Transform
 from rlinf_core.errors import UserError
@@ -50,6 +55,22 @@ def encode_without_images(
                 yield pipeline.encode(row)
             except UserError as error:
                 raise UserError(f"{error} [{source.describe(index)}]") from error
+
+
+def bind_policy(run: RunConfig, plugins: LoadedPlugins) -> tuple[RunConfig, Mapping[str, Sequence[int]]]:
+    """The run with its policy bound to what its layout takes from the data (e.g. embedding rows), and that layout."""
+    layout = run.policy.data_layout(_all_prompts(run, plugins))
+    return run.model_copy(update={"policy": run.policy.with_data_layout(layout)}), layout
+
+
+def _all_prompts(run: RunConfig, plugins: LoadedPlugins) -> Iterator[str]:
+    for source in run.sources:
+        data = source.run.data
+        splits: tuple[Split, ...] = ("train", "validation") if data.has_validation else ("train",)
+        for split in splits:
+            with source.naming():
+                rows, transforms = open_split(source.run, plugins, split), (data.repack(), *data.transforms())
+                yield from different_prompts(rows, transforms, read_images=data.stats_need_images)
 
 
 def different_prompts(

@@ -12,6 +12,7 @@ import numpy as np
 from rlinf_core.contract.datasets import SampleSource
 from rlinf_core.contract.run import RunConfig
 from rlinf_core.data.normalize import Mode, NormStats, Origin, Stats, load_with_origin, save_norm_stats
+from rlinf_core.data.pipeline import Pipeline, build_pipeline
 from rlinf_core.data.statistics.action_kind import diagnose_actions
 from rlinf_core.data.statistics.compute import ROWS_WITH_IMAGES, Distribution, stats_fingerprint, summarize
 from rlinf_core.data.statistics.diagnose import Finding, compare_origins, compare_with_data
@@ -128,6 +129,26 @@ def diagnose(
     findings.sort(key=lambda finding: finding.severity != "error")
     origin = Origin(**(vars(origin) | {"norm_floor": max(run.data.norm_floor, origin.norm_floor)}))
     return Diagnosis(stats, origin, mode, distributions, tuple(findings))
+
+
+def diagnosed_pipeline(
+    run: RunConfig, source: SampleSource, *, rows: int | None = None, computed: Path | None = None
+) -> tuple[Pipeline, Diagnosis | None]:
+    """The pipeline that encodes as the run would, and the diagnosis of its statistics.
+
+    Args:
+        run: The run.
+        source: Training rows, whichever split is encoded.
+        rows: See `diagnose`.
+        computed: See `diagnose`.
+
+    Returns:
+        The pipeline, also if the diagnosis has errors; and None if the policy does not normalise.
+    """
+    diagnosis = None
+    if run.policy.normalization != "none":
+        diagnosis = diagnose(run, source, rows=rows, computed=computed)
+    return build_pipeline(run.data, run.policy, diagnosis.stats if diagnosis else None), diagnosis
 
 
 def _transforms(run: RunConfig) -> Sequence[Transform]:
