@@ -11,6 +11,7 @@ from distributions import entry_point, entry_points_of, repository_plugins
 from pydantic import BaseModel, Field
 
 from rlinf_core import DatasetConfig, LoggerConfig, PolicyConfig, RunConfig, TrainerConfig, UserError, hookimpl
+from rlinf_core.config.aliases import ALIASES
 from rlinf_core.config.load import diff_tables, dump_config, load_config, read_toml
 from rlinf_core.plugins.registry import DATASET_GROUP, PLUGIN_GROUP, Plugins
 
@@ -254,6 +255,87 @@ def test_all_mistakes_are_reported_together(mistakes):
 )
 def test_single_mistakes(text, override, complaint, mistakes):
     assert complaint in mistakes(text, override)
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("trainer.precision=fp32", "trainer.precision: unknown key; here it is 'trainer.param_dtype' ["),
+        ("optim.learning_rate=1", "optim.learning_rate: unknown key; here it is 'optim.lr' ["),
+        ("learning_rate=1", "learning_rate: unknown key; here it is 'optim.lr' ["),
+        ("optim.adam_eps=1", "here it is 'optim.eps'"),
+        ("optim.adam_beta1=0.9", "here it is 'optim.betas'"),
+        ("optim.lr_warmup_steps=1", "here it is 'optim.warmup_steps'"),
+        ("trainer.ema_decay=0.9", "trainer.ema_decay: unknown key; did you mean 'optim.ema_decay'? ["),
+        ("batch_size=4", "here it is 'trainer.global_batch_size'"),
+        ("trainer.per_device_train_batch_size=4", "here it is 'trainer.micro_batch_size'"),
+        ("runner.micro_batch_size=4", "runner.micro_batch_size: unknown key; did you mean 'trainer.micro_batch_size'?"),
+        ("trainer.gradient_accumulation_steps=4", "unknown key; it follows from the batch: trainer.global_batch_size"),
+        ("num_train_steps=4", "here it is 'runner.max_steps'"),
+        ("runner.wandb=true", "here it is 'runner.loggers'"),
+        ("actor.micro_batch_size=4", "actor: unknown key; its keys are in [policy]"),
+        ("policy.model_path=x", "here it is 'policy.weights'"),
+        ("model.x=1", "model: unknown key; here it is [policy] ["),
+        ("policy.chunk_size=4", "policy.chunk_size: unknown key ["),  # The toy policy has no action_horizon.
+        ("trainer.recision=1", "trainer.recision: unknown key ["),
+        ("optim.type=adam", "optim.type: unknown key ["),
+    ],
+)
+def test_hints_are_right_or_absent(override, hint, mistakes):
+    assert hint in mistakes("", override)
+
+
+def test_every_alias_leads_to_a_key(load):
+    """Or to a table; one of a policy's own keys is only suggested where the policy has it."""
+    run = load()
+    for theirs, ours in ALIASES.items():
+        table, _, key = ours.strip("[]").partition(".")
+        fields = type(getattr(run, table)).model_fields
+        assert not key or key in fields or ours == "policy.action_horizon", theirs
+        assert theirs not in fields, f"{theirs} is a key of [{table}]"
+
+
+def test_messages_speak_of_lists_and_of_what_0_means(mistakes):
+    message = mistakes("", "optim.betas=0.9", "runner.max_epochs=-1", "runner.loggers=wandb")
+    assert "optim.betas: Input should be a valid list (got 0.9)" in message
+    assert "runner.loggers: Input should be a valid list (got 'wandb')" in message
+    assert "runner.max_epochs: Input should be greater than or equal to 0 (got -1); 0 means no limit [" in message
+    assert "; 0 means" not in mistakes("", "seed=-1", "optim.warmup_steps=-1", "runner.max_epochs=-2")
+
+
+def test_a_mistake_between_keys_says_who_set_which_and_the_way_out(mistakes):
+    message = mistakes("[optim]\nmin_lr = 0.5", "optim.lr=0.1")
+    assert (
+        "min_lr (0.5) must not be larger than lr (0.1): set optim.min_lr, too, for example to a tenth (0.01)" in message
+    )
+    assert "(lr is from command line, min_lr is from " in message
+    assert "run.toml)" in message
+    message = mistakes("", "optim.lr=1e-6")
+    assert "lr is from command line, min_lr is from its default" in message
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("start", ["", "\ufeff"])
+def test_files_from_windows_are_read(start, end, tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_bytes(f'{start}seed = 1{end}[runner]{end}name = "π"{end}'.encode())
+    assert read_toml(path) == {"seed": 1, "runner": {"name": "π"}}
+
+
+@pytest.mark.parametrize("text", ["optim:\n  lr: 1e-4", "# mine\n\n---\nseed: 1", "- name: x", "---\n"])
+def test_yaml_is_recognised(text, tmp_path, plugins):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"run.yaml: it is YAML, and a config is TOML: `\[optim\]` for `optim:`"):
+        load_config(path, [], plugins)
+
+
+def test_a_runs_folder_is_not_its_config(tmp_path, plugins):
+    with pytest.raises(UserError, match=r"cannot be read: it is a folder; name the TOML file in it$"):
+        load_config(tmp_path, [], plugins)
+    (tmp_path / "config.toml").touch()
+    with pytest.raises(UserError, match=rf"name the TOML file in it, as {tmp_path}/config.toml$"):
+        load_config(tmp_path, [], plugins)
 
 
 def test_a_mistake_between_keys_names_everyone_who_wrote_them(mistakes):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from rlinf_core.ending import Ending
 from rlinf_core.errors import Interrupted
+from rlinf_core.terminal import announce, replace_unprintable, wrap
 
 if TYPE_CHECKING:
     from rlinf_core.contract.process_group import ProcessGroup
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
+    replace_unprintable((sys.stdout, sys.stderr))
     parser = argparse.ArgumentParser(prog="torchrun ... -m rlinf_core.train", description=__doc__.splitlines()[0])
     parser.add_argument("config", help="the run's TOML file")
     parser.add_argument(
@@ -73,6 +75,8 @@ def train(
         UserError: For everything that the user can fix.
         Interrupted: A signal ended the run early, after saving.
     """
+    rank = int(os.environ.get("RANK", "0"))
+    announce("loading plugins and the config", rank=rank)
     from rlinf_core.config.load import load_config
     from rlinf_core.plugins.registry import get_plugins
 
@@ -80,6 +84,7 @@ def train(
     run = load_config(config, overrides, plugins)
     plugins.hook.rlinf_configure(run=run)
 
+    announce("loading torch and joining the ranks", rank=rank)
     from rlinf_core.contract.cluster import check_world_size
     from rlinf_core.training.distributed.processes import processes
     from rlinf_core.training.resume import say_finished
@@ -107,7 +112,7 @@ def train(
 def _report(group: ProcessGroup, lines: Iterable[str], stream: TextIO | None = None) -> None:
     if group.rank == 0:
         for line in lines:
-            print(line, file=stream, flush=True)
+            print(wrap(line, stream or sys.stdout), file=stream, flush=True)
 
 
 def record_environment(run: RunConfig, group: ProcessGroup, plugins: Plugins) -> None:
