@@ -203,7 +203,7 @@ def test_a_plan_counts_the_rows_that_are_trained(trained):
 def test_a_plan_without_data_counts_some_rows_and_says_so(tmp_path):
     overrides = ("data.repo_id=nobody/nothing", "policy.train_embedding=used_rows", "data.validation_fraction=0.0")
     made = plan(configure(tmp_path, "any", *overrides), get_plugins(), 1)
-    assert any("follows from the data is as it assumes: " in text for text in made.assumptions)
+    assert any("own defaults for sizes that depend on the data: " in text for text in made.assumptions)
     run = configure(
         tmp_path,
         "any",
