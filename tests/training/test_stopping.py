@@ -113,7 +113,14 @@ def test_a_schedulers_signal_to_every_process_leaves_the_workers_at_work(site, t
 def test_a_mistake_ends_restarts_and_is_said_once(site, tmp_path):
     failed = train(site, tmp_path, restarts=3, FAIL_ON_RANK="0")
     assert failed.returncode != 0
-    assert failed.stderr.count("the robot is not there") == 1
+    ours, _, torchruns = failed.stderr.partition("Traceback")
+    assert ours.count("the robot is not there") == 1
+    # torchrun's own report would scroll it away: it ends with it.
+    assert torchruns.count("the robot is not there") == 1
+    *above, last, border = torchruns.rstrip().splitlines()
+    assert last.strip().startswith("error: the robot is not there [rlinf_train_started of observer")
+    assert set(border) == {"="}
+    assert "`rlinf launch CONFIG` starts the same run without this report" in above[-1]
     assert (ending(tmp_path)["code"], ending(tmp_path)["reason"]) == (Exit.USER_ERROR, "mistake")
     assert "the robot is not there" in ending(tmp_path)["message"]
 

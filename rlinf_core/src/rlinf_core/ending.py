@@ -1,6 +1,8 @@
 """The end of a training process: one message, `exit.json` in the run's folder, and an exit code (contract 10).
 
-torchrun exits with 1 whatever its workers exit with, so the file contains the promised code. Torch-free.
+torchrun exits with 1 whatever its workers exit with, so the file contains the promised code. torchrun also ends with a
+report of thirty lines, which would scroll the message away: it ends with what the worker wrote to torchelastic's error
+file, so the message goes there too. Torch-free.
 """
 
 from __future__ import annotations
@@ -28,6 +30,10 @@ if TYPE_CHECKING:
 EXIT_FILE = "exit.json"
 OTHER_RANKS_WAIT = 5.0
 """Seconds that other ranks wait before printing a message, so that rank 0 alone prints what all ranks found."""
+
+ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
+"""Names the file whose message torchrun's report ends with, a new one for each process and each restart."""
+QUIET_WAY = "`rlinf launch CONFIG` starts the same run without this report"
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SIGNALS_APART = 1.0
@@ -65,7 +71,9 @@ class Ending:
         Raises:
             Exception: A defect, which keeps its traceback; Python then exits with 1.
         """
-        if _ended_before(restarted=os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"):
+        mistake = _mistake_before(restarted=os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0")
+        if mistake is not None:
+            _fill_error_file(mistake)
             return Exit.USER_ERROR
         for number in STOP_SIGNALS:
             signal.signal(number, self._leave)
@@ -75,7 +83,7 @@ class Ending:
             self._say_once(error)
             if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
                 with suppress(OSError):
-                    _marker().touch()
+                    _marker().write_text(_as_reported(error), encoding="utf-8")
             return self._record(Exit.USER_ERROR, "mistake", str(error))
         except RunError as error:
             return self._record_fault(error)
@@ -88,6 +96,7 @@ class Ending:
                 return self._record_stop(stop)
             notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
             self._record(Exit.DEFECT, "defect", f"{type(error).__name__}: {error}{notes}")
+            _fill_error_file("".join(traceback.format_exception(error)).rstrip())
             raise
         return self._record(Exit.OK, "finished", "")
 
@@ -122,6 +131,7 @@ class Ending:
         where = f" on rank {self.rank}" if self.rank else ""
         shown = "".join(traceback.format_exception(error)) if self._debug else ""
         _say(f"{shown}error{where}: {printable(str(error))}")
+        _fill_error_file(_as_reported(error))
 
     def _record(self, code: Exit, reason: Reason, message: str) -> int:
         """Write the file on rank 0; another rank writes only a mistake or defect, the cause of the others' end."""
@@ -157,13 +167,34 @@ def _fault_before(error: BaseException) -> RunError | None:
     return context
 
 
+def _as_reported(error: UserError | RunError) -> str:
+    """A message as torchrun's report shows it, under the title "traceback"."""
+    return f"none, it is not a bug; {QUIET_WAY}\nerror: {printable(str(error))}"
+
+
+def _fill_error_file(text: str) -> None:
+    """Write what torchrun's report ends with, in the format of `torch.distributed.elastic.multiprocessing.errors`."""
+    if not (file := os.environ.get(ERROR_FILE_VARIABLE)):
+        return
+    extra = {"py_callstack": printable(text), "timestamp": str(int(time.time()))}
+    message = {"message": printable(text), "extraInfo": extra}
+    # Without it the report only lacks the message, which is on stderr and in exit.json as well. A file that is only
+    # half there would break the report, hence the renaming.
+    with suppress(OSError):
+        write_text(Path(file), json.dumps({"message": message}), writer="ending")
+
+
 def _marker() -> Path:
     """A file that this torchrun's workers on this machine share, as a restart does not fix a mistake."""
     return Path(tempfile.gettempdir()) / f"rlinf-{os.getuid()}-{os.getppid()}.mistake"
 
 
-def _ended_before(*, restarted: bool) -> bool:
-    """Whether torchrun has restarted this process after a mistake; the first start removes stale markers."""
+def _mistake_before(*, restarted: bool) -> str | None:
+    """The mistake after which torchrun has restarted this process, if any; the first start removes stale markers."""
     if not restarted:
         _marker().unlink(missing_ok=True)
-    return restarted and _marker().exists()
+        return None
+    try:
+        return _marker().read_text(encoding="utf-8")
+    except OSError:
+        return None
