@@ -11,6 +11,7 @@ from distributions import entry_point, entry_points_of, repository_plugins
 from pydantic import BaseModel, Field
 
 from rlinf_core import DatasetConfig, LoggerConfig, PolicyConfig, RunConfig, TrainerConfig, UserError, hookimpl
+from rlinf_core.config.aliases import ALIASES
 from rlinf_core.config.load import diff_tables, dump_config, load_config, read_toml
 from rlinf_core.plugins.registry import DATASET_GROUP, PLUGIN_GROUP, Plugins
 
@@ -254,6 +255,44 @@ def test_all_mistakes_are_reported_together(mistakes):
 )
 def test_single_mistakes(text, override, complaint, mistakes):
     assert complaint in mistakes(text, override)
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("trainer.precision=fp32", "trainer.precision: unknown key; here it is 'trainer.param_dtype' ["),
+        ("optim.learning_rate=1", "optim.learning_rate: unknown key; here it is 'optim.lr' ["),
+        ("learning_rate=1", "learning_rate: unknown key; here it is 'optim.lr' ["),
+        ("optim.adam_eps=1", "here it is 'optim.eps'"),
+        ("optim.adam_beta1=0.9", "here it is 'optim.betas'"),
+        ("optim.lr_warmup_steps=1", "here it is 'optim.warmup_steps'"),
+        ("trainer.ema_decay=0.9", "trainer.ema_decay: unknown key; did you mean 'optim.ema_decay'? ["),
+        ("batch_size=4", "here it is 'trainer.global_batch_size'"),
+        ("trainer.per_device_train_batch_size=4", "here it is 'trainer.micro_batch_size'"),
+        ("runner.micro_batch_size=4", "runner.micro_batch_size: unknown key; did you mean 'trainer.micro_batch_size'?"),
+        ("trainer.gradient_accumulation_steps=4", "unknown key; it follows from the batch: trainer.global_batch_size"),
+        ("num_train_steps=4", "here it is 'runner.max_steps'"),
+        ("runner.wandb=true", "here it is 'runner.loggers'"),
+        ("actor.micro_batch_size=4", "actor: unknown key; its keys are in [policy]"),
+        ("policy.model_path=x", "here it is 'policy.weights'"),
+        ("model.x=1", "model: unknown key; here it is [policy] ["),
+        ("policy.chunk_size=4", "policy.chunk_size: unknown key ["),  # The toy policy has no action_horizon.
+        ("trainer.recision=1", "trainer.recision: unknown key ["),
+        ("optim.type=adam", "optim.type: unknown key ["),
+    ],
+)
+def test_hints_are_right_or_absent(override, hint, mistakes):
+    assert hint in mistakes("", override)
+
+
+def test_every_alias_leads_to_a_key(load):
+    """Or to a table; one of a policy's own keys is only suggested where the policy has it."""
+    run = load()
+    for theirs, ours in ALIASES.items():
+        table, _, key = ours.strip("[]").partition(".")
+        fields = type(getattr(run, table)).model_fields
+        assert not key or key in fields or ours == "policy.action_horizon", theirs
+        assert theirs not in fields, f"{theirs} is a key of [{table}]"
 
 
 def test_a_mistake_between_keys_names_everyone_who_wrote_them(mistakes):

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from rlinf_core.config.aliases import hint
 from rlinf_core.config.toml import dotted, is_list_of_tables
 from rlinf_core.errors import did_you_mean
 from rlinf_core.plugins.owners import Owner
@@ -91,7 +92,7 @@ def explain(error: ErrorDetails, layers: Sequence[Layer], tables: Tables, owner:
     place, given = error["loc"], error["input"]
     match error["type"]:
         case "extra_forbidden":
-            what = f"unknown key{_near(place, tables)}"
+            what = f"unknown key{_near(place, given, tables)}"
         case "missing":
             return mistake(place, "is required", layers, owner=owner)
         case _:
@@ -114,8 +115,16 @@ def _short(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _near(place: KeyPath, tables: Tables) -> str:
-    """A suggestion for a misspelt key: from its own table, otherwise from another (if a `[table]` line is missing)."""
+UNSPECIFIC = frozenset({"type", "name"})
+"""Keys of so many tables that one in the wrong table says nothing of the right one."""
+
+
+def _near(place: KeyPath, given: object, tables: Tables) -> str:
+    """A suggestion for an unknown key, or nothing.
+
+    In this order: the same key in another table, if only the `[table]` line is wrong; the word of another project; a
+    misspelt key of the own table; at the root, a misspelt key of any table, if the `[table]` line is missing.
+    """
     *above, last = place
     key = str(last)
     table = max((known for known in tables if known == tuple(above[: len(known)])), key=len)
@@ -123,7 +132,12 @@ def _near(place: KeyPath, tables: Tables) -> str:
     for part in above[len(table) :]:
         field = fields.get(str(part))
         fields = field.annotation.model_fields if field and is_model(field.annotation) else {}
-    own = did_you_mean(key, fields)
-    others = {name: dotted((*place, name)) for place, other in tables.items() if place for name in other}
-    near = difflib.get_close_matches(key, others, n=1, cutoff=0.8)
-    return own or (f"; did you mean {others[near[0]]!r}?" if near else "")
+    others = [(name, dotted((*place, name))) for place, other in tables.items() if place for name in other]
+    if key not in UNSPECIFIC and (same := sorted({path for name, path in others if name == key})):
+        return f"; did you mean {' or '.join(map(repr, same))}?"
+    if said := hint(key, {path for _, path in others}, is_table=isinstance(given, Mapping)):
+        return said
+    if own := did_you_mean(key, fields):
+        return own
+    near = [] if above else difflib.get_close_matches(key, [name for name, _ in others], n=1, cutoff=0.8)
+    return f"; did you mean {dict(others)[near[0]]!r}?" if near else ""

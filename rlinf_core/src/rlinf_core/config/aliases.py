@@ -1,0 +1,89 @@
+"""Keys of openpi, lerobot, RLinf, TRL and Hugging Face's Trainer, with the key that does the same here.
+
+The error about an unknown key looks here, so that a config that was carried over names its new keys. Nothing here is
+accepted as a key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+_NO_LOG_INTERVAL = "metrics.jsonl has every step, and the console a line every ten seconds"
+_ACCUMULATION = (
+    "it follows from the batch: trainer.global_batch_size / (ranks x trainer.micro_batch_size); "
+    "set trainer.global_batch_size to the samples of an optimizer step"
+)
+
+_BY_KEY: Mapping[str, str] = {
+    "optim.lr": "learning_rate peak_lr base_lr optimizer_lr",
+    "optim.min_lr": "decay_lr lr_end end_lr min_learning_rate scheduler_decay_lr",
+    "optim.warmup_steps": "lr_warmup_steps num_warmup_steps scheduler_warmup_steps warmup_iters",
+    "optim.decay_steps": "lr_decay_steps scheduler_decay_steps total_training_steps lr_decay_iters",
+    "optim.betas": "adam_beta1 adam_beta2 adam_betas beta1 beta2 b1 b2 optimizer_betas",
+    "optim.eps": "adam_eps adam_epsilon optimizer_eps",
+    "optim.weight_decay": "adam_weight_decay optimizer_weight_decay",
+    "optim.clip_grad": (
+        "grad_clip max_grad_norm clip_grad_norm grad_clip_norm clip_gradient_norm gradient_clip_val "
+        "optimizer_grad_clip_norm"
+    ),
+    "optim.ema_decay": "ema ema_rate use_ema",
+    "trainer.global_batch_size": "batch_size train_batch_size total_batch_size",
+    "trainer.micro_batch_size": "per_device_train_batch_size per_device_batch_size train_micro_batch_size_per_gpu",
+    "trainer.param_dtype": "precision mixed_precision dtype torch_dtype bf16 fp16 pytorch_training_precision",
+    "trainer.activation_checkpointing": "gradient_checkpointing use_gradient_checkpointing",
+    "trainer.compile": "torch_compile compile_model use_torch_compile",
+    "runner.max_steps": "num_train_steps num_training_steps max_train_steps train_steps num_steps steps max_iters",
+    "runner.max_epochs": "num_train_epochs num_epochs epochs",
+    "runner.save_interval": "save_freq save_steps save_every checkpoint_interval",
+    "runner.keep_last": "save_total_limit",
+    "runner.keep_every": "keep_period",
+    "runner.val_check_interval": "eval_freq eval_steps eval_interval eval_every val_freq val_interval",
+    "runner.loggers": "wandb wandb_enabled use_wandb report_to logger logger_backends log_with",
+    "runner.name": "exp_name experiment_name job_name run_name",
+    "runner.output_dir": "checkpoint_base_dir log_path log_dir",
+    "policy.weights": (
+        "model_path model_name_or_path pretrained_path pretrained_model_name_or_path pytorch_weight_path "
+        "weight_loader checkpoint_path init_from"
+    ),
+    "policy.type": "model_type policy_type",
+    "policy.action_horizon": "chunk_size n_action_steps num_action_chunks action_chunk_size",
+    "data.repo_id": "dataset_name dataset_path data_path data_paths train_data_paths dataset_repo_id",
+    "data.num_workers": "dataloader_num_workers num_dataloader_workers",
+    "[optim]": "optimizer lr_schedule scheduler lr_scheduler",
+    "[data]": "dataset datasets train_dataset",
+    "[policy]": "model",
+    "[trainer]": "training train fsdp_config",
+}
+"""Our key or table, and theirs; `[table]` is only suggested for a table."""
+
+_SENTENCES: Mapping[str, str] = {
+    "gradient_accumulation_steps": _ACCUMULATION,
+    "grad_accumulation_steps": _ACCUMULATION,
+    "accumulate_grad_batches": _ACCUMULATION,
+    "log_freq": _NO_LOG_INTERVAL,
+    "log_interval": _NO_LOG_INTERVAL,
+    "logging_steps": _NO_LOG_INTERVAL,
+    "overwrite": "it is an option of the command, --overwrite",
+    "actor": "its keys are in [policy] (the model), [optim] and [trainer] (batch sizes, precision, sharding)",
+    "fsdp_devices": "trainer.num_replicas is the number of ranks divided by it",
+}
+"""Their key, and what to say where no key of ours is the same."""
+
+ALIASES: Mapping[str, str] = {theirs: ours for ours, names in _BY_KEY.items() for theirs in names.split()}
+
+
+def hint(key: str, known: set[str], *, is_table: bool) -> str:
+    """`"; here it is 'optim.lr'"` for a key of another project; empty for any other.
+
+    Args:
+        key: The unknown key, without its table.
+        known: The dotted keys of this config's tables: a key that the chosen classes do not have is not suggested.
+        is_table: Whether the unknown key is a table.
+    """
+    word = key.lower().replace("-", "_")
+    if word in _SENTENCES:
+        return f"; {_SENTENCES[word]}"
+    ours = ALIASES.get(word, "")
+    if ours.startswith("["):
+        return f"; here it is {ours}" if is_table else ""
+    return f"; here it is {ours!r}" if ours in known else ""
