@@ -295,6 +295,49 @@ def test_every_alias_leads_to_a_key(load):
         assert theirs not in fields, f"{theirs} is a key of [{table}]"
 
 
+def test_messages_speak_of_lists_and_of_what_0_means(mistakes):
+    message = mistakes("", "optim.betas=0.9", "runner.max_epochs=-1", "runner.loggers=wandb")
+    assert "optim.betas: Input should be a valid list (got 0.9)" in message
+    assert "runner.loggers: Input should be a valid list (got 'wandb')" in message
+    assert "runner.max_epochs: Input should be greater than or equal to 0 (got -1); 0 means no limit [" in message
+    assert "; 0 means" not in mistakes("", "seed=-1", "optim.warmup_steps=-1", "runner.max_epochs=-2")
+
+
+def test_a_mistake_between_keys_says_who_set_which_and_the_way_out(mistakes):
+    message = mistakes("[optim]\nmin_lr = 0.5", "optim.lr=0.1")
+    assert (
+        "min_lr (0.5) must not be larger than lr (0.1): set optim.min_lr, too, for example to a tenth (0.01)" in message
+    )
+    assert "(lr is from command line, min_lr is from " in message
+    assert "run.toml)" in message
+    message = mistakes("", "optim.lr=1e-6")
+    assert "lr is from command line, min_lr is from its default" in message
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("start", ["", "\ufeff"])
+def test_files_from_windows_are_read(start, end, tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_bytes(f'{start}seed = 1{end}[runner]{end}name = "π"{end}'.encode())
+    assert read_toml(path) == {"seed": 1, "runner": {"name": "π"}}
+
+
+@pytest.mark.parametrize("text", ["optim:\n  lr: 1e-4", "# mine\n\n---\nseed: 1", "- name: x", "---\n"])
+def test_yaml_is_recognised(text, tmp_path, plugins):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"run.yaml: it is YAML, and a config is TOML: `\[optim\]` for `optim:`"):
+        load_config(path, [], plugins)
+
+
+def test_a_runs_folder_is_not_its_config(tmp_path, plugins):
+    with pytest.raises(UserError, match=r"cannot be read: it is a folder; name the TOML file in it$"):
+        load_config(tmp_path, [], plugins)
+    (tmp_path / "config.toml").touch()
+    with pytest.raises(UserError, match=rf"name the TOML file in it, as {tmp_path}/config.toml$"):
+        load_config(tmp_path, [], plugins)
+
+
 def test_a_mistake_between_keys_names_everyone_who_wrote_them(mistakes):
     message = mistakes("[optim]\nmin_lr = 0.5")
     assert "optim: min_lr (0.5) must not be larger than lr (0.002)" in message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -96,9 +97,12 @@ def explain(error: ErrorDetails, layers: Sequence[Layer], tables: Tables, owner:
         case "missing":
             return mistake(place, "is required", layers, owner=owner)
         case _:
-            what = error["msg"].removeprefix("Value error, ")
+            what = _in_words_of_toml(error["msg"].removeprefix("Value error, "))
             if not isinstance(given, Mapping | BaseModel):
                 what += f" (got {_short(given)})"
+                what += _meaning_of_zero(error, tables)
+            else:
+                what += _who_set(place, what, layers, tables)
             is_key = bool(place) and isinstance(place[-1], str)
             if error["type"] == "string_type" and is_key and _origins(place, layers, given) == [COMMAND_LINE]:
                 what += f"""; for text that looks like TOML write {dotted(place)}='"{given}"'"""
@@ -113,6 +117,30 @@ def is_model(annotation: object) -> TypeGuard[type[BaseModel]]:
 def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _in_words_of_toml(message: str) -> str:
+    """Pydantic names Python's types; a config has lists."""
+    return message.replace("valid tuple", "valid list").replace("Tuple should", "List should")
+
+
+def _meaning_of_zero(error: ErrorDetails, tables: Tables) -> str:
+    """What 0 means for a key that got -1, the word for "no limit" elsewhere: the key's own description says it."""
+    if error["type"] != "greater_than_equal" or error["input"] != -1 or error.get("ctx", {}).get("ge") != 0:
+        return ""
+    *table, key = error["loc"]
+    field = tables.get(tuple(table), {}).get(str(key))
+    meaning = re.search(r"\b0: ([^.;]+)", (field and field.description) or "")
+    return f"; 0 means {' '.join(meaning[1].split())}" if meaning else ""
+
+
+def _who_set(place: KeyPath, message: str, layers: Sequence[Layer], tables: Tables) -> str:
+    """Where the keys that a message about a whole table names were set, if in different layers."""
+    named = [key for key in tables.get(place, {}) if re.search(rf"(?<![\w.]){re.escape(key)}\b", message)]
+    origins = {key: (_origins((*place, key), layers, None) or ["its default"])[0] for key in named}
+    if len(set(origins.values())) < 2:
+        return ""
+    return f" ({', '.join(f'{key} is from {origin}' for key, origin in origins.items())})"
 
 
 UNSPECIFIC = frozenset({"type", "name"})

@@ -6,6 +6,7 @@ A *table* is a document as `tomllib` parses it: nested dicts with string keys. N
 from __future__ import annotations
 
 import datetime
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any, TypeGuard
 from rlinf_core.errors import UserError
 
 Table = dict[str, Any]
+_YAML_LINE = re.compile(r"(- )?[\w.-]+:(\s|$)")
+"""The first line of a YAML document that TOML does not know: `optim:`, `lr: 1e-4` or `- name: x`."""
 DEEPEST = 50
 """Maximum nesting of tables and lists; Python's recursion allows a few hundred, and no config needs ten."""
 
@@ -27,7 +30,13 @@ def read_toml(source: Path | str) -> Table:
     if isinstance(source, str):
         return _loads(source)
     try:
-        return _loads(source.read_text(encoding="utf-8"))
+        text = source.read_text(encoding="utf-8-sig")  # Editors on Windows put a byte order mark first.
+        return _loads(text)
+    except IsADirectoryError as error:
+        inside = source / "config.toml"
+        raise UserError(
+            f"{source}: cannot be read: it is a folder; name the TOML file in it" + f", as {inside}" * inside.is_file()
+        ) from error
     except FileNotFoundError as error:
         raise UserError(f"{source}: no such file (relative to {Path.cwd()})") from error
     except OSError as error:
@@ -35,7 +44,19 @@ def read_toml(source: Path | str) -> Table:
     except UnicodeDecodeError as error:
         raise UserError(f"{source}: not TOML, which is UTF-8 text: {error}") from error
     except tomllib.TOMLDecodeError as error:
+        if _looks_like_yaml(text):
+            raise UserError(
+                f"{source}: it is YAML, and a config is TOML: `[optim]` for `optim:`, `lr = 1e-4` for `lr: 1e-4`, and "
+                'quotes around text (`name = "first"`); README has a whole one'
+            ) from error
         raise UserError(f"{source}: not valid TOML: {error}") from error
+
+
+def _looks_like_yaml(text: str) -> bool:
+    """Whether the first line with content is YAML's, not TOML's."""
+    lines = (line.strip() for line in text.splitlines())
+    first = next((line for line in lines if line and not line.startswith(("#", "%")) and line != "---"), "")
+    return bool(_YAML_LINE.match(first)) or text.lstrip().startswith("---")
 
 
 def _loads(text: str) -> Table:

@@ -147,5 +147,8 @@ class OptimConfig(Section):
         if self.decay_steps <= self.warmup_steps:
             raise ValueError(f"decay_steps ({self.decay_steps}) must be larger than warmup_steps ({self.warmup_steps})")
         if self.min_lr > self.lr:
-            raise ValueError(f"min_lr ({self.min_lr}) must not be larger than lr ({self.lr})")
+            raise ValueError(
+                f"min_lr ({self.min_lr}) must not be larger than lr ({self.lr}): set optim.min_lr, too, "
+                f"for example to a tenth ({self.lr / 10:g}), or to lr itself for no decay"
+            )
         return self
