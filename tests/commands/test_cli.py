@@ -218,10 +218,52 @@ def test_unknown_commands_are_told_near_names_and_failures(rlinf):
         f"  available: {', '.join(sorted(command.name for command in cli.COMMANDS))}",
     ]
     assert "  failed: lab 3.1 (entry point" in error
-    assert rlinf(broken)[0] == 2
     with pytest.raises(SystemExit) as caught:
         cli.main(["--dbug", "datasets"])
     assert caught.value.code == 2
+
+
+def test_no_command_shows_the_help(rlinf):
+    code, out, error = rlinf(repository_plugins())
+    assert (code, error) == (0, "")
+    assert (code, out, error) == rlinf(repository_plugins(), "--help")
+    assert "launch " in out
+
+
+@pytest.mark.parametrize("name", ["train", "finetune"])
+def test_who_looks_for_train_is_shown_launch_and_torchrun(name, rlinf):
+    code, _, error = rlinf(repository_plugins(), name, "my run.toml", "seed=1")
+    assert code == 2
+    assert f"unknown command '{name}': a run is started by `rlinf launch 'my run.toml' seed=1`" in error
+    assert "`torchrun --standalone --nproc-per-node N -m rlinf_core.train 'my run.toml' seed=1`" in error
+    assert "`rlinf launch CONFIG`" in rlinf(repository_plugins(), name)[2]
+
+
+def completions(line, tmp_path, **environment):
+    """What the tab key offers at the end of a line, and what was printed beside."""
+    found = tmp_path / "found"
+    shell = {
+        "_ARGCOMPLETE": "1",
+        "COMP_LINE": line,
+        "COMP_POINT": str(len(line)),
+        "_ARGCOMPLETE_STDOUT_FILENAME": found,
+    }
+    code = "import sys; from rlinf_core.cli import main; sys.argv = ['rlinf']; sys.exit(main())"
+    variables = os.environ | {name: str(value) for name, value in (shell | environment).items()}
+    result = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True)
+    return (found.read_text().split("\x0b") if found.exists() else []), result.stdout + result.stderr
+
+
+def test_the_tab_key_completes_commands_and_options(tmp_path):
+    pytest.importorskip("argcomplete")
+    assert [word.strip() for word in completions("rlinf la", tmp_path)[0]] == ["launch"]
+    assert "convert" in [word.strip() for word in completions("rlinf ", tmp_path)[0]]
+    assert [word.strip() for word in completions("rlinf plan x.toml --ra", tmp_path)[0]] == ["--ranks"]
+
+
+def test_the_tab_key_without_argcomplete_does_nothing(tmp_path):
+    install(tmp_path, "argcomplete", argcomplete="raise ImportError")
+    assert completions("rlinf la", tmp_path, PYTHONPATH=tmp_path) == ([], "")
 
 
 def test_user_errors_are_one_message_and_exit_code_2(tmp_path):

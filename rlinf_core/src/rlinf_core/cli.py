@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
+from rlinf_core.commands import completion
 from rlinf_core.commands.output import print_error
 from rlinf_core.contract.command import Command
 from rlinf_core.errors import Exit, PluginError, UserError, did_you_mean
@@ -33,6 +35,9 @@ COMMANDS = (
 )
 """Core's own commands."""
 
+TRAIN = frozenset({"train", "run", "start", "sft", "finetune", "fine-tune", "torchrun"})
+"""What people type for `launch`."""
+
 EXIT_CODES = """\
 exit codes:
   0    done; also a run that saved after SIGTERM
@@ -47,6 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     split = next((i for i, argument in enumerate(given) if not argument.startswith("-")), len(given))
     parser = _parser()
+    if completion.VARIABLE in os.environ and arguments is None:
+        completion.complete(parser, COMMANDS)
+        return Exit.OK
     options = parser.parse_args(given[:split])
     try:
         code = _run(parser, options, given[split:])
@@ -83,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(parser: argparse.ArgumentParser, options: argparse.Namespace, rest: Sequence[str]) -> int:
-    if options.help:
+    if options.help or not (rest or options.version):
         parser.epilog = f"{_list_commands()}\n\n{EXIT_CODES}"
         parser.print_help()
         return Exit.OK
@@ -92,10 +100,7 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace, rest: Seq
 
         print(f"rlinf-core {metadata.version('rlinf-core')}")
         return Exit.OK
-    if not rest:
-        names = ", ".join(command.name for command in COMMANDS)
-        raise UserError(f"no command given: use {names}, or a plugin's; `rlinf --help` describes them")
-    command, module = _find(rest[0])
+    command, module = _find(*rest)
     commands_parser = argparse.ArgumentParser(
         prog=f"rlinf {command.name}",
         description=command.help[:1].upper() + command.help[1:] + ".",
@@ -114,8 +119,8 @@ def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argpars
         return parser.parse_args(arguments)
 
 
-def _find(name: str) -> tuple[Command, Any]:
-    """The command with this name, and its module."""
+def _find(name: str, *arguments: str) -> tuple[Command, Any]:
+    """The command with this name, and its module; `arguments` follow the name on the command line."""
     for command in COMMANDS:
         if command.name == name:
             return command, import_module(command.module)
@@ -124,7 +129,8 @@ def _find(name: str) -> tuple[Command, Any]:
     plugins = get_plugins()
     known = sorted({command.name for command in (*COMMANDS, *(one.item for one in plugins.commands()))})
     if name not in known:
-        lines = [f"unknown command {name!r}{did_you_mean(name, known)}", f"available: {', '.join(known)}"]
+        hint = _how_to_train(arguments) if name in TRAIN else did_you_mean(name, known)
+        lines = [f"unknown command {name!r}{hint}", f"available: {', '.join(known)}"]
         lines += [f"failed: {failure}" for failure in plugins.failures]
         lines += [f"disabled by RLINF_DISABLE_PLUGINS: {distribution}" for distribution in plugins.blocked]
         raise UserError("\n  ".join(lines))
@@ -138,6 +144,14 @@ def _find(name: str) -> tuple[Command, Any]:
     if missing := [part for part in ("add_arguments", "run") if not hasattr(module, part)]:
         raise PluginError(f"the command {name!r} of {found.owner}: {module.__name__} has no {' and no '.join(missing)}")
     return found.item, module
+
+
+def _how_to_train(arguments: Sequence[str]) -> str:
+    given = shlex.join(arguments) or "CONFIG"
+    return (
+        f": a run is started by `rlinf launch {given}`, or by hand and from schedulers by "
+        f"`torchrun --standalone --nproc-per-node N -m rlinf_core.train {given}`"
+    )
 
 
 def _list_commands() -> str:
