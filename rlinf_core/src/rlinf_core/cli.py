@@ -19,6 +19,7 @@ from rlinf_core.commands import completion
 from rlinf_core.commands.output import print_error
 from rlinf_core.contract.command import Command
 from rlinf_core.errors import Exit, PluginError, UserError, did_you_mean
+from rlinf_core.terminal import replace_unprintable
 
 COMMANDS = (
     Command("launch", "start a run's processes as its config says, and wait for them", "rlinf_core.commands.launch"),
@@ -49,6 +50,7 @@ exit codes:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit code."""
+    replace_unprintable((sys.stdout, sys.stderr))
     given = list(sys.argv[1:] if arguments is None else arguments)
     split = next((i for i, argument in enumerate(given) if not argument.startswith("-")), len(given))
     parser = _parser()

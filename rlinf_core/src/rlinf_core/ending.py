@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlinf_core.errors import Exit, Interrupted, RunError, UserError
 from rlinf_core.files import write_text
+from rlinf_core.terminal import wrap
 from rlinf_core.untrusted import printable
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ class Ending:
 def _say(text: str) -> None:
     """Print to stderr; if it is redirected to a full disk, only the text is lost."""
     try:
-        print(text, file=sys.stderr, flush=True)
+        print(wrap(text, sys.stderr), file=sys.stderr, flush=True)
     except OSError:
         # Python flushes again at exit, and exits with 120 if that fails.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())

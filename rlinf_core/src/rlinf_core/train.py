@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from rlinf_core.ending import Ending
 from rlinf_core.errors import Interrupted
+from rlinf_core.terminal import replace_unprintable, wrap
 
 if TYPE_CHECKING:
     from rlinf_core.contract.process_group import ProcessGroup
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
+    replace_unprintable((sys.stdout, sys.stderr))
     parser = argparse.ArgumentParser(prog="torchrun ... -m rlinf_core.train", description=__doc__.splitlines()[0])
     parser.add_argument("config", help="the run's TOML file")
     parser.add_argument(
@@ -107,7 +109,7 @@ def train(
 def _report(group: ProcessGroup, lines: Iterable[str], stream: TextIO | None = None) -> None:
     if group.rank == 0:
         for line in lines:
-            print(line, file=stream, flush=True)
+            print(wrap(line, stream or sys.stdout), file=stream, flush=True)
 
 
 def record_environment(run: RunConfig, group: ProcessGroup, plugins: Plugins) -> None:

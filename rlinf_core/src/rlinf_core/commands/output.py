@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from rlinf_core.terminal import wrap
 from rlinf_core.untrusted import printable
 
 
@@ -31,7 +32,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def print_text(text: str) -> None:
     """Print one or more lines of text."""
-    print(printable(text))
+    print(wrap(printable(text), sys.stdout))
 
 
 def print_json(value: Any) -> None:
@@ -41,14 +42,16 @@ def print_json(value: Any) -> None:
 
 def print_error(message: str) -> None:
     """Print an error message to stderr."""
-    message = printable(message)
+    message = wrap(f"error: {printable(message)}", sys.stderr)
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.text import Text
 
-        Console(stderr=True).print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+        text = Text(message)
+        text.stylize("bold red", 0, len("error:"))
+        Console(stderr=True).print(text, soft_wrap=True)
         return
-    print(f"error: {message}", file=sys.stderr)
+    print(message, file=sys.stderr)
 
 
 @contextmanager

@@ -105,7 +105,7 @@ class ConsoleLogger:
 
     def message(self, text: str) -> None:
         """Print a message."""
-        self._console.print(Text(printable(text), style="dim"), soft_wrap=True)
+        self._console.print(Text(printable(text), style="dim"), soft_wrap=not self._console.is_terminal)
 
     def close(self, error: BaseException | None) -> None:
         """Print how the run ended: the result table and a plot of the loss."""
@@ -129,7 +129,7 @@ class ConsoleLogger:
         self._print(f"[red]{self._run.runner.name}: {why} after step {step}; {way_on}[/]")
 
     def _print(self, line: str) -> None:
-        self._console.print(printable(line), soft_wrap=True)
+        self._console.print(printable(line), soft_wrap=not self._console.is_terminal)
 
 
 def by_source(metrics: Mapping[str, float], sources: Sequence[str]) -> Iterator[tuple[str, dict[str, float]]]:

@@ -1,0 +1,86 @@
+"""Text for the terminal that there is: narrow ones wrap at words, and those without UTF-8 get ASCII.
+
+Files are always UTF-8; only stdout and stderr depend on the environment.
+"""
+
+from __future__ import annotations
+
+import codecs
+import shutil
+import textwrap
+from collections.abc import Iterable
+from io import TextIOWrapper
+from typing import TextIO
+
+NARROWEST = 40
+"""Columns below which words are not kept together any more."""
+_ASCII = {
+    "π": "pi",
+    "…": "...",
+    "·": "-",
+    "±": "+-",
+    "\u00d7": "x",  # times
+    "≥": ">=",
+    "≤": "<=",
+    "→": "->",
+    "°": " degrees",
+    "↵": "\\n",
+    "␣": " ",
+    "▁": "_",
+    "∅": "none",
+    "⟦": "[[",
+    "⟧": "]]",
+    **dict.fromkeys("\u2013\u2014", "-"),  # dashes
+    **dict.fromkeys("─━═╌┄┈╴╶╸╺", "-"),
+    **dict.fromkeys("│┃║╎┆┊╵╷╹╻", "|"),
+    **dict.fromkeys("\u201c\u201d\u201e", '"'),
+    **dict.fromkeys("\u2018\u2019", "'"),
+    **dict(zip("₀₁₂₃₄₅₆₇₈₉", "0123456789", strict=True)),
+    **{power: f"^{digit}" for power, digit in zip("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789", strict=True)},
+}
+_BOXES, _BRAILLE = range(0x2500, 0x25A0), range(0x2800, 0x2900)
+_HANDLER = "rlinf-ascii"
+
+
+def replace_unprintable(streams: Iterable[TextIO | None]) -> None:
+    """Let streams of another encoding than UTF-8 print a replacement for what it lacks, instead of failing."""
+    codecs.register_error(_HANDLER, _replace)
+    for stream in streams:
+        if isinstance(stream, TextIOWrapper) and codecs.lookup(stream.encoding).name != "utf-8":
+            stream.reconfigure(errors=_HANDLER)
+
+
+def _replace(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(map(in_ascii, error.object[error.start : error.end])), error.end
+
+
+def in_ascii(character: str) -> str:
+    """What a terminal without Unicode shows for a character: `pi` for π; `?` where nothing is like it."""
+    if character in _ASCII:
+        return _ASCII[character]
+    if ord(character) in _BRAILLE:  # The points of a plot; the first is empty.
+        return " " if ord(character) == _BRAILLE.start else "*"
+    return "+" if ord(character) in _BOXES else "?"
+
+
+def wrap(text: str, stream: TextIO) -> str:
+    """Break lines at words where a terminal would break inside them; text for pipes and files stays as it is.
+
+    Continuation lines are indented by two columns more than the line. Paths and other long words are never broken, so
+    that they can be copied.
+    """
+    if not stream.isatty():
+        return text
+    width = shutil.get_terminal_size().columns
+    if width < NARROWEST:
+        return text
+    return "\n".join(line if len(line) <= width else _break(line, width) for line in text.split("\n"))
+
+
+def _break(line: str, width: int) -> str:
+    indent = line[: len(line) - len(line.lstrip())] + "  "
+    wrapper = textwrap.TextWrapper(width, subsequent_indent=indent, replace_whitespace=False)
+    wrapper.break_long_words = wrapper.break_on_hyphens = False
+    return wrapper.fill(line)
