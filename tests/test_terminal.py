@@ -1,6 +1,7 @@
 """Text on narrow terminals and on those without UTF-8."""
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
+from rlinf_core import cli
 from rlinf_core.loggers.console import loss_plot
 from rlinf_core.terminal import in_ascii, replace_unprintable, wrap
 
@@ -74,6 +76,18 @@ def test_what_messages_contain_has_a_likeness_in_ascii(pytestconfig):
     sources = [path for folder in folders for path in (pytestconfig.rootpath / folder).rglob("*.py")]
     found = {c for path in sources for c in path.read_text(encoding="utf-8") if ord(c) > 127}
     assert {c for c in found if in_ascii(c) == "?" and unicodedata.category(c) != "Lo"} == set()
+
+
+def test_commands_announce_phases_to_people_only(monkeypatch, capsys):
+    validate = ["validate", "examples/quickstart.toml"]
+    assert cli.main([*validate, "--json"]) == 0
+    alone = capsys.readouterr()
+    assert alone.err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert cli.main([*validate, "--json"]) == 0
+    watched = capsys.readouterr()
+    assert watched.err.splitlines() == ["loading plugins and the config ...", "checking data, statistics and files ..."]
+    assert json.loads(watched.out) == json.loads(alone.out)
 
 
 @pytest.mark.parametrize("variables", [{"PYTHONIOENCODING": "ascii"}, {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0"}])

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from rlinf_core.loggers.console import ConsoleLogger, by_source, loss_plot, result_table
+from rlinf_core.loggers.console import ConsoleLogger, by_source, loss_plot, result_table, validations_ahead
 
 STEPS = [
     {"step": s, "loss": 2.0 / s, "lr": 1e-3, "grad_norm": 1.0, "samples_per_second": 8.0, "data_wait_share": 0.1}
@@ -53,7 +53,7 @@ def logger(tmp_path):
 
     run = Namespace(
         folder=tmp_path,
-        runner=Namespace(name="smoke", max_steps=20),
+        runner=Namespace(name="smoke", max_steps=20, val_check_interval=0),
         data=Namespace(config_name="toy"),
         sources=[Namespace(name="")],
         policy=Namespace(type="toy"),
@@ -70,6 +70,30 @@ def test_first_and_last_step_are_always_shown(logger):
     assert "step  1/20" in text
     assert "step 20/20" in text
     assert "step 10/20" not in text
+
+
+@pytest.mark.parametrize(
+    ("step", "interval", "ahead"), [(1, 0, 0), (1, 20, 1), (20, 20, 1), (1, 8, 3), (8, 8, 3), (9, 8, 2), (17, 8, 1)]
+)
+def test_validations_to_come_are_counted(step, interval, ahead):
+    due = [s for s in range(step, 21) if interval and (s % interval == 0 or s == 20)]
+    assert validations_ahead(step, 20, interval) == len(due) == ahead
+
+
+def test_the_eta_includes_validations_to_come(logger, monkeypatch):
+    """A step takes 10 seconds and a validation, every 8 steps and after the last, 100."""
+    now = 0.0
+    monkeypatch.setattr("rlinf_core.loggers.console.time.monotonic", lambda: now)
+    logger._started, logger._run.runner.val_check_interval = 0.0, 8
+    for row in STEPS:
+        now += 10
+        logger.step(row["step"], row)
+        if row["step"] in (8, 16):
+            now += 100
+            logger.validation(row["step"], {"val_loss": 1.0})
+    etas = [line.rpartition("ETA ")[2] for line in logger._console.file.getvalue().splitlines() if "ETA" in line]
+    assert (etas[0], etas[7]) == ("3:10 + 3 validations", "2:00 + 3 validations")
+    assert (etas[8], etas[15], etas[16], etas[19]) == ("5:10", "4:00", "2:10", "1:40")
 
 
 def test_a_schedule_that_outlasts_the_run_is_said(logger):

@@ -88,6 +88,7 @@ def by_ranks(launch, tmp_path_factory):
         folders[ranks] = tmp_path_factory.mktemp(f"ranks{ranks}")
         result = launch(ranks, folders[ranks], "runner.max_steps=4")
         assert result.returncode == 0, result.stdout + result.stderr
+        (folders[ranks] / "stdout").write_text(result.stdout)
     return folders
 
 
@@ -127,6 +128,18 @@ def test_a_run_writes_what_others_read(by_ranks):
     assert (folder / "latest").read_text() == "step_000000004"
     state = json.loads((folder / "checkpoints" / "step_000000004" / "state.json").read_text())
     assert (state["step"], state["sample"]) == (4, 48)
+
+
+def test_a_run_says_once_what_takes_a_while(by_ranks):
+    """On three ranks; before the logger's first line, which names the run."""
+    before = (by_ranks[3] / "stdout").read_text().partition("run starts: ")[0]
+    assert [line for line in before.splitlines() if line.endswith(" ...")] == [
+        "loading plugins and the config ...",
+        "loading torch and joining the ranks ...",
+        "opening the data ...",
+        "statistics of 382 training rows ...",
+        "building the policy with its initial values ...",
+    ]
 
 
 @pytest.mark.slow  # tests/faults does it to a toy policy many times.

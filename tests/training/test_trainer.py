@@ -77,6 +77,17 @@ def test_limits_survive_being_written(configure, tmp_path, toy_plugins):
         configure("runner.max_steps=0")
 
 
+def test_a_validation_is_announced_and_the_eta_counts_those_to_come(train, capsys):
+    train("runner.max_steps=4", "runner.val_check_interval=2")
+    out = capsys.readouterr().out
+    lines = [line for line in out.splitlines() if line.startswith("step")]
+    assert [line.partition(": ")[2] for line in lines if "validating" in line] == [
+        "validating on held-out data ..."
+    ] * 2
+    assert next(line for line in lines if line.startswith("step 1/4")).endswith("+ 2 validations")
+    assert "validation" not in next(line for line in lines if line.startswith("step 4/4"))
+
+
 def test_validation_measures_live_and_averaged_weights(train):
     trainer = train("runner.max_steps=6", "runner.val_check_interval=3", "optim.ema_decay=0.9")
     for row in rows(trainer, "val_loss"):

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import codecs
 import shutil
+import sys
 import textwrap
 from collections.abc import Iterable
 from io import TextIOWrapper
 from typing import TextIO
+
+from rlinf_core.untrusted import printable
 
 NARROWEST = 40
 """Columns below which words are not kept together any more."""
@@ -77,6 +80,18 @@ def wrap(text: str, stream: TextIO) -> str:
     if width < NARROWEST:
         return text
     return "\n".join(line if len(line) <= width else _break(line, width) for line in text.split("\n"))
+
+
+def announce(phase: str, *, rank: int = 0) -> None:
+    """Print on rank 0 what a run does next that may take a while, before it has loggers."""
+    if rank == 0:
+        print(f"{phase} ...", flush=True)
+
+
+def print_phase(what: str) -> None:
+    """Print what a command does next that may take a while, for people only: on stderr, if it is a terminal."""
+    if sys.stderr.isatty():
+        print(wrap(f"{printable(what)} ...", sys.stderr), file=sys.stderr, flush=True)
 
 
 def _break(line: str, width: int) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from rlinf_core.ending import Ending
 from rlinf_core.errors import Interrupted
-from rlinf_core.terminal import replace_unprintable, wrap
+from rlinf_core.terminal import announce, replace_unprintable, wrap
 
 if TYPE_CHECKING:
     from rlinf_core.contract.process_group import ProcessGroup
@@ -75,6 +75,8 @@ def train(
         UserError: For everything that the user can fix.
         Interrupted: A signal ended the run early, after saving.
     """
+    rank = int(os.environ.get("RANK", "0"))
+    announce("loading plugins and the config", rank=rank)
     from rlinf_core.config.load import load_config
     from rlinf_core.plugins.registry import get_plugins
 
@@ -82,6 +84,7 @@ def train(
     run = load_config(config, overrides, plugins)
     plugins.hook.rlinf_configure(run=run)
 
+    announce("loading torch and joining the ranks", rank=rank)
     from rlinf_core.contract.cluster import check_world_size
     from rlinf_core.training.distributed.processes import processes
     from rlinf_core.training.resume import say_finished

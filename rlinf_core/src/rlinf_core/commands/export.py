@@ -25,7 +25,9 @@ def run(options: argparse.Namespace) -> None:
     """Export, and print what was written."""
     from rlinf_core.export import Choice, export_run
     from rlinf_core.plugins.registry import get_plugins
+    from rlinf_core.terminal import print_phase
 
     choice = Choice(options.step, options.best, options.ema, options.dtype, options.format, options.source)
+    print_phase(f"loading a checkpoint of {options.run} and writing it to {options.output}")
     checkpoint = export_run(Path(options.run), Path(options.output), choice, get_plugins())
     print_text(f"{options.output}: {'EMA ' if options.ema else ''}weights of {checkpoint} in {options.dtype}")

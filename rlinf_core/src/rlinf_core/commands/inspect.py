@@ -50,8 +50,10 @@ def run(options: argparse.Namespace) -> int:
     from rlinf_core.config.load import load_config
     from rlinf_core.inspect.page import check_folder, check_libraries, render, write
     from rlinf_core.plugins.registry import get_plugins
+    from rlinf_core.terminal import print_phase
 
     check_libraries()
+    print_phase("loading plugins and the config")
     plugins = get_plugins()
     config = load_config(options.config, options.overrides, plugins)
     folder = Path(options.output) if options.output else Path("inspect") / config.runner.name
@@ -64,6 +66,7 @@ def run(options: argparse.Namespace) -> int:
     if not any(len(source.lengths) for source in view.sources):
         raise UserError(view.report.refusal(options.config))
     given = shlex.join([options.config, *options.overrides])
+    print_phase("drawing the page")
     page = write(folder, *render(view, given))
     for warning in view.warnings:
         print_text(f"warning: {warning}")

@@ -25,9 +25,11 @@ def run(options: argparse.Namespace) -> int:
     from rlinf_core.config.load import load_config
     from rlinf_core.plugins.registry import get_plugins
     from rlinf_core.preflight import nobody_launches
+    from rlinf_core.terminal import print_phase
     from rlinf_core.training.resume import Flags, decide_start, say_finished
     from rlinf_core.training.run_folder import read_folder
 
+    print_phase("loading plugins and the config")
     plugins = get_plugins()
     config = load_config(options.config, options.overrides, plugins)
     plugins.hook.rlinf_configure(run=config)
@@ -38,6 +40,7 @@ def run(options: argparse.Namespace) -> int:
             return 0
     arguments = [options.config, *options.overrides, *["--overwrite"] * options.overwrite]
     arguments += ["--allow-change"] * options.allow_change + ["--debug"] * options.debug
+    print_phase(f"starting processes with {config.cluster.launcher}")
     code: int | None = plugins.hook.rlinf_launch(run=config, arguments=arguments)
     if code is None:
         raise nobody_launches(config, plugins)

@@ -89,9 +89,13 @@ def _compute(options: argparse.Namespace) -> int:
     from rlinf_core.data.splits import open_split
     from rlinf_core.data.statistics.run import diagnose
     from rlinf_core.plugins.registry import get_plugins
+    from rlinf_core.terminal import print_phase
 
+    print_phase("loading plugins, the config and the data")
     run = _load(options)
-    diagnosis = diagnose(run, open_split(run, get_plugins(), "train"))
+    rows = open_split(run, get_plugins(), "train")
+    print_phase(f"statistics of {len(rows)} training rows")
+    diagnosis = diagnose(run, rows)
     errors = any(finding.severity == "error" for finding in diagnosis.findings)
     tables = _diagnosed(diagnosis)
     if options.json:

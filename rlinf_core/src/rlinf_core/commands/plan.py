@@ -65,9 +65,12 @@ def run(options: argparse.Namespace) -> None:
     """Compute the plan and print it."""
     from rlinf_core.config.load import load_config
     from rlinf_core.plugins.registry import get_plugins
+    from rlinf_core.terminal import print_phase
 
+    print_phase("loading plugins and the config")
     plugins = get_plugins()
     config = load_config(options.config, options.overrides, plugins)
+    print_phase("loading torch and counting a step's operations and memory")
     from rlinf_core.plan.advice import advise  # Loads torch, which takes seconds: report config mistakes first.
     from rlinf_core.plan.step import plan
 

@@ -74,7 +74,10 @@ def _check(options: argparse.Namespace) -> Report:
     from rlinf_core.config.load import load_config
     from rlinf_core.plugins.registry import get_plugins
     from rlinf_core.preflight import check_run
+    from rlinf_core.terminal import print_phase
 
+    print_phase("loading plugins and the config")
     plugins = get_plugins()
     run = load_config(options.config, options.overrides, plugins)
+    print_phase("checking data, statistics and files")
     return check_run(run, plugins, options.ranks, allow_change=options.allow_change)

@@ -23,6 +23,7 @@ from rlinf_core.errors import UserError
 from rlinf_core.inspect.samples import SampleView, TrainingRow, choose, find, occurrences, view
 from rlinf_core.plugins.registry import Plugins
 from rlinf_core.preflight import DIAGNOSED_ROWS, Report, check_run
+from rlinf_core.terminal import print_phase
 
 DIAGNOSED_WITH_IMAGES = 512
 SUMMARIZED_ROWS = 4096
@@ -109,7 +110,9 @@ def inspect_run(run: RunConfig, plugins: Plugins, at: Sequence[tuple[str, int, i
     Raises:
         UserError: A row of `at` does not exist.
     """
+    print_phase("opening the data")
     opened = [_open(source, plugins) for source in run.sources]  # Kept open, so that check_run need not reopen them.
+    print_phase("checking data, statistics and files")
     report = check_run(run, plugins)
     order, steps = _order(run, opened)
     views, facts = [], dict(report.facts)
@@ -175,9 +178,12 @@ def _fill(
     shown.held_out = _lengths(rows.held_out) if rows.held_out else shown.held_out
     tasks = _tasks(rows.train)
     shown.tasks, shown.tasks_of = _count_tasks(rows, tasks), len(tasks)
+    prefix = f"{source.name}: " if source.name else ""
+    print_phase(f"{prefix}statistics of {len(rows.train)} training rows")
     pipeline = _statistics(source.run, rows.train, shown)
     if pipeline is None:
         return
+    print_phase(f"{prefix}reading the samples to show")
     order, steps, number = ordered
     stop_step = source.run.runner.stop_step(steps)
     for row in chosen or choose(rows.train, tasks):

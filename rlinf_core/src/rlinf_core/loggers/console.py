@@ -48,6 +48,9 @@ class ConsoleLogger:
         self._console, self._run = console, run
         self._started, self._start_step, self._stop_step = time.monotonic(), start_step, stop_step
         self._last_line = float("-inf")
+        self._last_step = self._started
+        self._validated, self._validating = 0, 0.0
+        """Validations so far, and the seconds that they took together."""
         where = f"continues at step {start_step}" if start_step else "starts"
         self._sources = [source.name for source in run.sources if source.name]
         datasets = " + ".join(self._sources or [run.data.config_name])
@@ -72,17 +75,27 @@ class ConsoleLogger:
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Print the step if enough time has passed since the last line."""
-        now = time.monotonic()
+        now = self._last_step = time.monotonic()
         if now - self._last_line < SECONDS_BETWEEN_LINES and step != self._stop_step:
             return
         self._last_line = now
-        left = (now - self._started) / (step - self._start_step) * (self._stop_step - step)
         shown = [form.format(metrics[name]) for name, form in SHOWN.items() if name in metrics]
         position = f"step {step:>{len(str(self._stop_step))}}/{self._stop_step}"
-        self._print("  ".join([position, *shown, f"ETA {_duration(left)}"]))
+        self._print("  ".join([position, *shown, f"ETA {self._time_left(step, now)}"]))
+
+    def _time_left(self, step: int, now: float) -> str:
+        """Until the end of the run: the steps and, once one has shown how long it takes, the validations to come."""
+        training = now - self._started - self._validating
+        left = training / (step - self._start_step) * (self._stop_step - step)
+        ahead = validations_ahead(step, self._stop_step, self._run.runner.val_check_interval)
+        if not ahead or self._validated:
+            return _duration(left + ahead * self._validating / max(self._validated, 1))
+        return f"{_duration(left)} + {ahead} validation{'s' * (ahead > 1)}"
 
     def validation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Print a validation; for a mixture also one line per source."""
+        self._validated += 1
+        self._validating += time.monotonic() - self._last_step
         for name, own in by_source(metrics, self._sources):
             self._print(f"[cyan]step {step}: {name}{':' * bool(name)}{self._measured(own)}[/]")
 
@@ -105,7 +118,7 @@ class ConsoleLogger:
 
     def message(self, text: str) -> None:
         """Print a message."""
-        self._console.print(Text(printable(text), style="dim"), soft_wrap=not self._console.is_terminal)
+        self._console.print(Text(printable(text), style="dim"), soft_wrap=not self._console.file.isatty())
 
     def close(self, error: BaseException | None) -> None:
         """Print how the run ended: the result table and a plot of the loss."""
@@ -129,7 +142,14 @@ class ConsoleLogger:
         self._print(f"[red]{self._run.runner.name}: {why} after step {step}; {way_on}[/]")
 
     def _print(self, line: str) -> None:
-        self._console.print(printable(line), soft_wrap=not self._console.is_terminal)
+        self._console.print(printable(line), soft_wrap=not self._console.file.isatty())
+
+
+def validations_ahead(step: int, stop_step: int, interval: int) -> int:
+    """Validations from a step on, whose own is not done yet: after every `interval` steps, and after the last one."""
+    if not interval:
+        return 0
+    return stop_step // interval - (step - 1) // interval + (stop_step % interval > 0)
 
 
 def by_source(metrics: Mapping[str, float], sources: Sequence[str]) -> Iterator[tuple[str, dict[str, float]]]:

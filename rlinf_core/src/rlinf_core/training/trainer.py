@@ -13,6 +13,7 @@ from typing import Any
 from rlinf_core.contract.process_group import ProcessGroup
 from rlinf_core.contract.run import LoadedPlugins, RunConfig, Start
 from rlinf_core.errors import Interrupted
+from rlinf_core.terminal import announce
 from rlinf_core.training.build import build_state, open_weights
 from rlinf_core.training.checkpoint.load import load
 from rlinf_core.training.checkpoint.manager import Checkpoints
@@ -33,14 +34,19 @@ class Fsdp2Trainer:
         self, run: RunConfig, config: Fsdp2Settings, *, start: Start, group: ProcessGroup, plugins: LoadedPlugins
     ) -> None:
         check_batching(run, group.size)
+        announce("opening the data", rank=group.rank)
         with group.first_on_each_machine():  # Data and weights may have to be downloaded.
             data = RunData.open(run, plugins)
             weights = None if start.checkpoint else open_weights(data.run)
         self.stop_step = data.stop_step  # Known before statistics, which take long: are there enough rows?
+        if run.policy.normalization != "none" and not start.checkpoint:
+            announce(f"statistics of {data.size} training rows", rank=group.rank)
         data = data.prepare(group, resuming=start.checkpoint is not None)
         self.run, self.step, self.data = data.run, start.step, data
         self._config, self._group = config, group
         self._validation = open_validation(data.run, data.sources, data.held_out, group)
+        source = start.checkpoint or (run.policy.weights if weights is not None else "its initial values")
+        announce(f"building the policy with {source}", rank=group.rank)
         self._state = build_state(data.run, config, group, plugins, weights, filled=start.checkpoint is None)
         self._best, self._validated = Best(), 0
         self._fingerprint = data.fingerprint  # Now: a save must not depend on files that may be gone by then.
@@ -159,6 +165,7 @@ class Fsdp2Trainer:
             return self._group.any(stop.received is not None)
 
         self._compute.pause()
+        self._monitor.log(f"step {self.step}: validating on held-out data ...")
         results = self._validation(self.policy, self.ema, interrupted)
         if results is None:
             return False, True
