@@ -322,14 +322,17 @@ def browser():
 ASK = """<script>addEventListener("load", () => {
   const broken = [...document.images].filter(image => !image.complete || !image.naturalWidth).length;
   const plots = [...document.querySelectorAll("figure > svg")].map(one => one.getBoundingClientRect().height);
+  const widths = [...document.querySelectorAll("main > figure > svg, .sample > figure > svg")]
+    .map(one => one.getBoundingClientRect().width);
   const sections = [...document.querySelectorAll("h2, h3")].map(one => one.textContent.trim());
   const root = document.documentElement;
-  const found = { images: document.images.length, broken, plots, sections, wide: root.scrollWidth - root.clientWidth };
+  const wide = root.scrollWidth - root.clientWidth;
+  const found = { images: document.images.length, broken, plots, widths, sections, wide };
   document.body.innerHTML = ""; document.body.append(JSON.stringify(found)); })</script>"""
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("width", [700, 1400])
+@pytest.mark.parametrize("width", [500, 700, 1400])
 def test_a_browser_shows_the_page(browser, page, tmp_path, width):
     """The page itself, with a script after it that tells what the browser made of it."""
     asked = tmp_path / "asked.html"
@@ -344,6 +347,8 @@ def test_a_browser_shows_the_page(browser, page, tmp_path, width):
     assert found["broken"] == 0
     assert min(found["plots"]) > 10
     assert found["wide"] <= 0
+    # Below that, labels of plots are too small to be read; the plots scroll.
+    assert min(found["widths"]) >= 600
     assert {"Findings", "Run", "Data", "Episode lengths", "Tasks", "Config"} <= set(found["sections"])
     assert [section[:8] for section in found["sections"] if section.startswith("Sample")] == [
         f"Sample {i}" for i in (1, 2, 3)
