@@ -66,7 +66,7 @@ def test_a_checkpoint_runs_no_code(what, tmp_path):
     mark = tmp_path / "ran"
     entry = Exploit(mark) if what == "code" else BytesStorageMetadata()
     (tmp_path / INDEX).write_bytes(pickle.dumps(Metadata(state_dict_metadata={"w": entry}, storage_data={})))
-    with pytest.raises(UserError, match="for which an index has no use"):
+    with pytest.raises(UserError, match="which does not belong in an index"):
         ShardReader(tmp_path).read_metadata()
     assert not mark.exists()
 

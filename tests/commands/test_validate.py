@@ -224,11 +224,13 @@ def test_the_doctors_findings_are_told(validate, findings, tmp_path):
     path.write_text(json.dumps({"norm_stats": {"state": vector | {"q99": [1.0, 1.0, 1.0, -1.0]}, "actions": vector}}))
     code, found = validate(f"data.norm_stats={path}")
     assert (code, found["findings"]) == (0, [])
-    (warning,) = [text for text in found["warnings"] if text.startswith("no-spread: state [3]: ")]
+    (warning,) = [text for text in found["warnings"] if text.startswith("no-spread: state [3: gripper_opening]: ")]
     assert "data.norm_floor = " in warning
     wrong = vector | {"q99": [1.0, 1.0, 1.0, -2.0]}
     path.write_text(json.dumps({"norm_stats": {"state": wrong, "actions": vector}}))
-    assert "negative-spread: state [3]: q99 is smaller than q01" in findings(f"data.norm_stats={path}")[0]
+    assert (
+        "negative-spread: state [3: gripper_opening]: q99 is smaller than q01" in findings(f"data.norm_stats={path}")[0]
+    )
 
 
 def test_the_splits_are_told_in_a_line(validate):

@@ -162,7 +162,7 @@ def test_an_exported_mixture_acts_as_either_robot(trained, tmp_path, capsys):
         expected = source.pipeline.decode(actions[0].numpy(), sample)
         assert expected.shape == (4, {"two_arms": 5, "gantry": 2}[source.name])
         np.testing.assert_allclose(policy.infer(seen, noise), expected, rtol=1e-5, atol=1e-6)
-    with pytest.raises(UserError, match=r"of several datasets: name one of two_arms, gantry in load_policy"):
+    with pytest.raises(UserError, match=r"has several datasets: name one of two_arms, gantry in load_policy"):
         load_policy(tmp_path / "policy")
     with pytest.raises(UserError, match=r"there is no source 'gantri'; did you mean 'gantry'\?"):
         load_policy(tmp_path / "policy", source="gantri")
@@ -202,7 +202,7 @@ def test_commands_look_at_one_robot_of_a_mixture(config, capsys, monkeypatch):
         else:
             assert (found["episodes"], found["ok"]) == (2, True)
         assert cli.main([command, str(config)]) == 2
-        assert "of several datasets: name one of two_arms, gantry with --source" in capsys.readouterr().err
+        assert "has several datasets: name one of two_arms, gantry with --source" in capsys.readouterr().err
 
 
 def test_rows_of_the_embedding_are_those_of_all_sources_prompts(robots, config):

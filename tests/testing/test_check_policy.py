@@ -330,3 +330,31 @@ def test_everything_found_stands_in_one_message(monkeypatch):
         "it raised KeyError: 'gripper'\n"
         "  (not checked: collate and the module: no samples could be encoded)"
     )
+
+
+def test_the_sample_that_a_policy_fails_on_is_shown(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(ArmPolicy, "transforms", lambda self: (Needs("gripper"),))
+        with pytest.raises(AssertionError) as caught:
+            check_policy(ArmPolicy())
+    (note,) = caught.value.__notes__
+    head, *lines = note.splitlines()
+    assert head == "check_policy made this sample; if the policy needs another, pass it: check_policy(config, sample):"
+    assert lines[0] == "  images: {}"
+    assert lines[1].startswith("  state: float32 [7] from -")
+    assert lines[2] == "  prompt: 'lift the red block'"
+    assert lines[3].startswith("  actions: float32 [3, 7] from -")
+    assert lines[4] == "  actions_is_pad: bool [3]"
+    given = {"images": {"wrist": np.zeros((4, 4, 3), np.uint8)}, "state": np.ones(9, np.float32)}
+    with pytest.raises(AssertionError) as caught:
+        check_policy(ArmPolicy(), given)
+    assert caught.value.__notes__[0].startswith(
+        "the sample that was given:\n  images.wrist: uint8 [4, 4, 3] from 0 to 0"
+    )
+
+
+def test_a_mistake_in_the_config_shows_no_sample(monkeypatch):
+    monkeypatch.setattr(ArmPolicy, "__doc__", None)
+    with pytest.raises(AssertionError) as caught:
+        check_policy(ArmPolicy())
+    assert not hasattr(caught.value, "__notes__")

@@ -12,7 +12,7 @@ from rlinf_core.data.normalize import Normalize, NormStats, Origin, save_norm_st
 from rlinf_core.data.splits import open_split
 from rlinf_core.data.statistics.action_kind import diagnose_actions
 from rlinf_core.data.statistics.compute import summarize
-from rlinf_core.data.statistics.diagnose import compare_origins, compare_with_data
+from rlinf_core.data.statistics.diagnose import Finding, compare_origins, compare_with_data
 from rlinf_core.data.statistics.run import diagnose
 from rlinf_core.data.transforms import Concatenate, RelativeActions, RelativeUnless
 from rlinf_core.errors import UserError
@@ -261,5 +261,51 @@ def test_statistics_that_would_spoil_a_run_refuse_it(tmp_path):
     given = run.data.model_copy(update={"norm_stats": str(tmp_path / "s.json")})
     broken = diagnose(run.model_copy(update={"data": given}), source)
     assert [finding.id for finding in broken.findings] == ["not-finite"]
-    with pytest.raises(UserError, match=r"not-finite: actions \[1\]: q01 is NaN or infinite\. Leave data\.norm_stats"):
+    with pytest.raises(
+        UserError, match=r"not-finite: actions \[1: dy\]: q01 is NaN or infinite\. Leave data\.norm_stats"
+    ):
         broken.refuse()
+
+
+@pytest.fixture
+def quickstart(tmp_path):
+    """Metaworld, whose dataset calls the numbers of the state x, y, z and gripper_opening."""
+
+    def quickstart(**changed):
+        run = load_config(ROOT / "examples" / "quickstart.toml", [], repository_plugins())
+        source = open_split(run, repository_plugins(), "train")
+        stats = change(diagnose(run, source).stats, "state", **changed)
+        save_norm_stats(tmp_path / "norm_stats.json", stats)
+        data = run.data.model_copy(update={"norm_stats": str(tmp_path / "norm_stats.json")})
+        return run.model_copy(update={"data": data}), source
+
+    return quickstart
+
+
+def test_findings_call_dimensions_by_the_names_of_the_dataset(quickstart):
+    (finding,) = diagnose(*quickstart(q01=(1, 0.6), q99=(1, 0.6))).findings
+    assert str(finding).startswith("no-spread: state [1: y]: the statistics have no spread")
+    assert "would widen state [1: y]; " in finding.way_out
+    findings = diagnose(*quickstart(q01=(3, 5.0), q99=(3, 6.0))).findings
+    finding = next(one for one in findings if one.id == "disjoint")
+    assert str(finding).startswith("disjoint: state [3: gripper_opening]: the data are outside")
+    assert "(dimension 3: gripper_opening)" in finding.message
+
+
+def test_names_are_left_out_where_the_dataset_or_the_transforms_do_not_keep_them(quickstart):
+    run, source = quickstart(q01=(1, 0.6), q99=(1, 0.6))
+    feature = source.metadata.features["observation.state"]
+    for names in (None, ["x"], ["x", "y", "z", ""], 7, {"x": 1}):
+        feature["names"] = names
+        assert "no-spread: state [1]: " in str(diagnose(run, source).findings[0])
+    for names in ({"axes": ["x", "y", "z", "w"]}, {"x": 0, "y": 1, "z": 2, "w": 3}, [["x", "y"], ["z", "w"]]):
+        feature["names"] = names
+        assert "no-spread: state [1: y]: " in str(diagnose(run, source).findings[0])
+
+
+def test_of_many_names_a_message_has_the_first_and_the_last():
+    names = tuple("abcdefgh")
+    assert str(Finding("id", "warning", "state", (0, 2, 3), "m", "w", names)) == "id: state [0, 2-3: a, c, d]: m. w"
+    assert str(Finding("id", "warning", "state", tuple(range(8)), "m", "w", names)).startswith(
+        "id: state [0-7: a ... h]"
+    )

@@ -99,7 +99,10 @@ def _compute(options: argparse.Namespace) -> int:
     errors = any(finding.severity == "error" for finding in diagnosis.findings)
     tables = _diagnosed(diagnosis)
     if options.json:
-        findings = [asdict(finding) for finding in diagnosis.findings]
+        # Dimensions are numbers here; their names are for people.
+        findings = [
+            {key: value for key, value in asdict(finding).items() if key != "names"} for finding in diagnosis.findings
+        ]
         print_json(_document(asdict(diagnosis.origin), tables, normalization=diagnosis.mode, findings=findings))
     else:
         _print(tables)

@@ -80,6 +80,15 @@ class DecodingSource(SampleSource, Protocol):
         ...
 
 
+@runtime_checkable
+class NamingSource(SampleSource, Protocol):
+    """A source whose dataset names the numbers of its vectors, for messages and the page of `rlinf inspect`."""
+
+    def names_of(self, columns: Sequence[str]) -> tuple[str, ...]:
+        """The name of each number of these columns, concatenated; empty if the dataset does not name all of them."""
+        ...
+
+
 class DatasetConfig(BaseModel):
     """The `[data]` table. Subclasses add fields; every field can be set in TOML."""
 

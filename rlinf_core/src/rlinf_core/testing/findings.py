@@ -34,6 +34,8 @@ class Findings:
     broken: list[str] = field(default_factory=list)
     checked: list[str] = field(default_factory=list)
     not_checked: list[str] = field(default_factory=list)
+    sample: str = ""
+    """The sample that the rules were tried on; the error has it as a note."""
 
     def expect(self, holds: bool, rule: str, found: object = None) -> bool:
         """Record whether a rule holds, and return that."""
@@ -66,7 +68,10 @@ class Findings:
         if self.broken:
             rules = "rule" if len(self.broken) == 1 else "rules"
             lines = [f"{self.subject} breaks {len(self.broken)} {rules}:", *(f"  {line}" for line in self.broken)]
-            raise AssertionError("\n".join([*lines, *(f"  (not checked: {what})" for what in self.not_checked)]))
+            error = AssertionError("\n".join([*lines, *(f"  (not checked: {what})" for what in self.not_checked)]))
+            if self.sample:
+                error.add_note(self.sample)
+            raise error
         return Report(self.subject, tuple(dict.fromkeys(self.checked)), tuple(self.not_checked))
 
 

@@ -12,7 +12,7 @@ from rlinf_core.data.sample import Sample
 from rlinf_core.plugins.registrations import type_of
 from rlinf_core.testing.configs import check_class, check_round_trip, check_run_defaults
 from rlinf_core.testing.findings import Findings, Report
-from rlinf_core.testing.samples import pipeline_of, same, synthetic, variants
+from rlinf_core.testing.samples import described, pipeline_of, same, synthetic, variants
 
 
 def check_policy(config: PolicyConfig, sample: Sample | None = None) -> Report:
@@ -38,21 +38,36 @@ def check_policy(config: PolicyConfig, sample: Sample | None = None) -> Report:
     check_run_defaults(findings, type(config).run_defaults)
     findings.attempt("the config can be pickled (it is sent to workers)", lambda: pickle.loads(pickle.dumps(config)))
     _check_draw(findings, config)
+    before = len(findings.broken)
     rule = "data_layout(prompts) and with_data_layout(layout) can be called"
     bound = findings.attempt(rule, lambda: _with_layout(config, sample))
     config = bound or config
     samples = _encode(findings, config, sample)
     if samples is None:
         findings.skip("collate and the module: no samples could be encoded")
-        return findings.report()
+    else:
+        _check_module(findings, config, samples)
+    if len(findings.broken) > before:
+        findings.sample = _introduce(config, sample)
+    return findings.report()
 
+
+def _check_module(findings: Findings, config: PolicyConfig, samples: list[Sample]) -> None:
     from rlinf_core.testing.modules import check_collate, check_module
 
     if check_collate(findings, config, samples):
         check_module(findings, config, samples)
     else:
         findings.skip("the module: no batch could be collated")
-    return findings.report()
+
+
+def _introduce(config: PolicyConfig, sample: Sample | None) -> str:
+    """The sample that a policy failed on, key by key."""
+    if sample is None:
+        head = "check_policy made this sample; if the policy needs another, pass it: check_policy(config, sample)"
+    else:
+        head = "the sample that was given"
+    return "\n".join([f"{head}:", *(f"  {line}" for line in described(sample or synthetic(config)))])
 
 
 def _with_layout(config: PolicyConfig, sample: Sample | None) -> PolicyConfig:

@@ -57,6 +57,20 @@ def synthetic(policy: PolicyConfig) -> Sample:
     return sample
 
 
+def described(sample: Mapping[str, Any], above: str = "") -> list[str]:
+    """A line per value: name, dtype, shape and range of an array, anything else in full."""
+    lines: list[str] = []
+    for name, value in sample.items():
+        if isinstance(value, Mapping) and value:
+            lines += described(value, f"{above}{name}.")
+        elif isinstance(value, np.ndarray):
+            numbers = f" from {value.min():.3g} to {value.max():.3g}" if value.size and value.dtype != np.bool_ else ""
+            lines.append(f"{above}{name}: {value.dtype} {list(value.shape)}{numbers}")
+        else:
+            lines.append(f"{above}{name}: {value!r}")
+    return lines
+
+
 def variants(sample: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Three variants of a sample: other values, and in the last a chunk that runs past its episode's end."""
     found: list[dict[str, Any]] = []

@@ -74,7 +74,7 @@ class CachedSource:
         self.format = format
         self._source, self._columns = source, columns
         self.without_images, self.columns, self.describe = source.without_images, source.columns, source.describe
-        self.fingerprint = source.fingerprint
+        self.fingerprint, self.names_of = source.fingerprint, source.names_of
 
     def __len__(self) -> int:
         return len(self._source)

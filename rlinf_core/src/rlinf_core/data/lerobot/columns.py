@@ -7,7 +7,7 @@ At the end: a quality value per episode, for `data.quality_column`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,27 @@ def _read_files(metadata: Metadata, names: Sequence[str]) -> Columns:
 def width_of(feature: Mapping[str, Any]) -> int:
     """Numbers per row of a column."""
     return int(np.prod(feature.get("shape") or (1,)))
+
+
+LONGEST_NAME = 40
+"""Characters of a name that messages show."""
+
+
+def names_of(feature: Mapping[str, Any]) -> tuple[str, ...]:
+    """A name for each number of a column; empty if the metadata do not name every one."""
+    names = [" ".join(name.split())[:LONGEST_NAME] for name in _flat(feature.get("names"))]
+    return tuple(names) if all(names) and len(names) == width_of(feature) else ()
+
+
+def _flat(names: Any) -> Iterator[str]:
+    """Datasets have lists, lists of lists, headings with lists, and names with their indices."""
+    if isinstance(names, Mapping):
+        headings = any(isinstance(value, list) for value in names.values())
+        names = list(names.values()) if headings else list(names)
+    if isinstance(names, str):
+        yield names
+    for one in names if isinstance(names, list) else ():
+        yield from _flat(one)
 
 
 def image_size(feature: Mapping[str, Any]) -> tuple[int, int] | None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,14 @@ from rlinf_core.contract.datasets import Crop, LeRobotDatasetConfig, Split
 from rlinf_core.data.images.decoders import Frame
 from rlinf_core.data.images.parquet import ParquetImages
 from rlinf_core.data.images.video import VideoReader
-from rlinf_core.data.lerobot.columns import INDEX_COLUMNS, check_finite, episode_quality, image_size, read_columns
+from rlinf_core.data.lerobot.columns import (
+    INDEX_COLUMNS,
+    check_finite,
+    episode_quality,
+    image_size,
+    names_of,
+    read_columns,
+)
 from rlinf_core.data.lerobot.episodes import EpisodeTable, split_episodes
 from rlinf_core.data.lerobot.files import find_dataset
 from rlinf_core.data.lerobot.metadata import NUMBERS, Metadata, load_metadata
@@ -186,6 +194,11 @@ class LeRobotSource:
     def positions_of(self, indices: Sequence[int]) -> NDArray[np.int64]:
         """The positions of some rows among all frames of the dataset."""
         return self._rows[np.asarray(indices, np.int64)]
+
+    def names_of(self, columns: Sequence[str]) -> tuple[str, ...]:
+        """What the metadata name the numbers of these columns; empty if they do not name all of them."""
+        names = [names_of(self._metadata.features.get(column, {})) for column in columns]
+        return tuple(chain.from_iterable(names)) if all(names) else ()
 
     def describe(self, index: int) -> str:
         """The origin of a row, for messages: dataset, data file, episode and frame."""

@@ -40,6 +40,8 @@ class Distribution:
     """[E, D], the maximum over each episode."""
     rows: int
     """Number of rows in the pass."""
+    names: tuple[str, ...] = ()
+    """What the dataset calls each dimension; empty if it does not say, or transforms change their number."""
 
 
 def compute_norm_stats(

@@ -45,9 +45,11 @@ class Finding:
     message: str
     """What was found, with a number."""
     way_out: str
+    names: tuple[str, ...] = ()
+    """What the dataset calls each dimension of the vector, affected or not; empty if it does not say."""
 
     def __str__(self) -> str:
-        place = self.key + (f" {_ranges(self.dimensions)}" if self.dimensions else "")
+        place = self.key + (f" {_ranges(self.dimensions, self.names)}" if self.dimensions else "")
         return f"{self.id}: {place}{': ' if place else ''}{self.message}. {self.way_out}"
 
 
@@ -182,7 +184,7 @@ def _of_other_data(
         first = _where(apart)[0]
         message = (
             f"the data are outside the statistics' range: {own.q01[first]:.3g} to {own.q99[first]:.3g}, not "
-            f"{low[first]:.3g} to {high[first]:.3g} (dimension {first})"
+            f"{low[first]:.3g} to {high[first]:.3g} (dimension {_ranges((first,), data.names)[1:-1]})"
         )
         yield Finding("disjoint", "warning", key, _where(apart), message, way_out)
     ratio = np.full(width, 1.0)
@@ -226,7 +228,9 @@ def offer_floor(stats: Stats, distributions: Mapping[str, Distribution], mode: M
         }
         changes = {key: _where(spread < floor) for key, spread in spreads.items() if (spread < floor).any()}
         if changes and max(worst.values()) <= FAR:
-            what = " and ".join(f"{key} {_ranges(dimensions)}" for key, dimensions in changes.items())
+            what = " and ".join(
+                f"{key} {_ranges(dimensions, distributions[key].names)}" for key, dimensions in changes.items()
+            )
             return f"data.norm_floor = {floor:g} would widen {what}; their largest normalised number is then " + (
                 f"{max(worst.values()):.2g}"
             )
@@ -244,12 +248,20 @@ def _where(flags: NDArray[np.bool_]) -> tuple[int, ...]:
     return tuple(np.flatnonzero(flags).tolist())
 
 
-def _ranges(dimensions: tuple[int, ...]) -> str:
-    """`[0, 3-6]`."""
+MOST_NAMES = 6
+"""Dimensions that a message calls by their names; of more, the first and the last."""
+
+
+def _ranges(dimensions: tuple[int, ...], names: tuple[str, ...] = ()) -> str:
+    """`[0, 3-6]`, or with names `[0, 3-4: x, gripper, wrist]`."""
     runs: list[list[int]] = []
     for dimension in dimensions:
         if runs and dimension == runs[-1][-1] + 1:
             runs[-1] = [runs[-1][0], dimension]
         else:
             runs.append([dimension])
-    return "[" + ", ".join("-".join(map(str, run)) for run in runs) + "]"
+    called = [names[dimension] for dimension in dimensions if dimension < len(names)]
+    if len(called) > MOST_NAMES:
+        called = [f"{called[0]} ... {called[-1]}"]
+    numbers = ", ".join("-".join(map(str, run)) for run in runs)
+    return f"[{numbers}: {', '.join(called)}]" if called else f"[{numbers}]"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rlinf_core.contract.datasets import SampleSource
+from rlinf_core.contract.datasets import LeRobotDatasetConfig, NamingSource, SampleSource
 from rlinf_core.contract.run import RunConfig
 from rlinf_core.data.normalize import Mode, NormStats, Origin, Stats, load_with_origin, save_norm_stats
 from rlinf_core.data.pipeline import Pipeline, build_pipeline
@@ -115,7 +115,7 @@ def diagnose(
         stats = known if same else None
     if images and stats is not None:
         rows = ROWS_WITH_IMAGES  # Enough to compare.
-    distributions = summarize(source, transforms, read_images=images, rows=rows)
+    distributions = _named(run, source, summarize(source, transforms, read_images=images, rows=rows))
     if stats is None:
         stats = {key: one.stats for key, one in distributions.items()}
     stats = {
@@ -126,6 +126,8 @@ def diagnose(
     findings += compare_with_data(stats, distributions, mode)
     if not images:
         findings += diagnose_actions(source, transforms)
+    names = {key: one.names for key, one in distributions.items()}
+    findings = [replace(one, names=names.get(one.key, ())) for one in findings]
     findings.sort(key=lambda finding: finding.severity != "error")
     origin = Origin(**(vars(origin) | {"norm_floor": max(run.data.norm_floor, origin.norm_floor)}))
     return Diagnosis(stats, origin, mode, distributions, tuple(findings))
@@ -149,6 +151,17 @@ def diagnosed_pipeline(
     if run.policy.normalization != "none":
         diagnosis = diagnose(run, source, rows=rows, computed=computed)
     return build_pipeline(run.data, run.policy, diagnosis.stats if diagnosis else None), diagnosis
+
+
+def _named(run: RunConfig, source: SampleSource, distributions: dict[str, Distribution]) -> dict[str, Distribution]:
+    """The distributions with the names that the dataset gives to the dimensions, where transforms keep their number."""
+    if not isinstance(source, NamingSource) or not isinstance(run.data, LeRobotDatasetConfig):
+        return distributions
+    names = {"state": source.names_of(run.data.state), "actions": source.names_of(run.data.actions)}
+    return {
+        key: replace(one, names=names[key]) if len(names.get(key, ())) == len(one.running.low) else one
+        for key, one in distributions.items()
+    }
 
 
 def _transforms(run: RunConfig) -> Sequence[Transform]:
