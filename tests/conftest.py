@@ -38,6 +38,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # Workers inherit what follows.
         del os.environ[name]
     os.environ["HF_HUB_OFFLINE"] = "1"  # Read when huggingface_hub is imported, as is HF_HOME.
     os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="rlinf-tests-")
+    os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = os.path.join(
+        os.environ["HF_HOME"], "hypothesis"
+    )  # Not the repository.
     atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 MOST_PROCESSES = 4

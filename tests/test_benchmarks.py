@@ -27,6 +27,8 @@ EXPECTED = {
     "text_step": {"tokens_per_second_vs_transformers", "packed_vs_transformers_packed"},
     "training_step": {"flops_over_useful"},
 }
+MINUTES = ("text_step", "data_loading")
+"""Take a minute also at their smallest: `pytest -m slow tests/test_benchmarks.py`."""
 NEEDED = {"text_step": "accelerate", "norm_stats": "lerobot", "data_loading": "lerobot"}
 
 
@@ -55,8 +57,17 @@ def test_every_file_is_a_command_that_is_tested():
     assert {path.stem for path in (ROOT / "benchmarks").glob("*.py")} == COMMANDS.keys()
 
 
-@pytest.mark.timeout(900)  # Half a minute alone; several processes each, which a busy machine starts slowly.
-@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_prints_through_the_same_line():
+    for path in (ROOT / "benchmarks").glob("*.py"):
+        source = path.read_text(encoding="utf-8")
+        assert "from reporting.result_line import ResultLine" in source, path
+        assert "line.write(" in source, path
+
+
+@pytest.mark.timeout(900)  # Several processes each, which a busy machine starts slowly.
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in MINUTES)) for name in COMMANDS]
+)
 def test_json_is_one_line_and_the_last(name, tmp_path):
     if name in NEEDED:
         pytest.importorskip(NEEDED[name], reason="the peer needs it: uv sync --all-groups")
