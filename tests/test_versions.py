@@ -15,9 +15,9 @@ from distributions import ROOT
 
 UV = os.environ.get("UV") or shutil.which("uv")
 TESTS = (
-    *("test_torch_names.py", "numerics", "test_optim.py", "test_trainer.py", "test_checkpoint.py"),
-    *("test_counting.py", "test_packing.py", "test_lerobot_reader.py", "test_video.py", "test_pictures.py"),
-    "test_text_model.py",
+    *("test_torch_names.py", "numerics", "training/test_optim.py", "training/test_trainer.py", "training/checkpoint"),
+    *("costs", "openpi/model/test_packing.py", "data/lerobot/test_lerobot_reader.py", "data/images"),
+    "text/test_text_model.py",
 )
 """What meets other libraries most, and takes a few minutes."""
 SHOWN = ("torch", "torchcodec", "lerobot", "numpy", "av", "pillow", "pyarrow", "transformers", "tokenizers", "datasets")
@@ -53,6 +53,10 @@ def install(environment, requirements, overrides, folder):
     uv("pip", "install", *given, *projects, *tools, "scipy", *requirements)
     versions = dict(line.split("==") for line in uv("pip", "freeze", "--python", python).splitlines() if "==" in line)
     return python, versions
+
+
+def test_what_is_run_exists():
+    assert [name for name in TESTS if not (ROOT / "tests" / name).exists()] == []
 
 
 @pytest.mark.slow
