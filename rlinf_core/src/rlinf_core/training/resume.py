@@ -31,6 +31,9 @@ class Flags:
     `runner.resume = "never"` do not apply."""
 
 
+NO_FLAGS = Flags()
+
+
 @dataclass(frozen=True)
 class CheckpointDir:
     """The checkpoint folder and its owner."""
@@ -103,7 +106,7 @@ class Start:
         return bool(self.changes)
 
 
-def decide_start(run: RunConfig, state: FolderState, flags: Flags = Flags()) -> Start:  # noqa: B008
+def decide_start(run: RunConfig, state: FolderState, flags: Flags = NO_FLAGS) -> Start:
     """Decide where a run starts. Reads and writes nothing.
 
     Raises:
