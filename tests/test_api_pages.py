@@ -12,7 +12,7 @@ import rlinf_plugins_openpi
 PAGES = [path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "api").glob("*.md")]
 LISTED = {name for page in PAGES for name in re.findall(r"^::: (\S+)$", page, re.MULTILINE)}
 DATA = ("sample", "transforms", "rotations", "normalize", "pipeline", "batch_memory")
-MODULES = [*(f"data.{name}" for name in DATA), "hub", "illustration", "contract.hookspecs"]
+MODULES = [*(f"data.{name}" for name in DATA), "hub", "illustration", "contract.hookspecs", "contract.policy_options"]
 
 
 @pytest.mark.parametrize("package", [rlinf_core, rlinf_core.testing, rlinf_plugins_openpi], ids=lambda it: it.__name__)

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from rlinf_core.contract.datasets import DatasetConfig
 from rlinf_core.contract.mixture import MixtureShare
+from rlinf_core.contract.module import Policy
 from rlinf_core.contract.policy import PolicyConfig
 from rlinf_core.contract.run import no_source
 from rlinf_core.data.normalize import load_norm_stats
@@ -182,7 +183,7 @@ def _inside(folder: Path, name: object) -> Path:
         raise UserError(f"{folder / DESCRIPTION}: {error}") from error
 
 
-def _compute_in(module: Any, dtype: torch.dtype) -> None:
+def _compute_in(module: Policy, dtype: torch.dtype) -> None:
     """Cast the parameters of compute units, except float32 units within them (contract 3)."""
     units = list(module.shard_units())
     wide = {p for unit in units if unit.dtype == "fp32" for p in unit.module.parameters()}

@@ -24,8 +24,9 @@ from rlinf_plugins_openpi.model.parts import is_frozen, parameter_parts
 from rlinf_plugins_openpi.settings import OpenpiSettings
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
+    from rlinf_core import Policy
     from rlinf_core.contract.module import WeightSource
     from rlinf_core.contract.policy import TrainedOn
     from rlinf_core.illustration import Illustration
@@ -102,14 +103,14 @@ class OpenpiPolicyConfig(OpenpiSettings):
         packing = pack(*masks, image_tokens=image_tokens, multiple=self.prefix_multiple)
         return {**batch, PACKING: packing}
 
-    def build(self) -> nn.Module:
+    def build(self) -> Policy:
         """Build the model. Raises `UserError` if the tokenizer has more entries than the model's embedding."""
         if self.train_embedding == "used_rows" and not self._rows:
             raise ValueError('train_embedding = "used_rows" needs to know the data: see PolicyConfig.data_layout')
         self._check_vocabulary()
         return self.build_to_count()
 
-    def build_to_count(self) -> nn.Module:
+    def build_to_count(self) -> Policy:
         """Build the model without opening the tokenizer; assumes `ROWS_TO_COUNT` rows if the data are not known."""
         from rlinf_plugins_openpi.model.pi0 import Pi0
 

@@ -18,8 +18,9 @@ from rlinf_plugins_text.settings import RANDOM, TextPolicySettings
 from rlinf_plugins_text.weights.folder import find_folder, find_weights, weight_files
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
+    from rlinf_core import Policy
     from rlinf_core.contract.module import WeightSource
     from rlinf_core.illustration import Illustration
 
@@ -62,13 +63,13 @@ class TextPolicyConfig(TextPolicySettings):
         # Packs are full anyway, and compiled code then sees a single shape.
         return stack(cast("Sequence[TextSample]", samples), max_length=self.max_length, fixed=self.packing)
 
-    def build(self) -> nn.Module:
+    def build(self) -> Policy:
         """Build the model. Raises `UserError` if the tokenizer has more entries than its embedding has rows."""
         from rlinf_plugins_text.model.policy import TextPolicy
 
         return TextPolicy(self)
 
-    def build_to_count(self) -> nn.Module:
+    def build_to_count(self) -> Policy:
         """Build the model without reading the tokenizer; it computes padding wherever CUDA would."""
         from rlinf_plugins_text.model.policy import TextPolicy
 

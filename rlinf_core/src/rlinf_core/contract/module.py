@@ -54,30 +54,13 @@ class ShardUnit(NamedTuple):
 
 
 class Policy(Protocol):
-    """A policy is an `nn.Module` with these methods. It is single-device code: sharding is applied from outside."""
+    """What `PolicyConfig.build` builds: an `nn.Module` with these methods.
+
+    It is single-device code: sharding, precision, compilation and checkpoints are applied from outside.
+    """
 
     def forward(self, batch: Batch) -> PolicyOutput:
         """The training loss of a batch."""
-        ...
-
-    def sample_actions(self, batch: Batch, noise: torch.Tensor) -> torch.Tensor:
-        """Draw action chunks.
-
-        Args:
-            batch: Observations from `collate`; actions in it are ignored.
-            noise: [B, H, A], standard normal, float32.
-
-        Returns:
-            [B, H, A] normalised actions, float32.
-        """
-        ...
-
-    def demonstrate(self, batch: Batch) -> Sequence[str]:
-        """Describe what the policy does with held-out samples, one line each; the run's loggers print them.
-
-        Called only if the config's `shown()` is not 0. Every rank gets the same batch and must call sharded modules
-        equally often, whatever the values are.
-        """
         ...
 
     def shard_units(self) -> Iterator[ShardUnit]:
@@ -93,4 +76,31 @@ class Policy(Protocol):
 
     def rebuild_buffers(self) -> None:
         """Fill the buffers, which no checkpoint holds; called once the module has real memory."""
+        ...
+
+
+class ActingPolicy(Policy, Protocol):
+    """The module of a policy with actions, that is, one whose config has a `chunk_length` greater than 0."""
+
+    def sample_actions(self, batch: Batch, noise: torch.Tensor) -> torch.Tensor:
+        """Draw action chunks.
+
+        Args:
+            batch: Observations from `collate`; actions in it are ignored.
+            noise: [B, H, A], standard normal, float32.
+
+        Returns:
+            [B, H, A] normalised actions, float32.
+        """
+        ...
+
+
+class DemonstratingPolicy(Policy, Protocol):
+    """The module of a policy whose config's `shown()` is not 0."""
+
+    def demonstrate(self, batch: Batch) -> Sequence[str]:
+        """Describe what the policy does with held-out samples, one line each; the run's loggers print them.
+
+        Every rank gets the same batch and must call sharded modules equally often, whatever the values are.
+        """
         ...

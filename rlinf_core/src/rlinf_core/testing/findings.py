@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -18,11 +19,14 @@ class Report:
     """The rules that hold, in the order in which they were checked."""
     not_checked: tuple[str, ...]
     """What could not be checked, and why."""
+    warnings: tuple[str, ...] = ()
+    """What is probably a mistake, but breaks no rule. Each is also a Python warning, which pytest shows."""
 
     def __str__(self) -> str:
         lines = [f"{self.subject} conforms"]
         lines += [f"  checked: {what}" for what in self.checked]
         lines += [f"  not checked: {what}" for what in self.not_checked]
+        lines += [f"  warning: {what}" for what in self.warnings]
         return "\n".join(lines)
 
 
@@ -34,6 +38,7 @@ class Findings:
     broken: list[str] = field(default_factory=list)
     checked: list[str] = field(default_factory=list)
     not_checked: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     sample: str = ""
     """The sample that the rules were tried on; the error has it as a note."""
 
@@ -59,12 +64,18 @@ class Findings:
         """Record what could not be checked, and why."""
         self.not_checked.append(what)
 
+    def warn(self, what: str) -> None:
+        """Record what is probably a mistake."""
+        self.warnings.append(what)
+
     def report(self) -> Report:
         """The report of a check without findings.
 
         Raises:
             AssertionError: A rule is broken; the message has one line per finding.
         """
+        for what in self.warnings:
+            warnings.warn(f"{self.subject}: {what}", stacklevel=3)
         if self.broken:
             rules = "rule" if len(self.broken) == 1 else "rules"
             lines = [f"{self.subject} breaks {len(self.broken)} {rules}:", *(f"  {line}" for line in self.broken)]
@@ -72,7 +83,7 @@ class Findings:
             if self.sample:
                 error.add_note(self.sample)
             raise error
-        return Report(self.subject, tuple(dict.fromkeys(self.checked)), tuple(self.not_checked))
+        return Report(self.subject, tuple(dict.fromkeys(self.checked)), tuple(self.not_checked), tuple(self.warnings))
 
 
 def _line(found: object) -> str:

@@ -13,6 +13,7 @@ from torch import nn
 from rlinf_core.contract.policy import PolicyConfig
 from rlinf_core.data.sample import PACKING, Sample
 from rlinf_core.testing.findings import Findings
+from rlinf_core.testing.weights import check_weights
 from rlinf_core.training.build import initial_value
 from rlinf_core.training.fsdp import allocate
 
@@ -57,6 +58,7 @@ def check_module(findings: Findings, config: PolicyConfig, samples: Sequence[Sam
     _check_units(findings, module)
     if _give_values(findings, config, module):
         _check_loss(findings, config, module, samples)
+        check_weights(findings, config, dict(module.named_parameters()))
         if config.chunk_length():
             _check_actions(findings, module, config.collate(samples))
         if config.shown():
@@ -206,6 +208,8 @@ def _check_output(findings: Findings, config: PolicyConfig, out: Any) -> bool:
 
 def _check_validation_metrics(findings: Findings, config: PolicyConfig, metrics: Mapping[str, Any]) -> None:
     """Check that validation metrics are functions of the loss and the policy's own metrics."""
+    if not isinstance(config.validation_metrics, Mapping):  # Already reported by `check_options`.
+        return
     means = dict.fromkeys(("loss", *metrics), 0.5)
     for name, value in config.validation_metrics.items():
         rule = f"validation_metrics[{name!r}] is a float, computed from the loss and the metrics of forward()"

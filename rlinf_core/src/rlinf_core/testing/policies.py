@@ -12,6 +12,7 @@ from rlinf_core.data.sample import Sample
 from rlinf_core.plugins.registrations import type_of
 from rlinf_core.testing.configs import check_class, check_round_trip, check_run_defaults
 from rlinf_core.testing.findings import Findings, Report
+from rlinf_core.testing.options import check_options
 from rlinf_core.testing.samples import described, pipeline_of, same, synthetic, variants
 
 
@@ -37,6 +38,7 @@ def check_policy(config: PolicyConfig, sample: Sample | None = None) -> Report:
     check_round_trip(findings, config)
     check_run_defaults(findings, type(config).run_defaults)
     findings.attempt("the config can be pickled (it is sent to workers)", lambda: pickle.loads(pickle.dumps(config)))
+    check_options(findings, config)
     _check_draw(findings, config)
     before = len(findings.broken)
     rule = "data_layout(prompts) and with_data_layout(layout) can be called"

@@ -1,0 +1,224 @@
+"""The optional methods of a policy's config, one class for each idea. `PolicyConfig` has them all, with defaults.
+
+A policy defines those that it needs, one by one; nobody inherits from these classes. They are plain classes and no
+protocols, because a type checker then compares an optional method with its declaration, `typing.override` finds a
+misspelled name, and `super()` works. (Nor can a pydantic model inherit from a protocol: their metaclasses conflict.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
+
+from rlinf_core.data.sample import Batch, Sample
+from rlinf_core.errors import UserError
+from rlinf_core.illustration import Illustration
+
+if TYPE_CHECKING:
+    import torch
+
+    from rlinf_core.contract.datasets import DatasetConfig
+    from rlinf_core.contract.module import Policy
+    from rlinf_core.data.normalize import Stats
+
+
+class Described:
+    """What users see of the policy and of the data it gets, before they train.
+
+    Wanted by a policy that changes the data in ways that a user cannot guess: prompts that are cut, images that are
+    augmented. Without these methods, `rlinf validate` and `rlinf inspect` show what core knows of every policy.
+    """
+
+    not_here: ClassVar[Mapping[str, str]] = {}
+    """Policy types that users may expect and this policy's plugin does not have -> what to use instead."""
+
+    def describe(self, samples: Iterable[Sample]) -> Mapping[str, str]:
+        """Facts about the data that a user should know before training: short name -> one line of text.
+
+        `rlinf validate` shows them, and so does a run when it starts.
+
+        Args:
+            samples: Encoded training rows spread over the data, without images and draws. They are encoded lazily: a
+                policy that reports nothing costs nothing.
+        """
+        return {}
+
+    def illustrate(self, sample: Sample, draws: Mapping[str, Mapping[str, Any]]) -> Illustration:
+        """What the model gets from a sample, for the page of `rlinf inspect`: see `rlinf_core.illustration`.
+
+        The page itself shows the images before the model, all numbers and the trained actions. The policy adds what
+        only it knows: augmented images, tokens, masks.
+
+        Args:
+            sample: An encoded training row with its images, without draws.
+            draws: The row's random numbers (`draw`) the first times the run uses it: `step 12 (epoch 0)` -> draws.
+        """
+        return Illustration()
+
+
+class Measured:
+    """What a validation measures besides the loss and, for policies with actions, the error of sampled actions.
+
+    Wanted by a policy whose loss is hard to read, such as a language model's. Without it, only those are reported.
+    """
+
+    validation_metrics: ClassVar[Mapping[str, Callable[[Mapping[str, float]], float]]] = {}
+    """What a validation reports besides its loss: name -> function of the held-out means of `loss` and of the policy's
+    own metrics (`PolicyOutput.metrics`). Reported as `val_<name>`, and as `ema_val_<name>` for EMA weights."""
+    larger_is_better: ClassVar[frozenset[str]] = frozenset()
+    """The metrics of which larger values are better. `runner.best_metric` accepts only the others."""
+
+
+class BoundToData:
+    """A module whose layout depends on the run's data, such as an embedding with the rows that the prompts use.
+
+    Define both methods or neither. Without them, the layout follows from the config alone.
+    """
+
+    def data_layout(self, prompts: Iterable[str]) -> Mapping[str, Sequence[int]]:
+        """What the module's layout takes from a run's data (e.g. embedding rows): descriptive name -> numbers.
+
+        Checkpoints store it, and a run resumes only if its data still give the same layout. Empty: the layout does not
+        depend on the data.
+
+        Args:
+            prompts: The distinct prompts of all training and held-out rows, read lazily.
+        """
+        return {}
+
+    def with_data_layout(self, layout: Mapping[str, Sequence[int]]) -> Self:
+        """The policy bound to the result of `data_layout`; it encodes the samples, builds the module and saves it."""
+        return self
+
+
+class Counted:
+    """What a step takes, for `rlinf plan` and for a run's MFU.
+
+    Wanted by a policy whose samples differ in length, or whose `build` reads files. Without these methods, `rlinf plan`
+    needs the data, and operations are counted by executing the module, padding included.
+    """
+
+    if TYPE_CHECKING:
+        build: Callable[[], Policy]
+
+    def build_to_count(self) -> Policy:
+        """The module on which `rlinf plan` counts what a step takes; built on the meta device like `build`.
+
+        A policy whose `build` reads files that do not change the module's size (a tokenizer, say) skips them here.
+        """
+        return self.build()
+
+    def largest_sample(self, cameras: Sequence[str]) -> Sample | None:
+        """A synthetic encoded sample of the maximum length, without draws; None: the length is known only from data.
+
+        `rlinf plan` uses it when the run's data are not available.
+
+        Args:
+            cameras: The policy's cameras that the dataset has.
+        """
+        return None
+
+    def useful_flops(self, batch: Batch) -> float | None:
+        """Useful operations of training on a batch: those that any implementation must do, forward and backward.
+
+        Two for each multiply-add of matrix products and attention, over tokens that exist and reach the loss; padding
+        and recomputation (activation checkpointing) do not count. A run's MFU is computed from them. None: there is no
+        formula, and the operations that the policy executes are counted instead.
+
+        Args:
+            batch: From `collate`, still on the CPU: reading it waits for no device.
+        """
+        return None
+
+
+class Published:
+    """The names that parameters have in published weights.
+
+    Wanted by a policy whose module has other names than the files it reads, or packs several tensors into one. Without
+    it, parameters are published under the module's own names, and renaming one in the code changes its initial value.
+    """
+
+    def published_name(self, name: str) -> str:
+        """The name of a parameter in published weights. It keys initial values, because it survives refactoring."""
+        return name
+
+    def published_parts(self, name: str) -> Mapping[str, int]:
+        """The published tensors that a parameter stacks along its first axis, in order: name -> rows; empty: just one.
+
+        Each part has its own initial values, keyed by its name, so that packing does not change them.
+        """
+        return {}
+
+
+class Checked:
+    """What `rlinf validate` checks of the policy's files.
+
+    Wanted if `weights` may be an id on a hub, or the policy needs other files. Without it, `weights` must be a path.
+    """
+
+    if TYPE_CHECKING:
+        weights: str
+
+    def check_files(self) -> None:
+        """Raise `UserError` naming every missing file of the policy. Leaves torch unloaded; reads headers at most.
+
+        `rlinf validate` calls it. Override it if `weights` is not a path or the policy needs other files.
+        """
+        if self.weights not in ("", "random") and not Path(self.weights).expanduser().exists():
+            raise UserError(f"policy.weights: there is no file or folder {self.weights}")
+
+    def unchecked_files(self) -> Sequence[str]:
+        """What `check_files` could not check, one sentence each; shown by `rlinf validate`."""
+        return ()
+
+
+class Exported:
+    """What `rlinf export` writes besides the weights, and the other projects' formats that it can write.
+
+    Wanted by a policy that needs files to act (a tokenizer), or that other projects can load. Without it, an exported
+    folder has weights, statistics and config, which suffices for `load_policy` and for `policy.weights`.
+    """
+
+    export_formats: ClassVar[tuple[str, ...]] = ()
+    """Other projects' layouts that `export` writes."""
+
+    def files(self) -> Mapping[str, str]:
+        """Files besides the weights that inference needs: config field -> path. Exporting the policy copies them."""
+        return {}
+
+    def exported(self) -> Self:
+        """The config of the exported policy, whose `weights` will name the exported folder.
+
+        A policy whose `save_weights` writes more than weights into the folder clears the fields that point elsewhere,
+        so that the folder is self-contained and can be moved.
+        """
+        return self
+
+    def export(
+        self, format: str, tensors: Mapping[str, torch.Tensor], folder: Path, sources: Sequence[TrainedOn]
+    ) -> None:
+        """Write the policy in another project's format.
+
+        Args:
+            format: One of `export_formats`.
+            tensors: Whole tensors on the CPU, keyed by the module's own names, in the dtype to write.
+            folder: An empty folder.
+            sources: The datasets the policy was trained on: one, or several of a mixture. If the format supports only
+                one, raise a `UserError` that suggests `--source NAME`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define export() for its export_formats")
+
+
+class TrainedOn(NamedTuple):
+    """A dataset that a policy was trained on."""
+
+    name: str
+    """Name in the mixture; empty if it was the only dataset."""
+    data: DatasetConfig
+    stats: Stats | None
+    """Its normalisation statistics; None for policies that do not normalise."""
+
+
+OPTIONS = (Described, Measured, BoundToData, Counted, Published, Checked, Exported)
+"""All of them, in the order of the page docs/contract.md."""
