@@ -1,12 +1,11 @@
 """Behaviour cloning of action chunks: the config. It imports torch late, so that listings and workers stay light."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from rlinf_core import LeRobotDatasetConfig, PolicyConfig, Sample, hookimpl
+from rlinf_core import LeRobotDatasetConfig, Policy, PolicyConfig, hookimpl
 
 
 class ChunkCloningConfig(PolicyConfig):
@@ -33,7 +32,7 @@ class ChunkCloningConfig(PolicyConfig):
         """Noise for policies that sample their actions; this one is deterministic and ignores it."""
         return {"noise": generator.standard_normal((self.action_horizon, self.action_dim), np.float32)}
 
-    def collate(self, samples: Sequence[Sample]) -> dict[str, Any]:
+    def collate(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Stack state, action chunk and, if there is one, the camera's image along a new first axis."""
         import torch
 
@@ -44,23 +43,11 @@ class ChunkCloningConfig(PolicyConfig):
             batch["images"] = torch.from_numpy(np.stack(images))
         return batch
 
-    def build(self) -> Any:
+    def build(self) -> Policy:
         """Build the module; it is called on the meta device."""
         from chunk_cloning_model import ChunkCloning
 
         return ChunkCloning(self.state_dim, self.action_horizon, self.action_dim, self.width)
-
-    def save_weights(self, tensors: Mapping[str, Any], folder: Path) -> None:
-        """Write the file that `open_weights` reads."""
-        from safetensors.torch import save_file
-
-        save_file(dict(tensors), folder / "model.safetensors")
-
-    def open_weights(self) -> Any:
-        """Read the file that `save_weights` wrote."""
-        from chunk_cloning_model import Weights
-
-        return Weights(Path(self.weights).expanduser())
 
 
 class CloningMetaworld(LeRobotDatasetConfig):

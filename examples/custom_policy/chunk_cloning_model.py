@@ -3,10 +3,9 @@
 import math
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
-from rlinf_core import PolicyOutput, ShardUnit, UserError
+from rlinf_core import PolicyOutput, ShardUnit
 
 SIZE = 64
 """Images are resized to this many pixels per side."""
@@ -15,7 +14,7 @@ SIZE = 64
 class ChunkCloning(nn.Module):
     """Image and state -> chunk of actions."""
 
-    def __init__(self, state_dim, horizon, action_dim, width):
+    def __init__(self, state_dim: int, horizon: int, action_dim: int, width: int) -> None:
         super().__init__()
         self.shape = (horizon, action_dim)
         layers = [nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in ((3, 16), (16, 32), (32, 32), (32, 32))]
@@ -58,21 +57,3 @@ class ChunkCloning(nn.Module):
 
     def rebuild_buffers(self):
         """The model has no buffers."""
-
-
-class Weights:
-    """The tensors of a folder that `save_weights` wrote."""
-
-    def __init__(self, folder):
-        self.folder, self.tensors = folder, load_file(folder / "model.safetensors")
-
-    def tensor(self, name):
-        """A parameter's tensor."""
-        return self.tensors[name]
-
-    def check(self, shapes):
-        """Raise `UserError` if names or shapes differ from the model's."""
-        found = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
-        if found != shapes:
-            wrong = sorted(name for name in found.keys() | shapes if found.get(name) != shapes.get(name))
-            raise UserError(f"policy.weights: {self.folder} does not match the model: {', '.join(wrong)}")

@@ -3,6 +3,7 @@
 import inspect
 import re
 from collections import Counter
+from typing import Literal
 
 import pytest
 from arm_policy import Arm, ArmPolicy, findings
@@ -61,12 +62,14 @@ def test_optional_methods_are_defined_one_by_one(tmp_path):
     assert isinstance(some.build_to_count(), Arm)
 
 
-def test_what_a_policy_lacks_is_one_message(tmp_path):
+def test_what_a_policy_lacks_is_one_message():
+    class Bare(PolicyConfig):
+        type: Literal["bare"] = "bare"
+
     with pytest.raises(UserError) as caught:
-        ArmPolicy().save_weights({}, tmp_path)
-    where = f"{ArmPolicy.__module__}.ArmPolicy"
-    said = "the policy 'arm' has no save_weights(), so `rlinf export` cannot write its weights: define it in"
-    assert str(caught.value) == f"{said} {where}"
+        Bare().build()
+    where = f"{__name__}.{Bare.__qualname__}"
+    assert str(caught.value) == f"the policy 'bare' has no build(), so it cannot be trained: define it in {where}"
 
 
 @pytest.mark.parametrize(

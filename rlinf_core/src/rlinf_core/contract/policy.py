@@ -22,6 +22,7 @@ from rlinf_core.contract.policy_options import (
     Published,
 )
 from rlinf_core.contract.policy_options import TrainedOn as TrainedOn  # Its address for plugins.
+from rlinf_core.contract.weight_file import WeightFile, write_weights
 from rlinf_core.data.sample import Batch, Sample
 from rlinf_core.data.transforms import Transform
 from rlinf_core.errors import UserError
@@ -35,9 +36,8 @@ if TYPE_CHECKING:
 class PolicyConfig(Described, Measured, BoundToData, Counted, Published, Checked, Exported, BaseModel):
     """The `[policy]` table. A subclass narrows `type` to a `Literal` of its own and adds fields.
 
-    A policy that trains defines `collate` and `build`; one with actions `chunk_length` and `draw`, too; one that is
-    exported or starts from pretrained weights `save_weights` and `open_weights`. The optional methods, each with a
-    default, are in the classes that this one inherits from.
+    A policy defines `collate` and `build`, and one with actions `chunk_length` and `draw`, too. The others have a
+    default, and so have the optional methods, which are in the classes that this one inherits from.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -80,12 +80,18 @@ class PolicyConfig(Described, Measured, BoundToData, Counted, Published, Checked
         raise self._lacks("build", "it cannot be trained")
 
     def save_weights(self, tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
-        """Write whole tensors, keyed by the module's own names, to a folder that `open_weights` can read."""
-        raise self._lacks("save_weights", "`rlinf export` cannot write its weights")
+        """Write whole tensors, keyed by the module's own names, to a folder that `open_weights` can read.
+
+        Default: `model.safetensors`, with the names of `published_name` and `published_parts`.
+        """
+        write_weights(self, tensors, folder)
 
     def open_weights(self) -> WeightSource:
-        """Open `weights` for reading; raise `UserError` that names every missing, unexpected or misshapen tensor."""
-        raise self._lacks("open_weights", "it starts from initial values only")
+        """Open `weights` for reading; raise `UserError` that names every missing, unexpected or misshapen tensor.
+
+        Default: the file that the default of `save_weights` writes, by its path or its folder's.
+        """
+        return WeightFile(self.weights, self)
 
     def shown(self) -> int:
         """Number of held-out samples that the module's `demonstrate` gets after each validation; 0: never called."""

@@ -58,11 +58,11 @@ def check_module(findings: Findings, config: PolicyConfig, samples: Sequence[Sam
     _check_units(findings, module)
     if _give_values(findings, config, module):
         _check_loss(findings, config, module, samples)
-        check_weights(findings, config, dict(module.named_parameters()))
         if config.chunk_length():
             _check_actions(findings, module, config.collate(samples))
         if config.shown():
             _check_demonstration(findings, module, config.collate(samples))
+        check_weights(findings, config, dict(module.named_parameters()))
 
 
 def _build(config: PolicyConfig) -> Any:

@@ -13,19 +13,11 @@ import torch
 from rlinf_core.contract.policy import PolicyConfig
 from rlinf_core.testing.findings import Findings
 
-USES = {
-    "save_weights": "`rlinf export` cannot export the policy",
-    "open_weights": "it starts from initial values only, and `load_policy` cannot load it",
-}
-"""Method -> what does not work without it."""
-
 
 def check_weights(findings: Findings, config: PolicyConfig, parameters: Mapping[str, torch.Tensor]) -> None:
     """Write the parameters as `rlinf export` does, and read them as `load_policy` does."""
-    missing = [name for name in USES if getattr(type(config), name) is getattr(PolicyConfig, name)]
-    for name in missing:
-        findings.skip(f"{name}() is not defined: {USES[name]}")
-    if missing:
+    if findings.broken:
+        findings.skip("save_weights() and open_weights(): they rely on the rules above")
         return
     tensors = {name: tensor.detach().clone() for name, tensor in parameters.items()}
     with TemporaryDirectory() as made:
