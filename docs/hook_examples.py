@@ -8,13 +8,35 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel
 
-from rlinf_core import Command, DatasetConfig, LoggerConfig, PolicyConfig, TrainerConfig, UserError, hookimpl
+from rlinf_core import (
+    AugmentationConfig,
+    Command,
+    DatasetConfig,
+    LoggerConfig,
+    PolicyConfig,
+    TrainerConfig,
+    UserError,
+    hookimpl,
+)
 
 
 class ArmPolicy(PolicyConfig):
     """A custom policy; `rlinf_core.testing.check_policy` reports what it still lacks."""
 
     type: Literal["arm"] = "arm"
+
+
+class DimAugmentation(AugmentationConfig):
+    """A custom camera augmentation: darker images."""
+
+    type: Literal["dim"] = "dim"
+    darkest: float = 0.5
+
+    def draw(self, generator, cameras):
+        return {"factor": generator.uniform(self.darkest, 1.0, len(cameras)).astype(np.float32)}
+
+    def apply(self, images, draws, cameras):
+        return images * draws["factor"][..., None, None, None]
 
 
 class CountingTrainer(TrainerConfig):
@@ -70,6 +92,11 @@ class MemoryRows:
 @hookimpl
 def rlinf_register_policies():
     return [ArmPolicy]
+
+
+@hookimpl
+def rlinf_register_augmentations():
+    return [DimAugmentation]
 
 
 @hookimpl

@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from rlinf_core import DatasetConfig, LeRobotDatasetConfig, PolicyConfig, RunConfig, TrainerConfig
+from rlinf_core import AugmentationConfig, DatasetConfig, LeRobotDatasetConfig, PolicyConfig, RunConfig, TrainerConfig
+from rlinf_core.augmentations.random_erasing import RandomErasingConfig
 from rlinf_core.config.toml import dotted, write_toml
 from rlinf_core.contract.cluster import ClusterConfig
 from rlinf_core.contract.mixture import MixtureShare
@@ -80,6 +81,11 @@ PARTS = (
     ),
     Part("`[policy]` of `pi0`", "Besides the keys above.", [Pi0Config]),
     Part("`[policy]` of `pi05`", "Besides the keys above.", [Pi05Config]),
+    Part(
+        "`random_erasing` in `policy.augmentations`",
+        'An entry of the list: `{ type = "random_erasing", ... }`; see [augmentation.md](augmentation.md).',
+        [RandomErasingConfig],
+    ),
     Part(
         "`[data]` of `text`",
         "Of [text](text.md), which knows of core's keys `config_name`, `revision` and `num_workers` besides these.",
@@ -160,6 +166,8 @@ def _plural(annotation: Any) -> str:
         return _PLAIN[annotation].plural
     if annotation is Any:
         return "any values"
+    if annotation is AugmentationConfig:
+        return "names or tables"
     return f"tables of {_keys(annotation)}" if annotation.model_fields else "tables"
 
 

@@ -8,6 +8,7 @@ import pytest
 import rlinf_core
 
 PUBLIC = [
+    "AugmentationConfig",
     "Command",
     "DatasetConfig",
     "LeRobotDatasetConfig",

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from rlinf_plugins_openpi.inputs.augmentation import OpenpiAugmentationConfig
 from rlinf_plugins_openpi.model.augment import augment
 from rlinf_plugins_openpi.model.dimensions import CAMERAS
 
@@ -24,9 +25,19 @@ class Recorded:
         moving = [camera for camera in self.cameras if "crop_cy" in params[camera][0]]
         assert moving == self.cameras[: len(moving)]
         self.images = torch.stack([read(folder / f"in_{c}.png", len(params[c])) for c in self.cameras], dim=1)
-        self.geometry = numbers(params, moving, GEOMETRY)
+        self.moving = moving
+        self.geometry = numbers(params, self.cameras, GEOMETRY)  # NaN for wrist cameras, which must not be read.
         self.colors = numbers(params, self.cameras, COLORS)
         self.expected = np.load(folder / "out_sub4.npz")
+
+
+def augmented(recorded):
+    """What the registered class makes of the recorded numbers."""
+    draws = {
+        name: {"openpi.crop_and_rotation": recorded.geometry[:, i], "openpi.color_jitter": recorded.colors[:, i]}
+        for i, name in enumerate(recorded.cameras)
+    }
+    return augment(recorded.images, draws, {"openpi": OpenpiAugmentationConfig()})
 
 
 def read(path, count):
@@ -37,7 +48,7 @@ def read(path, count):
 
 def numbers(params, cameras, keys):
     """[B, cameras, keys]."""
-    table = [[[float(image[key]) for key in keys] for image in params[camera]] for camera in cameras]
+    table = [[[float(image.get(key, "nan")) for key in keys] for image in params[camera]] for camera in cameras]
     return torch.tensor(table).movedim(0, 1)
 
 
@@ -47,7 +58,7 @@ def recorded(augment_case):
 
 
 def test_changed_images_are_the_references(recorded, report):
-    ours = augment(recorded.images, recorded.geometry, recorded.colors)
+    ours = augmented(recorded)
     assert ours.dtype == torch.float32
     for index, camera in enumerate(recorded.cameras):
         theirs = recorded.expected[f"out_sub4/{camera}"]
@@ -58,8 +69,8 @@ def test_changed_images_are_the_references(recorded, report):
 
 def test_images_that_change_do_change(recorded):
     """A distance of nothing from nothing would pass above."""
-    ours, before = augment(recorded.images, recorded.geometry, recorded.colors), recorded.images / 127.5 - 1
+    ours, before = augmented(recorded), recorded.images / 127.5 - 1
     change = (ours - before).abs().amax((2, 3, 4))
     moved = torch.zeros_like(change, dtype=torch.bool)
-    moved[:, : recorded.geometry.shape[1]] = True
+    moved[:, : len(recorded.moving)] = True
     assert ((change > 1e-3) == (moved | recorded.colors[..., 0].bool())).all()

@@ -90,6 +90,11 @@ def config(robots):
     return path
 
 
+def of_rows(batch, rows):
+    """Some samples of a batch, which may have tables of tensors."""
+    return {key: of_rows(value, rows) if isinstance(value, dict) else value[rows] for key, value in batch.items()}
+
+
 @pytest.fixture(scope="module")
 def trained(robots, config):
     """The trainer, and of its first step each source's loss when the policy sees that source's samples alone."""
@@ -103,7 +108,7 @@ def trained(robots, config):
             numbers = batch.pop(SOURCE)
             trainer.seen_cameras = max(getattr(trainer, "seen_cameras", 0), batch["images"].shape[1])
             for number in numbers.unique().tolist():
-                own = {key: value[numbers == number] for key, value in batch.items() if key != PACKING}
+                own = of_rows({key: value for key, value in batch.items() if key != PACKING}, numbers == number)
                 out = trainer.policy(own)
                 sums[number][0] += float(out.loss_sum.detach())
                 sums[number][1] += float(out.weight)

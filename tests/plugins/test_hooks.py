@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
+import numpy as np
 import pluggy
 import pytest
 import torch
@@ -72,6 +73,15 @@ def plugins_of(**named):
 
 def test_rlinf_register_policies(plugins, examples):
     assert plugins.policy("arm") is examples.ArmPolicy
+
+
+def test_rlinf_register_augmentations(plugins, examples):
+    found = plugins.find("augmentation", "dim")
+    assert (found.item, str(found.owner)) == (examples.DimAugmentation, OWNER)
+    assert [one.name for one in plugins.registered_as("augmentation")] == ["dim", "random_erasing"]
+    images, drawn = torch.ones(1, 2, 4, 4, 3), found.item().draw(np.random.default_rng(0), ["base", "wrist"])
+    dimmed = found.item().apply(images, {"factor": torch.from_numpy(drawn["factor"])[None]}, ["base", "wrist"])
+    assert dimmed[0, :, 0, 0, 0].tolist() == drawn["factor"].tolist()
 
 
 def test_rlinf_register_trainers(plugins, examples):

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rlinf_core.contract.augmentation import AugmentationConfig as AugmentationConfig
     from rlinf_core.contract.command import Command as Command
     from rlinf_core.contract.datasets import DatasetConfig as DatasetConfig
     from rlinf_core.contract.datasets import LeRobotDatasetConfig as LeRobotDatasetConfig
@@ -38,6 +39,7 @@ _HOME = {
     "Policy": "contract.module",
     "PolicyOutput": "contract.module",
     "ShardUnit": "contract.module",
+    "AugmentationConfig": "contract.augmentation",
     "TrainerConfig": "contract.run",
     "Trainer": "contract.run",
     "LoggerConfig": "contract.run",

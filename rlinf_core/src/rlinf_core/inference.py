@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
+from rlinf_core.contract.augmentation import PLUGINS
 from rlinf_core.contract.datasets import DatasetConfig
 from rlinf_core.contract.mixture import MixtureShare
 from rlinf_core.contract.module import Policy
@@ -133,11 +134,11 @@ def load_policy(
     plugins = plugins or get_plugins()
     description = _read_description(folder)
     table, statistics = _choose_source(description["data"], folder, source)
-    data = _validated(plugins.dataset(_name(table, "config_name", folder)), table, folder)
+    data = _validated(plugins.dataset(_name(table, "config_name", folder)), table, folder, plugins)
     here = {field: str(_inside(folder, name)) for field, name in description["files"].items()}
     here["weights"] = str(folder)
     config = _validated(
-        plugins.policy(_name(description["policy"], "type", folder)), description["policy"] | here, folder
+        plugins.policy(_name(description["policy"], "type", folder)), description["policy"] | here, folder, plugins
     )
     stats = load_norm_stats(statistics) if statistics.exists() else None
     pipeline = build_pipeline(data, config, stats)
@@ -222,9 +223,9 @@ def _without_description(folder: Path) -> str:
     )
 
 
-def _validated[C: BaseModel](config: type[C], table: dict[str, Any], folder: Path) -> C:
+def _validated[C: BaseModel](config: type[C], table: dict[str, Any], folder: Path, plugins: Plugins) -> C:
     try:
-        return config.model_validate(table)
+        return config.model_validate(table, context={PLUGINS: plugins})
     except ValidationError as error:
         raise UserError(
             f"{folder / DESCRIPTION} is not valid for {config.__name__}, whose version may differ: {error}"

@@ -15,10 +15,11 @@ from pydantic import Field
 from rlinf_core import Sample, UserError
 from rlinf_core.data.sample import PACKING, Batch
 from rlinf_core.data.transforms import Transform
+from rlinf_plugins_openpi.inputs.augmentation import AUGMENTATION, draw_augmentations, labelled
 from rlinf_plugins_openpi.inputs.tokenizer import GEMMA_ENTRIES, SMALL_MODEL, load_processor, possible_tokens
 from rlinf_plugins_openpi.inputs.transforms import OpenpiSample, PadToActionDim, ResizeWithPad, TokenizePrompt
 from rlinf_plugins_openpi.model.dimensions import IMAGE_SIZE
-from rlinf_plugins_openpi.model.draws import draw_augmentation, draw_flow
+from rlinf_plugins_openpi.model.draws import draw_flow
 from rlinf_plugins_openpi.model.flops import training_flops
 from rlinf_plugins_openpi.model.parts import is_frozen, parameter_parts
 from rlinf_plugins_openpi.settings import OpenpiSettings
@@ -53,9 +54,11 @@ class OpenpiPolicyConfig(OpenpiSettings):
         )
 
     def draw(self, generator: np.random.Generator) -> dict[str, Any]:
-        """Noise and flow time, then (with `augment`) the augmentation of the images; see `draws`."""
-        drawn = draw_flow(generator, self.action_horizon, self.action_dim)
-        return drawn | (draw_augmentation(generator) if self.augment else {})
+        """Noise and flow time (see `draws`), then under `augmentation` the numbers of `draw_augmentations`, if any."""
+        drawn: dict[str, Any] = draw_flow(generator, self.action_horizon, self.action_dim)
+        if augmentations := self.active_augmentations:
+            drawn[AUGMENTATION] = draw_augmentations(augmentations, generator)
+        return drawn
 
     def describe(self, samples: Iterable[Sample]) -> Mapping[str, str]:
         """Report prompt lengths and how many prompts are truncated; counted per row if prompts contain the state."""
@@ -121,6 +124,7 @@ class OpenpiPolicyConfig(OpenpiSettings):
             mask_padded_steps=self.mask_padded_steps,
             mask_padded_dims=self.mask_padded_dims,
             embedding_rows=() if self.train_embedding == "all" else rows,
+            augmentations=labelled(self.active_augmentations),
         )
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not is_frozen(name, self.freeze))
@@ -243,8 +247,12 @@ class OpenpiPolicyConfig(OpenpiSettings):
         )
 
     def exported(self) -> Self:
-        """A copy with one whole embedding, as in the exported file."""
-        return self.model_copy(update={"train_embedding": "all"}).with_data_layout({ROWS: ()})
+        """A copy with one whole embedding, as in the exported file, and without augmentation, which is for training.
+
+        So an exported policy needs none of the packages whose augmentations it was trained with.
+        """
+        update = {"train_embedding": "all", "augment": False, "augmentations": None}
+        return self.model_copy(update=update).with_data_layout({ROWS: ()})
 
     def save_weights(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
         """Write `model.safetensors` in openpi's PyTorch layout."""

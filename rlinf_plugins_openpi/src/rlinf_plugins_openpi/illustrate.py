@@ -5,7 +5,6 @@ Images are augmented by the model's own code in torch, which is imported only if
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlinf_core.illustration import Camera, Grid, Illustration, Picture, Token, TokenText
+from rlinf_plugins_openpi.inputs.augmentation import AUGMENTATION, labelled
 from rlinf_plugins_openpi.inputs.tokenizer import clean, find_tokenizer, load_processor
 from rlinf_plugins_openpi.inputs.transforms import OpenpiSample
 from rlinf_plugins_openpi.model.dimensions import CAMERAS
@@ -37,7 +37,7 @@ def illustrate(policy: OpenpiSettings, sample: OpenpiSample, draws: Draws) -> Il
 
 def _cameras(policy: OpenpiSettings, sample: OpenpiSample, draws: Draws) -> Iterator[Camera]:
     present = [name for name in CAMERAS if name in sample.get("images", {})]
-    changed = _augmented(sample, draws) if policy.augment and present and draws else {}
+    changed = _augmented(policy, sample, draws) if policy.augment and present and draws else {}
     note = "" if policy.augment else "policy.augment is off: training sees the same image each time."
     for name in CAMERAS:
         if name in present:
@@ -46,34 +46,33 @@ def _cameras(policy: OpenpiSettings, sample: OpenpiSample, draws: Draws) -> Iter
             yield Camera(name, note="The data have no such camera: it is masked, and the model does not read it.")
 
 
-def _augmented(sample: OpenpiSample, draws: Draws) -> dict[str, list[Picture]]:
-    """Camera -> its image at each training step that uses the sample."""
+def _augmented(policy: OpenpiSettings, sample: OpenpiSample, draws: Draws) -> dict[str, list[Picture]]:
+    """Camera -> its image at each training step that uses the sample, after each augmentation."""
     import torch
 
     from rlinf_plugins_openpi.inputs.collate import stack
     from rlinf_plugins_openpi.model.augment import augment
 
     batch = stack([{**sample, **drawn} for drawn in draws.values()])
-    changed = augment(batch["images"], batch["crop_and_rotation"], batch["color_jitter"])
-    pixels = ((changed + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
+    augmentations = labelled(policy.active_augmentations)
+    stages = []
+    for count in range(1, len(augmentations) + 1):
+        changed = augment(batch["images"], batch[AUGMENTATION], dict(list(augmentations.items())[:count]))
+        stages.append(((changed + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy())
     shown: dict[str, list[Picture]] = {}
-    for column, name in enumerate(name for name in CAMERAS if name in sample["images"]):
+    for column, name in enumerate(batch[AUGMENTATION]):
         for row, (when, drawn) in enumerate(draws.items()):
-            shown.setdefault(name, []).append(Picture(f"{when}: {_change(name, drawn)}", pixels[row, column]))
+            for pixels, (label, augmentation) in zip(stages, augmentations.items(), strict=True):
+                head = when if len(stages) == 1 else f"{when}, {label}"
+                what = augmentation.describe(_own(drawn[AUGMENTATION], label, name), name)
+                shown.setdefault(name, []).append(Picture(f"{head}: {what}" if what else head, pixels[row, column]))
     return shown
 
 
-def _change(camera: str, drawn: Mapping[str, Any]) -> str:
-    """Describe the augmentation of a camera's image in words."""
-    on_wrist = "wrist" in camera
-    parts = []
-    if not on_wrist:
-        down, right, angle = drawn["crop_and_rotation"]
-        parts.append(f"crop {down:+.1f}, {right:+.1f} px, turned {math.degrees(angle):+.1f}°")
-    applied, brightness, contrast, turn = drawn["color_jitter"][int(on_wrist)]
-    if applied:
-        parts.append(f"brightness {brightness:+.2f}, contrast {contrast:+.2f}, hue {turn * 360:+.0f}°")
-    return "; ".join(parts) or "unchanged"
+def _own(drawn: Mapping[str, Any], label: str, camera: str) -> dict[str, Any]:
+    """The numbers of one augmentation and camera: name -> [...]."""
+    parts = {key.rpartition(".")[::2]: numbers for key, numbers in drawn.items()}
+    return {name: numbers[CAMERAS.index(camera)] for (whose, name), numbers in parts.items() if whose == label}
 
 
 def _prompt(policy: OpenpiSettings, sample: OpenpiSample) -> TokenText:

@@ -1,13 +1,20 @@
 """The hooks that this distribution implements, found through the entry point `rlinf-plugins-openpi`."""
 
-from rlinf_core import Command, PolicyConfig, hookimpl
+from rlinf_core import AugmentationConfig, Command, PolicyConfig, hookimpl
 from rlinf_plugins_openpi.config import Pi0Config, Pi05Config
+from rlinf_plugins_openpi.inputs.augmentation import OpenpiAugmentationConfig
 
 
 @hookimpl
 def rlinf_register_policies() -> list[type[PolicyConfig]]:
     """Offer π0 and π0.5."""
     return [Pi0Config, Pi05Config]
+
+
+@hookimpl
+def rlinf_register_augmentations() -> list[type[AugmentationConfig]]:
+    """Offer openpi's own image augmentation."""
+    return [OpenpiAugmentationConfig]
 
 
 @hookimpl

@@ -12,6 +12,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, PrivateAttr, model_validator
 
 from rlinf_core import PolicyConfig
+from rlinf_core.contract.augmentation import AugmentationConfig, Augmentations
+from rlinf_plugins_openpi.inputs.augmentation import OpenpiAugmentationConfig
 from rlinf_plugins_openpi.inputs.tokenizer import PromptTokenizer, find_tokenizer
 from rlinf_plugins_openpi.model.dimensions import Pi0Dimensions
 from rlinf_plugins_openpi.model.parts import Frozen, is_frozen
@@ -64,8 +66,11 @@ class OpenpiSettings(PolicyConfig):
     """Which parameters are not trained. `vision`: the image tower; `vlm`: the image tower and the language model;
     `all_but_expert`: everything except the layers of the action expert."""
     augment: bool = True
-    """Whether training augments images: colour jitter for all cameras, random crop and rotation for cameras that are
-    not on a wrist. Never applied in validation or inference."""
+    """Whether training augments images, by `augmentations` or as openpi does: colour jitter for all cameras, random
+    crop and rotation for cameras that are not on a wrist. Never applied in validation or inference."""
+    augmentations: Augmentations | None = None
+    """Image augmentations of training, applied in order: names, or tables of a name (`type`) and its settings, as in
+    `["openpi", { type = "random_erasing", probability = 0.25 }]`. Default: `["openpi"]`; `[]` is `augment = false`."""
     mask_padded_steps: bool = False
     """Leave actions past the end of an episode, which repeat the last action, out of the loss."""
     mask_padded_dims: bool = False
@@ -116,6 +121,32 @@ class OpenpiSettings(PolicyConfig):
                 "google/paligemma-3b-pt-224 (the small built-in one only fits the variant dummy)"
             )
         return self
+
+    @model_validator(mode="after")
+    def _augmentations_have_one_spelling(self) -> OpenpiSettings:
+        """Refuse contradictions; what `augment` can say is left to it, so that a resumed run sees no change."""
+        given = self.augmentations
+        if given and not self.augment:
+            raise ValueError(
+                "augment = false contradicts augmentations, which has entries: leave augment out to use them, or leave "
+                "augmentations out for no augmentation"
+            )
+        if given == () and self.augment and "augment" in self.model_fields_set:
+            raise ValueError(
+                "augment = true contradicts augmentations, which is empty: leave augment out for no augmentation, or "
+                "leave augmentations out for openpi's"
+            )
+        if given in ((), (OpenpiAugmentationConfig(),)):
+            object.__setattr__(self, "augment", bool(given))
+            object.__setattr__(self, "augmentations", None)
+        return self
+
+    @property
+    def active_augmentations(self) -> tuple[AugmentationConfig, ...]:
+        """The augmentations of training, in order."""
+        if not self.augment:
+            return ()
+        return (OpenpiAugmentationConfig(),) if self.augmentations is None else self.augmentations
 
     def files(self) -> Mapping[str, str]:
         """The tokenizer, unless it is the built-in one."""

@@ -6,10 +6,25 @@ import torch
 from test_pi0 import build, make_batch
 
 from rlinf_plugins_openpi import Pi05Config
-from rlinf_plugins_openpi.model.augment import augment, crop_and_rotate, jitter_colors, normalise, resize_with_pad
-from rlinf_plugins_openpi.model.draws import MAX_ANGLE, MAX_BRIGHTNESS, MAX_CONTRAST, MAX_HUE, MAX_SHIFT
+from rlinf_plugins_openpi.inputs.augmentation import (
+    MAX_ANGLE,
+    MAX_BRIGHTNESS,
+    MAX_CONTRAST,
+    MAX_HUE,
+    MAX_SHIFT,
+    OpenpiAugmentationConfig,
+)
+from rlinf_plugins_openpi.model import augment as preprocessing
+from rlinf_plugins_openpi.model.augment import crop_and_rotate, jitter_colors, normalise, resize_with_pad
+from rlinf_plugins_openpi.model.dimensions import CAMERAS
 
 SIZE = 24
+OPENPI = {"openpi": OpenpiAugmentationConfig()}
+BASE, WRIST = CAMERAS[:2]
+
+
+def augment(images, drawn):
+    return preprocessing.augment(images, drawn, OPENPI)
 
 
 def philox(key):
@@ -17,19 +32,21 @@ def philox(key):
 
 
 def draws(count=300):
+    """The numbers of many samples, [samples, all cameras, ...]."""
     policy = Pi05Config(variant="dummy", action_horizon=1, action_dim=1)
-    drawn = [policy.draw(philox(key)) for key in range(count)]
-    return {
-        key: torch.from_numpy(np.stack([one[key] for one in drawn])) for key in ("crop_and_rotation", "color_jitter")
-    }
+    drawn = [policy.draw(philox(key))["augmentation"] for key in range(count)]
+    return {key: torch.from_numpy(np.stack([one[key] for one in drawn])) for key in drawn[0]}
 
 
-def numbers(batch, cameras=1, moving=1):
-    """Draws for a batch whose cameras beyond the first `moving` are on wrists."""
+def numbers(batch, cameras=(BASE,)):
+    """Draws for a batch, as the model gets them; colours always change."""
     drawn = draws(batch)
-    jitter = drawn["color_jitter"][:, [int(camera >= moving) for camera in range(cameras)]]
-    jitter[..., 0] = 1.0
-    return {"crop_and_rotation": drawn["crop_and_rotation"][:, None].repeat(1, moving, 1), "color_jitter": jitter}
+    drawn["openpi.color_jitter"][..., 0] = 1.0
+    return {name: {key: value[:, CAMERAS.index(name)] for key, value in drawn.items()} for name in cameras}
+
+
+def of_rows(drawn, rows):
+    return {name: {key: value[rows] for key, value in own.items()} for name, own in drawn.items()}
 
 
 def pictures(*axes):
@@ -45,15 +62,18 @@ def test_noise_and_time_are_drawn_first_and_do_not_change():
         drawn = Pi05Config(variant="dummy", action_horizon=3, action_dim=4, augment=flag).draw(philox(5))
         assert np.array_equal(drawn["noise"], noise)
         assert drawn["time"] == time
-        assert ("color_jitter" in drawn) == ("crop_and_rotation" in drawn) == flag
+        assert ("augmentation" in drawn) == flag
 
 
 def test_draws_fill_the_references_ranges():
     drawn = draws()
-    reach = drawn["crop_and_rotation"].abs().amax(0) / torch.tensor([MAX_SHIFT, MAX_SHIFT, MAX_ANGLE])
+    crop, jitter = drawn["openpi.crop_and_rotation"], drawn["openpi.color_jitter"]
+    assert not crop[:, 1:].any()  # on wrists
+    assert torch.equal(jitter[:, 1], jitter[:, 2])
+    reach = crop[:, 0].abs().amax(0) / torch.tensor([MAX_SHIFT, MAX_SHIFT, MAX_ANGLE])
     assert reach.max() <= 1
     assert reach.min() > 0.95
-    applied, amounts = drawn["color_jitter"][..., 0], drawn["color_jitter"][..., 1:]
+    applied, amounts = jitter[:, :2, 0], jitter[:, :2, 1:]
     assert set(applied.unique().tolist()) == {0.0, 1.0}
     assert 0.4 < applied.mean() < 0.6
     assert (applied[:, 0] != applied[:, 1]).any()
@@ -64,39 +84,41 @@ def test_draws_fill_the_references_ranges():
 
 
 def test_an_image_looks_the_same_in_any_batch():
-    images, drawn = pictures(3, 2), numbers(3, cameras=2)
-    together = augment(images, **drawn)
+    images, drawn = pictures(3, 2), numbers(3, (BASE, WRIST))
+    together = augment(images, drawn)
     for row in range(3):
-        alone = augment(images[row : row + 1], **{key: value[row : row + 1] for key, value in drawn.items()})
+        alone = augment(images[row : row + 1], of_rows(drawn, slice(row, row + 1)))
         assert torch.equal(alone[0], together[row])
 
 
 def test_equal_draws_change_different_samples_alike():
-    one = {key: value[:1].expand(2, -1, -1) for key, value in numbers(1).items()}
-    changed = augment(pictures(1, 1).expand(2, -1, -1, -1, -1), **one)
+    changed = augment(pictures(1, 1).expand(2, -1, -1, -1, -1), of_rows(numbers(1), [0, 0]))
     assert torch.equal(changed[0], changed[1])
 
 
 def test_wrist_cameras_keep_their_geometry():
-    images, drawn = pictures(2, 2), numbers(2, cameras=2)
-    drawn["color_jitter"][..., 0] = 0.0
-    changed = augment(images, **drawn)
+    images, drawn = pictures(2, 2), numbers(2, (BASE, WRIST))
+    for own in drawn.values():
+        own["openpi.color_jitter"][..., 0] = 0.0
+    changed = augment(images, drawn)
     assert torch.allclose(changed[:, 1], normalise(images[:, 1]), atol=1e-6)
     assert not torch.allclose(changed[:, 0], normalise(images[:, 0]), atol=0.1)
 
 
 def test_only_wrist_cameras():
-    images, drawn = pictures(2, 1), numbers(2, cameras=1, moving=0)
-    assert augment(images, **drawn).shape == images.shape
+    images, drawn = pictures(2, 1), numbers(2, (WRIST,))
+    assert augment(images, drawn).shape == images.shape
 
 
 def test_bytes_and_numbers_are_changed_alike():
     images, drawn = pictures(2, 1), numbers(2)
-    assert torch.equal(augment(images, **drawn), augment(normalise(images), **drawn))
+    assert torch.equal(augment(images, drawn), augment(normalise(images), drawn))
 
 
 def test_changed_images_are_float32_within_the_range():
-    changed = augment(pictures(4, 2), **{key: value.bfloat16() for key, value in numbers(4, cameras=2).items()})
+    drawn = numbers(4, (BASE, WRIST))
+    rounded = {name: {key: value.bfloat16() for key, value in own.items()} for name, own in drawn.items()}
+    changed = augment(pictures(4, 2), rounded)
     assert changed.dtype == torch.float32
     assert changed.min() >= -1 - 1e-6
     assert changed.max() <= 1 + 1e-6
@@ -151,8 +173,9 @@ def test_contrast_is_continuous_and_grows():
 
 def test_nothing_is_read_back_from_the_device():
     images = torch.empty(2, 2, 224, 224, 3, dtype=torch.uint8, device="meta")
-    numbers = torch.empty(2, 1, 3, device="meta"), torch.empty(2, 2, 4, device="meta")
-    assert augment(images, *numbers).shape == images.shape
+    there = {"openpi.crop_and_rotation": torch.empty(2, 3), "openpi.color_jitter": torch.empty(2, 4)}
+    there = {key: value.to("meta") for key, value in there.items()}
+    assert augment(images, {BASE: there, WRIST: there}).shape == images.shape
 
 
 def test_resize_takes_bytes_or_float32():
@@ -162,8 +185,9 @@ def test_resize_takes_bytes_or_float32():
 
 def test_the_loss_sees_changed_images_in_training_mode_alone():
     model, batch = build(), make_batch(cameras=2)
-    drawn = numbers(2, cameras=2)
-    changed = batch | {"images": augment(batch["images"], **drawn)}
+    model.augmentations = OPENPI
+    drawn = {"augmentation": numbers(2, (BASE, WRIST))}
+    changed = batch | {"images": augment(batch["images"], drawn["augmentation"])}
     plain, expected = model.losses(batch), model.losses(changed)
     assert torch.equal(model.losses(batch | drawn), expected)
     assert not torch.allclose(expected, plain)
@@ -176,32 +200,29 @@ def test_the_loss_sees_changed_images_in_training_mode_alone():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_flow_from_changed_images(dtype):
     model = build()
+    model.augmentations = OPENPI
     for unit in model.shard_units():
         unit.module.to(dtype if unit.dtype == "compute" else torch.float32)
-    model(make_batch() | numbers(2)).loss_sum.backward()
+    model(make_batch() | {"augmentation": numbers(2)}).loss_sum.backward()
     assert model.vision.patch_embedding.weight.grad.isfinite().all()
     assert model.vision.patch_embedding.weight.grad.any()
 
 
-@pytest.mark.parametrize(
-    ("cameras", "kinds"),
-    [
-        (("base_0_rgb",), (0,)),
-        (("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb"), (0, 1, 1)),
-        (("right_wrist_0_rgb",), (1,)),
-    ],
-)
-def test_a_batch_holds_the_numbers_of_its_cameras(cameras, kinds):
+@pytest.mark.parametrize("cameras", [(BASE,), CAMERAS, (CAMERAS[2],)])
+def test_a_batch_holds_the_numbers_of_its_cameras(cameras):
     policy = Pi05Config(variant="dummy", action_horizon=2, action_dim=3)
     sample = {"images": {name: pictures()[:4, :4].numpy() for name in cameras}, "state": np.zeros(3), "prompt": "lift"}
     for transform in policy.transforms():
         sample = transform(sample)
     samples = [{**sample, **policy.draw(philox(key))} for key in (1, 2)]
     batch = policy.collate(samples)
-    assert batch["images"].shape[:2] == batch["color_jitter"].shape[:2] == (2, len(cameras))
+    assert batch["images"].shape[:2] == (2, len(cameras))
+    assert tuple(batch["augmentation"]) == cameras
     for row, sample in enumerate(samples):
-        assert batch["color_jitter"][row].tolist() == sample["color_jitter"][list(kinds)].tolist()
-        assert batch["crop_and_rotation"][row].tolist() == [sample["crop_and_rotation"].tolist()] * kinds.count(0)
+        for name, own in batch["augmentation"].items():
+            assert own.keys() == {"openpi.crop_and_rotation", "openpi.color_jitter"}
+            for key, value in own.items():
+                assert value[row].tolist() == sample["augmentation"][key][CAMERAS.index(name)].tolist()
 
 
 def test_a_batch_without_draws_has_no_numbers():
@@ -210,4 +231,4 @@ def test_a_batch_without_draws_has_no_numbers():
     for transform in policy.transforms():
         sample = transform(sample)
     batch = policy.collate([{**sample, **policy.draw(philox(1))}])
-    assert {"crop_and_rotation", "color_jitter"}.isdisjoint(batch)
+    assert "augmentation" not in batch

@@ -47,6 +47,7 @@ _BY_KEY: Mapping[str, str] = {
     ),
     "policy.type": "model_type policy_type",
     "policy.action_horizon": "chunk_size n_action_steps num_action_chunks action_chunk_size",
+    "policy.augmentations": "image_transforms image_aug image_augmentation image_augmentations",
     "data.repo_id": "dataset_name dataset_path data_path data_paths train_data_paths dataset_repo_id",
     "data.num_workers": "dataloader_num_workers num_dataloader_workers",
     "[optim]": "optimizer lr_schedule scheduler lr_scheduler",

@@ -30,6 +30,7 @@ from rlinf_core.config.toml import (
     read_toml,
     write_toml,
 )
+from rlinf_core.contract.augmentation import PLUGINS
 from rlinf_core.contract.datasets import DatasetConfig
 from rlinf_core.contract.mixture import LOADER_KEYS, MixtureConfig, MixtureEntry, MixtureShare
 from rlinf_core.contract.run import RunConfig
@@ -186,7 +187,7 @@ class _Draft:
         """Validate the table at a key path. Records mistakes; raises an exception of the class, noting its owner."""
         named = owner if len(place) > 1 else None
         try:
-            return model.model_validate(values)
+            return model.model_validate(values, context={PLUGINS: self._plugins})
         except ValidationError as error:
             for one in error.errors(include_url=False):
                 one["loc"] = (*place, *one["loc"])

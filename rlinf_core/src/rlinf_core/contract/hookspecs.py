@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
     from torch import nn
 
+    from rlinf_core.contract.augmentation import AugmentationConfig
     from rlinf_core.contract.command import Command
     from rlinf_core.contract.datasets import DatasetConfig, SampleSource, Split
     from rlinf_core.contract.policy import PolicyConfig
@@ -35,6 +36,17 @@ def rlinf_register_policies() -> Iterable[type[PolicyConfig]]:  # type: ignore[e
         Config classes. All plugins' results are collected; the same `type` from two plugins is an error naming both.
 
     Called on: every rank, while the config is loaded. Since 0.1.
+    """
+
+
+@hookspec
+def rlinf_register_augmentations() -> Iterable[type[AugmentationConfig]]:  # type: ignore[empty-body]
+    """Offer camera augmentations; `policy.augmentations` selects among them by `type`, if the policy has that key.
+
+    Returns:
+        Config classes. All plugins' results are collected; the same `type` from two plugins is an error naming both.
+
+    Called on: every rank, while a config that names an augmentation is loaded. Since 0.1.
     """
 
 

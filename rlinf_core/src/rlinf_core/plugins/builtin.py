@@ -1,5 +1,5 @@
-"""Core's own plugin, found through its own entry point: the FSDP2 trainer, the LeRobot reader, two loggers, and
-torchrun as launcher.
+"""Core's own plugin, found through its own entry point: the FSDP2 trainer, the LeRobot reader, an augmentation, two
+loggers, and torchrun as launcher.
 
 Configs and readers are imported when a hook is called, so that loading the plugins is cheap.
 """
@@ -13,9 +13,18 @@ from rlinf_core.contract.hookspecs import hookimpl
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from rlinf_core.contract.augmentation import AugmentationConfig
     from rlinf_core.contract.datasets import DatasetConfig, SampleSource, Split
     from rlinf_core.contract.policy import PolicyConfig
     from rlinf_core.contract.run import LoggerConfig, RunConfig, TrainerConfig
+
+
+@hookimpl
+def rlinf_register_augmentations() -> list[type[AugmentationConfig]]:
+    """The augmentation `random_erasing`."""
+    from rlinf_core.augmentations.random_erasing import RandomErasingConfig
+
+    return [RandomErasingConfig]
 
 
 @hookimpl

@@ -12,13 +12,14 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from pydantic import BaseModel
 
+from rlinf_core.contract.augmentation import AugmentationConfig
 from rlinf_core.contract.command import Command
 from rlinf_core.contract.policy import PolicyConfig
 from rlinf_core.contract.run import LoggerConfig, TrainerConfig
 from rlinf_core.errors import PluginError
 from rlinf_core.plugins.owners import Owner
 
-RegistrationKind = Literal["policy", "trainer", "logger", "options", "command"]
+RegistrationKind = Literal["policy", "augmentation", "trainer", "logger", "options", "command"]
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ def _reading(item: Any, name_of: Callable[..., str], *arguments: Any) -> Reading
 
 HOOKS: Mapping[RegistrationKind, RegistrationHook] = {
     "policy": RegistrationHook("rlinf_register_policies", "policy", _configs(PolicyConfig)),
+    "augmentation": RegistrationHook("rlinf_register_augmentations", "augmentation", _configs(AugmentationConfig)),
     "trainer": RegistrationHook("rlinf_register_trainers", "trainer", _configs(TrainerConfig)),
     "logger": RegistrationHook("rlinf_register_loggers", "logger", _configs(LoggerConfig)),
     "options": RegistrationHook("rlinf_register_options", "plugin table", _options),

@@ -10,7 +10,9 @@ from typing import Any, get_args
 from pydantic import BaseModel
 
 from rlinf_core.config.toml import write_toml
+from rlinf_core.contract.augmentation import PLUGINS
 from rlinf_core.contract.run import RunConfig
+from rlinf_core.plugins.registry import get_plugins
 from rlinf_core.testing.findings import Findings
 
 
@@ -34,7 +36,8 @@ def check_round_trip(findings: Findings, config: BaseModel) -> None:
     """Check that the config is unchanged after it is written as TOML and read back."""
 
     def again() -> BaseModel:
-        return type(config).model_validate(tomllib.loads(write_toml(config.model_dump(mode="json", exclude_none=True))))
+        table = tomllib.loads(write_toml(config.model_dump(mode="json", exclude_none=True)))
+        return type(config).model_validate(table, context={PLUGINS: get_plugins()})
 
     read = findings.attempt("the config can be written as TOML and read again", again)
     if read is not None:

@@ -13,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlinf_core import UserError
+from rlinf_core import PluginError, UserError
 from rlinf_core.data.batch_memory import batch_tensor
+from rlinf_plugins_openpi.inputs.augmentation import AUGMENTATION
 from rlinf_plugins_openpi.model.dimensions import CAMERAS, IMAGE_SIZE
 
 Image = NDArray[np.uint8]
@@ -23,7 +24,7 @@ TOKEN_STEP = 16
 """Prompts are padded to a multiple of this many tokens, so that compiled code sees few shapes."""
 
 
-def stack(samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+def stack(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Stack samples.
 
     Args:
@@ -35,14 +36,16 @@ def stack(samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         `tokens` int64 [B, T] and `token_mask` bool [B, T]: cut to the longest prompt, rounded up to `TOKEN_STEP`.
         `state` float32 [B, A]. If the samples have them: `actions` float32 [B, H, A], `actions_is_pad` bool [B, H] and
         `action_width` int64 [B], the robot's own share of A; `noise` float32 [B, H, A], `time` float32 [B];
-        `crop_and_rotation` float32 [B, G, 3] for the first G cameras, which are not on a wrist, and `color_jitter`
-        float32 [B, C, 4].
+        `augmentation`: the C cameras in order -> `<label>.<name>` -> [B, ...], the numbers of `draw_augmentations`.
+
+    Raises:
+        PluginError: An augmentation drew numbers of different shapes for different samples.
     """
     cameras, images, image_mask = _stack_images([sample.get("images", {}) for sample in samples])
     token_mask = np.stack([sample["token_mask"] for sample in samples])
     longest = int(token_mask.sum(axis=1).max())
     length = min(-(-longest // TOKEN_STEP) * TOKEN_STEP, token_mask.shape[1])
-    batch = {
+    batch: dict[str, Any] = {
         "images": images,
         "image_mask": torch.from_numpy(image_mask),
         "tokens": torch.from_numpy(np.stack([sample["tokens"][:length] for sample in samples])),
@@ -54,16 +57,23 @@ def stack(samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         batch["actions_is_pad"] = torch.from_numpy(np.stack([sample["actions_is_pad"] for sample in samples]))
     if "action_width" in samples[0]:
         batch["action_width"] = torch.tensor([sample["action_width"] for sample in samples])
-    return batch | (_augmentation(samples, cameras) if "color_jitter" in samples[0] else {})
+    if AUGMENTATION in samples[0]:
+        batch[AUGMENTATION] = _stack_draws([sample[AUGMENTATION] for sample in samples], cameras)
+    return batch
 
 
-def _augmentation(samples: Sequence[Mapping[str, Any]], cameras: Sequence[str]) -> dict[str, Tensor]:
-    """Random numbers per camera: a sample has one set for wrist cameras and one for all others."""
-    on_wrist = ["wrist" in name for name in cameras]  # The reference also decides by the name.
-    moving = on_wrist.count(False)
+def _stack_draws(draws: Sequence[Mapping[str, NDArray[Any]]], cameras: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+    """The augmentations' random numbers of each camera of the batch, whose names the model reads off the keys."""
+    stacked = {}
+    for key in draws[0]:
+        if len(shapes := {drawn[key].shape for drawn in draws}) > 1:
+            found = " and ".join(str(list(shape)) for shape in sorted(shapes))
+            raise PluginError(f"augmentation {key!r}: draw() gave shapes {found}, but must give one for all samples")
+        stacked[key] = np.stack([drawn[key] for drawn in draws])
+    rows = {name: CAMERAS.index(name) for name in cameras}
     return {
-        "crop_and_rotation": _stack_floats(samples, "crop_and_rotation")[:, None].repeat(1, moving, 1),
-        "color_jitter": _stack_floats(samples, "color_jitter")[:, [int(wrist) for wrist in on_wrist]],
+        name: {key: torch.from_numpy(numbers[:, row].copy()) for key, numbers in stacked.items()}
+        for name, row in rows.items()
     }
 
 

@@ -1,17 +1,21 @@
 """Preprocessing of images on the device: augmentation for training, and resizing if they are of another size.
 
-Follows the reference's `preprocess_observation` (openpi, `models/model.py`), which uses augmax and jax.image. Torch and
-the standard library only. Nothing is drawn here: each sample brings its own random numbers (`draws.py`), so that it
-looks the same in every batch. All computations are float32. Axes: B batch, C camera, G cameras that are cropped and
-rotated, N images.
+Follows the reference's `preprocess_observation` (openpi, `models/model.py`), which uses augmax and jax.image. Torch,
+the standard library and core's errors only. Nothing is drawn here: each sample brings its own random numbers
+(`inputs.augmentation`), so that it looks the same in every batch. All computations are float32. Axes: B batch, C
+camera, N images.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
+
+from rlinf_core.errors import PluginError
 
 CROP = 0.95
 """Fraction of height and width that a crop keeps, rounded down to whole pixels."""
@@ -22,24 +26,65 @@ def normalise(images: torch.Tensor) -> torch.Tensor:
     return images.float() / 255.0 * 2.0 - 1.0 if images.dtype == torch.uint8 else images.float()
 
 
+class Augmentation(Protocol):
+    """What the model needs from an augmentation; see `rlinf_core.AugmentationConfig`."""
+
+    def apply(self, images: torch.Tensor, draws: Mapping[str, torch.Tensor], cameras: Sequence[str]) -> torch.Tensor:
+        """Change images [B, C, height, width, 3], float32 in [0, 1]."""
+        ...
+
+
 @torch.no_grad()
-def augment(images: torch.Tensor, crop_and_rotation: torch.Tensor, color_jitter: torch.Tensor) -> torch.Tensor:
+def augment(
+    images: torch.Tensor,
+    draws: Mapping[str, Mapping[str, torch.Tensor]],
+    augmentations: Mapping[str, Augmentation],
+) -> torch.Tensor:
     """Augment images for training.
 
     Args:
         images: [B, C, height, width, 3], uint8 or in [-1, 1].
-        crop_and_rotation: [B, G, 3] for the first G cameras, see `crop_and_rotate`. The others are wrist cameras, which
-            are not moved: their view is fixed to the hand.
-        color_jitter: [B, C, 4], see `jitter_colors`.
+        draws: The C cameras in order -> `<label>.<name>` -> [B, ...].
+        augmentations: Label -> what to apply, in order.
 
     Returns:
         [B, C, height, width, 3] float32 in [-1, 1].
     """
-    pixels = normalise(images) / 2.0 + 0.5
-    if moving := crop_and_rotation.shape[1]:
-        moved = crop_and_rotate(pixels[:, :moving].flatten(0, 1), crop_and_rotation.flatten(0, 1))
-        pixels = torch.cat((moved.view(-1, moving, *images.shape[2:]), pixels[:, moving:]), dim=1)
-    return jitter_colors(pixels.flatten(0, 1), color_jitter.flatten(0, 1)).view_as(pixels) * 2.0 - 1.0
+    pixels, cameras = normalise(images) / 2.0 + 0.5, tuple(draws)
+    for label, augmentation in augmentations.items():
+        pixels = apply_one(label, augmentation, pixels, _own(draws, label), cameras)
+    return pixels * 2.0 - 1.0
+
+
+def apply_one(
+    label: str,
+    augmentation: Augmentation,
+    pixels: torch.Tensor,
+    draws: Mapping[str, torch.Tensor],
+    cameras: Sequence[str],
+) -> torch.Tensor:
+    """Apply an augmentation to images [B, C, height, width, 3], float32 in [0, 1].
+
+    Raises:
+        PluginError: The result has another shape or dtype; the message names the class.
+    """
+    try:
+        changed = augmentation.apply(pixels, draws, cameras)
+    except Exception as error:
+        error.add_note(f"in apply() of the augmentation {label!r} ({type(augmentation)!r})")
+        raise
+    if changed.shape != pixels.shape or changed.dtype != pixels.dtype:
+        raise PluginError(
+            f"augmentation {label!r} ({type(augmentation)!r}): apply() gave images {changed.dtype} "
+            f"{list(changed.shape)}, but must give {pixels.dtype} {list(pixels.shape)}, as it gets"
+        )
+    return changed
+
+
+def _own(draws: Mapping[str, Mapping[str, torch.Tensor]], label: str) -> dict[str, torch.Tensor]:
+    """The numbers of one augmentation: name -> [B, C, ...]."""
+    names = [key for key in next(iter(draws.values())) if key.rpartition(".")[0] == label]
+    return {name.rpartition(".")[2]: torch.stack([of[name] for of in draws.values()], dim=1) for name in names}
 
 
 def crop_and_rotate(images: torch.Tensor, crop_and_rotation: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from torch import nn
 
 from rlinf_core.contract.module import PolicyOutput, ShardUnit
 from rlinf_plugins_openpi.model.attention import KeysValues, PrefixContext, SuffixContext, bias, rotation
-from rlinf_plugins_openpi.model.augment import augment, normalise, resize_with_pad
+from rlinf_plugins_openpi.model.augment import Augmentation, augment, normalise, resize_with_pad
 from rlinf_plugins_openpi.model.gemma import (
     AdaptiveRMSNorm,
     EmbeddingRows,
@@ -75,6 +76,7 @@ class Pi0(nn.Module):
         mask_padded_dims: Leave action dims that the robot does not have out of the loss. The reference does not.
         embedding_rows: Token ids, ascending, whose embedding rows become a parameter of their own; then the model can
             read only these tokens, and never reads the whole embedding. Empty: it reads the whole embedding.
+        augmentations: Label -> image augmentation of training, applied in order.
     """
 
     def __init__(
@@ -85,11 +87,13 @@ class Pi0(nn.Module):
         mask_padded_steps: bool = False,
         mask_padded_dims: bool = False,
         embedding_rows: Sequence[int] = (),
+        augmentations: Mapping[str, Augmentation] = MappingProxyType({}),
     ) -> None:
         super().__init__()
         vlm, expert, action_dim = dimensions.vlm, dimensions.expert, dimensions.action_dim
         self.dimensions = dimensions
         self.num_sampling_steps = num_sampling_steps
+        self.augmentations = dict(augmentations)
         self.mask_padded_steps, self.mask_padded_dims = mask_padded_steps, mask_padded_dims
         self.vision = SigLIP(dimensions.vision, vlm.width)
         self.embedding = TokenEmbedding(dimensions.vocab_size, vlm.width)
@@ -120,7 +124,8 @@ class Pi0(nn.Module):
                 `image_mask` bool [B, C], `tokens` int [B, L], `token_mask` bool [B, L]; float32 `state` [B, A],
                 `actions` [B, H, A], `noise` [B, H, A], `time` [B]. Preferably also `packing`, see `packing.pack`:
                 without it the masks are read on the host. In training mode, images are augmented if the batch has
-                `crop_and_rotation` [B, number of cameras to move, 3] and `color_jitter` [B, C, 4], see `augment`.
+                `augmentation`, the random numbers of all augmentations: the C cameras in order -> `<label>.<name>` ->
+                [B, ...], see `augment`.
 
         Returns:
             Sum over samples and horizon of the squared error averaged over action dims, and the number of terms in the
@@ -178,8 +183,8 @@ class Pi0(nn.Module):
         packing = packing_of(batch, vision.num_tokens)
         if images.shape[2:4] != (vision.image_size, vision.image_size):
             images = resize_with_pad(normalise(images), vision.image_size, vision.image_size)
-        if augmented and "color_jitter" in batch:
-            images = augment(images, batch["crop_and_rotation"], batch["color_jitter"])
+        if augmented and "augmentation" in batch:
+            images = augment(images, batch["augmentation"], self.augmentations)
         images = images.flatten(0, 1)
         if len(packing.images) < len(images):
             images = images[packing.images]

@@ -1,0 +1,1 @@
+"""Camera augmentations that know no robot and no model."""
