@@ -437,16 +437,35 @@ def test_an_adapter_beside_a_tied_weight_is_announced_and_not_merged():
         merging(name, {key: torch.ones(shape) for key, shape in shapes.items()})
 
 
-def test_an_adapter_that_is_not_linear_trains_and_its_run_begins_with_a_warning(tmp_path, capsys):
+def train_toy(tmp_path, *changes):
+    tmp_path.mkdir(exist_ok=True)
     (tmp_path / "toy.toml").write_text(toy_policy.CONFIG)
     run = load_config(tmp_path / "toy.toml", [f"runner.output_dir={tmp_path}", "runner.max_steps=2"], toys())
-    plugins = toys(put("blocks.0.down", Bottleneck))
+    plugins = toys(*changes)
     with pytest.MonkeyPatch.context() as patch, processes("cpu") as group:
         patch.delenv("RANK", raising=False)
         start = prepare_folder(run, overwrite=False)
         trainer = run.trainer.build(run, start=start, group=group, plugins=plugins)
         trainer.train()
+    return trainer
+
+
+def test_an_adapter_that_is_not_linear_trains_and_its_run_begins_with_a_warning(tmp_path, capsys):
+    trainer = train_toy(tmp_path, put("blocks.0.down", Bottleneck))
     said = capsys.readouterr().out
     assert "adapters: 1 of test_adapters.Bottleneck add 114 numbers; 2,662 of 2,662 train" in said
     assert "warning: `rlinf export` will refuse this run: 1 of test_adapters.Bottleneck cannot be merged" in said
     assert trainer.policy.blocks[0].down.scale == 0.5
+    assert "gradient to the adapters" not in said
+
+
+def test_what_the_policy_does_not_call_is_said(tmp_path, capsys):
+    def freeze_and_add_value(policy):
+        policy.requires_grad_(False)
+        policy.value = Value(2, 1)
+
+    train_toy(tmp_path, add("value", lambda: Value(2, 1)))
+    said = capsys.readouterr().out
+    assert said.count("gave no gradient to the adapters value (test_adapters.Value). A policy that multiplies") == 1
+    with pytest.raises(UserError, match=r"the loss depends on no parameter that is trained: .* leave out this layer"):
+        train_toy(tmp_path / "frozen", freeze_and_add_value)

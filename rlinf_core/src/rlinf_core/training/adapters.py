@@ -20,6 +20,11 @@ from rlinf_core.training.fsdp import derived_seed, unused_parameters
 LISTED = 4
 """Maximum number of names that a message lists."""
 HOW = "see `Adapters` in docs/weights.md"
+UNUSED = (
+    "A policy that multiplies with a layer's weight itself, instead of calling the layer, does not notice that another "
+    f"module has taken its place: leave out this layer; {HOW}"
+)
+"""Why the loss may not depend on an adapter."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,19 @@ class Adapters:
                 f"{list(value.shape)}, but the parameter has {list(shape)}"
             )
         return value
+
+    def gradient_warnings(self, trained: Mapping[str, nn.Parameter]) -> list[str]:
+        """Which adapters got no gradient at all in a step, one sentence; call it before gradients are cleared.
+
+        Args:
+            trained: Parameters with optimizer state.
+        """
+        expected = {owner for name, owner in self.owners.items() if name in trained}
+        reached = {owner for name, owner in self.owners.items() if name in trained and trained[name].grad is not None}
+        if not (idle := [name for name in self.modules if name in expected - reached]):
+            return []
+        described = _listed([f"{name} ({self.classes[name]})" for name in idle])
+        return [f"warning: in its first step the run gave no gradient to the adapters {described}. {UNUSED}"]
 
     def rebuild_buffers(self) -> None:
         """Fill the buffers that plugins have added; the module has real memory."""

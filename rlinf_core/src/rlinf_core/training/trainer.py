@@ -60,7 +60,10 @@ class Fsdp2Trainer:
             self, group, plugins, batches, self.policy, stop_step=self.stop_step, changed=self._state.adapters.changed
         )
         self._monitor.measure(self._checkpoints.stall)
-        self._compute = TrainStep(config, group, batches, self._state, self._monitor.recorder, self._monitor.throughput)
+        monitor = self._monitor
+        self._compute = TrainStep(
+            config, group, batches, self._state, monitor.recorder, monitor.throughput, log=monitor.log
+        )
         if group.rank == 0:
             self._describe()
 
