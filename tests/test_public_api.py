@@ -9,11 +9,14 @@ import rlinf_core
 
 PUBLIC = [
     "AugmentationConfig",
+    "Adapter",
+    "BufferedAdapter",
     "Command",
     "DatasetConfig",
     "LeRobotDatasetConfig",
     "Logger",
     "LoggerConfig",
+    "MergeableAdapter",
     "PluginError",
     "Policy",
     "PolicyConfig",
@@ -60,6 +63,6 @@ def test_importing_the_package_costs_nothing():
 
 def test_declarative_modules_leave_torch_unloaded():
     imports = "from rlinf_core import cli, hub, testing; from rlinf_core.config import load; "
-    imports += "from rlinf_core.contract import datasets, hookspecs, module, policy, run; "
+    imports += "from rlinf_core.contract import adapter, datasets, hookspecs, module, policy, run; "
     imports += "from rlinf_core.plugins import builtin, registry; from rlinf_core.training import config"
     assert loaded_after(imports, "torch", "lerobot", "huggingface_hub", "rich", "tomli_w") == []

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
+from rlinf_core.training.adapters import Original, find_adapters
 from rlinf_core.training.distributed.processes import Processes
 from rlinf_core.training.ema import Ema
 from rlinf_core.training.fsdp import materialize, shard
@@ -104,7 +105,9 @@ def test_steps_wait_for_nothing_and_their_numbers_come_late(group, tmp_path, dec
     order = SimpleNamespace(accumulation=ACCUMULATION, sources=(1, 2), places=lambda micro, rank: places[micro])
     order.batching = SimpleNamespace(seed=0)
     config = SimpleNamespace(global_batch_size=size, reduce_every_micro_batch=False, reshard_after_forward=reshard)
-    state = SimpleNamespace(policy=policy, optimizer=optimizer, ema=Ema(policy, decay) if decay else None)
+    adapters = find_adapters(Original.of(policy), policy, lambda: "no plugin")
+    ema = Ema(policy, decay) if decay else None
+    state = SimpleNamespace(policy=policy, optimizer=optimizer, ema=ema, adapters=adapters)
     step = TrainStep(config, group, order, state, FlightRecorder(tmp_path, 0, timeout=600.0))
     waiting, read, stream = deque(), [], itertools.repeat(batch())
     for number in range(WARM_UP):

@@ -63,7 +63,7 @@ def test_operations_are_those_of_the_data():
     from rlinf_core.training.build import build_on_meta
 
     (source,) = sample_sources(run, plugins)
-    policy, batch = build_on_meta(run, plugins), run.policy.collate(source.samples[::64])
+    (policy, _), batch = build_on_meta(run, plugins), run.policy.collate(source.samples[::64])
     policy.to_empty(device="cpu")
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         torch.autograd.backward(policy(batch).loss_sum)

@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import low_rank
 import pytest
 import torch
 from tiny_text import QWEN3, SIZES, sample, some_tokens, tiny_policy, with_values
@@ -10,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from rlinf_core import UserError
 from rlinf_core.testing import check_policy
+from rlinf_core.training.build import initial_value
 from rlinf_plugins_text.model.cross_entropy import HeadShape, linear_cross_entropy
 from rlinf_plugins_text.weights import model_config
 
@@ -230,3 +233,18 @@ def test_configs_load_without_torch():
         "assert callable(weights.model_config)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_layers_with_adapters_start_from_the_same_values():
+    policy = tiny_policy()
+    with torch.device("meta"):
+        plain, adapted = policy.build(), policy.build()
+        options = low_rank.LowRankOptions(rank=2)
+        low_rank.rlinf_policy_built(adapted, SimpleNamespace(plugin_options=lambda _: options))
+    shapes = {name: tuple(parameter.shape) for name, parameter in plain.named_parameters()}
+    added = dict(adapted.named_parameters()).keys() - shapes.keys()
+    assert {name.rpartition(".")[2] for name in added} == {"up", "down"}
+    for name in (name for name in shapes if name.rpartition(".")[0] in {one.rpartition(".")[0] for one in added}):
+        values = [initial_value(policy, module, 0, name, shapes[name]) for module in (plain, adapted)]
+        assert torch.equal(*values), name
+        assert values[0].any()

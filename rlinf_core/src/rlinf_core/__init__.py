@@ -9,6 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rlinf_core.contract.adapter import Adapter as Adapter
+    from rlinf_core.contract.adapter import BufferedAdapter as BufferedAdapter
+    from rlinf_core.contract.adapter import MergeableAdapter as MergeableAdapter
     from rlinf_core.contract.augmentation import AugmentationConfig as AugmentationConfig
     from rlinf_core.contract.command import Command as Command
     from rlinf_core.contract.datasets import DatasetConfig as DatasetConfig
@@ -40,6 +43,9 @@ _HOME = {
     "PolicyOutput": "contract.module",
     "ShardUnit": "contract.module",
     "AugmentationConfig": "contract.augmentation",
+    "Adapter": "contract.adapter",
+    "MergeableAdapter": "contract.adapter",
+    "BufferedAdapter": "contract.adapter",
     "TrainerConfig": "contract.run",
     "Trainer": "contract.run",
     "LoggerConfig": "contract.run",

@@ -27,7 +27,9 @@ from rlinf_core.errors import UserError, did_you_mean
 from rlinf_core.files import check_writable, writing
 from rlinf_core.plugins.registry import Plugins
 from rlinf_core.torch_names import read_shards
+from rlinf_core.training.adapters import Merge
 from rlinf_core.training.build import DTYPES, build_on_meta
+from rlinf_core.training.checkpoint.load import layout_difference
 from rlinf_core.training.checkpoint.shards import ShardReader
 from rlinf_core.training.checkpoint.state import (
     NAMES,
@@ -77,13 +79,14 @@ def export_run(
         output: The folder to create.
         choice: Which weights to export, and how.
         plugins: Plugins that provide the run's classes.
-        log: Called with a warning for each damaged checkpoint that was skipped.
+        log: Called with a warning for each damaged checkpoint that was skipped, and with what became of adapters.
 
     Returns:
         The checkpoint that was exported.
 
     Raises:
-        UserError: There is no such run or checkpoint, or the output already exists or cannot be written.
+        UserError: There is no such run or checkpoint, an adapter cannot be merged, or the output already exists or
+            cannot be written.
     """
     _check_run(folder)
     run = load_config(folder / "config.toml", plugins=plugins)
@@ -100,7 +103,9 @@ def export_run(
     checkpoint = find_checkpoint(folder, run.runner.checkpoints_of(folder), choice, log)
     policy = run.policy.with_data_layout(read_position(checkpoint).data_layout)
     run = run.model_copy(update={"policy": policy})
-    tensors = read_weights(run, checkpoint, choice, plugins)
+    tensors, notes = read_weights(run, checkpoint, choice, plugins)
+    for note in notes:
+        log(note)
     aside = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     try:
@@ -183,43 +188,58 @@ def _newest(folder: Path, checkpoints: Path, log: Callable[[str], object]) -> Pa
     raise UserError(f"{folder} has no checkpoint")
 
 
-def read_weights(run: RunConfig, checkpoint: Path, choice: Choice, plugins: Plugins) -> dict[str, torch.Tensor]:
-    """Full tensors of a checkpoint by the module's parameter names, on the CPU, in the chosen dtype.
+def read_weights(
+    run: RunConfig, checkpoint: Path, choice: Choice, plugins: Plugins
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Full tensors of a checkpoint by the policy's own parameter names, on the CPU, in the chosen dtype.
 
-    Besides the result, about a gigabyte of float32 is in memory at a time.
+    Adapters are merged in float32. Besides the result, about a gigabyte of float32 is in memory at a time.
+
+    Returns:
+        The tensors, and what became of adapters, one sentence each.
     """
-    policy = build_on_meta(run, plugins)
-    if (tag := layout(policy.named_parameters())) != (saved := read_position(checkpoint).layout):
+    policy, adapters = build_on_meta(run, plugins)
+    position, reader = read_position(checkpoint), ShardReader(checkpoint)
+    if (tag := layout(policy.named_parameters())) != position.layout:
+        shapes = {f"model.{name}": tuple(parameter.shape) for name, parameter in policy.named_parameters()}
         raise UserError(
-            f"{checkpoint} was saved by a model with another layout ({saved}; this one has {tag}): "
-            "the version of the policy's plugin differs"
+            f"{checkpoint} was saved by a model with another layout ({position.layout}; this one has {tag}): "
+            f"{layout_difference(reader, position, shapes)}. Restore what differs."
         )
-    reader = ShardReader(checkpoint)
+    merge = Merge(policy, adapters)
     saved_names = reader.read_metadata().state_dict_metadata
     if choice.ema and not any(name.startswith("ema.") for name in saved_names):
         raise UserError(f"{checkpoint} has no moving average of the weights: optim.ema_decay was 0")
     tensors: dict[str, torch.Tensor] = {}
-    for part in _parts(policy.named_parameters()):
+    for part in _parts(merge.groups()):
+        names = {name: shape for _, shapes in part for name, shape in shapes.items()}
         # Frozen parameters have no separate average.
         keys = {
-            name: f"ema.{name}" if choice.ema and f"ema.{name}" in saved_names else f"model.{name}" for name in part
+            name: f"ema.{name}" if choice.ema and f"ema.{name}" in saved_names else f"model.{name}" for name in names
         }
-        read = {keys[name]: torch.empty(shape, dtype=torch.float32) for name, shape in part.items()}
+        read = {keys[name]: torch.empty(shape, dtype=torch.float32) for name, shape in names.items()}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # Intended here.
             read_shards(read, storage_reader=reader, no_dist=True)
-        tensors |= {name: read[keys[name]].to(DTYPES[choice.dtype]) for name in part}
-    return tensors
+        for adapter, group in part:
+            merged = merge(adapter, {name: read[keys[name]] for name in group})
+            tensors |= {name: tensor.to(DTYPES[choice.dtype]) for name, tensor in merged.items()}
+    order = [name for name, _ in policy.named_parameters() if name in tensors]
+    return {name: tensors[name] for name in order}, merge.notes()
 
 
-def _parts(parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> Iterator[dict[str, torch.Size]]:
-    """Names and shapes of parameters, in parts of about a gigabyte of float32."""
-    part: dict[str, torch.Size] = {}
-    for name, parameter in parameters:
-        part[name] = parameter.shape
-        if sum(shape.numel() for shape in part.values()) >= NUMBERS_AT_A_TIME:
+Group = tuple[str, dict[str, torch.Size]]
+"""What `Merge.groups` gives."""
+
+
+def _parts(groups: Iterable[Group]) -> Iterator[list[Group]]:
+    """Groups of parameters, in parts of about a gigabyte of float32."""
+    part: list[Group] = []
+    for group in groups:
+        part.append(group)
+        if sum(shape.numel() for _, shapes in part for shape in shapes.values()) >= NUMBERS_AT_A_TIME:
             yield part
-            part = {}
+            part = []
     if part:
         yield part
 

@@ -164,7 +164,7 @@ def run(published, tmp_path_factory):
 def save_loaded(run, published, group):
     """Apart, so that nothing holds the model afterwards."""
     weights = PublishedWeights(published, DIMENSIONS)
-    policy = build_policy(run, run.trainer, group, get_plugins(), weights)
+    policy, _ = build_policy(run, run.trainer, group, get_plugins(), weights)
     stats = NormStats(*[np.arange(4.0) + number for number in range(4)])
     save_run(run, dict(policy.named_parameters()), {"state": stats, "actions": stats}, group)
 

@@ -6,18 +6,30 @@ import pytest
 import torch
 from toy_policy import ToyModule
 
+from rlinf_core import hookimpl
+from rlinf_core.testing import plugins_in_memory
 from rlinf_core.training.monitor import metrics as throughput
 from rlinf_core.training.monitor.metrics import Throughput
 
 BATCH = {"state": torch.zeros(4, 3), "noise": torch.zeros(4, 4, 5), "actions": torch.zeros(4, 4, 5)}
 
 
-def of(monkeypatch, formula, *, card="NVIDIA A100-SXM4-80GB", build=lambda: ToyModule(5), ranks=2):
+@hookimpl
+def freeze(policy):
+    policy.enter.requires_grad_(False)
+    policy.blocks.requires_grad_(False)
+
+
+def of(monkeypatch, formula, *, card="NVIDIA A100-SXM4-80GB", build=lambda: ToyModule(5), ranks=2, changed=False):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: card)
     said = []
     config = SimpleNamespace(useful_flops=lambda batch: formula, build_to_count=build)
     group = SimpleNamespace(size=ranks, device=torch.device("cuda" if card else "cpu"))
-    return Throughput(SimpleNamespace(policy=config), ToyModule(5), group, said.append), said
+    plugins = plugins_in_memory(SimpleNamespace(rlinf_policy_built=freeze)) if changed else plugins_in_memory()
+    trained = ToyModule(5)
+    plugins.hook.rlinf_policy_built(policy=trained, run=None)
+    run = SimpleNamespace(policy=config)
+    return Throughput(run, trained, group, plugins, said.append, changed=changed), said
 
 
 def test_mfu_is_the_share_of_the_peak_that_useful_operations_get(monkeypatch):
@@ -62,3 +74,10 @@ def test_a_toy_is_counted_as_it_computes(monkeypatch):
     speed, _ = of(monkeypatch, None)
     weights = 3 * 16 + 2 * (2 * 16 * 32) + 16 * 20  # The first layer's input needs no gradient.
     assert speed.tflop(BATCH) * 1e12 == 2 * 4 * (3 * weights - 3 * 16)
+
+
+def test_what_a_plugin_freezes_is_not_counted_although_the_policy_has_a_formula(monkeypatch):
+    speed, said = of(monkeypatch, 1e12, changed=True)
+    forward = 3 * 16 + 2 * (2 * 16 * 32) + 16 * 20
+    assert speed.tflop(BATCH) * 1e12 == 2 * 4 * (forward + 16 * 20)  # Only the last layer has a gradient.
+    assert "plugins have changed what trains" in said[0]

@@ -142,13 +142,17 @@ def rlinf_open_dataset(dataset: DatasetConfig, policy: PolicyConfig, split: Spli
 
 @hookspec
 def rlinf_policy_built(policy: nn.Module, run: RunConfig) -> None:
-    """Change the model before it has weights: freeze parameters, replace layers.
+    """Change the model before it has weights: freeze parameters, replace layers, add adapters.
+
+    Parameters that the policy has keep their names. Those that are added belong to a module that gives them initial
+    values, an `rlinf_core.Adapter`; the page on weights has an example.
 
     Args:
-        policy: The whole unsharded model on the meta device.
+        policy: The whole unsharded model on the meta device. Modules that are made here are on it, too.
         run: The frozen config of the run.
 
-    Called on: every rank, once, before sharding. Since 0.1.
+    Called on: every rank, once, before sharding; also by `rlinf plan` and `rlinf export`, and to count operations, each
+    time with a model of its own. Since 0.1.
     """
 
 

@@ -151,7 +151,7 @@ def plan(run: RunConfig, plugins: Plugins, ranks: int | None = None) -> Plan:
     longest = _longest(run, sampled)
     counted = _count(run, plugins, longest, trainer.activation_checkpointing)
     units = counted.units
-    useful, source = _useful_flops(run, plugins, sampled)
+    useful, source = _useful_flops(run, plugins, sampled, changed=counted.changed)
     whole = [parameter for unit in units for parameter in unit.parameters]
     sharding = sharding_of(run, trainer, ranks)
     return Plan(
@@ -183,28 +183,33 @@ class _Counted:
     flops: float
     """Per sample."""
     has_blocks: bool
+    changed: bool
+    """Whether plugins have changed which parameters there are or which of them train."""
 
 
 def _count(run: RunConfig, plugins: Plugins, sample: Sample, checkpointing: Checkpointing) -> _Counted:
     """Count micro batches of two sizes, with equal samples; large enough that rounding up hardly matters."""
     sizes = (1, 2) if run.trainer.micro_batch_size < 4 else (4, 8)
-    policy, groups = _build(run, plugins, checkpointing)
+    policy, groups, changed = _build(run, plugins, checkpointing)
     smaller, larger = (_count_batch(run, policy, run.policy.collate([sample] * size)) for size in sizes)
     units = _units(run, policy, groups, {name for name, _ in larger.moments})
     grown = memory.activations_of(units, (sizes[0], smaller.moments), (sizes[1], larger.moments))
     has_blocks = any(unit.block for unit in policy.shard_units())
-    return _Counted(units, grown, larger.flops / sizes[1], has_blocks)
+    return _Counted(units, grown, larger.flops / sizes[1], has_blocks, changed)
 
 
 Groups = list[tuple[int, list[Any]]]
 """Bytes per number while gathered, and the parameters that are gathered together."""
 
 
-def _build(run: RunConfig, plugins: Plugins, checkpointing: Checkpointing) -> tuple[Any, Groups]:
-    """The policy on the meta device as the trainer would prepare it, each parameter in the dtype it is gathered in."""
+def _build(run: RunConfig, plugins: Plugins, checkpointing: Checkpointing) -> tuple[Any, Groups, bool]:
+    """The policy on the meta device as the trainer would prepare it, each parameter in the dtype it is gathered in.
+
+    Also returns whether plugins have changed what trains.
+    """
     trainer = run.trainer
     assert isinstance(trainer, Fsdp2TrainerConfig)
-    policy = build_on_meta(run, plugins, to_count=True)
+    policy, adapters = build_on_meta(run, plugins, to_count=True)
     prepare_blocks(run, policy, checkpointing, compiled=False)
     groups: Groups = []
     seen: set[Any] = set()
@@ -215,7 +220,7 @@ def _build(run: RunConfig, plugins: Plugins, checkpointing: Checkpointing) -> tu
         for parameter in own:
             parameter.data = parameter.data.to(dtype)
         groups.append((dtype.itemsize, own))
-    return policy, groups
+    return policy, groups, adapters.changed
 
 
 def _units(run: RunConfig, policy: Any, groups: Groups, reached: set[str]) -> tuple[Unit, ...]:
@@ -256,19 +261,23 @@ def _tensors(batch: Any) -> list[Any]:
     return [batch] if hasattr(batch, "nbytes") else []
 
 
-def _useful_flops(run: RunConfig, plugins: Plugins, sampled: Sequence[SampledSource]) -> tuple[float, str]:
+def _useful_flops(
+    run: RunConfig, plugins: Plugins, sampled: Sequence[SampledSource], *, changed: bool
+) -> tuple[float, str]:
     """Mean useful operations of a sample, and how they were determined."""
     size = min(run.trainer.micro_batch_size, COUNTED_SAMPLES)
-    by_formula = [_by_formula(run, source, size) for source in sampled]
+    # A formula knows neither adapters nor which operations a frozen base saves.
+    by_formula = [None] if changed else [_by_formula(run, source, size) for source in sampled]
     if None not in by_formula:
         shares = zip(sampled, by_formula, strict=True)
         return sum(source.share * (flops or 0.0) for source, flops in shares), "the policy's formula"
-    policy, _ = _build(run, plugins, "none")
+    policy, _, _ = _build(run, plugins, "none")
     counted = 0.0
     for source in sampled:
         samples, batch = next(_batches(run, source, size))
         counted += source.share * _count_batch(run, policy, batch).flops / samples
-    return counted, "counted, padding included: the policy has no useful_flops()"
+    why = "plugins have changed what trains" if changed else "the policy has no useful_flops()"
+    return counted, f"counted, padding included: {why}"
 
 
 def _by_formula(run: RunConfig, source: SampledSource, size: int) -> float | None:

@@ -15,6 +15,7 @@ from rlinf_core.contract.policy import PolicyConfig
 from rlinf_core.contract.process_group import ProcessGroup
 from rlinf_core.contract.run import LoadedPlugins, RunConfig
 from rlinf_core.errors import UserError
+from rlinf_core.training.adapters import Adapters, Original, find_adapters
 from rlinf_core.training.blocks import Checkpointing, prepare_block
 from rlinf_core.training.ema import Ema
 from rlinf_core.training.fsdp import derived_seed, layout, materialize, ranks_mesh, shard, unused_parameters
@@ -35,6 +36,8 @@ class TrainState:
     """The moving average of the weights; None if `optim.ema_decay` is 0."""
     parameters: Mapping[str, nn.Parameter]
     """The sharded parameters: while they are gathered, the policy shows the gathered ones, in the compute dtype."""
+    adapters: Adapters
+    """What plugins have added to the policy."""
 
     @cached_property
     def layout(self) -> str:
@@ -61,9 +64,9 @@ def build_state(
     filled: bool = True,
 ) -> TrainState:
     """Build the policy, its optimizer and its moving average; see `build_policy`."""
-    policy = build_policy(run, config, group, plugins, weights, filled=filled)
+    policy, adapters = build_policy(run, config, group, plugins, weights, filled=filled)
     optimizer, ema = build_optimizer(run, policy), build_ema(run, config, policy)
-    return TrainState(policy, optimizer, ema, dict(policy.named_parameters()))
+    return TrainState(policy, optimizer, ema, dict(policy.named_parameters()), adapters)
 
 
 def open_weights(run: RunConfig) -> WeightSource | None:
@@ -71,13 +74,23 @@ def open_weights(run: RunConfig) -> WeightSource | None:
     return run.policy.open_weights() if run.policy.weights not in ("", "random") else None
 
 
-def build_on_meta(run: RunConfig, plugins: LoadedPlugins, *, to_count: bool = False) -> Any:
-    """The policy on the meta device, after plugins' changes; with `to_count`, without reading the policy's files."""
+def build_on_meta(run: RunConfig, plugins: LoadedPlugins, *, to_count: bool = False) -> tuple[Any, Adapters]:
+    """The policy on the meta device, after plugins' changes, and what they have added to it.
+
+    With `to_count`, it is built without reading the policy's files.
+    """
     with torch.device("meta"):
         policy: Any = run.policy.build_to_count() if to_count else run.policy.build()
-    plugins.hook.rlinf_policy_built(policy=policy, run=run)
+        before = Original.of(policy)
+        plugins.hook.rlinf_policy_built(policy=policy, run=run)
+    adapters = find_adapters(before, policy, lambda: _owners(plugins))
     _refuse_saved_buffers(run, policy)
-    return policy
+    return policy, adapters
+
+
+def _owners(plugins: LoadedPlugins) -> str:
+    """The plugins that may have changed a policy."""
+    return " or ".join(map(str, plugins.hook.owners_of("rlinf_policy_built")))
 
 
 def build_policy(
@@ -88,14 +101,16 @@ def build_policy(
     weights: WeightSource | None,
     *,
     filled: bool = True,
-) -> Any:
+) -> tuple[Any, Adapters]:
     """Build the policy, shard it, and give it its weights: pretrained, or (`weights` is None) its initial values.
 
-    If not `filled`, its parameters are left uninitialised, for a checkpoint to load.
+    What plugins have added gets its initial values from its adapters in both cases. If not `filled`, all parameters are
+    left uninitialised, for a checkpoint to load.
     """
-    policy = build_on_meta(run, plugins)
+    policy, adapters = build_on_meta(run, plugins)
     if weights is not None:
-        weights.check({name: tuple(parameter.shape) for name, parameter in policy.named_parameters()})
+        shapes = {name: tuple(parameter.shape) for name, parameter in policy.named_parameters()}
+        weights.check(adapters.without_added(shapes))
     if not decays(run.optim.lr, run.optim.weight_decay):  # Unused parameters never change then: no average is needed.
         for name in unused_parameters(policy):
             policy.get_parameter(name).requires_grad_(False)
@@ -110,13 +125,16 @@ def build_policy(
     )
 
     def value(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        if name in adapters.owners:
+            return adapters.initial_value(run.seed, name, shape)
         if weights is not None:
             return weights.tensor(name)
         return initial_value(run.policy, policy, run.seed, name, shape)
 
     home = torch.device("cpu") if config.cpu_offload else group.device
     materialize(policy, home, value if filled else None, buffers_on=group.device)
-    return policy
+    adapters.rebuild_buffers()
+    return policy, adapters
 
 
 def initial_value(config: PolicyConfig, policy: Any, seed: int, name: str, shape: tuple[int, ...]) -> torch.Tensor:

@@ -15,6 +15,8 @@ import torch
 
 from rlinf_core.contract.process_group import ProcessGroup
 from rlinf_core.data.sample import SOURCE
+from rlinf_core.errors import UserError
+from rlinf_core.training.adapters import UNUSED
 from rlinf_core.training.distributed.processes import to_device
 from rlinf_core.training.fsdp import derived_seed, set_gradient_sync
 from rlinf_core.training.monitor.flight_recorder import FlightRecorder
@@ -39,7 +41,9 @@ class TrainStep:
         state: TrainState,
         recorder: FlightRecorder,
         throughput: Throughput | None = None,
+        log: Callable[[str], object] | None = None,
     ) -> None:
+        self._adapters, self._log = state.adapters, log
         self._config, self._group, self._batches = config, group, batches
         self._policy, self._optimizer, self._ema = state.policy, state.optimizer, state.ema
         self._recorder, self._throughput, self._useful = recorder, throughput, 0.0
@@ -79,6 +83,10 @@ class TrainStep:
                 own = torch.cat([own, source_sums(out, numbers, len(self._batches.sources))])
             sums = own if not micro else sums + own
             losses[self._places[micro]] = self._losses(out)
+        if self._log:  # Once: gradients are cleared with every step.
+            for warning in self._adapters.gradient_warnings(self._optimizer.parameters):
+                self._log(warning)
+            self._log = None
         # Whatever else ranks exchange travels with the sums, so that a step needs no further collective.
         request = torch.cat([losses.new_full((1,), float(asked())), losses.new_full((1,), self._useful)])
         parts = [sums, request, self._own_times(times), losses]
@@ -124,6 +132,11 @@ class TrainStep:
             batch = to_device(batch, self._group.device)
             numbers = batch.pop(SOURCE, None)  # For core, not for the policy.
             out: PolicyOutput = self._policy(batch)
+        if self._adapters.changed and not out.loss_sum.requires_grad:
+            raise UserError(
+                "the loss depends on no parameter that is trained: plugins have frozen the policy, and it does not use "
+                f"what they have added. {UNUSED}"
+            )
         with self._phase(clock, "backward"):
             torch.autograd.backward(out.loss_sum)
         return out, numbers

@@ -56,9 +56,14 @@ class Fsdp2Trainer:
         self._checkpoints = Checkpoints.of(data.run, group, self._state.tensors(), start)
         self._loader = data.loader(group, self.step)
         batches: Any = self._loader.dataset
-        self._monitor = Monitor(self, group, plugins, batches, self.policy, stop_step=self.stop_step)
+        self._monitor = Monitor(
+            self, group, plugins, batches, self.policy, stop_step=self.stop_step, changed=self._state.adapters.changed
+        )
         self._monitor.measure(self._checkpoints.stall)
-        self._compute = TrainStep(config, group, batches, self._state, self._monitor.recorder, self._monitor.throughput)
+        monitor = self._monitor
+        self._compute = TrainStep(
+            config, group, batches, self._state, monitor.recorder, monitor.throughput, log=monitor.log
+        )
         if group.rank == 0:
             self._describe()
 
@@ -79,6 +84,8 @@ class Fsdp2Trainer:
 
     def _describe(self) -> None:
         for fact in self.data.facts():
+            self._monitor.log(fact)
+        for fact in self._state.adapters.facts(self.policy):
             self._monitor.log(fact)
         for warning in self.data.warnings:
             self._monitor.log(f"warning: {warning}")
@@ -228,4 +235,5 @@ class Fsdp2Trainer:
             best=self._best,
             data=self._fingerprint,
             data_layout=self.data.layout,
+            adapters=self._state.adapters.recorded(),
         )

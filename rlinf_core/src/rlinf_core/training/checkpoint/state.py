@@ -52,6 +52,8 @@ class Position:
     """Fingerprint of the rows; empty if the statistics record it (`data.statistics.run`)."""
     data_layout: Mapping[str, Sequence[int]] = field(default_factory=dict)
     """The run's `PolicyConfig.data_layout`."""
+    adapters: Mapping[str, int] = field(default_factory=dict)
+    """Class of adapters that plugins have added to the policy -> number of parameters that they hold."""
     format: int = FORMAT
 
     def other_layout(self, now: Position) -> str:

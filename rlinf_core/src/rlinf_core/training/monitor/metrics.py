@@ -20,10 +20,11 @@ import torch
 
 from rlinf_core.costs.flops import count
 from rlinf_core.costs.gpus import peak_tflops
+from rlinf_core.training.build import build_on_meta
 
 if TYPE_CHECKING:
     from rlinf_core.contract.process_group import ProcessGroup
-    from rlinf_core.contract.run import RunConfig
+    from rlinf_core.contract.run import LoadedPlugins, RunConfig
 
 PHASES = ("data_wait", "forward", "backward", "optimizer")
 
@@ -160,8 +161,27 @@ def peak_memory_gb(device: torch.device) -> float:
 class Throughput:
     """Counts the useful operations of a run's micro batches, for TFLOP/s and MFU."""
 
-    def __init__(self, run: RunConfig, policy: Any, group: ProcessGroup, log: Callable[[str], None]) -> None:
-        self._config = run.policy
+    def __init__(
+        self,
+        run: RunConfig,
+        policy: Any,
+        group: ProcessGroup,
+        plugins: LoadedPlugins,
+        log: Callable[[str], None],
+        *,
+        changed: bool,
+    ) -> None:
+        """See `Monitor`.
+
+        Args:
+            run: The config.
+            policy: The sharded policy.
+            group: The processes.
+            plugins: Plugins that change the policy whose operations are counted.
+            log: Called with notes.
+            changed: Whether plugins have changed what trains, so that the policy's own formula does not apply.
+        """
+        self._run, self._plugins, self._changed = run, plugins, changed
         self._ranks, self._log = group.size, log
         self._on_cuda = group.device.type == "cuda"
         self._peak = peak_tflops(torch.cuda.get_device_name(group.device)) if self._on_cuda else None
@@ -174,7 +194,7 @@ class Throughput:
         Args:
             batch: The loader's batch, on the CPU.
         """
-        flops = self._config.useful_flops(batch)
+        flops = None if self._changed else self._run.policy.useful_flops(batch)
         if flops is None and self._on_cuda:
             flops = self._counted = self._count(batch) if self._counted is None else self._counted
         return (flops or 0.0) / 1e12
@@ -194,17 +214,19 @@ class Throughput:
     def _count(self, batch: Mapping[str, Any]) -> float:
         """Count the operations of one micro batch; all have the same number of samples."""
         try:
-            with torch.device("meta"):
-                twin: Any = self._config.build_to_count()
+            twin, _ = build_on_meta(self._run, self._plugins, to_count=True)
             parameters = dict(twin.named_parameters())
             if parameters.keys() != self._trained.keys():
-                raise RuntimeError("a plugin has changed its parameters")
+                raise RuntimeError("built again, it has other parameters")
             for name, parameter in parameters.items():
                 parameter.requires_grad_(self._trained[name])
             flops = count(twin, batch).flops
         except (RuntimeError, NotImplementedError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self._log(f"note: no mfu: the policy has no useful_flops(), and its operations cannot be counted: {reason}")
+            self._log(f"note: no mfu: {self._why()}, and its operations cannot be counted: {reason}")
             return 0.0
-        self._log("note: mfu counts padding as useful: without useful_flops(), one micro batch was counted for all")
+        self._log(f"note: mfu counts padding as useful: {self._why()}, so one micro batch was counted for all")
         return float(flops)
+
+    def _why(self) -> str:
+        return "plugins have changed what trains" if self._changed else "the policy has no useful_flops()"

@@ -49,6 +49,7 @@ class Monitor:
         batches: The run's micro batches, to name the samples of a step.
         policy: The sharded policy, to count its useful operations.
         stop_step: The last step.
+        changed: Whether plugins have changed which parameters there are or which of them train.
     """
 
     def __init__(
@@ -60,13 +61,14 @@ class Monitor:
         policy: Any,
         *,
         stop_step: int,
+        changed: bool = False,
     ) -> None:
         run, start, first = trainer.run, trainer.step, group.rank == 0
         self._trainer, self._group, self._hook, self._batches = trainer, group, plugins.hook, batches
         self._loggers = plugins.build_loggers(run, start_step=start, stop_step=stop_step) if first else []
         on_cuda = group.device.type == "cuda"
         self.recorder = FlightRecorder(run.folder, group.rank, run.trainer.timeout_seconds, beside_nccl=on_cuda)
-        self.throughput = Throughput(run, policy, group, self.log)
+        self.throughput = Throughput(run, policy, group, plugins, self.log, changed=changed)
         self._profile = Profile(run.folder, run.runner.profile if first else (), group.device, self.log)
         self._stragglers = Stragglers(group)
         self._guard = Guard(run.runner, group.decide(lambda: read_history(run.folder, start)))
