@@ -5,6 +5,7 @@ A test named for each hook, an entry in docs/hooks.md and a docstring of the agr
 
 import inspect
 import sys
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -18,7 +19,8 @@ from torch import nn
 from rlinf_core import LeRobotDatasetConfig, PluginError, PolicyConfig, UserError, hookimpl
 from rlinf_core.config.load import load_config
 from rlinf_core.contract import hookspecs
-from rlinf_core.plugins.calls import CORE, check_plugin, specified_hooks
+from rlinf_core.plugins.calls import check_plugin, specified_hooks
+from rlinf_core.plugins.owners import CORE
 from rlinf_core.plugins.registry import PLUGIN_GROUP, Plugins
 from rlinf_core.testing import plugins_in_memory
 
@@ -222,10 +224,49 @@ def test_calls_are_checked():
     plugins = plugins_of(acme={"rlinf_configure": lambda run: None})
     with pytest.raises(TypeError, match="rlinf_configure has no argument 'config'; it has: run"):
         plugins.hook.rlinf_configure(config=None)
-    with pytest.raises(TypeError, match=r"rlinf_configure was called without 'run', which acme 1\.0 .* needs"):
+    with (
+        pytest.warns(UserWarning, match="'run'"),  # pluggy's own.
+        pytest.raises(TypeError, match=r"rlinf_configure was called without 'run', which acme 1\.0 .* needs"),
+    ):
         plugins.hook.rlinf_configure()
-    with pytest.raises(AttributeError, match="there is no hook 'rlinf_configur'; did you mean 'rlinf_configure'"):
+    with pytest.raises(AttributeError) as caught:
         plugins.hook.rlinf_configur(run=None)
+    assert "Did you mean: 'rlinf_configure'" in "".join(traceback.format_exception(caught.value))
+
+
+def test_an_implementation_can_be_called_alone():
+    class Acme:  # An object: its hooks are bound methods.
+        @hookimpl
+        def rlinf_configure(self, run):
+            return f"{run} of acme"
+
+        @hookimpl(specname="rlinf_launch")
+        def start(self, run):
+            raise UserError("no such machine")
+
+    quiet = SimpleNamespace(__name__="toy", rlinf_configure=hookimpl(lambda: None))
+    entries = [entry_point(PLUGIN_GROUP, "p", one, name) for name, one in (("acme", Acme()), ("quiet", quiet))]
+    plugins = Plugins(entries, strict=True)
+    assert plugins.hook.rlinf_configure(run="run") == ["run of acme"]
+    alone = plugins.implementations("rlinf_configure")
+    assert [(one.owner.distribution, one.call(run="run")) for one in alone] == [("quiet", None), ("acme", "run of acme")]
+    [launch] = plugins.implementations("rlinf_launch")
+    assert str(launch).startswith("rlinf_launch of acme 1.0")
+    with pytest.raises(PluginError, match=r"no such machine \[rlinf_launch of acme 1\.0"):
+        launch.call(run=None, arguments=[])
+    assert plugins.implementations("rlinf_train_finished") == []
+
+
+def test_a_registration_that_refuses_names_its_owner_once():
+    def refuse():
+        raise UserError("no arm is connected")
+
+    entry = entry_point(PLUGIN_GROUP, "p", SimpleNamespace(rlinf_register_policies=hookimpl(refuse)), "acme")
+    plugins = Plugins([entry])
+    assert plugins.registered_as("policy") == ()
+    assert [str(one) for one in plugins.failures] == [
+        "acme 1.0 (entry point 'p = toy:p'): calling rlinf_register_policies: no arm is connected"
+    ]
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
