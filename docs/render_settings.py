@@ -160,7 +160,8 @@ def _plural(annotation: Any) -> str:
         return _PLAIN[annotation].plural
     if annotation is Any:
         return "any values"
-    return f"tables of {_keys(annotation)}" if annotation.model_fields else "tables"
+    is_base = set(annotation.model_fields) <= {"type"}  # Of classes that plugins register.
+    return "tables" if is_base else f"tables of {_keys(annotation)}"
 
 
 def _keys(model: type[BaseModel]) -> str:

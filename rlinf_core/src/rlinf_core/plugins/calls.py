@@ -32,34 +32,45 @@ class OwnedPlugin:
             options = manager.parse_hookimpl_opts(plugin, name)
             hook = options and (options.get("specname") or name)
             if hook in specified_hooks():  # Else it is optional, for another release of core.
-                setattr(self, name, _naming(hook, owner, getattr(plugin, name)))
+                setattr(self, name, naming(hook, owner, getattr(plugin, name)))
 
 
-def _naming(hook: str, owner: Owner, function: Callable[..., Any]) -> Callable[..., Any]:
-    """An implementation whose errors name the hook and its owner; keeps its signature and mark for pluggy.
+def owned(plugin: object) -> OwnedPlugin:
+    """What pluggy has registered, as what it is."""
+    assert isinstance(plugin, OwnedPlugin)
+    return plugin
+
+
+def naming(what: str, owner: Owner, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A plugin's function whose errors name it and its owner; keeps its signature and mark for pluggy.
 
     A `UserError` becomes a `PluginError`, except one of core's: those are about the user's input. One of a registration
     hook stays as it is, too: it is recorded as a `Failure`, which names both.
+
+    Args:
+        what: The hook, or what else the function is.
+        owner: Where it comes from.
+        function: The function.
     """
-    keep = owner.distribution == CORE or hook.startswith("rlinf_register_")
+    keep = owner.distribution == CORE or what.startswith("rlinf_register_")
 
     @functools.wraps(function)
-    def implementation(*arguments: Any) -> Any:
+    def named(*arguments: Any, **options: Any) -> Any:
         try:
-            return function(*arguments)
+            return function(*arguments, **options)
         except UserError as error:
             if keep:
                 raise
-            raise PluginError(f"{error} [{hook} of {owner}]") from error
+            raise PluginError(f"{error} [{what} of {owner}]") from error
         except Exception as error:
-            error.add_note(f"in {hook} of {owner}")
+            error.add_note(f"in {what} of {owner}")
             raise
 
-    return implementation
+    return named
 
 
 def create_manager() -> pluggy.PluginManager:
-    """pluggy's manager with every hook of `hookspecs`, which refuses calls with wrong arguments."""
+    """Pluggy's manager with every hook of `hookspecs`, which refuses calls with wrong arguments."""
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
     known = {name: tuple(inspect.signature(spec).parameters) for name, spec in specified_hooks().items()}
@@ -71,7 +82,7 @@ def create_manager() -> pluggy.PluginManager:
         for implementation in reversed(implementations):
             if missing := [name for name in implementation.argnames if name not in arguments]:
                 raise TypeError(
-                    f"{hook} was called without {missing[0]!r}, which {implementation.plugin.owner} needs"
+                    f"{hook} was called without {missing[0]!r}, which {owned(implementation.plugin).owner} needs"
                 )
 
     manager.add_hookcall_monitoring(before, lambda *_: None)

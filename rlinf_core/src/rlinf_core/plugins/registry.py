@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 from rlinf_core.errors import PluginError, UserError, did_you_mean
-from rlinf_core.plugins.calls import OwnedPlugin, check_plugin, create_manager
+from rlinf_core.plugins.calls import OwnedPlugin, check_plugin, create_manager, naming, owned
+from rlinf_core.plugins.observers import ObservedLogger, Observer
 from rlinf_core.plugins.owners import Failure, Implementation, Owner, explain
 
 if TYPE_CHECKING:
@@ -39,7 +40,9 @@ if TYPE_CHECKING:
 
 PLUGIN_GROUP = "rlinf.plugins"
 DATASET_GROUP = "rlinf.datasets"
-ALWAYS_ON = ("jsonl", "console")
+RECORD = "jsonl"
+"""The logger that keeps the run's own record of its metrics."""
+ALWAYS_ON = (RECORD, "console")
 """Loggers of every run, in the order in which they are called."""
 
 
@@ -132,7 +135,7 @@ class Plugins:
     def implementations(self, hook: str) -> list[Implementation]:
         """The implementations of a hook in call order, each with its owner, to be called alone."""
         caller: pluggy.HookCaller = getattr(self.hook, hook)
-        plugins = [implementation.plugin for implementation in reversed(caller.get_hookimpls())]
+        plugins = [owned(implementation.plugin) for implementation in reversed(caller.get_hookimpls())]
         return [Implementation(hook, one.owner, self._calling(hook, one)) for one in plugins]
 
     def _calling(self, hook: str, plugin: OwnedPlugin) -> Callable[..., Any]:
@@ -150,7 +153,7 @@ class Plugins:
     @property
     def owners(self) -> tuple[Owner, ...]:
         """The plugins of group `rlinf.plugins` that are loaded and in use."""
-        return tuple(plugin.owner for _, plugin in self._manager.list_name_plugin() if plugin is not None)
+        return tuple(owned(plugin).owner for _, plugin in self._manager.list_name_plugin())
 
     @property
     def failures(self) -> tuple[Failure, ...]:
@@ -224,14 +227,26 @@ class Plugins:
     def build_loggers(self, run: RunConfig, *, start_step: int, stop_step: int) -> list[Logger]:
         """The loggers of a run: the default ones and those in `runner.loggers`. Called on rank 0.
 
+        One that fails while it is built is an error; one that fails later is left out (`plugins.observers`). Only
+        `jsonl` ends the run if it fails: it keeps the run's own record, from which an interrupted run continues.
+
         Args:
             run: The frozen config.
             start_step: Steps already done.
             stop_step: The last step of the run.
+
+        Raises:
+            PluginError: A logger of a plugin raised a `UserError`; other exceptions get a note that names its owner.
         """
-        names = dict.fromkeys((*ALWAYS_ON, *run.runner.loggers))
-        configs = [self.logger(name)(type=name) for name in names]
-        return [config.build(run, start_step=start_step, stop_step=stop_step) for config in configs]
+        loggers = []
+        for name in dict.fromkeys((*ALWAYS_ON, *run.runner.loggers)):
+            found = self.find("logger", name)
+            config: LoggerConfig = run.loggers.get(name) or found.item(type=name)
+            build = naming(f"logger {name!r}", found.owner, config.build)
+            logger: Logger = build(run, start_step=start_step, stop_step=stop_step)
+            observer = Observer(f"logger {name!r} of {found.owner}", run.folder)
+            loggers.append(logger if name == RECORD else ObservedLogger(logger, observer))
+        return loggers
 
     def options(self, name: str) -> type[BaseModel]:
         """The class of the table `[plugins.<name>]`. Raises as `find` does."""
@@ -285,7 +300,7 @@ class Plugins:
             name = f"{owner.distribution}: {owner.entry_point}"
             try:
                 plugin = entry.load()
-                if earlier := [owned.owner for owned in manager.get_plugins() if owned.plugin is plugin]:
+                if earlier := [one.owner for one in map(owned, manager.get_plugins()) if one.plugin is plugin]:
                     raise PluginError(f"this plugin is loaded already, for {earlier[0]}")
                 check_plugin(manager, plugin)
                 manager.register(OwnedPlugin(owner, plugin, manager), name)
