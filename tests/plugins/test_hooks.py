@@ -4,6 +4,7 @@ A test named for each hook, an entry in docs/hooks.md and a docstring of the agr
 """
 
 import inspect
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -149,11 +150,31 @@ def test_rlinf_train_started(plugins, trainer, capsys):
     assert capsys.readouterr().out.startswith("demo trains on ")
 
 
-def test_rlinf_step_finished(plugins, trainer):
+def test_rlinf_gradients_ready(plugins, trainer):
+    policy = nn.ModuleDict({"arm": nn.ModuleList([nn.Linear(2, 1), nn.Linear(2, 1)]), "leave": nn.Linear(2, 1)})
+    policy["leave"].requires_grad_(False)
+    first, second = policy["arm"]
+    (first(torch.tensor([3.0, 4.0])) + 0 * second.weight.sum()).sum().backward()
+    [norms] = plugins.hook.rlinf_gradients_ready(trainer=trainer, policy=policy, step=4, scale=torch.tensor(0.5))
+    assert {name: float(norm) for name, norm in norms.items()} == {
+        "grad_norm/arm.0": pytest.approx(26**0.5 / 2),  # 3, 4 and the bias's 1
+        "grad_norm/arm.1": 0.0,
+    }
+
+
+def test_rlinf_step_metrics(plugins, trainer):
+    [added] = plugins.hook.rlinf_step_metrics(trainer=trainer, step=4, metrics={"loss": 9.0})
+    assert added["arm/host_load"] >= 0
+
+
+def test_rlinf_step_finished(plugins, trainer, examples, monkeypatch, capsys):
+    signals = []
+    monkeypatch.setattr(examples.signal, "raise_signal", signals.append)
     plugins.hook.rlinf_step_finished(trainer=trainer, step=4, metrics={"loss": 9.0})
-    with pytest.raises(PluginError) as caught:
-        plugins.hook.rlinf_step_finished(trainer=trainer, step=5, metrics={"loss": 11.0})
-    assert str(caught.value) == f"the run has diverged: its loss is 11 after step 5 [rlinf_step_finished of {OWNER}]"
+    assert signals == []
+    plugins.hook.rlinf_step_finished(trainer=trainer, step=5, metrics={"loss": 11.0})
+    assert signals == [signal.SIGTERM]
+    assert capsys.readouterr().out == "the run has diverged: its loss is 11 after step 5\n"
 
 
 def test_rlinf_validation_finished(plugins, trainer, capsys):
@@ -249,7 +270,10 @@ def test_an_implementation_can_be_called_alone():
     plugins = Plugins(entries, strict=True)
     assert plugins.hook.rlinf_configure(run="run") == ["run of acme"]
     alone = plugins.implementations("rlinf_configure")
-    assert [(one.owner.distribution, one.call(run="run")) for one in alone] == [("quiet", None), ("acme", "run of acme")]
+    assert [(one.owner.distribution, one.call(run="run")) for one in alone] == [
+        ("quiet", None),
+        ("acme", "run of acme"),
+    ]
     [launch] = plugins.implementations("rlinf_launch")
     assert str(launch).startswith("rlinf_launch of acme 1.0")
     with pytest.raises(PluginError, match=r"no such machine \[rlinf_launch of acme 1\.0"):

@@ -20,6 +20,7 @@ from rlinf_core.training.checkpoint.manager import Checkpoints
 from rlinf_core.training.checkpoint.state import Position, step_name
 from rlinf_core.training.data import RunData, check_batching
 from rlinf_core.training.evaluation import open_validation
+from rlinf_core.training.gradients import GradientHooks
 from rlinf_core.training.monitor.errors import explain
 from rlinf_core.training.monitor.monitor import Monitor
 from rlinf_core.training.settings import Fsdp2Settings
@@ -58,7 +59,15 @@ class Fsdp2Trainer:
         batches: Any = self._loader.dataset
         self._monitor = Monitor(self, group, plugins, batches, self.policy, stop_step=self.stop_step)
         self._monitor.measure(self._checkpoints.stall)
-        self._compute = TrainStep(config, group, batches, self._state, self._monitor.recorder, self._monitor.throughput)
+        self._compute = TrainStep(
+            config,
+            group,
+            batches,
+            self._state,
+            self._monitor.recorder,
+            self._monitor.throughput,
+            GradientHooks.of(self, self.policy, group, plugins),
+        )
         if group.rank == 0:
             self._describe()
 
