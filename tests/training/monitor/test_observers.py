@@ -114,7 +114,11 @@ def test_a_logger_that_fails_is_named_once_and_closed(train_toy, acme, capsys, m
 
 def test_a_logger_that_cannot_be_built_is_an_error_before_the_start(train_toy, acme):
     acme.rlinf_register_loggers = hookimpl(
-        lambda: [config("wandb", UserError("log in first")), config("board", PermissionError("/data/tb"))]
+        lambda: [
+            config("wandb", UserError("log in first")),
+            config("board", PermissionError("/data/tb")),
+            config("flow", ModuleNotFoundError("No module named 'mlflow'", name="mlflow")),
+        ]
     )
     with pytest.raises(PluginError) as caught:
         train_toy("runner.max_steps=2", 'runner.loggers=["wandb"]')
@@ -122,6 +126,12 @@ def test_a_logger_that_cannot_be_built_is_an_error_before_the_start(train_toy, a
     with pytest.raises(PermissionError) as caught:
         train_toy("runner.max_steps=2", 'runner.loggers=["board"]', "runner.name=board")
     assert f"in logger 'board' of {OWNER}" in caught.value.__notes__
+    with pytest.raises(PluginError) as caught:
+        train_toy("runner.max_steps=2", 'runner.loggers=["flow"]', "runner.name=flow")
+    assert str(caught.value) == (
+        "the logger 'flow' cannot start: No module named 'mlflow', and acme needs it: pip install mlflow "
+        "(or the package that provides this module)"
+    )
 
 
 def test_a_console_that_is_gone_ends_nothing_but_the_record_does(train_toy, monkeypatch, capsys):

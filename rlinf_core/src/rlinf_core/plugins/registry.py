@@ -236,14 +236,18 @@ class Plugins:
             stop_step: The last step of the run.
 
         Raises:
-            PluginError: A logger of a plugin raised a `UserError`; other exceptions get a note that names its owner.
+            PluginError: A logger of a plugin raised a `UserError`, or lacks a library; other exceptions get a note that
+                names its owner.
         """
         loggers = []
         for name in dict.fromkeys((*ALWAYS_ON, *run.runner.loggers)):
             found = self.find("logger", name)
             config: LoggerConfig = run.loggers.get(name) or found.item(type=name)
             build = naming(f"logger {name!r}", found.owner, config.build)
-            logger: Logger = build(run, start_step=start_step, stop_step=stop_step)
+            try:
+                logger: Logger = build(run, start_step=start_step, stop_step=stop_step)
+            except ModuleNotFoundError as error:  # A tracker's library, which only rank 0 of a run imports.
+                raise PluginError(f"the logger {name!r} cannot start: {explain(error, found.owner)}") from error
             observer = Observer(f"logger {name!r} of {found.owner}", run.folder)
             loggers.append(logger if name == RECORD else ObservedLogger(logger, observer))
         return loggers

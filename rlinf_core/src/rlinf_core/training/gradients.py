@@ -1,22 +1,25 @@
 """What plugins do with the gradients of a step before the optimizer uses them: the hook `rlinf_gradients_ready`.
 
-Nothing here waits for the device: plugins' metrics are scalars on it, which travel to the host with the step's own.
+Nothing here waits for the device: plugins' metrics are scalars on it, which travel to the host with the step's own. The
+module needs only torch and NumPy, as `training.step` does.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from rlinf_core.contract.process_group import ProcessGroup
-from rlinf_core.contract.run import LoadedPlugins, Trainer
 from rlinf_core.errors import PluginError, UserError
 from rlinf_core.plugins.owners import Implementation
 from rlinf_core.training.monitor.metrics import as_number, check_names
+
+if TYPE_CHECKING:
+    from rlinf_core.contract.run import LoadedPlugins, Trainer
 
 HOOK = "rlinf_gradients_ready"
 
