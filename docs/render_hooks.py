@@ -43,7 +43,8 @@ any other exception keeps its type and traceback and gets a note with the same i
 are an exception: `rlinf_step_metrics`, `rlinf_step_finished`, `rlinf_validation_finished`, `rlinf_checkpoint_saved` and
 `rlinf_train_finished`. An implementation that raises is left out of the rest of the run, which goes on: one line on
 stderr names it, and its traceback is in `<run>/observer_errors.txt`. To end a run from such a hook, send the process
-SIGTERM: every rank saves, and the same command continues the run. Ctrl-C ends the run as always.
+SIGTERM: every rank saves, and the same command continues the run. Ctrl-C ends the run as always. This is what core's
+trainer does; another trainer that calls these hooks through `plugins.hook` gets their exceptions.
 
 | environment variable | |
 |---|---|

@@ -280,6 +280,7 @@ def test_single_mistakes(text, override, complaint, mistakes):
         ("runner.micro_batch_size=4", "runner.micro_batch_size: unknown key; did you mean 'trainer.micro_batch_size'?"),
         ("trainer.gradient_accumulation_steps=4", "unknown key; it follows from the batch: trainer.global_batch_size"),
         ("num_train_steps=4", "here it is 'runner.max_steps'"),
+        ("runner.wandb_project=arms", "settings of a tracker are keys of its logger's table, e.g. [loggers.wandb]"),
         ("runner.wandb=true", "here it is 'runner.loggers'"),
         ("actor.micro_batch_size=4", "actor: unknown key; its keys are in [policy]"),
         ("policy.model_path=x", "here it is 'policy.weights'"),

@@ -244,7 +244,7 @@ def test_cores_own_errors_stay_as_they_are():
 def test_calls_are_checked():
     plugins = plugins_of(acme={"rlinf_configure": lambda run: None})
     with pytest.raises(TypeError, match="rlinf_configure has no argument 'config'; it has: run"):
-        plugins.hook.rlinf_configure(config=None)
+        plugins.hook.rlinf_configure(run=None, config=None)
     with (
         pytest.warns(UserWarning, match="'run'"),  # pluggy's own.
         pytest.raises(TypeError, match=r"rlinf_configure was called without 'run', which acme 1\.0 .* needs"),

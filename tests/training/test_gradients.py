@@ -15,6 +15,7 @@ from torch.nn.utils import get_total_norm
 from rlinf_core import PluginError, hookimpl
 from rlinf_core.loggers.jsonl import read_rows
 from rlinf_core.plugins.registry import DATASET_GROUP, PLUGIN_GROUP, Plugins
+from rlinf_core.training.gradients import GradientHooks
 
 STEPS = "runner.max_steps=3"
 
@@ -96,6 +97,10 @@ def test_what_a_plugin_does_to_gradients_is_what_the_optimizer_gets(train, acme,
     assert [row["skipped"] for row in spoilt] == [0, 1, 0]
     assert spoilt[1]["acme/norm"] is None
     assert spoilt[2]["grad_norm"] > 0
+
+
+def test_without_an_implementation_a_step_does_nothing_more():
+    assert GradientHooks.of(None, None, None, Plugins(repository_entry_points())) is None
 
 
 TAKEN = "the metric name {0!r} is taken: choose another, such as 'my_plugin/{0}'"

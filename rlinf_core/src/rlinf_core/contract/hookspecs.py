@@ -231,7 +231,7 @@ def rlinf_validation_finished(trainer: Trainer, step: int, metrics: Mapping[str,
 def rlinf_checkpoint_saved(trainer: Trainer, step: int, path: Path) -> None:
     """Receive a checkpoint that is complete on disk, which may be some steps after the save began.
 
-    An implementation that raises is left out of the rest of the run.
+    An implementation that raises is left out of the rest of the run: one that uploads should handle what may pass.
 
     Args:
         trainer: The trainer.
