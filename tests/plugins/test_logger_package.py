@@ -36,8 +36,6 @@ class Run:
         note("finish", exit_code)
 
 def init(id=None, **named):
-    if os.environ.get("FAILS_AT") == "init":
-        raise CommError("no API key")
     note("init", id, **named)
     return Run(id or "abc123")
 '''
@@ -87,13 +85,3 @@ def test_a_logger_with_settings_survives_resumes_changes_and_its_own_end(start, 
         f"on: CommError: run abc123 was deleted (traceback: {tmp_path / 'run' / TRACEBACKS})"
     ]
     assert json.loads((tmp_path / "run" / "exit.json").read_text())["reason"] == "finished"
-
-
-def test_a_tracker_that_cannot_start_or_lacks_a_setting_stops_the_run_before_it_starts(start):
-    ended, _ = start("runner.max_steps=2", "loggers.wandb.project=arms", FAILS_AT="init")
-    assert ended.returncode == 1
-    assert "CommError: no API key" in ended.stderr
-    assert "in logger 'wandb' of acme-wandb 1.0" in ended.stderr
-    ended, calls = start("runner.max_steps=2", FAILS_AT="")
-    assert (ended.returncode, calls) == (2, [])
-    assert "loggers.wandb.project: is required [table of acme-wandb 1.0]" in ended.stderr
