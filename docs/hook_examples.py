@@ -1,8 +1,11 @@
 """A plugin that implements every hook as briefly as possible. `render_hooks.py` quotes it; the tests run it."""
 
+import os
 import platform
+import signal
 import subprocess
 import sys
+from collections import defaultdict
 from typing import Literal
 
 import numpy as np
@@ -153,9 +156,26 @@ def rlinf_train_started(trainer):
 
 
 @hookimpl
+def rlinf_gradients_ready(policy, scale):
+    from torch.nn.utils import get_total_norm  # Here, so that loading the plugin leaves torch unloaded.
+
+    layers = defaultdict(list)  # Norms of the gradient per layer, e.g. grad_norm/blocks.0
+    for name, parameter in policy.named_parameters():
+        if parameter.grad is not None:  # A frozen or unused parameter has none.
+            layers[".".join(name.split(".")[:2])].append(parameter.grad)
+    return {f"grad_norm/{layer}": get_total_norm(gradients) * scale for layer, gradients in layers.items()}
+
+
+@hookimpl
+def rlinf_step_metrics():
+    return {"arm/host_load": os.getloadavg()[0]}
+
+
+@hookimpl
 def rlinf_step_finished(trainer, step, metrics):
     if metrics["loss"] > trainer.run.plugin_options(ArmOptions).largest_loss:
-        raise UserError(f"the run has diverged: its loss is {metrics['loss']:.3g} after step {step}")
+        print(f"the run has diverged: its loss is {metrics['loss']:.3g} after step {step}")
+        signal.raise_signal(signal.SIGTERM)  # Every rank saves, then the run ends. An exception would not end it.
 
 
 @hookimpl

@@ -30,16 +30,21 @@ when it is used. Plugins are found through entry points only.
 **Calling.** A run calls the hooks in the order of this page. Arguments are passed by name; an implementation takes the
 ones it needs, without defaults. Later releases may add arguments but never remove any. Implementations run in reverse
 order of their distributions' names; `@hookimpl(tryfirst=True)` and `trylast=True` move one to the front or the back.
-Core's own trainer, loggers and dataset reader use the same hooks. Hook wrappers are not supported.
+Core's own trainer, loggers, commands and dataset reader use the same hooks. Hook wrappers are not supported.
 
 **Failures.** A plugin that cannot be loaded, implements a hook that does not exist, or fails while it registers
 something affects only itself. The failure is recorded with distribution, version, entry point and cause. It is printed
 when a run starts, listed by `rlinf plugins`, and repeated in the error message if something is missing that this plugin
 might have registered. Registration hooks are called only when their results are needed, one plugin at a time.
 
-**Errors.** An exception from any other hook ends the run and names the plugin: a `UserError`, which is for problems
+**Errors.** An exception from another hook ends the run and names the plugin: a `UserError`, which is for problems
 that the user can fix, is shown as one message that ends in `[<hook> of <distribution> <version> (entry point ...)]`;
-any other exception keeps its type and traceback and gets a note with the same information.
+any other exception keeps its type and traceback and gets a note with the same information. The hooks that only watch
+are an exception: `rlinf_step_metrics`, `rlinf_step_finished`, `rlinf_validation_finished`, `rlinf_checkpoint_saved` and
+`rlinf_train_finished`. An implementation that raises is left out of the rest of the run, which goes on: one line on
+stderr names it, and its traceback is in `<run>/observer_errors.txt`. To end a run from such a hook, send the process
+SIGTERM: every rank saves, and the same command continues the run. Ctrl-C ends the run as always. This is what core's
+trainer does; another trainer that calls these hooks through `plugins.hook` gets their exceptions.
 
 | environment variable | |
 |---|---|

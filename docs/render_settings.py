@@ -168,7 +168,8 @@ def _plural(annotation: Any) -> str:
         return "any values"
     if annotation is AugmentationConfig:
         return "names or tables"
-    return f"tables of {_keys(annotation)}" if annotation.model_fields else "tables"
+    is_base = set(annotation.model_fields) <= {"type"}  # Of classes that plugins register.
+    return "tables" if is_base else f"tables of {_keys(annotation)}"
 
 
 def _keys(model: type[BaseModel]) -> str:

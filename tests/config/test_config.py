@@ -58,6 +58,14 @@ class ToyTrainer(TrainerConfig):
 
 class ToyLogger(LoggerConfig):
     type: Literal["toy_logger"] = "toy_logger"
+    project: str = "arms"
+    tags: tuple[str, ...] = ()
+
+
+class StrictLogger(LoggerConfig):
+    type: Literal["strict_logger"]
+    project: str
+    address: str = ""
 
 
 @hookimpl
@@ -72,7 +80,7 @@ def rlinf_register_trainers():
 
 @hookimpl
 def rlinf_register_loggers():
-    return [ToyLogger]
+    return [ToyLogger, StrictLogger]
 
 
 @pytest.fixture(scope="module")
@@ -272,6 +280,7 @@ def test_single_mistakes(text, override, complaint, mistakes):
         ("runner.micro_batch_size=4", "runner.micro_batch_size: unknown key; did you mean 'trainer.micro_batch_size'?"),
         ("trainer.gradient_accumulation_steps=4", "unknown key; it follows from the batch: trainer.global_batch_size"),
         ("num_train_steps=4", "here it is 'runner.max_steps'"),
+        ("runner.wandb_project=arms", "settings of a tracker are keys of its logger's table, e.g. [loggers.wandb]"),
         ("runner.wandb=true", "here it is 'runner.loggers'"),
         ("actor.micro_batch_size=4", "actor: unknown key; its keys are in [policy]"),
         ("policy.model_path=x", "here it is 'policy.weights'"),
@@ -379,13 +388,44 @@ def test_a_config_survives_being_written_and_read(load, tmp_path, plugins):
         "trainer.type=toy_trainer",
         "trainer.speed=0.1",
         "policy.vision.width=3",
-        'runner.loggers=["toy_logger"]',
+        'runner.loggers=["toy_logger", "strict_logger"]',
+        "loggers.strict_logger.project=drawers",
     )
     (tmp_path / "again.toml").write_text(dump_config(run), encoding="utf-8")
     again = load_config(tmp_path / "again.toml", [], plugins)
     assert again == run
     assert (type(again), type(again.trainer), again.policy.note) == (RunConfig, ToyTrainer, None)
     assert "note" not in dump_config(run)
+
+
+def test_a_loggers_table_is_that_of_its_class(load, mistakes):
+    on = 'runner.loggers=["toy_logger", "strict_logger"]'
+    tables = "[loggers.strict_logger]\nproject = 'a'\n[loggers.toy_logger]\ntags = ['x']\n[loggers.console]\n"
+    run = load(tables, on, "loggers.strict_logger.project=drawers")
+    assert run.loggers.keys() == {"strict_logger", "toy_logger", "console"}
+    assert (type(run.loggers["toy_logger"]), run.loggers["toy_logger"].tags) == (ToyLogger, ("x",))
+    assert (run.loggers["strict_logger"].type, run.loggers["strict_logger"].project) == ("strict_logger", "drawers")
+    assert load("", 'runner.loggers=["toy_logger"]').loggers == {}
+    said = mistakes("[loggers.toy_logger]\nprojct = 'a'\n[loggers.toy_loger]\n", on)
+    file, _, said = said.partition(": ")
+    assert said.replace(file, "run.toml") == (
+        "3 mistakes in the config:\n"
+        "  loggers.toy_loger: unknown logger 'toy_loger'; did you mean 'toy_logger' or 'strict_logger'? [run.toml]\n"
+        "    available: console, jsonl, strict_logger, toy_logger\n"
+        "  loggers.strict_logger.project: is required [table of toy 1.0]\n"
+        "  loggers.toy_logger.projct: unknown key; did you mean 'project'? [run.toml; table of toy 1.0]"
+    )
+    assert (
+        "loggers.toy_logger: does nothing: the logger 'toy_logger' does not run. Add it to runner.loggers, or remove "
+        "the table [command line]"
+    ) in mistakes("", "loggers.toy_logger.project=x")
+    assert "loggers.toy_logger.type: Input should be 'toy_logger' (got 'wandb')" in mistakes(
+        "[loggers.toy_logger]\ntype = 'wandb'", on
+    )
+    assert "loggers.jsonl.path: unknown key" in mistakes("", "loggers.jsonl.path=x")
+    assert "loggers: must have one table per logger, [loggers.<type>] (got 'wandb')" in mistakes("", "loggers=wandb")
+    secret = "loggers.strict_logger.address=https://me:secret@wandb.example"
+    assert "loggers.strict_logger.address: contains a password" in mistakes(tables, on, secret)
 
 
 @pytest.mark.parametrize("setting", ["norm_stats=stats.json", "norm_floor=0.1", "stats_need_images=true"])

@@ -6,6 +6,7 @@ It needs torch, NumPy and pytest alone, as test_step_on_cuda.py does: `PYTHONPAT
 
 import contextlib
 import itertools
+import math
 import os
 from collections import deque
 from types import SimpleNamespace
@@ -16,11 +17,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.utils import get_total_norm
 
+from rlinf_core.plugins.owners import Implementation, Owner
 from rlinf_core.training.adapters import Original, find_adapters
 from rlinf_core.training.distributed.processes import Processes
 from rlinf_core.training.ema import Ema
 from rlinf_core.training.fsdp import materialize, shard
+from rlinf_core.training.gradients import GradientHooks
 from rlinf_core.training.monitor.flight_recorder import FlightRecorder
 from rlinf_core.training.monitor.metrics import PHASES
 from rlinf_core.training.optim import Optimizer, Schedule
@@ -85,6 +89,12 @@ def waiting_is_an_error():
         torch.cuda.set_sync_debug_mode("default")
 
 
+def measure(policy, step, scale, **_):
+    """What a plugin measures of the gradients."""
+    norms = {name: get_total_norm([parameter.grad]) * scale for name, parameter in policy.named_parameters()}
+    return {f"norm/{name}": norm for name, norm in norms.items()} | {"number": float(step)}
+
+
 @pytest.mark.parametrize("decay", [0.0, 0.9], ids=["plain", "averaged"])
 @pytest.mark.parametrize("reshard", [True, False], ids=["resharded", "kept"])
 def test_steps_wait_for_nothing_and_their_numbers_come_late(group, tmp_path, decay, reshard):
@@ -108,7 +118,8 @@ def test_steps_wait_for_nothing_and_their_numbers_come_late(group, tmp_path, dec
     adapters = find_adapters(Original.of(policy), policy, lambda: "no plugin")
     ema = Ema(policy, decay) if decay else None
     state = SimpleNamespace(policy=policy, optimizer=optimizer, ema=ema, adapters=adapters)
-    step = TrainStep(config, group, order, state, FlightRecorder(tmp_path, 0, timeout=600.0))
+    hooks = GradientHooks(None, policy, group, [Implementation("hook", Owner("toy", "1.0", "toy"), measure)])
+    step = TrainStep(config, group, order, state, FlightRecorder(tmp_path, 0, timeout=600.0), gradients=hooks)
     waiting, read, stream = deque(), [], itertools.repeat(batch())
     for number in range(WARM_UP):
         step(number, stream, asked=lambda: False).read(size)
@@ -121,7 +132,10 @@ def test_steps_wait_for_nothing_and_their_numbers_come_late(group, tmp_path, dec
     losses = [numbers.metrics["loss"] for numbers in read]
     assert losses == sorted(losses, reverse=True)
     assert [numbers.asked for numbers in read] == [number == 2 for number in range(STEPS)]
-    for numbers in read:
+    for number, numbers in enumerate(read, start=WARM_UP + 1):
+        norms = [value for name, value in numbers.metrics.items() if name.startswith("norm/")]
+        assert math.hypot(*norms) == pytest.approx(numbers.metrics["grad_norm"], rel=1e-3)
+        assert numbers.metrics["number"] == number
         assert numbers.times == pytest.approx([0.1, 0.2])
         assert len(numbers.sample_losses) == size
         assert numbers.metrics["loss"] == pytest.approx(sum(numbers.sample_losses) / size, rel=1e-4)

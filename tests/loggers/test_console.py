@@ -1,11 +1,19 @@
 """The console tells the ends of a run, its baselines and its loss."""
 
 import io
+import os
 
 import pytest
 from rich.console import Console
 
-from rlinf_core.loggers.console import ConsoleLogger, by_source, loss_plot, result_table, validations_ahead
+from rlinf_core.loggers.console import (
+    ConsoleLogger,
+    RunConsole,
+    by_source,
+    loss_plot,
+    result_table,
+    validations_ahead,
+)
 
 STEPS = [
     {"step": s, "loss": 2.0 / s, "lr": 1e-3, "grad_norm": 1.0, "samples_per_second": 8.0, "data_wait_share": 0.1}
@@ -94,6 +102,13 @@ def test_the_eta_includes_validations_to_come(logger, monkeypatch):
     etas = [line.rpartition("ETA ")[2] for line in logger._console.file.getvalue().splitlines() if "ETA" in line]
     assert (etas[0], etas[7]) == ("3:10 + 3 validations", "2:00 + 3 validations")
     assert (etas[8], etas[15], etas[16], etas[19]) == ("5:10", "4:00", "2:10", "1:40")
+
+
+def test_a_reader_that_is_gone_is_an_error_and_does_not_end_the_process():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as file, pytest.raises(BrokenPipeError):  # Closing it writes what is buffered.
+        RunConsole(file=file).print("step 1/20")
 
 
 def test_a_schedule_that_outlasts_the_run_is_said(logger):

@@ -4,7 +4,9 @@ A test named for each hook, an entry in docs/hooks.md and a docstring of the agr
 """
 
 import inspect
+import signal
 import sys
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -19,7 +21,8 @@ from torch import nn
 from rlinf_core import LeRobotDatasetConfig, PluginError, PolicyConfig, UserError, hookimpl
 from rlinf_core.config.load import load_config
 from rlinf_core.contract import hookspecs
-from rlinf_core.plugins.calls import CORE, check_plugin, specified_hooks
+from rlinf_core.plugins.calls import check_plugin, specified_hooks
+from rlinf_core.plugins.owners import CORE
 from rlinf_core.plugins.registry import PLUGIN_GROUP, Plugins
 from rlinf_core.testing import plugins_in_memory
 
@@ -157,11 +160,31 @@ def test_rlinf_train_started(plugins, trainer, capsys):
     assert capsys.readouterr().out.startswith("demo trains on ")
 
 
-def test_rlinf_step_finished(plugins, trainer):
+def test_rlinf_gradients_ready(plugins, trainer):
+    policy = nn.ModuleDict({"arm": nn.ModuleList([nn.Linear(2, 1), nn.Linear(2, 1)]), "leave": nn.Linear(2, 1)})
+    policy["leave"].requires_grad_(False)
+    first, second = policy["arm"]
+    (first(torch.tensor([3.0, 4.0])) + 0 * second.weight.sum()).sum().backward()
+    [norms] = plugins.hook.rlinf_gradients_ready(trainer=trainer, policy=policy, step=4, scale=torch.tensor(0.5))
+    assert {name: float(norm) for name, norm in norms.items()} == {
+        "grad_norm/arm.0": pytest.approx(26**0.5 / 2),  # 3, 4 and the bias's 1
+        "grad_norm/arm.1": 0.0,
+    }
+
+
+def test_rlinf_step_metrics(plugins, trainer):
+    [added] = plugins.hook.rlinf_step_metrics(trainer=trainer, step=4, metrics={"loss": 9.0})
+    assert added["arm/host_load"] >= 0
+
+
+def test_rlinf_step_finished(plugins, trainer, examples, monkeypatch, capsys):
+    signals = []
+    monkeypatch.setattr(examples.signal, "raise_signal", signals.append)
     plugins.hook.rlinf_step_finished(trainer=trainer, step=4, metrics={"loss": 9.0})
-    with pytest.raises(PluginError) as caught:
-        plugins.hook.rlinf_step_finished(trainer=trainer, step=5, metrics={"loss": 11.0})
-    assert str(caught.value) == f"the run has diverged: its loss is 11 after step 5 [rlinf_step_finished of {OWNER}]"
+    assert signals == []
+    plugins.hook.rlinf_step_finished(trainer=trainer, step=5, metrics={"loss": 11.0})
+    assert signals == [signal.SIGTERM]
+    assert capsys.readouterr().out == "the run has diverged: its loss is 11 after step 5\n"
 
 
 def test_rlinf_validation_finished(plugins, trainer, capsys):
@@ -231,11 +254,53 @@ def test_cores_own_errors_stay_as_they_are():
 def test_calls_are_checked():
     plugins = plugins_of(acme={"rlinf_configure": lambda run: None})
     with pytest.raises(TypeError, match="rlinf_configure has no argument 'config'; it has: run"):
-        plugins.hook.rlinf_configure(config=None)
-    with pytest.raises(TypeError, match=r"rlinf_configure was called without 'run', which acme 1\.0 .* needs"):
+        plugins.hook.rlinf_configure(run=None, config=None)
+    with (
+        pytest.warns(UserWarning, match="'run'"),  # pluggy's own.
+        pytest.raises(TypeError, match=r"rlinf_configure was called without 'run', which acme 1\.0 .* needs"),
+    ):
         plugins.hook.rlinf_configure()
-    with pytest.raises(AttributeError, match="there is no hook 'rlinf_configur'; did you mean 'rlinf_configure'"):
+    with pytest.raises(AttributeError) as caught:
         plugins.hook.rlinf_configur(run=None)
+    assert "Did you mean: 'rlinf_configure'" in "".join(traceback.format_exception(caught.value))
+
+
+def test_an_implementation_can_be_called_alone():
+    class Acme:  # An object: its hooks are bound methods.
+        @hookimpl
+        def rlinf_configure(self, run):
+            return f"{run} of acme"
+
+        @hookimpl(specname="rlinf_launch")
+        def start(self, run):
+            raise UserError("no such machine")
+
+    quiet = SimpleNamespace(__name__="toy", rlinf_configure=hookimpl(lambda: None))
+    entries = [entry_point(PLUGIN_GROUP, "p", one, name) for name, one in (("acme", Acme()), ("quiet", quiet))]
+    plugins = Plugins(entries, strict=True)
+    assert plugins.hook.rlinf_configure(run="run") == ["run of acme"]
+    alone = plugins.implementations("rlinf_configure")
+    assert [(one.owner.distribution, one.call(run="run")) for one in alone] == [
+        ("quiet", None),
+        ("acme", "run of acme"),
+    ]
+    [launch] = plugins.implementations("rlinf_launch")
+    assert str(launch).startswith("rlinf_launch of acme 1.0")
+    with pytest.raises(PluginError, match=r"no such machine \[rlinf_launch of acme 1\.0"):
+        launch.call(run=None, arguments=[])
+    assert plugins.implementations("rlinf_train_finished") == []
+
+
+def test_a_registration_that_refuses_names_its_owner_once():
+    def refuse():
+        raise UserError("no arm is connected")
+
+    entry = entry_point(PLUGIN_GROUP, "p", SimpleNamespace(rlinf_register_policies=hookimpl(refuse)), "acme")
+    plugins = Plugins([entry])
+    assert plugins.registered_as("policy") == ()
+    assert [str(one) for one in plugins.failures] == [
+        "acme 1.0 (entry point 'p = toy:p'): calling rlinf_register_policies: no arm is connected"
+    ]
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

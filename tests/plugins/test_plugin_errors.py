@@ -75,7 +75,7 @@ FAILURES = {
     "misspelt hook": (
         broken("pass", hook="rlinf_step_finish", arguments="step"),
         "loading the plugin: there is no hook 'rlinf_step_finish'; did you mean 'rlinf_step_finished' or "
-        "'rlinf_train_finished' or 'rlinf_validation_finished'?",
+        "'rlinf_train_finished' or 'rlinf_step_metrics'?",
     ),
     "wrong argument": (
         broken("pass", hook="rlinf_step_finished", arguments="trainer, metric"),

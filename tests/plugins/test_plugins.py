@@ -7,6 +7,7 @@ import pytest
 from distributions import entry_point, entry_points_of, install
 
 from rlinf_core import DatasetConfig, PluginError, UserError
+from rlinf_core.cli import COMMANDS
 from rlinf_core.plugins.registry import DATASET_GROUP, PLUGIN_GROUP, Plugins
 
 POLICY = """
@@ -55,7 +56,7 @@ def test_installed_distributions_are_found(site):
     assert str(arm.owner) == "acme-arm 1.2 (entry point 'arm = acme_arm')"
 
 
-def test_core_brings_its_trainer_and_loggers():
+def test_core_brings_its_trainer_loggers_and_commands():
     plugins = Plugins(entry_points_of("rlinf_core"))
     assert plugins.failures == ()
     assert plugins.trainer("fsdp2").__name__ == "Fsdp2TrainerConfig"
@@ -63,6 +64,7 @@ def test_core_brings_its_trainer_and_loggers():
         "console",
         "jsonl",
     }
+    assert sorted(one.item.name for one in plugins.commands()) == sorted(one.name for one in COMMANDS)
 
 
 def test_a_plugin_that_fails_costs_only_itself(site):

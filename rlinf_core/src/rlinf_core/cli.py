@@ -19,22 +19,11 @@ from rlinf_core.commands import completion
 from rlinf_core.commands.output import print_error
 from rlinf_core.contract.command import Command
 from rlinf_core.errors import Exit, PluginError, UserError, did_you_mean
+from rlinf_core.plugins import builtin
 from rlinf_core.terminal import replace_unprintable
 
-COMMANDS = (
-    Command("launch", "start a run's processes as its config says, and wait for them", "rlinf_core.commands.launch"),
-    Command("validate", "validate a run's config, data and files without starting it", "rlinf_core.commands.validate"),
-    Command("plan", "predict a run's memory, speed and communication", "rlinf_core.commands.plan"),
-    Command("inspect", "write a page that shows what a run's model will see", "rlinf_core.commands.inspect"),
-    Command("norm-stats", "compute, diagnose, compare and import statistics", "rlinf_core.commands.norm_stats"),
-    Command("check-dataset", "check the files of a LeRobot dataset for damage", "rlinf_core.commands.check_dataset"),
-    Command("bench-data", "measure data loading, and how many GPUs it can feed", "rlinf_core.commands.bench_data"),
-    Command("cache", "decode a run's images once, into files that need no decoding", "rlinf_core.commands.cache"),
-    Command("export", "export a run's policy for inference or further training", "rlinf_core.commands.export"),
-    Command("datasets", "list the dataset formats of installed packages", "rlinf_core.commands.datasets"),
-    Command("plugins", "list plugins, what they registered, and what failed", "rlinf_core.commands.plugins"),
-)
-"""Core's own commands."""
+COMMANDS = tuple(builtin.rlinf_register_commands())
+"""Core's own commands, in the order of `rlinf --help`; from core's plugin directly, which loads no other plugin."""
 
 TRAIN = frozenset({"train", "run", "start", "sft", "finetune", "fine-tune", "torchrun"})
 """What people type for `launch`."""
@@ -129,7 +118,7 @@ def _find(name: str, *arguments: str) -> tuple[Command, Any]:
     from rlinf_core.plugins.registry import get_plugins
 
     plugins = get_plugins()
-    known = sorted({command.name for command in (*COMMANDS, *(one.item for one in plugins.commands()))})
+    known = sorted({*(command.name for command in COMMANDS), *(one.name for one in plugins.commands())})
     if name not in known:
         hint = _how_to_train(arguments) if name in TRAIN else did_you_mean(name, known)
         lines = [f"unknown command {name!r}{hint}", f"available: {', '.join(known)}"]

@@ -22,6 +22,7 @@ from rlinf_core.data.splits import describe_splits, open_split
 from rlinf_core.data.statistics.preview import encode_without_images, preview_samples
 from rlinf_core.data.statistics.run import diagnosed_pipeline
 from rlinf_core.errors import UserError, did_you_mean
+from rlinf_core.plugins.owners import CORE
 from rlinf_core.plugins.registry import Plugins
 from rlinf_core.training.resume import Flags, decide_start
 from rlinf_core.training.run_folder import read_folder
@@ -202,7 +203,8 @@ def _check_folder(run: RunConfig, report: Report, *, allow_change: bool) -> None
 
 def _check_launcher(run: RunConfig, plugins: Plugins, report: Report) -> None:
     report.facts["launcher"] = run.cluster.launcher
-    others = [owner for owner in plugins.hook.owners_of("rlinf_launch") if owner.distribution != "rlinf-core"]
+    owners = [implementation.owner for implementation in plugins.implementations("rlinf_launch")]
+    others = [owner for owner in owners if owner.distribution != CORE]
     if run.cluster.launcher != TORCHRUN and not others:
         raise nobody_launches(run, plugins)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib import import_module
 
 from rlinf_core.contract.command import Command
@@ -30,14 +30,15 @@ def complete(parser: argparse.ArgumentParser, commands: Sequence[Command]) -> No
     words = os.environ.get("COMP_LINE", "").split()
     own = [command for command in commands if command.name in words]
     subparsers = parser.add_subparsers()
-    for command in own or (*commands, *_of_plugins()):
+    for command in own or (*commands, *_of_plugins({command.name for command in commands})):
         subparser = subparsers.add_parser(command.name, help=command.help)
         if command.name in words:
             import_module(command.module).add_arguments(subparser)
     argcomplete.autocomplete(parser)
 
 
-def _of_plugins() -> list[Command]:
+def _of_plugins(taken: Collection[str]) -> list[Command]:
+    """The commands of plugins, one for each name that is not taken."""
     from rlinf_core.plugins.registry import get_plugins
 
-    return [one.item for one in get_plugins().commands()]
+    return list({one.name: one.item for one in get_plugins().commands() if one.name not in taken}.values())

@@ -14,6 +14,8 @@ _ACCUMULATION = (
     "set trainer.global_batch_size to the samples of an optimizer step"
 )
 
+_TRACKER = "settings of a tracker are keys of its logger's table, e.g. [loggers.wandb], and runner.loggers names it"
+
 _BY_KEY: Mapping[str, str] = {
     "optim.lr": "learning_rate peak_lr base_lr optimizer_lr",
     "optim.min_lr": "decay_lr lr_end end_lr min_learning_rate scheduler_decay_lr",
@@ -64,6 +66,7 @@ _SENTENCES: Mapping[str, str] = {
     "log_freq": _NO_LOG_INTERVAL,
     "log_interval": _NO_LOG_INTERVAL,
     "logging_steps": _NO_LOG_INTERVAL,
+    **dict.fromkeys(("project_name", "wandb_project", "wandb_entity", "wandb_group", "wandb_mode"), _TRACKER),
     "overwrite": "it is an option of the command, --overwrite",
     "actor": "its keys are in [policy] (the model), [optim] and [trainer] (batch sizes, precision, sharding)",
     "fsdp_devices": "trainer.num_replicas is the number of ranks divided by it",

@@ -2,14 +2,14 @@
 
 Layers, each overriding the one before (contract 6): core's defaults < the policy's `run_defaults` < the dataset's
 `run_defaults` < the TOML file < the command line. `data.config_name`, `policy.type` and `trainer.type` select the
-classes that validate `[data]`, `[policy]` and `[trainer]`; `[plugins.<name>]` is validated by the class that a plugin
-registered under that name. All mistakes are reported together.
+classes that validate `[data]`, `[policy]` and `[trainer]`; `[plugins.<name>]` and `[loggers.<type>]` are validated by
+the classes that are registered under these names. All mistakes are reported together.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,7 +38,7 @@ from rlinf_core.contract.tables import Section
 from rlinf_core.errors import UserError
 from rlinf_core.plugins.owners import Owner
 from rlinf_core.plugins.registrations import RegistrationKind
-from rlinf_core.plugins.registry import Plugins, get_plugins
+from rlinf_core.plugins.registry import ALWAYS_ON, Plugins, get_plugins
 from rlinf_core.untrusted import without_secrets
 
 __all__ = ["diff_tables", "dump_config", "load_config", "read_toml"]
@@ -49,6 +49,10 @@ SECRET = (
     "contains a password or a token, which would be written to the run's folder: leave it out; the hub's client reads "
     "HF_TOKEN or the login of `hf auth login`, and loggers have their own environment variables"
 )
+NAMED = {"plugins": "plugin, [plugins.<name>]", "loggers": "logger, [loggers.<type>]"}
+"""Sections with a table for each name, whose class is the one registered under that name, and what they consist of."""
+TYPED = ("loggers",)
+"""Those of `NAMED` whose classes have their table's name as `type`."""
 _CORE_DEFAULTS: Table = {"trainer": {"type": "fsdp2"}}
 
 
@@ -132,31 +136,38 @@ class _Draft:
         self._add_below("core's defaults", _CORE_DEFAULTS)
         trainer = self._choose(("trainer", "type"), partial(self._find, "trainer"), "is required")
         self._chosen = {**datasets, ("policy",): policy, ("trainer",): trainer}
-        self._check_loggers()
-        self._choose_options()
+        self._choose_named("plugins", "options")
+        self._choose_loggers()
 
     def validate(self) -> RunConfig:
         """Validate every table with its class, then the rules between tables."""
         self._refuse_secrets()
         fields: dict[str, Any] = {name: (info.annotation, info) for name, info in RunConfig.model_fields.items()}
-        fields |= {str(place[0]): (Any, None) for place in (*self._chosen, ("plugins",))}
+        fields |= {str(place[0]): (Any, None) for place in (*self._chosen, *((name,) for name in NAMED))}
         # Tables are validated one by one, so that a failing validator is attributed to the right plugin. RunConfig
         # comes last, because its own checks need every table to be an instance of its class.
         core = self._try(create_model("RunTables", __base__=Section, **fields), self._merged)
         tables = dict(core) if core else {}
-        tables["plugins"] = {}
+        tables |= {name: {} for name in NAMED}
         if self._mixture():
             tables["data"] = self._validate_mixture()
         for place, chosen in self._chosen.items():
             if chosen and place[:2] != _MIXTURE:
-                above = tables["plugins"] if len(place) > 1 else tables
-                above[str(place[-1])] = self._try(chosen.model, self._get(*place), place, chosen.owner)
+                above = tables[str(place[0])] if len(place) > 1 else tables
+                above[str(place[-1])] = self._try(chosen.model, self._values(place), place, chosen.owner)
         run = None if self._mistakes else self._try(RunConfig, tables)
         if run is None:
             count = f"{len(self._mistakes)} mistake{'s' if len(self._mistakes) > 1 else ''}"
             lines = "".join(f"\n  {text.replace(chr(10), chr(10) + '  ')}" for text in self._mistakes)
             raise UserError(f"{self._path}: {count} in the config:{lines}")
         return run
+
+    def _values(self, place: KeyPath) -> Any:
+        """The values of a table; one that is named by a type has it among them."""
+        values = self._get(*place)
+        if place[0] in TYPED and isinstance(values, Mapping):
+            return {"type": place[1], **values}
+        return values
 
     def _refuse_secrets(self) -> None:
         """Report passwords and tokens: the config is written to the run's folder, where they do not belong."""
@@ -275,17 +286,46 @@ class _Draft:
         entry = self._plugins.find_dataset(name)
         return _Chosen(entry.load(), entry.owner)
 
-    def _choose_options(self) -> None:
-        """Find the class of each `[plugins.<name>]` table."""
-        tables = self._get("plugins")
+    def _choose_named(
+        self, section: str, kind: RegistrationKind, used: Collection[str] | None = None, way_out: str = ""
+    ) -> None:
+        """Find the class of each table `[<section>.<name>]`.
+
+        Args:
+            section: One of `NAMED`.
+            kind: What plugins register under the tables' names.
+            used: The names that have an effect in this run; None: all.
+            way_out: How to put another name to use.
+        """
+        tables = self._get(section)
         if tables is not None and not isinstance(tables, Mapping):
-            self._note(("plugins",), f"must have one table per plugin, [plugins.<name>] (got {tables!r})")
+            self._note((section,), f"must have one table per {NAMED[section]} (got {tables!r})")
             return
         for name in tables or ():
             try:
-                self._chosen["plugins", name] = self._find("options", name)
+                chosen = self._find(kind, name)
             except UserError as error:
-                self._note(("plugins", name), str(error))
+                self._note((section, name), str(error))
+                continue
+            if used is None or name in used:
+                self._chosen[section, name] = chosen
+            else:
+                self._note((section, name), f"does nothing: the {kind} {name!r} does not run. {way_out}")
+
+    def _choose_loggers(self) -> None:
+        """Find the classes of the run's loggers: of those with a table, and whether the others need one."""
+        listed = self._get("runner", "loggers")
+        running = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
+        self._choose_named("loggers", "logger", {*ALWAYS_ON, *running}, "Add it to runner.loggers, or remove the table")
+        tables = self._get("loggers")
+        for name in running:
+            if isinstance(tables, Mapping) and name in tables:
+                continue
+            try:
+                chosen = self._find("logger", name)
+                self._try(chosen.model, {"type": name}, ("loggers", name), chosen.owner)
+            except UserError as error:
+                self._note(("runner", "loggers"), str(error))
 
     def _check_policy_fits(self, place: KeyPath, data: type[DatasetConfig]) -> bool:
         own = value_at(data.run_defaults, ("policy", "type"))
@@ -301,15 +341,6 @@ class _Draft:
             + (f": {instead}" if instead else ""),
         )
         return False
-
-    def _check_loggers(self) -> None:
-        names = self._get("runner", "loggers")
-        for name in names if isinstance(names, list) else ():
-            try:
-                if isinstance(name, str):
-                    self._plugins.logger(name)
-            except UserError as error:
-                self._note(("runner", "loggers"), str(error))
 
     def _note(self, place: KeyPath, what: str) -> None:
         self._mistakes.append(mistake(place, what, self._layers))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
+    import torch
     from pydantic import BaseModel
     from torch import nn
 
@@ -63,7 +64,7 @@ def rlinf_register_trainers() -> Iterable[type[TrainerConfig]]:  # type: ignore[
 
 @hookspec
 def rlinf_register_loggers() -> Iterable[type[LoggerConfig]]:  # type: ignore[empty-body]
-    """Offer loggers; `runner.loggers` selects among them by `type`.
+    """Offer loggers; `runner.loggers` selects among them by `type`, and `[loggers.<type>]` has their settings.
 
     Returns:
         Config classes. All plugins' results are collected; the same `type` from two plugins is an error naming both.
@@ -78,7 +79,8 @@ def rlinf_register_commands() -> Iterable[Command]:  # type: ignore[empty-body]
 
     Returns:
         Commands; each names a module, which is imported when the command is called. All plugins' results are collected;
-        calling a name that two plugins registered is an error that names both. Core's own commands take precedence.
+        calling a name that two plugins registered is an error that names both. Core's own commands, which its own
+        plugin registers, take precedence.
 
     Called on: the `rlinf` process, for help or for a command that is not core's. Since 0.1.
     """
@@ -158,7 +160,7 @@ def rlinf_policy_built(policy: nn.Module, run: RunConfig) -> None:
 
 @hookspec
 def rlinf_train_started(trainer: Trainer) -> None:
-    """Receive the trainer just before the first step, with its weights and position loaded.
+    """Receive the trainer just before the first step, with its weights and position loaded; an exception ends the run.
 
     Args:
         trainer: The trainer; its `run` is the config, its `step` the number of finished steps.
@@ -168,8 +170,51 @@ def rlinf_train_started(trainer: Trainer) -> None:
 
 
 @hookspec
+def rlinf_gradients_ready(
+    trainer: Trainer, policy: nn.Module, step: int, scale: torch.Tensor
+) -> Mapping[str, torch.Tensor | float] | None:
+    """Read or change the gradients after a step's last backward pass, before they are clipped and applied.
+
+    The stored gradients are sums over micro batches; with FSDP2 they are averaged over the ranks, and each rank holds
+    its shard of them, as a DTensor. A parameter that is frozen or that the loss does not depend on has none. They may
+    contain NaN or infinity, in which case the step is skipped afterwards.
+
+    Args:
+        trainer: The trainer; its `step` is the number of finished steps.
+        policy: The sharded module; read `parameter.grad`, and change it in place.
+        step: Number of the step, from 1.
+        scale: Scalar on the gradients' device. `parameter.grad * scale` is the gradient of the step's mean loss, the
+            one whose global norm is reported and clipped.
+
+    Returns:
+        Metrics of the step, name -> value, or None. A value is a number or a tensor with one element, on the device:
+        it is read with the step's other metrics, so that the device is not waited for. DTensors are reduced over the
+        ranks; of others, rank 0's are reported. Every rank must return the same names, and none that is taken.
+
+    Called on: every rank, in every step; an exception ends the run. Since 0.1.
+    """
+
+
+@hookspec
+def rlinf_step_metrics(trainer: Trainer, step: int, metrics: Mapping[str, float]) -> Mapping[str, float] | None:
+    """Add metrics to those of an optimizer step before loggers and observers receive them.
+
+    Args:
+        trainer: The trainer; on a GPU it may already be one step ahead.
+        step: Number of the step, from 1.
+        metrics: Those of `rlinf_step_finished`, and those of implementations called before. Read-only.
+
+    Returns:
+        Further metrics, name -> number, or None. An implementation that raises, or returns a name that is taken, is
+        left out of the rest of the run, with one warning.
+
+    Called on: rank 0, after every step. Since 0.1.
+    """
+
+
+@hookspec
 def rlinf_step_finished(trainer: Trainer, step: int, metrics: Mapping[str, float]) -> None:
-    """Receive the metrics of an optimizer step.
+    """Receive the metrics of an optimizer step. An implementation that raises is left out of the rest of the run.
 
     Args:
         trainer: The trainer; on a GPU it may already be one step ahead.
@@ -185,7 +230,7 @@ def rlinf_step_finished(trainer: Trainer, step: int, metrics: Mapping[str, float
 
 @hookspec
 def rlinf_validation_finished(trainer: Trainer, step: int, metrics: Mapping[str, float]) -> None:
-    """Receive the metrics of a validation.
+    """Receive the metrics of a validation. An implementation that raises is left out of the rest of the run.
 
     Args:
         trainer: The trainer.
@@ -202,6 +247,8 @@ def rlinf_validation_finished(trainer: Trainer, step: int, metrics: Mapping[str,
 def rlinf_checkpoint_saved(trainer: Trainer, step: int, path: Path) -> None:
     """Receive a checkpoint that is complete on disk, which may be some steps after the save began.
 
+    An implementation that raises is left out of the rest of the run: one that uploads should handle what may pass.
+
     Args:
         trainer: The trainer.
         step: Number of finished steps when the save began.
@@ -213,7 +260,7 @@ def rlinf_checkpoint_saved(trainer: Trainer, step: int, path: Path) -> None:
 
 @hookspec
 def rlinf_train_finished(trainer: Trainer, error: BaseException | None) -> None:
-    """Handle the end of the run.
+    """Handle the end of the run. An implementation that raises is warned of, and does not change the exit code.
 
     Args:
         trainer: The trainer.

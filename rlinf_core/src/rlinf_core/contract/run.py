@@ -18,6 +18,7 @@ from rlinf_core.contract.policy import PolicyConfig
 from rlinf_core.contract.process_group import ProcessGroup
 from rlinf_core.contract.tables import OptimConfig, RunnerConfig, Section
 from rlinf_core.errors import UserError, did_you_mean
+from rlinf_core.plugins.owners import Implementation
 
 
 class TrainerConfig(BaseModel):
@@ -55,6 +56,29 @@ class TrainerConfig(BaseModel):
         raise NotImplementedError(f"{type(self).__name__} must define build()")
 
 
+class LoggerConfig(BaseModel):
+    """A logger that `runner.loggers` can name, and its table `[loggers.<type>]`.
+
+    A subclass gives `type` a `Literal` of its own with a default, and adds fields. Secrets are no fields: the table is
+    written to the run's folder.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    type: str
+    """The name in `runner.loggers`."""
+
+    def build(self, run: RunConfig, *, start_step: int, stop_step: int) -> Logger:
+        """Build the logger on rank 0.
+
+        Args:
+            run: The frozen config; `run.folder` is the folder of the run's files.
+            start_step: Finished steps (of a resumed run); rows of later steps are to be cut off (contract 9).
+            stop_step: The last step of the run, after `runner.max_steps` and `runner.max_epochs`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define build()")
+
+
 class RunConfig(Section):
     """A whole run, as written to `<run>/config.toml`."""
 
@@ -72,6 +96,9 @@ class RunConfig(Section):
     """The class is the one registered under `trainer.type`."""
     plugins: dict[str, SerializeAsAny[InstanceOf[BaseModel]]] = {}
     """Plugins' own settings; the class of `[plugins.<name>]` is the one registered under that name."""
+    loggers: dict[str, SerializeAsAny[InstanceOf[LoggerConfig]]] = {}
+    """Settings of loggers; the class of `[loggers.<type>]` is the one registered under that type. The logger must be in
+    `runner.loggers`, except `console` and `jsonl`."""
 
     @property
     def folder(self) -> Path:
@@ -221,8 +248,12 @@ class LoadedPlugins(Protocol):
         """Call a hook in every plugin: `plugins.hook.rlinf_step_finished(trainer=..., step=..., metrics=...)`."""
         ...
 
+    def implementations(self, hook: str) -> Sequence[Implementation]:
+        """The implementations of a hook in call order, each with its owner, to be called alone."""
+        ...
+
     def build_loggers(self, run: RunConfig, *, start_step: int, stop_step: int) -> list[Logger]:
-        """Build the loggers of the run, on rank 0."""
+        """Build the loggers of the run, on rank 0. One that fails later is left out, except `jsonl`."""
         ...
 
 
@@ -243,27 +274,11 @@ class Trainer(Protocol):
         ...
 
 
-class LoggerConfig(BaseModel):
-    """A logger that `runner.loggers` can name. A subclass gives `type` a `Literal` of its own with a default."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    type: str
-    """The name in `runner.loggers`."""
-
-    def build(self, run: RunConfig, *, start_step: int, stop_step: int) -> Logger:
-        """Build the logger on rank 0.
-
-        Args:
-            run: The frozen config; `run.folder` is the folder of the run's files.
-            start_step: Finished steps (of a resumed run); rows of later steps are to be cut off (contract 9).
-            stop_step: The last step of the run, after `runner.max_steps` and `runner.max_epochs`.
-        """
-        raise NotImplementedError(f"{type(self).__name__} must define build()")
-
-
 class Logger(Protocol):
-    """Receives what a run reports. Called on rank 0 only."""
+    """Receives what a run reports. Called on rank 0 only, between steps: what takes long delays training.
+
+    A logger that raises is left out of the rest of the run, with one warning; only `close` is still called.
+    """
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """The metrics of an optimizer step."""

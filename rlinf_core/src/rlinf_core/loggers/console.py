@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -37,8 +39,19 @@ class ConsoleLoggerConfig(LoggerConfig):
     def build(self, run: RunConfig, *, start_step: int, stop_step: int) -> Logger:
         """Print the run's name, size and folder."""
         # torchrun's children write to a pipe; 100 columns fit every table.
-        console = Console(width=None if Console().is_terminal else 100, highlight=False)
+        console = RunConsole(width=None if Console().is_terminal else 100, highlight=False)
         return ConsoleLogger(console, run, start_step, stop_step)
+
+
+class RunConsole(Console):
+    """rich's console, except that a reader that is gone (`| head`) is an error and does not end the process."""
+
+    def on_broken_pipe(self) -> None:
+        """Called by rich while it handles the error."""
+        # What is still buffered would fail again when Python exits, and change the exit code.
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), self.file.fileno())
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
 class ConsoleLogger:

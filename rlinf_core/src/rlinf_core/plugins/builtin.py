@@ -1,5 +1,5 @@
 """Core's own plugin, found through its own entry point: the FSDP2 trainer, the LeRobot reader, an augmentation, two
-loggers, and torchrun as launcher.
+loggers, the commands, and torchrun as launcher.
 
 Configs and readers are imported when a hook is called, so that loading the plugins is cheap.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rlinf_core.contract.command import Command
 from rlinf_core.contract.hookspecs import hookimpl
 
 if TYPE_CHECKING:
@@ -42,6 +43,25 @@ def rlinf_register_loggers() -> list[type[LoggerConfig]]:
     from rlinf_core.loggers.jsonl import JsonlLoggerConfig
 
     return [ConsoleLoggerConfig, JsonlLoggerConfig]
+
+
+@hookimpl
+def rlinf_register_commands() -> list[Command]:
+    """Core's subcommands, in the order of `rlinf --help`; `cli.py` also calls this directly."""
+    helps = {
+        "launch": "start a run's processes as its config says, and wait for them",
+        "validate": "validate a run's config, data and files without starting it",
+        "plan": "predict a run's memory, speed and communication",
+        "inspect": "write a page that shows what a run's model will see",
+        "norm-stats": "compute, diagnose, compare and import statistics",
+        "check-dataset": "check the files of a LeRobot dataset for damage",
+        "bench-data": "measure data loading, and how many GPUs it can feed",
+        "cache": "decode a run's images once, into files that need no decoding",
+        "export": "export a run's policy for inference or further training",
+        "datasets": "list the dataset formats of installed packages",
+        "plugins": "list plugins, what they registered, and what failed",
+    }
+    return [Command(name, text, f"rlinf_core.commands.{name.replace('-', '_')}") for name, text in helps.items()]
 
 
 @hookimpl(trylast=True)

@@ -1,86 +1,92 @@
-"""Call hooks so that every error names its plugin, and reject implementations that would never be called.
+"""Register plugins with pluggy so that every error names its plugin, and reject what would never be called.
 
-pluggy stores the implementations, their order and their arguments. They are called here, one at a time, because an
-error must name the plugin that raised it.
+pluggy stores, orders and calls the implementations. Each is wrapped once, when its plugin is registered.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pluggy
 
 from rlinf_core.contract import hookspecs
 from rlinf_core.errors import PluginError, UserError, did_you_mean
-from rlinf_core.plugins.owners import Owner
-
-CORE = "rlinf-core"
-"""Core's own distribution. Its errors are about the user's input and name no plugin."""
+from rlinf_core.plugins.owners import CORE, Owner
 
 
-class Hooks:
-    """Every hook as a method: `hooks.rlinf_configure(run=run)`.
-
-    A call returns the implementations' results in call order, without None; for a hook with a single result
-    (`firstresult`) the first that is not None, or None.
+class OwnedPlugin:
+    """A plugin's hook implementations for pluggy; the errors that they raise name hook and owner.
 
     Args:
-        relay: pluggy's callers, which store implementations and their order.
-        owners: Plugin name -> its owner.
+        owner: The source of the plugin.
+        plugin: A module, or an object with functions, that `check_plugin` accepts.
+        manager: Reads the `@hookimpl` marks.
     """
 
-    def __init__(self, relay: pluggy.HookRelay, owners: Mapping[str, Owner]) -> None:
-        self._relay, self._owners = relay, owners
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        if name not in specified_hooks():
-            raise AttributeError(f"there is no hook {name!r}{did_you_mean(name, specified_hooks())}")
-        caller: pluggy.HookCaller = getattr(self._relay, name)
-
-        def call(**arguments: Any) -> Any:
-            return self._call(caller, arguments)
-
-        return call
-
-    def owners_of(self, name: str) -> list[Owner]:
-        """The owners of a hook's implementations, in call order."""
-        caller: pluggy.HookCaller = getattr(self._relay, name)
-        return [self._owners[implementation.plugin_name] for implementation in reversed(caller.get_hookimpls())]
-
-    def _call(self, caller: pluggy.HookCaller, arguments: Mapping[str, Any]) -> Any:
-        spec = caller.spec
-        assert spec is not None  # `__getattr__` lets only specified hooks through.
-        if unknown := sorted(arguments.keys() - set(spec.argnames)):
-            raise TypeError(f"{caller.name} has no argument {unknown[0]!r}; it has: {', '.join(spec.argnames)}")
-        results = []
-        # pluggy lists implementations in reverse call order.
-        for implementation in reversed(caller.get_hookimpls()):
-            owner = self._owners[implementation.plugin_name]
-            missing = [name for name in implementation.argnames if name not in arguments]
-            if missing:
-                raise TypeError(f"{caller.name} was called without {missing[0]!r}, which {owner} needs")
-            result = _call_one(
-                caller.name, owner, implementation.function, [arguments[n] for n in implementation.argnames]
-            )
-            if result is not None:
-                if spec.opts.get("firstresult"):
-                    return result
-                results.append(result)
-        return None if spec.opts.get("firstresult") else results
+    def __init__(self, owner: Owner, plugin: object, manager: pluggy.PluginManager) -> None:
+        self.owner, self.plugin = owner, plugin
+        for name in dir(plugin):
+            options = manager.parse_hookimpl_opts(plugin, name)
+            hook = options and (options.get("specname") or name)
+            if hook in specified_hooks():  # Else it is optional, for another release of core.
+                setattr(self, name, naming(hook, owner, getattr(plugin, name)))
 
 
-def _call_one(hook: str, owner: Owner, function: Callable[..., Any], arguments: list[Any]) -> Any:
-    try:
-        return function(*arguments)
-    except UserError as error:
-        if owner.distribution == CORE:
+def owned(plugin: object) -> OwnedPlugin:
+    """What pluggy has registered, as what it is."""
+    assert isinstance(plugin, OwnedPlugin)
+    return plugin
+
+
+def naming(what: str, owner: Owner, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A plugin's function whose errors name it and its owner; keeps its signature and mark for pluggy.
+
+    A `UserError` becomes a `PluginError`, except one of core's: those are about the user's input. One of a registration
+    hook stays as it is, too: it is recorded as a `Failure`, which names both.
+
+    Args:
+        what: The hook, or what else the function is.
+        owner: Where it comes from.
+        function: The function.
+    """
+    keep = owner.distribution == CORE or what.startswith("rlinf_register_")
+
+    @functools.wraps(function)
+    def named(*arguments: Any, **options: Any) -> Any:
+        try:
+            return function(*arguments, **options)
+        except UserError as error:
+            if keep:
+                raise
+            raise PluginError(f"{error} [{what} of {owner}]") from error
+        except Exception as error:
+            error.add_note(f"in {what} of {owner}")
             raise
-        raise PluginError(f"{error} [{hook} of {owner}]") from error
-    except Exception as error:
-        error.add_note(f"in {hook} of {owner}")
-        raise
+
+    return named
+
+
+def create_manager() -> pluggy.PluginManager:
+    """Pluggy's manager with every hook of `hookspecs`, which refuses calls with wrong arguments."""
+    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager.add_hookspecs(hookspecs)
+    known = {name: tuple(inspect.signature(spec).parameters) for name, spec in specified_hooks().items()}
+
+    def before(hook: str, implementations: Sequence[pluggy.HookImpl], arguments: Mapping[str, Any]) -> None:
+        # pluggy ignores unknown arguments.
+        if unknown := sorted(arguments.keys() - set(known[hook])):
+            raise TypeError(f"{hook} has no argument {unknown[0]!r}; it has: {', '.join(known[hook])}")
+        for implementation in reversed(implementations):
+            if missing := [name for name in implementation.argnames if name not in arguments]:
+                raise TypeError(
+                    f"{hook} was called without {missing[0]!r}, which {owned(implementation.plugin).owner} needs"
+                )
+
+    manager.add_hookcall_monitoring(before, lambda *_: None)
+    return manager
 
 
 def specified_hooks() -> dict[str, Callable[..., Any]]:

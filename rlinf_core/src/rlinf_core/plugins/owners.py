@@ -1,12 +1,17 @@
-"""Which distribution something comes from, and failures with their owner."""
+"""Which distribution something comes from: implementations of hooks and failures, with their owner."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import util
+from typing import Any
 
 from rlinf_core.errors import UserError
+
+CORE = "rlinf-core"
+"""Core's own distribution. Its errors are about the user's input and name no plugin."""
 
 
 @dataclass(frozen=True, order=True)
@@ -25,6 +30,19 @@ class Owner:
     def module(self) -> str:
         """The module that the entry point names."""
         return self.entry_point.partition(" = ")[2].partition(":")[0].strip()
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One plugin's implementation of a hook, for hooks whose results or failures must be attributed to their plugin."""
+
+    hook: str
+    owner: Owner
+    call: Callable[..., Any]
+    """Calls this implementation alone; takes the hook's arguments by name. Errors are those of `plugins.hook`."""
+
+    def __str__(self) -> str:
+        return f"{self.hook} of {self.owner}"
 
 
 @dataclass(frozen=True)

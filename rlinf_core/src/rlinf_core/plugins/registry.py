@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from rlinf_core.contract import hookspecs
 from rlinf_core.errors import PluginError, UserError, did_you_mean
-from rlinf_core.plugins.calls import Hooks, check_plugin
-from rlinf_core.plugins.owners import Failure, Owner, explain
+from rlinf_core.plugins.calls import OwnedPlugin, check_plugin, create_manager, naming, owned
+from rlinf_core.plugins.observers import ObservedLogger, Observer
+from rlinf_core.plugins.owners import Failure, Implementation, Owner, explain
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -40,7 +40,9 @@ if TYPE_CHECKING:
 
 PLUGIN_GROUP = "rlinf.plugins"
 DATASET_GROUP = "rlinf.datasets"
-ALWAYS_ON = ("jsonl", "console")
+RECORD = "jsonl"
+"""The logger that keeps the run's own record of its metrics."""
+ALWAYS_ON = (RECORD, "console")
 """Loggers of every run, in the order in which they are called."""
 
 
@@ -99,7 +101,6 @@ class Plugins:
         self._strict = strict
         self._modules = [(owner, entry) for owner, entry in used if entry.group == PLUGIN_GROUP]
         self._datasets = [DatasetEntry(e.name, owner, e.load) for owner, e in used if e.group == DATASET_GROUP]
-        self._owners: dict[str, Owner] = {}
         self._failures: list[Failure] = []
         self._registered: dict[RegistrationKind, tuple[Registered[Any], ...]] = {}
 
@@ -120,19 +121,39 @@ class Plugins:
             )
         return cls(entry_points, strict=strict == "1", disabled=disabled)
 
-    @functools.cached_property
-    def hook(self) -> Hooks:
+    @property
+    def hook(self) -> pluggy.HookRelay:
         """Call a hook in every plugin: `plugins.hook.rlinf_configure(run=run)`.
 
-        A `UserError` of a plugin's implementation is raised as a `PluginError` that names hook and owner (core's own
-        are raised unchanged); other exceptions get a note that names them.
+        A call returns the implementations' results in call order, without None; for a hook with a single result
+        (`firstresult`) the first that is not None, or None. A `UserError` of a plugin's implementation is raised as a
+        `PluginError` that names hook and owner (core's own are raised unchanged); other exceptions get a note that
+        names them.
         """
-        return Hooks(self._manager.hook, self._owners)
+        return self._manager.hook
+
+    def implementations(self, hook: str) -> list[Implementation]:
+        """The implementations of a hook in call order, each with its owner, to be called alone."""
+        caller: pluggy.HookCaller = getattr(self.hook, hook)
+        plugins = [owned(implementation.plugin) for implementation in reversed(caller.get_hookimpls())]
+        return [Implementation(hook, one.owner, self._calling(hook, one)) for one in plugins]
+
+    def _calling(self, hook: str, plugin: OwnedPlugin) -> Callable[..., Any]:
+        """A caller of the hook in this plugin alone."""
+        others = [other for other in self._manager.get_plugins() if other is not plugin]
+        caller = self._manager.subset_hook_caller(hook, others)
+        is_single = caller.spec is not None and caller.spec.opts.get("firstresult")
+
+        def call(**arguments: Any) -> Any:
+            result = caller(**arguments)
+            return result if is_single else next(iter(result), None)
+
+        return call
 
     @property
     def owners(self) -> tuple[Owner, ...]:
         """The plugins of group `rlinf.plugins` that are loaded and in use."""
-        return tuple(self._owners[name] for name, _ in self._manager.list_name_plugin())
+        return tuple(owned(plugin).owner for _, plugin in self._manager.list_name_plugin())
 
     @property
     def failures(self) -> tuple[Failure, ...]:
@@ -206,14 +227,30 @@ class Plugins:
     def build_loggers(self, run: RunConfig, *, start_step: int, stop_step: int) -> list[Logger]:
         """The loggers of a run: the default ones and those in `runner.loggers`. Called on rank 0.
 
+        One that fails while it is built is an error; one that fails later is left out (`plugins.observers`). Only
+        `jsonl` ends the run if it fails: it keeps the run's own record, from which an interrupted run continues.
+
         Args:
             run: The frozen config.
             start_step: Steps already done.
             stop_step: The last step of the run.
+
+        Raises:
+            PluginError: A logger of a plugin raised a `UserError`, or lacks a library; other exceptions get a note that
+                names its owner.
         """
-        names = dict.fromkeys((*ALWAYS_ON, *run.runner.loggers))
-        configs = [self.logger(name)(type=name) for name in names]
-        return [config.build(run, start_step=start_step, stop_step=stop_step) for config in configs]
+        loggers = []
+        for name in dict.fromkeys((*ALWAYS_ON, *run.runner.loggers)):
+            found = self.find("logger", name)
+            config: LoggerConfig = run.loggers.get(name) or found.item(type=name)
+            build = naming(f"logger {name!r}", found.owner, config.build)
+            try:
+                logger: Logger = build(run, start_step=start_step, stop_step=stop_step)
+            except ModuleNotFoundError as error:  # A tracker's library, which only rank 0 of a run imports.
+                raise PluginError(f"the logger {name!r} cannot start: {explain(error, found.owner)}") from error
+            observer = Observer(f"logger {name!r} of {found.owner}", run.folder)
+            loggers.append(logger if name == RECORD else ObservedLogger(logger, observer))
+        return loggers
 
     def options(self, name: str) -> type[BaseModel]:
         """The class of the table `[plugins.<name>]`. Raises as `find` does."""
@@ -262,17 +299,15 @@ class Plugins:
 
     @functools.cached_property
     def _manager(self) -> pluggy.PluginManager:
-        manager = pluggy.PluginManager(hookspecs.PROJECT)
-        manager.add_hookspecs(hookspecs)
+        manager = create_manager()
         for owner, entry in self._modules:
             name = f"{owner.distribution}: {owner.entry_point}"
             try:
                 plugin = entry.load()
-                if earlier := manager.get_name(plugin):
-                    raise PluginError(f"this plugin is loaded already, for {self._owners[earlier]}")
+                if earlier := [one.owner for one in map(owned, manager.get_plugins()) if one.plugin is plugin]:
+                    raise PluginError(f"this plugin is loaded already, for {earlier[0]}")
                 check_plugin(manager, plugin)
-                self._owners[name] = owner
-                manager.register(plugin, name)
+                manager.register(OwnedPlugin(owner, plugin, manager), name)
             except Exception as error:
                 # Before pluggy 1.7, a plugin that fails validation stays half registered.
                 if manager.has_plugin(name):
@@ -285,18 +320,17 @@ class Plugins:
         from rlinf_core.plugins.registrations import HOOKS, Registered
 
         hook = HOOKS[kind].name
-        for implementation in getattr(self._manager.hook, hook).get_hookimpls():
-            owner = self._owners[implementation.plugin_name]
+        for one in self.implementations(hook):
             try:
-                items = list(HOOKS[kind].read(implementation.function()))
+                items = list(HOOKS[kind].read(one.call()))
             except Exception as error:
-                self._fail(owner, f"calling {hook}", error, hook)
+                self._fail(one.owner, f"calling {hook}", error, hook)
                 continue
             for name, item, mistake in items:
                 if mistake:
-                    self._fail(owner, f"using what {hook} returned", mistake, hook)
+                    self._fail(one.owner, f"using what {hook} returned", mistake, hook)
                 else:
-                    yield Registered(kind, name, item, owner)
+                    yield Registered(kind, name, item, one.owner)
 
     def _fail(self, owner: Owner, doing: str, cause: Exception, hook: str = "") -> None:
         failure = Failure(owner, doing, cause, hook)

@@ -9,7 +9,7 @@ from typing import Any
 
 from rlinf_core.contract.datasets import DatasetConfig
 from rlinf_core.plugins import builtin
-from rlinf_core.plugins.calls import CORE
+from rlinf_core.plugins.owners import CORE
 from rlinf_core.plugins.registry import DATASET_GROUP, PLUGIN_GROUP, Plugins
 
 

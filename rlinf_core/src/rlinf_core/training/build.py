@@ -90,7 +90,7 @@ def build_on_meta(run: RunConfig, plugins: LoadedPlugins, *, to_count: bool = Fa
 
 def _owners(plugins: LoadedPlugins) -> str:
     """The plugins that may have changed a policy."""
-    return " or ".join(map(str, plugins.hook.owners_of("rlinf_policy_built")))
+    return " or ".join(str(one.owner) for one in plugins.implementations("rlinf_policy_built"))
 
 
 def build_policy(

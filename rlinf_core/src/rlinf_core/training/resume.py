@@ -250,7 +250,7 @@ def _describe_later(later: tuple[str, ...], used: Path) -> list[str]:
 
 MAY_CHANGE = frozenset(
     {
-        *("cluster", "data.num_workers", "data.cache_dir"),
+        *("cluster", "loggers", "data.num_workers", "data.cache_dir"),
         *("runner.max_steps", "runner.max_epochs", "runner.save_interval", "runner.keep_last", "runner.save_best"),
         *("runner.keep_every", "runner.async_save", "runner.checkpoint_dir", "runner.checkpoint_rename"),
         *("runner.val_check_interval", "runner.val_samples", "runner.best_metric"),

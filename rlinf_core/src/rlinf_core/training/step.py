@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rlinf_core.contract.module import PolicyOutput
     from rlinf_core.data.loading.micro_batches import MicroBatches
     from rlinf_core.training.build import TrainState
+    from rlinf_core.training.gradients import GradientHooks
     from rlinf_core.training.monitor.metrics import Throughput
     from rlinf_core.training.settings import Fsdp2Settings
 
@@ -42,11 +43,13 @@ class TrainStep:
         recorder: FlightRecorder,
         throughput: Throughput | None = None,
         log: Callable[[str], object] | None = None,
+        gradients: GradientHooks | None = None,
     ) -> None:
         self._adapters, self._log = state.adapters, log
         self._config, self._group, self._batches = config, group, batches
         self._policy, self._optimizer, self._ema = state.policy, state.optimizer, state.ema
         self._recorder, self._throughput, self._useful = recorder, throughput, 0.0
+        self._gradients = gradients
         self._places = [
             torch.from_numpy(batches.places(micro, group.rank)).to(group.device)
             for micro in range(batches.accumulation)
@@ -92,6 +95,8 @@ class TrainStep:
         parts = [sums, request, self._own_times(times), losses]
         with self._phase(clock, "optimizer"):
             totals = self._group.sum(torch.cat(parts))
+            keys = ("loss", "lr", "grad_norm", "skipped", *names)
+            added = self._gradients(step + 1, self._group.size / totals[1], keys) if self._gradients else {}
             # FSDP stored the mean over ranks of each rank's gradients; the loss is sum / weight (contract 4).
             result = self._optimizer.step(divisor=totals[1] / self._group.size, loss=totals[0])
             if self._ema:
@@ -100,8 +105,8 @@ class TrainStep:
         clock.stop()
         last = 2 + len(names)
         mean = totals[:last] / totals[1]
-        values = torch.cat([mean[:1], optimizer, mean[2:], totals[last:]])
-        keys = ("loss", "lr", "grad_norm", "skipped", *names)
+        values = torch.cat([mean[:1], optimizer, mean[2:], *added.values(), totals[last:]])
+        keys += tuple(added)
         by_source = len(sums) - last
         sizes = (len(keys), by_source, len(request), len(parts[2]), size)
         has_sample_losses = out.sample_losses is not None

@@ -20,6 +20,7 @@ from rlinf_core.training.checkpoint.manager import Checkpoints
 from rlinf_core.training.checkpoint.state import Position, step_name
 from rlinf_core.training.data import RunData, check_batching
 from rlinf_core.training.evaluation import open_validation
+from rlinf_core.training.gradients import GradientHooks
 from rlinf_core.training.monitor.errors import explain
 from rlinf_core.training.monitor.monitor import Monitor
 from rlinf_core.training.settings import Fsdp2Settings
@@ -62,7 +63,14 @@ class Fsdp2Trainer:
         self._monitor.measure(self._checkpoints.stall)
         monitor = self._monitor
         self._compute = TrainStep(
-            config, group, batches, self._state, monitor.recorder, monitor.throughput, log=monitor.log
+            config,
+            group,
+            batches,
+            self._state,
+            monitor.recorder,
+            monitor.throughput,
+            log=monitor.log,
+            gradients=GradientHooks.of(self, self.policy, group, plugins),
         )
         if group.rank == 0:
             self._describe()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ import torch
 
 from rlinf_core.costs.flops import count
 from rlinf_core.costs.gpus import peak_tflops
+from rlinf_core.errors import UserError
 from rlinf_core.training.build import build_on_meta
 
 if TYPE_CHECKING:
@@ -27,6 +28,16 @@ if TYPE_CHECKING:
     from rlinf_core.contract.run import LoadedPlugins, RunConfig
 
 PHASES = ("data_wait", "forward", "backward", "optimizer")
+
+CORES_OWN = frozenset(
+    {
+        *("step", "epoch", "samples_per_second", "step_seconds", "save_stall_seconds", "peak_memory_gb"),
+        *("tflops_per_second", "mfu", *(f"{phase}_share" for phase in PHASES)),
+    }
+)
+"""Keys of a step's row besides the metrics of its loss, optimizer and policy."""
+OTHER_ROWS = ("loss/", "val_", "ema_val_")
+"""Prefixes of metrics of a mixture's sources and of validations."""
 
 Mark = float | torch.cuda.Event
 """A point in time: seconds of the host's clock, or an event on the device's stream."""
@@ -132,6 +143,42 @@ class StepRecord:
         )
         metrics = dict(zip(self._keys, values, strict=True)) | self.clock.read(samples)
         return StepNumbers(metrics, by_source, asked[0] > 0, times, asked[1], losses, self._has_sample_losses)
+
+
+def check_names(metrics: object, taken: Collection[str]) -> Mapping[str, Any]:
+    """The metrics that a plugin adds to those of a step; empty for None.
+
+    Args:
+        metrics: A mapping from names to values.
+        taken: Names of the step's other metrics.
+
+    Raises:
+        UserError: It is no mapping, or a name is not valid or taken.
+    """
+    if metrics is None:
+        return {}
+    if not isinstance(metrics, Mapping):
+        raise UserError(f"expected a mapping from names to numbers, found {metrics!r}")
+    for name in metrics:
+        if not isinstance(name, str) or not name:
+            raise UserError(f"expected the name of a metric, found {name!r}")
+        if name in taken or name in CORES_OWN or name.startswith(OTHER_ROWS):
+            raise UserError(f"the metric name {name!r} is taken: choose another, such as 'my_plugin/{name}'")
+    return metrics
+
+
+def as_number(name: str, value: Any) -> float:
+    """A metric's value as a float: of a number, a NumPy scalar, or a tensor with one element.
+
+    Raises:
+        UserError: It is something else.
+    """
+    try:
+        if isinstance(value, str | bytes):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"the metric {name!r} must be a number, not {type(value).__name__} {value!r:.100}") from error
 
 
 def record_event() -> torch.cuda.Event:

@@ -11,12 +11,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from rlinf_core.contract.process_group import ProcessGroup
 from rlinf_core.contract.run import LoadedPlugins, Trainer
 from rlinf_core.data.loading.micro_batches import MicroBatches
 from rlinf_core.data.loading.mixture import Source
+from rlinf_core.plugins.observers import Observer
+from rlinf_core.plugins.owners import Implementation
 from rlinf_core.training.checkpoint.manager import Saved
 from rlinf_core.training.monitor.anomalies import (
     AnomalyFile,
@@ -28,13 +32,25 @@ from rlinf_core.training.monitor.anomalies import (
     suspects,
 )
 from rlinf_core.training.monitor.flight_recorder import FlightRecorder
-from rlinf_core.training.monitor.metrics import StepNumbers, StepRecord, Throughput, peak_memory_gb
+from rlinf_core.training.monitor.metrics import (
+    StepNumbers,
+    StepRecord,
+    Throughput,
+    as_number,
+    check_names,
+    peak_memory_gb,
+)
 from rlinf_core.training.monitor.profiling import Profile
 from rlinf_core.training.monitor.stragglers import Stragglers
 
 LAG = {"cuda": 1}
 """How many steps later a step is read, by device type; 0 for others. While the host waits for a step's numbers, the
 device computes the next one; a larger lag would only delay a request to stop."""
+OBSERVERS = (
+    *("rlinf_step_metrics", "rlinf_step_finished", "rlinf_validation_finished", "rlinf_checkpoint_saved"),
+    "rlinf_train_finished",
+)
+"""Hooks whose implementations only watch: one that raises is left out of the rest of the run."""
 LAST_WAIT = 10.0
 """Seconds to wait, when the run ends with an error, for numbers that may never arrive."""
 
@@ -66,6 +82,10 @@ class Monitor:
         run, start, first = trainer.run, trainer.step, group.rank == 0
         self._trainer, self._group, self._hook, self._batches = trainer, group, plugins.hook, batches
         self._loggers = plugins.build_loggers(run, start_step=start, stop_step=stop_step) if first else []
+        self._observers = {
+            hook: [(Observer(str(one), run.folder, group.rank), one) for one in plugins.implementations(hook)]
+            for hook in OBSERVERS
+        }
         on_cuda = group.device.type == "cuda"
         self.recorder = FlightRecorder(run.folder, group.rank, run.trainer.timeout_seconds, beside_nccl=on_cuda)
         self.throughput = Throughput(run, policy, group, plugins, self.log, changed=changed)
@@ -129,19 +149,19 @@ class Monitor:
         if self._group.rank == 0:
             for logger in self._loggers:
                 logger.validation(step, results)
-            self._hook.rlinf_validation_finished(trainer=self._trainer, step=step, metrics=results)
+            self._observe("rlinf_validation_finished", step=step, metrics=results)
 
     def saved(self, checkpoints: Sequence[Saved]) -> None:
         """Report saves that finished or failed."""
         for saved in checkpoints:
             self.log(str(saved))
             if self._group.rank == 0 and not saved.failure:
-                self._hook.rlinf_checkpoint_saved(trainer=self._trainer, step=saved.step, path=saved.path)
+                self._observe("rlinf_checkpoint_saved", step=saved.step, path=saved.path)
 
     def close(self, error: BaseException | None) -> None:
         """Report the end of the run to loggers and hooks, even if one of them fails."""
         with contextlib.ExitStack() as ending:
-            ending.callback(self._hook.rlinf_train_finished, trainer=self._trainer, error=error)
+            ending.callback(self._observe, "rlinf_train_finished", error=error)
             for logger in self._loggers:
                 ending.callback(logger.close, error)
             ending.callback(self._profile.close)
@@ -179,9 +199,17 @@ class Monitor:
             return
         for more in self._more:
             metrics = {**metrics, **more()}
+        for observer, one in self._observers["rlinf_step_metrics"]:
+            more_of = partial(metrics_of, one, trainer=self._trainer, step=step, metrics=MappingProxyType(metrics))
+            metrics = {**metrics, **(observer.attempt(more_of) or {})}
         for logger in self._loggers:
             logger.step(step, metrics)
-        self._hook.rlinf_step_finished(trainer=self._trainer, step=step, metrics=metrics)
+        self._observe("rlinf_step_finished", step=step, metrics=metrics)
+
+    def _observe(self, hook: str, **arguments: Any) -> None:
+        """Call a hook's implementations, each of which may fail."""
+        for observer, one in self._observers[hook]:
+            observer.attempt(partial(one.call, trainer=self._trainer, **arguments))
 
     def _report_anomaly(self, step: int, metrics: Mapping[str, float], numbers: StepNumbers) -> None:
         losses = numbers.sample_losses
@@ -221,6 +249,16 @@ class Monitor:
                 "rank": rank,
                 "micro_batch": micro,
             }
+
+
+def metrics_of(one: Implementation, *, metrics: Mapping[str, float], **arguments: Any) -> dict[str, float]:
+    """The metrics that an implementation of `rlinf_step_metrics` adds to those of a step.
+
+    Raises:
+        UserError: One has no valid name, one that is taken, or a value that is not a number.
+    """
+    added = check_names(one.call(metrics=metrics, **arguments), metrics)
+    return {name: as_number(name, value) for name, value in added.items()}
 
 
 def source_losses(sources: Sequence[Source], sums: Sequence[float]) -> dict[str, float]:
