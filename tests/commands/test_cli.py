@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from distributions import entry_point, install, repository_plugins
+from distributions import ROOT, entry_point, install, repository_plugins
 
 from rlinf_core import DatasetConfig, cli
 from rlinf_core.errors import Exit
@@ -259,6 +259,14 @@ def test_the_tab_key_completes_commands_and_options(tmp_path):
     assert [word.strip() for word in completions("rlinf la", tmp_path)[0]] == ["launch"]
     assert "convert" in [word.strip() for word in completions("rlinf ", tmp_path)[0]]
     assert [word.strip() for word in completions("rlinf plan x.toml --ra", tmp_path)[0]] == ["--ranks"]
+
+
+def test_the_tab_key_completes_keys_behind_options_without_torch(tmp_path):
+    pytest.importorskip("argcomplete")
+    install(tmp_path, "torch", torch="raise SystemExit('torch was imported')")
+    line = f"rlinf plan {ROOT}/examples/quickstart.toml --ranks 2 trainer.compile=true policy.vari"
+    found, _ = completions(line, tmp_path, RLINF_CACHE=tmp_path, PYTHONPATH=tmp_path)
+    assert [word.strip() for word in found] == ["policy.variant="]
 
 
 def test_the_tab_key_without_argcomplete_does_nothing(tmp_path):
