@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -320,6 +321,30 @@ def test_a_person_reads_tables_and_errors_in_color(monkeypatch, capsys):
     assert len(out.splitlines()) > 2
     assert error.endswith("no [bold]file[/bold] here\n")
     assert "\x1b[1;31m" in error
+
+
+def test_progress_without_a_terminal_is_a_line_a_minute_with_an_eta(monkeypatch, capsys):
+    from rlinf_core.commands import output
+
+    clock = iter([0.0, 10.0, 61.0, 70.0, 130.0])
+    monkeypatch.setattr(output.time, "monotonic", lambda: next(clock))
+    with output.print_progress("converting", "parts") as progress:
+        for done in (1, 2, 3, 4):
+            progress(done, 400)
+    assert capsys.readouterr() == (
+        "",
+        "converting: 2 of 400 parts, ETA 3:22:19\nconverting: 4 of 400 parts, ETA 3:34:30\n",
+    )
+
+
+def test_progress_on_a_terminal_is_a_bar(monkeypatch, capsys):
+    from rlinf_core.commands import output
+
+    monkeypatch.setattr(output.sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "100")
+    with output.print_progress("checking", "files") as progress:
+        progress(3, 8)
+    assert "3/8 files ETA" in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
 
 
 def test_version(tmp_path):
