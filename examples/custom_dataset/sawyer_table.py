@@ -32,5 +32,5 @@ class SawyerTable(Pi05DatasetConfig):
     action_width: int = 4
 
     def transforms(self):
-        """The transforms that follow from the fields, then the gripper's."""
-        return (*super().transforms(), RescaleGripper())
+        """The gripper's transform, which sees the numbers as recorded, then those that follow from the fields."""
+        return (RescaleGripper(), *super().transforms())

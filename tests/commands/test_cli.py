@@ -2,12 +2,13 @@
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
 
 import pytest
-from distributions import entry_point, install, repository_plugins
+from distributions import ROOT, entry_point, install, repository_plugins
 
 from rlinf_core import DatasetConfig, cli
 from rlinf_core.errors import Exit
@@ -261,6 +262,14 @@ def test_the_tab_key_completes_commands_and_options(tmp_path):
     assert [word.strip() for word in completions("rlinf plan x.toml --ra", tmp_path)[0]] == ["--ranks"]
 
 
+def test_the_tab_key_completes_keys_behind_options_without_torch(tmp_path):
+    pytest.importorskip("argcomplete")
+    install(tmp_path, "torch", torch="raise SystemExit('torch was imported')")
+    line = f"rlinf plan {ROOT}/examples/quickstart.toml --ranks 2 trainer.compile=true policy.vari"
+    found, _ = completions(line, tmp_path, RLINF_CACHE=tmp_path, PYTHONPATH=tmp_path)
+    assert [word.strip() for word in found] == ["policy.variant="]
+
+
 def test_the_tab_key_without_argcomplete_does_nothing(tmp_path):
     install(tmp_path, "argcomplete", argcomplete="raise ImportError")
     assert completions("rlinf la", tmp_path, PYTHONPATH=tmp_path) == ([], "")
@@ -312,6 +321,30 @@ def test_a_person_reads_tables_and_errors_in_color(monkeypatch, capsys):
     assert len(out.splitlines()) > 2
     assert error.endswith("no [bold]file[/bold] here\n")
     assert "\x1b[1;31m" in error
+
+
+def test_progress_without_a_terminal_is_a_line_a_minute_with_an_eta(monkeypatch, capsys):
+    from rlinf_core.commands import output
+
+    clock = iter([0.0, 10.0, 61.0, 70.0, 130.0])
+    monkeypatch.setattr(output.time, "monotonic", lambda: next(clock))
+    with output.print_progress("converting", "parts") as progress:
+        for done in (1, 2, 3, 4):
+            progress(done, 400)
+    assert capsys.readouterr() == (
+        "",
+        "converting: 2 of 400 parts, ETA 3:22:19\nconverting: 4 of 400 parts, ETA 3:34:30\n",
+    )
+
+
+def test_progress_on_a_terminal_is_a_bar(monkeypatch, capsys):
+    from rlinf_core.commands import output
+
+    monkeypatch.setattr(output.sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "100")
+    with output.print_progress("checking", "files") as progress:
+        progress(3, 8)
+    assert "3/8 files ETA" in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
 
 
 def test_version(tmp_path):

@@ -35,9 +35,11 @@ def test_what_a_run_would_use_is_computed_without_torch(tmp_path):
     command = [sys.executable, "-c", f"{code}; sys.exit(code)", "norm-stats", QUICKSTART, f"--output={tmp_path}/s.json"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
-    rows = [line.split() for line in result.stdout.splitlines()]
-    assert rows[0][:7] == ["mean", "std", "q01", "q99", "min", "max", "share"]
-    assert [row[0] for row in rows[1:9]] == [f"{key}[{i}]" for key in ("state", "actions") for i in range(4)]
+    head, *rows = result.stdout.splitlines()
+    assert head.split()[:7] == ["mean", "std", "q01", "q99", "min", "max", "share"]
+    names = {"state": ("x", "y", "z", "gripper_opening"), "actions": ("dx", "dy", "dz", "gripper_effort")}
+    expected = [f"{key}[{i}: {name}]" for key in names for i, name in enumerate(names[key])]
+    assert [row.partition("]")[0] + "]" for row in rows[:8]] == expected
     stats, origin = load_with_origin(tmp_path / "s.json")
     assert (len(stats["actions"].mean), origin.rows, origin.episodes, origin.horizon) == (4, 1607, 92, 5)
 

@@ -231,7 +231,7 @@ def test_all_mistakes_are_reported_together(mistakes):
     expected = [
         "  runner.loggers: unknown logger 'nobody' [command line]",
         f"  max_stpes: unknown key; did you mean 'runner.max_steps'? [{file}]",
-        f"  runner.max_steps: Input should be greater than or equal to 0 (got -1) [{file}]",
+        f"  runner.max_steps: Input should be greater than or equal to 0 (got -1); 0 means no limit [{file}]",
         f"  optim.learning_rat: unknown key [{file}]",
         f"  data.camera: unknown key; did you mean 'cameras'? [{file}]",
         f"  policy.horizn: unknown key; did you mean 'horizon'? [{file}]",
@@ -306,9 +306,10 @@ def test_every_alias_leads_to_a_key(load):
 
 def test_messages_speak_of_lists_and_of_what_0_means(mistakes):
     message = mistakes("", "optim.betas=0.9", "runner.max_epochs=-1", "runner.loggers=wandb")
-    assert "optim.betas: Input should be a valid list (got 0.9)" in message
-    assert "runner.loggers: Input should be a valid list (got 'wandb')" in message
+    assert "optim.betas: Input should be a valid list (got 0.9) [" in message
+    assert "runner.loggers: Input should be a valid list (got 'wandb'); a list of one is [\"wandb\"] [" in message
     assert "runner.max_epochs: Input should be greater than or equal to 0 (got -1); 0 means no limit [" in message
+    assert "(got -1); 0 means no limit [" in mistakes("", "runner.max_steps=-1")
     assert "; 0 means" not in mistakes("", "seed=-1", "optim.warmup_steps=-1", "runner.max_epochs=-2")
 
 

@@ -24,6 +24,7 @@ from rlinf_core.data.normalize import NormStats, save_norm_stats
 from rlinf_core.inspect.samples import choose, find, occurrences
 
 EVIL = '<script>alert("1")</script> & "push" $x$'
+EVIL_NAME = '<b>&$x$ "a" #24292f'
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 
@@ -54,6 +55,9 @@ def robot(tmp_path_factory, image_dataset):
     tasks.index = [EVIL, *tasks.index[1:]]
     tasks.index.name = "task"
     tasks.to_parquet(root / "meta" / "tasks.parquet")
+    info = json.loads((root / "meta" / "info.json").read_text(encoding="utf-8"))
+    info["features"]["observation.state"]["names"][:2] = [EVIL_NAME, "schulter_höhe"]
+    (root / "meta" / "info.json").write_text(json.dumps(info), encoding="utf-8")
     return write_config(
         folder,
         f"""
@@ -142,6 +146,18 @@ def test_the_page_needs_nothing_else(page):
 
 def test_texts_of_the_dataset_are_escaped(page):
     assert "&lt;script&gt;alert(&#34;1&#34;)&lt;/script&gt; &amp; &#34;push&#34; $x$" in text_of(page)
+
+
+def test_dimensions_are_called_by_the_names_of_the_dataset(page):
+    texts = re.findall(r"<text\b[^>]*>([^<]*)</text>", text_of(page))
+    short = '&lt;b&gt;&amp;$x$ "a" #24292f'
+    assert {"actions 1", "action1", short} <= set(texts)
+    assert texts.count("action1") == 7  # The distribution, and of each sample the actions and the target.
+    assert not any("schulter" in text for text in texts)  # The font of plots may lack it.
+    words = words_of(page)
+    assert "state name mean std" in words
+    assert "1 schulter_höhe" in words
+    assert "0 &lt;b&gt;&amp;$x$ &#34;a&#34; #24292f" in words
 
 
 def test_ids_are_unique_and_references_within_plots_resolve(page):

@@ -3,10 +3,12 @@
 import json
 import os
 import pickle
+import re
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from distributions import ROOT
 from pyarrow import parquet
 from pydantic import ValidationError
 from tiny_text import PLANS, dataset, tiny_policy, write_jsonl
@@ -250,7 +252,9 @@ def test_texts_that_are_left_out_are_counted(tmp_path):
 
 def test_conversations_without_an_answer_are_named_as_the_cause(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"messages": CHAT[:2]}] * 3)
-    with pytest.raises(UserError, match=r"3 texts without a trained token \(the assistant says nothing\).*line 1 "):
+    with pytest.raises(
+        UserError, match=r"3 texts without a trained token \(the assistant says nothing\).*line 1; data.roles"
+    ):
         rows_of(path)
 
 
@@ -260,8 +264,62 @@ def test_tools_beside_messages_are_the_templates(tmp_path):
     (row,) = rows_of(path, tiny_policy(chat_template=template))
     assert whole_text(row).startswith("may call look\n<|im_start|>user")
     assert trained_text(row) == ["1. Open the drawer.<|im_end|>"]
-    with pytest.raises(UserError, match="no form for tools"):
+    with pytest.raises(UserError, match="writes no tools"):
         rows_of(path)
+
+
+TOOLS = re.search(r"^```jinja\n(.*?)^```", (ROOT / "docs" / "text.md").read_text("utf-8"), re.M | re.DOTALL)[1]
+CALLS = [
+    {"role": "user", "content": "Look."},
+    {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "look", "arguments": {}}}]},
+    {"role": "tool", "content": "red"},
+]
+SHAREGPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+PAIR = {"prompt": "a", "completion": "b"}
+GEMMA = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + PLAIN_CHATML
+ADVICE = [
+    # row, chat_template, settings, what the message says, settings that follow it
+    ({"messages": CALLS}, "chatml", {}, 'docs/text.md, "Tools", has one', {"chat_template": TOOLS}),
+    ({"messages": CALLS, "tools": [{"name": "look"}]}, "chatml", {}, '"Tools", has one', {"chat_template": TOOLS}),
+    ({"messages": CALLS}, PLAIN_CHATML, {}, 'docs/text.md, "Tools", has one', {"chat_template": TOOLS}),
+    ({"messages": CHAT}, GEMMA, {}, 'set policy.chat_template to "chatml"', {"chat_template": "chatml"}),
+    ({"messages": CHAT}, "", {}, 'set policy.chat_template to "chatml"', {"chat_template": "chatml"}),
+    (PAIR, "", {"format": "prompt_completion", "as_chat": True}, "data.as_chat = false", {"as_chat": False}),
+    ({"conversations": SHAREGPT}, "chatml", {}, 'set data.format = "sharegpt"', {"format": "sharegpt"}),
+    ({"messages": CHAT}, "chatml", {"format": "sharegpt"}, 'set data.format = "messages"', {"format": "messages"}),
+    (PAIR, "chatml", {}, 'set data.format = "prompt_completion"', {"format": "prompt_completion"}),
+    ({"text": "a b"}, "chatml", {}, 'set data.format = "text"', {"format": "text"}),
+    (
+        {"messages": SHAREGPT},
+        "chatml",
+        {"format": "sharegpt"},
+        "data.keys renames",
+        {"keys": {"conversations": "messages"}},
+    ),
+    (
+        {"messages": [CHAT[1], {"role": "model", "content": "b"}]},
+        "chatml",
+        {},
+        'data.roles = { speaker = "assistant" }',
+        {"roles": {"model": "assistant"}},
+    ),
+    ({"messages": CHAT[:2]}, "chatml", {}, 'data.loss_on = "all"', {"loss_on": "all"}),
+    ({"prompt": CHAT[:2], "completion": CHAT[2:3]}, "chatml", {}, "join prompt and completion to one list", None),
+]
+
+
+@pytest.mark.parametrize(("row", "template", "settings", "says", "then"), ADVICE)
+def test_what_a_message_advises_works(tmp_path, row, template, settings, says, then):
+    path = write_jsonl(tmp_path / "a.jsonl", [row])
+    with pytest.raises(UserError) as refused:
+        rows_of(path, tiny_policy(chat_template=template), **settings)
+    assert says in str(refused.value)
+    if then is None:
+        path, then = write_jsonl(path, [{"messages": row["prompt"] + row["completion"]}]), {}
+    template = then.get("chat_template", template)
+    settings = {key: value for key, value in (settings | then).items() if key != "chat_template"}
+    (sample,) = rows_of(path, tiny_policy(chat_template=template), **settings)
+    assert sample["trained"].any()
 
 
 def test_packs_hold_every_text_once_and_are_full():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rlinf_core.commands.output import print_progress
 from rlinf_core.contract.datasets import LeRobotDatasetConfig
 from rlinf_core.errors import Exit, UserError
+from rlinf_core.terminal import print_phase
 
 if TYPE_CHECKING:
     from rlinf_core.contract.run import RunConfig, RunSource
@@ -67,14 +68,17 @@ def _convert(options: argparse.Namespace, config: RunConfig, source: RunSource, 
     from rlinf_core.data.frame_cache.manifest import caches_of
     from rlinf_core.data.frame_cache.parts import Conversion
 
+    print_phase(f"reading the metadata of {source.run.data.repo_id}")
     splits = _open(source, plugins)
     data = source.run.data
     assert isinstance(data, LeRobotDatasetConfig)
     caches = caches_of(
         splits[0].metadata, data, config.policy, options.format, quality=options.quality or 0, above=options.output
     )
+    print_phase("looking for these frames in existing caches")
     cache = _there_already(caches, splits)
     if cache is None:
+        print_phase("decoding a few frames, to know the size of the cache")
         conversion = Conversion(caches, splits)
         _make(conversion, options.workers)
         cache = conversion.cache
@@ -109,6 +113,7 @@ def _make(conversion: Conversion, workers: int) -> None:
     if not folder.is_dir():  # Without enough room, no empty folder is left behind.
         check_room(conversion, find_missing(conversion))
     with lock(folder):
+        print_phase("checking the hashes of existing parts")
         missing = find_missing(conversion)
         needed, free = check_room(conversion, missing)
         print(_describe(conversion))
@@ -120,7 +125,7 @@ def _make(conversion: Conversion, workers: int) -> None:
         else:
             print("all parts are complete and their hashes are correct")
         sys.stdout.flush()
-        with print_progress("converting") as progress:
+        with print_progress("converting", "parts") as progress:
             convert(conversion, missing, workers=workers, progress=progress)
 
 

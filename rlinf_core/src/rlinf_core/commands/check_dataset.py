@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlinf_core.commands.output import print_json, print_progress, print_text
 from rlinf_core.errors import Exit, UserError
+from rlinf_core.terminal import print_phase
 
 if TYPE_CHECKING:
     from rlinf_core.contract.datasets import LeRobotDatasetConfig
@@ -92,6 +93,7 @@ def _check(name: str, config: LeRobotDatasetConfig | None, depth: Depth) -> tupl
     from rlinf_core.data.lerobot.source import check_columns
 
     name = config.repo_id if config else name
+    print_phase(f"reading the metadata of {name}")
     place = find_dataset(name, config.revision) if config else find_dataset(name, setting="dataset")
     metadata = read_metadata(name, place.root)
     if config:
@@ -100,10 +102,14 @@ def _check(name: str, config: LeRobotDatasetConfig | None, depth: Depth) -> tupl
     else:
         cameras = [*metadata.columns_of("image"), *metadata.columns_of("video")]
         vectors = number_columns(metadata)
+    if place.snapshot:
+        print_phase(f"downloading what is missing of {name}")
     place.fetch(metadata.files(() if depth == "fast" else cameras))
     if depth == "fast" and place.snapshot:
         cameras = []  # Their files are not downloaded.
-    with print_progress("checking files") as progress:
+    decoded = {"fast": "", "ends": ", and the first and last frame of each episode", "full": ", and every frame"}[depth]
+    print_phase(f"checking {len(metadata.episodes)} episodes: all numbers{decoded if cameras else ''}")
+    with print_progress("checking", "files") as progress:
         damage = check_files(
             metadata, cameras=cameras, vectors=vectors, depth=depth, local=not place.snapshot, progress=progress
         )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from rlinf_core.commands.output import print_json, print_table, print_text
@@ -98,6 +99,7 @@ def _compute(options: argparse.Namespace) -> int:
     diagnosis = diagnose(run, rows)
     errors = any(finding.severity == "error" for finding in diagnosis.findings)
     tables = _diagnosed(diagnosis)
+    names = {key: one.names for key, one in diagnosis.distributions.items()}
     if options.json:
         # Dimensions are numbers here; their names are for people.
         findings = [
@@ -105,7 +107,7 @@ def _compute(options: argparse.Namespace) -> int:
         ]
         print_json(_document(asdict(diagnosis.origin), tables, normalization=diagnosis.mode, findings=findings))
     else:
-        _print(tables)
+        _print(tables, names)
         for finding in diagnosis.findings:
             print_text(f"{finding.severity}: {finding}")
     if options.output and not errors:
@@ -247,13 +249,16 @@ def _known(value: float) -> float | None:
     return value if value == value else None
 
 
-def _print(tables: Mapping[str, dict[str, list[Any]]]) -> None:
+def _print(
+    tables: Mapping[str, dict[str, list[Any]]], dimension_names: Mapping[str, Sequence[str]] = MappingProxyType({})
+) -> None:
     names = list(dict.fromkeys(name for table in tables.values() for name in table))
     rows = []
     for key, table in tables.items():
         for dimension in range(len(table["mean"])):
             cells = [table[name][dimension] if dimension < len(table.get(name, ())) else None for name in names]
-            rows.append([f"{key}[{dimension}]", *map(_text, cells)])
+            name = dict(enumerate(dimension_names.get(key, ()))).get(dimension, "")
+            rows.append([f"{key}[{dimension}{': ' * bool(name)}{name}]", *map(_text, cells)])
     print_table(["", *(name.replace("_", " ") for name in names)], rows)
 
 

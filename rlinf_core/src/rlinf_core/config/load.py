@@ -76,6 +76,17 @@ def load_config(
     return draft.validate()
 
 
+def find_tables(path: str | os.PathLike[str], overrides: Sequence[str] = (), plugins: Plugins | None = None) -> Tables:
+    """The fields of a config's tables by key path, for completion: of all whose class is known, whatever the mistakes.
+
+    Raises:
+        UserError: The file cannot be read.
+    """
+    draft = _Draft(Path(path), overrides, plugins or get_plugins())
+    draft.choose_classes()
+    return draft.tables()
+
+
 def dump_config(run: RunConfig) -> str:
     """TOML text of a whole config, from which `load_config` loads an equal config."""
     return write_toml(_table(run))
@@ -203,7 +214,7 @@ class _Draft:
             for one in error.errors(include_url=False):
                 one["loc"] = (*place, *one["loc"])
                 if not self._follows(one):
-                    self._mistakes.append(explain(one, self._layers, self._tables(), named))
+                    self._mistakes.append(explain(one, self._layers, self.tables(), named))
         except UserError as error:
             self._mistakes.append(mistake(place, str(error), self._layers, self._get(*place), owner=named))
         except Exception as error:
@@ -211,7 +222,7 @@ class _Draft:
             raise
         return None
 
-    def _tables(self) -> Tables:
+    def tables(self) -> Tables:
         """The fields of the tables whose classes are known, by key path."""
         known: dict[KeyPath, Any] = {(name,): info.annotation for name, info in RunConfig.model_fields.items()}
         known |= {place: chosen.model if chosen else None for place, chosen in self._chosen.items()}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -103,6 +104,7 @@ def explain(error: ErrorDetails, layers: Sequence[Layer], tables: Tables, owner:
             if not isinstance(given, Mapping | BaseModel):
                 what += f" (got {_short(given)})"
                 what += _meaning_of_zero(error, tables)
+                what += _as_list(error, tables)
             else:
                 what += _who_set(place, what, layers, tables)
             is_key = bool(place) and isinstance(place[-1], str)
@@ -134,6 +136,16 @@ def _meaning_of_zero(error: ErrorDetails, tables: Tables) -> str:
     field = tables.get(tuple(table), {}).get(str(key))
     meaning = re.search(r"\b0: ([^.;]+)", (field and field.description) or "")
     return f"; 0 means {' '.join(meaning[1].split())}" if meaning else ""
+
+
+def _as_list(error: ErrorDetails, tables: Tables) -> str:
+    """How to write one value for a key that takes a list of any length."""
+    *table, key = error["loc"]
+    field = tables.get(tuple(table), {}).get(str(key))
+    any_length = field is not None and (get_origin(field.annotation) is list or ... in get_args(field.annotation))
+    if error["type"] not in ("tuple_type", "list_type") or not any_length or not isinstance(error["input"], str | int):
+        return ""
+    return f"; a list of one is [{json.dumps(error['input'])}]"
 
 
 def _who_set(place: KeyPath, message: str, layers: Sequence[Layer], tables: Tables) -> str:

@@ -27,7 +27,7 @@ class RunnerConfig(Section):
     output_dir: str = "runs"
     """Folder of all runs."""
     max_steps: int = Field(default=30_000, ge=0)
-    """Optimizer steps; 0, the default if `max_epochs` is set: no limit."""
+    """Optimizer steps. 0: no limit; this is the default if `max_epochs` is set."""
     max_epochs: int = Field(default=0, ge=0)
     """Passes over the training rows; 0: no limit. If `max_steps` is set too, the run ends at whichever comes first."""
     save_interval: int = Field(default=1000, ge=0)

@@ -173,6 +173,8 @@ def _distributions(prefix: str, source: SourceView, files: Files) -> Iterator[Di
                 "largest normalised": extremes.max(axis=0).tolist(),
                 "in episode": data.episodes[extremes.argmax(axis=0)].tolist(),
             }
+        if any(data.names):
+            values = {"name": data.names} | values
         rows = [[number, *row] for number, row in enumerate(zip(*values.values(), strict=True))]
         yield DistributionPanel(key, files.plot(plot), [key, *values], rows, max(0, width - MOST_PANELS))
 

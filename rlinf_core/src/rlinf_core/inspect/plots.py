@@ -1,4 +1,4 @@
-"""The curves and histograms of the page, drawn with matplotlib. They contain no text from datasets.
+"""The curves and histograms of the page, drawn with matplotlib. Names of dimensions are their only text from datasets.
 
 Each figure is drawn once and saved as SVG for the page and as PNG beside it. The SVG's colours are CSS variables, so
 that it is readable on light and dark backgrounds.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,8 @@ ROW = 0.82
 """Height of a panel in inches."""
 MOST_PANELS = 32
 """Maximum number of dimensions of a vector that are drawn."""
+LONGEST_NAME = 22
+"""Characters of a dimension's name beside a panel; the table on the page has it in full."""
 BINS = 100
 VIEW = {"quantile": 2.0, "mean_std": 5.0}
 """The axis of normalised numbers reaches from minus this to plus this."""
@@ -98,12 +100,13 @@ def plot_distribution(name: str, key: str, data: Distribution, stats: NormStats 
 
     shown = min(len(data.running.low), MOST_PANELS)
     both = stats is not None and mode is not None
+    names = [_short(name) for name in data.names[:shown]]
     with rc_context(STYLE):
-        figure, panels = _figure(shown, 1 + both)
+        figure, panels = _figure(shown, 1 + both, left=_margin(names))
         panels[0][0].set_title("data's units, after the dataset's transforms")
         for number, row in enumerate(panels):
             _raw(row[0], number, data, stats)
-            _name(row[0], f"{key} {number}", 6)
+            _name(row[0], f"{key} {number}", 6, _at(names, number))
         if stats is not None and mode is not None:
             panels[0][1].set_title("normalised, as the model gets it")
             normalize = Normalize({key: stats}, mode)
@@ -157,10 +160,11 @@ def plot_chunk(name: str, chunk: Chunk) -> Plot:
     columns = [chunk.actions.shape[1], chunk.target.shape[1], 0 if chunk.state is None else chunk.state.shape[1]]
     rows = min(max(columns), MOST_PANELS)
     with rc_context(STYLE):
-        figure, panels = _figure(rows, 3)
+        named = (chunk.names.get("actions", ()), chunk.target_names.get("actions", ()), chunk.names.get("state", ()))
+        figure, panels = _figure(rows, 3, above=0.45)
         titles = ("actions, data's units", "target" + ", normalised" * chunk.normalized, "state, data's units")
         for column, (title, count) in enumerate(zip(titles, columns, strict=True)):
-            panels[0][column].set_title(title if count else "")
+            panels[0][column].set_title(title if count else "", pad=16)
             for number in range(rows):
                 axes = panels[number][column]
                 if number >= count:
@@ -168,6 +172,9 @@ def plot_chunk(name: str, chunk: Chunk) -> Plot:
                     continue
                 _curve(axes, chunk, column, number)
                 _name(axes, str(number), 46)
+                axes.annotate(
+                    _short(_at(named[column], number)), (0, 1), (0, 3), "axes fraction", "offset points", color=FAINT
+                )
             last = min(count, rows) - 1
             if count:
                 panels[last][column].set_xlabel("step of the chunk" if column == 1 else "frame of the episode")
@@ -180,9 +187,29 @@ def _plain(value: float, _: float) -> str:
     return f"{value:.5g}".replace("-", "\N{MINUS SIGN}")
 
 
-def _name(axes: Axes, text: str, distance: int) -> None:
-    """Label a panel with its dimension, `distance` points to its left."""
-    axes.annotate(text, (0, 0.5), (-distance, 0), "axes fraction", "offset points", color=INK, ha="right", va="center")
+def _name(axes: Axes, text: str, distance: int, below: str = "") -> None:
+    """Label a panel with its dimension, `distance` points to its left, and with a smaller line below that."""
+    place: Any = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "right", "va": "center"}
+    axes.annotate(text, (0, 0.5), (-distance, 5 if below else 0), color=INK, **place)
+    if below:
+        axes.annotate(below, (0, 0.5), (-distance, -5), color=FAINT, fontsize=7, **place)
+
+
+def _short(name: str) -> str:
+    """A name as a plot shows it; empty if matplotlib's font may lack a character."""
+    if not (name.isascii() and name.isprintable()):
+        return ""
+    half = (LONGEST_NAME - 3) // 2
+    return name if len(name) <= LONGEST_NAME else f"{name[:half]}...{name[-half:]}"
+
+
+def _at(names: Sequence[str], number: int) -> str:
+    return names[number] if number < len(names) else ""
+
+
+def _margin(names: Sequence[str]) -> float:
+    """Inches to the left of panels that are labelled by names of 7 points, of which letters take about 0.6."""
+    return max(0.75, 0.15 + max(map(len, names), default=0) * 7 * 0.6 / 72)
 
 
 def _curve(axes: Axes, chunk: Chunk, column: int, number: int) -> None:
@@ -216,11 +243,13 @@ def _dots(axes: Axes, x: NDArray[Any], y: NDArray[Any], chunk: Chunk) -> None:
     axes.plot(x[chunk.is_pad], y[chunk.is_pad], "o", markersize=size, markerfacecolor="none", color=CHUNK)
 
 
-def _figure(rows: int, columns: int, row: float = ROW) -> tuple[Figure, NDArray[Any]]:
+def _figure(
+    rows: int, columns: int, row: float = ROW, left: float = 0.75, above: float = 0.3
+) -> tuple[Figure, NDArray[Any]]:
     """A figure and its panels [rows, columns], with fixed margins: automatic layout takes seconds."""
     from matplotlib.figure import Figure  # Not pyplot, which chooses a backend and keeps figures alive.
 
-    above, below, left, right, beside, between = 0.3, 0.45, 0.75, 0.1, 0.8, 0.24  # Inches.
+    below, right, beside, between = 0.45, 0.1, 0.8, 0.24  # Inches.
     height = rows * row + above + below
     figure = Figure(figsize=(WIDTH, height))
     panel = (WIDTH - left - right - beside * (columns - 1)) / columns
@@ -242,8 +271,12 @@ def _for_the_page(name: str, svg: str) -> Iterator[str]:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg, count=2).replace("xlink:href", "href")
     svg = re.sub(r'<svg ([^>]*?)width="[^"]*"', r"<svg \1", re.sub(r' height="[^"]*pt"', "", svg, count=1), count=1)
-    svg = re.sub(r'\bid="', f'id="{name}-', svg)
-    svg = re.sub(r'url\(#|href="#', lambda found: found[0] + f"{name}-", svg)
+    yield re.sub(r"<[^>]+>", lambda tag: _tag_for_the_page(name, tag[0]), svg)  # Names of dimensions stay as they are.
+
+
+def _tag_for_the_page(name: str, tag: str) -> str:
+    tag = re.sub(r'\bid="', f'id="{name}-', tag)
+    tag = re.sub(r'url\(#|href="#', lambda found: found[0] + f"{name}-", tag)
     for color, variable in VARIABLES.items():
-        svg = svg.replace(color, f"var(--{variable})")
-    yield svg
+        tag = tag.replace(color, f"var(--{variable})")
+    return tag

@@ -20,6 +20,7 @@ from rlinf_core.data.loading.mixture import Order
 from rlinf_core.data.loading.sampling import sample_generator
 from rlinf_core.data.pipeline import Pipeline
 from rlinf_core.data.sample import Row, Sample
+from rlinf_core.data.statistics.names import Names, name_dimensions
 from rlinf_core.errors import UserError
 from rlinf_core.illustration import Camera, Illustration, Picture
 
@@ -82,6 +83,10 @@ class Chunk:
     """[H], true past the end of the episode."""
     normalized: bool
     """Whether the policy normalises."""
+    names: Names
+    """The dataset's names of the dimensions of `state` and `actions`."""
+    target_names: Names
+    """Those of the dimensions of `target`, under `actions`."""
 
 
 @dataclass
@@ -277,4 +282,6 @@ def _chunk(run: RunConfig, source: SampleSource, pipeline: Pipeline, row: Traini
         target=target["actions"],
         is_pad=np.asarray(recorded.get("actions_is_pad", np.zeros(steps, np.bool_))),
         normalized=pipeline.normalize is not None,
+        names=name_dimensions(run.data, source, [run.data.repack()]),
+        target_names=name_dimensions(run.data, source, [run.data.repack(), *run.data.transforms()]),
     )

@@ -17,8 +17,8 @@ from rlinf_core.data.loading.sampling import steps_per_epoch
 from rlinf_core.data.normalize import Mode, NormStats
 from rlinf_core.data.pipeline import Pipeline
 from rlinf_core.data.splits import open_splits
-from rlinf_core.data.statistics.compute import Distribution, summarize
-from rlinf_core.data.statistics.run import diagnosed_pipeline
+from rlinf_core.data.statistics.compute import Distribution
+from rlinf_core.data.statistics.run import diagnosed_pipeline, summarize_by_name
 from rlinf_core.errors import UserError
 from rlinf_core.inspect.samples import SampleView, TrainingRow, choose, find, occurrences, view
 from rlinf_core.plugins.registry import Plugins
@@ -198,7 +198,7 @@ def _statistics(run: RunConfig, train: SampleSource, shown: SourceView) -> Pipel
         if diagnosis is None:
             transforms = (run.data.repack(), *run.data.transforms())
             most = DIAGNOSED_WITH_IMAGES if images else SUMMARIZED_ROWS
-            shown.distributions = summarize(train, transforms, read_images=images, rows=most)
+            shown.distributions = summarize_by_name(run, train, transforms, rows=most)
             return pipeline
         shown.distributions, shown.mode = diagnosis.distributions, diagnosis.mode
         diagnosis.refuse()

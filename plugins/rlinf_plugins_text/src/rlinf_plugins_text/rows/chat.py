@@ -20,11 +20,13 @@ from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rlinf_core import UserError
-from rlinf_plugins_text.rows.turns import Message, Span, find_turns
+from rlinf_plugins_text.rows.turns import Message, Span, find_turns, way_out
 
 CHATML = """\
 {%- for message in messages %}
-{%- if tools or message.tool_calls %}{{- raise_exception('"chatml" has no form for tools') }}{%- endif %}
+{%- if tools or message.tool_calls %}
+{{- raise_exception('"chatml" writes no tools; the template of the tokenizer may, with chat_template = ""') }}
+{%- endif %}
 {{- '<|im_start|>' + message.role + '\\n' }}
 {%- if message.role == 'assistant' %}
 {%- generation %}{{- message.content + '<|im_end|>' }}{%- endgeneration %}
@@ -95,7 +97,8 @@ class ChatTemplate:
                 messages=messages, tools=tools, documents=None, add_generation_prompt=ask, **self._special_tokens
             )
         except Exception as error:  # A template is code and can raise anything, such as ZeroDivisionError.
-            raise UserError(f"the chat template rejects the messages: {error}") from error
+            wanted = way_out(messages, "takes such messages", tools=bool(tools))
+            raise UserError(f"the chat template rejects the messages: {error}; {wanted}") from error
 
 
 class _Generation(Extension):

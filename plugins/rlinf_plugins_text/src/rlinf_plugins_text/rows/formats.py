@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, cast
 
 from rlinf_core import UserError
 from rlinf_plugins_text.rows.chat import ChatTemplate
-from rlinf_plugins_text.rows.dataset import ROLES, TextDatasetConfig
+from rlinf_plugins_text.rows.dataset import KEYS, ROLES, Format, TextDatasetConfig
 from rlinf_plugins_text.rows.turns import Message, Span
+
+JOIN = 'join prompt and completion to one list in a column "messages", and set data.format = "messages"'
+"""What to do with a prompt that is a list of messages."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,8 @@ def _messages(row: Mapping[str, Any], config: TextDatasetConfig) -> Sequence[Mes
     column = config.column("conversations" if sharegpt else "messages")
     said = _value(row, column)
     if not isinstance(said, Sequence) or isinstance(said, str) or not said:
-        raise UserError(f"{column!r} must be a non-empty list of messages, not {_shown(said)}")
+        way_out = "; store the list itself instead of its JSON" if isinstance(said, str) else ""
+        raise UserError(f"{column!r} must be a non-empty list of messages, not {_shown(said)}{way_out}")
     return [_message(one, number, config) for number, one in enumerate(said)]
 
 
@@ -70,7 +74,8 @@ def _tools(row: Mapping[str, Any], config: TextDatasetConfig) -> Sequence[Any] |
     """The tools that the assistant may call, from the column `tools`; the chat template writes them."""
     tools = row.get("tools") if config.format == "messages" else None
     if tools and (isinstance(tools, str) or not isinstance(tools, Sequence)):
-        raise UserError(f"'tools' must be a list of tools, not {_shown(tools)}")
+        way_out = "; store the list itself instead of its JSON" if isinstance(tools, str) else ""
+        raise UserError(f"'tools' must be a list of tools, not {_shown(tools)}{way_out}")
     return tools or None
 
 
@@ -91,7 +96,8 @@ def _message(one: Any, number: int, config: TextDatasetConfig) -> Message:
         )
     content = one.get(content_key) if one.get("tool_calls") else _value(one, content_key, f" (message {number})")
     if not isinstance(content, str) and not (content is None and one.get("tool_calls")):
-        raise UserError(f"{content_key!r} of message {number} must be text, not {_shown(content)}")
+        way_out = "; join the texts of its parts" if isinstance(content, list) else ""
+        raise UserError(f"{content_key!r} of message {number} must be text, not {_shown(content)}{way_out}")
     rest = {key: value for key, value in one.items() if key not in (role_key, content_key) and value is not None}
     return {**rest, "role": roles.get(speaker, speaker), "content": content or ""}
 
@@ -99,14 +105,31 @@ def _message(one: Any, number: int, config: TextDatasetConfig) -> Message:
 def _text(row: Mapping[str, Any], column: str) -> str:
     value = _value(row, column)
     if not isinstance(value, str):
-        raise UserError(f"{column!r} must be text, not {_shown(value)}")
+        way_out = f"; {JOIN}" if isinstance(value, list) else ""
+        raise UserError(f"{column!r} must be text, not {_shown(value)}{way_out}")
     return value
 
 
 def _value(row: Mapping[str, Any], column: str, where: str = "") -> Any:
     if column not in row:
-        raise UserError(f"no {column!r}{where}; found: {', '.join(map(str, row)) or 'nothing'} (data.keys renames)")
+        way_out = " (data.keys renames)"
+        if not where and (other := _format_of(row)):
+            way_out = f'; set data.format = "{other}", which has these columns'
+        elif isinstance(row.get("prompt"), list):
+            way_out = f"; {JOIN}"
+        raise UserError(f"no {column!r}{where}; found: {', '.join(map(str, row)) or 'nothing'}{way_out}")
     return row[column]
+
+
+def _format_of(row: Mapping[str, Any]) -> Format | Literal[""]:
+    """The format whose columns a row has, under their own names; empty: none is certain."""
+    for format, list_, key in (("messages", "messages", "role"), ("sharegpt", "conversations", "from")):
+        said = row.get(list_)
+        if isinstance(said, list) and said and isinstance(said[0], Mapping) and key in said[0]:
+            return cast("Format", format)
+    if all(isinstance(row.get(column), str) for column in KEYS["prompt_completion"]):
+        return "prompt_completion"
+    return "text" if isinstance(row.get("text"), str) else ""
 
 
 def _shown(value: Any) -> str:

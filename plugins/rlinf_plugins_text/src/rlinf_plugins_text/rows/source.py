@@ -126,14 +126,23 @@ def open_text(
     begins, lengths, texts = _pieces(store, given, max_length, overlong)
     left_out = _left_out(dataset, store, np.setdiff1d(given, texts), max_length, overlong)
     if not len(texts):
-        raise UserError(
-            f"the {split} split of {dataset.repo_id} has no token to train: {left_out} "
-            "(data.format, data.loss_on and the chat template decide which tokens are trained)"
-        )
+        raise UserError(f"the {split} split of {dataset.repo_id} has no token to train: {left_out}{_way_out(dataset)}")
     groups = pack(lengths, max_length) if packing else np.split(np.arange(len(texts)), len(texts))
     ends = np.cumsum([0, *(len(group) for group in groups)], dtype=np.int64)
     pieces = np.concatenate(groups)
     return TextSource(store, dataset.repo_id, texts, begins, lengths, pieces, ends, left_out)
+
+
+def _way_out(dataset: TextDatasetConfig) -> str:
+    """What to set if no text has a trained token."""
+    if not dataset.is_chat or dataset.loss_on == "all":
+        return ""
+    if dataset.as_chat:
+        return '; data.loss_on = "all" trains prompts, too'
+    return (
+        '; data.roles = { speaker = "assistant" } is for data that call the assistant otherwise, and '
+        'data.loss_on = "all" trains what everybody says'
+    )
 
 
 def _texts_of(dataset: TextDatasetConfig, store: TokenStore, split: Split) -> NDArray[np.int64]:

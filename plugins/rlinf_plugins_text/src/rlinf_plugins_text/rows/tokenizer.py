@@ -60,8 +60,8 @@ class TextTokenizer:
         """The chat template. Raises `UserError` if there is none."""
         if not self._template_source:
             raise UserError(
-                f"the tokenizer in {self.folder} has no chat template: set policy.chat_template, or use a format "
-                "other than a chat (data.format, data.as_chat)"
+                f"the tokenizer in {self.folder} has no chat template: set policy.chat_template to "
+                '"chatml" or to a Jinja file; prompts with completions need none if data.as_chat = false'
             )
         return ChatTemplate(self._template_source, self.special_tokens)
 

@@ -21,7 +21,22 @@ Render = Callable[[Sequence[Message], bool], str]
 
 MARKS, LAST_MARK = 0xF0000, 0xFFFFD
 """Range of private-use characters; each message takes two."""
-WAY_OUT = 'set policy.chat_template to "chatml", or to a template that marks the words by {% generation %}'
+
+
+def way_out(messages: Sequence[Message], does: str, *, tools: bool = False) -> str:
+    """Which template to use instead: one way out for chats with tools, which "chatml" cannot write, another without.
+
+    Args:
+        messages: The chat.
+        does: What the template must do, apart from writing tools.
+        tools: Whether the row lists tools.
+    """
+    if tools or any(message.get("tool_calls") for message in messages):
+        return (
+            f"set policy.chat_template to a Jinja file that {does} and writes tools and their calls; docs/text.md, "
+            '"Tools", has one'
+        )
+    return f'set policy.chat_template to "chatml", or to a Jinja file that {does}'
 
 
 def find_turns(render: Render, messages: Sequence[Message]) -> tuple[str, list[Span]]:
@@ -45,7 +60,8 @@ def find_turns(render: Render, messages: Sequence[Message]) -> tuple[str, list[S
         if span is None or span[0] < (spans[-1][1] if spans else 0):
             raise UserError(
                 f"the assistant's words in message {number} cannot be found in the rendered chat: the template drops "
-                f"or changes them, or ends them differently if messages follow; {WAY_OUT}"
+                "or changes them, or ends them differently if messages follow; "
+                + way_out(messages, "marks the assistant's words by {% generation %}")
             )
         spans.append(span)
     return text, spans

@@ -49,6 +49,7 @@ def check_files(
     if local:
         damage.add(check_unlisted(metadata))
     tasks = _tasks(metadata, cameras, vectors, depth)
+    progress(0, len(tasks))
     with ThreadPoolExecutor(AT_ONCE) as pool:
         try:
             for done, found in enumerate(pool.map(lambda task: list(task()), tasks), 1):

@@ -104,6 +104,7 @@ def convert(
         aside = folder / ".positions.npy"
         np.save(aside, conversion.positions)
         aside.replace(folder / POSITIONS)
+    progress(0, len(missing))
     for done, _ in enumerate(_written(conversion, missing, workers), start=1):
         progress(done, len(missing))
     for column in conversion.columns:

@@ -41,7 +41,7 @@ class Distribution:
     rows: int
     """Number of rows in the pass."""
     names: tuple[str, ...] = ()
-    """What the dataset calls each dimension; empty if it does not say, or transforms change their number."""
+    """What the dataset calls each dimension, empty for those without a name; no names at all: see `name_dimensions`."""
 
 
 def compute_norm_stats(

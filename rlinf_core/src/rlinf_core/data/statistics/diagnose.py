@@ -46,7 +46,7 @@ class Finding:
     """What was found, with a number."""
     way_out: str
     names: tuple[str, ...] = ()
-    """What the dataset calls each dimension of the vector, affected or not; empty if it does not say."""
+    """What the dataset calls each dimension of the vector, affected or not; see `Distribution.names`."""
 
     def __str__(self) -> str:
         place = self.key + (f" {_ranges(self.dimensions, self.names)}" if self.dimensions else "")
@@ -260,7 +260,9 @@ def _ranges(dimensions: tuple[int, ...], names: tuple[str, ...] = ()) -> str:
             runs[-1] = [runs[-1][0], dimension]
         else:
             runs.append([dimension])
-    called = [names[dimension] for dimension in dimensions if dimension < len(names)]
+    named = {dimension: names[dimension] for dimension in dimensions if dimension < len(names)}
+    # A dimension without a name among others that have one is called by its number.
+    called = [name or str(dimension) for dimension, name in named.items()] if any(named.values()) else []
     if len(called) > MOST_NAMES:
         called = [f"{called[0]} ... {called[-1]}"]
     numbers = ", ".join("-".join(map(str, run)) for run in runs)

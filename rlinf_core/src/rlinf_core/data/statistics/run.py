@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rlinf_core.contract.datasets import LeRobotDatasetConfig, NamingSource, SampleSource
+from rlinf_core.contract.datasets import SampleSource
 from rlinf_core.contract.run import RunConfig
 from rlinf_core.data.normalize import Mode, NormStats, Origin, Stats, load_with_origin, save_norm_stats
 from rlinf_core.data.pipeline import Pipeline, build_pipeline
 from rlinf_core.data.statistics.action_kind import diagnose_actions
 from rlinf_core.data.statistics.compute import ROWS_WITH_IMAGES, Distribution, stats_fingerprint, summarize
 from rlinf_core.data.statistics.diagnose import Finding, compare_origins, compare_with_data
+from rlinf_core.data.statistics.names import name_dimensions
 from rlinf_core.data.transforms import Transform
 from rlinf_core.errors import UserError
 
@@ -115,7 +116,7 @@ def diagnose(
         stats = known if same else None
     if images and stats is not None:
         rows = ROWS_WITH_IMAGES  # Enough to compare.
-    distributions = _named(run, source, summarize(source, transforms, read_images=images, rows=rows))
+    distributions = summarize_by_name(run, source, transforms, rows=rows)
     if stats is None:
         stats = {key: one.stats for key, one in distributions.items()}
     stats = {
@@ -153,15 +154,13 @@ def diagnosed_pipeline(
     return build_pipeline(run.data, run.policy, diagnosis.stats if diagnosis else None), diagnosis
 
 
-def _named(run: RunConfig, source: SampleSource, distributions: dict[str, Distribution]) -> dict[str, Distribution]:
-    """The distributions with the names that the dataset gives to the dimensions, where transforms keep their number."""
-    if not isinstance(source, NamingSource) or not isinstance(run.data, LeRobotDatasetConfig):
-        return distributions
-    names = {"state": source.names_of(run.data.state), "actions": source.names_of(run.data.actions)}
-    return {
-        key: replace(one, names=names[key]) if len(names.get(key, ())) == len(one.running.low) else one
-        for key, one in distributions.items()
-    }
+def summarize_by_name(
+    run: RunConfig, source: SampleSource, transforms: Sequence[Transform], *, rows: int | None = None
+) -> dict[str, Distribution]:
+    """The distributions of `state` and `actions`, see `summarize`, with the dataset's names of their dimensions."""
+    found = summarize(source, transforms, read_images=run.data.stats_need_images, rows=rows)
+    names = name_dimensions(run.data, source, transforms)
+    return {key: replace(one, names=names.get(key, ())) for key, one in found.items()}
 
 
 def _transforms(run: RunConfig) -> Sequence[Transform]:
