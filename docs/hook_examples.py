@@ -8,7 +8,17 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel
 
-from rlinf_core import Command, DatasetConfig, LoggerConfig, PolicyConfig, TrainerConfig, UserError, hookimpl
+from rlinf_core import (
+    Command,
+    DatasetConfig,
+    EvaluatorConfig,
+    LoggerConfig,
+    Metric,
+    PolicyConfig,
+    TrainerConfig,
+    UserError,
+    hookimpl,
+)
 
 
 class ArmPolicy(PolicyConfig):
@@ -27,6 +37,15 @@ class SheetLogger(LoggerConfig):
     """A custom logger."""
 
     type: Literal["sheet"] = "sheet"
+
+
+class ReachEvaluator(EvaluatorConfig):
+    """A custom evaluator."""
+
+    type: Literal["reach"] = "reach"
+
+    def metrics(self, run):
+        return [Metric("reach_success", larger_is_better=True)]
 
 
 class ArmOptions(BaseModel):
@@ -80,6 +99,11 @@ def rlinf_register_trainers():
 @hookimpl
 def rlinf_register_loggers():
     return [SheetLogger]
+
+
+@hookimpl
+def rlinf_register_evaluators():
+    return [ReachEvaluator]
 
 
 @hookimpl

@@ -10,9 +10,13 @@ import rlinf_core
 PUBLIC = [
     "Command",
     "DatasetConfig",
+    "Evaluation",
+    "Evaluator",
+    "EvaluatorConfig",
     "LeRobotDatasetConfig",
     "Logger",
     "LoggerConfig",
+    "Metric",
     "PluginError",
     "Policy",
     "PolicyConfig",
@@ -59,6 +63,7 @@ def test_importing_the_package_costs_nothing():
 
 def test_declarative_modules_leave_torch_unloaded():
     imports = "from rlinf_core import cli, hub, testing; from rlinf_core.config import load; "
-    imports += "from rlinf_core.contract import datasets, hookspecs, module, policy, run; "
+    imports += "from rlinf_core.contract import datasets, evaluation, hookspecs, module, policy, run; "
+    imports += "from rlinf_core.evaluators import held_out; "
     imports += "from rlinf_core.plugins import builtin, registry; from rlinf_core.training import config"
     assert loaded_after(imports, "torch", "lerobot", "huggingface_hub", "rich", "tomli_w") == []

@@ -3,7 +3,7 @@
 Layers, each overriding the one before (contract 6): core's defaults < the policy's `run_defaults` < the dataset's
 `run_defaults` < the TOML file < the command line. `data.config_name`, `policy.type` and `trainer.type` select the
 classes that validate `[data]`, `[policy]` and `[trainer]`; `[plugins.<name>]` is validated by the class that a plugin
-registered under that name. All mistakes are reported together.
+registered under that name, and so is `[evaluators.<type>]`. All mistakes are reported together.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ from rlinf_core.config.toml import (
 )
 from rlinf_core.contract.datasets import DatasetConfig
 from rlinf_core.contract.mixture import LOADER_KEYS, MixtureConfig, MixtureEntry, MixtureShare
-from rlinf_core.contract.run import RunConfig
+from rlinf_core.contract.run import NOTHING_HELD_OUT, RunConfig
 from rlinf_core.contract.tables import Section
 from rlinf_core.errors import UserError
+from rlinf_core.plugins.evaluators import ALWAYS_ON
 from rlinf_core.plugins.owners import Owner
 from rlinf_core.plugins.registrations import RegistrationKind
 from rlinf_core.plugins.registry import Plugins, get_plugins
@@ -132,26 +133,32 @@ class _Draft:
         trainer = self._choose(("trainer", "type"), partial(self._find, "trainer"), "is required")
         self._chosen = {**datasets, ("policy",): policy, ("trainer",): trainer}
         self._check_loggers()
+        self._choose_named("evaluator", "evaluators", always=(ALWAYS_ON,))
         self._choose_options()
 
     def validate(self) -> RunConfig:
         """Validate every table with its class, then the rules between tables."""
         self._refuse_secrets()
         fields: dict[str, Any] = {name: (info.annotation, info) for name, info in RunConfig.model_fields.items()}
-        fields |= {str(place[0]): (Any, None) for place in (*self._chosen, ("plugins",))}
+        fields |= {str(place[0]): (Any, None) for place in (*self._chosen, ("plugins",), ("evaluators",))}
         # Tables are validated one by one, so that a failing validator is attributed to the right plugin. RunConfig
         # comes last, because its own checks need every table to be an instance of its class.
         core = self._try(create_model("RunTables", __base__=Section, **fields), self._merged)
         tables = dict(core) if core else {}
-        tables["plugins"] = {}
+        tables |= {"plugins": {}, "evaluators": {}}
         if self._mixture():
             tables["data"] = self._validate_mixture()
         for place, chosen in self._chosen.items():
             if chosen and place[:2] != _MIXTURE:
-                above = tables["plugins"] if len(place) > 1 else tables
-                above[str(place[-1])] = self._try(chosen.model, self._get(*place), place, chosen.owner)
+                above = tables[str(place[0])] if len(place) > 1 else tables
+                above[str(place[-1])] = self._try(chosen.model, self._table_of(place), place, chosen.owner)
+        # What nobody set is not written into the run's config: an evaluator may be left out again.
+        given = self._get("evaluators") or {}
+        tables["evaluators"] = {name: table for name, table in tables["evaluators"].items() if name in given}
         run = None if self._mistakes else self._try(RunConfig, tables)
-        if run is None:
+        if run is not None and run.runner.val_check_interval:
+            self._check_evaluators(run)
+        if run is None or self._mistakes:
             count = f"{len(self._mistakes)} mistake{'s' if len(self._mistakes) > 1 else ''}"
             lines = "".join(f"\n  {text.replace(chr(10), chr(10) + '  ')}" for text in self._mistakes)
             raise UserError(f"{self._path}: {count} in the config:{lines}")
@@ -309,6 +316,52 @@ class _Draft:
                     self._plugins.logger(name)
             except UserError as error:
                 self._note(("runner", "loggers"), str(error))
+
+    def _choose_named(self, kind: RegistrationKind, section: str, *, always: Sequence[str]) -> None:
+        """Find the classes of what `runner.<section>` names; each may have a table `[<section>.<name>]`.
+
+        Args:
+            kind: What is registered under these names.
+            section: The key of the names, and the section of the tables.
+            always: Names that may have a table without being listed.
+        """
+        listed, tables = self._get("runner", section), self._get(section)
+        names = [name for name in listed if isinstance(name, str)] if isinstance(listed, list | tuple) else []
+        if tables is not None and not isinstance(tables, Mapping):
+            self._note((section,), f"must have one table per {kind}, [{section}.<type>] (got {tables!r})")
+            tables = None
+        for name in dict.fromkeys((*names, *(tables or ()))):
+            is_used = name in names or name in always
+            place = (section, name) if name in (tables or ()) else ("runner", section)
+            try:
+                found = self._find(kind, name)
+                if is_used:
+                    self._chosen[section, name] = found
+                else:
+                    self._note(place, f"does nothing: add {name!r} to runner.{section}, or leave the table out")
+            except UserError as error:
+                self._note(place, str(error))
+
+    def _table_of(self, place: KeyPath) -> Any:
+        """The table at a key path; one in `[evaluators]` is known by its name and may be left out."""
+        table = self._get(*place)
+        if place[0] != "evaluators" or not isinstance(table, Mapping | None):
+            return table
+        return {"type": place[-1], **(table or {})}
+
+    def _check_evaluators(self, run: RunConfig) -> None:
+        """Check the run's evaluators against the rest of its config."""
+        for chosen in self._plugins.evaluators(run):
+            config, place = chosen.config, ("evaluators", chosen.config.type)
+            if config.needs_held_out and not run.data.has_validation:
+                others = f', or leave "{config.type}" out of runner.evaluators: it needs held-out episodes'
+                self._mistakes.append(NOTHING_HELD_OUT + others)
+            elif config.weights == "ema" and not run.optim.ema_decay:
+                self._note((*place, "weights"), '"ema" does nothing without optim.ema_decay')
+            try:
+                config.check_run(run)
+            except ValueError as error:
+                self._mistakes.append(mistake(place, str(error), self._layers, owner=chosen.owner))
 
     def _note(self, place: KeyPath, what: str) -> None:
         self._mistakes.append(mistake(place, what, self._layers))

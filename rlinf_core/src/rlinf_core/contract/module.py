@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
@@ -54,7 +54,11 @@ class ShardUnit(NamedTuple):
 
 
 class Policy(Protocol):
-    """A policy is an `nn.Module` with these methods. It is single-device code: sharding is applied from outside."""
+    """A policy is an `nn.Module` with these methods. It is single-device code: sharding is applied from outside.
+
+    Its attribute `forward_methods`, a tuple of names, may list more methods that compute with parameters. A trainer
+    then gathers the parameters for them as for `forward` and `sample_actions`, so that evaluators may call them.
+    """
 
     def forward(self, batch: Batch) -> PolicyOutput:
         """The training loss of a batch."""
@@ -69,14 +73,6 @@ class Policy(Protocol):
 
         Returns:
             [B, H, A] normalised actions, float32.
-        """
-        ...
-
-    def demonstrate(self, batch: Batch) -> Sequence[str]:
-        """Describe what the policy does with held-out samples, one line each; the run's loggers print them.
-
-        Called only if the config's `shown()` is not 0. Every rank gets the same batch and must call sharded modules
-        equally often, whatever the values are.
         """
         ...
 

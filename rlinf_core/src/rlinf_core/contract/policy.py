@@ -43,7 +43,7 @@ class PolicyConfig(BaseModel):
     """What a validation reports besides its loss: name -> function of the held-out means of `loss` and of the policy's
     own metrics (`PolicyOutput.metrics`). Reported as `val_<name>`, and as `ema_val_<name>` for EMA weights."""
     larger_is_better: ClassVar[frozenset[str]] = frozenset()
-    """The metrics of which larger values are better. `runner.best_metric` accepts only the others."""
+    """The `validation_metrics` of which larger values are better."""
 
     type: str
     """Which policy this is."""
@@ -106,10 +106,6 @@ class PolicyConfig(BaseModel):
     def with_data_layout(self, layout: Mapping[str, Sequence[int]]) -> PolicyConfig:
         """The policy bound to the result of `data_layout`; it encodes the samples, builds the module and saves it."""
         return self
-
-    def shown(self) -> int:
-        """Number of held-out samples that `Policy.demonstrate` gets after each validation; 0: it is not called."""
-        return 0
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """Stack samples into tensors on the CPU. Images stay uint8."""

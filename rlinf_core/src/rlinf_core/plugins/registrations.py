@@ -13,12 +13,13 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 from pydantic import BaseModel
 
 from rlinf_core.contract.command import Command
+from rlinf_core.contract.evaluation import EvaluatorConfig
 from rlinf_core.contract.policy import PolicyConfig
 from rlinf_core.contract.run import LoggerConfig, TrainerConfig
 from rlinf_core.errors import PluginError
 from rlinf_core.plugins.owners import Owner
 
-RegistrationKind = Literal["policy", "trainer", "logger", "options", "command"]
+RegistrationKind = Literal["policy", "trainer", "logger", "evaluator", "options", "command"]
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ HOOKS: Mapping[RegistrationKind, RegistrationHook] = {
     "policy": RegistrationHook("rlinf_register_policies", "policy", _configs(PolicyConfig)),
     "trainer": RegistrationHook("rlinf_register_trainers", "trainer", _configs(TrainerConfig)),
     "logger": RegistrationHook("rlinf_register_loggers", "logger", _configs(LoggerConfig)),
+    "evaluator": RegistrationHook("rlinf_register_evaluators", "evaluator", _configs(EvaluatorConfig)),
     "options": RegistrationHook("rlinf_register_options", "plugin table", _options),
     "command": RegistrationHook("rlinf_register_commands", "command", _commands),
 }
