@@ -274,5 +274,5 @@ def test_answers_need_held_out_texts_and_the_text_policy():
     with pytest.raises(UserError, match=r"no episode is held out: .*, or leave \"text_answers\" out of runner.evaluat"):
         load_config("examples/text_sft.toml", nothing)
     assert load_config("examples/text_sft.toml", [*nothing[:1], "runner.val_check_interval=0"])
-    with pytest.raises(UserError, match="'text_answers' is for the policy 'text', not 'pi05'"):
+    with pytest.raises(UserError, match=r"evaluators.text_answers: is for the policy 'text', not 'pi05'"):
         load_config("examples/quickstart.toml", ["runner.evaluators=['text_answers']"])

@@ -267,6 +267,17 @@ def test_another_error_keeps_its_type_and_gets_a_note(train_toy, probe):
     ]
 
 
+def test_an_evaluator_that_cannot_be_closed_does_not_hide_the_error(train_toy, probe, monkeypatch):
+    monkeypatch.setattr(Running, "close", lambda self: raising(OSError("no such process"))())
+    with pytest.raises(OSError, match="no such process") as caught:
+        train_toy(*PROBED)
+    assert caught.value.__notes__[0].startswith("in close() of evaluator 'probe'")
+    probe(raising(ZeroDivisionError("no episodes")))
+    with pytest.raises(ZeroDivisionError) as caught:
+        train_toy(*PROBED, "runner.name=other")
+    assert caught.value.__notes__[-1] == "an evaluator could not be closed: no such process"
+
+
 def test_metrics_of_the_same_name_are_refused_before_training(configure_toy, toy_plugins):
     run = configure_toy(*PROBED, "evaluators.probe.names=['val_loss']")
     report = check_run(run, toy_plugins, ranks=1)

@@ -25,7 +25,7 @@ class TextAnswersConfig(EvaluatorConfig):
     def check_run(self, run: RunConfig) -> None:
         """Refuse other policies, which cannot answer."""
         if not isinstance(run.policy, TextPolicySettings):
-            raise ValueError(f"runner.evaluators: 'text_answers' is for the policy 'text', not {run.policy.type!r}")
+            raise ValueError(f"is for the policy 'text', not {run.policy.type!r}: leave it out of runner.evaluators")
 
     def build(self, run: RunConfig, *, data: EvaluationData, group: ProcessGroup) -> Evaluator:
         """Build the evaluator on this rank."""

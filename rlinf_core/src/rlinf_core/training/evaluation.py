@@ -71,7 +71,7 @@ class Evaluations:
         for chosen in plugins.evaluators(run) if run.runner.val_check_interval else ():
             with chosen.naming("build()"):
                 evaluator = chosen.config.build(run, data=data, group=group)
-                built.append(Running(chosen, evaluator, chosen.config.metrics(run)))
+                built.append(Running(chosen, evaluator, tuple(chosen.config.metrics(run))))
         return cls(run, group, tuple(built))
 
     @property

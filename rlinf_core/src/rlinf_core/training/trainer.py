@@ -6,7 +6,6 @@ policies and datasets are known only through their protocols.
 
 from __future__ import annotations
 
-import contextlib
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -112,10 +111,19 @@ class Fsdp2Trainer:
                 raise
             raise error from e
         finally:
-            with contextlib.ExitStack() as ending:
-                ending.callback(self._monitor.close, error)
-                self._evaluations.close()
+            self._end(error)
         return received
+
+    def _end(self, error: BaseException | None) -> None:
+        """Close evaluators and monitor; what fails to close does not replace the error that ended the run."""
+        try:
+            self._evaluations.close()
+        except Exception as another:
+            if error is None:
+                self._monitor.close(another)
+                raise
+            error.add_note(f"an evaluator could not be closed: {another}")
+        self._monitor.close(error)
 
     def _train(self, stop: StopSignal) -> signal.Signals | None:
         runner = self.run.runner
