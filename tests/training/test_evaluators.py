@@ -267,6 +267,18 @@ def test_another_error_keeps_its_type_and_gets_a_note(train_toy, probe):
     ]
 
 
+def test_a_file_that_cannot_be_written_costs_only_itself(train_toy, probe, tmp_path, capsys):
+    def measure(evaluator, policy, step, interrupted):
+        if step == 2:  # Where the folder should be. A test may run as root, whom permissions do not stop.
+            (tmp_path / "run" / "evaluations").write_text("")
+        return Evaluation({"success": 0.5}, {"table.csv": b""})
+
+    probe(measure)
+    assert validations(train_toy(*PROBED)).keys() == {2, 4}
+    out = capsys.readouterr().out
+    assert re.search(r"step 2: warning: \S+/probe/step_000000002/table\.csv cannot be written: .*Not a directory", out)
+
+
 def test_an_evaluator_that_cannot_be_closed_does_not_hide_the_error(train_toy, probe, monkeypatch):
     monkeypatch.setattr(Running, "close", lambda self: raising(OSError("no such process"))())
     with pytest.raises(OSError, match="no such process") as caught:
