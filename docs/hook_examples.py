@@ -15,7 +15,9 @@ from rlinf_core import (
     AugmentationConfig,
     Command,
     DatasetConfig,
+    EvaluatorConfig,
     LoggerConfig,
+    Metric,
     PolicyConfig,
     TrainerConfig,
     UserError,
@@ -52,6 +54,15 @@ class SheetLogger(LoggerConfig):
     """A custom logger."""
 
     type: Literal["sheet"] = "sheet"
+
+
+class ReachEvaluator(EvaluatorConfig):
+    """A custom evaluator."""
+
+    type: Literal["reach"] = "reach"
+
+    def metrics(self, run):
+        return [Metric("reach_success", larger_is_better=True)]
 
 
 class ArmOptions(BaseModel):
@@ -110,6 +121,11 @@ def rlinf_register_trainers():
 @hookimpl
 def rlinf_register_loggers():
     return [SheetLogger]
+
+
+@hookimpl
+def rlinf_register_evaluators():
+    return [ReachEvaluator]
 
 
 @hookimpl

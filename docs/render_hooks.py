@@ -30,7 +30,7 @@ when it is used. Plugins are found through entry points only.
 **Calling.** A run calls the hooks in the order of this page. Arguments are passed by name; an implementation takes the
 ones it needs, without defaults. Later releases may add arguments but never remove any. Implementations run in reverse
 order of their distributions' names; `@hookimpl(tryfirst=True)` and `trylast=True` move one to the front or the back.
-Core's own trainer, loggers, commands and dataset reader use the same hooks. Hook wrappers are not supported.
+Core's own trainer, loggers, evaluator, commands and dataset reader use the same hooks. Hook wrappers are not supported.
 
 **Failures.** A plugin that cannot be loaded, implements a hook that does not exist, or fails while it registers
 something affects only itself. The failure is recorded with distribution, version, entry point and cause. It is printed

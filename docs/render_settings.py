@@ -13,12 +13,21 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from rlinf_core import AugmentationConfig, DatasetConfig, LeRobotDatasetConfig, PolicyConfig, RunConfig, TrainerConfig
+from rlinf_core import (
+    AugmentationConfig,
+    DatasetConfig,
+    EvaluatorConfig,
+    LeRobotDatasetConfig,
+    PolicyConfig,
+    RunConfig,
+    TrainerConfig,
+)
 from rlinf_core.augmentations.random_erasing import RandomErasingConfig
 from rlinf_core.config.toml import dotted, write_toml
 from rlinf_core.contract.cluster import ClusterConfig
 from rlinf_core.contract.mixture import MixtureShare
 from rlinf_core.contract.tables import OptimConfig, RunnerConfig
+from rlinf_core.evaluators.held_out import HeldOutConfig
 from rlinf_core.training.settings import Fsdp2Settings
 from rlinf_plugins_openpi import Pi0Config, Pi05Config
 from rlinf_plugins_openpi.datasets.aloha import AlohaRobotwinConfig
@@ -92,6 +101,13 @@ PARTS = (
         [TextDatasetConfig],
     ),
     Part("`[policy]` of `text`", "Of [text](text.md).", [TextPolicySettings, TextPolicyConfig]),
+    Part(
+        "`[evaluators.<type>]`",
+        "Of the [evaluators](training.md#evaluators) in `runner.evaluators`, and of `held_out`; each may add keys. For "
+        "`text_answers`, `weights` is `current` by default.",
+        [EvaluatorConfig],
+        without=[HeldOutConfig],
+    ),
     Part("`[optim]`", "AdamW with linear warm-up, cosine decay and clipping by the global norm.", [OptimConfig]),
     Part("`[trainer]`", "Of the trainer `fsdp2`.", [TrainerConfig, Fsdp2Settings]),
 )

@@ -196,13 +196,14 @@ def train_toy(configure_toy, toy_plugins, monkeypatch):
 
     Returns the trainer, None if the run is finished; `results` are what its validations measure.
     """
+    from rlinf_core import Evaluation
     from rlinf_core.training.distributed.processes import processes
     from rlinf_core.training.run_folder import prepare_folder
 
     monkeypatch.delenv("RANK", raising=False)
 
     def train(*overrides, results=None):
-        run = configure_toy(*overrides)
+        run = configure_toy(*overrides, *([] if results is None else ["runner.best_metric=val_loss"]))
         start = prepare_folder(run, overwrite=False)
         if start.finished:
             return None
@@ -210,7 +211,10 @@ def train_toy(configure_toy, toy_plugins, monkeypatch):
             trainer = run.trainer.build(run, start=start, group=group, plugins=toy_plugins)
             if results is not None:
                 measured = iter(results)
-                monkeypatch.setattr(trainer._validation, "_measure", lambda *_: {"val_loss": next(measured)})
+                [held_out] = trainer._evaluations.running
+                monkeypatch.setattr(
+                    held_out.evaluator, "evaluate", lambda *_, **__: Evaluation({"val_loss": next(measured)})
+                )
             trainer.train()
         return trainer
 

@@ -35,20 +35,26 @@ def trained(tmp_path_factory):
         patch.delenv("RANK", raising=False)
         start = prepare_folder(run, overwrite=False)
         trainer = run.trainer.build(run, start=start, group=group, plugins=get_plugins())
-        measure, errors = trainer._validation._measure, trainer._validation._errors
+        [held_out] = trainer._evaluations.running
+        _, validation = held_out.evaluator._parts[""]
+        evaluate, errors = held_out.evaluator.evaluate, validation._errors
         turn = iter(["live", "ema"] * 2)
 
-        def noted_measure(*arguments):
+        def noted_evaluate(policy, **arguments):
             trainer.measuring = next(turn)
-            return measure(*arguments)
+            return evaluate(policy, **arguments)
 
         def noted_errors(actions, row, mean):
             acted[trainer.measuring][row.row] = trainer.data.sources[0].pipeline.decode(actions, row.sample)
             return errors(actions, row, mean)
 
-        patch.setattr(trainer._validation, "_measure", noted_measure)
-        patch.setattr(trainer._validation, "_errors", noted_errors)
+        patch.setattr(held_out.evaluator, "evaluate", noted_evaluate)
+        patch.setattr(validation, "_errors", noted_errors)
         trainer.train()
+        source = trainer.data.for_evaluators(group).sources[0]
+        with torch.no_grad():
+            generators = [validation_generator(run.seed, row) for row in (0, 1)]
+            trainer.acted = source.act(trainer.policy, source.held_out.__getitems__([0, 1]), generators)
         live = {name: p.detach().full_tensor().clone() for name, p in trainer.policy.named_parameters()}
     return trainer, live, acted
 
@@ -77,6 +83,10 @@ def test_the_exported_policy_acts_as_the_trainers_validation_did(trained, export
         noise = trainer.run.policy.draw(validation_generator(trainer.run.seed, row))["noise"]
         seen = {key: value for key, value in held_out[row].items() if not key.startswith("action")}
         np.testing.assert_allclose(policy.infer(seen, noise), actions, rtol=1e-5, atol=1e-6)
+    if weights == "live":  # As a simulator in training acts, observations together in a batch.
+        for row, actions in enumerate(trainer.acted):
+            noise = trainer.run.policy.draw(validation_generator(trainer.run.seed, row))["noise"]
+            np.testing.assert_allclose(policy.infer(held_out[row], noise), actions, rtol=1e-4, atol=1e-5)
 
 
 def test_files_and_hashes(trained, export):

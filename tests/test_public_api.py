@@ -13,10 +13,14 @@ PUBLIC = [
     "BufferedAdapter",
     "Command",
     "DatasetConfig",
+    "Evaluation",
+    "Evaluator",
+    "EvaluatorConfig",
     "LeRobotDatasetConfig",
     "Logger",
     "LoggerConfig",
     "MergeableAdapter",
+    "Metric",
     "PluginError",
     "Policy",
     "PolicyConfig",
@@ -63,6 +67,7 @@ def test_importing_the_package_costs_nothing():
 
 def test_declarative_modules_leave_torch_unloaded():
     imports = "from rlinf_core import cli, hub, testing; from rlinf_core.config import load; "
-    imports += "from rlinf_core.contract import adapter, datasets, hookspecs, module, policy, run; "
+    imports += "from rlinf_core.contract import adapter, datasets, evaluation, hookspecs, module, policy, run; "
+    imports += "from rlinf_core.evaluators import held_out; "
     imports += "from rlinf_core.plugins import builtin, registry; from rlinf_core.training import config"
     assert loaded_after(imports, "torch", "lerobot", "huggingface_hub", "rich", "tomli_w") == []

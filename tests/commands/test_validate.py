@@ -117,7 +117,7 @@ def test_what_two_checks_meet_is_said_once(findings):
 def test_a_best_metric_that_no_validation_reports_is_found(validate, findings):
     wanted = ["runner.val_check_interval=10", "runner.save_best=true"]
     (found,) = findings(*wanted, "runner.best_metric=ema_val_action_mse", "optim.ema_decay=0")
-    assert "no 'ema_val_action_mse' for which smaller is better; did you mean 'val_action_mse'" in found
+    assert "reports no 'ema_val_action_mse'; did you mean 'val_action_mse'" in found
     for name in ("val_loss", "val_action_mse", "ema_val_action_mse"):
         assert validate(*wanted, f"runner.best_metric={name}", "optim.ema_decay=0.9")[0] == 0
 

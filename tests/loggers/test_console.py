@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 
 import pytest
 from rich.console import Console
@@ -46,6 +47,16 @@ def test_a_mixture_has_results_of_each_source():
     assert "a: held-out action error²" in text
     assert "25% of the better baseline" in text
     assert dict(by_source({"x": 1.0, "y/z": 2.0}, [])) == {"": {"x": 1.0, "y/z": 2.0}}
+
+
+def test_metrics_of_evaluators_have_rows_also_without_a_held_out_loss():
+    """A task may have the name of a source, whose losses are measured more often."""
+    first, last = {"step": 0, "success": 0.0}, {"step": 20, "success": 0.75, "success/a": 0.5, "ema_success": 1.0}
+    text = shown(result_table("smoke", STEPS, [first, last], ["a", "b"]))
+    assert re.search(r"^│ success +│ +0.75 │ 0 at step 0 ", text, re.MULTILINE)
+    assert re.search(r"^│ ema_success +│ +1 │ at step 20 ", text, re.MULTILINE)
+    assert re.search(r"^│ a: success +│ +0.5 │", text, re.MULTILINE)
+    assert "held-out" not in text
 
 
 def test_the_plot_has_axes_and_points():

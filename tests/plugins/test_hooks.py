@@ -96,6 +96,13 @@ def test_rlinf_register_loggers(plugins, examples):
     assert plugins.logger("sheet") is examples.SheetLogger
 
 
+def test_rlinf_register_evaluators(plugins, examples, configure):
+    run = configure("runner.evaluators=['reach']", "evaluators.reach.every=3", "runner.val_check_interval=1")
+    [chosen] = plugins.evaluators(run)
+    assert (type(chosen.config), chosen.config.every) == (examples.ReachEvaluator, 3)
+    assert str(chosen) == f"evaluator 'reach', rlinf_register_evaluators of {OWNER}"
+
+
 def test_rlinf_register_commands(plugins):
     [rest] = [one for one in plugins.commands() if one.name == "arm-rest"]
     assert (rest.item, str(rest.owner)) == (plugins.command("arm-rest"), OWNER)

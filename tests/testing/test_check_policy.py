@@ -67,6 +67,10 @@ def test_defects_of_a_config_are_found(config, finding):
     assert line.startswith(finding)
 
 
+class Generating(Arm):
+    forward_methods = ("sample_actions", "generate")
+
+
 class Saved(Arm):
     def __init__(self, horizon):
         super().__init__(horizon)
@@ -179,6 +183,12 @@ BREAKS = [
         "build",
         lambda self: Incomplete(2, 2),
         "the module follows Policy; found no initial_value, sample_actions",
+    ),
+    (
+        ArmPolicy,
+        "build",
+        lambda self: Generating(3),
+        "the module follows Policy; found no generate",
     ),
     (ArmPolicy, "build", lambda self: 1 // 0, "build() works on the meta device; it raised ZeroDivisionError: "),
     (

@@ -219,7 +219,9 @@ def test_answers_are_those_of_generate():
     model = reference(policy, module).eval()
     batch = policy.collate([sample(text, untrained=5) for text in TEXTS[:2]])
     tokenizer = policy.text_tokenizer()
-    for text, line in zip(TEXTS, module.demonstrate(batch), strict=False):
+    lines = module.answers(batch)
+    assert lines == module.answers(batch)  # Ranks must stay in step.
+    for text, line in zip(TEXTS, lines, strict=False):
         prompt = torch.tensor([text[:5]])
         said = model.generate(prompt, max_new_tokens=6, do_sample=False, attention_mask=torch.ones_like(prompt))
         assert f"⟦{tokenizer.decode(said[0, 5:].tolist())}⟧".replace("\n", "↵") in line

@@ -1,6 +1,7 @@
 """Runs of the text policy: any number of ranks, resumed, exported for transformers, started from its folders."""
 
 import math
+import re
 import runpy
 import shutil
 
@@ -11,13 +12,14 @@ from safetensors.torch import load_file, save_file
 from tiny_text import PLANS, dataset, tiny_policy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlinf_core import UserError, cli, open_rows
+from rlinf_core import Metric, UserError, cli, open_rows
 from rlinf_core.config.load import dump_config, load_config
 from rlinf_core.inference import load_policy
 from rlinf_core.loggers.jsonl import read_rows
 from rlinf_core.plugins.registry import get_plugins
 from rlinf_core.training.distributed.processes import processes
 from rlinf_core.training.run_folder import prepare_folder
+from rlinf_core.training.stopping import compared_metric
 from rlinf_plugins_text.plugin import rlinf_open_dataset as open_text
 from rlinf_plugins_text.weights import model_config
 
@@ -252,12 +254,25 @@ def test_a_tokenizer_with_too_many_entries_is_refused():
         tiny_policy(config=tiny_policy().config | {"vocab_size": 7}).check_files()
 
 
-def test_accuracy_is_no_best_metric(tmp_path, monkeypatch):
-    monkeypatch.delenv("RANK", raising=False)
-    given = [f"runner.output_dir={tmp_path}", "runner.best_metric=val_token_accuracy", "runner.save_best=true"]
-    run = load_config("examples/text_sft.toml", given)
-    with (
-        processes("cpu") as group,
-        pytest.raises(UserError, match="no 'val_token_accuracy' for which smaller is better"),
-    ):
-        run.trainer.build(run, start=prepare_folder(run, overwrite=True), group=group, plugins=get_plugins())
+def test_of_accuracy_larger_is_better():
+    run = load_config("examples/text_sft.toml", ["runner.best_metric=val_token_accuracy", "runner.save_best=true"])
+    assert compared_metric(run, get_plugins()) == Metric("val_token_accuracy", larger_is_better=True)
+
+
+def test_answers_of_the_current_weights_are_shown_at_each_validation(trained, capsys):
+    """The texts are held out; the keys of `[policy]` say how many and how long."""
+    trainer, _ = trained
+    held_out, answers = trainer._evaluations.running
+    assert (held_out.type, answers.type, answers.chosen.config.weights) == ("held_out", "text_answers", "current")
+    [line] = answers.evaluator.evaluate(trainer.policy, step=4, interrupted=lambda: False).messages
+    assert re.fullmatch(r".*⟦.*⟧ \(data: .*\)", line)
+    assert answers.evaluator.evaluate(trainer.policy, step=4, interrupted=lambda: True) is None
+
+
+def test_answers_need_held_out_texts_and_the_text_policy():
+    nothing = ["data.validation_fraction=0.0", "runner.val_check_interval=1"]
+    with pytest.raises(UserError, match=r"no episode is held out: .*, or leave \"text_answers\" out of runner.evaluat"):
+        load_config("examples/text_sft.toml", nothing)
+    assert load_config("examples/text_sft.toml", [*nothing[:1], "runner.val_check_interval=0"])
+    with pytest.raises(UserError, match=r"evaluators.text_answers: is for the policy 'text', not 'pi05'"):
+        load_config("examples/quickstart.toml", ["runner.evaluators=['text_answers']"])

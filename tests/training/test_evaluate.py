@@ -8,9 +8,11 @@ import torch
 from toy_data import HORIZON, Rows, ToyDataset, ToyPolicy
 
 from rlinf_core.contract.module import PolicyOutput
+from rlinf_core.data.loading.mixture import Source
 from rlinf_core.data.pipeline import build_pipeline
 from rlinf_core.data.statistics.compute import compute_norm_stats
-from rlinf_core.training.evaluation import Validation, mean_action
+from rlinf_core.evaluators.validation import Validation, mean_action
+from rlinf_core.training.data import EvaluatedSource
 
 
 class Held(Rows):
@@ -58,7 +60,8 @@ def validate():
         policy=policy, seed=0, runner=SimpleNamespace(val_samples=20), trainer=SimpleNamespace(micro_batch_size=8)
     )
     group = SimpleNamespace(device=torch.device("cpu"), rank=0, size=1, sum=lambda tensor: tensor)
-    return Validation(run, pipeline, held_out, training, group), pipeline, stats
+    source = EvaluatedSource(SimpleNamespace(run=run), Source(training, pipeline), held_out, policy, group)
+    return Validation(run, source, held_out, group), pipeline, stats
 
 
 def test_an_oracle_has_no_error_and_what_lies_past_the_episode_does_not_count(validate):

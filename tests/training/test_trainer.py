@@ -8,6 +8,7 @@ import torch
 import toy_policy
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
+from rlinf_core import Metric
 from rlinf_core.config.load import load_config
 from rlinf_core.errors import UserError
 from rlinf_core.loggers.jsonl import read_rows
@@ -108,8 +109,9 @@ def test_validation_of_the_average_is_that_of_a_policy_with_these_weights(train,
         for name, parameter in trainer.policy.named_parameters():
             parameter.to_local().copy_(trainer.ema.state_dict()[name].to_local())
     with processes("cpu"):
-        again = trainer._validation._measure(trainer.policy, lambda: False)
-    assert again["val_loss"] == pytest.approx(row["ema_val_loss"], rel=1e-6)
+        [held_out] = trainer._evaluations.running
+        again = held_out.evaluator.evaluate(trainer.policy, step=4, interrupted=lambda: False)
+    assert again.metrics["val_loss"] == pytest.approx(row["ema_val_loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize("reshard", ["true", "false"])
@@ -204,14 +206,24 @@ def test_an_improvement_must_be_large_enough(train):
 
 
 def test_the_first_number_is_an_improvement_and_no_number_is_none():
-    best = Best().after(1, "loss", math.nan, 0.0)
+    best = Best().after(1, Metric("loss"), math.nan, 0.0)
     assert (best.step, best.stale) == (0, 1)
-    assert best.after(2, "loss", 5.0, 0.0) == Best(2, 5.0, 0, "loss")
+    assert best.after(2, Metric("loss"), 5.0, 0.0) == Best(2, 5.0, 0, "loss")
+
+
+def test_of_a_success_rate_larger_is_better_and_equal_is_no_improvement():
+    rate = Metric("success", larger_is_better=True)
+    best = Best().after(1, rate, 0.0, 0.0)
+    assert best == Best(1, 0.0, 0, "success")
+    best = best.after(2, rate, 1.0, 0.1)
+    assert best == Best(2, 1.0, 0, "success")
+    assert best.after(3, rate, 1.0, 0.0) == best.after(3, rate, math.nan, 0.0) == Best(2, 1.0, 1, "success")
+    assert Best(2, 0.5, 0, "success").after(3, rate, 0.55, 0.1) == Best(2, 0.5, 1, "success")
 
 
 def test_values_of_different_metrics_are_not_compared():
     best = Best(4, 0.1, 3, "val_loss")
-    assert best.after(6, "val_action_mse", 750.0, 0.0) == Best(6, 750.0, 0, "val_action_mse")
+    assert best.after(6, Metric("val_action_mse"), 750.0, 0.0) == Best(6, 750.0, 0, "val_action_mse")
     assert best.should_stop_early("", 3)
     assert best.should_stop_early("val_loss", 3)
     assert not best.should_stop_early("val_action_mse", 3)
@@ -232,7 +244,7 @@ def test_options_that_would_do_nothing_are_refused(configure, overrides, complai
 
 
 def test_an_unknown_best_metric_is_refused_before_training(train):
-    with pytest.raises(UserError, match=r"no 'val_los' for which smaller is better; did you mean 'val_loss'\?"):
+    with pytest.raises(UserError, match=r"validation reports no 'val_los'; did you mean 'val_loss'\? \(it"):
         train("runner.best_metric=val_los", "runner.val_check_interval=2")
 
 

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from rlinf_core.contract.datasets import DatasetConfig as DatasetConfig
     from rlinf_core.contract.datasets import LeRobotDatasetConfig as LeRobotDatasetConfig
     from rlinf_core.contract.datasets import SampleSource as SampleSource
+    from rlinf_core.contract.evaluation import Evaluation as Evaluation
+    from rlinf_core.contract.evaluation import Evaluator as Evaluator
+    from rlinf_core.contract.evaluation import EvaluatorConfig as EvaluatorConfig
+    from rlinf_core.contract.evaluation import Metric as Metric
     from rlinf_core.contract.hookspecs import hookimpl as hookimpl
     from rlinf_core.contract.module import Policy as Policy
     from rlinf_core.contract.module import PolicyOutput as PolicyOutput
@@ -50,6 +54,10 @@ _HOME = {
     "Trainer": "contract.run",
     "LoggerConfig": "contract.run",
     "Logger": "contract.run",
+    "EvaluatorConfig": "contract.evaluation",
+    "Evaluator": "contract.evaluation",
+    "Evaluation": "contract.evaluation",
+    "Metric": "contract.evaluation",
     "Command": "contract.command",
     "Sample": "data.sample",
     "RunConfig": "contract.run",

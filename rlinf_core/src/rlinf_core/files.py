@@ -11,17 +11,22 @@ from rlinf_core.errors import UserError
 
 
 def write_text(path: Path, text: str, *, writer: str = "") -> None:
+    """Write a text file atomically, in UTF-8; see `write_bytes`."""
+    write_bytes(path, text.encode(), writer=writer)
+
+
+def write_bytes(path: Path, content: bytes, *, writer: str = "") -> None:
     """Write a file atomically: to a temporary file, fsynced and renamed. Readers see the old or the new content.
 
     Args:
         path: The file.
-        text: The content.
+        content: The content.
         writer: A name for this process, if several may write the file at once.
     """
     aside = path.with_name(f".{path.name}.{writer}{'.' * bool(writer)}tmp")
     try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with aside.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)

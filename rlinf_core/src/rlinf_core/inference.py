@@ -19,10 +19,10 @@ from rlinf_core.contract.module import Policy
 from rlinf_core.contract.policy import PolicyConfig
 from rlinf_core.contract.run import no_source
 from rlinf_core.data.normalize import load_norm_stats
-from rlinf_core.data.pipeline import Pipeline, build_pipeline
+from rlinf_core.data.pipeline import Pipeline, build_pipeline, encode_observation
 from rlinf_core.data.sample import Sample
 from rlinf_core.data.transforms import Transform
-from rlinf_core.errors import UserError, did_you_mean
+from rlinf_core.errors import UserError
 from rlinf_core.export import DESCRIPTION, FORMAT, STATISTICS
 from rlinf_core.plugins.registry import Plugins, get_plugins
 from rlinf_core.training.build import DTYPES
@@ -80,34 +80,13 @@ class LoadedPolicy:
         Raises:
             UserError: The observation lacks columns (the message names them all), or its state or task is invalid.
         """
-        sample = self._encode(observation)
+        sample = encode_observation(self.pipeline, self.data, dict(observation))
         if noise is None:
             noise = self.config.draw(self._noise)["noise"]
         batch = to_device(self.config.collate([sample]), self._device)
         with torch.inference_mode():
             actions = self.module.sample_actions(batch, torch.from_numpy(noise).to(self._device)[None])
         return self.pipeline.decode(actions[0].float().cpu().numpy(), sample)
-
-    def _encode(self, observation: Mapping[str, Any]) -> Any:
-        columns = self.data.observation_columns()
-        # A task overrides the default prompt, which may be all that the columns ask for.
-        wanted = (*columns, "task") if columns else observation
-        seen = {column: observation[column] for column in wanted if column in observation}
-        # Checked here: training skips a camera that a row lacks, but a robot that loses one must raise an error.
-        if missing := [column for column in columns if column not in observation]:
-            hints = did_you_mean(missing[0], observation.keys() - set(columns))
-            raise UserError(
-                f"the observation lacks {', '.join(map(repr, missing))}; it has {', '.join(observation) or 'nothing'}"
-                f"{hints}. Names must be those of the dataset that the policy was trained on"
-            )
-        if not isinstance(seen.get("task", ""), str):
-            raise UserError(f"the observation's 'task' is {seen['task']!r}, but must be a string")
-        try:
-            return self.pipeline.encode(seen)
-        except KeyError as error:
-            raise UserError(
-                f"the observation lacks {error.args[0]!r}; it has {', '.join(observation) or 'nothing'}"
-            ) from error
 
 
 def load_policy(

@@ -22,11 +22,12 @@ from rlinf_core.data.splits import describe_splits, open_split
 from rlinf_core.data.statistics.preview import encode_without_images, preview_samples
 from rlinf_core.data.statistics.run import diagnosed_pipeline
 from rlinf_core.errors import UserError, did_you_mean
+from rlinf_core.plugins.evaluators import evaluator_names
 from rlinf_core.plugins.owners import CORE
 from rlinf_core.plugins.registry import Plugins
 from rlinf_core.training.resume import Flags, decide_start
 from rlinf_core.training.run_folder import read_folder
-from rlinf_core.training.stopping import best_metric, result_names
+from rlinf_core.training.stopping import compared_metric
 
 DIAGNOSED_ROWS = 65_536
 """Most rows whose statistics are diagnosed; the run itself uses all."""
@@ -101,13 +102,15 @@ def check_run(run: RunConfig, plugins: Plugins, ranks: int | None = None, *, all
         report.warnings += run.policy.unchecked_files()
     with report.checking():
         if run.runner.val_check_interval:
-            best_metric(run.runner.best_metric, result_names(run))
+            compared_metric(run, plugins)
     with report.checking():
         _check_folder(run, report, allow_change=allow_change)
     with report.checking():
         _check_launcher(run, plugins, report)
     if plugins.failures:
         report.facts["plugins_left_out"] = "; ".join(map(str, plugins.failures))
+    if run.runner.val_check_interval:
+        report.facts["evaluators"] = ", ".join(evaluator_names(run))
     report.facts["loggers"] = ", ".join(dict.fromkeys(("console", "jsonl", *run.runner.loggers)))
     return report
 

@@ -29,17 +29,14 @@ class TextPolicyConfig(TextPolicySettings):
     """A causal language model of transformers, fine-tuned on text."""
 
     run_defaults: ClassVar[Mapping[str, Any]] = {
-        "optim": {"lr": 1e-5, "min_lr": 1e-6, "warmup_steps": 20, "decay_steps": 1000, "betas": (0.9, 0.999)}
+        "optim": {"lr": 1e-5, "min_lr": 1e-6, "warmup_steps": 20, "decay_steps": 1000, "betas": (0.9, 0.999)},
+        "runner": {"evaluators": ["text_answers"]},
     }
     validation_metrics: ClassVar[Mapping[str, Callable[[Mapping[str, float]], float]]] = {
         "perplexity": lambda means: math.exp(min(means["loss"], 700.0)),
         "token_accuracy": itemgetter("token_accuracy"),
     }
     larger_is_better: ClassVar[frozenset[str]] = frozenset({"token_accuracy"})
-
-    def shown(self) -> int:
-        """Number of held-out samples that `demonstrate` gets."""
-        return self.shown_samples
 
     def describe(self, samples: Iterable[Sample]) -> Mapping[str, str]:
         """Lengths of the texts, what is cut and what is trained; the first sample with its trained parts marked."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rlinf_core import DatasetConfig, PolicyConfig, SampleSource, UserError, hookimpl
+from rlinf_core import DatasetConfig, EvaluatorConfig, PolicyConfig, SampleSource, UserError, hookimpl
+from rlinf_plugins_text.answers import TextAnswersConfig
 from rlinf_plugins_text.config import TextPolicyConfig
 from rlinf_plugins_text.rows.dataset import TextDatasetConfig
 
@@ -16,6 +17,12 @@ if TYPE_CHECKING:
 def rlinf_register_policies() -> list[type[PolicyConfig]]:
     """Register the policy `text`."""
     return [TextPolicyConfig]
+
+
+@hookimpl
+def rlinf_register_evaluators() -> list[type[EvaluatorConfig]]:
+    """Register the evaluator `text_answers`."""
+    return [TextAnswersConfig]
 
 
 @hookimpl

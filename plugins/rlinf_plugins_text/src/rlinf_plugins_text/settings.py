@@ -43,7 +43,8 @@ class TextPolicySettings(PolicyConfig):
     liger: Literal["auto", "never"] = "auto"
     """`auto`: compute the loss with `liger_kernel` if it is installed and the device is CUDA."""
     shown_samples: int = Field(default=2, ge=0)
-    """Held-out prompts that the model answers after each validation, for people to read; 0: none."""
+    """Held-out prompts that the model answers at each validation, for people to read; 0: none. The evaluator
+    `text_answers` shows them."""
     shown_tokens: int = Field(default=48, ge=1)
     """Length of such an answer, in tokens."""
     temperature: float = Field(default=0.0, ge=0.0)

@@ -2,8 +2,9 @@
 
 Layers, each overriding the one before (contract 6): core's defaults < the policy's `run_defaults` < the dataset's
 `run_defaults` < the TOML file < the command line. `data.config_name`, `policy.type` and `trainer.type` select the
-classes that validate `[data]`, `[policy]` and `[trainer]`; `[plugins.<name>]` and `[loggers.<type>]` are validated by
-the classes that are registered under these names. All mistakes are reported together.
+classes that validate `[data]`, `[policy]` and `[trainer]`; `[plugins.<name>]`, `[loggers.<type>]` and
+`[evaluators.<type>]` are validated by the classes that are registered under these names. All mistakes are reported
+together.
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ from rlinf_core.config.toml import (
 from rlinf_core.contract.augmentation import PLUGINS
 from rlinf_core.contract.datasets import DatasetConfig
 from rlinf_core.contract.mixture import LOADER_KEYS, MixtureConfig, MixtureEntry, MixtureShare
-from rlinf_core.contract.run import RunConfig
+from rlinf_core.contract.run import NOTHING_HELD_OUT, RunConfig
 from rlinf_core.contract.tables import Section
 from rlinf_core.errors import UserError
+from rlinf_core.plugins.evaluators import ALWAYS_ON as HELD_OUT
 from rlinf_core.plugins.owners import Owner
 from rlinf_core.plugins.registrations import RegistrationKind
 from rlinf_core.plugins.registry import ALWAYS_ON, Plugins, get_plugins
@@ -49,9 +51,13 @@ SECRET = (
     "contains a password or a token, which would be written to the run's folder: leave it out; the hub's client reads "
     "HF_TOKEN or the login of `hf auth login`, and loggers have their own environment variables"
 )
-NAMED = {"plugins": "plugin, [plugins.<name>]", "loggers": "logger, [loggers.<type>]"}
+NAMED = {
+    "plugins": "plugin, [plugins.<name>]",
+    "loggers": "logger, [loggers.<type>]",
+    "evaluators": "evaluator, [evaluators.<type>]",
+}
 """Sections with a table for each name, whose class is the one registered under that name, and what they consist of."""
-TYPED = ("loggers",)
+TYPED = ("loggers", "evaluators")
 """Those of `NAMED` whose classes have their table's name as `type`."""
 _CORE_DEFAULTS: Table = {"trainer": {"type": "fsdp2"}}
 
@@ -148,7 +154,8 @@ class _Draft:
         trainer = self._choose(("trainer", "type"), partial(self._find, "trainer"), "is required")
         self._chosen = {**datasets, ("policy",): policy, ("trainer",): trainer}
         self._choose_named("plugins", "options")
-        self._choose_loggers()
+        self._choose_running("loggers", "logger", ALWAYS_ON)
+        self._choose_running("evaluators", "evaluator", (HELD_OUT,))
 
     def validate(self) -> RunConfig:
         """Validate every table with its class, then the rules between tables."""
@@ -167,7 +174,9 @@ class _Draft:
                 above = tables[str(place[0])] if len(place) > 1 else tables
                 above[str(place[-1])] = self._try(chosen.model, self._values(place), place, chosen.owner)
         run = None if self._mistakes else self._try(RunConfig, tables)
-        if run is None:
+        if run is not None and run.runner.val_check_interval:
+            self._check_evaluators(run)
+        if run is None or self._mistakes:
             count = f"{len(self._mistakes)} mistake{'s' if len(self._mistakes) > 1 else ''}"
             lines = "".join(f"\n  {text.replace(chr(10), chr(10) + '  ')}" for text in self._mistakes)
             raise UserError(f"{self._path}: {count} in the config:{lines}")
@@ -323,20 +332,27 @@ class _Draft:
             else:
                 self._note((section, name), f"does nothing: the {kind} {name!r} does not run. {way_out}")
 
-    def _choose_loggers(self) -> None:
-        """Find the classes of the run's loggers: of those with a table, and whether the others need one."""
-        listed = self._get("runner", "loggers")
-        running = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
-        self._choose_named("loggers", "logger", {*ALWAYS_ON, *running}, "Add it to runner.loggers, or remove the table")
-        tables = self._get("loggers")
+    def _choose_running(self, section: str, kind: RegistrationKind, always: Collection[str]) -> None:
+        """Find the classes of what `runner.<section>` names: of those with a table, and whether the others need one.
+
+        Args:
+            section: One of `TYPED`.
+            kind: What is registered under these names.
+            always: Names that may have a table without being listed.
+        """
+        listed = self._get("runner", section)
+        running = [name for name in listed if isinstance(name, str)] if isinstance(listed, list | tuple) else []
+        way_out = f"Add it to runner.{section}, or remove the table"
+        self._choose_named(section, kind, {*always, *running}, way_out)
+        tables = self._get(section)
         for name in running:
             if isinstance(tables, Mapping) and name in tables:
                 continue
             try:
-                chosen = self._find("logger", name)
-                self._try(chosen.model, {"type": name}, ("loggers", name), chosen.owner)
+                chosen = self._find(kind, name)
+                self._try(chosen.model, {"type": name}, (section, name), chosen.owner)
             except UserError as error:
-                self._note(("runner", "loggers"), str(error))
+                self._note(("runner", section), str(error))
 
     def _check_policy_fits(self, place: KeyPath, data: type[DatasetConfig]) -> bool:
         own = value_at(data.run_defaults, ("policy", "type"))
@@ -352,6 +368,20 @@ class _Draft:
             + (f": {instead}" if instead else ""),
         )
         return False
+
+    def _check_evaluators(self, run: RunConfig) -> None:
+        """Check the run's evaluators against the rest of its config."""
+        for chosen in self._plugins.evaluators(run):
+            config, place = chosen.config, ("evaluators", chosen.config.type)
+            if config.needs_held_out and not run.data.has_validation:
+                others = f', or leave "{config.type}" out of runner.evaluators: it needs held-out episodes'
+                self._mistakes.append(NOTHING_HELD_OUT + others)
+            elif config.weights == "ema" and not run.optim.ema_decay:
+                self._note((*place, "weights"), '"ema" does nothing without optim.ema_decay')
+            try:
+                config.check_run(run)
+            except ValueError as error:
+                self._mistakes.append(mistake(place, str(error), self._layers, owner=chosen.owner))
 
     def _note(self, place: KeyPath, what: str) -> None:
         self._mistakes.append(mistake(place, what, self._layers))

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rlinf_core.contract.augmentation import AugmentationConfig
     from rlinf_core.contract.command import Command
     from rlinf_core.contract.datasets import DatasetConfig, SampleSource, Split
+    from rlinf_core.contract.evaluation import EvaluatorConfig
     from rlinf_core.contract.policy import PolicyConfig
     from rlinf_core.contract.run import LoggerConfig, RunConfig, Trainer, TrainerConfig
 
@@ -70,6 +71,17 @@ def rlinf_register_loggers() -> Iterable[type[LoggerConfig]]:  # type: ignore[em
         Config classes. All plugins' results are collected; the same `type` from two plugins is an error naming both.
 
     Called on: every rank, while the config is loaded; only rank 0 builds them. Since 0.1.
+    """
+
+
+@hookspec
+def rlinf_register_evaluators() -> Iterable[type[EvaluatorConfig]]:  # type: ignore[empty-body]
+    """Offer evaluators, which measure the policy at every validation; `runner.evaluators` selects among them by `type`.
+
+    Returns:
+        Config classes. All plugins' results are collected; the same `type` from two plugins is an error naming both.
+
+    Called on: every rank, while the config is loaded; every rank builds those of the run. Since 0.1.
     """
 
 
@@ -237,7 +249,7 @@ def rlinf_validation_finished(trainer: Trainer, step: int, metrics: Mapping[str,
         step: Number of finished steps.
         metrics: `val_loss`, and `val_<name>` for each of the policy's `validation_metrics`; for policies with actions
             `val_action_mse`, `val_action_mse_mean` and `val_action_mse_repeat` (the data's units, squared); the same
-            names prefixed with `ema_` if the run averages weights.
+            names prefixed with `ema_` if the run averages weights; and those of the run's other evaluators.
 
     Called on: rank 0. Since 0.1.
     """

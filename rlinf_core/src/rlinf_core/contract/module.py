@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
@@ -56,7 +56,9 @@ class ShardUnit(NamedTuple):
 class Policy(Protocol):
     """What `PolicyConfig.build` builds: an `nn.Module` with these methods.
 
-    It is single-device code: sharding, precision, compilation and checkpoints are applied from outside.
+    It is single-device code: sharding, precision, compilation and checkpoints are applied from outside. Its attribute
+    `forward_methods`, a tuple of names, may list more methods that compute with parameters. A trainer then gathers the
+    parameters for them as for `forward` and `sample_actions`, so that evaluators may call them.
     """
 
     def forward(self, batch: Batch) -> PolicyOutput:
@@ -91,16 +93,5 @@ class ActingPolicy(Policy, Protocol):
 
         Returns:
             [B, H, A] normalised actions, float32.
-        """
-        ...
-
-
-class DemonstratingPolicy(Policy, Protocol):
-    """The module of a policy whose config's `shown()` is not 0."""
-
-    def demonstrate(self, batch: Batch) -> Sequence[str]:
-        """Describe what the policy does with held-out samples, one line each; the run's loggers print them.
-
-        Every rank gets the same batch and must call sharded modules equally often, whatever the values are.
         """
         ...

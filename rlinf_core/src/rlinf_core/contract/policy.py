@@ -93,10 +93,6 @@ class PolicyConfig(Described, Measured, BoundToData, Counted, Published, Checked
         """
         return WeightFile(self.weights, self)
 
-    def shown(self) -> int:
-        """Number of held-out samples that the module's `demonstrate` gets after each validation; 0: never called."""
-        return 0
-
     def _lacks(self, method: str, effect: str) -> UserError:
         where = f"{type(self).__module__}.{type(self).__qualname__}"
         return UserError(f"the policy {self.type!r} has no {method}(), so {effect}: define it in {where}")

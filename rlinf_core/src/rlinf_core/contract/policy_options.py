@@ -67,7 +67,7 @@ class Measured:
     """What a validation reports besides its loss: name -> function of the held-out means of `loss` and of the policy's
     own metrics (`PolicyOutput.metrics`). Reported as `val_<name>`, and as `ema_val_<name>` for EMA weights."""
     larger_is_better: ClassVar[frozenset[str]] = frozenset()
-    """The metrics of which larger values are better. `runner.best_metric` accepts only the others."""
+    """The `validation_metrics` of which larger values are better."""
 
 
 class BoundToData:

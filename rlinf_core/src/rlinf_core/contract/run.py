@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
@@ -19,6 +19,11 @@ from rlinf_core.contract.process_group import ProcessGroup
 from rlinf_core.contract.tables import OptimConfig, RunnerConfig, Section
 from rlinf_core.errors import UserError, did_you_mean
 from rlinf_core.plugins.owners import Implementation
+
+NOTHING_HELD_OUT = (
+    "runner.val_check_interval is set but no episode is held out: "
+    "set data.validation_fraction or data.validation_episodes"
+)
 
 
 class TrainerConfig(BaseModel):
@@ -94,6 +99,8 @@ class RunConfig(Section):
     optim: OptimConfig = OptimConfig()
     trainer: SerializeAsAny[TrainerConfig]
     """The class is the one registered under `trainer.type`."""
+    evaluators: dict[str, SerializeAsAny[InstanceOf[BaseModel]]] = {}
+    """Settings of evaluators; the class of `[evaluators.<type>]` is the one registered under that type."""
     plugins: dict[str, SerializeAsAny[InstanceOf[BaseModel]]] = {}
     """Plugins' own settings; the class of `[plugins.<name>]` is the one registered under that name."""
     loggers: dict[str, SerializeAsAny[InstanceOf[LoggerConfig]]] = {}
@@ -144,11 +151,9 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _validation_needs_held_out_episodes(self) -> RunConfig:
-        if self.runner.val_check_interval and not self.data.has_validation:
-            raise ValueError(
-                "runner.val_check_interval is set but no episode is held out: "
-                "set data.validation_fraction or data.validation_episodes"
-            )
+        # Whether an evaluator that is named needs them is known to its class: `config.load` checks that.
+        if self.runner.val_check_interval and not self.data.has_validation and not self.runner.evaluators:
+            raise ValueError(NOTHING_HELD_OUT)
         return self
 
     @model_validator(mode="after")
@@ -173,7 +178,8 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _best_needs_validation(self) -> RunConfig:
-        set_ = [key for key in ("save_best", "early_stop_patience", "best_metric") if getattr(self.runner, key)]
+        keys = ("save_best", "early_stop_patience", "best_metric", "val_at_start")
+        set_ = [key for key in keys if getattr(self.runner, key)]
         if set_ and not self.runner.val_check_interval:
             raise ValueError(f"runner.{set_[0]} needs validations: set runner.val_check_interval")
         return self
@@ -254,6 +260,23 @@ class LoadedPlugins(Protocol):
 
     def build_loggers(self, run: RunConfig, *, start_step: int, stop_step: int) -> list[Logger]:
         """Build the loggers of the run, on rank 0. One that fails later is left out, except `jsonl`."""
+        ...
+
+    def evaluators(self, run: RunConfig) -> Sequence[ChosenEvaluator]:
+        """The evaluators of the run, with their settings, in the order in which they are called."""
+        ...
+
+
+class ChosenEvaluator(Protocol):
+    """An evaluator of a run; its text names the plugin that registered it."""
+
+    @property
+    def config(self) -> Any:
+        """Its settings, a `contract.evaluation.EvaluatorConfig`."""
+        ...
+
+    def naming(self, doing: str) -> AbstractContextManager[None]:
+        """Name the evaluator and its plugin in every error of the body; `doing`: the method that is called."""
         ...
 
 

@@ -45,19 +45,21 @@ class RunnerConfig(Section):
     """Write checkpoints to a temporary folder and rename it; false: write in place, for storage without renaming, e.g.
     mounted object storage. Either way, a folder without a valid `state.json`, written last, is never read."""
     val_check_interval: int = Field(default=0, ge=0)
-    """Steps between validations on the held-out episodes, also after the last step; 0: none."""
+    """Steps between validations on the held-out episodes and by `evaluators`, also after the last step; 0: none."""
+    val_at_start: bool = False
+    """Validate before the first step, too: what the initial weights can do. It is not compared with later ones."""
     val_samples: int = Field(default=256, ge=1)
     """Held-out frames per validation, evenly spaced; all if there are fewer. In a mixture: of each source."""
     best_metric: str = ""
-    """Validation result by which checkpoints are compared; smaller is better. Empty: the action error if there is one,
-    else the loss, and of the EMA weights if there are any. In a mixture, empty means the loss; each source has its own
-    results, e.g. `val_loss/<name>`."""
+    """Validation result by which checkpoints are compared, also one of `evaluators`. Empty: the action error if there
+    is one, else the loss, and of the EMA weights if there are any. In a mixture, empty means the loss; each source has
+    its own results, e.g. `val_loss/<name>`."""
     save_best: bool = False
     """Save whenever `best_metric` improves, and keep that checkpoint, named by the file `best`, until the next one."""
     early_stop_patience: int = Field(default=0, ge=0)
     """Validations in a row without improvement after which the run ends; 0: it never ends early."""
     early_stop_min_delta: float = Field(default=0.0, ge=0.0)
-    """How much `best_metric` must decrease to count as an improvement."""
+    """How much `best_metric` must change for the better to count as an improvement."""
     max_skipped_steps: int = Field(default=10, ge=0)
     """Skipped steps in a row (loss or gradient not finite) after which the run ends; 0: never."""
     spike_threshold: float = Field(default=10.0, ge=0.0)
@@ -69,6 +71,9 @@ class RunnerConfig(Section):
     """`auto` continues an unfinished run of this name; `never` refuses if one exists (`--overwrite` removes it)."""
     loggers: tuple[str, ...] = ()
     """Loggers, by `type`, in addition to `console` and `jsonl`, which always run."""
+    evaluators: tuple[str, ...] = ()
+    """Evaluators, by `type`, in addition to `held_out`, which runs if episodes are held out. Each has a table
+    `[evaluators.<type>]`."""
 
     @model_validator(mode="before")
     @classmethod

@@ -18,7 +18,7 @@ from rlinf_core.contract.policy import PolicyConfig
 from rlinf_core.data.normalize import Normalize, Stats
 from rlinf_core.data.sample import Row, Sample
 from rlinf_core.data.transforms import Transform
-from rlinf_core.errors import UserError
+from rlinf_core.errors import UserError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,33 @@ def build_pipeline(dataset: DatasetConfig, policy: PolicyConfig, stats: Stats | 
             )
         normalize = Normalize(stats, policy.normalization)
     return Pipeline(dataset.repack(), tuple(dataset.transforms()), normalize, tuple(policy.transforms()))
+
+
+def encode_observation(pipeline: Pipeline, dataset: DatasetConfig, observation: Row) -> Sample:
+    """Encode an observation in the dataset's format; only the columns that the dataset reads are used.
+
+    Raises:
+        UserError: The observation lacks columns (the message names them all), or its state or task is invalid.
+    """
+    columns = dataset.observation_columns()
+    # A task overrides the default prompt, which may be all that the columns ask for.
+    wanted = (*columns, "task") if columns else observation
+    seen = {column: observation[column] for column in wanted if column in observation}
+    # Checked here: training skips a camera that a row lacks, but a robot that loses one must raise an error.
+    if missing := [column for column in columns if column not in observation]:
+        hints = did_you_mean(missing[0], observation.keys() - set(columns))
+        raise UserError(
+            f"the observation lacks {', '.join(map(repr, missing))}; it has {', '.join(observation) or 'nothing'}"
+            f"{hints}. Names must be those of the dataset that the policy was trained on"
+        )
+    if not isinstance(seen.get("task", ""), str):
+        raise UserError(f"the observation's 'task' is {seen['task']!r}, but must be a string")
+    try:
+        return pipeline.encode(seen)
+    except KeyError as error:
+        raise UserError(
+            f"the observation lacks {error.args[0]!r}; it has {', '.join(observation) or 'nothing'}"
+        ) from error
 
 
 def _float32(value: Any) -> Any:

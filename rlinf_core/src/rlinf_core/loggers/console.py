@@ -127,6 +127,8 @@ class ConsoleLogger:
                 f"(mean action {metrics['val_action_mse_mean']:.4f}, "
                 f"repeated action {metrics['val_action_mse_repeat']:.4f})"
             )
+        if "val_loss" in metrics:
+            line += "".join(f", {name} {metrics[name]:.4g}" for name in _of_evaluators(metrics))
         return line
 
     def message(self, text: str) -> None:
@@ -143,7 +145,7 @@ class ConsoleLogger:
             done = [row["step"] for row in rows if "loss" in row]  # Includes skipped steps.
             self._print_why_stopped(error, int(done[-1]) if done else 0)
             return
-        validations = [row for row in rows if "val_loss" in row]
+        validations = [row for row in rows if "loss" not in row]
         self._console.print(result_table(self._run.runner.name, steps, validations, self._sources))
         if len(steps) > 1:
             self._console.print(Text.from_ansi(loss_plot(steps)))
@@ -202,7 +204,8 @@ def result_table(
 
 def _add_results(table: Table, source: str, result: Mapping[str, float], at: str, before: Mapping[str, str]) -> None:
     """The rows of a validation, or of one source in it."""
-    table.add_row(f"{source}held-out loss", f"{result['val_loss']:.4f}", at)
+    if "val_loss" in result:
+        table.add_row(f"{source}held-out loss", f"{result['val_loss']:.4f}", at)
     for name in _of_the_policy(result):
         table.add_row(f"{source}held-out {_words(name)}", f"[bold]{result[name]:.4g}[/]", before.get(name, ""))
     if "val_action_mse" in result:
@@ -220,6 +223,8 @@ def _add_results(table: Table, source: str, result: Mapping[str, float], at: str
             table.add_row("  with EMA weights", f"[bold]{ema:.4f}[/]", f"{ema / best:.0%} of the better baseline")
         for baseline, value in baselines.items():
             table.add_row(f"  {baseline}", f"{value:.4f}", "")
+    for name in _of_evaluators(result):
+        table.add_row(f"{source}{name}", f"[bold]{result[name]:.4g}[/]", before.get(name, at))
 
 
 def loss_plot(steps: Sequence[Mapping[str, Any]]) -> str:
@@ -238,6 +243,11 @@ def loss_plot(steps: Sequence[Mapping[str, Any]]) -> str:
 def _of_the_policy(metrics: Mapping[str, float]) -> list[str]:
     """The names of the policy's own validation metrics."""
     return [n for n in metrics if n.startswith("val_") and n != "val_loss" and not n.startswith("val_action_mse")]
+
+
+def _of_evaluators(metrics: Mapping[str, float]) -> list[str]:
+    """The names of the metrics of other evaluators than core's."""
+    return [n for n in metrics if not n.removeprefix("ema_").startswith("val_") and n != "step"]
 
 
 def _words(name: str) -> str:

@@ -1,5 +1,5 @@
 """Core's own plugin, found through its own entry point: the FSDP2 trainer, the LeRobot reader, an augmentation, two
-loggers, the commands, and torchrun as launcher.
+loggers, an evaluator, the commands, and torchrun as launcher.
 
 Configs and readers are imported when a hook is called, so that loading the plugins is cheap.
 """
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from rlinf_core.contract.augmentation import AugmentationConfig
     from rlinf_core.contract.datasets import DatasetConfig, SampleSource, Split
+    from rlinf_core.contract.evaluation import EvaluatorConfig
     from rlinf_core.contract.policy import PolicyConfig
     from rlinf_core.contract.run import LoggerConfig, RunConfig, TrainerConfig
 
@@ -43,6 +44,14 @@ def rlinf_register_loggers() -> list[type[LoggerConfig]]:
     from rlinf_core.loggers.jsonl import JsonlLoggerConfig
 
     return [ConsoleLoggerConfig, JsonlLoggerConfig]
+
+
+@hookimpl
+def rlinf_register_evaluators() -> list[type[EvaluatorConfig]]:
+    """The evaluator `held_out`."""
+    from rlinf_core.evaluators.held_out import HeldOutConfig
+
+    return [HeldOutConfig]
 
 
 @hookimpl

@@ -14,12 +14,13 @@ from pydantic import BaseModel
 
 from rlinf_core.contract.augmentation import AugmentationConfig
 from rlinf_core.contract.command import Command
+from rlinf_core.contract.evaluation import EvaluatorConfig
 from rlinf_core.contract.policy import PolicyConfig
 from rlinf_core.contract.run import LoggerConfig, TrainerConfig
 from rlinf_core.errors import PluginError
 from rlinf_core.plugins.owners import Owner
 
-RegistrationKind = Literal["policy", "augmentation", "trainer", "logger", "options", "command"]
+RegistrationKind = Literal["policy", "augmentation", "trainer", "logger", "evaluator", "options", "command"]
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,7 @@ HOOKS: Mapping[RegistrationKind, RegistrationHook] = {
     "augmentation": RegistrationHook("rlinf_register_augmentations", "augmentation", _configs(AugmentationConfig)),
     "trainer": RegistrationHook("rlinf_register_trainers", "trainer", _configs(TrainerConfig)),
     "logger": RegistrationHook("rlinf_register_loggers", "logger", _configs(LoggerConfig)),
+    "evaluator": RegistrationHook("rlinf_register_evaluators", "evaluator", _configs(EvaluatorConfig)),
     "options": RegistrationHook("rlinf_register_options", "plugin table", _options),
     "command": RegistrationHook("rlinf_register_commands", "command", _commands),
 }

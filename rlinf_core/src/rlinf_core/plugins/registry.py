@@ -34,8 +34,10 @@ if TYPE_CHECKING:
 
     from rlinf_core.contract.command import Command
     from rlinf_core.contract.datasets import DatasetConfig
+    from rlinf_core.contract.evaluation import EvaluatorConfig
     from rlinf_core.contract.policy import PolicyConfig
     from rlinf_core.contract.run import Logger, LoggerConfig, RunConfig, TrainerConfig
+    from rlinf_core.plugins.evaluators import Chosen
     from rlinf_core.plugins.registrations import Registered, RegistrationKind
 
 PLUGIN_GROUP = "rlinf.plugins"
@@ -251,6 +253,17 @@ class Plugins:
             observer = Observer(f"logger {name!r} of {found.owner}", run.folder)
             loggers.append(logger if name == RECORD else ObservedLogger(logger, observer))
         return loggers
+
+    def evaluators(self, run: RunConfig) -> list[Chosen]:
+        """The evaluators of a run with their settings, in the order in which they are called. Raises as `find` does."""
+        from rlinf_core.plugins.evaluators import Chosen, evaluator_names
+
+        chosen = []
+        for name in evaluator_names(run):
+            found: Registered[type[EvaluatorConfig]] = self.find("evaluator", name)
+            config: Any = run.evaluators.get(name) or found.item(type=name)
+            chosen.append(Chosen(config, found.owner))
+        return chosen
 
     def options(self, name: str) -> type[BaseModel]:
         """The class of the table `[plugins.<name>]`. Raises as `find` does."""

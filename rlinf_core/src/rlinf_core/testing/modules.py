@@ -50,7 +50,7 @@ def check_module(findings: Findings, config: PolicyConfig, samples: Sequence[Sam
     if module is None:
         return
     needed = ["shard_units", "initial_value", "rebuild_buffers"] + ["sample_actions"] * bool(config.chunk_length())
-    needed += ["demonstrate"] * bool(config.shown())
+    needed += list(getattr(module, "forward_methods", ()))
     missing = [name for name in needed if not callable(getattr(module, name, None))]
     if not findings.expect(not missing, "the module follows Policy", f"no {', '.join(missing)}"):
         return
@@ -60,8 +60,6 @@ def check_module(findings: Findings, config: PolicyConfig, samples: Sequence[Sam
         _check_loss(findings, config, module, samples)
         if config.chunk_length():
             _check_actions(findings, module, config.collate(samples))
-        if config.shown():
-            _check_demonstration(findings, module, config.collate(samples))
         check_weights(findings, config, dict(module.named_parameters()))
 
 
@@ -271,20 +269,6 @@ def _check_actions(findings: Findings, module: Any, batch: Mapping[str, Any]) ->
         if findings.expect(torch.equal(actions, act(batch)), rule) and "actions" in batch:
             blind = act({**batch, "actions": torch.zeros_like(batch["actions"])})
             findings.expect(torch.equal(actions, blind), "sample_actions() ignores the actions in the batch")
-
-
-def _check_demonstration(findings: Findings, module: Any, batch: Mapping[str, Any]) -> None:
-    """Check the lines that a user reads after a validation."""
-    module.eval()
-
-    def texts() -> list[str]:
-        with torch.no_grad():
-            return list(module.demonstrate(batch))
-
-    shown = findings.attempt("demonstrate() works", texts)
-    if shown is not None:
-        findings.expect(all(isinstance(text, str) for text in shown), "demonstrate() gives lines of text", shown)
-        findings.expect(shown == texts(), "demonstrate() is deterministic, because ranks must stay in step")
 
 
 def _leaves(batch: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:

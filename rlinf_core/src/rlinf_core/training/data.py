@@ -8,18 +8,28 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from rlinf_core.contract.datasets import DecodingSource, SampleSource, Split
+from rlinf_core.contract.evaluation import ValidationBatch
+from rlinf_core.contract.policy import PolicyConfig
 from rlinf_core.contract.process_group import ProcessGroup
 from rlinf_core.contract.run import LoadedPlugins, RunConfig, RunSource
 from rlinf_core.data.loading.chunked_sampling import check_streams, chunks_of
+from rlinf_core.data.loading.encoding import add_draws
 from rlinf_core.data.loading.loader import TrainLoader, build_train_loader
 from rlinf_core.data.loading.mixture import Source
 from rlinf_core.data.loading.sampling import Batching, steps_per_epoch
-from rlinf_core.data.pipeline import build_pipeline
+from rlinf_core.data.loading.validation import build_validation_batches
+from rlinf_core.data.pipeline import Pipeline, build_pipeline, encode_observation
 from rlinf_core.data.splits import describe_splits, open_split
 from rlinf_core.data.statistics.preview import bind_policy, preview_samples
 from rlinf_core.data.statistics.run import run_statistics
+from rlinf_core.errors import UserError
+from rlinf_core.training.distributed.processes import to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +119,11 @@ class RunData:
             chunks=chunks,
         )
 
+    def for_evaluators(self, group: ProcessGroup) -> EvaluatedData:
+        """The datasets as evaluators see them on this rank."""
+        opened = zip(self.run.sources, self.sources, self.held_out, strict=True)
+        return EvaluatedData(tuple(EvaluatedSource(*one, self.run.policy, group) for one in opened))
+
     def facts(self) -> Iterator[str]:
         """Lines to report per dataset: episodes, rows, decoder; in a mixture also how often it is drawn from."""
         for given, rows, held_out in zip(self.run.sources, self.rows, self.held_out, strict=True):
@@ -123,6 +138,79 @@ class RunData:
             if not given.run.data.stats_need_images:
                 for name, fact in self.run.policy.describe(preview_samples(source.rows, source.pipeline)).items():
                     yield f"{_prefix(source.name)}{name}: {fact}"
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluatedSource:
+    """A dataset of the run as evaluators see it: a `contract.evaluation.EvaluationSource`."""
+
+    given: RunSource
+    source: Source
+    held_out: SampleSource | None
+    policy: PolicyConfig
+    group: ProcessGroup
+
+    @property
+    def name(self) -> str:
+        """Its name in the mixture; empty if the run has one dataset."""
+        return self.source.name
+
+    @property
+    def share(self) -> float:
+        """The probability that a training sample comes from it."""
+        return self.source.share
+
+    @property
+    def rows(self) -> SampleSource:
+        """The training rows."""
+        return self.source.rows
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """Its transforms, with the run's statistics."""
+        return self.source.pipeline
+
+    def batches(
+        self, samples: int, *, micro_batch_size: int | None = None, divided: bool = True
+    ) -> Iterator[ValidationBatch]:
+        """Batches of held-out rows on this rank's device; none if there are no held-out rows."""
+        if self.held_out is None:
+            return
+        run, group = self.given.run, self.group
+        found = build_validation_batches(
+            self.held_out,
+            self.pipeline,
+            self.policy,
+            seed=run.seed,
+            val_samples=samples,
+            micro_batch_size=micro_batch_size or run.trainer.micro_batch_size,
+            rank=group.rank if divided else 0,
+            world_size=group.size if divided else 1,
+        )
+        for batch, rows in found:
+            yield ValidationBatch(to_device(batch, group.device), rows)
+
+    def act(
+        self, policy: Any, observations: Sequence[Mapping[str, Any]], generators: Sequence[np.random.Generator]
+    ) -> list[NDArray[np.floating]]:
+        """The policy's actions for observations, [H, D] each, in the data's units."""
+        if not self.policy.chunk_length():
+            raise UserError(
+                f"the policy {self.policy.type!r} has no actions: it cannot act in a simulator or on a robot"
+            )
+        with self.given.naming():
+            samples = [encode_observation(self.pipeline, self.given.run.data, dict(one)) for one in observations]
+        drawn = add_draws(samples, self.policy, generators)
+        batch = to_device(self.policy.collate(drawn), self.group.device)
+        actions = policy.sample_actions(batch, batch["noise"]).float().cpu().numpy()
+        return [self.pipeline.decode(chunk, sample) for chunk, sample in zip(actions, drawn, strict=True)]
+
+
+@dataclass(frozen=True)
+class EvaluatedData:
+    """The data of a run as evaluators see them: a `contract.evaluation.EvaluationData`."""
+
+    sources: tuple[EvaluatedSource, ...]
 
 
 def check_batching(run: RunConfig, ranks: int) -> None:

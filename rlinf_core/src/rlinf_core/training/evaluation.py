@@ -1,216 +1,240 @@
-"""Evaluate a policy on held-out episodes: its loss, and the error of its sampled actions in the data's own units.
+"""Run the evaluators of a run: with which weights, from which random numbers, and what becomes of what they return.
 
-Two baselines that ignore observations are evaluated too: one always outputs the mean action of the training rows, the
-other repeats the robot's last action. A policy that is not clearly better has learned nothing from its observations.
-`Validation` evaluates one dataset, `MixtureValidation` every source of a mixture; `open_validation` chooses.
+Evaluating leaves no trace in training: the weights, the global random numbers and, from the next step on, the training
+mode are those from before.
 """
 
 from __future__ import annotations
 
+import contextlib
+import random
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from rlinf_core.contract.datasets import SampleSource
+from rlinf_core.contract.evaluation import Evaluation, EvaluationData, Evaluator, Metric
 from rlinf_core.contract.process_group import ProcessGroup
-from rlinf_core.contract.run import RunConfig
-from rlinf_core.data.loading.mixture import Source
-from rlinf_core.data.loading.validation import ValidationBatch, ValidationRow, build_validation_batches
-from rlinf_core.data.pipeline import Pipeline
-from rlinf_core.errors import UserError
-from rlinf_core.training.distributed.processes import to_device
+from rlinf_core.contract.run import ChosenEvaluator, LoadedPlugins, RunConfig
+from rlinf_core.errors import UserError, did_you_mean
+from rlinf_core.files import write_bytes
+from rlinf_core.training.checkpoint.state import step_name
 from rlinf_core.training.ema import Ema
-from rlinf_core.training.fsdp import release
-from rlinf_core.training.stopping import BASELINES, HEADLINES, best_metric, result_names
+from rlinf_core.training.fsdp import derived_seed, release
+from rlinf_core.training.stopping import EMA, prefixed, weights_of
+from rlinf_core.untrusted import path_inside
 
-Vectors = NDArray[np.floating]
+FOLDER = "evaluations"
+"""The folder of evaluators' files, in that of the run."""
+HELD_OUT = "held_out"
 
-ROWS_FOR_THE_MEAN = 4096
-"""Evenly spaced training rows from which the mean action is computed."""
+
+@dataclass
+class Report:
+    """The results of all evaluators of a validation, the same on every rank."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    messages: list[str] = field(default_factory=list)
 
 
-class Validation:
-    """Evaluates a policy, each time on the same held-out rows with the same random draws."""
+@dataclass(frozen=True, eq=False)
+class Running:
+    """An evaluator of this run on this rank."""
 
-    def __init__(
-        self, run: RunConfig, pipeline: Pipeline, held_out: SampleSource, training: SampleSource, group: ProcessGroup
-    ) -> None:
-        self._run, self._pipeline, self._source, self._group = run, pipeline, held_out, group
-        self._episodes = held_out.episodes
-        self._mean = mean_action(training, pipeline) if run.policy.chunk_length() else None
+    chosen: ChosenEvaluator
+    evaluator: Evaluator
+    declared: Sequence[Metric]
 
-    def __call__(
-        self, policy: Any, ema: Ema | None = None, interrupted: Callable[[], bool] = lambda: False
-    ) -> dict[str, float] | None:
-        """Validate; every rank calls it and gets the same results.
+    @property
+    def type(self) -> str:
+        """Its name in `runner.evaluators`."""
+        name: str = self.chosen.config.type
+        return name
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluations:
+    """The evaluators of a run, or those that are due at a step. Every rank makes the same calls."""
+
+    run: RunConfig
+    group: ProcessGroup
+    running: tuple[Running, ...]
+
+    @classmethod
+    def build(cls, run: RunConfig, data: EvaluationData, group: ProcessGroup, plugins: LoadedPlugins) -> Evaluations:
+        """Build the run's evaluators; none if it does not validate."""
+        built = []
+        for chosen in plugins.evaluators(run) if run.runner.val_check_interval else ():
+            with chosen.naming("build()"):
+                evaluator = chosen.config.build(run, data=data, group=group)
+                built.append(Running(chosen, evaluator, tuple(chosen.config.metrics(run))))
+        return cls(run, group, tuple(built))
+
+    @property
+    def exist(self) -> bool:
+        """Whether the run has evaluators."""
+        return bool(self.running)
+
+    @property
+    def description(self) -> str:
+        """What they evaluate, in words; empty if there are none."""
+        names = [one.type for one in self.running]
+        if names == [HELD_OUT]:
+            return "on held-out data"
+        return f"({', '.join(names)})" if names else ""
+
+    def due(self, step: int, *, last: bool) -> Evaluations:
+        """The evaluators that are due after a step: each at every n-th validation, all after the last step."""
+        number = step // self.run.runner.val_check_interval
+        running = (one for one in self.running if last or number % one.chosen.config.every == 0)
+        return Evaluations(self.run, self.group, tuple(running))
+
+    def __call__(self, policy: Any, ema: Ema | None, step: int, interrupted: Callable[[], bool]) -> Report | None:
+        """Evaluate; every rank calls it and gets the same results.
 
         Args:
             policy: The sharded policy.
-            ema: The moving average, whose weights are then evaluated too.
-            interrupted: Whether to abort; called before each batch, with the same answer on every rank.
+            ema: The moving average of its weights.
+            step: Finished steps.
+            interrupted: Whether to abort; the same answer on every rank.
 
         Returns:
-            `val_loss`, and `val_<name>` of the policy's `validation_metrics`; for policies with actions also
-            `val_action_mse`, and for the two baselines `val_action_mse_mean` and `val_action_mse_repeat`: the squared
-            error in the data's units, averaged over the dimensions of an action and over the steps of a chunk that are
-            within the episode. `ema_val_loss` etc. are the results of the EMA weights. None if interrupted.
+            What the evaluators report; None if interrupted.
         """
-        policy.eval()
+        report = Report()
         try:
-            results = self._measure(policy, interrupted)
-            if results is not None and ema is not None:
-                with ema.in_place_of_weights():
-                    averaged = self._measure(policy, interrupted)
-                own = {f"ema_{name}": value for name, value in (averaged or {}).items() if name not in BASELINES}
-                results = results | own if averaged else None
-            return results
+            for one in self.running:
+                for prefix in weights_of(one.chosen.config, self.run):
+                    weights = ema.in_place_of_weights() if prefix and ema is not None else contextlib.nullcontext()
+                    with weights, self._undisturbed(policy, one):
+                        done = not interrupted() and self._evaluate(one, policy, step, interrupted, prefix, report)
+                    if not done:
+                        return None
+            return report
         finally:
             release(policy)
 
-    @torch.no_grad()
-    def _measure(self, policy: Any, interrupted: Callable[[], bool]) -> dict[str, float] | None:
-        """The results with the policy's current weights."""
-        device = self._group.device
-        loss = torch.zeros(2, dtype=torch.float64)
-        own: dict[str, float] = {}
-        errors = np.zeros(4)
-        for batch, rows in self._batches():
-            if interrupted():
-                return None
-            on_device = to_device(batch, device)
-            out = policy(on_device)
-            own = own or dict.fromkeys(sorted(out.metrics), 0.0)  # A filler batch has the same names.
-            actions = None
-            if self._mean is not None:
-                actions = policy.sample_actions(on_device, on_device["noise"]).float().cpu().numpy()
-            if not rows:  # A filler batch, so that all ranks run equally many; it does not count.
-                continue
-            loss += torch.stack([out.loss_sum, out.weight]).double().cpu()
-            own = {name: total + float(out.metrics[name]) for name, total in own.items()}
-            if self._mean is not None and actions is not None:
-                errors += sum(self._errors(chunk, row, self._mean) for chunk, row in zip(actions, rows, strict=True))
-        sums = torch.cat([loss, torch.from_numpy(errors), torch.tensor([*own.values()], dtype=torch.float64)])
-        totals = self._group.sum(sums.to(device)).tolist()
-        means = {"loss": totals[0] / totals[1]}
-        results = {"val_loss": means["loss"]}
-        means |= {name: total / totals[1] for name, total in zip(own, totals[6:], strict=True)}
-        results |= {f"val_{name}": value(means) for name, value in self._run.policy.validation_metrics.items()}
-        if self._mean is not None:
-            names = ("val_action_mse", *BASELINES)
-            results |= {name: total / totals[5] for name, total in zip(names, totals[2:5], strict=True)}
-        return results
+    def close(self) -> None:
+        """Close all evaluators, even if one of them fails."""
+        with contextlib.ExitStack() as ending:
+            for one in reversed(self.running):
+                ending.callback(self._close, one)
 
-    def demonstrate(self, policy: Any) -> list[str]:
-        """The policy's texts about held-out samples (`PolicyConfig.shown` says how many), the same on every rank."""
-        if not (count := self._run.policy.shown()):
+    def _close(self, one: Running) -> None:
+        with one.chosen.naming("close()"):
+            one.evaluator.close()
+
+    def _evaluate(
+        self, one: Running, policy: Any, step: int, interrupted: Callable[[], bool], prefix: str, report: Report
+    ) -> bool:
+        """Add what an evaluator measures with the policy's weights; returns whether it was not interrupted."""
+        with one.chosen.naming("evaluate()"):
+            found = one.evaluator.evaluate(policy, step=step, interrupted=interrupted)
+            own = None if found is None else Outcome.of(found, one.declared)
+            # Ranks wait here for the slowest, as long as it takes; in other collectives, `trainer.timeout_seconds`.
+            outcomes = self.group.gather(own)
+            first = outcomes[0]
+            if found is None or first is None or None in outcomes:
+                return False
+            names = {metric.name: prefixed([metric], prefix)[0].name for metric in one.declared}
+            for name, value in first.metrics.items():
+                report.metrics.setdefault(names[name], value)  # A baseline is there already.
+            report.messages += [f"EMA weights: {text}" if prefix else text for text in first.messages]
+            folder = self.run.folder / FOLDER / one.type / f"{prefix}{step_name(step)}"
+            writers = [set(outcome.files) if outcome else set() for outcome in outcomes]
+            report.messages += self._write(folder, found.files, writers)
+        return True
+
+    def _write(self, folder: Path, files: Mapping[str, bytes | Path], writers: Sequence[set[str]]) -> list[str]:
+        """Write this rank's files except those that a lower rank writes; returns warnings of all ranks."""
+        if not any(writers):
             return []
-        # Not divided among ranks: all of them compute the same.
-        batches = self._batches_of(count, micro_batch_size=count, rank=0, world_size=1)
-        policy.eval()
+        failed = []
+        for name in files.keys() - set().union(*writers[: self.group.rank]):
+            content, path = files[name], folder / name
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_bytes(path, content.read_bytes() if isinstance(content, Path) else content)
+            except OSError as error:  # The run goes on: a full disk is fatal only when a checkpoint does not fit.
+                failed.append(f"warning: {path} cannot be written: {error}")
+        return [warning for of_rank in self.group.gather(failed) for warning in of_rank]
+
+    @contextlib.contextmanager
+    def _undisturbed(self, policy: Any, one: Running) -> Iterator[None]:
+        """Evaluate from the same random numbers each time, and give training its own back."""
+        device, seed = self.group.device, derived_seed(self.run.seed, "evaluator", one.type)
+        python, numpy = random.getstate(), np.random.get_state()
         try:
-            with torch.no_grad():
-                return [
-                    text for batch, _ in batches for text in policy.demonstrate(to_device(batch, self._group.device))
-                ]
+            with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+                random.seed(seed)
+                np.random.seed(seed % 2**32)
+                torch.default_generator.manual_seed(seed)
+                if device.type == "cuda":
+                    torch.cuda.manual_seed(seed)
+                policy.eval()
+                yield
         finally:
-            release(policy)
-
-    def _batches(self) -> Iterator[ValidationBatch]:
-        return self._batches_of(
-            self._run.runner.val_samples,
-            micro_batch_size=self._run.trainer.micro_batch_size,
-            rank=self._group.rank,
-            world_size=self._group.size,
-        )
-
-    def _batches_of(self, samples: int, **share: int) -> Iterator[ValidationBatch]:
-        run = self._run
-        return build_validation_batches(
-            self._source, self._pipeline, run.policy, seed=run.seed, val_samples=samples, **share
-        )
-
-    def _errors(self, actions: Vectors, row: ValidationRow, mean: Vectors) -> Vectors:
-        """[4], summed squared errors of policy, mean action and repeated action, and the number of values compared."""
-        within = ~row.target["actions_is_pad"]
-        target = row.target["actions"][within]
-        decoded = self._pipeline.decode(actions, row.sample)[within]
-        if decoded.shape != target.shape:
-            raise UserError(
-                f"the policy's actions have {decoded.shape[-1]} numbers in the data's units, the dataset's have "
-                f"{target.shape[-1]}: cut them in the dataset's transforms (data.action_width, where it has that key)"
-            )
-        guesses = (decoded, mean, self._last_action(row.row, mean))
-        return np.array([*(float(np.square(guess - target).sum()) for guess in guesses), target.size])
-
-    def _last_action(self, row: int, mean: Vectors) -> Vectors:
-        """[D], the action before this row; for the first row of an episode, the mean action."""
-        if row == 0 or self._episodes[row - 1] != self._episodes[row]:
-            return mean
-        (before,) = self._source.without_images([row - 1])
-        last: Vectors = self._pipeline.target(before)["actions"][0]
-        return last
+            random.setstate(python)
+            np.random.set_state(numpy)
 
 
-def mean_action(source: SampleSource, pipeline: Pipeline) -> Vectors:
-    """[D], the mean action of the training rows, in the data's own units."""
-    indices = np.unique(np.linspace(0, len(source) - 1, min(len(source), ROWS_FOR_THE_MEAN)).astype(np.int64))
-    actions = [pipeline.target(row)["actions"][0] for row in source.without_images(indices.tolist())]
-    return np.asarray(np.mean(actions, axis=0, dtype=np.float64))
+@dataclass(frozen=True)
+class Outcome:
+    """What ranks exchange of an evaluation: all but the contents of files."""
+
+    metrics: Mapping[str, float]
+    messages: tuple[str, ...]
+    files: tuple[str, ...]
+
+    @classmethod
+    def of(cls, found: Evaluation, declared: Sequence[Metric]) -> Outcome:
+        """Check what an evaluator returned.
+
+        Raises:
+            UserError: It is not an `Evaluation` of numbers that were declared and of files within their folder.
+        """
+        if not isinstance(found, Evaluation):
+            raise UserError(f"evaluate() must return an Evaluation, or None if it was interrupted, not {found!r}")
+        known = [metric.name for metric in declared]
+        for name in found.metrics:
+            if name not in known:
+                raise UserError(
+                    f"it reports {name!r}, which its metrics() does not declare{did_you_mean(name, known)} "
+                    f"(it declares {', '.join(known) or 'none'})"
+                )
+        for name, content in found.files.items():
+            try:
+                path_inside(Path(), name)
+            except ValueError as error:
+                raise UserError(f"files: {error}: name a file within the folder of the evaluation") from error
+            if isinstance(content, Path) and not content.is_file():
+                raise UserError(f"files[{name!r}]: there is no file {content}")
+            if not isinstance(content, Path | bytes):
+                raise UserError(f"files[{name!r}] must be bytes or the path of a file, not {type(content).__name__}")
+        numbers = {name: _number(name, value) for name, value in found.metrics.items()}
+        return cls(numbers, tuple(map(str, found.messages)), tuple(found.files))
 
 
-class MixtureValidation:
-    """Evaluates a policy on every source that holds out episodes.
+def _number(name: str, value: Any) -> float:
+    """A metric as a float; a tensor or an array with one element is accepted."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"its metric {name!r} must be a number, not {value!r}") from error
 
-    The result `<key>` of a source is reported as `<key>/<name>`. `val_loss` (and `ema_val_loss`) is the mean over
-    sources, weighted as training draws from them.
+
+def cut_back(folder: Path, step: int) -> None:
+    """Remove the files of evaluations after a step, which a resumed run repeats (contract 9).
+
+    Args:
+        folder: The run's folder.
+        step: Finished steps.
     """
-
-    def __init__(self, parts: Mapping[str, Validation], shares: Mapping[str, float]) -> None:
-        self._parts = dict(parts)
-        whole = sum(shares[name] for name in parts)
-        self._shares = {name: shares[name] / whole for name in parts}
-
-    def __call__(
-        self, policy: Any, ema: Ema | None = None, interrupted: Callable[[], bool] = lambda: False
-    ) -> dict[str, float] | None:
-        """Validate; every rank calls it and gets the same results. The arguments are those of `Validation`."""
-        found: dict[str, dict[str, float]] = {}
-        for name, part in self._parts.items():
-            results = part(policy, ema, interrupted)
-            if results is None:
-                return None
-            found[name] = results
-        whole = {
-            key: sum(self._shares[name] * results[key] for name, results in found.items())
-            for key in HEADLINES
-            if all(key in results for results in found.values())
-        }
-        return whole | {f"{key}/{name}": value for name, results in found.items() for key, value in results.items()}
-
-    def demonstrate(self, policy: Any) -> list[str]:
-        """The policy's texts about held-out samples of each source."""
-        return [f"{name}: {text}" for name, part in self._parts.items() for text in part.demonstrate(policy)]
-
-
-def open_validation(
-    run: RunConfig, sources: Sequence[Source], held_out: Sequence[SampleSource | None], group: ProcessGroup
-) -> Validation | MixtureValidation | None:
-    """The validation of a run's held-out rows; None if there are none.
-
-    Raises:
-        UserError: `runner.best_metric` is not one of its results.
-    """
-    parts = {
-        source.name: Validation(given.run, source.pipeline, own, source.rows, group)
-        for given, source, own in zip(run.sources, sources, held_out, strict=True)
-        if own is not None
-    }
-    if not parts:
-        return None
-    shares = {source.name: source.share for source in sources}
-    validation = parts[""] if "" in parts else MixtureValidation(parts, shares)
-    best_metric(run.runner.best_metric, result_names(run))  # Fail now rather than at the first validation.
-    return validation
+    for path in (folder / FOLDER).glob("*/*"):
+        name, _, number = path.name.removeprefix(EMA).rpartition("_")
+        if name == "step" and number.isdigit() and int(number) > step:
+            shutil.rmtree(path)

@@ -23,8 +23,8 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-FORWARD_METHODS = ("sample_actions", "demonstrate")
-"""Entry points other than `forward` that must gather parameters too."""
+FORWARD_METHODS = ("sample_actions",)
+"""Entry points other than `forward` that must gather parameters too; `Policy.forward_methods` names more."""
 
 
 def ranks_mesh(device_type: str, ranks: int, num_replicas: int = 1) -> DeviceMesh:
@@ -75,6 +75,8 @@ def shard(
     for method in FORWARD_METHODS:
         if hasattr(policy, method):
             register_fsdp_forward_method(policy, method)
+    for method in getattr(policy, "forward_methods", ()):
+        register_fsdp_forward_method(policy, method)
 
 
 def gathered_together(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import FrameType
 
-from rlinf_core.contract.run import RunConfig
+from rlinf_core.contract.evaluation import EvaluatorConfig, Metric
+from rlinf_core.contract.run import LoadedPlugins, RunConfig
 from rlinf_core.errors import UserError, did_you_mean
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -80,12 +81,13 @@ class Best:
     metric: str = ""
     """Name of the result that is compared."""
 
-    def after(self, step: int, metric: str, value: float, min_delta: float) -> Best:
-        """The best after another validation; NaN is never an improvement."""
-        if metric != self.metric:
-            return Best(metric=metric).after(step, metric, value, 0.0)
-        if value < (math.inf if self.value is None else self.value) - min_delta:
-            return Best(step, value, metric=metric)
+    def after(self, step: int, metric: Metric, value: float, min_delta: float) -> Best:
+        """The best after another validation; neither NaN nor an equal value is an improvement."""
+        if metric.name != self.metric:
+            return Best(metric=metric.name).after(step, metric, value, 0.0)
+        sign = -1.0 if metric.larger_is_better else 1.0
+        if sign * value < (math.inf if self.value is None else sign * self.value) - min_delta:
+            return Best(step, value, metric=metric.name)
         return replace(self, stale=self.stale + 1)
 
     def should_stop_early(self, wanted: str, patience: int) -> bool:
@@ -93,37 +95,88 @@ class Best:
         return 0 < patience <= self.stale and wanted in ("", self.metric)
 
 
-BASELINES = ("val_action_mse_mean", "val_action_mse_repeat")
-"""Results of the two baselines that ignore observations."""
-HEADLINES = ("val_loss", "ema_val_loss")
-"""Results that a mixture also has over all sources."""
+EMA = "ema_"
+"""Prefix of the metrics of averaged weights."""
 
 
-def result_names(run: RunConfig) -> tuple[str, ...]:
-    """Names of a run's validation results for which smaller is better; empty if nothing is held out."""
-    policy = run.policy
-    own = ["val_loss", *(f"val_{name}" for name in policy.validation_metrics if name not in policy.larger_is_better)]
-    own += ["val_action_mse"] if policy.chunk_length() else []
-    ema = [f"ema_{name}" for name in own] if run.optim.ema_decay else []
-    names = (*own, *ema, *(BASELINES if policy.chunk_length() else ()))
-    held_out = [source.name for source in run.sources if source.run.data.has_validation]
-    if not any(held_out):
-        return names if held_out else ()
-    return (*(name for name in HEADLINES if name in names), *(f"{name}/{of}" for of in held_out for name in names))
+def reported_metrics(run: RunConfig, plugins: LoadedPlugins) -> dict[str, Metric]:
+    """Every metric that the run's evaluators may report, by name, in their order.
+
+    Raises:
+        UserError: Two evaluators report the same name, or a name belongs to the run.
+    """
+    found: dict[str, Metric] = {}
+    owners: dict[str, object] = {}
+    for chosen in plugins.evaluators(run):
+        with chosen.naming("metrics()"):
+            declared = list(chosen.config.metrics(run))
+        for metric in (one for prefix in weights_of(chosen.config, run) for one in prefixed(declared, prefix)):
+            if metric.name in RESERVED:
+                raise UserError(
+                    f"the {chosen} reports {metric.name!r}, which is a key of the run's own rows: rename it"
+                )
+            if (other := owners.get(metric.name, chosen)) is not chosen:
+                raise UserError(
+                    f"the {other} and the {chosen} both report {metric.name!r}: leave one of them out of "
+                    "runner.evaluators"
+                )
+            owners[metric.name], found[metric.name] = chosen, metric
+    return found
+
+
+RESERVED = ("step", "loss")
+"""Keys by which rows of `metrics.jsonl` are recognised."""
+
+
+def weights_of(config: EvaluatorConfig, run: RunConfig) -> tuple[str, ...]:
+    """The sets of weights that an evaluator measures, by the prefix of their metrics: the current ones first."""
+    if not run.optim.ema_decay:
+        return ("",)
+    return {"both": ("", EMA), "current": ("",), "ema": (EMA,)}[config.weights]
+
+
+def prefixed(metrics: Iterable[Metric], prefix: str) -> list[Metric]:
+    """An evaluator's metrics for one set of weights; what does not depend on weights has no prefix."""
+    return [one if one.baseline else one._replace(name=f"{prefix}{one.name}") for one in metrics]
 
 
 DEFAULT_BEST = ("ema_val_action_mse", "val_action_mse", "ema_val_loss", "val_loss")
 
 
-def best_metric(wanted: str, results: Collection[str]) -> str:
-    """The validation result by which checkpoints are compared.
+def best_metric(wanted: str, metrics: Mapping[str, Metric]) -> Metric | None:
+    """The metric by which checkpoints are compared; None if there is none to compare.
+
+    Args:
+        wanted: `runner.best_metric`. Empty: the first of `DEFAULT_BEST`, else the first that is no baseline, of the
+            averaged weights if they are measured.
+        metrics: Those that the run reports.
 
     Raises:
-        UserError: No result has the wanted name.
+        UserError: No metric has the wanted name.
     """
-    if wanted and wanted not in results:
+    if wanted and wanted not in metrics:
         raise UserError(
-            f"runner.best_metric: validation reports no {wanted!r} for which smaller is better"
-            f"{did_you_mean(wanted, results)} (it reports {', '.join(results)})"
+            f"runner.best_metric: validation reports no {wanted!r}{did_you_mean(wanted, metrics)} "
+            f"(it reports {', '.join(metrics) or 'nothing'})"
         )
-    return wanted or next(name for name in DEFAULT_BEST if name in results)
+    own = [name for name, metric in metrics.items() if not metric.baseline]
+    averaged = [f"{EMA}{own[0]}"] if own else []
+    name = wanted or next((name for name in (*DEFAULT_BEST, *averaged, *own) if name in metrics), "")
+    return metrics.get(name)
+
+
+def compared_metric(run: RunConfig, plugins: LoadedPlugins) -> Metric | None:
+    """The metric of this run by which checkpoints are compared; see `best_metric`.
+
+    Raises:
+        UserError: No metric has the wanted name, or the run needs one and has none.
+    """
+    runner = run.runner
+    metric = best_metric(runner.best_metric, reported_metrics(run, plugins))
+    if metric is None and (runner.save_best or runner.early_stop_patience):
+        key = "save_best" if runner.save_best else "early_stop_patience"
+        raise UserError(
+            f"runner.{key} compares validations, but no evaluator of this run reports a metric: hold out episodes "
+            "(data.validation_fraction), or name an evaluator with metrics in runner.evaluators"
+        )
+    return metric

@@ -19,13 +19,13 @@ from rlinf_core.training.checkpoint.load import load
 from rlinf_core.training.checkpoint.manager import Checkpoints
 from rlinf_core.training.checkpoint.state import Position, step_name
 from rlinf_core.training.data import RunData, check_batching
-from rlinf_core.training.evaluation import open_validation
+from rlinf_core.training.evaluation import Evaluations, cut_back
 from rlinf_core.training.gradients import GradientHooks
 from rlinf_core.training.monitor.errors import explain
 from rlinf_core.training.monitor.monitor import Monitor
 from rlinf_core.training.settings import Fsdp2Settings
 from rlinf_core.training.step import TrainStep
-from rlinf_core.training.stopping import GRACE, Best, StopSignal, best_metric, seconds_from_now, stop_signals
+from rlinf_core.training.stopping import GRACE, Best, StopSignal, compared_metric, seconds_from_now, stop_signals
 
 
 class Fsdp2Trainer:
@@ -45,7 +45,9 @@ class Fsdp2Trainer:
         data = data.prepare(group, resuming=start.checkpoint is not None)
         self.run, self.step, self.data = data.run, start.step, data
         self._config, self._group = config, group
-        self._validation = open_validation(data.run, data.sources, data.held_out, group)
+        self._evaluations = Evaluations.build(data.run, data.for_evaluators(group), group, plugins)
+        # Fail now rather than at the first validation.
+        self._compared = compared_metric(data.run, plugins) if self._evaluations.exist else None
         source = start.checkpoint or (run.policy.weights if weights is not None else "its initial values")
         announce(f"building the policy with {source}", rank=group.rank)
         self._state = build_state(data.run, config, group, plugins, weights, filled=start.checkpoint is None)
@@ -73,6 +75,7 @@ class Fsdp2Trainer:
             gradients=GradientHooks.of(self, self.policy, group, plugins),
         )
         if group.rank == 0:
+            cut_back(data.run.folder, self.step)
             self._describe()
 
     @property
@@ -123,12 +126,23 @@ class Fsdp2Trainer:
                 raise
             raise error from e
         finally:
-            self._monitor.close(error)
+            self._end(error)
         return received
+
+    def _end(self, error: BaseException | None) -> None:
+        """Close evaluators and monitor; what fails to close does not replace the error that ended the run."""
+        try:
+            self._evaluations.close()
+        except Exception as another:
+            if error is None:
+                self._monitor.close(another)
+                raise
+            error.add_note(f"an evaluator could not be closed: {another}")
+        self._monitor.close(error)
 
     def _train(self, stop: StopSignal) -> signal.Signals | None:
         runner = self.run.runner
-        if self._make_up_for_validation(stop):
+        if self._validate_at_start(stop) or self._make_up_for_validation(stop):
             return self._agree_on(stop)
         batches = iter(self._loader)
         while self.step < self.stop_step and not self._should_stop_early():
@@ -160,7 +174,11 @@ class Fsdp2Trainer:
     def _validation_is_due(self) -> bool:
         interval = self.run.runner.val_check_interval
         due = self.step == self.stop_step or (interval > 0 and self.step % interval == 0)
-        return self._validation is not None and due and self._validated < self.step
+        return self._evaluations.exist and due and self._validated < self.step
+
+    def _validate_at_start(self, stop: StopSignal) -> bool:
+        """Validate the initial weights if the run wants that; returns whether to stop."""
+        return self.run.runner.val_at_start and not self.step and self._validate(stop)[1]
 
     def _make_up_for_validation(self, stop: StopSignal) -> bool:
         """Validate if the run was stopped before a validation that was due; returns whether to stop again."""
@@ -173,25 +191,28 @@ class Fsdp2Trainer:
 
     def _validate(self, stop: StopSignal) -> tuple[bool, bool]:
         """Validate; returns whether to save the result as the best, and whether the run was asked to stop meanwhile."""
-        assert self._validation is not None
 
         def interrupted() -> bool:
             self._monitor.phase("validation")
             return self._group.any(stop.received is not None)
 
         self._compute.pause()
-        self._monitor.log(f"step {self.step}: validating on held-out data ...")
-        results = self._validation(self.policy, self.ema, interrupted)
-        if results is None:
+        due = self._evaluations.due(self.step, last=self.step == self.stop_step)
+        if what := due.description:
+            self._monitor.log(f"step {self.step}: validating {what} ...")
+        report = due(self.policy, self.ema, self.step, interrupted)
+        if report is None:
             return False, True
         self._validated = self.step
-        self._monitor.validated(self.step, results)
-        for text in self._validation.demonstrate(self.policy):
+        if report.metrics:
+            self._monitor.validated(self.step, report.metrics)
+        for text in report.messages:
             self._monitor.log(f"step {self.step}: {text}")
-        runner = self.run.runner
-        metric = best_metric(runner.best_metric, results)
-        self._best = self._best.after(self.step, metric, results[metric], runner.early_stop_min_delta)
-        return runner.save_best and self._best.step == self.step, False
+        runner, metric = self.run.runner, self._compared
+        # An evaluator may measure less often; and step 0 shows the initial weights, which nothing has trained.
+        if metric and metric.name in report.metrics and self.step:
+            self._best = self._best.after(self.step, metric, report.metrics[metric.name], runner.early_stop_min_delta)
+        return runner.save_best and 0 < self._best.step == self.step, False
 
     def _should_stop_early(self) -> bool:
         runner = self.run.runner

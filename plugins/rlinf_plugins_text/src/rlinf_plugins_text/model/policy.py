@@ -30,6 +30,9 @@ class TextPolicy(nn.Module):
         to_count: Build it for counting operations and memory: skip the tokenizer, keep padding on every device.
     """
 
+    forward_methods = ("answers",)
+    """Methods other than `forward` that compute with parameters."""
+
     def __init__(self, settings: TextPolicySettings, *, to_count: bool = False) -> None:
         super().__init__()
         if not to_count:
@@ -42,7 +45,7 @@ class TextPolicy(nn.Module):
         loss, hits = self.lm(batch)
         return PolicyOutput(loss, batch["trained"].sum().float(), {"token_accuracy": hits})
 
-    def demonstrate(self, batch: Batch) -> list[str]:
+    def answers(self, batch: Batch) -> list[str]:
         """The model's answer to the first prompt of each sample, next to the answer in the data."""
         return answers(self.lm, batch, self._settings)
 

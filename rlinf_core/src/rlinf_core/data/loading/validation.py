@@ -3,35 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 
 from rlinf_core.contract.datasets import SampleSource
+from rlinf_core.contract.evaluation import ValidationBatch, ValidationRow
 from rlinf_core.contract.policy import PolicyConfig
 from rlinf_core.data.loading.encoding import add_draws, encode_rows, read_rows
 from rlinf_core.data.loading.sampling import validation_generator
 from rlinf_core.data.pipeline import Pipeline
-from rlinf_core.data.sample import Batch, Sample
-
-
-class ValidationRow(NamedTuple):
-    """A held-out row, encoded for the policy and in the data's units."""
-
-    row: int
-    """Its index in the source."""
-    sample: Sample
-    """Encoded; `Pipeline.decode` needs it."""
-    target: Sample
-    """In the data's own units; decoded actions are compared with its `actions`."""
-
-
-class ValidationBatch(NamedTuple):
-    """A micro batch of held-out rows."""
-
-    batch: Batch
-    rows: list[ValidationRow]
-    """The rows of the batch; empty if the batch is only a filler, which must not count."""
 
 
 def build_validation_batches(
