@@ -318,7 +318,7 @@ def test_validate_knows_the_metrics_of_all_evaluators(configure_toy, toy_plugins
     [
         (
             ["evaluators.probe.every=2"],
-            "evaluators.probe: does nothing: add 'probe' to runner.evaluators, or leave the",
+            "evaluators.probe: does nothing: the evaluator 'probe' does not run. Add it to runner.evaluators",
         ),
         (["runner.evaluators=['prob']"], "runner.evaluators: unknown evaluator 'prob'; did you mean 'probe'?"),
         (["runner.evaluators=['suite']"], "evaluators.suite.suite: is required"),
