@@ -13,6 +13,7 @@ PUBLIC = [
     "LeRobotDatasetConfig",
     "Logger",
     "LoggerConfig",
+    "OptimizerConfig",
     "PluginError",
     "Policy",
     "PolicyConfig",
@@ -20,7 +21,9 @@ PUBLIC = [
     "RunConfig",
     "Sample",
     "SampleSource",
+    "ScheduleConfig",
     "ShardUnit",
+    "TrainedParameter",
     "Trainer",
     "TrainerConfig",
     "UserError",
@@ -59,6 +62,6 @@ def test_importing_the_package_costs_nothing():
 
 def test_declarative_modules_leave_torch_unloaded():
     imports = "from rlinf_core import cli, hub, testing; from rlinf_core.config import load; "
-    imports += "from rlinf_core.contract import datasets, hookspecs, module, policy, run; "
+    imports += "from rlinf_core.contract import datasets, hookspecs, module, optim, policy, run; "
     imports += "from rlinf_core.plugins import builtin, registry; from rlinf_core.training import config"
     assert loaded_after(imports, "torch", "lerobot", "huggingface_hub", "rich", "tomli_w") == []

@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import os
 from collections import deque
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,12 +18,15 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
+from rlinf_core.optimizers.adamw import AdamW
+from rlinf_core.optimizers.parameters import TrainedParameter
+from rlinf_core.optimizers.schedules import openpi_cosine
 from rlinf_core.training.distributed.processes import Processes
 from rlinf_core.training.ema import Ema
 from rlinf_core.training.fsdp import materialize, shard
 from rlinf_core.training.monitor.flight_recorder import FlightRecorder
 from rlinf_core.training.monitor.metrics import PHASES
-from rlinf_core.training.optim import Optimizer, Schedule
+from rlinf_core.training.optim import Optimizer
 from rlinf_core.training.step import TrainStep
 
 DEVICE = torch.device(os.environ.get("RLINF_CHECK_DEVICE", "cuda"))
@@ -95,10 +99,9 @@ def test_steps_wait_for_nothing_and_their_numbers_come_late(group, tmp_path, dec
         DEVICE,
         lambda name, shape: torch.randn(shape, generator=torch.Generator().manual_seed(len(name))) * 0.02,
     )
-    schedule = Schedule(1e-3, 1e-4, 0, 100)
-    optimizer = Optimizer(
-        policy.named_parameters(), schedule, betas=(0.9, 0.95), eps=1e-8, weight_decay=1e-10, clip_grad=1.0
-    )
+    schedule = partial(openpi_cosine, lr=1e-3, min_lr=1e-4, warmup_steps=0, decay_steps=100)
+    trained = [TrainedParameter(*named) for named in policy.named_parameters()]
+    optimizer = Optimizer(trained, AdamW(1e-3, (0.9, 0.95), 1e-8, 1e-10), schedule, clip_grad=1.0)
     size = MICRO_BATCH * ACCUMULATION
     places = [np.arange(micro * MICRO_BATCH, (micro + 1) * MICRO_BATCH) for micro in range(ACCUMULATION)]
     order = SimpleNamespace(accumulation=ACCUMULATION, sources=(1, 2), places=lambda micro, rank: places[micro])

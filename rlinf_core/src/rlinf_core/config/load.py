@@ -2,8 +2,9 @@
 
 Layers, each overriding the one before (contract 6): core's defaults < the policy's `run_defaults` < the dataset's
 `run_defaults` < the TOML file < the command line. `data.config_name`, `policy.type` and `trainer.type` select the
-classes that validate `[data]`, `[policy]` and `[trainer]`; `[plugins.<name>]` is validated by the class that a plugin
-registered under that name. All mistakes are reported together.
+classes that validate `[data]`, `[policy]` and `[trainer]`; `optim.type` and `optim.schedule` together that of
+`[optim]`; `[plugins.<name>]` is validated by the class that a plugin registered under that name. All mistakes are
+reported together.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pydantic import BaseModel, ValidationError, create_model
 from pydantic_core import ErrorDetails
 
 from rlinf_core.config import mixture
+from rlinf_core.config import optim as optim_keys
 from rlinf_core.config.mistakes import COMMAND_LINE, KeyPath, Layer, Tables, explain, is_model, mistake, value_at
 from rlinf_core.config.toml import (
     Table,
@@ -32,6 +34,7 @@ from rlinf_core.config.toml import (
 )
 from rlinf_core.contract.datasets import DatasetConfig
 from rlinf_core.contract.mixture import LOADER_KEYS, MixtureConfig, MixtureEntry, MixtureShare
+from rlinf_core.contract.optim import compose, shared_names
 from rlinf_core.contract.run import RunConfig
 from rlinf_core.contract.tables import Section
 from rlinf_core.errors import UserError
@@ -49,6 +52,7 @@ SECRET = (
     "HF_TOKEN or the login of `hf auth login`, and loggers have their own environment variables"
 )
 _CORE_DEFAULTS: Table = {"trainer": {"type": "fsdp2"}}
+_OPTIM_DEFAULTS: Table = {"type": "adamw", "schedule": "cosine"}
 
 
 def load_config(
@@ -130,7 +134,7 @@ class _Draft:
             self._add_below(f"defaults of policy {self._get('policy', 'type')!r}", policy.model.run_defaults)
         self._add_below("core's defaults", _CORE_DEFAULTS)
         trainer = self._choose(("trainer", "type"), partial(self._find, "trainer"), "is required")
-        self._chosen = {**datasets, ("policy",): policy, ("trainer",): trainer}
+        self._chosen = {**datasets, ("policy",): policy, ("optim",): self._choose_optim(), ("trainer",): trainer}
         self._check_loggers()
         self._choose_options()
 
@@ -149,7 +153,8 @@ class _Draft:
         for place, chosen in self._chosen.items():
             if chosen and place[:2] != _MIXTURE:
                 above = tables["plugins"] if len(place) > 1 else tables
-                above[str(place[-1])] = self._try(chosen.model, self._get(*place), place, chosen.owner)
+                table = self._get(*place)
+                above[str(place[-1])] = self._try(chosen.model, {} if table is None else table, place, chosen.owner)
         run = None if self._mistakes else self._try(RunConfig, tables)
         if run is None:
             count = f"{len(self._mistakes)} mistake{'s' if len(self._mistakes) > 1 else ''}"
@@ -285,6 +290,46 @@ class _Draft:
                 self._chosen["plugins", name] = self._find("options", name)
             except UserError as error:
                 self._note(("plugins", name), str(error))
+
+    def _choose_optim(self) -> _Chosen | None:
+        """The class of `[optim]`: made of those of its optimizer and its schedule."""
+        given = self._get("optim")
+        if not isinstance(given, Mapping | None):
+            self._note(("optim",), f"must be a table, [optim] (got {given!r})")
+            return None
+        table = {**_OPTIM_DEFAULTS, **(given or {})}
+        optimizer, schedule = (self._choose_by_default(kind, key) for kind, key in optim_keys.CHOOSES.items())
+        if not (optimizer and schedule):
+            return None
+        if shared := shared_names(optimizer.model, schedule.model):
+            self._note(
+                ("optim",),
+                f"the optimizer {table['type']!r} of {optimizer.owner} and the schedule {table['schedule']!r} of "
+                f"{schedule.owner} cannot be used together: both define {', '.join(shared)}",
+            )
+            return None
+        model: type[BaseModel] = compose(optimizer.model, schedule.model, str(optimizer.owner))  # type: ignore[arg-type]
+        self._refuse_keys_of_others(table, model)
+        return _Chosen(model, optimizer.owner)
+
+    def _choose_by_default(self, kind: RegistrationKind, key: str) -> _Chosen | None:
+        """What a key of `[optim]` chooses, or what core chooses without it."""
+        if self._get("optim", key) is None:
+            return self._find(kind, _OPTIM_DEFAULTS[key])
+        return self._choose(("optim", key), partial(self._find, kind), "must be a name")
+
+    def _refuse_keys_of_others(self, table: Mapping[str, Any], model: type[BaseModel]) -> None:
+        """Leave out keys of `[optim]` that only other optimizers or schedules have: the user's are mistakes, while
+        defaults of datasets and policies were written for another choice.
+        """
+        if not (unknown := table.keys() - model.model_fields.keys()):
+            return
+        having = optim_keys.having(unknown, self._plugins)
+        defaults = len(self._layers) - 2
+        for key in sorted(having):
+            if any(layer.reaches(("optim", key)) for layer in self._layers[defaults:]):
+                self._note(("optim", key), optim_keys.explain(table, having[key]))
+        self._layers = [optim_keys.without(layer, having.keys()) for layer in self._layers]
 
     def _check_policy_fits(self, place: KeyPath, data: type[DatasetConfig]) -> bool:
         own = value_at(data.run_defaults, ("policy", "type"))
