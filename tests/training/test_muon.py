@@ -5,7 +5,13 @@ import torch
 from muon_ranks import LR, OUTSIDE, PARTS, SHAPES, SKIPPED, STEPS, Module, gradient, make, train
 from safetensors.torch import load_file
 
+from rlinf_core import UserError
+from rlinf_core.loggers.jsonl import read_rows
 from rlinf_core.optimizers.orthogonal import newton_schulz
+from rlinf_core.training.distributed.processes import processes
+from rlinf_core.training.fsdp import local_shard
+from rlinf_core.training.resume import Flags, decide_start
+from rlinf_core.training.run_folder import read_folder
 
 ORIGINAL = {"adjust_lr": "original", "nesterov": False, "momentum": 0.9, "ns_steps": 3}
 MATRICES = [name for name, shape in SHAPES.items() if len(shape) == 2 and name not in OUTSIDE]
@@ -122,3 +128,39 @@ def test_any_number_of_ranks_gives_the_same(tmp_path, start_ranks, trained, rank
         # The fused AdamW rounds a shard's last elements differently from those it takes eight at a time.
         exact = {"rtol": 0, "atol": 0} if matrix else {"rtol": 1e-6, "atol": 1e-7}
         torch.testing.assert_close(found[name], expected.detach(), **exact, msg=f"{name} is off")
+
+
+# --- in a run ---------------------------------------------------------------------------------------------------------
+
+RUN = ("optim.type=muon", "optim.schedule=hf_cosine", "optim.warmup_steps=2", "optim.decay_steps=8")
+
+
+def test_a_run_resumes_to_the_bit_and_holds_what_plan_counts(train_toy, configure_toy, toy_plugins):
+    from rlinf_core.plan.step import plan
+
+    once = train_toy(*RUN, "runner.name=once", "runner.max_steps=8")
+    train_toy(*RUN, "runner.name=twice", "runner.max_steps=4")
+    twice = train_toy(*RUN, "runner.name=twice", "runner.max_steps=8")
+    ours, theirs = ({k: local_shard(t) for k, t in one._state.tensors().items()} for one in (once, twice))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    momenta = [key.removeprefix("optim.momentum_buffer.") for key in ours if key.startswith("optim.momentum_buffer.")]
+    assert momenta == [f"blocks.{i}.{name}.weight" for i in range(2) for name in ("up", "down")]
+    held = sum(tensor.nbytes for key, tensor in ours.items() if key.startswith("optim.") and key != "optim.applied")
+    assert plan(configure_toy(*RUN), toy_plugins, 1).states.optimizer == held
+    rates = [row["lr"] for row in read_rows(once.run.folder / "metrics.jsonl")]
+    assert rates[:3] == pytest.approx([0.0, 0.005, 0.01])
+    assert rates[-1] < 1e-3
+
+
+def test_a_run_cannot_go_on_with_an_optimizer_whose_state_its_checkpoint_lacks(train_toy, configure_toy, toy_plugins):
+    train_toy("runner.name=r", "runner.max_steps=2")
+    with pytest.raises(UserError, match=r"optim.type: 'adamw' -> 'muon' \(changes what a step computes\)"):
+        train_toy("runner.name=r", "runner.max_steps=4", "optim.type=muon")
+    changed = configure_toy("runner.name=r", "runner.max_steps=4", "optim.type=muon")
+    start = decide_start(changed, read_folder(changed), Flags(allow_change=True))
+    with (
+        processes("cpu") as group,
+        pytest.raises(UserError, match=r"does not hold optim\.momentum_buffer\.blocks.*: optim.type, optim.ema_decay"),
+    ):
+        changed.trainer.build(changed, start=start, group=group, plugins=toy_plugins)
