@@ -5,11 +5,12 @@ import torch
 from muon_ranks import LR, OUTSIDE, PARTS, SHAPES, SKIPPED, STEPS, Module, gradient, make, train
 from safetensors.torch import load_file
 
-from rlinf_core import UserError
+from rlinf_core import TrainedParameter, UserError
 from rlinf_core.loggers.jsonl import read_rows
 from rlinf_core.optimizers.orthogonal import newton_schulz
 from rlinf_core.training.distributed.processes import processes
 from rlinf_core.training.fsdp import local_shard
+from rlinf_core.training.recipes import MuonConfig
 from rlinf_core.training.resume import Flags, decide_start
 from rlinf_core.training.run_folder import read_folder
 
@@ -128,6 +129,12 @@ def test_any_number_of_ranks_gives_the_same(tmp_path, start_ranks, trained, rank
         # The fused AdamW rounds a shard's last elements differently from those it takes eight at a time.
         exact = {"rtol": 0, "atol": 0} if matrix else {"rtol": 1e-6, "atol": 1e-7}
         torch.testing.assert_close(found[name], expected.detach(), **exact, msg=f"{name} is off")
+
+
+def test_it_is_refused_where_there_is_nothing_for_it():
+    parameters = [TrainedParameter("head", torch.nn.Parameter(torch.ones(2, 2)))]
+    with pytest.raises(UserError, match=r'optim\.type = "muon" has nothing to do: no trained parameter is a matrix'):
+        MuonConfig().build(parameters)
 
 
 # --- in a run ---------------------------------------------------------------------------------------------------------

@@ -119,6 +119,8 @@ class _Draft:
         """Lowest first."""
         self._chosen: dict[KeyPath, _Chosen | None] = {}
         """The classes of the tables that plugins define, by key path; None if it could not be determined."""
+        self._undecided_optim: dict[str, str] = {}
+        """Keys of `[optim]` for which datasets of a mixture set different values, and what to say of them."""
 
     def choose_classes(self) -> None:
         """Find the classes of the tables, and add their defaults below the user's layers."""
@@ -256,7 +258,11 @@ class _Draft:
         undecided = {place: said for place, said in differing.items() if self._get(*place) is None}
         for place, said in undecided.items():
             why = "a run trains one policy, but " if place == _POLICY else ""
-            self._note(place, f"{why}the datasets of data.mixture set different values ({said}): set it for all")
+            what = f"{why}the datasets of data.mixture set different values ({said}): set it for all"
+            if place[0] == "optim":
+                self._undecided_optim[str(place[1])] = what  # The optimizer or schedule may have no such key.
+            else:
+                self._note(place, what)
         if common:
             self._add_below("defaults of the datasets of data.mixture", common)
         return _POLICY not in undecided
@@ -310,6 +316,8 @@ class _Draft:
             return None
         model: type[BaseModel] = compose(optimizer.model, schedule.model, str(optimizer.owner))  # type: ignore[arg-type]
         self._refuse_keys_of_others(table, model)
+        for key in sorted(self._undecided_optim.keys() & model.model_fields.keys()):
+            self._note(("optim", key), self._undecided_optim[key])
         return _Chosen(model, optimizer.owner)
 
     def _choose_by_default(self, kind: RegistrationKind, key: str) -> _Chosen | None:

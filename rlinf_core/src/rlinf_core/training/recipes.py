@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from rlinf_core.contract.optim import DecayConfig, OptimizerConfig, TrainedParameter, WarmupConfig
+from rlinf_core.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -43,8 +44,18 @@ class MuonConfig(OptimizerConfig):
         return self.weight_decay
 
     def build(self, parameters: Sequence[TrainedParameter]) -> torch.optim.Optimizer:
-        """Muon, with the rest of the parameters in an AdamW of its own."""
-        from rlinf_core.optimizers.muon import Muon, Settings
+        """Muon, with the rest of the parameters in an AdamW of its own.
+
+        Raises:
+            UserError: There is no matrix for it.
+        """
+        from rlinf_core.optimizers.muon import Muon, Settings, is_matrix
+
+        if not any(map(is_matrix, parameters)):
+            raise UserError(
+                'optim.type = "muon" has nothing to do: no trained parameter is a matrix in one of the repeated blocks '
+                'that the policy names (ShardUnit.block). Set optim.type = "adamw", or train the blocks'
+            )
 
         matrices = Settings(self.lr, self.momentum, self.nesterov, self.ns_steps, self.weight_decay, self.adjust_lr)
         return Muon(parameters, matrices, self._adamw)
