@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from rlinf_core.optimizers.adamw import AdamW
 from rlinf_core.optimizers.muon import Muon, Settings, is_matrix
+from rlinf_core.optimizers.orthogonal import Iterations
 from rlinf_core.optimizers.parameters import TrainedParameter
 from rlinf_core.optimizers.schedules import openpi_cosine
 from rlinf_core.training.distributed.processes import Processes
@@ -98,7 +99,9 @@ class MuonRecipe:
     lr, unused_weight_decay = 1e-3, 0.0
 
     def build(self, parameters):
-        return Muon(parameters, Settings(1e-3, 0.95, True, 5, 1e-10, "match_rms_adamw"), ADAMW)
+        return Muon(
+            parameters, Settings(1e-3, 0.95, True, Iterations(5, torch.bfloat16), 1e-10, "match_rms_adamw"), ADAMW
+        )
 
     def initial_state(self, one):
         return {"momentum_buffer": torch.zeros_like(one.parameter)} if is_matrix(one) else ADAMW.initial_state(one)

@@ -10,6 +10,7 @@ from rlinf_core.loggers.jsonl import read_rows
 from rlinf_core.optimizers.orthogonal import newton_schulz
 from rlinf_core.training.distributed.processes import processes
 from rlinf_core.training.fsdp import local_shard
+from rlinf_core.training.optim import Optimizer
 from rlinf_core.training.recipes import MuonConfig
 from rlinf_core.training.resume import Flags, decide_start
 from rlinf_core.training.run_folder import read_folder
@@ -82,8 +83,10 @@ def test_newton_schulz_has_the_bits_of_torchs():
     for shape in ((17, 4), (5, 16), (6, 6), (1, 6)):
         matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1))
         expected = _zeropower_via_newtonschulz(matrix, (3.4445, -4.7750, 2.0315), 5, 1e-7)
-        assert torch.equal(newton_schulz(matrix, 5), expected), shape
-    assert torch.equal(newton_schulz(torch.zeros(3, 3), 5), torch.zeros(3, 3).bfloat16())
+        assert torch.equal(newton_schulz(matrix.bfloat16(), 5), expected), shape
+        values = torch.linalg.svdvals(newton_schulz(matrix, 5))
+        assert 0.6 < values.min() <= values.max() < 1.3, shape
+    assert torch.equal(newton_schulz(torch.zeros(3, 3), 5), torch.zeros(3, 3))
 
 
 def test_a_skipped_step_changes_no_bit():
@@ -129,6 +132,25 @@ def test_any_number_of_ranks_gives_the_same(tmp_path, start_ranks, trained, rank
         # The fused AdamW rounds a shard's last elements differently from those it takes eight at a time.
         exact = {"rtol": 0, "atol": 0} if matrix else {"rtol": 1e-6, "atol": 1e-7}
         torch.testing.assert_close(found[name], expected.detach(), **exact, msg=f"{name} is off")
+
+
+def test_in_float32_the_rounding_of_a_gradient_stays_rounding():
+    """A matrix of rank one: all other singular values are rounding, which the iterations enlarge."""
+    generator = torch.Generator().manual_seed(3)
+    gradient = torch.outer(torch.randn(64, generator=generator), torch.randn(48, generator=generator))
+    noise = 1e-5 * torch.randn(64, 48, generator=generator)
+    moved = {}
+    for dtype in ("bf16", "fp32"):
+        weights = [torch.nn.Parameter(torch.zeros(64, 48)) for _ in range(2)]
+        for weight, given in zip(weights, (gradient, gradient + noise), strict=True):
+            parameters = [TrainedParameter("w", weight, in_block=True)]
+            recipe = MuonConfig(lr=1.0, ns_dtype=dtype)
+            optimizer = Optimizer(parameters, recipe, torch.ones_like, clip_grad=1e9)
+            weight.grad = given
+            optimizer.step()
+        one, other = (weight.detach() for weight in weights)
+        moved[dtype] = float((one - other).norm() / one.norm())
+    assert 0 < moved["fp32"] < moved["bf16"] / 3, moved
 
 
 def test_it_is_refused_where_there_is_nothing_for_it():

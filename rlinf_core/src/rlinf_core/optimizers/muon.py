@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from rlinf_core.optimizers.adamw import AdamW, rate_tensor
-from rlinf_core.optimizers.orthogonal import Matrix, Sharding, orthogonalize, rate_factor
+from rlinf_core.optimizers.orthogonal import Iterations, Matrix, Sharding, orthogonalize, rate_factor
 from rlinf_core.optimizers.parameters import TrainedParameter
 
 
@@ -25,7 +25,7 @@ class Settings(NamedTuple):
     lr: float
     momentum: float
     nesterov: bool
-    ns_steps: int
+    iterations: Iterations
     weight_decay: float
     adjust_lr: str
     """See `orthogonal.rate_factor`."""
@@ -78,7 +78,7 @@ class Muon(torch.optim.Optimizer):
             self._update_momentum(_local(parameter.grad), _local(self.state[parameter]["momentum_buffer"]))
             _local(parameter).mul_(kept)
         for sharding, matrices in self._by_sharding(used):
-            found = orthogonalize(matrices, self._update_rows, sharding, self._settings.ns_steps)
+            found = orthogonalize(matrices, self._update_rows, sharding, self._settings.iterations)
             for matrix, place, direction in found:
                 weights = _local(matrix.parameter)[place]
                 factor = -rate * rate_factor(matrix.rows, matrix.columns, self._settings.adjust_lr)

@@ -2,7 +2,7 @@
 
 Muon's update of a matrix needs the whole matrix, but FSDP2 leaves every rank with some of its rows. Each matrix is
 therefore sent to one rank, which computes for all, and every rank gets its own rows of the result: as much work per
-rank as there are matrices / ranks, and two exchanges of 2 bytes per element.
+rank as there are matrices / ranks, and two exchanges of all elements, in the dtype of the iterations.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def newton_schulz(matrix: torch.Tensor, steps: int) -> torch.Tensor:
     """Move a matrix's singular values close to 1.
 
     Args:
-        matrix: [M, N], any float dtype; computed in bfloat16.
+        matrix: [M, N], bfloat16 or float32, in which it is computed.
         steps: Iterations.
 
     Returns:
-        [M, N], bfloat16.
+        [M, N], in the same dtype.
     """
     a, b, c = QUINTIC
-    x = matrix.bfloat16()
+    x = matrix
     tall = x.size(0) > x.size(1)  # The Gram matrix of the shorter side is smaller.
     if tall:
         x = x.T
@@ -96,11 +96,22 @@ class Matrix(NamedTuple):
 
 
 Directions = Iterator[tuple[Matrix, slice, torch.Tensor]]
-"""A matrix, its rows in this rank's shard, and those rows of the orthogonalised matrix, bfloat16."""
+"""A matrix, its rows in this rank's shard, and those rows of the orthogonalised matrix."""
+
+
+class Iterations(NamedTuple):
+    """How matrices are orthogonalised."""
+
+    steps: int
+    dtype: torch.dtype
+    """Dtype of the matrix products and of what ranks exchange."""
 
 
 def orthogonalize(
-    matrices: Sequence[Matrix], rows_of: Callable[[Matrix, slice], torch.Tensor], sharding: Sharding, steps: int
+    matrices: Sequence[Matrix],
+    rows_of: Callable[[Matrix, slice], torch.Tensor],
+    sharding: Sharding,
+    iterations: Iterations,
 ) -> Directions:
     """Orthogonalise matrices; every rank of the group calls it with the same ones.
 
@@ -108,25 +119,28 @@ def orthogonalize(
         matrices: All have the same `sharding`. Like shapes are computed at the same time, one on each rank.
         rows_of: This rank's rows of a matrix, given their place in its shard.
         sharding: How the rows are shared.
-        steps: Iterations of `newton_schulz`.
+        iterations: Their number and dtype.
     """
     ordered = sorted(matrices, key=lambda one: (-one.rows * one.columns, one.rows))
     for first in range(0, len(ordered), sharding.ranks):
-        yield from _one_each(ordered[first : first + sharding.ranks], rows_of, sharding, steps)
+        yield from _one_each(ordered[first : first + sharding.ranks], rows_of, sharding, iterations)
 
 
 def _one_each(
-    matrices: Sequence[Matrix], rows_of: Callable[[Matrix, slice], torch.Tensor], sharding: Sharding, steps: int
+    matrices: Sequence[Matrix],
+    rows_of: Callable[[Matrix, slice], torch.Tensor],
+    sharding: Sharding,
+    iterations: Iterations,
 ) -> Directions:
     """Orthogonalise at most one matrix per rank: the rank at its place in the list computes it."""
     rank, ranks = sharding.rank, sharding.ranks
     places = [matrix.held(rank, ranks) for matrix in matrices]
     own = [
-        rows_of(matrix, place).to(sharding.device, torch.bfloat16)
+        rows_of(matrix, place).to(sharding.device, iterations.dtype)
         for matrix, place in zip(matrices, places, strict=True)
     ]
     if sharding.group is None:
-        found = [newton_schulz(one, steps) for one in own]
+        found = [newton_schulz(one, iterations.steps) for one in own]
     else:
         idle = [0] * (ranks - len(matrices))
         sent = [one.numel() for one in own] + idle
@@ -134,7 +148,7 @@ def _one_each(
         received = [mine.numel(other, ranks) if mine else 0 for other in range(ranks)]
         whole = _exchange(torch.cat([one.flatten() for one in own]), sent, received, sharding.group)
         if mine:
-            whole = newton_schulz(whole.view(mine.rows, mine.columns), steps).flatten()
+            whole = newton_schulz(whole.view(mine.rows, mine.columns), iterations.steps).flatten()
         shares = torch.split(_exchange(whole, received, sent, sharding.group), sent)
         found = [share.view(one.shape) for share, one in zip(shares, own, strict=False)]
     yield from zip(matrices, places, found, strict=True)

@@ -25,7 +25,10 @@ class MuonConfig(OptimizerConfig):
     nesterov: bool = True
     """Orthogonalise Nesterov's average: of gradient and momentum once more."""
     ns_steps: int = Field(default=5, ge=1, le=20)
-    """Newton-Schulz iterations that orthogonalise a matrix, in bfloat16."""
+    """Newton-Schulz iterations that orthogonalise a matrix."""
+    ns_dtype: Literal["bf16", "fp32"] = "bf16"
+    """Dtype of these iterations, and of what ranks exchange for them; `fp32`: slower, and closer to equal on other
+    numbers of ranks."""
     adjust_lr: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
     """Factor of a matrix's learning rate: `match_rms_adamw`, 0.2·√max(rows, columns), for which `lr` and `weight_decay`
     are AdamW's; `original`, √max(1, rows / columns), for which `lr` is about 0.02: set `adamw_lr`, too."""
@@ -49,7 +52,10 @@ class MuonConfig(OptimizerConfig):
         Raises:
             UserError: There is no matrix for it.
         """
+        import torch
+
         from rlinf_core.optimizers.muon import Muon, Settings, is_matrix
+        from rlinf_core.optimizers.orthogonal import Iterations
 
         if not any(map(is_matrix, parameters)):
             raise UserError(
@@ -57,7 +63,8 @@ class MuonConfig(OptimizerConfig):
                 'that the policy names (ShardUnit.block). Set optim.type = "adamw", or train the blocks'
             )
 
-        matrices = Settings(self.lr, self.momentum, self.nesterov, self.ns_steps, self.weight_decay, self.adjust_lr)
+        iterations = Iterations(self.ns_steps, torch.bfloat16 if self.ns_dtype == "bf16" else torch.float32)
+        matrices = Settings(self.lr, self.momentum, self.nesterov, iterations, self.weight_decay, self.adjust_lr)
         return Muon(parameters, matrices, self._adamw)
 
     def initial_state(self, parameter: TrainedParameter) -> Mapping[str, torch.Tensor]:
