@@ -35,13 +35,14 @@ def measure(folder: Path, rounds: int, width: int, *, ema: bool) -> None:
     from torch import nn
     from torch.distributed.fsdp import fully_shard
 
+    from rlinf_core.contract.optim import OptimConfig, TrainedParameter
     from rlinf_core.training.checkpoint.manager import Checkpoints
     from rlinf_core.training.checkpoint.state import Position
     from rlinf_core.training.checkpoint.writer import CheckpointFolder, Retention
     from rlinf_core.training.distributed.processes import processes
     from rlinf_core.training.ema import Ema
     from rlinf_core.training.fsdp import ranks_mesh
-    from rlinf_core.training.optim import Optimizer, Schedule
+    from rlinf_core.training.optim import Optimizer
 
     def build() -> nn.Module:
         torch.manual_seed(0)
@@ -53,10 +54,9 @@ def measure(folder: Path, rounds: int, width: int, *, ema: bool) -> None:
         model = build()
         for layer in model:
             fully_shard(layer, mesh=ranks_mesh(group.device.type, group.size))
-        schedule = Schedule(1e-4, 1e-5, 10, 100)
-        optimizer = Optimizer(
-            model.named_parameters(), schedule, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, clip_grad=1.0
-        )
+        optim = OptimConfig(lr=1e-4, min_lr=1e-5, warmup_steps=10, decay_steps=100, weight_decay=0.0)
+        trained = [TrainedParameter(*named) for named in model.named_parameters()]
+        optimizer = Optimizer(trained, optim, optim.lr_at, clip_grad=optim.clip_grad)
         parts = {"model": dict(model.named_parameters()), "optim": optimizer.state_dict()}
         if ema:
             parts["ema"] = dict(Ema(model, 0.99).state_dict())

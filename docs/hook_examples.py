@@ -18,7 +18,9 @@ from rlinf_core import (
     EvaluatorConfig,
     LoggerConfig,
     Metric,
+    OptimizerConfig,
     PolicyConfig,
+    ScheduleConfig,
     TrainerConfig,
     UserError,
     hookimpl,
@@ -48,6 +50,30 @@ class CountingTrainer(TrainerConfig):
     """A custom trainer."""
 
     type: Literal["counting"] = "counting"
+
+
+class Descent(OptimizerConfig):
+    """Gradient descent without any state; [training.md](training.md) has an optimizer with some."""
+
+    type: Literal["descent"] = "descent"
+
+    def build(self, parameters):
+        import torch
+
+        return torch.optim.SGD([one.parameter for one in parameters], lr=self.lr)
+
+    def initial_state(self, parameter):
+        return {}
+
+
+class Halving(ScheduleConfig):
+    """A learning rate that halves every so many steps."""
+
+    schedule: Literal["halving"] = "halving"
+    halve_every: int = 1000
+
+    def lr_at(self, step):
+        return self.lr * 0.5 ** (step / self.halve_every).floor()
 
 
 class SheetLogger(LoggerConfig):
@@ -116,6 +142,16 @@ def rlinf_register_augmentations():
 @hookimpl
 def rlinf_register_trainers():
     return [CountingTrainer]
+
+
+@hookimpl
+def rlinf_register_optimizers():
+    return [Descent]
+
+
+@hookimpl
+def rlinf_register_schedules():
+    return [Halving]
 
 
 @hookimpl

@@ -26,8 +26,18 @@ from rlinf_core.augmentations.random_erasing import RandomErasingConfig
 from rlinf_core.config.toml import dotted, write_toml
 from rlinf_core.contract.cluster import ClusterConfig
 from rlinf_core.contract.mixture import MixtureShare
-from rlinf_core.contract.tables import OptimConfig, RunnerConfig
+from rlinf_core.contract.optim import (
+    AdamWConfig,
+    CosineConfig,
+    DecayConfig,
+    OptimConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    WarmupConfig,
+)
+from rlinf_core.contract.tables import RunnerConfig
 from rlinf_core.evaluators.held_out import HeldOutConfig
+from rlinf_core.training.recipes import ConstantConfig, HfCosineConfig, MuonConfig, WsdConfig
 from rlinf_core.training.settings import Fsdp2Settings
 from rlinf_plugins_openpi import Pi0Config, Pi05Config
 from rlinf_plugins_openpi.datasets.aloha import AlohaRobotwinConfig
@@ -57,6 +67,22 @@ class Part(NamedTuple):
     """Classes whose own fields are listed, in this order; the last is the one that validates."""
     without: Sequence[type[BaseModel]] = ()
     """Classes that redeclare some of these fields: those are listed there."""
+
+
+def _toml(value: Any) -> str:
+    """A value on one line, as one writes it in the config."""
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{key} = {_toml(inner)}" for key, inner in value.items()) + " }" if value else "{}"
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    return write_toml({"value": value}).removeprefix("value = ").strip()
+
+
+def _choices(key: str, choices: Sequence[Sequence[type[BaseModel]]]) -> Iterator[Part]:
+    """A part for each value that a key of `[optim]` can have."""
+    for models in choices:
+        name = _toml(models[-1].model_fields[key].default)
+        yield Part(f"`[optim]` with `{key} = {name}`", str(models[-1].__doc__), models)
 
 
 PARTS = (
@@ -108,7 +134,22 @@ PARTS = (
         [EvaluatorConfig],
         without=[HeldOutConfig],
     ),
-    Part("`[optim]`", "AdamW with linear warm-up, cosine decay and clipping by the global norm.", [OptimConfig]),
+    Part(
+        "`[optim]`",
+        "Of every optimizer and every schedule; `type` and `schedule` choose one of each, which bring the keys below. "
+        "[training.md](training.md#optimizers-and-schedules) compares them.",
+        [OptimizerConfig, ScheduleConfig, OptimConfig],
+    ),
+    *_choices("type", ([AdamWConfig], [MuonConfig])),
+    *_choices(
+        "schedule",
+        (
+            [WarmupConfig, DecayConfig, CosineConfig],
+            [WarmupConfig, ConstantConfig],
+            [WarmupConfig, DecayConfig, HfCosineConfig],
+            [WarmupConfig, DecayConfig, WsdConfig],
+        ),
+    ),
     Part("`[trainer]`", "Of the trainer `fsdp2`.", [TrainerConfig, Fsdp2Settings]),
 )
 
@@ -217,15 +258,6 @@ def _default(info: FieldInfo) -> str:
         return "required"
     default = info.get_default(call_default_factory=True)
     return "none" if default is None else f"`{_toml(default)}`"
-
-
-def _toml(value: Any) -> str:
-    """A value on one line, as one writes it in the config."""
-    if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{key} = {_toml(inner)}" for key, inner in value.items()) + " }" if value else "{}"
-    if isinstance(value, tuple):
-        return f"[{', '.join(map(_toml, value))}]"
-    return write_toml({"value": value}).removeprefix("value = ").strip()
 
 
 def _meaning(model: type[BaseModel], name: str) -> str:

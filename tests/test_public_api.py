@@ -21,6 +21,7 @@ PUBLIC = [
     "LoggerConfig",
     "MergeableAdapter",
     "Metric",
+    "OptimizerConfig",
     "PluginError",
     "Policy",
     "PolicyConfig",
@@ -28,7 +29,9 @@ PUBLIC = [
     "RunConfig",
     "Sample",
     "SampleSource",
+    "ScheduleConfig",
     "ShardUnit",
+    "TrainedParameter",
     "Trainer",
     "TrainerConfig",
     "UserError",
@@ -67,7 +70,7 @@ def test_importing_the_package_costs_nothing():
 
 def test_declarative_modules_leave_torch_unloaded():
     imports = "from rlinf_core import cli, hub, testing; from rlinf_core.config import load; "
-    imports += "from rlinf_core.contract import adapter, datasets, evaluation, hookspecs, module, policy, run; "
+    imports += "from rlinf_core.contract import adapter, datasets, evaluation, hookspecs, module, optim, policy, run; "
     imports += "from rlinf_core.evaluators import held_out; "
     imports += "from rlinf_core.plugins import builtin, registry; from rlinf_core.training import config"
     assert loaded_after(imports, "torch", "lerobot", "huggingface_hub", "rich", "tomli_w") == []

@@ -6,6 +6,7 @@ On a GPU the policy is sharded over that one GPU, as in a run: float32 master we
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -14,11 +15,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from rlinf_core.optimizers.adamw import AdamW
+from rlinf_core.optimizers.parameters import TrainedParameter
+from rlinf_core.optimizers.schedules import openpi_cosine
 from rlinf_core.training.blocks import prepare_block
 from rlinf_core.training.distributed.processes import to_device
 from rlinf_core.training.ema import Ema
 from rlinf_core.training.fsdp import materialize, set_gradient_sync, shard, unused_parameters
-from rlinf_core.training.optim import Optimizer, Schedule, decays
+from rlinf_core.training.optim import Optimizer, decays
 from rlinf_plugins_openpi.inputs.collate import stack
 from rlinf_plugins_openpi.model.packing import pack
 from rlinf_plugins_openpi.model.pi0 import Pi0
@@ -26,8 +30,8 @@ from rlinf_plugins_openpi.model.pi0 import Pi0
 if TYPE_CHECKING:
     from rlinf_plugins_openpi.model.dimensions import Pi0Dimensions
 
-SCHEDULE = Schedule(lr=2.5e-5, min_lr=2.5e-6, warmup_steps=1000, decay_steps=30_000)
-WEIGHT_DECAY = 1e-10
+ADAMW = AdamW(lr=2.5e-5, betas=(0.9, 0.95), eps=1e-8, weight_decay=1e-10)
+SCHEDULE = partial(openpi_cosine, lr=ADAMW.lr, min_lr=2.5e-6, warmup_steps=1000, decay_steps=30_000)
 
 
 class Options(NamedTuple):
@@ -74,7 +78,7 @@ def sharded(dimensions: Pi0Dimensions, device: torch.device, options: Options) -
 
 
 def _prepare(policy: Pi0, *, checkpointing: Any, compiled: bool) -> None:
-    if not decays(SCHEDULE.lr, WEIGHT_DECAY):
+    if not decays(ADAMW.lr, ADAMW.weight_decay):
         for name in unused_parameters(policy):
             policy.get_parameter(name).requires_grad_(False)
     for unit in policy.shard_units():
@@ -114,8 +118,15 @@ class OurStep:
         starts = range(0, len(samples), micro_batch)
         self.batches = [to_device(collate(samples[i : i + micro_batch], policy), device) for i in starts]
         # betas, eps, decay and bound: the reference's, as in `Pi0Config`.
-        rest = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": WEIGHT_DECAY, "clip_grad": 1.0}
-        self.optimizer = Optimizer(policy.named_parameters(), SCHEDULE, unused=unused_parameters(policy), **rest)
+        unused = unused_parameters(policy)
+        trained = [TrainedParameter(*named) for named in policy.named_parameters() if named[1].requires_grad]
+        self.optimizer = Optimizer(
+            [one for one in trained if one.name not in unused],
+            ADAMW,
+            SCHEDULE,
+            clip_grad=1.0,
+            unused=[one.parameter for one in trained if one.name in unused],
+        )
         self.ema = None
         self.average(ema_decay)
 

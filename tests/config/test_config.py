@@ -287,19 +287,30 @@ def test_single_mistakes(text, override, complaint, mistakes):
         ("model.x=1", "model: unknown key; here it is [policy] ["),
         ("policy.chunk_size=4", "policy.chunk_size: unknown key ["),  # The toy policy has no action_horizon.
         ("trainer.recision=1", "trainer.recision: unknown key ["),
-        ("optim.type=adam", "optim.type: unknown key ["),
+        ("optim.type=adam", "unknown optimizer 'adam': optim.type = \"adamw\" with weight_decay = 0 is Adam ["),
+        ("optim.type=moun", "optim.type: unknown optimizer 'moun'; did you mean 'muon'? ["),
+        ("optim.schedule=linear", "unknown schedule 'linear': it is optim.schedule = \"wsd\" with stable_steps = 0"),
+        ("optim.schedule=openpi_cosine", "unknown schedule 'openpi_cosine': RLinf's openpi_cosine is optim.schedule"),
+        ("optimizer=adamw", "optimizer: unknown key; here it is 'optim.type' ["),
+        ("optim.optimizer_type=adamw", "here it is 'optim.type' ["),
+        ("optim.lr_scheduler=cosine", "here it is 'optim.schedule' ["),
+        ("optim.lr_scheduler_type=cosine", "here it is 'optim.schedule' ["),
+        ("optimizer.name=muon", "optimizer: unknown key; here it is [optim]"),
+        ("optim.warmup_style=cosine", "optim.warmup_style: unknown key; RLinf reads it nowhere"),
+        ("optim=3", "optim: must be a table, [optim] (got 3) ["),
     ],
 )
 def test_hints_are_right_or_absent(override, hint, mistakes):
     assert hint in mistakes("", override)
 
 
-def test_every_alias_leads_to_a_key(load):
-    """Or to a table; one of a policy's own keys is only suggested where the policy has it."""
+def test_every_alias_leads_to_a_key(load, plugins):
+    """Or to a table; keys of one policy, optimizer or schedule are only suggested where it is chosen."""
     run = load()
+    choices = [one.item.model_fields for kind in ("optimizer", "schedule") for one in plugins.registered_as(kind)]
     for theirs, ours in ALIASES.items():
         table, _, key = ours.strip("[]").partition(".")
-        fields = type(getattr(run, table)).model_fields
+        fields = set(type(getattr(run, table)).model_fields).union(*choices if table == "optim" else ())
         assert not key or key in fields or ours in ("policy.action_horizon", "policy.augmentations"), theirs
         assert theirs not in fields, f"{theirs} is a key of [{table}]"
 

@@ -32,13 +32,23 @@ class WarmDataset(ToyDataset):
     }
 
 
+class DecayingDataset(ToyDataset):
+    run_defaults: ClassVar = {"policy": {"type": "trainable_toy"}, "optim": {"warmup_steps": 3, "min_lr": 1e-7}}
+
+
 class WeighedDataset(ToyDataset):
     weight: float = 80.0
 
 
 @pytest.fixture(scope="module")
 def plugins():
-    return toy_plugins(other=OtherPolicyDataset, faster=FasterDataset, warm=WarmDataset, weighed=WeighedDataset)
+    return toy_plugins(
+        other=OtherPolicyDataset,
+        faster=FasterDataset,
+        warm=WarmDataset,
+        weighed=WeighedDataset,
+        decaying=DecayingDataset,
+    )
 
 
 @pytest.fixture
@@ -210,3 +220,12 @@ def test_defaults_that_differ_must_be_said(mistakes, load):
     assert "optim.lr: the datasets of data.mixture set different values (faster 0.001, warm sets none): set it" in said
     run = load(text, "policy.seconds_a_step=0.125", "optim.lr=0.5")
     assert (run.policy.seconds_a_step, run.optim.lr, run.optim.warmup_steps) == (0.125, 0.5, 3)
+
+
+def test_defaults_that_differ_need_not_be_said_where_the_schedule_has_no_such_key(mistakes, load):
+    text = '[[data.mixture]]\nconfig_name = "decaying"\n[[data.mixture]]\nconfig_name = "warm"\n'
+    given = "policy.seconds_a_step=0.125"
+    assert "optim.min_lr: the datasets of data.mixture set different values (decaying 1e-07, warm sets" in mistakes(
+        text, given
+    )
+    assert load(text, given, "optim.schedule=constant").optim.warmup_steps == 3

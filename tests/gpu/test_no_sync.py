@@ -9,6 +9,7 @@ import itertools
 import math
 import os
 from collections import deque
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +20,11 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.utils import get_total_norm
 
+from rlinf_core.optimizers.adamw import AdamW
+from rlinf_core.optimizers.muon import Muon, Settings, is_matrix
+from rlinf_core.optimizers.orthogonal import Iterations
+from rlinf_core.optimizers.parameters import TrainedParameter
+from rlinf_core.optimizers.schedules import openpi_cosine
 from rlinf_core.plugins.owners import Implementation, Owner
 from rlinf_core.training.adapters import Original, find_adapters
 from rlinf_core.training.distributed.processes import Processes
@@ -27,7 +33,7 @@ from rlinf_core.training.fsdp import materialize, shard
 from rlinf_core.training.gradients import GradientHooks
 from rlinf_core.training.monitor.flight_recorder import FlightRecorder
 from rlinf_core.training.monitor.metrics import PHASES
-from rlinf_core.training.optim import Optimizer, Schedule
+from rlinf_core.training.optim import Optimizer
 from rlinf_core.training.step import TrainStep
 
 DEVICE = torch.device(os.environ.get("RLINF_CHECK_DEVICE", "cuda"))
@@ -95,9 +101,27 @@ def measure(policy, step, scale, **_):
     return {f"norm/{name}": norm for name, norm in norms.items()} | {"number": float(step)}
 
 
+ADAMW = AdamW(1e-3, (0.9, 0.95), 1e-8, 1e-10)
+
+
+class MuonRecipe:
+    """`optim.type = "muon"` without pydantic."""
+
+    lr, unused_weight_decay = 1e-3, 0.0
+
+    def build(self, parameters):
+        return Muon(
+            parameters, Settings(1e-3, 0.95, True, Iterations(5, torch.bfloat16), 1e-10, "match_rms_adamw"), ADAMW
+        )
+
+    def initial_state(self, one):
+        return {"momentum_buffer": torch.zeros_like(one.parameter)} if is_matrix(one) else ADAMW.initial_state(one)
+
+
+@pytest.mark.parametrize("recipe", [ADAMW, MuonRecipe()], ids=["adamw", "muon"])
 @pytest.mark.parametrize("decay", [0.0, 0.9], ids=["plain", "averaged"])
 @pytest.mark.parametrize("reshard", [True, False], ids=["resharded", "kept"])
-def test_steps_wait_for_nothing_and_their_numbers_come_late(group, tmp_path, decay, reshard):
+def test_steps_wait_for_nothing_and_their_numbers_come_late(group, tmp_path, decay, reshard, recipe):
     with torch.device("meta"):
         policy = Policy()
     shard(policy, init_device_mesh(DEVICE.type, (1,)), compute_dtype=torch.bfloat16, reshard_after_forward=reshard)
@@ -106,10 +130,9 @@ def test_steps_wait_for_nothing_and_their_numbers_come_late(group, tmp_path, dec
         DEVICE,
         lambda name, shape: torch.randn(shape, generator=torch.Generator().manual_seed(len(name))) * 0.02,
     )
-    schedule = Schedule(1e-3, 1e-4, 0, 100)
-    optimizer = Optimizer(
-        policy.named_parameters(), schedule, betas=(0.9, 0.95), eps=1e-8, weight_decay=1e-10, clip_grad=1.0
-    )
+    schedule = partial(openpi_cosine, lr=1e-3, min_lr=1e-4, warmup_steps=0, decay_steps=100)
+    trained = [TrainedParameter(*named, in_block=True) for named in policy.named_parameters()]
+    optimizer = Optimizer(trained, recipe, schedule, clip_grad=1.0)
     size = MICRO_BATCH * ACCUMULATION
     places = [np.arange(micro * MICRO_BATCH, (micro + 1) * MICRO_BATCH) for micro in range(ACCUMULATION)]
     order = SimpleNamespace(accumulation=ACCUMULATION, sources=(1, 2), places=lambda micro, rank: places[micro])

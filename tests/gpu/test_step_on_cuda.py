@@ -5,16 +5,20 @@ python -m pytest --noconftest -m gpu tests/gpu`. `RLINF_CHECK_DEVICE=cpu` tries 
 """
 
 import os
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from rlinf_core.optimizers.adamw import AdamW
+from rlinf_core.optimizers.parameters import TrainedParameter
+from rlinf_core.optimizers.schedules import openpi_cosine
 from rlinf_core.training.blocks import prepare_block
 from rlinf_core.training.ema import Ema
 from rlinf_core.training.fsdp import materialize, set_gradient_sync, shard
-from rlinf_core.training.optim import Optimizer, Schedule
+from rlinf_core.training.optim import Optimizer
 from rlinf_plugins_openpi.model.dimensions import Pi0Dimensions
 from rlinf_plugins_openpi.model.parts import unpacked
 from rlinf_plugins_openpi.model.pi0 import Pi0
@@ -94,10 +98,9 @@ def train(
         return policy.initial_value(name, shape, torch.Generator().manual_seed(len(name)))
 
     materialize(policy, torch.device("cpu") if cpu_offload else device, value, buffers_on=device)
-    schedule = Schedule(1e-3, 1e-4, 0, 100)
-    optimizer = Optimizer(
-        policy.named_parameters(), schedule, betas=(0.9, 0.95), eps=1e-8, weight_decay=1e-10, clip_grad=1.0
-    )
+    schedule = partial(openpi_cosine, lr=1e-3, min_lr=1e-4, warmup_steps=0, decay_steps=100)
+    trained = [TrainedParameter(*named) for named in policy.named_parameters()]
+    optimizer = Optimizer(trained, AdamW(1e-3, (0.9, 0.95), 1e-8, 1e-10), schedule, clip_grad=1.0)
     ema, losses = Ema(policy, 0.5, torch.device(ema_device) if ema_device else None), []
     for number, batch in enumerate(batches(pi05, device)):
         last = number % MICRO_BATCHES == MICRO_BATCHES - 1

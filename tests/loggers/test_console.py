@@ -7,6 +7,7 @@ import re
 import pytest
 from rich.console import Console
 
+from rlinf_core.contract.optim import OptimConfig
 from rlinf_core.loggers.console import (
     ConsoleLogger,
     RunConsole,
@@ -77,7 +78,7 @@ def logger(tmp_path):
         sources=[Namespace(name="")],
         policy=Namespace(type="toy"),
         trainer=Namespace(global_batch_size=4),
-        optim=Namespace(warmup_steps=10, decay_steps=30),
+        optim=OptimConfig(warmup_steps=10, decay_steps=30),
     )
     return ConsoleLogger(Console(file=io.StringIO(), width=100, highlight=False), run, 0, 20)
 

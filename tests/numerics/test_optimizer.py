@@ -6,14 +6,20 @@ import numpy as np
 import pytest
 import torch
 
+from rlinf_core.contract.optim import OptimConfig, TrainedParameter
 from rlinf_core.training.ema import Ema
-from rlinf_core.training.optim import Optimizer, Schedule
+from rlinf_core.training.optim import Optimizer
 
 
 def test_learning_rate_is_optax_in_float32(optim_case, report):
     for name, case in json.loads((optim_case / "schedule.json").read_text()).items():
-        schedule = Schedule(case["peak_lr"], case["decay_lr"], case["warmup_steps"], case["decay_steps"])
-        ours = np.array([float(schedule.at(torch.tensor(step))) for step in case["steps"]])
+        schedule = OptimConfig(
+            lr=case["peak_lr"],
+            min_lr=case["decay_lr"],
+            warmup_steps=case["warmup_steps"],
+            decay_steps=case["decay_steps"],
+        )
+        ours = np.array([float(schedule.lr_at(torch.tensor(step))) for step in case["steps"]])
         theirs = np.array(case["lr"])
         report(f"optim/schedule/{name}", "lr", float(np.max(np.abs(ours / theirs - 1))), 1e-5)
 
@@ -48,8 +54,9 @@ def test_clipped_adamw_follows_optax(optim_case, report, divisor):
     steps = len({key.split("/")[0] for key in data if key.startswith("grad")})
     parameters = {name: torch.nn.Parameter(torch.tensor(data[f"init/{name}"])) for name in names}
     # The file does not say how it was made; section 5 of the set's README does.
+    optim = OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=3, decay_steps=12, betas=(0.9, 0.95), weight_decay=1e-10)
     optimizer = Optimizer(
-        parameters.items(), Schedule(1e-2, 1e-3, 3, 12), betas=(0.9, 0.95), eps=1e-8, weight_decay=1e-10, clip_grad=1.0
+        [TrainedParameter(*named) for named in parameters.items()], optim, optim.lr_at, clip_grad=optim.clip_grad
     )
     worst = 0.0
     for step in range(steps):

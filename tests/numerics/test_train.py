@@ -8,8 +8,9 @@ import torch
 from golden import name_of
 from pi0_case import read_batch, read_model
 
+from rlinf_core.contract.optim import OptimConfig, TrainedParameter
 from rlinf_core.training.ema import Ema
-from rlinf_core.training.optim import Optimizer, Schedule
+from rlinf_core.training.optim import Optimizer
 from rlinf_plugins_openpi.model.parts import unpacked
 from rlinf_plugins_openpi.weights.layouts import JAX
 from rlinf_plugins_openpi.weights.source import PublishedWeights
@@ -50,14 +51,18 @@ class Run:
 
     def optimizer(self):
         settings, schedule = self.curve["optimizer"], self.curve["schedule"]
-        return Optimizer(
-            self.model.named_parameters(),
-            Schedule(schedule["peak_lr"], schedule["decay_lr"], schedule["warmup_steps"], schedule["decay_steps"]),
+        optim = OptimConfig(
+            lr=schedule["peak_lr"],
+            min_lr=schedule["decay_lr"],
+            warmup_steps=schedule["warmup_steps"],
+            decay_steps=schedule["decay_steps"],
             betas=(settings["b1"], settings["b2"]),
             eps=settings["eps"],
             weight_decay=settings["weight_decay"],
             clip_grad=settings["clip_global_norm"],
         )
+        trained = [TrainedParameter(*named) for named in self.model.named_parameters()]
+        return Optimizer(trained, optim, optim.lr_at, clip_grad=optim.clip_grad)
 
 
 def distance_under_the_references_name(state, name, theirs, dimensions):

@@ -16,6 +16,7 @@ from rlinf_core.costs.memory import (
     Activations,
     Parameter,
     Sharding,
+    State,
     Unit,
     largest_micro_batch,
     states,
@@ -124,10 +125,14 @@ def test_another_trainer_and_ranks_that_do_not_divide_are_refused():
         planned(QUICKSTART, ranks=3)
 
 
+ADAMW = State(per_number=8, once=4)
 UNITS = (
-    Unit((Parameter("a", (1000, 100)),), 2),
-    Unit((Parameter("b", (1001, 100)), Parameter("dead", (500, 100), reached=False)), 2),
-    Unit((Parameter("root", (10, 10)), Parameter("frozen", (50, 10), trainable=False, averaged=False)), 4),
+    Unit((Parameter("a", (1000, 100), state=ADAMW),), 2),
+    Unit((Parameter("b", (1001, 100), state=ADAMW), Parameter("dead", (500, 100), reached=False, state=ADAMW)), 2),
+    Unit(
+        (Parameter("root", (10, 10), state=ADAMW), Parameter("frozen", (50, 10), trainable=False, averaged=False)),
+        4,
+    ),
 )
 GROWS = Activations((1, 0, 2), (0.0, 0.0, 0.0), (1e6, 1e6, 1e6))
 

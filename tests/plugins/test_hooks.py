@@ -18,7 +18,7 @@ import torch
 from distributions import entry_point
 from torch import nn
 
-from rlinf_core import LeRobotDatasetConfig, PluginError, PolicyConfig, UserError, hookimpl
+from rlinf_core import LeRobotDatasetConfig, PluginError, PolicyConfig, TrainedParameter, UserError, hookimpl
 from rlinf_core.config.load import load_config
 from rlinf_core.contract import hookspecs
 from rlinf_core.plugins.calls import check_plugin, specified_hooks
@@ -90,6 +90,21 @@ def test_rlinf_register_augmentations(plugins, examples):
 def test_rlinf_register_trainers(plugins, examples):
     assert plugins.trainer("counting") is examples.CountingTrainer
     assert [one.name for one in plugins.registered_as("trainer")] == ["counting", "fsdp2"]
+
+
+def test_rlinf_register_optimizers(plugins, examples, configure):
+    assert plugins.optimizer("descent") is examples.Descent
+    assert [one.name for one in plugins.registered_as("optimizer")] == ["adamw", "descent", "muon"]
+    optim = configure("optim.type=descent", "optim.lr=0.5", "optim.min_lr=0.1").optim
+    assert (type(optim).optimizer_origin, optim.unused_weight_decay) == (f"Descent of {OWNER}", 0.0)
+    parameter = TrainedParameter("w", nn.Parameter(torch.ones(2)))
+    assert [group["lr"] for group in optim.build([parameter]).param_groups] == [0.5]
+
+
+def test_rlinf_register_schedules(plugins, examples, configure):
+    assert plugins.schedule("halving") is examples.Halving
+    optim = configure("optim.schedule=halving", "optim.lr=0.5", "optim.halve_every=10").optim
+    assert [float(optim.lr_at(torch.tensor(step))) for step in (0.0, 9.0, 10.0, 29.0)] == [0.5, 0.5, 0.25, 0.125]
 
 
 def test_rlinf_register_loggers(plugins, examples):

@@ -1,17 +1,32 @@
 """The optimizer step's promises that no reference states: skipping, and state that exists from the start."""
 
+import re
+
+import pytest
 import torch
 
-from rlinf_core.training.optim import Optimizer, Schedule, decays
+from rlinf_core import PluginError
+from rlinf_core.contract.optim import OptimConfig, OptimizerConfig, TrainedParameter
+from rlinf_core.training.optim import Optimizer, decays
+
+SETTINGS = OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=3, decay_steps=12)
 
 
-def make(schedule=None):
+def optimizer_of(named_parameters, recipe=SETTINGS, unused=()):
+    trained = [TrainedParameter(name, p) for name, p in named_parameters if p.requires_grad]
+    return Optimizer(
+        [one for one in trained if one.name not in unused],
+        recipe,
+        SETTINGS.lr_at,
+        clip_grad=SETTINGS.clip_grad,
+        unused=[one.parameter for one in trained if one.name in unused],
+    )
+
+
+def make(recipe=SETTINGS):
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 3)
-    schedule = schedule or Schedule(1e-2, 1e-3, 3, 12)
-    return model, Optimizer(
-        model.named_parameters(), schedule, betas=(0.9, 0.95), eps=1e-8, weight_decay=1e-10, clip_grad=1.0
-    )
+    return model, optimizer_of(model.named_parameters(), recipe)
 
 
 def backward(model, step):
@@ -61,9 +76,9 @@ def test_small_gradients_are_not_touched_and_large_ones_have_norm_one():
 
 
 def test_the_rate_stays_at_its_end_after_the_decay_and_needs_no_warmup():
-    schedule = Schedule(1e-2, 1e-3, 0, 10)
-    assert float(schedule.at(torch.tensor(0))) == torch.tensor(1e-2)
-    torch.testing.assert_close(schedule.at(torch.tensor([10, 11, 10_000])), torch.full((3,), 1e-3))
+    schedule = OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=0, decay_steps=10)
+    assert float(schedule.lr_at(torch.tensor(0))) == torch.tensor(1e-2)
+    torch.testing.assert_close(schedule.lr_at(torch.tensor([10, 11, 10_000])), torch.full((3,), 1e-3))
 
 
 def test_state_keeps_its_keys_and_its_memory_so_that_loading_can_write_into_it():
@@ -77,9 +92,7 @@ def test_state_keeps_its_keys_and_its_memory_so_that_loading_can_write_into_it()
 def test_frozen_parameters_cost_no_state():
     model = torch.nn.Linear(4, 3)
     model.bias.requires_grad_(False)
-    optimizer = Optimizer(
-        model.named_parameters(), Schedule(1e-2, 1e-3, 3, 12), betas=(0.9, 0.95), eps=1e-8, weight_decay=0, clip_grad=1
-    )
+    optimizer = optimizer_of(model.named_parameters())
     assert not [name for name in optimizer.state_dict() if name.endswith("bias")]
 
 
@@ -88,8 +101,8 @@ def test_what_no_loss_reaches_has_no_state_and_decays_as_adamw_would_have_it():
     torch.manual_seed(0)
     model = torch.nn.ModuleDict({"used": torch.nn.Linear(4, 3), "kept": torch.nn.Linear(4, 3)})
     start = {name: p.detach().clone() for name, p in model["kept"].named_parameters()}
-    settings = {"betas": (0.9, 0.95), "eps": 1e-8, "clip_grad": 1.0, "unused": {"kept.weight", "kept.bias"}}
-    optimizer = Optimizer(model.named_parameters(), Schedule(1e-2, 1e-3, 3, 12), weight_decay=0.1, **settings)
+    decaying = SETTINGS.model_copy(update={"weight_decay": 0.1})
+    optimizer = optimizer_of(model.named_parameters(), decaying, unused={"kept.weight", "kept.bias"})
     assert not any("kept" in name for name in optimizer.state_dict())
     factor = 1.0
     for step in range(4):
@@ -106,18 +119,89 @@ def test_what_no_loss_reaches_has_no_state_and_decays_as_adamw_would_have_it():
 def test_the_references_decay_changes_no_float32_number():
     assert not decays(2.5e-5, 1e-10)
     assert decays(1e-3, 0.01)
-    model, optimizer = make()
+    model, _ = make()
     assert not decays(1e-2, 1e-10)
-    untouched = Optimizer(
-        model.named_parameters(),
-        optimizer.schedule,
-        betas=(0.9, 0.95),
-        eps=1e-8,
-        weight_decay=1e-10,
-        clip_grad=1.0,
-        unused={"bias"},
-    )
+    untouched = optimizer_of(model.named_parameters(), unused={"bias"})
     before = model.bias.detach().clone()
     backward(model, 0)
     untouched.step()
     assert torch.equal(model.bias, before)
+
+
+# --- optimizers that know nothing of this step ------------------------------------------------------------------------
+
+
+class Momentum(OptimizerConfig):
+    """torch's SGD: scales no gradients, and its learning rates are numbers."""
+
+    type: str = "momentum"
+    lr: float = 1e-2
+    bias_lr: float = 2e-2
+
+    def build(self, parameters):
+        groups = [
+            {"params": [one.parameter for one in parameters if one.name == name], "lr": lr}
+            for name, lr in (("weight", self.lr), ("bias", self.bias_lr))
+        ]
+        return torch.optim.SGD(groups, momentum=0.9)
+
+    def initial_state(self, parameter):
+        return {"momentum_buffer": torch.zeros_like(parameter.parameter)}
+
+
+def test_any_torch_optimizer_gets_clipped_gradients_and_the_schedules_rates():
+    model, optimizer = make(Momentum())
+    weights = {name: p.detach().double() for name, p in model.named_parameters()}
+    momenta = {name: torch.zeros_like(p) for name, p in weights.items()}
+    norms = []
+    for step in range(4):
+        backward(model, step)
+        if step == 1:
+            model.weight.grad[0, 0] = float("nan")
+        gradients = {name: p.grad.double() for name, p in model.named_parameters()}
+        result = optimizer.step(torch.tensor(0.25))
+        assert (float(result.skipped), model.weight.grad) == (float(step == 1), None)
+        if step == 1:
+            continue
+        norm = sum(float(g.square().sum()) for g in gradients.values()) ** 0.5 / 0.25
+        norms.append(norm)
+        for name, gradient in gradients.items():
+            momenta[name] = 0.9 * momenta[name] + gradient / 0.25 / max(norm, 1.0)
+            weights[name] = weights[name] - float(result.lr) * (2 if name == "bias" else 1) * momenta[name]
+    assert max(norms) > 1
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.detach().double(), weights[name], rtol=1e-5, atol=1e-6)
+    assert torch.equal(
+        optimizer.state_dict()["momentum_buffer.bias"], optimizer._torch.state[model.bias]["momentum_buffer"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "complaint"),
+    [
+        ({"initial_state": lambda self, parameter: {}}, "state of weight has 'momentum_buffer', which initial_state"),
+        (
+            {"build": lambda self, parameters: torch.optim.SGD([parameters[0].parameter], momentum=0.9)},
+            "build() returned an optimizer without bias, which would never change",
+        ),
+        (
+            {"build": lambda self, parameters: Replacing([one.parameter for one in parameters], {"lr": 1.0})},
+            "a step replaced or removed the tensor 'momentum_buffer' in the state of weight",
+        ),
+    ],
+)
+def test_an_optimizer_that_checkpoints_would_not_hold_is_refused(changed, complaint):
+    def step():
+        model, optimizer = make(type("Changed", (Momentum,), changed)())
+        backward(model, 0)
+        optimizer.step()
+
+    with pytest.raises(PluginError, match=re.escape(complaint)) as caught:
+        step()
+    assert str(caught.value).startswith("Changed: ")
+
+
+class Replacing(torch.optim.Optimizer):
+    def step(self):
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter] = {"momentum_buffer": parameter.grad.clone()}

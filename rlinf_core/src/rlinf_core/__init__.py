@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from rlinf_core.contract.module import Policy as Policy
     from rlinf_core.contract.module import PolicyOutput as PolicyOutput
     from rlinf_core.contract.module import ShardUnit as ShardUnit
+    from rlinf_core.contract.optim import OptimizerConfig as OptimizerConfig
+    from rlinf_core.contract.optim import ScheduleConfig as ScheduleConfig
+    from rlinf_core.contract.optim import TrainedParameter as TrainedParameter
     from rlinf_core.contract.policy import PolicyConfig as PolicyConfig
     from rlinf_core.contract.run import Logger as Logger
     from rlinf_core.contract.run import LoggerConfig as LoggerConfig
@@ -50,6 +53,9 @@ _HOME = {
     "Adapter": "contract.adapter",
     "MergeableAdapter": "contract.adapter",
     "BufferedAdapter": "contract.adapter",
+    "OptimizerConfig": "contract.optim",
+    "ScheduleConfig": "contract.optim",
+    "TrainedParameter": "contract.optim",
     "TrainerConfig": "contract.run",
     "Trainer": "contract.run",
     "LoggerConfig": "contract.run",

@@ -21,7 +21,7 @@ def test_the_largest_consumers_come_first_and_a_fitting_micro_batch_is_named():
     said = describe_shortage(SHORT, PLAIN, where="rank 3, step 1, forward", ranks=1)
     assert said.startswith("rank 3, step 1, forward: out of memory, of 80.0 GB.")
     held = said.partition("Used: ")[2]
-    assert held.index("optimizer moments 26.0 GB") < held.index("weights 13.0 GB")
+    assert held.index("optimizer state 26.0 GB") < held.index("weights 13.0 GB")
     assert "activations and gathered weights of 32 samples, at least 26.0 GB" in held
     assert "trainer.micro_batch_size = 16 should fit (now 32; same result)" in said
 
@@ -46,7 +46,7 @@ def test_where_no_micro_batch_fits_the_message_says_so(change):
 def test_ways_out_are_those_that_are_not_taken_yet():
     taken = PLAIN.model_copy(update={"activation_checkpointing": "full", "cpu_offload": True})
     assert list(ways_out(SHORT, taken, ranks=1)) == [
-        "more devices: weights, gradients and moments are divided among them"
+        "more devices: weights, gradients and optimizer state are divided among them"
     ]
     averaged = replace(SHORT, states=States(13 * GB, 13 * GB, 26 * GB, 13 * GB))
     ways = list(ways_out(averaged, PLAIN, ranks=8))

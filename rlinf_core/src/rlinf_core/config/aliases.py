@@ -17,10 +17,17 @@ _ACCUMULATION = (
 _TRACKER = "settings of a tracker are keys of its logger's table, e.g. [loggers.wandb], and runner.loggers names it"
 
 _BY_KEY: Mapping[str, str] = {
+    "optim.type": "optimizer_type optimizer_name optim_type optim_name optimizer_class",
+    "optim.schedule": "lr_scheduler_type lr_scheduler_name scheduler_type scheduler_name lr_schedule_type",
+    "optim.momentum": "muon_momentum mu",
+    "optim.ns_steps": "newton_schulz_steps muon_ns_steps num_ns_steps",
+    "optim.adjust_lr": "adjust_lr_fn muon_adjust_lr_fn",
+    "optim.adamw_lr": "scalar_lr embed_lr adam_lr",
+    "optim.stable_steps": "num_stable_steps lr_stable_steps",
     "optim.lr": "learning_rate peak_lr base_lr optimizer_lr",
-    "optim.min_lr": "decay_lr lr_end end_lr min_learning_rate scheduler_decay_lr",
+    "optim.min_lr": "decay_lr lr_end end_lr eta_min min_learning_rate scheduler_decay_lr",
     "optim.warmup_steps": "lr_warmup_steps num_warmup_steps scheduler_warmup_steps warmup_iters",
-    "optim.decay_steps": "lr_decay_steps scheduler_decay_steps total_training_steps lr_decay_iters",
+    "optim.decay_steps": "lr_decay_steps scheduler_decay_steps total_training_steps lr_decay_iters num_decay_steps",
     "optim.betas": "adam_beta1 adam_beta2 adam_betas beta1 beta2 b1 b2 optimizer_betas",
     "optim.eps": "adam_eps adam_epsilon optimizer_eps",
     "optim.weight_decay": "adam_weight_decay optimizer_weight_decay",
@@ -61,7 +68,22 @@ _BY_KEY: Mapping[str, str] = {
 }
 """Our key or table, and theirs; `[table]` is only suggested for a table."""
 
+_CHOICES: Mapping[str, str] = {
+    **dict.fromkeys(("optimizer", "optim"), "optim.type"),
+    **dict.fromkeys(("lr_scheduler", "lr_schedule", "scheduler", "lr_decay_style"), "optim.schedule"),
+}
+"""Their key where it holds a name; as a table, it is one of those above."""
+
+_SHARE = "a number of steps is set here: optim.warmup_steps, which is the ratio times the number of steps"
+_RATE = "the learning rate itself is set here: optim.min_lr, which is the rate times optim.lr"
+
 _SENTENCES: Mapping[str, str] = {
+    "warmup_style": "RLinf reads it nowhere: its schedule is lr_scheduler, constant by default; here optim.schedule",
+    "lr_warmup_steps_ratio": _SHARE,
+    "warmup_ratio": _SHARE,
+    "min_lr_rate": _RATE,
+    "min_lr_ratio": _RATE,
+    "num_cycles": "the cosines here are half a cycle",
     "gradient_accumulation_steps": _ACCUMULATION,
     "grad_accumulation_steps": _ACCUMULATION,
     "accumulate_grad_batches": _ACCUMULATION,
@@ -91,6 +113,8 @@ def hint(key: str, known: set[str], *, is_table: bool) -> str:
     if word in _SENTENCES:
         return f"; {_SENTENCES[word]}"
     ours = ALIASES.get(word, "")
+    if not is_table:
+        ours = _CHOICES.get(word, ours)
     if ours.startswith("["):
         return f"; here it is {ours}" if is_table else ""
     return f"; here it is {ours!r}" if ours in known else ""

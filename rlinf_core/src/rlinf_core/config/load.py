@@ -2,9 +2,9 @@
 
 Layers, each overriding the one before (contract 6): core's defaults < the policy's `run_defaults` < the dataset's
 `run_defaults` < the TOML file < the command line. `data.config_name`, `policy.type` and `trainer.type` select the
-classes that validate `[data]`, `[policy]` and `[trainer]`; `[plugins.<name>]`, `[loggers.<type>]` and
-`[evaluators.<type>]` are validated by the classes that are registered under these names. All mistakes are reported
-together.
+classes that validate `[data]`, `[policy]` and `[trainer]`; `optim.type` and `optim.schedule` together that of
+`[optim]`; `[plugins.<name>]`, `[loggers.<type>]` and `[evaluators.<type>]` are validated by the classes that are
+registered under these names. All mistakes are reported together.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError, create_model
 from pydantic_core import ErrorDetails
 
 from rlinf_core.config import mixture
+from rlinf_core.config import optim as optim_keys
 from rlinf_core.config.mistakes import COMMAND_LINE, KeyPath, Layer, Tables, explain, is_model, mistake, value_at
 from rlinf_core.config.toml import (
     Table,
@@ -34,6 +35,7 @@ from rlinf_core.config.toml import (
 from rlinf_core.contract.augmentation import PLUGINS
 from rlinf_core.contract.datasets import DatasetConfig
 from rlinf_core.contract.mixture import LOADER_KEYS, MixtureConfig, MixtureEntry, MixtureShare
+from rlinf_core.contract.optim import compose, shared_names
 from rlinf_core.contract.run import NOTHING_HELD_OUT, RunConfig
 from rlinf_core.contract.tables import Section
 from rlinf_core.errors import UserError
@@ -60,6 +62,7 @@ NAMED = {
 TYPED = ("loggers", "evaluators")
 """Those of `NAMED` whose classes have their table's name as `type`."""
 _CORE_DEFAULTS: Table = {"trainer": {"type": "fsdp2"}}
+_OPTIM_DEFAULTS: Table = {"type": "adamw", "schedule": "cosine"}
 
 
 def load_config(
@@ -137,6 +140,8 @@ class _Draft:
         """Lowest first."""
         self._chosen: dict[KeyPath, _Chosen | None] = {}
         """The classes of the tables that plugins define, by key path; None if it could not be determined."""
+        self._undecided_optim: dict[str, str] = {}
+        """Keys of `[optim]` for which datasets of a mixture set different values, and what to say of them."""
 
     def choose_classes(self) -> None:
         """Find the classes of the tables, and add their defaults below the user's layers."""
@@ -152,7 +157,7 @@ class _Draft:
             self._add_below(f"defaults of policy {self._get('policy', 'type')!r}", policy.model.run_defaults)
         self._add_below("core's defaults", _CORE_DEFAULTS)
         trainer = self._choose(("trainer", "type"), partial(self._find, "trainer"), "is required")
-        self._chosen = {**datasets, ("policy",): policy, ("trainer",): trainer}
+        self._chosen = {**datasets, ("policy",): policy, ("optim",): self._choose_optim(), ("trainer",): trainer}
         self._choose_named("plugins", "options")
         self._choose_running("loggers", "logger", ALWAYS_ON)
         self._choose_running("evaluators", "evaluator", (HELD_OUT,))
@@ -187,7 +192,7 @@ class _Draft:
         values = self._get(*place)
         if place[0] in TYPED and isinstance(values, Mapping):
             return {"type": place[1], **values}
-        return values
+        return {} if values is None and place == ("optim",) else values
 
     def _refuse_secrets(self) -> None:
         """Report passwords and tokens: the config is written to the run's folder, where they do not belong."""
@@ -283,7 +288,11 @@ class _Draft:
         undecided = {place: said for place, said in differing.items() if self._get(*place) is None}
         for place, said in undecided.items():
             why = "a run trains one policy, but " if place == _POLICY else ""
-            self._note(place, f"{why}the datasets of data.mixture set different values ({said}): set it for all")
+            what = f"{why}the datasets of data.mixture set different values ({said}): set it for all"
+            if place[0] == "optim":
+                self._undecided_optim[str(place[1])] = what  # The optimizer or schedule may have no such key.
+            else:
+                self._note(place, what)
         if common:
             self._add_below("defaults of the datasets of data.mixture", common)
         return _POLICY not in undecided
@@ -353,6 +362,48 @@ class _Draft:
                 self._try(chosen.model, {"type": name}, (section, name), chosen.owner)
             except UserError as error:
                 self._note(("runner", section), str(error))
+
+    def _choose_optim(self) -> _Chosen | None:
+        """The class of `[optim]`: made of those of its optimizer and its schedule."""
+        given = self._get("optim")
+        if not isinstance(given, Mapping | None):
+            self._note(("optim",), f"must be a table, [optim] (got {given!r})")
+            return None
+        table = {**_OPTIM_DEFAULTS, **(given or {})}
+        optimizer, schedule = (self._choose_by_default(kind, key) for kind, key in optim_keys.CHOOSES.items())
+        if not (optimizer and schedule):
+            return None
+        if shared := shared_names(optimizer.model, schedule.model):
+            self._note(
+                ("optim",),
+                f"the optimizer {table['type']!r} of {optimizer.owner} and the schedule {table['schedule']!r} of "
+                f"{schedule.owner} cannot be used together: both define {', '.join(shared)}",
+            )
+            return None
+        model: type[BaseModel] = compose(optimizer.model, schedule.model, str(optimizer.owner))  # type: ignore[arg-type]
+        self._refuse_keys_of_others(table, model)
+        for key in sorted(self._undecided_optim.keys() & model.model_fields.keys()):
+            self._note(("optim", key), self._undecided_optim[key])
+        return _Chosen(model, optimizer.owner)
+
+    def _choose_by_default(self, kind: RegistrationKind, key: str) -> _Chosen | None:
+        """What a key of `[optim]` chooses, or what core chooses without it."""
+        if self._get("optim", key) is None:
+            return self._find(kind, _OPTIM_DEFAULTS[key])
+        return self._choose(("optim", key), partial(self._find, kind), "must be a name")
+
+    def _refuse_keys_of_others(self, table: Mapping[str, Any], model: type[BaseModel]) -> None:
+        """Leave out keys of `[optim]` that only other optimizers or schedules have: the user's are mistakes, while
+        defaults of datasets and policies were written for another choice.
+        """
+        if not (unknown := table.keys() - model.model_fields.keys()):
+            return
+        having = optim_keys.having(unknown, self._plugins)
+        defaults = len(self._layers) - 2
+        for key in sorted(having):
+            if any(layer.reaches(("optim", key)) for layer in self._layers[defaults:]):
+                self._note(("optim", key), optim_keys.explain(table, having[key]))
+        self._layers = [optim_keys.without(layer, having.keys()) for layer in self._layers]
 
     def _check_policy_fits(self, place: KeyPath, data: type[DatasetConfig]) -> bool:
         own = value_at(data.run_defaults, ("policy", "type"))

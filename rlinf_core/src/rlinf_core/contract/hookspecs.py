@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rlinf_core.contract.command import Command
     from rlinf_core.contract.datasets import DatasetConfig, SampleSource, Split
     from rlinf_core.contract.evaluation import EvaluatorConfig
+    from rlinf_core.contract.optim import OptimizerConfig, ScheduleConfig
     from rlinf_core.contract.policy import PolicyConfig
     from rlinf_core.contract.run import LoggerConfig, RunConfig, Trainer, TrainerConfig
 
@@ -58,6 +59,29 @@ def rlinf_register_trainers() -> Iterable[type[TrainerConfig]]:  # type: ignore[
 
     Returns:
         Config classes. All plugins' results are collected; the same `type` from two plugins is an error naming both.
+
+    Called on: every rank, while the config is loaded. Since 0.1.
+    """
+
+
+@hookspec
+def rlinf_register_optimizers() -> Iterable[type[OptimizerConfig]]:  # type: ignore[empty-body]
+    """Offer optimizers; `[optim] type` selects among them.
+
+    Returns:
+        Config classes. All plugins' results are collected; the same `type` from two plugins is an error naming both.
+
+    Called on: every rank, while the config is loaded. Since 0.1.
+    """
+
+
+@hookspec
+def rlinf_register_schedules() -> Iterable[type[ScheduleConfig]]:  # type: ignore[empty-body]
+    """Offer learning-rate schedules; `[optim] schedule` selects among them.
+
+    Returns:
+        Config classes. All plugins' results are collected; the same `schedule` from two plugins is an error that names
+        both.
 
     Called on: every rank, while the config is loaded. Since 0.1.
     """

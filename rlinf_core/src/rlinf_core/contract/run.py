@@ -14,9 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field, InstanceOf, SerializeAsAny, m
 from rlinf_core.contract.cluster import ClusterConfig
 from rlinf_core.contract.datasets import DatasetConfig
 from rlinf_core.contract.mixture import MixtureConfig
+from rlinf_core.contract.optim import OptimConfig, OptimTable
 from rlinf_core.contract.policy import PolicyConfig
 from rlinf_core.contract.process_group import ProcessGroup
-from rlinf_core.contract.tables import OptimConfig, RunnerConfig, Section
+from rlinf_core.contract.tables import RunnerConfig, Section
 from rlinf_core.errors import UserError, did_you_mean
 from rlinf_core.plugins.owners import Implementation
 
@@ -96,7 +97,8 @@ class RunConfig(Section):
     `sources` for the settings of single datasets."""
     policy: SerializeAsAny[PolicyConfig]
     """The class is the one registered under `policy.type`, which the dataset sets."""
-    optim: OptimConfig = OptimConfig()
+    optim: SerializeAsAny[OptimTable] = OptimConfig()
+    """The class is made of those registered under `optim.type` and `optim.schedule`."""
     trainer: SerializeAsAny[TrainerConfig]
     """The class is the one registered under `trainer.type`."""
     evaluators: dict[str, SerializeAsAny[InstanceOf[BaseModel]]] = {}

@@ -1,4 +1,4 @@
-"""Core's own tables of the config, `[runner]` and `[optim]`, and their base class. Units are given at the fields."""
+"""The table `[runner]` of the config, and the base class of core's own tables. Units are given at the fields."""
 
 from __future__ import annotations
 
@@ -123,37 +123,3 @@ class RunnerConfig(Section):
     def checkpoints_of(self, folder: Path) -> Path:
         """The checkpoint folder of the run in `folder`, even if that was moved."""
         return Path(self.checkpoint_dir) / self.name if self.checkpoint_dir else folder / "checkpoints"
-
-
-class OptimConfig(Section):
-    """The `[optim]` table: AdamW with linear warm-up, cosine decay and clipping by the global norm."""
-
-    lr: float = Field(default=2.5e-5, gt=0)
-    """Peak learning rate, reached after `warmup_steps`."""
-    min_lr: float = Field(default=2.5e-6, ge=0)
-    """Learning rate at the end of the decay and after it."""
-    warmup_steps: int = Field(default=1000, ge=0)
-    """Steps from lr / (warmup_steps + 1) to lr."""
-    decay_steps: int = Field(default=30_000, ge=1)
-    """Step, counted from 0, at which the cosine reaches `min_lr`. It does not depend on `runner.max_steps`."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's decay rates of the first and second moment."""
-    eps: float = Field(default=1e-8, gt=0)
-    """AdamW's epsilon, outside the root."""
-    weight_decay: float = Field(default=1e-10, ge=0)
-    """Decoupled weight decay, on every parameter (the reference's value)."""
-    clip_grad: float = Field(default=1.0, gt=0)
-    """Largest global gradient norm; larger gradients are divided by norm / clip_grad."""
-    ema_decay: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Decay rate of an exponential moving average of the weights (float32, 4 bytes per parameter); 0: no average."""
-
-    @model_validator(mode="after")
-    def _decay_follows_warmup(self) -> OptimConfig:
-        if self.decay_steps <= self.warmup_steps:
-            raise ValueError(f"decay_steps ({self.decay_steps}) must be larger than warmup_steps ({self.warmup_steps})")
-        if self.min_lr > self.lr:
-            raise ValueError(
-                f"min_lr ({self.min_lr}) must not be larger than lr ({self.lr}): set optim.min_lr, too, "
-                f"for example to a tenth ({self.lr / 10:g}), or to lr itself for no decay"
-            )
-        return self

@@ -1,8 +1,8 @@
 """How many bytes a training step takes on each rank, by arithmetic: what is sharded, gathered, accumulated and saved.
 
-Imports no torch. Used by `rlinf plan` and by the message of a run that is out of memory. Parameters, gradients and
-optimizer state are float32, 4 bytes per number; a unit's parameters are gathered together, in their compute dtype. GB
-are 10⁹ bytes.
+Imports no torch. Used by `rlinf plan` and by the message of a run that is out of memory. Parameters and gradients are
+float32, 4 bytes per number; what the optimizer keeps, it says itself; a unit's parameters are gathered together, in
+their compute dtype. GB are 10⁹ bytes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,16 @@ RESERVED, GAPS = 1.0e9, 0.04
 
 
 @dataclass(frozen=True)
+class State:
+    """What an optimizer keeps of one parameter, in bytes; without arguments, nothing."""
+
+    per_number: int = 0
+    """For each element of the parameter, sharded as it is."""
+    once: int = 0
+    """On every rank."""
+
+
+@dataclass(frozen=True)
 class Parameter:
     """A whole, unsharded parameter."""
 
@@ -29,6 +39,8 @@ class Parameter:
     """Whether the loss gives it a gradient, if it is trainable."""
     averaged: bool = True
     """Whether it is in the moving average, if there is one."""
+    state: State = State()
+    """What the optimizer keeps of it."""
 
     @property
     def numel(self) -> int:
@@ -104,11 +116,10 @@ def states(units: Sequence[Unit], sharding: Sharding) -> States:
     """What the first rank keeps, whose shards are the largest."""
     whole = [parameter for unit in units for parameter in unit.parameters]
     trained = [parameter for parameter in whole if parameter.trainable]
-    held = MASTER * sum(parameter.shard(sharding.shards) for parameter in trained)
     return States(
         weights=MASTER * sum(parameter.shard(sharding.shards) for parameter in whole),
         gradients=MASTER * sum(p.shard(sharding.shards) for p in trained if p.reached),
-        optimizer=2 * held + MASTER * len(trained),  # Two moments, and a step counter per parameter.
+        optimizer=sum(p.state.per_number * p.shard(sharding.shards) + p.state.once for p in trained),
         ema=MASTER * sum(p.shard(sharding.shards) for p in whole if p.averaged) if sharding.ema else 0,
     )
 

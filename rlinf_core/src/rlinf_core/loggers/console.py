@@ -74,17 +74,8 @@ class ConsoleLogger:
         self._note_schedule()
 
     def _note_schedule(self) -> None:
-        optim, last = self._run.optim, self._stop_step
-        if optim.warmup_steps >= last:
-            self._print(
-                f"[yellow]note: the warm-up of {optim.warmup_steps} steps (optim.warmup_steps) does not end before "
-                f"this run does[/]"
-            )
-        elif optim.decay_steps > last:
-            self._print(
-                f"[dim]note: the learning rate decays until step {optim.decay_steps} (optim.decay_steps), "
-                f"after the end of the run[/]"
-            )
+        if note := self._run.optim.note(self._stop_step):
+            self._print(f"[yellow]note: {note}[/]")
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Print the step if enough time has passed since the last line."""

@@ -10,17 +10,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from rlinf_core.contract.optim import TrainedParameter
 from rlinf_core.contract.run import RunConfig
 from rlinf_core.costs import memory
 from rlinf_core.costs.flops import Counted, count
-from rlinf_core.costs.memory import Activations, Memory, Parameter, Sharding, States, Traffic, Unit
+from rlinf_core.costs.memory import Activations, Memory, Parameter, Sharding, State, States, Traffic, Unit
 from rlinf_core.data.loading.sampling import check_batch
 from rlinf_core.data.sample import Batch, Sample
 from rlinf_core.errors import UserError
 from rlinf_core.plan.samples import SampledSource, bind_policy_at_hand, sample_sources
 from rlinf_core.plugins.registry import Plugins
 from rlinf_core.training.blocks import Checkpointing
-from rlinf_core.training.build import DTYPES, build_on_meta, prepare_blocks
+from rlinf_core.training.build import DTYPES, build_on_meta, described_parameters, prepare_blocks
 from rlinf_core.training.config import Fsdp2TrainerConfig
 from rlinf_core.training.fsdp import gathered_together, unused_parameters
 from rlinf_core.training.optim import decays
@@ -224,26 +225,43 @@ def _build(run: RunConfig, plugins: Plugins, checkpointing: Checkpointing) -> tu
 
 
 def _units(run: RunConfig, policy: Any, groups: Groups, reached: set[str]) -> tuple[Unit, ...]:
-    names = {parameter: name for name, parameter in policy.named_parameters()}
+    described = {one.parameter: one for one in described_parameters(run.policy, policy)}
     kept = unused_parameters(policy)
     # If weight decay is lost in rounding, unused parameters never change and are not averaged either.
-    decayed = decays(run.optim.lr, run.optim.weight_decay)
+    decayed = decays(run.optim.lr, run.optim.unused_weight_decay)
+
+    def parameter(one: TrainedParameter) -> Parameter:
+        trainable = one.parameter.requires_grad and one.name not in kept
+        state = _state_of(run, one) if trainable else State()
+        return Parameter(
+            one.name,
+            tuple(one.parameter.shape),
+            trainable=trainable,
+            reached=one.name in reached,
+            averaged=one.parameter.requires_grad and (one.name not in kept or decayed),
+            state=state,
+        )
+
     return tuple(
         Unit(
-            tuple(
-                Parameter(
-                    names[p],
-                    tuple(p.shape),
-                    trainable=p.requires_grad and names[p] not in kept,
-                    reached=names[p] in reached,
-                    averaged=p.requires_grad and (names[p] not in kept or decayed),
-                )
-                for p in parameters
-            ),
-            0 if kept.issuperset(names[p] for p in parameters) else itemsize,
+            tuple(parameter(described[p]) for p in parameters),
+            0 if kept.issuperset(described[p].name for p in parameters) else itemsize,
         )
         for itemsize, parameters in groups
     )
+
+
+def _state_of(run: RunConfig, one: TrainedParameter) -> State:
+    """What the optimizer keeps of a parameter, by its own account: here parameters have the dtype they are gathered in,
+    in a run it gets them in float32.
+    """
+    import torch
+
+    whole = torch.nn.Parameter(torch.empty(one.parameter.shape, dtype=torch.float32, device="meta"))
+    tensors = run.optim.initial_state(one._replace(parameter=whole)).values()
+    like = [tensor for tensor in tensors if tensor.shape == whole.shape]
+    others = [tensor for tensor in tensors if tensor.shape != whole.shape]
+    return State(sum(tensor.itemsize for tensor in like), sum(tensor.nbytes for tensor in others))
 
 
 def _longest(run: RunConfig, sampled: Sequence[SampledSource]) -> Sample:

@@ -1,5 +1,5 @@
-"""Core's own plugin, found through its own entry point: the FSDP2 trainer, the LeRobot reader, an augmentation, two
-loggers, an evaluator, the commands, and torchrun as launcher.
+"""Core's own plugin, found through its own entry point: the FSDP2 trainer, two optimizers, four schedules, the LeRobot
+reader, an augmentation, two loggers, an evaluator, the commands, and torchrun as launcher.
 
 Configs and readers are imported when a hook is called, so that loading the plugins is cheap.
 """
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rlinf_core.contract.augmentation import AugmentationConfig
     from rlinf_core.contract.datasets import DatasetConfig, SampleSource, Split
     from rlinf_core.contract.evaluation import EvaluatorConfig
+    from rlinf_core.contract.optim import OptimizerConfig, ScheduleConfig
     from rlinf_core.contract.policy import PolicyConfig
     from rlinf_core.contract.run import LoggerConfig, RunConfig, TrainerConfig
 
@@ -35,6 +36,24 @@ def rlinf_register_trainers() -> list[type[TrainerConfig]]:
     from rlinf_core.training.config import Fsdp2TrainerConfig
 
     return [Fsdp2TrainerConfig]
+
+
+@hookimpl
+def rlinf_register_optimizers() -> list[type[OptimizerConfig]]:
+    """The optimizers `adamw` and `muon`."""
+    from rlinf_core.contract.optim import AdamWConfig
+    from rlinf_core.training.recipes import MuonConfig
+
+    return [AdamWConfig, MuonConfig]
+
+
+@hookimpl
+def rlinf_register_schedules() -> list[type[ScheduleConfig]]:
+    """The schedules `constant`, `cosine`, `hf_cosine` and `wsd`."""
+    from rlinf_core.contract.optim import CosineConfig
+    from rlinf_core.training.recipes import ConstantConfig, HfCosineConfig, WsdConfig
+
+    return [ConstantConfig, CosineConfig, HfCosineConfig, WsdConfig]
 
 
 @hookimpl

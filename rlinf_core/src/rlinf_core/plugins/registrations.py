@@ -15,12 +15,15 @@ from pydantic import BaseModel
 from rlinf_core.contract.augmentation import AugmentationConfig
 from rlinf_core.contract.command import Command
 from rlinf_core.contract.evaluation import EvaluatorConfig
+from rlinf_core.contract.optim import OptimizerConfig, ScheduleConfig
 from rlinf_core.contract.policy import PolicyConfig
 from rlinf_core.contract.run import LoggerConfig, TrainerConfig
 from rlinf_core.errors import PluginError
 from rlinf_core.plugins.owners import Owner
 
-RegistrationKind = Literal["policy", "augmentation", "trainer", "logger", "evaluator", "options", "command"]
+RegistrationKind = Literal[
+    "policy", "augmentation", "trainer", "optimizer", "schedule", "logger", "evaluator", "options", "command"
+]
 
 
 @dataclass(frozen=True)
@@ -53,25 +56,25 @@ class RegistrationHook:
     """Reads the items of one implementation's result; raises whatever iterating the result raises."""
 
 
-def type_of(config: object, base: type[BaseModel]) -> str:
-    """The name that selects a config class: the one value of its field `type`.
+def type_of(config: object, base: type[BaseModel], field: str = "type") -> str:
+    """The name that selects a config class: the one value of its field `type`, or of another field.
 
     Raises:
         PluginError: If it is not a subclass of `base`, or does not declare its name.
     """
     if not (isinstance(config, type) and issubclass(config, base)):
         raise PluginError(f"expected a subclass of {base.__name__}, found {config!r}")
-    annotation = config.model_fields["type"].annotation
+    annotation = config.model_fields[field].annotation
     names = get_args(annotation) if get_origin(annotation) is Literal else ()
     if len(names) != 1 or not isinstance(names[0], str):
-        raise PluginError(f'{config.__qualname__} must declare its name as the one value of `type: Literal["name"]`')
+        raise PluginError(f'{config.__qualname__} must declare its name as the one value of `{field}: Literal["name"]`')
     return names[0]
 
 
-def _configs(base: type[BaseModel]) -> Callable[[Any], Iterator[Reading]]:
+def _configs(base: type[BaseModel], field: str = "type") -> Callable[[Any], Iterator[Reading]]:
     def read(result: Any) -> Iterator[Reading]:
         for config in result:
-            yield _reading(config, type_of, config, base)
+            yield _reading(config, type_of, config, base, field)
 
     return read
 
@@ -123,6 +126,8 @@ HOOKS: Mapping[RegistrationKind, RegistrationHook] = {
     "policy": RegistrationHook("rlinf_register_policies", "policy", _configs(PolicyConfig)),
     "augmentation": RegistrationHook("rlinf_register_augmentations", "augmentation", _configs(AugmentationConfig)),
     "trainer": RegistrationHook("rlinf_register_trainers", "trainer", _configs(TrainerConfig)),
+    "optimizer": RegistrationHook("rlinf_register_optimizers", "optimizer", _configs(OptimizerConfig)),
+    "schedule": RegistrationHook("rlinf_register_schedules", "schedule", _configs(ScheduleConfig, "schedule")),
     "logger": RegistrationHook("rlinf_register_loggers", "logger", _configs(LoggerConfig)),
     "evaluator": RegistrationHook("rlinf_register_evaluators", "evaluator", _configs(EvaluatorConfig)),
     "options": RegistrationHook("rlinf_register_options", "plugin table", _options),

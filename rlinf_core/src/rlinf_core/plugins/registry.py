@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from rlinf_core.contract.command import Command
     from rlinf_core.contract.datasets import DatasetConfig
     from rlinf_core.contract.evaluation import EvaluatorConfig
+    from rlinf_core.contract.optim import OptimizerConfig, ScheduleConfig
     from rlinf_core.contract.policy import PolicyConfig
     from rlinf_core.contract.run import Logger, LoggerConfig, RunConfig, TrainerConfig
     from rlinf_core.plugins.evaluators import Chosen
@@ -194,7 +195,7 @@ class Plugins:
         match [one for one in registered if one.name == name]:
             case []:
                 failures = [failure for failure in self._failures if failure.hook in ("", HOOKS[kind].name)]
-                instead = self.instead_of(name) if kind == "policy" else ""
+                instead = self.instead_of(name, kind) if kind in ("policy", "optimizer", "schedule") else ""
                 names = [one.name for one in registered]
                 raise UserError(self._unknown(HOOKS[kind].noun, name, names, failures, instead))
             case [one]:
@@ -211,14 +212,26 @@ class Plugins:
         found: type[PolicyConfig] = self.find("policy", name).item
         return found
 
-    def instead_of(self, policy: str) -> str:
-        """What to use instead of an unavailable policy type, according to a registered policy; empty if unknown."""
-        said = (one.item.not_here.get(policy, "") for one in self.registered_as("policy"))
+    def instead_of(self, name: str, kind: RegistrationKind = "policy") -> str:
+        """What to use instead of an unavailable policy, optimizer or schedule, according to a registered one; empty if
+        unknown.
+        """
+        said = (one.item.not_here.get(name, "") for one in self.registered_as(kind))
         return next(filter(None, said), "")
 
     def trainer(self, name: str) -> type[TrainerConfig]:
         """The trainer config of this `type`. Raises as `find` does."""
         found: type[TrainerConfig] = self.find("trainer", name).item
+        return found
+
+    def optimizer(self, name: str) -> type[OptimizerConfig]:
+        """The optimizer config of this `type`. Raises as `find` does."""
+        found: type[OptimizerConfig] = self.find("optimizer", name).item
+        return found
+
+    def schedule(self, name: str) -> type[ScheduleConfig]:
+        """The schedule config of this name. Raises as `find` does."""
+        found: type[ScheduleConfig] = self.find("schedule", name).item
         return found
 
     def logger(self, name: str) -> type[LoggerConfig]:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from rlinf_core.contract.module import ShardUnit, WeightSource
+from rlinf_core.contract.optim import TrainedParameter
 from rlinf_core.contract.policy import PolicyConfig
 from rlinf_core.contract.process_group import ProcessGroup
 from rlinf_core.contract.run import LoadedPlugins, RunConfig
@@ -19,7 +20,7 @@ from rlinf_core.training.adapters import Adapters, Original, find_adapters
 from rlinf_core.training.blocks import Checkpointing, prepare_block
 from rlinf_core.training.ema import Ema
 from rlinf_core.training.fsdp import derived_seed, layout, materialize, ranks_mesh, shard, unused_parameters
-from rlinf_core.training.optim import Optimizer, Schedule, decays
+from rlinf_core.training.optim import Optimizer, decays
 from rlinf_core.training.settings import Fsdp2Settings
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -111,7 +112,8 @@ def build_policy(
     if weights is not None:
         shapes = {name: tuple(parameter.shape) for name, parameter in policy.named_parameters()}
         weights.check(adapters.without_added(shapes))
-    if not decays(run.optim.lr, run.optim.weight_decay):  # Unused parameters never change then: no average is needed.
+    # Unused parameters never change without decay: no average of them is needed.
+    if not decays(run.optim.lr, run.optim.unused_weight_decay):
         for name in unused_parameters(policy):
             policy.get_parameter(name).requires_grad_(False)
     prepare_blocks(run, policy, config.activation_checkpointing, compiled=config.compile)
@@ -153,15 +155,26 @@ def initial_value(config: PolicyConfig, policy: Any, seed: int, name: str, shape
 def build_optimizer(run: RunConfig, policy: Any) -> Optimizer:
     """The optimizer of a sharded policy, with the settings in `[optim]`."""
     optim = run.optim
+    unused = unused_parameters(policy)
+    trained = [one for one in described_parameters(run.policy, policy) if one.parameter.requires_grad]
     return Optimizer(
-        policy.named_parameters(),
-        Schedule(optim.lr, optim.min_lr, optim.warmup_steps, optim.decay_steps),
-        betas=optim.betas,
-        eps=optim.eps,
-        weight_decay=optim.weight_decay,
+        [one for one in trained if one.name not in unused],
+        optim,
+        optim.lr_at,
         clip_grad=optim.clip_grad,
-        unused=unused_parameters(policy),
+        unused=[one.parameter for one in trained if one.name in unused],
+        described=f"optim.type = {optim.type!r} ({optim.optimizer_origin})",
     )
+
+
+def described_parameters(config: PolicyConfig, policy: Any) -> list[TrainedParameter]:
+    """All parameters of a policy, with what an optimizer may want to know of them."""
+    blocks = [unit.module for unit in policy.shard_units() if unit.block]
+    inside = {id(parameter) for block in blocks for parameter in block.parameters()}
+    return [
+        TrainedParameter(name, parameter, id(parameter) in inside, config.published_parts(name))
+        for name, parameter in policy.named_parameters()
+    ]
 
 
 def build_ema(run: RunConfig, config: Fsdp2Settings, policy: Any) -> Ema | None:

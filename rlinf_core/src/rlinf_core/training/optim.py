@@ -1,43 +1,22 @@
-"""The optimizer step: AdamW on float32 master weights, the reference's schedule and clipping, no host synchronisation.
+"""The optimizer step: what is the same for every optimizer. Float32 master weights, no host synchronisation.
 
-Torch and the standard library only. The reference is openpi's JAX training loop: optax `warmup_cosine_decay_schedule`,
-`clip_by_global_norm` and `adamw`.
+Here are the global norm, clipping as the reference does (optax `clip_by_global_norm`), steps that are skipped because
+something is NaN or infinite, the learning rate of the schedule, and a state that exists from the start. `optim.type`
+chooses the optimizer, `optim.schedule` the learning rate (`contract.optim`). Torch and the standard library only.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from rlinf_core.errors import PluginError
+from rlinf_core.optimizers.parameters import TrainedParameter
 from rlinf_core.training.fsdp import local_shard
-
-
-class Schedule(NamedTuple):
-    """Linear warm-up and cosine decay; see `OptimConfig` for the fields."""
-
-    lr: float
-    min_lr: float
-    warmup_steps: int
-    decay_steps: int
-
-    def at(self, step: torch.Tensor) -> torch.Tensor:
-        """Learning rate of the step with number `step` (from 0), float32 scalar on the tensor's device.
-
-        Warm-up runs from lr / (warmup_steps + 1) at 0 to lr at `warmup_steps`; the cosine ends at `decay_steps`.
-        """
-        # The order of float32 operations is optax's: it loses the last digits of small rates, and curves must be equal.
-        step = step.to(torch.float32)
-        start = self.lr / (self.warmup_steps + 1)
-        warmup = (start - self.lr) * (1.0 - step / max(self.warmup_steps, 1)) + self.lr
-        progress = ((step - self.warmup_steps) / (self.decay_steps - self.warmup_steps)).clamp(0.0, 1.0)
-        end = self.min_lr / self.lr
-        decay = self.lr * ((1.0 - end) * 0.5 * (1.0 + torch.cos(math.pi * progress)) + end)
-        return torch.where(step < self.warmup_steps, warmup, decay)
 
 
 class StepResult(NamedTuple):
@@ -51,56 +30,74 @@ class StepResult(NamedTuple):
     """1.0 if the gradient or loss was not finite, so that nothing was changed; else 0.0."""
 
 
+class Recipe(Protocol):
+    """How an optimizer is made; `OptimizerConfig` describes each member."""
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate."""
+        ...
+
+    @property
+    def unused_weight_decay(self) -> float:
+        """Decoupled weight decay of parameters that the loss does not depend on."""
+        ...
+
+    def build(self, parameters: Sequence[TrainedParameter]) -> torch.optim.Optimizer:
+        """Build the optimizer."""
+        ...
+
+    def initial_state(self, parameter: TrainedParameter) -> Mapping[str, torch.Tensor]:
+        """The state of one parameter before the first step."""
+        ...
+
+
 class Optimizer:
-    """AdamW whose state exists from the start, so that checkpoints have the same keys before and after any step."""
+    """A torch optimizer whose state exists from the start, so that checkpoints always have the same keys."""
 
     def __init__(
         self,
-        parameters: Iterable[tuple[str, nn.Parameter]],
-        schedule: Schedule,
+        parameters: Sequence[TrainedParameter],
+        recipe: Recipe,
+        lr_at: Callable[[torch.Tensor], torch.Tensor],
         *,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
         clip_grad: float,
-        unused: Collection[str] = (),
+        unused: Sequence[nn.Parameter] = (),
+        described: str = "",
     ) -> None:
-        """See `OptimConfig` for the settings.
+        """See `OptimizerConfig` and `ScheduleConfig` for the settings.
 
         Args:
-            parameters: Named parameters; those that require no gradient are ignored.
-            schedule: The learning rate.
-            betas: Decay rates of the two moments.
-            eps: Added to the root of the second moment.
-            weight_decay: AdamW's decoupled weight decay.
+            parameters: What is trained.
+            recipe: Builds the optimizer.
+            lr_at: The learning rate of a step: `ScheduleConfig.lr_at`.
             clip_grad: Largest global gradient norm.
-            unused: Names of parameters that the loss does not depend on: no state, only weight decay.
+            unused: Parameters that the loss does not depend on: no state, only weight decay.
+            described: The optimizer and who owns it, for messages.
         """
-        trained = {name: parameter for name, parameter in parameters if parameter.requires_grad}
-        self.parameters = {name: parameter for name, parameter in trained.items() if name not in unused}
-        self._only_decayed = [parameter for name, parameter in trained.items() if name in unused]
-        self._weight_decay = weight_decay
-        device = next(iter(self.parameters.values())).device
-        self.schedule = schedule
+        self.parameters = {one.name: one.parameter for one in parameters}
+        self._recipe, self._lr_at, self._unused = recipe, lr_at, unused
+        self._described = described or type(recipe).__name__
+        device = parameters[0].parameter.device
         self.clip_grad = clip_grad
         self.applied = torch.zeros((), dtype=torch.float32, device=device)
         """Number of steps that changed the weights; the schedule is a function of it."""
         self._lr = torch.zeros((), dtype=torch.float32, device=device)
-        self._adamw = torch.optim.AdamW(
-            self.parameters.values(), lr=self._lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True
-        )
-        for parameter in self.parameters.values():
-            self._adamw.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=device),
-                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-            }
+        self._torch = recipe.build(parameters)
+        self._check_parameters()
+        # The fused kernels of torch, and Muon, take what scales gradients and what skips a step as tensors.
+        self._scales = getattr(self._torch, "_step_supports_amp_scaling", False)
+        self._factors = [float(group["lr"]) / recipe.lr for group in self._torch.param_groups]
+        """Peak rate of each group of parameters, relative to `optim.lr`."""
+        self._state = {one.name: dict(recipe.initial_state(one)) for one in parameters}
+        for name, parameter in self.parameters.items():
+            self._torch.state[parameter] = dict(self._state[name])
 
     def step(self, divisor: torch.Tensor | float = 1.0, loss: torch.Tensor | None = None) -> StepResult:
         """Apply the gradients once and clear them.
 
-        The fused kernel scales the gradients as it reads them, so that neither the loss's weight nor clipping costs a
-        pass over memory; if `found_inf` is set, it changes nothing.
+        An optimizer that scales the gradients as it reads them pays no pass over memory for the loss's weight and for
+        clipping, and skips a step without asking the host. Others get scaled gradients, and the host decides.
 
         Args:
             divisor: Turns the stored gradients into those of the mean loss: total weight / data-parallel ranks.
@@ -116,31 +113,75 @@ class Optimizer:
         if loss is not None:
             finite &= torch.isfinite(loss).to(norm.device)
         skipped = (~finite).to(torch.float32)
-        self._lr.copy_(self.schedule.at(self.applied))
-        # The attributes through which torch.amp.GradScaler passes these to fused optimizers.
-        self._adamw.grad_scale = excess * divisor  # type: ignore[attr-defined]
-        self._adamw.found_inf = skipped  # type: ignore[attr-defined]
-        self._adamw.step()
-        self._adamw.zero_grad(set_to_none=True)
+        self._lr.copy_(self._lr_at(self.applied))
+        self._set_rates()
+        self._apply(excess * divisor, skipped)
+        self._torch.zero_grad(set_to_none=True)
         self._decay(1.0 - skipped)
         self.applied += 1.0 - skipped
         return StepResult(grad_norm=norm, lr=self._lr.clone(), skipped=skipped)
 
+    def _set_rates(self) -> None:
+        """Set the rate of each group: in place if it is a tensor, else as a number, for which the host waits."""
+        for group, factor in zip(self._torch.param_groups, self._factors, strict=True):
+            rate = self._lr if factor == 1.0 else self._lr * factor
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].copy_(rate)
+            else:
+                group["lr"] = float(rate)
+
+    def _apply(self, scale: torch.Tensor, skipped: torch.Tensor) -> None:
+        if self._scales:
+            # The attributes through which torch.amp.GradScaler passes these to fused optimizers.
+            self._torch.grad_scale, self._torch.found_inf = scale, skipped  # type: ignore[attr-defined]
+            self._torch.step()
+        elif not bool(skipped):
+            torch._foreach_div_([local_shard(p.grad) for p in self.parameters.values() if p.grad is not None], scale)
+            self._torch.step()
+        self._check_state()
+
     @torch.no_grad()
     def _decay(self, applied: torch.Tensor) -> None:
         """Apply weight decay to the unused parameters, as AdamW would with a gradient of zero."""
-        if decays(self.schedule.lr, self._weight_decay):
-            factor = 1.0 - self._lr * self._weight_decay * applied
-            for parameter in self._only_decayed:
+        weight_decay = self._recipe.unused_weight_decay
+        if decays(self._recipe.lr, weight_decay):
+            factor = 1.0 - self._lr * weight_decay * applied
+            for parameter in self._unused:
                 local_shard(parameter).mul_(factor)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """All tensors of the state as `<kind>.<parameter>`; loading writes into these same tensors."""
         state = {"applied": self.applied}
-        for name, parameter in self.parameters.items():
-            for kind, value in self._adamw.state[parameter].items():
-                state[f"{kind}.{name}"] = value
+        for name, kinds in self._state.items():
+            state |= {f"{kind}.{name}": value for kind, value in kinds.items()}
         return state
+
+    def _check_parameters(self) -> None:
+        """Raise `PluginError` if the optimizer does not train exactly the parameters that it was given."""
+        there = {id(parameter) for group in self._torch.param_groups for parameter in group["params"]}
+        if left_out := [name for name, parameter in self.parameters.items() if id(parameter) not in there]:
+            raise PluginError(
+                f"{self._described}: build() returned an optimizer without {left_out[0]}"
+                f"{f' and {len(left_out) - 1} more' * (len(left_out) > 1)}, which would never change: "
+                "give it all parameters, some of them in a group with lr = 0 if they are not to be trained"
+            )
+        if len(there) > len(self.parameters):
+            raise PluginError(f"{self._described}: build() returned an optimizer of parameters that it was not given")
+
+    def _check_state(self) -> None:
+        """Raise `PluginError` if the optimizer keeps something that checkpoints would not hold."""
+        for name, parameter in self.parameters.items():
+            declared, state = self._state[name], self._torch.state[parameter]
+            if unknown := [kind for kind in state if kind not in declared]:
+                raise PluginError(
+                    f"{self._described}: after a step, the state of {name} has {unknown[0]!r}, which initial_state() "
+                    "does not return: checkpoints would lack it. Return it there, as a tensor"
+                )
+            if replaced := [kind for kind in declared if state.get(kind) is not declared[kind]]:
+                raise PluginError(
+                    f"{self._described}: a step replaced or removed the tensor {replaced[0]!r} in the state of {name}, "
+                    "and checkpoints would hold the one before: change the tensor of initial_state() in place"
+                )
 
 
 def decays(lr: float, weight_decay: float) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlinf_core.config.load import diff_tables, dump_config, read_toml
+from rlinf_core.contract.optim import OptimConfig
 from rlinf_core.contract.run import RunConfig
 from rlinf_core.errors import UserError
 from rlinf_core.training.checkpoint.state import Position, none_whole
@@ -282,7 +283,7 @@ def find_changes(run: RunConfig, saved: Mapping[str, Any], *, allow_change: bool
     Raises:
         UserError: A change affects what a step computes, and `allow_change` is False.
     """
-    changes = diff_tables(dict(saved), read_toml(dump_config(run)))
+    changes = diff_tables(_with_optim_names(saved), read_toml(dump_config(run)))
     if not allow_change and any(not may_change(key) for key, _, _ in changes):
         lines = "\n".join(lines_of(changes))
         raise UserError(
@@ -291,6 +292,12 @@ def find_changes(run: RunConfig, saved: Mapping[str, Any], *, allow_change: bool
             "checkpoint with this config, or --overwrite to remove it and start from scratch."
         )
     return changes
+
+
+def _with_optim_names(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The saved config with the names of optimizer and schedule, which early versions did not write."""
+    defaults = {"type": OptimConfig().type, "schedule": OptimConfig().schedule}
+    return {**saved, "optim": {**defaults, **saved.get("optim", {})}}
 
 
 def may_change(key: str) -> bool:

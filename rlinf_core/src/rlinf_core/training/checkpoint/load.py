@@ -61,8 +61,8 @@ def load(path: Path, tensors: Mapping[str, torch.Tensor], here: Position) -> Pos
     if missing:
         raise UserError(
             f"{path} does not hold {missing[0]}{f' and {len(missing) - 1} more' * (len(missing) > 1)}, which this "
-            "config trains or averages: optim.ema_decay, or what the policy freezes, has changed. Restore the "
-            "config, or use another runner.name."
+            "config trains or averages: optim.type, optim.ema_decay, or what the policy freezes, has changed. Restore "
+            "the config, or use another runner.name."
         )
     read_shards(dict(tensors), storage_reader=reader)
     return position

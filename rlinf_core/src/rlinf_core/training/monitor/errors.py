@@ -101,7 +101,7 @@ def describe_shortage(shortage: Shortage, config: Fsdp2Settings, *, where: str, 
     held = {
         "weights": states.weights,
         "gradients": states.gradients,
-        "optimizer moments": states.optimizer,
+        "optimizer state": states.optimizer,
         "moving average": states.ema,
         f"activations and gathered weights of {shortage.micro_batch} samples, at least": shortage.activations,
     }
@@ -132,12 +132,12 @@ def ways_out(shortage: Shortage, config: Fsdp2Settings, ranks: int) -> Iterable[
         yield "trainer.num_replicas = 1"
     if not config.cpu_offload:
         yield "trainer.cpu_offload = true, which is slow"
-    yield "more devices: weights, gradients and moments are divided among them"
+    yield "more devices: weights, gradients and optimizer state are divided among them"
 
 
 def states_of(
     weights: Iterable[torch.Tensor],
-    moments: Iterable[torch.Tensor],
+    optimizer: Iterable[torch.Tensor],
     average: Iterable[torch.Tensor],
     gradients: int,
 ) -> States:
@@ -145,7 +145,7 @@ def states_of(
 
     Args:
         weights: Parameters.
-        moments: The optimizer's state.
+        optimizer: Its state.
         average: The moving average; empty if there is none.
         gradients: Bytes of the gradients, given because they exist only at times.
     """
@@ -154,4 +154,4 @@ def states_of(
         shards = (getattr(tensor, "to_local", lambda tensor=tensor: tensor)() for tensor in tensors)
         return sum(shard.numel() * shard.element_size() for shard in shards if shard.is_cuda)
 
-    return States(size(weights), gradients, size(moments), size(average))
+    return States(size(weights), gradients, size(optimizer), size(average))

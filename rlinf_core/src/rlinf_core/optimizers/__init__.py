@@ -1,0 +1,1 @@
+"""Optimizers, schedules and their mathematics on torch alone; the classes of `[optim]` build on them."""
