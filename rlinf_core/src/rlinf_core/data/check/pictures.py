@@ -18,10 +18,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from rlinf_core.data.check.findings import FileFinding, FindingKind
-from rlinf_core.data.images.decoders import open_video
 from rlinf_core.data.images.parquet import image_batches
 from rlinf_core.data.images.pictures import decode
 from rlinf_core.data.images.video import VideoReader
+from rlinf_core.data.images.video_header import open_video
 from rlinf_core.data.lerobot.columns import image_size
 from rlinf_core.data.lerobot.metadata import Metadata
 from rlinf_core.errors import UserError

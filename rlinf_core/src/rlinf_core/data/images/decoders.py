@@ -21,14 +21,11 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
+from rlinf_core.data.images.video_header import MOST_PIXELS, open_video
 from rlinf_core.errors import UserError
 
 Frame = NDArray[np.uint8]
 """[height, width, 3], RGB."""
-MOST_PIXELS = 2**26
-"""Upper bound on the size of an image: a few bytes of a header can claim any size."""
-_ANY_METADATA: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
-"""Accept invalid UTF-8 in tags, which do not matter; PyAV 19 does so without an option."""
 
 
 class Decoder(Protocol):
@@ -56,28 +53,6 @@ def decoder_memory(height: int, width: int, frames: int) -> int:
     Measured with H.264, whose decoder needs most: 2.4 MB at 256 x 256, 3.7 at 480 x 640, 6.5 at 720 x 1280.
     """
     return 2_000_000 + 6 * height * width + 32 * frames
-
-
-def open_video(path: Path) -> Any:
-    """Open a file with PyAV; its first video stream can be decoded.
-
-    Raises:
-        UserError: The file is not such a video, or its frames have more than `MOST_PIXELS` pixels.
-    """
-    try:
-        container = av.open(str(path), **_ANY_METADATA)
-    except (av.FFmpegError, ValueError) as e:
-        raise UserError(f"{path} cannot be opened as a video: {e}") from e
-    stream: Any = container.streams.video[0] if container.streams.video else None
-    why = ""
-    if stream is None or stream.codec_context is None:
-        why = "it has no video stream that can be decoded"
-    elif stream.time_base is None or not 0 < stream.width * stream.height <= MOST_PIXELS:
-        why = f"its frames have {stream.width} x {stream.height} pixels"
-    if why:
-        container.close()
-        raise UserError(f"{path} cannot be opened as a video: {why}")
-    return container
 
 
 class PyavDecoder:

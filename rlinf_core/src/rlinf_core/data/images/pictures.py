@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from rlinf_core.data.images.decoders import MOST_PIXELS
+from rlinf_core.data.images.video_header import MOST_PIXELS
 from rlinf_core.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
