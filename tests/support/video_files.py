@@ -36,6 +36,7 @@ def write_video(
     matrix=None,
     tags=None,
     container=None,
+    muxing=None,
 ):
     """Write a video; skips the test if this FFmpeg lacks the encoder.
 
@@ -51,6 +52,7 @@ def write_video(
         matrix: (a, b, c, d) of the track's display matrix.
         tags: `colorspace` and `color_range` of the stream.
         container: FFmpeg's name; None: by the file's ending.
+        muxing: Options of the container.
     """
     try:
         av.Codec(codec, "w")
@@ -58,7 +60,7 @@ def write_video(
         pytest.skip(f"this FFmpeg has no encoder {codec}")
     images = [numbered(i, *size) for i in range(frames)] if isinstance(frames, int) else frames
     path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w", format=container) as file:
+    with av.open(str(path), "w", format=container, options=muxing or {}) as file:
         stream = file.add_stream(codec, rate=rate, options=options or {})
         stream.height, stream.width, stream.pix_fmt = *size, pixel_format
         base = Fraction(1, 1000) if ticks else Fraction(1, rate)

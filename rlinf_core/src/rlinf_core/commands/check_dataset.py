@@ -87,6 +87,7 @@ def _config(options: argparse.Namespace) -> LeRobotDatasetConfig | None:
 
 def _check(name: str, config: LeRobotDatasetConfig | None, depth: Depth) -> tuple[dict[str, Any], Damage]:
     from rlinf_core.data.check.files import check_files, number_columns
+    from rlinf_core.data.check.pictures import Reading
     from rlinf_core.data.lerobot.files import find_dataset
     from rlinf_core.data.lerobot.metadata import read_metadata
     from rlinf_core.data.lerobot.source import check_columns
@@ -97,15 +98,22 @@ def _check(name: str, config: LeRobotDatasetConfig | None, depth: Depth) -> tupl
     if config:
         check_columns(config, metadata)
         cameras, vectors = list(dict.fromkeys(config.images.values())), [*config.state, *config.actions]
+        reads = Reading(None if config.decoder == "auto" else config.decoder, train=True)
     else:
         cameras = [*metadata.columns_of("image"), *metadata.columns_of("video")]
-        vectors = number_columns(metadata)
+        vectors, reads = number_columns(metadata), Reading()
     place.fetch(metadata.files(() if depth == "fast" else cameras))
     if depth == "fast" and place.snapshot:
         cameras = []  # Their files are not downloaded.
     with print_progress("checking files") as progress:
         damage = check_files(
-            metadata, cameras=cameras, vectors=vectors, depth=depth, local=not place.snapshot, progress=progress
+            metadata,
+            cameras=cameras,
+            vectors=vectors,
+            depth=depth,
+            local=not place.snapshot,
+            reads=reads,
+            progress=progress,
         )
     return _facts(metadata, name, depth) | {"ok": damage.ok}, damage
 

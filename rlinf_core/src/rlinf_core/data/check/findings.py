@@ -16,6 +16,7 @@ FindingKind = Literal[
     "wrong_index",
     "not_finite",
     "wrong_shape",
+    "not_rgb",
     "wrong_timestamp",
     "unknown_task",
     "empty_episode",

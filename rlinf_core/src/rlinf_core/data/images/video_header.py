@@ -95,8 +95,8 @@ class VideoHeader:
         """The reason why the frames cannot be trained on as RGB images; empty if they can."""
         if is_depth_format(self.pixel_format):
             return (
-                f"{self.pixel_format} frames, which have one channel of more than 8 bits, such as depth maps: they would "
-                "be read as grey images"
+                f"{self.pixel_format} frames, which have one channel of more than 8 bits, such as depth maps: they "
+                "would be read as grey images"
             )
         if _has_alpha(self.pixel_format):
             return (

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from rlinf_core.data.images.video_header import is_depth_format
 from rlinf_core.data.lerobot.files import read_json_lines, read_parquet
 from rlinf_core.data.lerobot.metadata import AGAIN, NUMBERS, Metadata, nearest_first
 from rlinf_core.data.lerobot.shared_memory import Columns, find_shared, share
@@ -127,6 +128,23 @@ def image_size(feature: Mapping[str, Any]) -> tuple[int, int] | None:
     if shape[-1] in channels:
         return shape[0], shape[1]
     return (shape[1], shape[2]) if shape[0] in channels else None
+
+
+def not_rgb(feature: Mapping[str, Any]) -> str:
+    """The reason why the metadata say that a column's images are not RGB, such as depth maps; empty if they do not.
+
+    lerobot marks depth maps by `is_depth_map` in `info`, and reads `video.is_depth_map` in `info` or `video_info`, as
+    older versions wrote it. Other recorders leave out the mark, but may give the pixel format.
+    """
+    for where in ("info", "video_info"):
+        described = feature.get(where)
+        for key, value in described.items() if isinstance(described, dict) else ():
+            name = str(key).removeprefix("video.")
+            if name == "is_depth_map" and value and str(value).lower() != "false":
+                return f"depth maps, according to {where!r} ({key!r}) in meta/info.json"
+            if name == "pix_fmt" and is_depth_format(str(value)):
+                return f"{value} images, according to {where!r} in meta/info.json: one channel of more than 8 bits"
+    return ""
 
 
 def vectors_of(column: pa.ChunkedArray, width: int, what: str) -> NDArray[np.float32]:

@@ -23,12 +23,14 @@ from rlinf_core.contract.datasets import Crop, LeRobotDatasetConfig, Split
 from rlinf_core.data.images.decoders import Frame
 from rlinf_core.data.images.parquet import ParquetImages
 from rlinf_core.data.images.video import VideoReader
+from rlinf_core.data.images.video_header import read_video_header
 from rlinf_core.data.lerobot.columns import (
     INDEX_COLUMNS,
     check_finite,
     episode_quality,
     image_size,
     names_of,
+    not_rgb,
     read_columns,
 )
 from rlinf_core.data.lerobot.episodes import EpisodeTable, split_episodes
@@ -39,6 +41,7 @@ from rlinf_core.data.sample import Row
 from rlinf_core.errors import UserError
 
 _NO_FRAME: Frame = np.empty((0, 0, 3), np.uint8)
+RGB_ONLY = "Only RGB images are supported: name another column, or leave this camera out"
 OPEN_FILES = 128  # Memory-mapped image files per process; the usual limit on open files is 1024.
 
 
@@ -67,6 +70,7 @@ def open_lerobot(dataset: LeRobotDatasetConfig, chunk_length: int, split: Split)
     videos = metadata.videos(dataset.images.values(), training | held_out)
     folder.fetch(videos)
     check_videos(metadata, videos)
+    check_formats(dataset, metadata, training | held_out)
     check_overlaps(metadata, dataset.images.values(), training | held_out)
     in_split = np.isin(columns["episode_index"], sorted(training if split == "train" else held_out))
     check_finite(metadata, columns, in_split)
@@ -320,9 +324,8 @@ def check_columns(dataset: LeRobotDatasetConfig, metadata: Metadata) -> None:
 def _check_images(key: str, column: str, feature: dict[str, Any]) -> None:
     if feature["dtype"] not in ("video", "image"):
         raise UserError(f"{key} names {column!r}, which contains {feature['dtype']}, not images")
-    described = feature.get("info") or {}
-    if described.get("is_depth_map") or described.get("video.is_depth_map"):
-        raise UserError(f"{key} names {column!r}, which contains depth maps; only RGB images are supported")
+    if described := not_rgb(feature):
+        raise UserError(f"{key} names {column!r}, which contains {described}. {RGB_ONLY}")
 
 
 def _outside(camera: str, crop: Crop, feature: dict[str, Any]) -> list[str]:
@@ -352,6 +355,17 @@ def check_videos(metadata: Metadata, videos: Sequence[Path]) -> None:
         named = ", ".join(str(path.relative_to(metadata.root)) for path in missing[:5])
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise UserError(f"{metadata.root} lacks the video files {named}{more}: download or write the dataset again")
+
+
+def check_formats(dataset: LeRobotDatasetConfig, metadata: Metadata, used: Collection[int]) -> None:
+    """Raise `UserError` if the first video of a camera contains other than RGB frames, such as depth maps.
+
+    The other files are checked when they are opened.
+    """
+    for camera, column in dataset.images.items():
+        for path in metadata.videos([column], used)[:1]:
+            if why := read_video_header(path).not_rgb:
+                raise UserError(f"data.images.{camera} names {column!r}, but {path} contains {why}. {RGB_ONLY}")
 
 
 def check_overlaps(metadata: Metadata, cameras: Iterable[str], used: Collection[int]) -> None:
