@@ -5,7 +5,7 @@ import pytest
 from video_files import number_in, numbered, write_video
 
 from rlinf_core.data.images.video import VideoReader, decoder_name, torchcodec_shows
-from rlinf_core.data.images.video_header import read_video_header
+from rlinf_core.data.images.video_header import read_frame_times, read_video_header
 from rlinf_core.errors import UserError
 
 QUIET = {"x265-params": "log-level=none:keyint=8:bframes=3"}
@@ -85,6 +85,18 @@ def test_both_decoders_give_the_same_pixels(name, files):
     )
     difference = np.abs(np.stack(one).astype(int) - np.stack(other)).max()
     assert difference <= (3 if name == "width of no multiple" else 0)
+
+
+def test_frames_that_an_edit_list_hides_are_not_counted(tmp_path, decoder):
+    """A recording that was cut without encoding it again: the frames since the key frame are stored but not shown."""
+    ticks = [100 * i - 250 for i in range(12)]
+    path = write_video(
+        tmp_path / "cut.mp4", 12, ticks=ticks, options=B_FRAMES | {"g": "250"}, muxing={"avoid_negative_ts": "disabled"}
+    )
+    assert read_frame_times(path).seconds.tolist() == pytest.approx(np.arange(9) / 10)
+    for times in ([0.0, 0.1, 0.8], [0.85], [0.04], [0.0]):
+        expected = [3 + min(round(10 * time), 8) for time in times]
+        assert [number_in(frame) for frame in VideoReader(decoder=decoder).frames(path, times, 0.06)] == expected
 
 
 @pytest.mark.parametrize("name", ["B-frames", "variable rate"])

@@ -32,6 +32,8 @@ from rlinf_core.errors import UserError
 
 Format = Literal["raw", "jpeg"]
 POSITIONS = "positions.npy"
+DECODING = 2
+"""Part of each cache's key; raised when the same files decode to other frames. 2: upright, in the tagged colours."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class Caches:
     resize: Transform | None
     """The transform that was applied to the frames; None: the dataset's size."""
     key: str
-    """Hash of the dataset's metadata and `resize`."""
+    """Hash of the dataset's metadata, `resize` and `DECODING`."""
 
     @property
     def kind(self) -> str:
@@ -164,7 +166,14 @@ def caches_of(
         above: Folder that contains the caches; empty: `data.cache_dir`, or `frames` in the cache folder.
     """
     resize = resizing_to_keep(metadata, dataset, policy)
-    known = [metadata.fps, metadata.features, metadata.episodes.tolist(), metadata.lengths.tolist(), repr(resize)]
+    known = [
+        metadata.fps,
+        metadata.features,
+        metadata.episodes.tolist(),
+        metadata.lengths.tolist(),
+        repr(resize),
+        DECODING,
+    ]
     return Caches(
         above=Path(above or dataset.cache_dir or cache_folder() / "frames").expanduser(),
         name=Path(metadata.name).name,

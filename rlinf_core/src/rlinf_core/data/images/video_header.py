@@ -67,7 +67,8 @@ class VideoHeader:
     pixel_format: str
     """FFmpeg's name, such as `"yuv420p"`; empty if unknown."""
     frames: int
-    """Number of frames; 0 if the container does not say, as Matroska and fragmented MP4."""
+    """Number of stored frames; 0 if the container does not say, as Matroska and fragmented MP4. It includes frames that
+    an edit list hides, which `read_frame_times` does not."""
     time_base: Fraction
     """Seconds per tick: frame times are multiples of it."""
     start: float
