@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import av
 import numpy as np
-from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
+from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from numpy.typing import NDArray
 
 from rlinf_core.data.images.video_header import (
@@ -164,7 +164,9 @@ class PyavDecoder:
         name, matrix, full = frame.format.name, int(frame.colorspace), int(frame.color_range) == ColorRange.JPEG
         if self._colors != (name, matrix, full):
             self._colors, self._converter = (name, matrix, full), VideoReformatter()
-        converted = self._converter.reformat(frame, format="rgb24", **_yuv_options(name, matrix, full))
+        # Bicubic, as torchcodec, which upsamples the chroma of video with more than 8 bits; 8 bits have their own code.
+        options = _yuv_options(name, matrix, full) | {"interpolation": Interpolation.BICUBIC}
+        converted = self._converter.reformat(frame, format="rgb24", **options)
         image: Any = converted.to_ndarray()
         turn = self._header.turn
         upright: Frame = image if turn == Turn() else turn.apply(image)
