@@ -24,9 +24,9 @@ from rlinf_core import cli
 from rlinf_core.commands.output import print_table, print_text
 from rlinf_core.config.load import load_config
 from rlinf_core.contract.datasets import LeRobotDatasetConfig
-from rlinf_core.data.images.decoders import open_video
 from rlinf_core.data.images.parquet import image_batches
 from rlinf_core.data.images.pictures import decode
+from rlinf_core.data.images.video_header import open_video
 from rlinf_core.data.lerobot.source import open_lerobot
 from rlinf_core.errors import Exit, UserError
 from rlinf_core.inference import load_policy
@@ -184,7 +184,7 @@ def test_a_video_that_claims_any_size_is_refused(tmp_path, monkeypatch):
         file.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((32, 64, 3), np.uint8), "rgb24")))
         file.mux(stream.encode(None))
     open_video(path).close()
-    monkeypatch.setattr("rlinf_core.data.images.decoders.MOST_PIXELS", 64 * 32 - 1)
+    monkeypatch.setattr("rlinf_core.data.images.video_header.MOST_PIXELS", 64 * 32 - 1)
     with pytest.raises(UserError, match="its frames have 64 x 32 pixels"):
         open_video(path)
 

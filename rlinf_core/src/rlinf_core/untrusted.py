@@ -34,7 +34,7 @@ def read_json(path: Path) -> Any:
         OSError: The file cannot be read.
         ValueError: It is not JSON in UTF-8, or is nested too deeply for Python.
     """
-    return parse_json(path.read_text(encoding="utf-8"))
+    return parse_json(path.read_text(encoding="utf-8-sig"))  # Editors on Windows begin files with a byte order mark.
 
 
 def path_inside(folder: Path, name: object) -> Path:

@@ -141,7 +141,7 @@ CORPUS = {
     "a row missing": ("video v2.1", edit(OLD_DATA, None, lambda i: i == 6), ("wrong_count", OLD_DATA, 1, None)),
     "frames miscounted": ("image v3.0", info(total_frames=35), ("wrong_count", "meta/info.json", None, None)),
     "episodes miscounted": ("image v2.1", info(total_episodes=5), ("wrong_count", "meta/info.json", None, None)),
-    "index with a gap": ("image v2.0", edit(OLD_DATA, "index", at(4, 99)), ("wrong_index", OLD_DATA, 1, 4)),
+    "index with a gap": ("image v2.0", edit(OLD_DATA, "index", at(4, 99)), ("stale_index", OLD_DATA, 1, 4)),
     "frame twice": ("image v3.0", edit(NEW_DATA, "frame_index", at(5, 4)), ("wrong_index", NEW_DATA, 1, 5)),
     "NaN in actions": ("image v3.0", edit(NEW_DATA, "action", at(3, NAN)), ("not_finite", NEW_DATA, 1, 3)),
     "infinite state": (

@@ -88,12 +88,11 @@ def test_each_damage_is_found_where_it_is(name, damaged):
 def test_a_video_with_too_few_frames_names_the_first_frame_that_is_not_there(good, tmp_path):
     root = shutil.copytree(good["video v2.1"], tmp_path / "short")
     shorten_video(root)
-    count, end = check(root)
-    assert (count.kind, count.message) == ("wrong_count", "has 4 frames, its episodes have 7")
-    assert (end.kind, end.episode, end.frame) == ("damaged_video", 1, 6)
-    count, end = check(root, "full")
-    assert (end.kind, end.episode, end.frame) == ("damaged_video", 1, 4)
-    assert end.message == "the file has no frame at its time (3 frames of the episode)"
+    for depth in ("ends", "full"):
+        (count,) = check(root, depth)
+        assert (count.kind, count.file) == ("wrong_count", OLD_VIDEO)
+        assert count.message.startswith("has 4 frames, but episode 1 has 7 rows: rows from frame 4 on have none. ")
+        assert count.message.endswith("data.exclude_episodes = [1]")
 
 
 def test_a_video_that_only_claims_its_frames_is_found(good, tmp_path):
@@ -222,18 +221,18 @@ UNTRAINABLE = {
     "video missing": rf"lacks the video files {NEW_VIDEO}",
     "footer corrupt": rf"{NEW_DATA} cannot be read",
     "column missing": rf"{OLD_DATA} lacks the columns action",
-    "a row missing": rf"{OLD_DATA} has 6 rows, but its episodes have 7 frames",
-    "frames miscounted": "have 36 rows, but meta/info.json counts 35",
-    "episodes miscounted": "counts 5 episodes, meta/episodes lists 4",
-    "index with a gap": rf"{OLD_DATA}, episode 1, frame 4, has index 99 instead of 13",
+    "a row missing": rf"{OLD_DATA} has 6 rows of episode 1, which has 7 frames .*data\.exclude_episodes = \[1\]",
+    "frames miscounted": "counts 4 episodes and 35 frames, meta/episodes lists 4 and 36",
+    "episodes miscounted": r"counts 5 episodes and 36 frames, meta/episodes\.jsonl lists 4 and 36",
+    "frame twice": rf"{NEW_DATA}, row 5: frame_index of episode 1 is 4 instead of 5: a frame is missing",
     "NaN in actions": rf"'action' contains NaN .* in 1 frames of 1 episodes \(1\), first in "
     rf".*{NEW_DATA}, episode 1, frame 3",
     "infinite state": rf"'observation\.state' contains NaN .*{OLD_DATA}, episode 1, frame 6: .*rlinf check-dataset ",
     "another width": rf"{OLD_DATA}: 'action' has 3 numbers in row 0, but meta/info.json says 2",
     "ragged": rf"{OLD_DATA}: 'action' has 1 numbers in row 2, but meta/info.json says 2",
     "unknown task": rf"{OLD_DATA}, episode 1, frame 4, has the task 7, which meta/tasks.jsonl does not list",
-    "time at another rate": rf"{OLD_VIDEO} has no frame within .*{OLD_DATA}, episode 1, frame",
-    "video truncated": rf"{OLD_VIDEO} cannot be opened as a video.*{OLD_DATA}, episode 1, frame 0\]",
+    "time at another rate": rf"{OLD_VIDEO}: 5 of 7 rows of episode 1 would get a wrong frame: the timestamp of row 1, ",
+    "video truncated": rf"{OLD_VIDEO}: cannot be opened as a video: .* It has the frames of episode 1",
     "image undecodable": rf"{NEW_DATA}: row 0 of '{FRONT}' contains a damaged image.*{NEW_DATA}, episode 1, frame 0\]",
     "image gone": rf"{OLD_DATA}: row 3 of '{FRONT}' contains no image.*{OLD_DATA}, episode 1, frame 3\]",
 }
@@ -255,7 +254,7 @@ def test_training_names_the_frame_at_which_a_video_ends(good, tmp_path):
     root = shutil.copytree(good["video v2.1"], tmp_path / "short")
     shorten_video(root)
     config = LeRobotDatasetConfig(repo_id=str(root), images={"front": FRONT})
-    with pytest.raises(UserError, match=rf"{OLD_VIDEO} has no frame within .*{OLD_DATA}, episode 1, frame 4\]"):
+    with pytest.raises(UserError, match=rf"{OLD_VIDEO}: has 4 frames, but episode 1 has 7 rows: rows from frame 4 on"):
         read_all(config)
 
 

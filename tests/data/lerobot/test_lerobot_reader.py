@@ -183,7 +183,7 @@ def test_incomplete_datasets_are_refused(image_dataset, tmp_path):
     with pytest.raises(UserError, match=r"file-002\.parquet cannot be read"):
         open_lerobot(config(root), 1, "train")
     shutil.copy(root / "data/chunk-000/file-001.parquet", root / "data/chunk-000/file-002.parquet")
-    with pytest.raises(UserError, match=r"file-002\.parquet has 7 rows, but its episodes have 12 frames"):
+    with pytest.raises(UserError, match=r"has 14 rows of episode 1, which has 7 frames according to meta"):
         open_lerobot(config(root), 1, "train")
 
 

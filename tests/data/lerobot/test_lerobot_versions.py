@@ -147,7 +147,11 @@ def test_pictures_may_be_files_or_plain_bytes(kind, older, tmp_path):
             r"episodes\.jsonl, line 2, is not a JSON",
         ),
         ("meta/episodes.jsonl", '{"episode_index": 0}\n', "line 1, is not a JSON object with episode_index, length"),
-        ("meta/episodes.jsonl", '{"episode_index": 0, "length": 9}\n', "counts 4 episodes, meta/episodes lists 1"),
+        (
+            "meta/episodes.jsonl",
+            '{"episode_index": 0, "length": 9}\n',
+            "counts 4 episodes and 36 frames, meta/episodes.jsonl lists 1 and 9",
+        ),
         ("meta/tasks.jsonl", None, r"tasks\.jsonl cannot be read"),
         ("meta/info.json", '{"codebase_version": "v2.1"}', "damaged: fps: Field required; features: "),
         ("meta/info.json", '{"codebase', r"info\.json cannot be read"),

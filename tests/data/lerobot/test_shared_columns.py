@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rlinf_core.contract.datasets import LeRobotDatasetConfig
-from rlinf_core.data.lerobot import columns as lerobot_columns
+from rlinf_core.data.lerobot import rows as lerobot_rows
 from rlinf_core.data.lerobot import shared_memory as shared_columns
 from rlinf_core.data.lerobot.shared_memory import Runs
 from rlinf_core.data.lerobot.source import open_lerobot
@@ -14,7 +14,7 @@ from rlinf_core.data.lerobot.source import open_lerobot
 def shared(tmp_path, monkeypatch):
     """Everything counts as large, and nothing of it is in memory."""
     monkeypatch.setattr(shared_columns, "SHARED_FROM", 1)
-    monkeypatch.setattr(lerobot_columns, "_in_use", {})
+    monkeypatch.setattr(lerobot_rows, "_in_use", {})
     monkeypatch.setenv("RLINF_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -34,8 +34,8 @@ def test_large_columns_are_mapped_by_every_copy(image_dataset, shared, monkeypat
         assert not values.flags.writeable
     monkeypatch.setattr(shared_columns, "SHARED_FROM", 2**25)
     monkeypatch.setattr(shared_columns, "find_shared", lambda key: None)
-    monkeypatch.setattr(lerobot_columns, "find_shared", lambda key: None)
-    monkeypatch.setattr(lerobot_columns, "_in_use", {})
+    monkeypatch.setattr(lerobot_rows, "find_shared", lambda key: None)
+    monkeypatch.setattr(lerobot_rows, "_in_use", {})
     plain = open_lerobot(data, 5, "train")
     assert plain._columns.folder is None
     for name, values in numbers(plain).items():
@@ -47,8 +47,8 @@ def test_large_columns_are_mapped_by_every_copy(image_dataset, shared, monkeypat
 def test_what_is_shared_is_not_read_again(image_dataset, shared, monkeypatch):
     data = LeRobotDatasetConfig(repo_id=str(image_dataset.root))
     first = numbers(open_lerobot(data, 2, "train"))
-    monkeypatch.setattr(lerobot_columns, "_in_use", {})
-    monkeypatch.setattr(lerobot_columns, "_read_files", None)
+    monkeypatch.setattr(lerobot_rows, "_in_use", {})
+    monkeypatch.setattr(lerobot_rows, "_read", None)
     np.testing.assert_array_equal(numbers(open_lerobot(data, 2, "train"))["action"], first["action"])
     assert not [path for path in (shared / "columns").iterdir() if path.suffix == ".tmp"]
 

@@ -17,7 +17,11 @@ from rlinf_core.data.pipeline import build_pipeline
 from rlinf_core.data.statistics.compute import compute_norm_stats
 from rlinf_core.data.statistics.run import diagnose
 from rlinf_core.testing import check_dataset, write_tiny_dataset
+from rlinf_plugins_openpi.datasets.calvin import Pi0CalvinConfig
 from rlinf_plugins_openpi.datasets.custom import Pi0CustomConfig, Pi05CustomConfig
+from rlinf_plugins_openpi.datasets.libero import Pi0LiberoConfig
+from rlinf_plugins_openpi.datasets.maniskill import Pi0ManiskillConfig, Pi05ManiskillConfig
+from rlinf_plugins_openpi.datasets.metaworld import Pi0MetaworldConfig
 
 
 def tiny(root, **fields):
@@ -149,3 +153,16 @@ def test_pi05_libero_is_trained_as_openpi_trains_it(tmp_path):
     optim = run.optim
     assert (optim.lr, optim.min_lr, optim.warmup_steps, optim.decay_steps) == (5e-5, 5e-5, 10_000, 1_000_000)
     assert optim.ema_decay == 0.999
+
+
+@pytest.mark.parametrize("width", [7, 9])
+@pytest.mark.parametrize(
+    "cls", [Pi0ManiskillConfig, Pi05ManiskillConfig, Pi0LiberoConfig, Pi0MetaworldConfig, Pi0CalvinConfig]
+)
+def test_a_state_has_any_width_that_the_reference_takes(cls, width):
+    """RLinf's and openpi's inputs pass the state on; only their examples have a width."""
+    actions = np.zeros((3, cls.model_fields["action_width"].default))
+    sample = {"images": {}, "state": np.arange(width, dtype=np.float32), "prompt": "", "actions": actions}
+    for step in cls(repo_id="it").transforms():
+        sample = step(sample)
+    assert sample["state"].tolist() == list(range(width))

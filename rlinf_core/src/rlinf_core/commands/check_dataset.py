@@ -38,11 +38,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     depth = parser.add_mutually_exclusive_group()
     depth.add_argument("--fast", action="store_true", help="metadata and numbers only")
     depth.add_argument("--full", action="store_true", help="decode every frame")
+    parser.add_argument(
+        "--repair", default="", metavar="FOLDER", help="write a copy there whose metadata agree with the files"
+    )
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
 
 
 def run(options: argparse.Namespace) -> int:
     """Check, and print the report."""
+    if options.repair:
+        return _repair(options)
     depth: Depth = "fast" if options.fast else "full" if options.full else "ends"
     try:
         report, damage = _check(options.dataset, _config(options), depth)
@@ -59,6 +64,27 @@ def run(options: argparse.Namespace) -> int:
     else:
         _print(report, damage)
     return Exit.OK if damage.ok else Exit.USER_ERROR
+
+
+def _repair(options: argparse.Namespace) -> int:
+    from rlinf_core.data.check.repair import repair
+    from rlinf_core.data.lerobot.files import find_dataset
+    from rlinf_core.data.lerobot.metadata import read_metadata
+
+    if options.json or options.full or options.fast:
+        raise UserError("--repair writes a copy and checks nothing: leave --json, --full and --fast out")
+    config = _config(options)
+    name = config.repo_id if config else options.dataset
+    place = find_dataset(name, config.revision if config else "", setting="data.repo_id" if config else "dataset")
+    if place.snapshot:
+        raise UserError(
+            f"--repair needs the whole dataset in a folder: hf download {name} --repo-type dataset --local-dir FOLDER"
+        )
+    changes = repair(read_metadata(name, place.root), Path(options.repair))
+    print_text("\n".join(changes) if changes else "nothing to correct: the metadata agree with the files")
+    if changes:
+        print_text(f"{options.repair}: written; its data and videos are links to {place.root}")
+    return Exit.OK
 
 
 def _config(options: argparse.Namespace) -> LeRobotDatasetConfig | None:
@@ -88,9 +114,11 @@ def _config(options: argparse.Namespace) -> LeRobotDatasetConfig | None:
 
 def _check(name: str, config: LeRobotDatasetConfig | None, depth: Depth) -> tuple[dict[str, Any], Damage]:
     from rlinf_core.data.check.files import check_files, number_columns
+    from rlinf_core.data.check.pictures import Reading
+    from rlinf_core.data.lerobot.checks import check_columns
+    from rlinf_core.data.lerobot.episodes import chosen_by_number
     from rlinf_core.data.lerobot.files import find_dataset
     from rlinf_core.data.lerobot.metadata import read_metadata
-    from rlinf_core.data.lerobot.source import check_columns
 
     name = config.repo_id if config else name
     print_phase(f"reading the metadata of {name}")
@@ -99,21 +127,34 @@ def _check(name: str, config: LeRobotDatasetConfig | None, depth: Depth) -> tupl
     if config:
         check_columns(config, metadata)
         cameras, vectors = list(dict.fromkeys(config.images.values())), [*config.state, *config.actions]
+        reads = Reading(None if config.decoder == "auto" else config.decoder, train=True)
     else:
         cameras = [*metadata.columns_of("image"), *metadata.columns_of("video")]
-        vectors = number_columns(metadata)
+        vectors, reads = number_columns(metadata), Reading()
+    chosen = chosen_by_number(config, metadata.episodes, metadata.lengths) if config else None
+    used = metadata if chosen is None else metadata.only(chosen)
     if place.snapshot:
         print_phase(f"downloading what is missing of {name}")
-    place.fetch(metadata.files(() if depth == "fast" else cameras))
+    place.fetch(used.files(() if depth == "fast" else cameras))
+    if not place.snapshot:
+        metadata = metadata.with_videos_found()
     if depth == "fast" and place.snapshot:
         cameras = []  # Their files are not downloaded.
     decoded = {"fast": "", "ends": ", and the first and last frame of each episode", "full": ", and every frame"}[depth]
-    print_phase(f"checking {len(metadata.episodes)} episodes: all numbers{decoded if cameras else ''}")
+    print_phase(f"checking {len(used.episodes)} episodes: all numbers{decoded if cameras else ''}")
     with print_progress("checking", "files") as progress:
         damage = check_files(
-            metadata, cameras=cameras, vectors=vectors, depth=depth, local=not place.snapshot, progress=progress
+            metadata,
+            cameras=cameras,
+            vectors=vectors,
+            depth=depth,
+            local=not place.snapshot,
+            chosen=chosen,
+            match=config.match_frames if config else "time",
+            reads=reads,
+            progress=progress,
         )
-    return _facts(metadata, name, depth) | {"ok": damage.ok}, damage
+    return _facts(used, name, depth) | {"ok": damage.ok}, damage
 
 
 def _facts(metadata: Metadata, name: str, depth: Depth) -> dict[str, Any]:

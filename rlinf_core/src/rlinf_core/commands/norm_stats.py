@@ -94,7 +94,7 @@ def _compute(options: argparse.Namespace) -> int:
 
     print_phase("loading plugins, the config and the data")
     run = _load(options)
-    rows = open_split(run, get_plugins(), "train")
+    rows = open_split(run, get_plugins(), "train", images=False)
     print_phase(f"statistics of {len(rows)} training rows")
     diagnosis = diagnose(run, rows)
     errors = any(finding.severity == "error" for finding in diagnosis.findings)

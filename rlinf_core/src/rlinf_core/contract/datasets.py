@@ -234,6 +234,10 @@ class LeRobotDatasetConfig(DatasetConfig):
     """Leave out episodes with a lower value in `quality_column`. Booleans count as 0 and 1."""
     decoder: Literal["auto", "torchcodec", "pyav"] = "auto"
     """Video decoder. `auto`: torchcodec if it loads, otherwise PyAV, which is slower; a run reports which one."""
+    match_frames: Literal["time", "number", "time_unchecked"] = "time"
+    """How a row finds its frame in a video. `time`: the frame nearest to its time; a run refuses to start if counts of
+    frames and rows show that this could be another row's. `number`: the frame with the row's number, for files with one
+    frame per row whose times are wrong. `time_unchecked`: by time, without comparing counts."""
     cache: Literal["", "raw", "jpeg"] = ""
     """Read images from a cache written by `rlinf cache` instead of decoding the dataset's: `raw`, identical to the bit,
     or `jpeg`, smaller and lossy. Empty: decode."""

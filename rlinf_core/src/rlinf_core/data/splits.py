@@ -6,7 +6,7 @@ from typing import get_args
 
 import numpy as np
 
-from rlinf_core.contract.datasets import ColumnSource, SampleSource, Split
+from rlinf_core.contract.datasets import ColumnSource, LeRobotDatasetConfig, SampleSource, Split
 from rlinf_core.contract.run import LoadedPlugins, RunConfig
 from rlinf_core.errors import UserError
 
@@ -14,8 +14,14 @@ HOLDING_OUT = ("validation_fraction", "validation_episodes", "validation_tasks")
 """Keys of `[data]`; not every dataset has all."""
 
 
-def open_split(run: RunConfig, plugins: LoadedPlugins, split: Split) -> SampleSource:
+def open_split(run: RunConfig, plugins: LoadedPlugins, split: Split, *, images: bool = True) -> SampleSource:
     """The rows of a split, from the plugin that reads the dataset.
+
+    Args:
+        run: The run.
+        plugins: The loaded plugins.
+        split: Training or held-out rows.
+        images: Whether images will be read; if not, a LeRobot dataset's videos may be missing.
 
     Raises:
         UserError: There is no such split, it has no rows, or no plugin can open the dataset.
@@ -26,7 +32,10 @@ def open_split(run: RunConfig, plugins: LoadedPlugins, split: Split) -> SampleSo
         keys = [f"data.{key}" for key in HOLDING_OUT if key in type(run.data).model_fields]
         name = run.data.repo_id or run.data.config_name
         raise UserError(f"no episode of {name} is held out for validation: set {' or '.join(keys)}")
-    source: SampleSource | None = plugins.hook.rlinf_open_dataset(dataset=run.data, policy=run.policy, split=split)
+    dataset = run.data
+    if isinstance(dataset, LeRobotDatasetConfig) and not (images or dataset.stats_need_images):
+        dataset = dataset.model_copy(update={"images": {}, "crops": {}, "cache": ""})
+    source: SampleSource | None = plugins.hook.rlinf_open_dataset(dataset=dataset, policy=run.policy, split=split)
     if source is None:
         raise UserError(
             f"No installed plugin opens the dataset {run.data.config_name!r} ({type(run.data).__name__}): "

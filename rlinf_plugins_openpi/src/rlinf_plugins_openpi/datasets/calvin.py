@@ -16,7 +16,6 @@ class CalvinConfig(OpenpiDatasetConfig):
     state: tuple[str, ...] = ("state.ee_pos", "state.ee_rot", "state.gripper")
     actions: tuple[str, ...] = ("action.delta_ee_pos", "action.delta_ee_rot", "action.gripper")
     raw_action_is_delta: bool = True
-    state_width: int = 7
     action_width: int = 7
 
 

@@ -20,7 +20,6 @@ class LiberoConfig(OpenpiDatasetConfig):
     state: tuple[str, ...] = ("state",)
     actions: tuple[str, ...] = ("actions",)
     raw_action_is_delta: bool = True
-    state_width: int = 8
     action_width: int = 7
 
 

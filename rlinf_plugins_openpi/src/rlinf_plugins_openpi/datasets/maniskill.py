@@ -1,4 +1,4 @@
-"""ManiSkill in RLinf's columns: one camera, a state of eight numbers and an action of seven."""
+"""ManiSkill in RLinf's columns: one camera, a state of any width and an action of seven numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ class ManiskillConfig(OpenpiDatasetConfig):
     images: dict[str, str] = {"base_0_rgb": "observation.images.top"}
     actions: tuple[str, ...] = ("actions",)
     raw_action_is_delta: bool = True
-    state_width: int = 8
     action_width: int = 7
 
 

@@ -14,7 +14,6 @@ class MetaworldConfig(OpenpiDatasetConfig):
     repo_id: str = "lerobot/metaworld_mt50"
     images: dict[str, str] = {"base_0_rgb": "observation.image"}
     raw_action_is_delta: bool = True
-    state_width: int = 4
     action_width: int = 4
 
 

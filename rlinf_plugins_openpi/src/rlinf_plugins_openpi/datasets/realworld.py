@@ -1,4 +1,4 @@
-"""RLinf's real-world Franka: two cameras; a state of 19 numbers (gripper, forces, pose and velocities)."""
+"""RLinf's real-world Franka: two cameras; a state of 19 numbers (gripper, forces, pose, velocities), or some of it."""
 
 from __future__ import annotations
 
@@ -20,6 +20,5 @@ class Pi0RealworldConfig(OpenpiDatasetConfig):
     state: tuple[str, ...] = ("state",)
     actions: tuple[str, ...] = ("actions",)
     raw_action_is_delta: bool = True
-    state_width: int = 19
     action_width: int = 7
     padded_width: int = 32

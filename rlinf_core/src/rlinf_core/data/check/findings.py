@@ -16,17 +16,24 @@ FindingKind = Literal[
     "wrong_index",
     "not_finite",
     "wrong_shape",
+    "not_rgb",
     "wrong_timestamp",
     "unknown_task",
     "empty_episode",
     "damaged_video",
     "damaged_image",
     "no_statistics",
+    "stale_pointer",
+    "stale_index",
+    "derived_column",
+    "other_clock",
     "spare_frames",
     "unlisted_file",
 ]
 """Most severe first."""
-NOTES: frozenset[FindingKind] = frozenset(("no_statistics", "spare_frames", "unlisted_file"))
+NOTES: frozenset[FindingKind] = frozenset(
+    ("no_statistics", "stale_pointer", "stale_index", "derived_column", "other_clock", "spare_frames", "unlisted_file")
+)
 """Kinds that do not prevent training; they are reported but do not count as damage."""
 LISTED = 20
 """Findings that are listed per kind; further ones are only counted."""

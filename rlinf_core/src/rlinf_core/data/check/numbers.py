@@ -6,6 +6,7 @@ Every function continues after a problem if it can, and reports them all.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from rlinf_core.data.check.findings import FileFinding
+from rlinf_core.data.check.findings import FileFinding, FindingKind
 from rlinf_core.data.lerobot.columns import INDEX_COLUMNS, check_numeric, vectors_of, width_of
 from rlinf_core.data.lerobot.files import INFO
 from rlinf_core.data.lerobot.metadata import Metadata
+from rlinf_core.data.lerobot.rows import DERIVED, Rows
 from rlinf_core.errors import UserError
 
 Numbers = dict[str, NDArray[np.float64]]
@@ -35,10 +37,9 @@ def check_metadata(metadata: Metadata) -> Iterator[FileFinding]:
     if metadata.lengths.sum() != metadata.frames:
         what = f"{INFO} counts {metadata.frames} frames, the episodes of {listed} have {metadata.lengths.sum()}"
         yield FileFinding("wrong_count", what, INFO)
-    expected = np.cumsum(metadata.lengths) - metadata.lengths
-    for i in np.flatnonzero(metadata.starts != expected)[:1].tolist():
-        what = f"the episode should start at row {expected[i]} by the lengths before it, not at {metadata.starts[i]}"
-        yield FileFinding("wrong_index", what, listed, int(metadata.episodes[i]))
+    for i in np.flatnonzero(metadata.starts != metadata.firsts)[:1].tolist():
+        what = f"starts at row {metadata.starts[i]}, by the lengths before it at {metadata.firsts[i]}: it is not used"
+        yield FileFinding("stale_pointer", what, listed, int(metadata.episodes[i]))
     for episode in metadata.episodes[metadata.lengths <= 0].tolist():
         yield FileFinding("empty_episode", "the episode has no frames", listed, episode)
     for camera in metadata.video_files:
@@ -51,11 +52,42 @@ def check_metadata(metadata: Metadata) -> Iterator[FileFinding]:
         yield FileFinding("no_statistics", what, f"meta/{stats.name}")
 
 
-def check_unlisted(metadata: Metadata) -> Iterator[FileFinding]:
-    """Report files that the metadata do not name."""
-    known = {*metadata.files(metadata.video_files)}
+def located(metadata: Metadata, rows: Rows) -> tuple[Metadata, list[FileFinding]]:
+    """The metadata with the data files in which the rows are, and notes where `meta/` names others.
+
+    Args:
+        metadata: Of the episodes to check.
+        rows: All their rows.
+    """
+    numbers = rows.metadata.episodes[rows.places]
+    file_of = {int(n): rows.file_of(start)[0] for n, start in zip(numbers, rows.starts.tolist(), strict=True)}
+    data_file, notes = metadata.data_file.copy(), dict[tuple[Path, Path], list[int]]()
+    files = (*metadata.data_files, *(path for path in rows.files if path not in metadata.data_files))
+    index = {path: number for number, path in enumerate(files)}
+    for i, episode in enumerate(metadata.episodes.tolist()):
+        if episode in file_of:
+            data_file[i] = index[rows.files[file_of[episode]]]
+            if data_file[i] != metadata.data_file[i]:
+                notes.setdefault((files[metadata.data_file[i]], files[data_file[i]]), []).append(episode)
+    found = [
+        FileFinding(
+            "stale_pointer",
+            f"{_name(metadata, named)} is named for {len(episodes)} episode{'s' * (len(episodes) > 1)} whose rows are "
+            f"in {_name(metadata, there)}: rows are found where they are",
+            "meta/episodes" if metadata.version == "v3.0" else INFO,
+            episodes[0],
+        )
+        for (named, there), episodes in notes.items()
+    ]
+    return replace(metadata, data_files=files, data_file=data_file), found
+
+
+def check_unlisted(metadata: Metadata, used: Metadata) -> Iterator[FileFinding]:
+    """Report files that no episode uses; `used` has the files in which the rows of the checked episodes are."""
+    known = {*metadata.files(metadata.video_files), *used.data_files}
     for folder, pattern in (("data", "*.parquet"), ("videos", "*.mp4")):
-        for path in sorted({*(metadata.root / folder).rglob(pattern)} - known):
+        paths = (path for path in (metadata.root / folder).rglob(pattern) if not path.name.startswith("."))
+        for path in sorted({*paths} - known):
             yield FileFinding("unlisted_file", "no episode in meta/ uses this file", _name(metadata, path))
 
 
@@ -74,7 +106,12 @@ def check_missing(metadata: Metadata, paths: Sequence[Path]) -> Iterator[FileFin
 
 
 def check_data_file(
-    metadata: Metadata, path: Path, held: NDArray[np.int64], vectors: Sequence[str]
+    metadata: Metadata,
+    path: Path,
+    held: NDArray[np.int64],
+    vectors: Sequence[str],
+    *,
+    clock: FindingKind = "wrong_timestamp",
 ) -> list[FileFinding]:
     """Check one data file: counts, indices, timestamps, tasks, and the values of some columns.
 
@@ -83,8 +120,9 @@ def check_data_file(
         path: The file.
         held: Indices of the episodes that it should contain.
         vectors: Columns to check besides the index columns.
+        clock: The kind of a finding about times that are not frame / fps.
     """
-    if not path.is_file():
+    if not path.is_file() or not len(held):
         return []
     name = _name(metadata, path)
     wanted = [*INDEX_COLUMNS, *vectors]
@@ -95,11 +133,7 @@ def check_data_file(
             table = file.read(columns=there, use_threads=False)
     except (OSError, pa.ArrowException) as error:
         return [FileFinding("unreadable_file", _line(error) + _holding(metadata.episodes[held].tolist()), name)]
-    found = [
-        FileFinding("missing_column", f"has {'two columns' if one in names else 'no column'} {one!r}", name)
-        for one in wanted
-        if one not in there
-    ]
+    found = [_lacks(one, name, twice=one in names) for one in wanted if one not in there]
     indices: Numbers = {}
     for column in INDEX_COLUMNS:
         if column in there:
@@ -109,11 +143,20 @@ def check_data_file(
                 found.append(FileFinding("wrong_shape", f"{column!r} is not a numeric column: {_line(error)}", name))
     if "episode_index" in indices:
         found += _check_counts(metadata, held, name, indices["episode_index"])
-        found += _check_indices(metadata, held, name, indices)
+        found += _check_indices(metadata, name, indices, clock)
         for column in vectors:
             if column in there:
                 found += _check_vectors(metadata, name, column, table[column], indices["episode_index"])
     return found
+
+
+def _lacks(column: str, name: str, *, twice: bool) -> FileFinding:
+    """The finding for a column that a file lacks or has twice."""
+    if twice:
+        return FileFinding("missing_column", f"has two columns {column!r}", name)
+    if column in DERIVED:
+        return FileFinding("derived_column", f"has no column {column!r}, which follows from the order of rows", name)
+    return FileFinding("missing_column", f"has no column {column!r}", name)
 
 
 def _check_counts(
@@ -132,7 +175,7 @@ def _check_counts(
         yield FileFinding("wrong_index", what, name, int(one))
 
 
-def _check_indices(metadata: Metadata, held: NDArray[np.int64], name: str, indices: Numbers) -> Iterator[FileFinding]:
+def _check_indices(metadata: Metadata, name: str, indices: Numbers, clock: FindingKind) -> Iterator[FileFinding]:
     """Report the first wrong frame per column and episode."""
     episode = indices["episode_index"]
     first = np.flatnonzero(np.diff(episode, prepend=np.nan) != 0)  # The first row of each episode.
@@ -143,12 +186,14 @@ def _check_indices(metadata: Metadata, held: NDArray[np.int64], name: str, indic
         what = f"frame_index is {frame[at]:g}: a frame is missing, duplicated or out of order"
         yield FileFinding("wrong_index", what, name, int(episode[at]), int(place[at]))
     if "index" in indices:
-        start = int(metadata.starts[held].min()) if len(held) else 0
-        for at in np.flatnonzero(indices["index"] != start + np.arange(len(episode)))[:1].tolist():
-            what = f"index is {indices['index'][at]:g} instead of {start + at}"
-            yield FileFinding("wrong_index", what, name, int(episode[at]), int(place[at]))
+        at_first = dict(zip(metadata.episodes.tolist(), metadata.firsts.tolist(), strict=True))
+        expected = np.array([at_first.get(int(one), -1) for one in episode[first]])
+        expected = np.repeat(expected, np.diff(first, append=len(episode))) + place
+        for at in np.flatnonzero(indices["index"] != expected)[:1].tolist():
+            what = f"index is {indices['index'][at]:g} instead of {expected[at]:g}: it is not used"
+            yield FileFinding("stale_index", what, name, int(episode[at]), int(place[at]))
     if "timestamp" in indices:
-        yield from _check_times(metadata, name, indices["timestamp"], frame, episode, place)
+        yield from _check_times(metadata, name, indices["timestamp"], frame, episode, place, clock)
     if "task_index" in indices:
         task = indices["task_index"]
         for at in _first_of_each(~np.isin(task, list(metadata.task_texts)), episode):
@@ -163,6 +208,7 @@ def _check_times(
     frame: NDArray[np.float64],
     episode: NDArray[np.float64],
     place: NDArray[np.float64],
+    clock: FindingKind = "wrong_timestamp",
 ) -> Iterator[FileFinding]:
     """Check that times are frame / fps, within a tenth of a frame and float32 rounding, which grows with time."""
     expected = frame / metadata.fps
@@ -175,7 +221,8 @@ def _check_times(
         what = f"timestamp is {time[at]:.4f} s, but frame / fps is {expected[at]:.4f} s"
         if back[at]:
             what += f", and the previous timestamp is {time[at - 1]:.4f} s"
-        yield FileFinding("wrong_timestamp", what, name, int(episode[at]), int(place[at]))
+        kind: FindingKind = "wrong_timestamp" if back[at] else clock
+        yield FileFinding(kind, what, name, int(episode[at]), int(place[at]))
 
 
 def _check_vectors(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +32,8 @@ from rlinf_core.errors import UserError
 
 Format = Literal["raw", "jpeg"]
 POSITIONS = "positions.npy"
+DECODING = 2
+"""Part of each cache's key; raised when the same files decode to other frames. 2: upright, in the tagged colours."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class Caches:
     resize: Transform | None
     """The transform that was applied to the frames; None: the dataset's size."""
     key: str
-    """Hash of the dataset's metadata and `resize`."""
+    """Hash of the dataset's metadata, `resize` and `DECODING`."""
 
     @property
     def kind(self) -> str:
@@ -164,7 +166,14 @@ def caches_of(
         above: Folder that contains the caches; empty: `data.cache_dir`, or `frames` in the cache folder.
     """
     resize = resizing_to_keep(metadata, dataset, policy)
-    known = [metadata.fps, metadata.features, metadata.episodes.tolist(), metadata.lengths.tolist(), repr(resize)]
+    known = [
+        metadata.fps,
+        metadata.features,
+        metadata.episodes.tolist(),
+        metadata.lengths.tolist(),
+        repr(resize),
+        DECODING,
+    ]
     return Caches(
         above=Path(above or dataset.cache_dir or cache_folder() / "frames").expanduser(),
         name=Path(metadata.name).name,
@@ -193,7 +202,7 @@ def _lacks(cache: Cache, source: LeRobotSource, column: str) -> str:
     what = f"the cache of {column!r} of {source.metadata.name}"
     if manifest is None or not (cache.folder / POSITIONS).is_file():
         return f"{what} is not complete"
-    for name, size in image_files(source.metadata, column, source.episodes).items():
+    for name, size in image_files([source], column).items():
         if manifest.files.get(name) != size:
             was = f"had {manifest.files[name]} bytes and now has {size}" if name in manifest.files else "is not in it"
             return f"{what} is of other data: {name} {was}"
@@ -242,12 +251,10 @@ def resized(resize: Transform | None, image: Frame) -> Frame:
     return done
 
 
-def image_files(metadata: Metadata, column: str, episodes: NDArray[np.int64]) -> dict[str, int]:
-    """The files with the images of some episodes, relative to the dataset's folder -> size in bytes."""
-    places = np.searchsorted(metadata.episodes, np.unique(episodes)).tolist()
-    videos = metadata.video_files.get(column)
-    paths = {videos[place] if videos else metadata.data_files[metadata.data_file[place]] for place in places}
-    return {path.relative_to(metadata.root).as_posix(): path.stat().st_size for path in sorted(paths)}
+def image_files(splits: Iterable[LeRobotSource], column: str) -> dict[str, int]:
+    """The files with the images of some splits of a dataset, relative to its folder -> size in bytes."""
+    paths = {(path, split.metadata.root) for split in splits for path in split.image_files(column)}
+    return {path.relative_to(root).as_posix(): path.stat().st_size for path, root in sorted(paths)}
 
 
 def hash_of(data: NDArray[Any]) -> str:

@@ -111,8 +111,7 @@ class Conversion:
     @cached_property
     def files(self) -> dict[str, dict[str, int]]:
         """Column -> the source files of its images."""
-        episodes = np.unique(np.concatenate([np.unique(split.episodes) for split in self.splits]))
-        return {column: image_files(self.splits[0].metadata, column, episodes) for column in self.columns}
+        return {column: image_files(self.splits, column) for column in self.columns}
 
     def file(self, column: str, number: int) -> Path:
         """The path of a part."""

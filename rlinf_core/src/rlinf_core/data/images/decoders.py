@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import json
+import math
 import platform
 import re
 import struct
@@ -19,16 +21,26 @@ from typing import Any, Protocol
 
 import av
 import numpy as np
+from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from numpy.typing import NDArray
 
+from rlinf_core.data.images.video_header import (
+    MOST_PIXELS,
+    FrameTimes,
+    Turn,
+    VideoHeader,
+    open_video,
+    read_frame_times,
+    video_stream,
+)
 from rlinf_core.errors import UserError
 
 Frame = NDArray[np.uint8]
 """[height, width, 3], RGB."""
-MOST_PIXELS = 2**26
-"""Upper bound on the size of an image: a few bytes of a header can claim any size."""
-_ANY_METADATA: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
-"""Accept invalid UTF-8 in tags, which do not matter; PyAV 19 does so without an option."""
+ROUNDING = 1e-4
+"""Seconds by which a requested time may differ from the time of its frame through rounding: float32 rounds 500 seconds
+by up to 3e-5. Frames are further apart: 2e-4 s would be 5000 frames per second."""
+_UNTAGGED, _BT601 = 2, (5, 6)  # Numbers of colour matrices, see `VideoHeader.color_matrix`.
 
 
 class Decoder(Protocol):
@@ -38,10 +50,15 @@ class Decoder(Protocol):
     """Estimated memory while it is open, in bytes."""
 
     def frames(self, times: Sequence[float], tolerance: float) -> list[Frame]:
-        """One uint8 [height, width, 3] RGB frame per time; `times` ascend, in seconds from the file's start.
+        """The nearest frame to each time, as upright uint8 [height, width, 3] RGB.
+
+        Args:
+            times: Ascending, in seconds of the file's own clock. The result does not depend on which are requested
+                together or were before.
+            tolerance: Largest distance in seconds.
 
         Raises:
-            UserError: The file has no frame within `tolerance` seconds of a time.
+            UserError: The nearest frame is further away than `tolerance`; the message says where it is.
         """
         ...
 
@@ -58,132 +75,227 @@ def decoder_memory(height: int, width: int, frames: int) -> int:
     return 2_000_000 + 6 * height * width + 32 * frames
 
 
-def open_video(path: Path) -> Any:
-    """Open a file with PyAV; its first video stream can be decoded.
-
-    Raises:
-        UserError: The file is not such a video, or its frames have more than `MOST_PIXELS` pixels.
-    """
-    try:
-        container = av.open(str(path), **_ANY_METADATA)
-    except (av.FFmpegError, ValueError) as e:
-        raise UserError(f"{path} cannot be opened as a video: {e}") from e
-    stream: Any = container.streams.video[0] if container.streams.video else None
-    why = ""
-    if stream is None or stream.codec_context is None:
-        why = "it has no video stream that can be decoded"
-    elif stream.time_base is None or not 0 < stream.width * stream.height <= MOST_PIXELS:
-        why = f"its frames have {stream.width} x {stream.height} pixels"
-    if why:
-        container.close()
-        raise UserError(f"{path} cannot be opened as a video: {why}")
-    return container
-
-
 class PyavDecoder:
     """Seeks to the key frame at or before a time and decodes forward from there."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, header: VideoHeader) -> None:
+        self._path, self._header = path, header
         self._container = open_video(path)
-        self._stream = self._container.streams.video[0]
+        self._stream = video_stream(self._container)
         self._stream.codec_context.thread_count = 1
-        self.memory = decoder_memory(self._stream.height, self._stream.width, self._stream.frames)
+        self.memory = decoder_memory(header.height, header.width, header.frames)
+        self._second = float(header.time_base)
         self._decoded: Iterator[Any] = iter(())
-        self._position = float("inf")
-        """Time of the last decoded frame; infinity: seek before decoding."""
+        self._before: Any = None
+        self._after: Any = None
+        """Two consecutive frames, the last that were decoded; None before the first and after the last one."""
         self._reach = 0.0
         """Longest distance in seconds from a key frame to a time so far; up to it, decode on instead of seeking."""
+        self._colors: tuple[Any, ...] = ()
+        self._converter = VideoReformatter()
 
     def frames(self, times: Sequence[float], tolerance: float) -> list[Frame]:
         """See `Decoder.frames`."""
         found: list[Frame] = []
-        last: float | None = None
+        last: Any = None
         for time in times:
-            if last is None or time - last >= tolerance:
-                frame = self._frame_at(time, tolerance)
-                last = float(frame.pts * self._stream.time_base)
-                found.append(frame.to_ndarray(format="rgb24"))
-            else:
-                found.append(found[-1])
+            try:
+                frame = self._nearest(time, tolerance)
+            except av.FFmpegError as e:
+                self._before = self._after = None
+                raise _no_frame(self._path, time, tolerance, f"decoding fails: {e}") from e
+            if frame is None:
+                raise _no_frame(self._path, time, tolerance, "it has none")
+            if abs(self._time(frame) - time) > tolerance + ROUNDING:
+                raise _no_frame(self._path, time, tolerance, _nearest_at(self._time(frame), time))
+            found.append(found[-1] if frame is last else self._rgb(frame))
+            last = frame
         return found
 
-    def _frame_at(self, time: float, tolerance: float) -> Any:
-        nearest = "it has none"
-        try:
-            if not tolerance <= time - self._position <= max(self._reach, 3 * tolerance):
-                self._seek(time)
-            start = None
-            for frame in self._decoded:
-                if frame.pts is None:
-                    continue
-                self._position = float(frame.pts * self._stream.time_base)
-                start = self._position if start is None else start
-                if self._position >= time + tolerance:
-                    break
-                if self._position > time - tolerance:
-                    self._reach = max(self._reach, self._position - start)
-                    return frame
-                nearest = f"the last one before it is at {self._position:.4f} s"
-        except av.FFmpegError as e:
-            nearest = f"decoding fails: {e}"
-        self._position = float("inf")
-        raise _no_frame(self._path, time, tolerance, nearest)
+    def _nearest(self, time: float, tolerance: float) -> Any:
+        """The frame nearest to a time, whichever frames were decoded before; None if the file has no frame."""
+        exact = max(self._second / 2, ROUNDING)
+        key = None
+        if not self._covers(time, exact, tolerance):
+            self._seek(time, exact)
+            key = self._after
+        while self._after is not None and self._time(self._after) < time - exact:
+            self._advance()
+        pair = [frame for frame in (self._before, self._after) if frame is not None]
+        nearest = min(pair, key=lambda frame: abs(self._time(frame) - time), default=None)
+        if key is not None:
+            self._reach = max(self._reach, self._time(nearest) - self._time(key))
+        return nearest
 
-    def _seek(self, time: float) -> None:
-        assert self._stream.time_base is not None
-        # One tick earlier, because the requested time may exceed the frame's own by a rounding error.
-        tick = max(round(time / self._stream.time_base) - 1, 0)
-        self._container.seek(tick, stream=self._stream, backward=True)
-        self._decoded = iter(self._container.decode(self._stream))
+    def _covers(self, time: float, exact: float, tolerance: float) -> bool:
+        """Whether the nearest frame is one of the last two, or comes soon after them."""
+        if self._before is None and self._after is None:
+            return False
+        first = self._time(self._after) - exact if self._before is None else self._time(self._before)
+        if self._after is None:
+            return time >= first
+        return first <= time <= self._time(self._after) + max(self._reach, 3 * tolerance)
+
+    def _seek(self, time: float, exact: float) -> None:
+        """Decode the key frame at or before a time, or the file's first frame.
+
+        With B-frames, FFmpeg may take a key frame that is shown after the time but stored before it; then seek earlier.
+        """
+        earliest, back = self._header.start, 0.0
+        while True:
+            target = max(time - back, earliest)
+            self._container.seek(math.floor(target / self._second + 0.5), stream=self._stream, backward=True)
+            self._decoded = iter(self._container.decode(self._stream))
+            self._after = None
+            self._advance()
+            self._before = None
+            if self._after is None or self._time(self._after) <= time + exact or target <= earliest:
+                break
+            back = max(2 * back, 1.0)
+
+    def _advance(self) -> None:
+        self._before, self._after = self._after, next((one for one in self._decoded if one.pts is not None), None)
+
+    def _time(self, frame: Any) -> float:
+        return float(frame.pts * self._second)
+
+    def _rgb(self, frame: Any) -> Frame:
+        """The upright image, by the colour matrix and range of the frame; untagged frames are BT.601, limited range."""
+        name, matrix, full = frame.format.name, int(frame.colorspace), int(frame.color_range) == ColorRange.JPEG
+        if self._colors != (name, matrix, full):
+            self._colors, self._converter = (name, matrix, full), VideoReformatter()
+        # Bicubic, as torchcodec, which upsamples the chroma of video with more than 8 bits; 8 bits have their own code.
+        options = _yuv_options(name, matrix, full) | {"interpolation": Interpolation.BICUBIC}
+        converted = self._converter.reformat(frame, format="rgb24", **options)
+        image: Any = converted.to_ndarray()
+        turn = self._header.turn
+        upright: Frame = image if turn == Turn() else turn.apply(image)
+        return upright
 
     def close(self) -> None:
         """Close the file."""
+        self._before = self._after = None
         self._container.close()
 
 
+@functools.cache
+def _yuv_options(pixel_format: str, matrix: int, full: bool) -> dict[str, Any]:
+    """Options that make PyAV convert by the tags of a frame; without any, it converts by BT.601.
+
+    PyAV passes the colours on to FFmpeg only if those of source and target differ; those of an RGB target have no
+    effect.
+    """
+    about = av.VideoFormat(pixel_format)
+    is_yuv = not about.is_rgb and not about.has_palette and len(about.components) >= 3
+    full = full or pixel_format.startswith("yuvj")
+    if not is_yuv or (matrix in (*_BT601, _UNTAGGED) and not full):
+        return {}
+    source = Colorspace.ITU601 if matrix == _UNTAGGED else matrix
+    target = Colorspace.ITU709 if source == Colorspace.ITU601 else Colorspace.ITU601
+    ranges = {"src_color_range": ColorRange.JPEG if full else ColorRange.MPEG, "dst_color_range": ColorRange.MPEG}
+    return {"src_colorspace": source, "dst_colorspace": target, **ranges}
+
+
 class TorchcodecDecoder:
-    """Requests frames by index; torchcodec seeks by itself."""
+    """Requests frames by index; torchcodec seeks by itself.
 
-    def __init__(self, path: Path) -> None:
-        from torchcodec.decoders import VideoDecoder  # type: ignore[import-untyped,import-not-found,unused-ignore]
+    At first the index follows from the rate, as if it were constant, which needs no more than the header. The result
+    says the time of each frame. If one of them is not the requested time, the exact times of all frames are read, and
+    indices follow from them from then on.
+    """
 
-        self._path = path
-        try:
-            self._video = VideoDecoder(str(path), dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="approximate")
-        except (OSError, RuntimeError, ValueError) as e:
-            raise UserError(f"{path} cannot be opened as a video: {_first_line(e)}") from e
+    def __init__(self, path: Path, header: VideoHeader) -> None:
+        self._path, self._header = path, header
+        self._times: FrameTimes | None = None
+        self._pyav: PyavDecoder | None = None
+        self._video = self._open(seek_mode="approximate")
         about = self._video.metadata
-        if not about.num_frames or not about.average_fps:
-            raise UserError(f"{path} cannot be opened as a video: its number of frames or frame rate is unknown")
         if not 0 < (about.width or 0) * (about.height or 0) <= MOST_PIXELS:
             raise UserError(
                 f"{path} cannot be opened as a video: its frames have {about.width} x {about.height} pixels"
             )
-        self.memory = decoder_memory(about.height or 0, about.width or 0, about.num_frames)
+        self.memory = decoder_memory(header.height, header.width, header.frames)
+        if not header.frames or not about.average_fps:
+            self._read_times()
+
+    def _open(self, **options: Any) -> Any:
+        from torchcodec.decoders import VideoDecoder  # type: ignore[import-untyped,import-not-found,unused-ignore]
+
+        options |= {"dimension_order": "NHWC", "num_ffmpeg_threads": 1, "stream_index": self._header.stream}
+        try:
+            return VideoDecoder(str(self._path), **options)
+        except (OSError, RuntimeError, ValueError) as e:
+            raise UserError(f"{self._path} cannot be opened as a video: {_first_line(e)}") from e
 
     def frames(self, times: Sequence[float], tolerance: float) -> list[Frame]:
         """See `Decoder.frames`."""
-        metadata = self._video.metadata
-        last = metadata.num_frames - 1
-        indices = [min(max(round(time * metadata.average_fps), 0), last) for time in times]
+        found = self._by_rate(times) if self._times is None else None
+        return self._by_times(times, tolerance) if found is None else found
+
+    def _by_rate(self, times: Sequence[float]) -> list[Frame] | None:
+        """The frames, if each is at the requested time; None otherwise."""
+        rate, last = self._video.metadata.average_fps, self._header.frames - 1
+        indices = [min(max(round((time - self._header.start) * rate), 0), last) for time in times]
         try:
             found = self._video.get_frames_at(indices=indices)
+        except (RuntimeError, IndexError, ValueError):
+            return None  # If it is not for the indices, it fails again.
+        exact = max(float(self._header.time_base) / 2, ROUNDING)
+        same = all(abs(time - at) <= exact for time, at in zip(times, found.pts_seconds.tolist(), strict=True))
+        return list(found.data.numpy()) if same else None
+
+    def _by_times(self, times: Sequence[float], tolerance: float) -> list[Frame]:
+        """The nearest frames, by the exact times of all frames."""
+        known = self._times or self._read_times()
+        indices = known.nearest(times)
+        expected = known.seconds[indices]
+        for time, at in zip(times, expected.tolist(), strict=True):
+            if abs(time - at) > tolerance + ROUNDING:
+                raise _no_frame(self._path, time, tolerance, _nearest_at(at, time))
+        try:
+            found = self._video.get_frames_at(indices=indices.tolist())
         except (RuntimeError, IndexError, ValueError) as e:
             raise _no_frame(self._path, times[0], tolerance, f"decoding fails: {_first_line(e)}") from e
-        for time, pts in zip(times, found.pts_seconds.tolist(), strict=True):
-            if abs(time - pts) >= tolerance:
-                raise _no_frame(self._path, time, tolerance, f"the nearest is at {pts:.4f} s")
+        if np.abs(found.pts_seconds.numpy() - expected).max() > ROUNDING:
+            return self._by_pyav(times, tolerance)
         return list(found.data.numpy())
+
+    def _by_pyav(self, times: Sequence[float], tolerance: float) -> list[Frame]:
+        """Frames that torchcodec cannot seek to: those shown before an H.265 key frame but stored after it (x265 writes
+        some per key frame, "open GOP") when it starts decoding at that key frame. It returns a later frame instead.
+        """
+        if self._pyav is None:
+            self._pyav = PyavDecoder(self._path, self._header)
+            self.memory += self._pyav.memory
+        return self._pyav.frames(times, tolerance)
+
+    def _read_times(self) -> FrameTimes:
+        known = read_frame_times(self._path)
+        ticks, keys = known.ticks.tolist(), known.is_key.tolist()
+        lengths = [*np.diff(known.ticks).tolist(), 1]
+        frames = [
+            {"pts": tick, "duration": length, "key_frame": int(key)}
+            for tick, length, key in zip(ticks, lengths, keys, strict=True)
+        ]
+        self._video = self._open(custom_frame_mappings=json.dumps({"frames": frames}))
+        self.memory += 100 * len(frames)
+        self._times = known
+        return known
 
     def close(self) -> None:
         """Release the file; torchcodec closes it with its last reference."""
         del self._video
+        if self._pyav is not None:
+            self._pyav.close()
 
 
 def _first_line(error: Exception) -> str:
     """Torchcodec's message without its request to report a bug."""
     return str(error).strip().partition("\n")[0].strip()
+
+
+def _nearest_at(at: float, time: float) -> str:
+    return f"the nearest is at {at:.4f} s, {abs(at - time):.4f} s away"
 
 
 def _no_frame(path: Path, time: float, tolerance: float, nearest: str) -> UserError:

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 
 from rlinf_core.data.images.decoders import Decoder, Frame, PyavDecoder, TorchcodecDecoder, lend_ffmpeg
+from rlinf_core.data.images.video_header import VideoHeader, read_video_header
 from rlinf_core.errors import UserError
 
 DecoderName = Literal["torchcodec", "pyav"]
@@ -61,6 +62,7 @@ class VideoReader:
         *,
         memory: int = 2**29,
         threads: int | None = None,
+        any_format: bool = False,
     ) -> None:
         """Create a reader; files are opened on first use.
 
@@ -69,7 +71,9 @@ class VideoReader:
             decoder: Decoder to use; None: torchcodec if it loads, else PyAV.
             memory: Most bytes that open decoders may take together, by their own estimate.
             threads: Files to decode in parallel; None: 1 in loader workers, else a few.
+            any_format: Also decode depth maps and frames with an alpha channel, only to see whether they are damaged.
         """
+        self._any_format = any_format
         self._capacity, self._memory = capacity, memory
         self._decoder, self._threads = decoder, threads
         self._open: OrderedDict[Path, Decoder] = OrderedDict()
@@ -91,11 +95,12 @@ class VideoReader:
 
         Args:
             path: A video file.
-            times: Seconds from the start of the file, in any order.
-            tolerance: Largest difference in seconds; half a frame period finds the nearest frame.
+            times: Seconds of the file's own clock, in any order.
+            tolerance: Largest distance in seconds from a time to the nearest frame.
 
         Raises:
-            UserError: The file cannot be read or has no frame near a time; the message names file and time.
+            UserError: The file cannot be read, has no frame near a time, or is not RGB; the message names file and
+                time.
         """
         order = np.argsort(times, kind="stable")
         decoder = self._take(path)
@@ -130,9 +135,15 @@ class VideoReader:
         """The decoder of a file, for this thread only until `_give_back`."""
         with self._lock:
             decoder = self._open.pop(path, None)
-        if decoder is None:
-            decoder = TorchcodecDecoder(path) if self.decoder == "torchcodec" else PyavDecoder(path)
-        return decoder
+        return decoder or self._opened(path)
+
+    def _opened(self, path: Path) -> Decoder:
+        header = read_video_header(path)
+        if header.not_rgb and not self._any_format:
+            raise UserError(f"{path} contains {header.not_rgb}. Name another column in data.images")
+        if self.decoder == "torchcodec" and torchcodec_shows(header):
+            return TorchcodecDecoder(path, header)
+        return PyavDecoder(path, header)
 
     def _give_back(self, path: Path, decoder: Decoder) -> None:
         with self._lock:
@@ -143,10 +154,21 @@ class VideoReader:
                 self._open.popitem(last=False)[1].close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"capacity": self._capacity, "decoder": self._decoder, "memory": self._memory, "threads": self._threads}
+        options = {"capacity": self._capacity, "decoder": self._decoder, "memory": self._memory}
+        return options | {"threads": self._threads, "any_format": self._any_format}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
+
+
+def torchcodec_shows(header: VideoHeader) -> bool:
+    """Whether torchcodec (0.11) shows the frames of a file as they are; PyAV decodes the others.
+
+    Where it converts to RGB by swscale (widths that are multiples of 32), it recognizes full-range YUV by the pixel
+    format (`yuvj420p`) alone, but AV1, VP9 and 10-bit H.265 have a tag instead: it would read it as limited range, with
+    too much contrast. It knows the orientation as an angle, which a mirrored image does not have.
+    """
+    return not header.turn.mirrors and (not header.full_range or header.pixel_format.startswith("yuvj"))
 
 
 def _threads() -> int:

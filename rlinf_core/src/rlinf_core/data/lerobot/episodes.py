@@ -9,13 +9,16 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rlinf_core.contract.datasets import DatasetConfig, LeRobotDatasetConfig
 from rlinf_core.errors import UserError, did_you_mean
+
+UNREAD = -1
+"""No task: the rows of the episode were not read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,10 +30,37 @@ class EpisodeTable:
     lengths: NDArray[np.int64]
     """Number of frames."""
     tasks: NDArray[np.int64]
-    """`task_index` of each episode's first frame."""
+    """`task_index` of each episode's first frame; `UNREAD` for episodes that `chosen_by_number` leaves out."""
     task_texts: dict[int, str]
     quality: NDArray[np.float64] | None = None
     """Values of `data.quality_column`."""
+
+
+def chosen_by_number(
+    config: LeRobotDatasetConfig, numbers: NDArray[np.int64], lengths: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """[E], the episodes that pass what the metadata alone decide: number and length. Only these are read.
+
+    Args:
+        config: The `[data]` table.
+        numbers: [E], the dataset's episode numbers.
+        lengths: [E], their frames.
+
+    Raises:
+        UserError: The config names an episode that the dataset does not have, or no episode is left.
+    """
+    chosen = np.ones(len(numbers), np.bool_)
+    if config.episodes:
+        chosen &= np.isin(numbers, _numbers("data.episodes", config, config.episodes, numbers))
+    if config.exclude_episodes:
+        chosen &= ~np.isin(numbers, _numbers("data.exclude_episodes", config, config.exclude_episodes, numbers))
+    if config.min_episode_length:
+        chosen &= lengths >= config.min_episode_length
+    if config.max_episode_length:
+        chosen &= lengths <= config.max_episode_length
+    if not (chosen & (lengths > 0)).any():
+        raise _none_left(config, lengths)
+    return chosen
 
 
 def split_episodes(config: LeRobotDatasetConfig, table: EpisodeTable) -> tuple[frozenset[int], frozenset[int]]:
@@ -39,31 +69,14 @@ def split_episodes(config: LeRobotDatasetConfig, table: EpisodeTable) -> tuple[f
     Raises:
         UserError: The config names an episode or a task that the dataset does not have, or no episode is left.
     """
-    chosen = np.ones(len(table.numbers), np.bool_)
-    narrowed: list[str] = []
-    if config.episodes:
-        chosen &= np.isin(table.numbers, _numbers("data.episodes", config, config.episodes, table))
-        narrowed.append("episodes")
-    if config.exclude_episodes:
-        chosen &= ~np.isin(table.numbers, _numbers("data.exclude_episodes", config, config.exclude_episodes, table))
-        narrowed.append("exclude_episodes")
+    chosen = chosen_by_number(config, table.numbers, table.lengths)
+    table = replace(table, tasks=_one_number_a_text(table))
     if config.tasks:
         chosen &= np.isin(table.tasks, _tasks("data.tasks", config, config.tasks, table))
-        narrowed.append("tasks")
-    if config.min_episode_length:
-        chosen &= table.lengths >= config.min_episode_length
-        narrowed.append("min_episode_length")
-    if config.max_episode_length:
-        chosen &= table.lengths <= config.max_episode_length
-        narrowed.append("max_episode_length")
     if config.quality_column and table.quality is not None:
         chosen &= table.quality >= config.min_quality
-        narrowed.append(f"quality_column (from {table.quality.min():g} to {table.quality.max():g})")
     if not chosen.any():
-        raise UserError(
-            f"no episode of {config.repo_id} is left: none of its {len(chosen)} episodes ({table.lengths.min()} to "
-            f"{table.lengths.max()} frames) passes data." + ", data.".join(narrowed)
-        )
+        raise _none_left(config, table.lengths, table.quality)
     task_of = dict(zip(table.numbers[chosen].tolist(), table.tasks[chosen].tolist(), strict=True))
     if config.validation_tasks:
         wanted = _tasks("data.validation_tasks", config, config.validation_tasks, table)
@@ -76,10 +89,30 @@ def split_episodes(config: LeRobotDatasetConfig, table: EpisodeTable) -> tuple[f
     return frozenset(task_of) - held_out, held_out
 
 
-def _numbers(key: str, config: DatasetConfig, named: Sequence[int | str], table: EpisodeTable) -> list[int]:
+def _none_left(
+    config: LeRobotDatasetConfig, lengths: NDArray[np.int64], quality: NDArray[np.float64] | None = None
+) -> UserError:
+    keys = ("episodes", "exclude_episodes", "tasks", "min_episode_length", "max_episode_length")
+    narrowed = [key for key in keys if getattr(config, key)]
+    if quality is not None:
+        narrowed.append(f"quality_column (from {np.nanmin(quality):g} to {np.nanmax(quality):g})")
+    return UserError(
+        f"no episode of {config.repo_id} is left: none of its {len(lengths)} episodes ({lengths.min()} to "
+        f"{lengths.max()} frames) passes data." + ", data.".join(narrowed)
+    )
+
+
+def _one_number_a_text(table: EpisodeTable) -> NDArray[np.int64]:
+    """Each episode's task, numbered by the first task with the same text: merged datasets list texts twice."""
+    first = {text: number for number, text in sorted(table.task_texts.items(), reverse=True) if text}
+    number_of = {number: first.get(text, number) for number, text in table.task_texts.items()}
+    return np.array([number_of.get(task, task) for task in table.tasks.tolist()], np.int64)
+
+
+def _numbers(key: str, config: DatasetConfig, named: Sequence[int | str], available: NDArray[np.int64]) -> list[int]:
     """The episode numbers in a list of numbers and ranges."""
     numbers: list[int] = []
-    there = set(table.numbers.tolist())
+    there = set(available.tolist())
     for one in named:
         first, last = (one, one) if isinstance(one, int) else map(int, one.split("-"))
         if first > last or first not in there or last not in there:
@@ -92,11 +125,11 @@ def _numbers(key: str, config: DatasetConfig, named: Sequence[int | str], table:
 
 
 def _tasks(key: str, config: DatasetConfig, named: Sequence[int | str], table: EpisodeTable) -> list[int]:
-    """The task numbers for a list of texts and numbers."""
-    number_of = {text: number for number, text in table.task_texts.items()}
+    """The task numbers for a list of texts and numbers; the first of those that share a text."""
+    number_of = {text: number for number, text in sorted(table.task_texts.items(), reverse=True) if text}
     found = []
     for one in named:
-        number = one if isinstance(one, int) else number_of.get(one)
+        number = number_of.get(table.task_texts.get(one, ""), one) if isinstance(one, int) else number_of.get(one)
         if number not in table.task_texts:
             listed = ", ".join(f"{number} {text!r}" for number, text in list(table.task_texts.items())[:10])
             near = did_you_mean(one, number_of) if isinstance(one, str) else ""
@@ -104,7 +137,8 @@ def _tasks(key: str, config: DatasetConfig, named: Sequence[int | str], table: E
                 f"{key} names {one!r}, which is not a task of {config.repo_id}{near}; it has {len(number_of)}: {listed}"
                 + ", ..." * (len(number_of) > 10)
             )
-        found.append(int(number))
+        assert number is not None  # It is one of `task_texts`.
+        found.append(number)
     return found
 
 

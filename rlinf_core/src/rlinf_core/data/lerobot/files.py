@@ -7,7 +7,7 @@ metadata first.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,7 @@ def read_json_lines(path: Path, keys: Iterable[str]) -> list[dict[str, Any]]:
     """Read a JSON Lines file; raises `UserError` with file and line for an object that lacks a key."""
     found = []
     try:
-        lines = path.read_text(encoding="utf-8").split(
+        lines = path.read_text(encoding="utf-8-sig").split(
             "\n"
         )  # `splitlines` also splits at characters that texts may contain.
     except (OSError, ValueError) as error:
@@ -126,15 +126,31 @@ def read_json_lines(path: Path, keys: Iterable[str]) -> list[dict[str, Any]]:
     return found
 
 
-def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """Read columns of a parquet file; raises `UserError` if it is missing, damaged, or lacks one of them."""
+def data_files_below(folder: Path) -> list[Path]:
+    """The parquet files below a folder, sorted; hidden ones (`._file.parquet` of macOS, say) are not data."""
+    paths = folder.rglob("*.parquet")
+    return sorted(p for p in paths if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+
+
+def read_parquet(path: Path, columns: list[str] | None = None, optional: Collection[str] = ()) -> pa.Table:
+    """Read columns of a parquet file.
+
+    Args:
+        path: The file.
+        columns: The columns to read; None: all.
+        optional: Those of them that may be missing.
+
+    Raises:
+        UserError: The file is missing or damaged, or lacks a column that is not optional.
+    """
     try:
         with pq.ParquetFile(path) as file:
             there = file.schema_arrow.names
-            missing = [name for name in columns or () if name not in there]
+            missing = [name for name in columns or () if name not in there and name not in optional]
             twice = [name for name in columns or there if there.count(name) > 1]
             if not missing and not twice:
-                return file.read(columns=columns, use_threads=False)
+                wanted = None if columns is None else [name for name in columns if name in there]
+                return file.read(columns=wanted, use_threads=False)
     except (OSError, pa.ArrowException) as e:
         raise UserError(f"{path} cannot be read: {str(e).rstrip('.')}. Download or write the dataset again") from e
     what = f"lacks the columns {', '.join(missing)}" if missing else f"has the column {twice[0]!r} more than once"

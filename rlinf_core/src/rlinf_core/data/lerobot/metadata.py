@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain, compress, pairwise
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from string import Formatter
 from typing import Annotated, Any, TypeGuard
 
@@ -22,7 +23,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
-from rlinf_core.data.lerobot.files import INFO, read_json, read_json_lines, read_parquet
+from rlinf_core.data.lerobot.files import INFO, data_files_below, read_json, read_json_lines, read_parquet
 from rlinf_core.errors import UserError
 from rlinf_core.untrusted import path_inside
 
@@ -36,7 +37,7 @@ LARGEST = 2**20
 """Upper bound on the size of a column along one axis."""
 _DIGITS = re.compile(r"0?\d?\d?d?")
 """The allowed format of a number in a path."""
-AGAIN = "the dataset is incomplete; download or write it again"
+AGAIN = "download that file again, or write or convert the dataset again"
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +88,30 @@ class Metadata:
         lengths: NDArray[np.int64] = self.stops - self.starts
         return lengths
 
+    @property
+    def firsts(self) -> NDArray[np.int64]:
+        """Position of each episode's first frame among all frames, by the lengths of the episodes before it."""
+        firsts: NDArray[np.int64] = np.cumsum(self.lengths) - self.lengths
+        return firsts
+
+    def only(self, chosen: NDArray[np.bool_]) -> Metadata:
+        """The metadata of some episodes, and of their files alone; `total_episodes` and `frames` stay.
+
+        Args:
+            chosen: [episodes], which to keep.
+        """
+        used, data_file = np.unique(self.data_file[chosen], return_inverse=True)
+        return replace(
+            self,
+            episodes=self.episodes[chosen],
+            starts=self.starts[chosen],
+            stops=self.stops[chosen],
+            data_files=tuple(self.data_files[file] for file in used.tolist()),
+            data_file=data_file.reshape(-1),
+            video_files={name: tuple(compress(files, chosen)) for name, files in self.video_files.items()},
+            video_starts={name: starts[chosen] for name, starts in self.video_starts.items()},
+        )
+
     def columns_of(self, dtype: str) -> list[str]:
         """Columns of dtype `"video"` or `"image"`."""
         return [name for name, feature in self.features.items() if feature["dtype"] == dtype]
@@ -107,6 +132,32 @@ class Metadata:
         pairs = chain.from_iterable(map(pairwise, files.values()))
         return [(before, after) for before, after in pairs if starts[after] < ends[before]]
 
+    def with_videos_found(self) -> Metadata:
+        """Replace the path of a missing video by that of the only file of its name below `videos/` for its camera.
+
+        Forks and tools exist whose path template in `meta/info.json` fits another numbering of folders.
+        """
+        found = {name: tuple(self._found(name, path) for path in files) for name, files in self.video_files.items()}
+        return replace(self, video_files=found)
+
+    def _found(self, camera: str, path: Path) -> Path:
+        if path.is_file():
+            return path
+        parts = PurePosixPath(camera).parts
+        others = [
+            other
+            for other in self._videos_by_name.get(path.name, ())
+            if any(other.parts[i : i + len(parts)] == parts for i in range(len(other.parts)))
+        ]
+        return others[0] if len(others) == 1 else path
+
+    @cached_property
+    def _videos_by_name(self) -> dict[str, list[Path]]:
+        by_name: dict[str, list[Path]] = {}
+        for path in (self.root / "videos").rglob("*.mp4"):
+            by_name.setdefault(path.name, []).append(path)
+        return by_name
+
     def files(self, cameras: Iterable[str]) -> list[Path]:
         """The data files, and the video files of some cameras."""
         return [*self.data_files, *self.videos(cameras)]
@@ -119,34 +170,48 @@ def nearest_first(name: str, candidates: Iterable[str]) -> str:
     return ", ".join([*near, *(other for other in names if other not in near)])
 
 
-def load_metadata(name: str, root: Path) -> Metadata:
+def load_metadata(name: str, root: Path, *, prompts: bool = True) -> Metadata:
     """Read the metadata of the dataset in `root`; the listed episodes must match their number in `meta/info.json`.
 
     Args:
         name: The name that the user gave.
         root: Its folder.
+        prompts: Whether the texts of tasks are needed; if not, the file with them may be missing.
 
     Raises:
         UserError: A file is missing or damaged, or the format is not one of `VERSIONS`.
     """
-    metadata = read_metadata(name, root)
-    rows, different = len(metadata.episodes), len(np.unique(metadata.episodes))
-    if rows != metadata.total_episodes or rows != different:
+    metadata = read_metadata(name, root, prompts=prompts)
+    rows, frames = len(metadata.episodes), int(metadata.lengths.sum())
+    numbers, counts = np.unique(metadata.episodes, return_counts=True)
+    listed = "meta/episodes" if metadata.version == "v3.0" else "meta/episodes.jsonl"
+    if len(numbers) != rows:
+        twice = ", ".join(map(str, numbers[counts > 1][:10].tolist()))
         raise UserError(
-            f"{root}: {INFO} counts {metadata.total_episodes} episodes, meta/episodes lists {different}"
-            + f" in {rows} rows" * (rows != different)
-            + f": {AGAIN}"
+            f"{root}: {listed} lists {len(numbers)} episodes in {rows} rows: twice {twice}. Remove the rows that do "
+            "not belong, or write the dataset again"
+        )
+    if rows != metadata.total_episodes or frames != metadata.frames:
+        raise UserError(
+            f"{root}: {INFO} counts {metadata.total_episodes} episodes and {metadata.frames} frames, {listed} lists "
+            f"{rows} and {frames}. If episodes are missing, the recording, the download or a conversion stopped early: "
+            f"repeat it. If what is listed is all there is, `rlinf check-dataset {name} --repair FOLDER` writes a copy "
+            f"whose metadata count that (total_episodes = {rows}, total_frames = {frames})"
         )
     return metadata
 
 
-def read_metadata(name: str, root: Path) -> Metadata:
+def read_metadata(name: str, root: Path, *, prompts: bool = True) -> Metadata:
     """Like `load_metadata`, but also for an incomplete dataset."""
     info = load_info(name, root)
-    if info.codebase_version == "v3.0":
-        episodes, tasks = _episodes_v3(root, info), _tasks_v3(root)
-    else:
-        episodes, tasks = _episodes_v2(root, info), _tasks_v2(root)
+    v3 = info.codebase_version == "v3.0"
+    episodes = _episodes_v3(root, info) if v3 else _episodes_v2(root, info)
+    try:
+        tasks = _tasks_v3(root) if v3 else _tasks_v2(root)
+    except UserError:
+        if prompts:
+            raise
+        tasks = {}
     if not len(episodes["episodes"]):
         raise UserError(f"{root}: meta/ lists no episodes: {AGAIN}")
     return Metadata(
@@ -164,14 +229,10 @@ def read_metadata(name: str, root: Path) -> Metadata:
 
 def _episodes_v3(root: Path, info: Info) -> dict[str, Any]:
     """Fields of `Metadata`. Statistics columns in the same files are many times larger and are not read."""
-    wanted = ["episode_index", "dataset_from_index", "dataset_to_index", "data/chunk_index", "data/file_index"]
-    for key in info.videos:
-        wanted += [f"videos/{key}/{part}" for part in ("chunk_index", "file_index", "from_timestamp")]
-    paths = sorted((root / "meta" / "episodes").glob("*/*.parquet"))
+    paths = data_files_below(root / "meta" / "episodes")
     if not paths:
         raise UserError(f"{root} has no meta/episodes/*/*.parquet: {AGAIN}")
-    table = pa.concat_tables([read_parquet(path, wanted) for path in paths]).sort_by("episode_index")
-    column = {key: _numbers(root, table, key) for key in table.column_names}
+    column, cameras = _listed_episodes(paths, info.videos)
     places = np.stack([column["data/chunk_index"], column["data/file_index"]], axis=1)
     files, data_file = np.unique(places, axis=0, return_inverse=True)
 
@@ -190,35 +251,75 @@ def _episodes_v3(root: Path, info: Info) -> dict[str, Any]:
             info.file(root, info.data_path, chunk_index=chunk, file_index=file) for chunk, file in files
         ),
         "data_file": data_file.reshape(-1),
-        "video_files": {key: videos(key) for key in info.videos},
-        "video_starts": {key: column[f"videos/{key}/from_timestamp"] for key in info.videos},
+        "video_files": {key: videos(key) for key in cameras},
+        "video_starts": {key: column[f"videos/{key}/from_timestamp"] for key in cameras},
     }
 
 
-def _numbers(root: Path, table: pa.Table, key: str) -> NDArray[Any]:
+_PLACES = ("episode_index", "dataset_from_index", "dataset_to_index", "data/chunk_index", "data/file_index")
+_IN_VIDEO = ("chunk_index", "file_index", "from_timestamp")
+
+
+def _listed_episodes(paths: Sequence[Path], cameras: Sequence[str]) -> tuple[dict[str, NDArray[Any]], list[str]]:
+    """The columns of `meta/episodes`, sorted by episode, and the cameras whose videos all of its files list."""
+    places = {name: [f"videos/{name}/{part}" for part in _IN_VIDEO] for name in cameras}
+    optional = [*chain.from_iterable(places.values())]
+    tables = [read_parquet(path, [*_PLACES, *optional], optional) for path in paths]
+    there = set[str].intersection(*(set(table.column_names) for table in tables))
+    listed = [name for name in cameras if there.issuperset(places[name])]
+    wanted = [*_PLACES, *chain.from_iterable(places[name] for name in listed)]
+    # Files of merged datasets have integers of different widths: each is cast before they are joined.
+    parts = [{key: _numbers(path, table, key) for key in wanted} for path, table in zip(paths, tables, strict=True)]
+    columns = {key: np.concatenate([part[key] for part in parts]) for key in wanted}
+    order = np.argsort(columns["episode_index"], kind="stable")
+    return {key: values[order] for key, values in columns.items()}, listed
+
+
+def _numbers(path: Path, table: pa.Table, key: str) -> NDArray[Any]:
     kind = pa.float64() if key.endswith("timestamp") else pa.int64()
     try:
         numbers: NDArray[Any] = table[key].cast(kind).to_numpy()
     except pa.ArrowException as error:
-        raise UserError(f"{root}/meta/episodes: {key!r} is not a numeric column ({error}): {AGAIN}") from error
+        raise UserError(f"{path}: {key!r} is not a numeric column ({error}): {AGAIN}") from error
     if table[key].null_count:
-        raise UserError(f"{root}/meta/episodes: {key!r} has no value for an episode: {AGAIN}")
+        raise UserError(f"{path}: {key!r} has no value for an episode: {AGAIN}")
     if not ((numbers >= 0) & (numbers <= MOST)).all():
-        raise UserError(f"{root}/meta/episodes: {key!r} is not between 0 and {MOST} for an episode: {AGAIN}")
+        raise UserError(f"{path}: {key!r} is not between 0 and {MOST} for an episode: {AGAIN}")
     return numbers
 
 
 def _tasks_v3(root: Path) -> dict[int, str]:
-    """Task texts by number. lerobot writes a pandas frame whose index is the text; the index may have any name."""
-    table = read_parquet(root / "meta" / "tasks.parquet")
-    text = next((name for name in table.column_names if name != "task_index"), None)
-    if text is None or "task_index" not in table.column_names:
-        raise UserError(f"{root}/meta/tasks.parquet has no column of texts with a task_index: {AGAIN}")
+    """Task texts by number."""
     path = root / "meta" / "tasks.parquet"
+    table = read_parquet(path)
+    if "task_index" not in table.column_names:
+        raise UserError(f"{path} has no column task_index; it has {', '.join(table.column_names)}: {AGAIN}")
+    text = _text_column(path, table)
     try:
         return _texts(path, table["task_index"].to_pylist(), table[text].to_pylist())
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: a text is not UTF-8 ({error}): {AGAIN}") from error
+
+
+def _text_column(path: Path, table: pa.Table) -> str:
+    """The column with the instructions: `task`, else the pandas index (lerobot's, of any name), else the only text."""
+    if "task" in table.column_names:
+        return "task"
+    texts: list[str] = [field.name for field in table.schema if _is_text(field.type)]
+    described: list[Any] = (table.schema.pandas_metadata or {}).get("index_columns", [])
+    if index := [name for name in described if name in texts]:
+        return str(index[0])
+    if len(texts) == 1:
+        return texts[0]
+    raise UserError(
+        f"{path} does not say which of its columns is the instruction: it has "
+        f"{', '.join(texts) or 'no column of texts'}, and none is called task. Rename that column to task"
+    )
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def _episodes_v2(root: Path, info: Info) -> dict[str, Any]:
@@ -340,7 +441,13 @@ def load_info(name: str, root: Path) -> Info:
     try:
         content = read_json(path)
     except FileNotFoundError as e:
-        raise UserError(f"{root} is not a LeRobot dataset: it has no {INFO} (data.repo_id = {name!r})") from e
+        raise UserError(_no_dataset(name, root)) from e
+    if isinstance(content, dict) and content.get("storage_format", "parquet") != "parquet":
+        raise UserError(
+            f"{name} ({root}) is stored as {content['storage_format']} ({INFO}: storage_format), which rlinf does not "
+            "read: it reads Parquet files and videos. lerobot reads it: copy its episodes with LeRobotDataset into a "
+            "dataset made by LeRobotDataset.create(), which writes Parquet and MP4"
+        )
     version = content.get("codebase_version") if isinstance(content, dict) else None
     if version is not None and version not in VERSIONS:
         raise UserError(_wrong_version(name, root, str(version)))
@@ -352,6 +459,27 @@ def load_info(name: str, root: Path) -> Info:
     if info.videos and not info.video_path:
         raise UserError(f"{path} has video columns but no video_path: download or write the dataset again")
     return info
+
+
+DEEPEST = 3
+"""Levels of folders below which datasets are looked for, for a message."""
+SHOWN = 4
+
+
+def _no_dataset(name: str, root: Path) -> str:
+    """The message for a folder without `meta/info.json`; names the datasets below it, if there are any."""
+    what = f"{root} is not a LeRobot dataset: it has no {INFO} (data.repo_id = {name!r})"
+    patterns = ("/".join(["*"] * depth + [INFO]) for depth in range(1, DEEPEST + 1))
+    below = sorted(path.parent.parent for pattern in patterns for path in root.glob(pattern))
+    if not below:
+        return what
+    if len(below) == 1:
+        return f"{what}. The dataset is one level too deep: data.repo_id = {str(below[0])!r}"
+    entries = [f'[[data.mixture]]\nconfig_name = "..."\nrepo_id = "{path}"' for path in below[:SHOWN]]
+    more = f"\n(and {len(below) - SHOWN} more)" if len(below) > SHOWN else ""
+    return f"{what}. {len(below)} datasets are below it; to train on them, mix them (docs/mixtures.md):\n" + (
+        "\n".join(entries) + more
+    )
 
 
 def _wrong_version(name: str, root: Path, version: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import chain
@@ -19,21 +19,27 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rlinf_core.contract.datasets import Crop, LeRobotDatasetConfig, Split
+from rlinf_core.contract.datasets import LeRobotDatasetConfig, Split
 from rlinf_core.data.images.decoders import Frame
 from rlinf_core.data.images.parquet import ParquetImages
 from rlinf_core.data.images.video import VideoReader
-from rlinf_core.data.lerobot.columns import (
-    INDEX_COLUMNS,
+from rlinf_core.data.lerobot.checks import (
+    check_columns,
     check_finite,
-    episode_quality,
-    image_size,
-    names_of,
-    read_columns,
+    check_formats,
+    check_frames,
+    check_overlaps,
+    check_tasks,
+    check_videos,
+    videos_among,
 )
-from rlinf_core.data.lerobot.episodes import EpisodeTable, split_episodes
-from rlinf_core.data.lerobot.files import find_dataset
-from rlinf_core.data.lerobot.metadata import NUMBERS, Metadata, load_metadata
+from rlinf_core.data.lerobot.columns import INDEX_COLUMNS, names_of
+from rlinf_core.data.lerobot.episodes import UNREAD, EpisodeTable, chosen_by_number, split_episodes
+from rlinf_core.data.lerobot.files import DatasetFolder, find_dataset
+from rlinf_core.data.lerobot.frame_match import FrameMatch
+from rlinf_core.data.lerobot.metadata import Metadata, load_metadata
+from rlinf_core.data.lerobot.quality import episode_quality
+from rlinf_core.data.lerobot.rows import SEGMENTS, Rows, read_rows
 from rlinf_core.data.lerobot.shared_memory import Runs
 from rlinf_core.data.sample import Row
 from rlinf_core.errors import UserError
@@ -54,27 +60,35 @@ def open_lerobot(dataset: LeRobotDatasetConfig, chunk_length: int, split: Split)
         UserError: The dataset is unavailable, damaged or in another format, lacks a column, or holds no episode out.
     """
     folder = find_dataset(dataset.repo_id, dataset.revision)
-    metadata = load_metadata(dataset.repo_id, folder.root)
+    prompts = dataset.prompt_from_task or bool(dataset.tasks or dataset.validation_tasks)
+    metadata = load_metadata(dataset.repo_id, folder.root, prompts=prompts)
+    if folder.snapshot is None:
+        metadata = metadata.with_videos_found()
     actions = dataset.actions if chunk_length else ()
     check_columns(dataset, metadata)
-    folder.fetch(metadata.data_files)
-    columns, file_stops = read_columns(metadata, [*INDEX_COLUMNS, *dict.fromkeys((*dataset.state, *actions))])
-    training, held_out = split_episodes(dataset, _episode_table(dataset, metadata, columns))
+    chosen = chosen_by_number(dataset, metadata.episodes, metadata.lengths)
+    rows = read_rows(metadata, (*dataset.state, *actions), chosen, folder.fetch)
+    training, held_out = split_episodes(dataset, _episode_table(dataset, rows, chosen, folder))
     if split == "validation" and not held_out:
         raise UserError(
             "no episode is held out: set data.validation_fraction, data.validation_episodes or data.validation_tasks"
         )
+    in_run = np.isin(rows.columns["episode_index"], sorted(training | held_out))
     videos = metadata.videos(dataset.images.values(), training | held_out)
     folder.fetch(videos)
     check_videos(metadata, videos)
-    check_overlaps(metadata, dataset.images.values(), training | held_out)
-    in_split = np.isin(columns["episode_index"], sorted(training if split == "train" else held_out))
-    check_finite(metadata, columns, in_split)
+    match = FrameMatch(rows, videos_among(metadata, dataset.images.values()), dataset.match_frames)
+    if dataset.match_frames != "number":
+        check_overlaps(metadata, dataset.images.values(), training | held_out)
+    check_frames(match, np.isin(metadata.episodes[rows.places], sorted(training | held_out)))
+    check_formats(dataset, metadata, training | held_out)
+    if dataset.prompt_from_task:
+        check_tasks(rows, in_run)
+    in_split = np.isin(rows.columns["episode_index"], sorted(training if split == "train" else held_out))
+    check_finite(rows, in_split)
     return LeRobotSource(
-        metadata,
-        columns,
+        rows,
         np.flatnonzero(in_split),
-        file_stops,
         RowLayout(
             images=tuple(dict.fromkeys(dataset.images.values())),
             state=tuple(dict.fromkeys(dataset.state)),
@@ -82,6 +96,7 @@ def open_lerobot(dataset: LeRobotDatasetConfig, chunk_length: int, split: Split)
             chunk_length=chunk_length,
             stride=dataset.stride,
         ),
+        match,
         decoder=dataset.decoder,
     )
 
@@ -107,32 +122,30 @@ class LeRobotSource:
 
     def __init__(
         self,
-        metadata: Metadata,
-        columns: dict[str, NDArray[Any]],
-        rows: NDArray[np.int64],
-        file_stops: NDArray[np.int64],
+        rows: Rows,
+        positions: NDArray[np.int64],
         layout: RowLayout,
+        match: FrameMatch,
         *,
         decoder: Literal["auto", "torchcodec", "pyav"] = "auto",
     ) -> None:
         """Create a source; `open_lerobot` does so from a config.
 
         Args:
-            metadata: The dataset's metadata.
-            columns: Numeric columns of all frames: vectors [N, D], index columns [N].
-            rows: [n], positions of this split's rows among all frames.
-            file_stops: [data files], position after the last frame of each.
+            rows: The rows that were read, of all splits.
+            positions: [n], positions among them of this split's rows.
             layout: What a row contains.
+            match: Which frame belongs to which row.
             decoder: Video decoder; `"auto"`: torchcodec if it loads, else PyAV.
         """
-        self._metadata = metadata
-        self._columns = columns
-        self._rows = Runs.of(rows)
+        metadata = rows.metadata
+        self._match = match
+        self._held, self._metadata, self._columns = rows, metadata, rows.columns
+        self._rows = Runs.of(positions)
         self._state, self._actions = layout.state, layout.actions
         self._chunk_length, self._stride = layout.chunk_length, layout.stride
         self._video_columns = tuple(name for name in layout.images if metadata.features[name]["dtype"] == "video")
         self._image_columns = tuple(name for name in layout.images if metadata.features[name]["dtype"] == "image")
-        self._file_stops = file_stops
         self._decoder = decoder
         self._videos = VideoReader(decoder=None if decoder == "auto" else decoder)
         self._images: dict[int, ParquetImages] = {}
@@ -143,7 +156,7 @@ class LeRobotSource:
     def __getitems__(self, indices: Sequence[int]) -> list[Row]:
         """Rows with their images: uint8 [height, width, 3] RGB under the names of the image columns."""
         rows = self.without_images(indices)
-        at = self.positions_of(indices)
+        at = self._at(indices)
         for column, frames in self._video_frames(at).items() if self._video_columns else ():
             for row, frame in zip(rows, frames, strict=True):
                 row[column] = frame
@@ -160,20 +173,20 @@ class LeRobotSource:
 
     def columns(self, indices: Sequence[int]) -> Row:
         """The values of `without_images`, stacked along a first axis of rows; `task` is a list of texts."""
-        at = self.positions_of(indices)
+        at = self._at(indices)
         steps = at[:, np.newaxis] + np.arange(self._chunk_length) * self._stride
-        stops = self._metadata.stops[self._episode_of(at)][:, np.newaxis]
+        stops = self._held.stops[self._held.episode_of(at)][:, np.newaxis]
         is_pad, steps = steps >= stops, np.minimum(steps, stops - 1)
         gathered: Row = {name: self._columns[name][at] for name in (*INDEX_COLUMNS, *self._state)}
         gathered |= {name: self._columns[name][steps] for name in self._actions}
         gathered |= {f"{name}_is_pad": is_pad for name in self._actions}
         texts = self._metadata.task_texts
-        return gathered | {"task": [texts[task] for task in gathered["task_index"].tolist()]}
+        return gathered | {"task": [texts.get(task, "") for task in gathered["task_index"].tolist()]}
 
     @property
     def episodes(self) -> NDArray[np.int64]:
         """[n], the dataset's episode number of each row."""
-        episodes: NDArray[np.int64] = self._columns["episode_index"][self.positions]
+        episodes: NDArray[np.int64] = self._columns["episode_index"][self._rows.all()]
         return episodes
 
     @property
@@ -186,13 +199,26 @@ class LeRobotSource:
         """The image columns."""
         return (*self._video_columns, *self._image_columns)
 
+    def image_files(self, column: str) -> list[Path]:
+        """The files with the images of this split's rows, sorted: videos, or data files with the images themselves."""
+        at = self._rows.all()
+        if videos := self._metadata.video_files.get(column):
+            used = np.unique(self._held.episode_of(at))
+            return sorted({videos[place] for place in self._held.places[used].tolist()})
+        segments = np.unique(np.searchsorted(self._held.segments[:, 0], at, side="right") - 1)
+        return sorted({self._held.files[file] for file in self._held.segments[segments, 1].tolist()})
+
     @property
     def positions(self) -> NDArray[np.int64]:
         """[n], the position of each row among all frames of the dataset."""
-        return self._rows.all()
+        return self._held.absolute(self._rows.all())
 
     def positions_of(self, indices: Sequence[int]) -> NDArray[np.int64]:
         """The positions of some rows among all frames of the dataset."""
+        return self._held.absolute(self._at(indices))
+
+    def _at(self, indices: Sequence[int]) -> NDArray[np.int64]:
+        """The positions of some rows among those that were read."""
         return self._rows[np.asarray(indices, np.int64)]
 
     def names_of(self, columns: Sequence[str]) -> tuple[str, ...]:
@@ -203,7 +229,7 @@ class LeRobotSource:
     def describe(self, index: int) -> str:
         """The origin of a row, for messages: dataset, data file, episode and frame."""
         row = int(self._rows[np.array(index)])
-        path = self._metadata.data_files[self._file_of(row)].relative_to(self._metadata.root)
+        path = self._held.files[self._held.file_of(row)[0]].relative_to(self._metadata.root)
         episode, frame = (int(self._columns[name][row]) for name in ("episode_index", "frame_index"))
         return f"{self._metadata.name}, {path}, episode {episode}, frame {frame}"
 
@@ -213,7 +239,7 @@ class LeRobotSource:
         chunks = self._chunk_length, self._stride
         described = (meta.fps, sorted(meta.task_texts.items()), self._state, self._actions, *chunks)
         digest = hashlib.blake2b(repr(described).encode(), digest_size=16)
-        for name in sorted(self._columns):
+        for name in sorted(self._columns.keys() - {SEGMENTS}):
             digest.update(f"{name} {self._columns[name].dtype} {self._columns[name].shape}".encode())
             digest.update(np.ascontiguousarray(self._columns[name]).data)
         digest.update(self.positions.data)
@@ -250,117 +276,47 @@ class LeRobotSource:
     def _video_frames(self, at: NDArray[np.int64]) -> dict[str, list[Frame]]:
         """Column -> one frame per position; the frames of a file are requested together."""
         meta, frames = self._metadata, {column: [_NO_FRAME] * len(at) for column in self._video_columns}
-        episodes = self._episode_of(at)
+        episodes = self._held.places[self._held.episode_of(at)]
         wanted: dict[tuple[str, Path], list[int]] = {}
-        times = {}
         for column in self._video_columns:
-            times[column] = meta.video_starts[column][episodes] + self._columns["timestamp"][at]
             for i, episode in enumerate(episodes.tolist()):
                 wanted.setdefault((column, meta.video_files[column][episode]), []).append(i)
-        requests = [(path, times[column][places].tolist()) for (column, path), places in wanted.items()]
+        requests = [
+            (path, self._match.seconds(column, path, at[places]).tolist()) for (column, path), places in wanted.items()
+        ]
         found = self._videos.frames_of_files(requests, tolerance=0.5 / meta.fps)
         for ((column, _), places), some in zip(wanted.items(), found, strict=True):
             for place, frame in zip(places, some, strict=True):
                 frames[column][place] = frame
         return frames
 
-    def _image(self, column: str, row: int) -> NDArray[np.uint8]:
-        file = self._file_of(row)
+    def _image(self, column: str, at: int) -> NDArray[np.uint8]:
+        file, row = self._held.file_of(at)
         if file not in self._images:
             if len(self._images) >= OPEN_FILES:
                 self._images.pop(next(iter(self._images)))
-            self._images[file] = ParquetImages(
-                self._metadata.data_files[file], self._image_columns, self._metadata.root
-            )
-        start = int(self._file_stops[file - 1]) if file else 0
-        return self._images[file].image(column, row - start)
-
-    def _episode_of(self, at: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The indices in the metadata's arrays of the episodes at some positions."""
-        return np.searchsorted(self._metadata.stops, at, side="right")
-
-    def _file_of(self, row: int) -> int:
-        return int(np.searchsorted(self._file_stops, row, side="right"))
+            path = self._held.files[file]
+            self._images[file] = ParquetImages(path, self._image_columns, self._metadata.root)
+        return self._images[file].image(column, row)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_images": {}}
 
 
-def _episode_table(dataset: LeRobotDatasetConfig, metadata: Metadata, columns: dict[str, NDArray[Any]]) -> EpisodeTable:
+def _episode_table(
+    dataset: LeRobotDatasetConfig, rows: Rows, chosen: NDArray[np.bool_], folder: DatasetFolder
+) -> EpisodeTable:
     """The table that episodes are selected from; empty episodes are left out."""
+    metadata, quality = rows.metadata, None
     filled = metadata.lengths > 0
-    quality = episode_quality(metadata, dataset.quality_column)[filled] if dataset.quality_column else None
+    if dataset.quality_column:
+        quality = episode_quality(metadata, dataset.quality_column, chosen, folder.fetch)[filled]
+    tasks = np.full(len(metadata.episodes), UNREAD)
+    tasks[rows.places] = rows.columns["task_index"][rows.starts]
     return EpisodeTable(
         numbers=metadata.episodes[filled],
         lengths=metadata.lengths[filled],
-        tasks=columns["task_index"][metadata.starts[filled]],
+        tasks=tasks[filled],
         task_texts=metadata.task_texts,
         quality=quality,
     )
-
-
-def check_columns(dataset: LeRobotDatasetConfig, metadata: Metadata) -> None:
-    """Raise `UserError` with every column in the config that is missing or has the wrong dtype or shape."""
-    wanted = [(f"data.images.{camera}", column, _check_images) for camera, column in dataset.images.items()]
-    wanted += [("data.state", column, _check_vector) for column in dataset.state]
-    wanted += [("data.actions", column, _check_vector) for column in dataset.actions]
-    problems = []
-    for key, column, check in wanted:
-        try:
-            check(key, column, metadata.feature(column, key))
-        except UserError as error:
-            problems.append(str(error))
-    for camera, crop in dataset.crops.items():
-        feature = metadata.features.get(dataset.images[camera], {})
-        problems += _outside(camera, crop, feature)
-    if problems:
-        raise UserError("\n".join(problems))
-
-
-def _check_images(key: str, column: str, feature: dict[str, Any]) -> None:
-    if feature["dtype"] not in ("video", "image"):
-        raise UserError(f"{key} names {column!r}, which contains {feature['dtype']}, not images")
-    described = feature.get("info") or {}
-    if described.get("is_depth_map") or described.get("video.is_depth_map"):
-        raise UserError(f"{key} names {column!r}, which contains depth maps; only RGB images are supported")
-
-
-def _outside(camera: str, crop: Crop, feature: dict[str, Any]) -> list[str]:
-    """The problem with a crop that exceeds the images, if the metadata give their size."""
-    size = image_size(feature)
-    if size is None:
-        return []
-    height, width = size
-    if crop.top + crop.height <= height and crop.left + crop.width <= width:
-        return []
-    return [
-        f"data.crops.{camera} reaches row {crop.top + crop.height} and column {crop.left + crop.width}, but the "
-        f"images have {height} rows and {width} columns"
-    ]
-
-
-def _check_vector(key: str, column: str, feature: dict[str, Any]) -> None:
-    if not feature["dtype"].startswith(NUMBERS) or len(feature["shape"]) > 1:
-        kind = f"{feature['dtype']} {list(feature['shape'])}"
-        raise UserError(f"{key} names {column!r}, which contains {kind}; a vector of numbers is needed")
-
-
-def check_videos(metadata: Metadata, videos: Sequence[Path]) -> None:
-    """Raise `UserError` for missing video files, at the start instead of in the first epoch."""
-    missing = [path for path in videos if not path.is_file()]
-    if missing:
-        named = ", ".join(str(path.relative_to(metadata.root)) for path in missing[:5])
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise UserError(f"{metadata.root} lacks the video files {named}{more}: download or write the dataset again")
-
-
-def check_overlaps(metadata: Metadata, cameras: Iterable[str], used: Collection[int]) -> None:
-    """Raise `UserError` if two episodes overlap in a video: one would get the other's frames."""
-    for camera in metadata.video_files.keys() & set(cameras):
-        for places in metadata.overlapping(camera, used):
-            first, second = metadata.episodes[list(places)]
-            raise UserError(
-                f"{metadata.video_files[camera][places[1]]}: according to meta/episodes, episode {first} with "
-                f"{metadata.lengths[places[0]]} frames and episode {second} overlap in it: write the dataset again, or "
-                f"leave one out with data.exclude_episodes (`rlinf check-dataset {metadata.name}` reports more)"
-            )
