@@ -7,6 +7,7 @@ from distributions import ROOT
 
 import rlinf_core
 import rlinf_core.testing
+import rlinf_core.trainers
 import rlinf_plugins_openpi
 
 PAGES = [path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "api").glob("*.md")]
@@ -15,7 +16,9 @@ DATA = ("sample", "transforms", "rotations", "normalize", "pipeline", "batch_mem
 MODULES = [*(f"data.{name}" for name in DATA), "hub", "illustration", "contract.hookspecs", "contract.policy_options"]
 
 
-@pytest.mark.parametrize("package", [rlinf_core, rlinf_core.testing, rlinf_plugins_openpi], ids=lambda it: it.__name__)
+@pytest.mark.parametrize(
+    "package", [rlinf_core, rlinf_core.testing, rlinf_core.trainers, rlinf_plugins_openpi], ids=lambda it: it.__name__
+)
 def test_every_exported_name_is_listed(package):
     described_in_words = {"rlinf_core.hookimpl"}  # It is pluggy's, and has no docstring to render.
     assert {f"{package.__name__}.{name}" for name in package.__all__} - described_in_words <= LISTED

@@ -14,6 +14,7 @@ PUBLIC = [
     "Command",
     "DatasetConfig",
     "Evaluation",
+    "Fsdp2Settings",
     "Evaluator",
     "EvaluatorConfig",
     "LeRobotDatasetConfig",

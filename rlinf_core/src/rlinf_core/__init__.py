@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from rlinf_core.inference import load_policy as load_policy
     from rlinf_core.rows import open_rows as open_rows
     from rlinf_core.rows import open_samples as open_samples
+    from rlinf_core.training.settings import Fsdp2Settings as Fsdp2Settings
 
 _HOME = {
     "DatasetConfig": "contract.datasets",
@@ -56,6 +57,7 @@ _HOME = {
     "OptimizerConfig": "contract.optim",
     "ScheduleConfig": "contract.optim",
     "TrainedParameter": "contract.optim",
+    "Fsdp2Settings": "training.settings",
     "TrainerConfig": "contract.run",
     "Trainer": "contract.run",
     "LoggerConfig": "contract.run",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,12 @@ from rlinf_core.data.splits import describe_splits, open_split
 from rlinf_core.data.statistics.preview import bind_policy, preview_samples
 from rlinf_core.data.statistics.run import run_statistics
 from rlinf_core.errors import UserError
+from rlinf_core.training.checkpoint.state import NO_BEST, Position
 from rlinf_core.training.distributed.processes import to_device
+from rlinf_core.training.stopping import Best
+
+if TYPE_CHECKING:
+    from rlinf_core.training.build import TrainState
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +87,9 @@ class RunData:
                 pipeline = build_pipeline(given.run.data, self.run.policy, stats)
             sources.append(Source(rows, pipeline, given.name, given.share))
             warnings += [f"{_prefix(given.name)}{finding}" for finding in findings]
-        return replace(self, sources=tuple(sources), warnings=tuple(warnings))
+        prepared = replace(self, sources=tuple(sources), warnings=tuple(warnings))
+        _ = prepared.fingerprint  # Now: a save must not depend on files that may be gone by then.
+        return prepared
 
     @cached_property
     def size(self) -> int:
@@ -123,6 +130,30 @@ class RunData:
         """The datasets as evaluators see them on this rank."""
         opened = zip(self.run.sources, self.sources, self.held_out, strict=True)
         return EvaluatedData(tuple(EvaluatedSource(*one, self.run.policy, group) for one in opened))
+
+    def position(self, step: int, state: TrainState, *, validated: int = 0, best: Best = NO_BEST) -> Position:
+        """The position of a checkpoint after `step` finished steps.
+
+        Args:
+            step: Finished optimizer steps.
+            state: What the checkpoint holds.
+            validated: The step of the last validation.
+            best: The best validation so far.
+        """
+        batch = self.run.trainer.global_batch_size
+        return Position(
+            step=step,
+            epoch=step // self.steps_per_epoch,
+            sample=step % self.steps_per_epoch * batch,
+            rows=self.size,
+            seed=self.run.seed,
+            layout=state.layout,
+            validated=validated,
+            best=best,
+            data=self.fingerprint,
+            data_layout=self.layout,
+            adapters=state.adapters.recorded(),
+        )
 
     def facts(self) -> Iterator[str]:
         """Lines to report per dataset: episodes, rows, decoder; in a mixture also how often it is drawn from."""

@@ -13,7 +13,6 @@ from rlinf_core.errors import UserError
 class Fsdp2Settings(TrainerConfig):
     """Fully sharded data parallel training on any number of ranks, NCCL or gloo."""
 
-    type: Literal["fsdp2"] = "fsdp2"
     param_dtype: Literal["bf16", "fp32"] = "bf16"
     """Dtype of matrix products. Master weights, gradient reduction and optimizer states are float32 either way."""
     reshard_after_forward: bool = True

@@ -7,32 +7,47 @@ module needs only torch and NumPy, so that it can be tested on a bare CUDA machi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
+from torch import nn
 
 from rlinf_core.contract.process_group import ProcessGroup
-from rlinf_core.data.sample import SOURCE
+from rlinf_core.data.sample import SOURCE, Batch
 from rlinf_core.errors import UserError
 from rlinf_core.training.adapters import UNUSED
 from rlinf_core.training.distributed.processes import to_device
 from rlinf_core.training.fsdp import derived_seed, set_gradient_sync
+from rlinf_core.training.gradients import GradientHooks
 from rlinf_core.training.monitor.flight_recorder import FlightRecorder
 from rlinf_core.training.monitor.metrics import StepClock, StepRecord, record_event
 
 if TYPE_CHECKING:
     from rlinf_core.contract.module import PolicyOutput
+    from rlinf_core.contract.run import LoadedPlugins, Trainer
     from rlinf_core.data.loading.micro_batches import MicroBatches
     from rlinf_core.training.build import TrainState
-    from rlinf_core.training.gradients import GradientHooks
     from rlinf_core.training.monitor.metrics import Throughput
+    from rlinf_core.training.monitor.monitor import Monitor
     from rlinf_core.training.settings import Fsdp2Settings
 
 
 class TrainStep:
-    """Computes steps; every rank makes the same calls."""
+    """Computes steps; every rank makes the same calls.
+
+    A trainer that computes gradients in another way overrides `backpropagate`; numbers, hooks, clipping, the optimizer
+    and the average of the weights stay as they are.
+    """
+
+    config: Fsdp2Settings
+    """Settings of the trainer."""
+    policy: Any
+    """The sharded policy."""
+    parameters: Mapping[str, nn.Parameter]
+    """The trained parameters by name: shards, also while a pass has gathered them."""
 
     def __init__(
         self,
@@ -46,8 +61,9 @@ class TrainStep:
         gradients: GradientHooks | None = None,
     ) -> None:
         self._adapters, self._log = state.adapters, log
-        self._config, self._group, self._batches = config, group, batches
-        self._policy, self._optimizer, self._ema = state.policy, state.optimizer, state.ema
+        self.config, self._group, self._batches = config, group, batches
+        self.policy, self._optimizer, self._ema = state.policy, state.optimizer, state.ema
+        self.parameters = state.optimizer.parameters
         self._recorder, self._throughput, self._useful = recorder, throughput, 0.0
         self._gradients = gradients
         self._places = [
@@ -55,6 +71,39 @@ class TrainStep:
             for micro in range(batches.accumulation)
         ]
         self._clock: StepClock | None = None
+
+    @classmethod
+    def of(
+        cls,
+        trainer: Trainer,
+        config: Fsdp2Settings,
+        group: ProcessGroup,
+        plugins: LoadedPlugins,
+        batches: MicroBatches,
+        state: TrainState,
+        monitor: Monitor,
+    ) -> Self:
+        """The steps of a run, with plugins' hooks, reported to its monitor.
+
+        Args:
+            trainer: Passed to hooks.
+            config: Settings of the trainer.
+            group: All ranks.
+            plugins: Their `rlinf_gradients_ready` is called.
+            batches: The run's micro batches, `RunData.loader(...).dataset`.
+            state: What a step changes.
+            monitor: Records phases and counts operations.
+        """
+        return cls(
+            config,
+            group,
+            batches,
+            state,
+            monitor.recorder,
+            monitor.throughput,
+            log=monitor.log,
+            gradients=GradientHooks.of(trainer, state.policy, group, plugins),
+        )
 
     def pause(self) -> None:
         """Stop the step clock: the time until the next step does not count as step time."""
@@ -73,8 +122,8 @@ class TrainStep:
         """
         clock = self._clock = StepClock(self._group.device, self._clock)
         self._recorder.enter("data_wait", step + 1)
-        self._policy.train()
-        device, size = self._group.device, self._config.global_batch_size
+        self.policy.train()
+        device, size = self._group.device, self.config.global_batch_size
         sums, losses = torch.zeros(()), torch.zeros(size, device=device)
         names: list[str] = []
         self._useful = 0.0
@@ -123,10 +172,10 @@ class TrainStep:
         """Forward and backward of a micro batch; returns the output and, in a mixture, the source of each sample."""
         if self._batches.accumulation > 1:
             set_gradient_sync(
-                self._policy,
+                self.policy,
                 last=micro + 1 == self._batches.accumulation,
-                reduce_every_micro_batch=self._config.reduce_every_micro_batch,
-                reshard=self._config.reshard_after_forward,
+                reduce_every_micro_batch=self.config.reduce_every_micro_batch,
+                reshard=self.config.reshard_after_forward,
             )
         with self._phase(clock, "data_wait"):
             batch = next(batches)
@@ -136,15 +185,28 @@ class TrainStep:
         with self._phase(clock, "forward"):
             batch = to_device(batch, self._group.device)
             numbers = batch.pop(SOURCE, None)  # For core, not for the policy.
-            out: PolicyOutput = self._policy(batch)
+        return self.backpropagate(batch, partial(self._phase, clock)), numbers
+
+    def backpropagate(self, batch: Batch, phase: Callable[[str], AbstractContextManager[None]]) -> PolicyOutput:
+        """Compute a micro batch: the forward pass, and the backward pass, which adds to the parameters' gradients.
+
+        Args:
+            batch: On the device.
+            phase: `with phase("forward"):` measures the body as that phase of the step; also `"backward"`.
+
+        Returns:
+            The output whose loss and metrics are reported.
+        """
+        with phase("forward"):
+            out: PolicyOutput = self.policy(batch)
         if self._adapters.changed and not out.loss_sum.requires_grad:
             raise UserError(
                 "the loss depends on no parameter that is trained: plugins have frozen the policy, and it does not use "
                 f"what they have added. {UNUSED}"
             )
-        with self._phase(clock, "backward"):
+        with phase("backward"):
             torch.autograd.backward(out.loss_sum)
-        return out, numbers
+        return out
 
     @contextmanager
     def _phase(self, clock: StepClock, name: str) -> Iterator[None]:

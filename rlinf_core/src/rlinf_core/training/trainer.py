@@ -20,7 +20,6 @@ from rlinf_core.training.checkpoint.manager import Checkpoints
 from rlinf_core.training.checkpoint.state import Position, step_name
 from rlinf_core.training.data import RunData, check_batching
 from rlinf_core.training.evaluation import Evaluations, cut_back
-from rlinf_core.training.gradients import GradientHooks
 from rlinf_core.training.monitor.errors import explain
 from rlinf_core.training.monitor.monitor import Monitor
 from rlinf_core.training.settings import Fsdp2Settings
@@ -30,6 +29,9 @@ from rlinf_core.training.stopping import GRACE, Best, StopSignal, compared_metri
 
 class Fsdp2Trainer:
     """Fully sharded training of one policy on one dataset or on a mixture of several."""
+
+    step_type: type[TrainStep] = TrainStep
+    """What computes a step; a subclass may set another."""
 
     def __init__(
         self, run: RunConfig, config: Fsdp2Settings, *, start: Start, group: ProcessGroup, plugins: LoadedPlugins
@@ -52,28 +54,15 @@ class Fsdp2Trainer:
         announce(f"building the policy with {source}", rank=group.rank)
         self._state = build_state(data.run, config, group, plugins, weights, filled=start.checkpoint is None)
         self._best, self._validated = Best(), 0
-        self._fingerprint = data.fingerprint  # Now: a save must not depend on files that may be gone by then.
         if start.checkpoint:
             position = load(start.checkpoint, self._state.tensors(), self._position())
             self._best, self._validated = position.best, position.validated
         self._checkpoints = Checkpoints.of(data.run, group, self._state.tensors(), start)
         self._loader = data.loader(group, self.step)
         batches: Any = self._loader.dataset
-        self._monitor = Monitor(
-            self, group, plugins, batches, self.policy, stop_step=self.stop_step, changed=self._state.adapters.changed
-        )
+        self._monitor = Monitor(self, group, plugins, batches, self._state, stop_step=self.stop_step)
         self._monitor.measure(self._checkpoints.stall)
-        monitor = self._monitor
-        self._compute = TrainStep(
-            config,
-            group,
-            batches,
-            self._state,
-            monitor.recorder,
-            monitor.throughput,
-            log=monitor.log,
-            gradients=GradientHooks.of(self, self.policy, group, plugins),
-        )
+        self._compute = self.step_type.of(self, config, group, plugins, batches, self._state, self._monitor)
         if group.rank == 0:
             cut_back(data.run.folder, self.step)
             self._describe()
@@ -252,17 +241,4 @@ class Fsdp2Trainer:
         return step_name(self._best.step) if self.run.runner.save_best and self._best.step else ""
 
     def _position(self) -> Position:
-        steps, batch = self.data.steps_per_epoch, self._config.global_batch_size
-        return Position(
-            step=self.step,
-            epoch=self.step // steps,
-            sample=self.step % steps * batch,
-            rows=self.data.size,
-            seed=self.run.seed,
-            layout=self._state.layout,
-            validated=self._validated,
-            best=self._best,
-            data=self._fingerprint,
-            data_layout=self.data.layout,
-            adapters=self._state.adapters.recorded(),
-        )
+        return self.data.position(self.step, self._state, validated=self._validated, best=self._best)

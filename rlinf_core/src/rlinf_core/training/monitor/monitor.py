@@ -21,6 +21,7 @@ from rlinf_core.data.loading.micro_batches import MicroBatches
 from rlinf_core.data.loading.mixture import Source
 from rlinf_core.plugins.observers import Observer
 from rlinf_core.plugins.owners import Implementation
+from rlinf_core.training.build import TrainState
 from rlinf_core.training.checkpoint.manager import Saved
 from rlinf_core.training.monitor.anomalies import (
     AnomalyFile,
@@ -63,9 +64,8 @@ class Monitor:
         group: All ranks.
         plugins: Provide loggers and hooks.
         batches: The run's micro batches, to name the samples of a step.
-        policy: The sharded policy, to count its useful operations.
+        state: The sharded policy, to count its useful operations, and what plugins have added to it.
         stop_step: The last step.
-        changed: Whether plugins have changed which parameters there are or which of them train.
     """
 
     def __init__(
@@ -74,10 +74,9 @@ class Monitor:
         group: ProcessGroup,
         plugins: LoadedPlugins,
         batches: MicroBatches,
-        policy: Any,
+        state: TrainState,
         *,
         stop_step: int,
-        changed: bool = False,
     ) -> None:
         run, start, first = trainer.run, trainer.step, group.rank == 0
         self._trainer, self._group, self._hook, self._batches = trainer, group, plugins.hook, batches
@@ -88,7 +87,7 @@ class Monitor:
         }
         on_cuda = group.device.type == "cuda"
         self.recorder = FlightRecorder(run.folder, group.rank, run.trainer.timeout_seconds, beside_nccl=on_cuda)
-        self.throughput = Throughput(run, policy, group, plugins, self.log, changed=changed)
+        self.throughput = Throughput(run, state.policy, group, plugins, self.log, changed=state.adapters.changed)
         self._profile = Profile(run.folder, run.runner.profile if first else (), group.device, self.log)
         self._stragglers = Stragglers(group)
         self._guard = Guard(run.runner, group.decide(lambda: read_history(run.folder, start)))
