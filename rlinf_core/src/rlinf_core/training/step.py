@@ -182,23 +182,23 @@ class TrainStep:
         self._useful += self._throughput.tflop(batch) if self._throughput else 0.0  # The batch is still on the host.
         # Modules with their own randomness (dropout) draw the same numbers after a resume.
         self._seed(derived_seed(self._batches.batching.seed, step, self._group.rank, micro))
-        with self._phase(clock, "forward"):
-            batch = to_device(batch, self._group.device)
-            numbers = batch.pop(SOURCE, None)  # For core, not for the policy.
-        return self.backpropagate(batch, partial(self._phase, clock)), numbers
+        batch, numbers = dict(batch), batch.get(SOURCE)
+        batch.pop(SOURCE, None)  # For core, not for the policy.
+        out = self.backpropagate(batch, partial(self._phase, clock))
+        return out, None if numbers is None else numbers.to(self._group.device, non_blocking=True)
 
     def backpropagate(self, batch: Batch, phase: Callable[[str], AbstractContextManager[None]]) -> PolicyOutput:
         """Compute a micro batch: the forward pass, and the backward pass, which adds to the parameters' gradients.
 
         Args:
-            batch: On the device.
+            batch: From the loader, still on the host.
             phase: `with phase("forward"):` measures the body as that phase of the step; also `"backward"`.
 
         Returns:
             The output whose loss and metrics are reported.
         """
         with phase("forward"):
-            out: PolicyOutput = self.policy(batch)
+            out: PolicyOutput = self.policy(to_device(batch, self._group.device))
         if self._adapters.changed and not out.loss_sum.requires_grad:
             raise UserError(
                 "the loss depends on no parameter that is trained: plugins have frozen the policy, and it does not use "
