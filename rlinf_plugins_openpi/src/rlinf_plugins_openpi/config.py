@@ -15,7 +15,8 @@ from pydantic import Field
 from rlinf_core import Sample, UserError
 from rlinf_core.data.sample import PACKING, Batch
 from rlinf_core.data.transforms import Transform
-from rlinf_plugins_openpi.inputs.augmentation import AUGMENTATION, draw_augmentations, labelled
+from rlinf_plugins_openpi.inputs.augmentation import draw_augmentations, labelled
+from rlinf_plugins_openpi.inputs.collate import AUGMENTATION
 from rlinf_plugins_openpi.inputs.tokenizer import GEMMA_ENTRIES, SMALL_MODEL, load_processor, possible_tokens
 from rlinf_plugins_openpi.inputs.transforms import OpenpiSample, PadToActionDim, ResizeWithPad, TokenizePrompt
 from rlinf_plugins_openpi.model.dimensions import IMAGE_SIZE

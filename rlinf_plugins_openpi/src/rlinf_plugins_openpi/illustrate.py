@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlinf_core.illustration import Camera, Grid, Illustration, Picture, Token, TokenText
-from rlinf_plugins_openpi.inputs.augmentation import AUGMENTATION, labelled
+from rlinf_plugins_openpi.inputs.augmentation import labelled
+from rlinf_plugins_openpi.inputs.collate import AUGMENTATION
 from rlinf_plugins_openpi.inputs.tokenizer import clean, find_tokenizer, load_processor
 from rlinf_plugins_openpi.inputs.transforms import OpenpiSample
 from rlinf_plugins_openpi.model.dimensions import CAMERAS

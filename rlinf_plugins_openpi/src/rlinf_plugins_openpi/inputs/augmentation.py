@@ -19,9 +19,6 @@ from rlinf_plugins_openpi.model.dimensions import CAMERAS
 if TYPE_CHECKING:
     import torch
 
-AUGMENTATION = "augmentation"
-"""Key of a sample's random numbers, `<label>.<name>` -> [all cameras, ...], and of a batch's, camera ->
-`<label>.<name>` -> [B, ...]."""
 
 MAX_SHIFT = 6.0
 """In pixels: a crop of 212 out of 224 stays within the image."""
