@@ -6,13 +6,15 @@ A `DatasetConfig` subclass is registered by an entry point in the group `rlinf.d
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from rlinf_core.data.sample import Row
 from rlinf_core.data.transforms import Box, Concatenate, Transform
@@ -89,6 +91,46 @@ class NamingSource(SampleSource, Protocol):
         ...
 
 
+@runtime_checkable
+class TimedSource(SampleSource, Protocol):
+    """A source that knows how long its chunks last, so that the datasets of a mixture can be compared."""
+
+    def step_seconds(self) -> float:
+        """Seconds between consecutive actions of a chunk."""
+        ...
+
+
+@runtime_checkable
+class TaskSource(SampleSource, Protocol):
+    """A source whose rows have one of a list of texts, so that rows without a text are found without reading them."""
+
+    def tasks(self) -> tuple[NDArray[np.int64], Mapping[int, str]]:
+        """[N], the number of each row's text, and the texts by number; a number without one has no text."""
+        ...
+
+
+@runtime_checkable
+class AnnotatedSource(SampleSource, Protocol):
+    """A source whose dataset says more about its episodes and rows than the config uses."""
+
+    def named_splits(self) -> Mapping[str, Sequence[int]]:
+        """Name of a split, such as `val`, -> its episodes, of those that exist."""
+        ...
+
+    def other_prompts(self) -> Mapping[str, str]:
+        """Columns with texts that the config neither uses nor leaves out by name -> the text of the first row."""
+        ...
+
+
+@runtime_checkable
+class StillSource(SampleSource, Protocol):
+    """A source that notices cameras whose images never change."""
+
+    def still_images(self) -> Mapping[str, str]:
+        """Image columns that are the same in a few evenly spread rows -> what they show, as `is black`."""
+        ...
+
+
 class DatasetConfig(BaseModel):
     """The `[data]` table. Subclasses add fields; every field can be set in TOML."""
 
@@ -128,7 +170,12 @@ class DatasetConfig(BaseModel):
     validation_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Fraction of the episodes, spread evenly over the tasks, that is held out of training for validation."""
     validation_episodes: tuple[int, ...] = ()
-    """Episode numbers to hold out, instead of a fraction."""
+    """Episodes to hold out, instead of a fraction: numbers, and ranges such as `"10-99"`."""
+
+    @field_validator("validation_episodes", mode="before")
+    @classmethod
+    def _ranges_as_numbers(cls, value: Any) -> Any:
+        return [*chain.from_iterable(map(_expanded, value))] if isinstance(value, list | tuple) else value
 
     @model_validator(mode="after")
     def _one_way_to_hold_out(self) -> DatasetConfig:
@@ -216,13 +263,16 @@ class LeRobotDatasetConfig(DatasetConfig):
     """Whether the prompt is the row's own task text. If false, it is `default_prompt`."""
     default_prompt: str = ""
     """The prompt of rows without task text, or of all rows if `prompt_from_task` is false."""
+    prompt_column: str | None = Field(default=None, min_length=1)
+    """The column with the prompt: integers that index the dataset's tasks, as GR00T's `annotation.*`, or texts, as
+    `language_instruction`. Left out: `task_index`. `tasks` and `validation_tasks` name texts of this column, too."""
     episodes: tuple[int | EpisodeRange, ...] = ()
     """Episodes to use, numbers and ranges: `[7, "10-99"]` is 7 and 10 to 99. Empty: all."""
     exclude_episodes: tuple[int | EpisodeRange, ...] = ()
     """Episodes to leave out, in the same form."""
     tasks: tuple[int | str, ...] = ()
-    """Use only episodes of these tasks: texts, or the dataset's numbers (`task_index`). An episode's task is that of
-    its first frame."""
+    """Use only episodes of these tasks: texts, or the dataset's numbers (`task_index`, or `prompt_column`). An
+    episode's task is that of its first frame."""
     min_episode_length: int = Field(default=0, ge=0)
     """Leave out episodes with fewer frames."""
     max_episode_length: int = Field(default=0, ge=0)
@@ -280,6 +330,11 @@ class LeRobotDatasetConfig(DatasetConfig):
                 else []
             ),
             *(
+                ["prompt_column has no effect with prompt_from_task = false: leave one out"]
+                if self.prompt_column and not self.prompt_from_task
+                else []
+            ),
+            *(
                 ['cache_quality is for cache = "jpeg": set both']
                 if self.cache_quality != 95 and self.cache != "jpeg"
                 else []
@@ -325,3 +380,18 @@ def _twice(key: str, columns: Iterable[str]) -> list[str]:
     counts = Counter(columns)
     wrong = [f"{key} names {column!r} {count} times" for column, count in counts.items() if count > 1]
     return wrong + [f"{key} holds an empty column name"] * ("" in counts)
+
+
+MOST_EPISODES = 2**20
+"""The largest range of episodes that is written out as numbers."""
+
+
+def _expanded(episode: Any) -> Iterable[Any]:
+    """The numbers of a range such as `"10-99"`; anything else as it is."""
+    found = re.fullmatch(r"(\d{1,12})-(\d{1,12})", episode) if isinstance(episode, str) else None
+    if not found:
+        return (episode,)
+    first, last = map(int, found.groups())
+    if not 0 <= last - first < MOST_EPISODES:
+        raise ValueError(f"{episode!r} is not a range of episodes: the first comes first, {MOST_EPISODES} at most")
+    return range(first, last + 1)

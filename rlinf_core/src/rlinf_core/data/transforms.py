@@ -95,7 +95,10 @@ class Concatenate(Transform):
         if not self.prompt_from_task or (self.default_prompt and "task" not in row):
             return self.default_prompt
         task = row["task"]
-        return (task or self.default_prompt) if isinstance(task, str) else [one or self.default_prompt for one in task]
+        return self._or_default(task) if isinstance(task, str) else [*map(self._or_default, task)]
+
+    def _or_default(self, task: str) -> str:
+        return task if task.strip() else self.default_prompt or task
 
 
 @dataclass(frozen=True)

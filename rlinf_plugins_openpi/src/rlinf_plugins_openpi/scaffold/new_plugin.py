@@ -21,6 +21,7 @@ from typing import NamedTuple
 from rlinf_core import UserError
 from rlinf_core.data.lerobot.files import find_root
 from rlinf_core.data.lerobot.metadata import load_metadata
+from rlinf_core.data.lerobot.modality import with_part_names
 from rlinf_core.files import check_writable, writing
 from rlinf_plugins_openpi.scaffold.package_files import Format, package_files
 from rlinf_plugins_openpi.scaffold.proposal import propose
@@ -99,7 +100,7 @@ def write_package(name: str, dataset: str, policy: str, folder: Path) -> Names:
             dataset=str(root.resolve()) if local else dataset,
             hub_id="" if local else dataset,
             fps=metadata.fps,
-            proposal=propose(dataset, metadata.features),
+            proposal=propose(dataset, with_part_names(root, metadata.features)),
         )
     )
     with writing(folder, NAME_OUTPUT):

@@ -75,6 +75,8 @@ class CachedSource:
         self._source, self._columns = source, columns
         self.without_images, self.columns, self.describe = source.without_images, source.columns, source.describe
         self.fingerprint, self.names_of = source.fingerprint, source.names_of
+        self.tasks, self.step_seconds = source.tasks, source.step_seconds
+        self.named_splits, self.other_prompts = source.named_splits, source.other_prompts
 
     def __len__(self) -> int:
         return len(self._source)

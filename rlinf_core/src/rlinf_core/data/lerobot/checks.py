@@ -14,6 +14,7 @@ from rlinf_core.data.images.video_header import read_video_header
 from rlinf_core.data.lerobot.columns import INDEX_COLUMNS, image_size, not_rgb
 from rlinf_core.data.lerobot.frame_match import FrameMatch
 from rlinf_core.data.lerobot.metadata import NUMBERS, Metadata
+from rlinf_core.data.lerobot.prompts import PROMPT, TEXTS, check_prompt_column
 from rlinf_core.data.lerobot.rows import SEGMENTS, Rows
 from rlinf_core.errors import UserError
 
@@ -29,6 +30,11 @@ def check_columns(dataset: LeRobotDatasetConfig, metadata: Metadata) -> None:
     for key, column, check in wanted:
         try:
             check(key, column, metadata.feature(column, key))
+        except UserError as error:
+            problems.append(str(error))
+    if dataset.prompt_column and dataset.prompt_column != "task_index":
+        try:
+            check_prompt_column(metadata, dataset.prompt_column)
         except UserError as error:
             problems.append(str(error))
     for camera, crop in dataset.crops.items():
@@ -101,11 +107,11 @@ def check_tasks(rows: Rows, used: NDArray[np.bool_]) -> None:
         rows: The rows that were read.
         used: [N], the rows to check.
     """
-    unknown = used & ~np.isin(rows.columns["task_index"], list(rows.metadata.task_texts))
+    unknown = used & ~np.isin(rows.prompts, list(rows.prompt_texts))
     for at in np.flatnonzero(unknown)[:1].tolist():
         file = "tasks.parquet" if rows.metadata.version == "v3.0" else "tasks.jsonl"
         raise UserError(
-            f"{rows.describe(at)}, has the task {rows.columns['task_index'][at]}, which meta/{file} does not list: add "
+            f"{rows.describe(at)}, has the task {rows.prompts[at]}, which meta/{file} does not list: add "
             "its text there, leave the episode out (data.exclude_episodes), or set data.prompt_from_task = false and "
             "data.default_prompt"
         )
@@ -119,7 +125,7 @@ def check_finite(rows: Rows, used: NDArray[np.bool_]) -> None:
         used: [N], the rows to check; unused episodes may contain anything.
     """
     columns = rows.columns
-    for name in columns.keys() - {*INDEX_COLUMNS, SEGMENTS}:
+    for name in columns.keys() - {*INDEX_COLUMNS, SEGMENTS, PROMPT, TEXTS}:
         wrong = np.flatnonzero(used & ~np.isfinite(columns[name]).all(axis=1))
         if not len(wrong):
             continue

@@ -30,10 +30,12 @@ class EpisodeTable:
     lengths: NDArray[np.int64]
     """Number of frames."""
     tasks: NDArray[np.int64]
-    """`task_index` of each episode's first frame; `UNREAD` for episodes that `chosen_by_number` leaves out."""
+    """The task of each episode's first frame; `UNREAD` for episodes that `chosen_by_number` leaves out."""
     task_texts: dict[int, str]
     quality: NDArray[np.float64] | None = None
     """Values of `data.quality_column`."""
+    numbered: bool = True
+    """Whether the dataset numbers its tasks; if not (`data.prompt_column` names texts), the numbers mean nothing."""
 
 
 def chosen_by_number(
@@ -129,6 +131,8 @@ def _tasks(key: str, config: DatasetConfig, named: Sequence[int | str], table: E
     number_of = {text: number for number, text in sorted(table.task_texts.items(), reverse=True) if text}
     found = []
     for one in named:
+        if isinstance(one, int) and not table.numbered:
+            raise UserError(f"{key} names {one}, but data.prompt_column contains texts without numbers: name the text")
         number = number_of.get(table.task_texts.get(one, ""), one) if isinstance(one, int) else number_of.get(one)
         if number not in table.task_texts:
             listed = ", ".join(f"{number} {text!r}" for number, text in list(table.task_texts.items())[:10])

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain, compress, pairwise
 from pathlib import Path, PurePosixPath
@@ -72,6 +72,8 @@ class Metadata:
     """Video column -> the file of each episode."""
     video_starts: dict[str, NDArray[np.float64]]
     """Video column -> start of each episode in its file, in seconds."""
+    splits: Mapping[str, range] = field(default_factory=dict)
+    """Name -> episode numbers, as `meta/info.json` says; they may not exist."""
 
     def feature(self, column: str, key: str) -> dict[str, Any]:
         """The feature of a column that the config's `key` names; raises `UserError` with similar names if missing."""
@@ -223,6 +225,7 @@ def read_metadata(name: str, root: Path, *, prompts: bool = True) -> Metadata:
         total_episodes=info.total_episodes,
         frames=info.total_frames,
         task_texts=tasks,
+        splits=info.named_splits,
         **episodes,
     )
 
@@ -392,6 +395,14 @@ class Info(BaseModel):
     data_path: str
     video_path: str | None = None
     chunks_size: int = Field(default=1000, gt=0)
+    splits: Any = None
+
+    @property
+    def named_splits(self) -> dict[str, range]:
+        """The splits that are ranges of episodes, `"train": "0:90"`; anything else is not used."""
+        splits = self.splits.items() if isinstance(self.splits, dict) else ()
+        found = {str(name): re.fullmatch(r"(\d{1,12}):(\d{1,12})", str(value)) for name, value in splits}
+        return {name: range(*map(int, one.groups())) for name, one in found.items() if one}
 
     @property
     def videos(self) -> list[str]:
@@ -420,10 +431,10 @@ def _filled(pattern: str, values: Mapping[str, Any]) -> str:
         ValueError: The pattern is invalid.
     """
     text = ""
-    for literal, field, width, conversion in Formatter().parse(pattern):
+    for literal, name, width, conversion in Formatter().parse(pattern):
         if conversion or (width and not _DIGITS.fullmatch(width)):
             raise ValueError("a field may only have a width, as in {episode_index:06d}")
-        text += literal + ("" if field is None else format(values[field], width or ""))
+        text += literal + ("" if name is None else format(values[name], width or ""))
     return text
 
 

@@ -8,10 +8,10 @@ episode, tens of thousands in the largest datasets.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from rlinf_core.data.lerobot.columns import INDEX_COLUMNS, numbers_of, vectors_of, width_of
 from rlinf_core.data.lerobot.files import data_files_below, read_parquet
 from rlinf_core.data.lerobot.metadata import Metadata
+from rlinf_core.data.lerobot.prompts import PROMPT, TEXTS, joined_prompts, prompts_of, texts_of
 from rlinf_core.data.lerobot.shared_memory import Columns, find_shared, share
 from rlinf_core.errors import UserError
 
@@ -44,7 +45,7 @@ class Rows:
     metadata: Metadata
     """The whole dataset's."""
     columns: Columns
-    """Vectors float32 [N, D], and `INDEX_COLUMNS` [N]."""
+    """Vectors float32 [N, D], `INDEX_COLUMNS` [N], and with `data.prompt_column` what `prompts` keeps."""
     places: NDArray[np.int64]
     """[E], the indices in the metadata's arrays of the episodes that have rows."""
     stops: NDArray[np.int64]
@@ -73,6 +74,17 @@ class Rows:
         first, file, row = self.segments[np.searchsorted(self.segments[:, 0], at, side="right") - 1].tolist()
         return file, row + at - first
 
+    @property
+    def prompts(self) -> NDArray[np.int64]:
+        """[N], the number of each row's prompt in `prompt_texts`."""
+        prompts: NDArray[np.int64] = self.columns[PROMPT if PROMPT in self.columns else "task_index"]
+        return prompts
+
+    @cached_property
+    def prompt_texts(self) -> Mapping[int, str]:
+        """The prompts by number: the dataset's tasks, or the texts of `data.prompt_column`."""
+        return texts_of(self.columns, self.metadata)
+
     def describe(self, at: int) -> str:
         """File, episode and frame of a row, for messages."""
         episode, frame = (int(self.columns[name][at]) for name in ("episode_index", "frame_index"))
@@ -84,6 +96,7 @@ def read_rows(
     names: Sequence[str],
     chosen: NDArray[np.bool_] | None = None,
     fetch: Callable[[Iterable[Path]], object] = lambda paths: None,
+    prompt: str = "",
 ) -> Rows:
     """Read columns of the chosen episodes; the result is shared by all splits, and by processes if it is large.
 
@@ -92,6 +105,7 @@ def read_rows(
         names: Columns of vectors, besides `INDEX_COLUMNS`, which are always read.
         chosen: [episodes], the episodes to read; None: all. Empty episodes have no rows.
         fetch: Downloads files that the folder lacks.
+        prompt: `data.prompt_column`; empty: prompts are those of `task_index`.
 
     Raises:
         UserError: A file cannot be read, or its rows or the width of a vector differ from the metadata.
@@ -100,10 +114,10 @@ def read_rows(
     files = tuple(metadata.only(wanted).data_files)
     fetch(files)
     names = [*INDEX_COLUMNS, *dict.fromkeys(name for name in names if name not in INDEX_COLUMNS)]
-    state = _state(metadata, names, wanted, files)
+    state = _state(metadata, names, wanted, files, prompt)
     columns = (_in_use.get(state) or find_shared(state)) if state else None
     if columns is None:
-        rows = _read(metadata, names, wanted, files, fetch)
+        rows = _read(metadata, names, wanted, files, fetch, prompt)
         if not state or rows.files != files:
             return rows
         columns = share(rows.columns, state)
@@ -111,7 +125,9 @@ def read_rows(
     return _held(metadata, wanted, files, columns)
 
 
-def _state(metadata: Metadata, names: Sequence[str], wanted: NDArray[np.bool_], files: Sequence[Path]) -> object:
+def _state(
+    metadata: Metadata, names: Sequence[str], wanted: NDArray[np.bool_], files: Sequence[Path], prompt: str
+) -> object:
     """Everything that the result depends on; None if a file is missing."""
     try:
         statuses = [path.stat() for path in files]
@@ -120,7 +136,7 @@ def _state(metadata: Metadata, names: Sequence[str], wanted: NDArray[np.bool_], 
     state = tuple((status.st_ino, status.st_size, status.st_mtime_ns) for status in statuses)
     described = (metadata.root.resolve(), metadata.lengths.tobytes(), metadata.episodes.tobytes(), wanted.tobytes())
     widths = tuple(width_of(metadata.features.get(name, {})) for name in names)
-    return (*described, metadata.fps, tuple(names), widths, state)
+    return (*described, metadata.fps, tuple(names), widths, state, *([prompt] if prompt else []))
 
 
 def _held(metadata: Metadata, wanted: NDArray[np.bool_], files: tuple[Path, ...], columns: Columns) -> Rows:
@@ -134,10 +150,11 @@ def _read(
     wanted: NDArray[np.bool_],
     files: tuple[Path, ...],
     fetch: Callable[[Iterable[Path]], object],
+    prompt: str,
 ) -> Rows:
     """Read the files that the metadata name, then, if episodes are missing, the others that hold them."""
     numbers = metadata.episodes[wanted]
-    read = partial(_read_file, metadata=metadata, names=names, numbers=numbers)
+    read = partial(_read_file, metadata=metadata, names=names, numbers=numbers, prompt=prompt)
     there = [path for path in files if path.is_file()]
     parts = dict(zip(there, _in_parallel(read, there), strict=True))
     missing = _short(metadata, wanted, parts)
@@ -161,13 +178,17 @@ def _in_parallel[T](read: Callable[[Path], T], paths: Sequence[Path]) -> list[T]
             pool.shutdown(cancel_futures=True)
 
 
-Part = dict[str, NDArray[Any]]
-"""Columns of a file's chosen rows, and under `SEGMENTS` [rows] the number of each row in the file."""
+Part = dict[str, Any]
+"""Columns of a file's chosen rows, and under `SEGMENTS` [rows] the number of each row in the file. Under `PROMPT` are
+numbers of prompts, and under `TEXTS` their texts, or None if they are the dataset's tasks."""
 
 
-def _read_file(path: Path, *, metadata: Metadata, names: Sequence[str], numbers: NDArray[np.int64]) -> Part:
+def _read_file(
+    path: Path, *, metadata: Metadata, names: Sequence[str], numbers: NDArray[np.int64], prompt: str
+) -> Part:
     """The rows of some episodes in a file."""
-    table = read_parquet(path, list(names), DERIVED)
+    wanted = [*names, *([prompt] if prompt and prompt not in names else [])]
+    table = read_parquet(path, wanted, DERIVED)
     episode = numbers_of(table["episode_index"], f"{path}: 'episode_index'")
     mine = np.isin(episode, numbers)
     rows = np.flatnonzero(mine)
@@ -181,6 +202,8 @@ def _read_file(path: Path, *, metadata: Metadata, names: Sequence[str], numbers:
                 part[name] = numbers_of(table[name], what)
         else:
             part[name] = vectors_of(table[name], width_of(metadata.features[name]), what)
+    if prompt:
+        part[PROMPT], part[TEXTS] = prompts_of(table[prompt], f"{path}: {prompt!r}")
     return part
 
 
@@ -220,7 +243,7 @@ def _joined(metadata: Metadata, names: Sequence[str], parts: Sequence[Part]) -> 
     place = np.searchsorted(metadata.episodes, episode if order is None else episode[order])
     starts = np.flatnonzero(np.diff(place, prepend=-1))
     frame = np.arange(len(place)) - np.repeat(starts, np.diff(starts, append=len(place)))
-    derived = {
+    derived: dict[str, NDArray[Any]] = {
         "index": frame + metadata.firsts[place],
         "frame_index": frame,
         "timestamp": (frame / metadata.fps).astype(np.float32),
@@ -229,12 +252,18 @@ def _joined(metadata: Metadata, names: Sequence[str], parts: Sequence[Part]) -> 
     def joined(name: str) -> NDArray[Any]:
         if name == "index" or (name in DERIVED and not all(name in part for part in parts)):
             return derived[name]
-        values = np.concatenate([part[name] for part in parts])
-        return values if order is None else values[order]
+        return ordered(np.concatenate([part[name] for part in parts]))
+
+    def ordered(values: NDArray[Any]) -> NDArray[Any]:
+        in_order: NDArray[Any] = values if order is None else values[order]
+        return in_order
 
     numbers = np.repeat(np.arange(len(parts)), [len(part["episode_index"]) for part in parts])
     columns = {name: joined(name) for name in names}
-    return columns | {SEGMENTS: _segments(numbers if order is None else numbers[order], joined(SEGMENTS))}
+    if all(PROMPT in part for part in parts):
+        prompts = joined_prompts([(part[PROMPT], part[TEXTS]) for part in parts])
+        columns |= prompts | {PROMPT: ordered(prompts[PROMPT])}
+    return columns | {SEGMENTS: _segments(ordered(numbers), joined(SEGMENTS))}
 
 
 def _segments(file: NDArray[np.int64], row: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import chain
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from rlinf_core.contract.datasets import LeRobotDatasetConfig, Split
 from rlinf_core.data.images.decoders import Frame
 from rlinf_core.data.images.parquet import ParquetImages
+from rlinf_core.data.images.still import describe_still
 from rlinf_core.data.images.video import VideoReader
 from rlinf_core.data.lerobot.checks import (
     check_columns,
@@ -38,6 +39,8 @@ from rlinf_core.data.lerobot.episodes import UNREAD, EpisodeTable, chosen_by_num
 from rlinf_core.data.lerobot.files import DatasetFolder, find_dataset
 from rlinf_core.data.lerobot.frame_match import FrameMatch
 from rlinf_core.data.lerobot.metadata import Metadata, load_metadata
+from rlinf_core.data.lerobot.modality import with_part_names
+from rlinf_core.data.lerobot.prompts import TEXTS, other_prompts
 from rlinf_core.data.lerobot.quality import episode_quality
 from rlinf_core.data.lerobot.rows import SEGMENTS, Rows, read_rows
 from rlinf_core.data.lerobot.shared_memory import Runs
@@ -60,14 +63,15 @@ def open_lerobot(dataset: LeRobotDatasetConfig, chunk_length: int, split: Split)
         UserError: The dataset is unavailable, damaged or in another format, lacks a column, or holds no episode out.
     """
     folder = find_dataset(dataset.repo_id, dataset.revision)
+    prompt = "" if dataset.prompt_column == "task_index" else dataset.prompt_column or ""
     prompts = dataset.prompt_from_task or bool(dataset.tasks or dataset.validation_tasks)
-    metadata = load_metadata(dataset.repo_id, folder.root, prompts=prompts)
+    metadata = load_metadata(dataset.repo_id, folder.root, prompts=prompts and not prompt)
     if folder.snapshot is None:
         metadata = metadata.with_videos_found()
     actions = dataset.actions if chunk_length else ()
     check_columns(dataset, metadata)
     chosen = chosen_by_number(dataset, metadata.episodes, metadata.lengths)
-    rows = read_rows(metadata, (*dataset.state, *actions), chosen, folder.fetch)
+    rows = read_rows(metadata, (*dataset.state, *actions), chosen, folder.fetch, prompt)
     training, held_out = split_episodes(dataset, _episode_table(dataset, rows, chosen, folder))
     if split == "validation" and not held_out:
         raise UserError(
@@ -95,6 +99,7 @@ def open_lerobot(dataset: LeRobotDatasetConfig, chunk_length: int, split: Split)
             actions=tuple(dict.fromkeys(actions)),
             chunk_length=chunk_length,
             stride=dataset.stride,
+            prompt=dataset.prompt_column or "",
         ),
         match,
         decoder=dataset.decoder,
@@ -115,6 +120,8 @@ class RowLayout:
     """Steps of a chunk."""
     stride: int = 1
     """Frames from one step to the next."""
+    prompt: str = ""
+    """`data.prompt_column`; empty: it is not set."""
 
 
 class LeRobotSource:
@@ -144,11 +151,13 @@ class LeRobotSource:
         self._rows = Runs.of(positions)
         self._state, self._actions = layout.state, layout.actions
         self._chunk_length, self._stride = layout.chunk_length, layout.stride
+        self._prompt = layout.prompt
         self._video_columns = tuple(name for name in layout.images if metadata.features[name]["dtype"] == "video")
         self._image_columns = tuple(name for name in layout.images if metadata.features[name]["dtype"] == "image")
         self._decoder = decoder
         self._videos = VideoReader(decoder=None if decoder == "auto" else decoder)
         self._images: dict[int, ParquetImages] = {}
+        self._still: dict[str, str] = {}
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -180,8 +189,28 @@ class LeRobotSource:
         gathered: Row = {name: self._columns[name][at] for name in (*INDEX_COLUMNS, *self._state)}
         gathered |= {name: self._columns[name][steps] for name in self._actions}
         gathered |= {f"{name}_is_pad": is_pad for name in self._actions}
-        texts = self._metadata.task_texts
-        return gathered | {"task": [texts.get(task, "") for task in gathered["task_index"].tolist()]}
+        texts = self._held.prompt_texts
+        return gathered | {"task": [texts.get(prompt, "") for prompt in self._held.prompts[at].tolist()]}
+
+    def tasks(self) -> tuple[NDArray[np.int64], Mapping[int, str]]:
+        """[n], the number of each row's prompt, and the prompts by number."""
+        return self._held.prompts[self._rows.all()].astype(np.int64), self._held.prompt_texts
+
+    def step_seconds(self) -> float:
+        """Seconds between consecutive actions of a chunk."""
+        return self._stride / self._metadata.fps
+
+    def named_splits(self) -> Mapping[str, Sequence[int]]:
+        """The episodes of each split in `meta/info.json`, of those that the dataset has."""
+        episodes = self._metadata.episodes.tolist()
+        return {name: [one for one in episodes if one in held] for name, held in self._metadata.splits.items()}
+
+    def other_prompts(self) -> Mapping[str, str]:
+        """Columns with instructions besides `task_index` -> the text of the first row; empty if one is chosen."""
+        if self._prompt:
+            return {}
+        file, row = self._held.file_of(int(self._at([0])[0]))
+        return other_prompts(self._metadata, self._held.files[file], row)
 
     @property
     def episodes(self) -> NDArray[np.int64]:
@@ -223,7 +252,8 @@ class LeRobotSource:
 
     def names_of(self, columns: Sequence[str]) -> tuple[str, ...]:
         """What the metadata name the numbers of these columns; empty if they do not name all of them."""
-        names = [names_of(self._metadata.features.get(column, {})) for column in columns]
+        features = with_part_names(self._metadata.root, self._metadata.features)
+        names = [names_of(features.get(column, {})) for column in columns]
         return tuple(chain.from_iterable(names)) if all(names) else ()
 
     def describe(self, index: int) -> str:
@@ -264,9 +294,14 @@ class LeRobotSource:
         at = self._rows[np.linspace(0, len(self) - 1, min(most, len(self))).astype(np.int64)]
         self._video_frames(at[:1])  # Opens files and loads libraries.
         begin = time.perf_counter()
-        frames = len(at) * len(self._video_frames(at))
-        speed = frames / (time.perf_counter() - begin)
+        decoded = self._video_frames(at)
+        speed = len(at) * len(decoded) / (time.perf_counter() - begin)
+        self._still = {name: text for name, frames in decoded.items() if (text := describe_still(frames))}
         return f"{self._videos.decoder}, {speed:.0f} frames/s in this process"
+
+    def still_images(self) -> Mapping[str, str]:
+        """The video columns that were the same in all rows of `try_decoder`; nothing is decoded for it otherwise."""
+        return self._still
 
     def close(self) -> None:
         """Close videos and image files; they are opened again when rows are read."""
@@ -312,11 +347,12 @@ def _episode_table(
     if dataset.quality_column:
         quality = episode_quality(metadata, dataset.quality_column, chosen, folder.fetch)[filled]
     tasks = np.full(len(metadata.episodes), UNREAD)
-    tasks[rows.places] = rows.columns["task_index"][rows.starts]
+    tasks[rows.places] = rows.prompts[rows.starts]
     return EpisodeTable(
         numbers=metadata.episodes[filled],
         lengths=metadata.lengths[filled],
         tasks=tasks[filled],
-        task_texts=metadata.task_texts,
+        task_texts=dict(rows.prompt_texts),
+        numbered=TEXTS not in rows.columns,
         quality=quality,
     )
