@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from rlinf_core.data.check.findings import Damage, FileFinding
 from rlinf_core.data.check.numbers import check_data_file, check_metadata, check_missing, check_unlisted, located
 from rlinf_core.data.check.pictures import Reading, check_images, check_video
+from rlinf_core.data.check.tasks import check_listed_tasks
 from rlinf_core.data.images.video import VideoReader
 from rlinf_core.data.lerobot.frame_match import FrameMatch, Match, Mismatch
 from rlinf_core.data.lerobot.metadata import NUMBERS, Metadata
@@ -66,6 +67,7 @@ def check_files(
     if frames.rows is not None:
         used, notes = located(used, frames.rows)
         damage.add(notes)
+        damage.add(check_listed_tasks(metadata, frames.rows))
     damage.add(check_missing(used, used.files(cameras)))
     if local:
         damage.add(check_unlisted(metadata, used))

@@ -25,6 +25,7 @@ FindingKind = Literal[
     "no_statistics",
     "stale_pointer",
     "stale_index",
+    "other_task",
     "derived_column",
     "other_clock",
     "spare_frames",
@@ -32,7 +33,10 @@ FindingKind = Literal[
 ]
 """Most severe first."""
 NOTES: frozenset[FindingKind] = frozenset(
-    ("no_statistics", "stale_pointer", "stale_index", "derived_column", "other_clock", "spare_frames", "unlisted_file")
+    (
+        *("no_statistics", "stale_pointer", "stale_index", "other_task", "derived_column", "other_clock"),
+        *("spare_frames", "unlisted_file"),
+    )
 )
 """Kinds that do not prevent training; they are reported but do not count as damage."""
 LISTED = 20
