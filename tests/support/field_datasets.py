@@ -144,3 +144,27 @@ def edit_info(root, **changes):
     """Change keys of `meta/info.json`."""
     path = Path(root) / "meta/info.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def set_columns(root, names=None, **columns):
+    """Replace or add columns of a v3.0 dataset's only data file; lists of lists become vectors.
+
+    Args:
+        root: The dataset.
+        names: Column -> the names of its numbers in `meta/info.json`.
+        columns: Column -> values of all rows; `_` stands for `.` in `observation_state`.
+    """
+    path = Path(root) / f"data/{CHUNK}/file-000.parquet"
+    table = pq.read_table(path)
+    features = json.loads((Path(root) / "meta/info.json").read_text())["features"]
+    for key, values in columns.items():
+        name = key.replace("observation_state", "observation.state").replace("annotation_", "annotation.")
+        first = values[0]
+        kind = "string" if isinstance(first, str) else "int64" if isinstance(first, int) else "float32"
+        features[name] = {"dtype": kind, "shape": [len(first) if isinstance(first, list) else 1], "names": None}
+        table = table.drop_columns([name] if name in table.column_names else []).append_column(name, pa.array(values))
+    for name, said in (names or {}).items():
+        features[name]["names"] = said
+    pq.write_table(table, path)
+    edit_info(root, features=features)
+    return root

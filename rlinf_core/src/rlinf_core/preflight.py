@@ -20,6 +20,7 @@ from rlinf_core.data.loading.sampling import check_batch, sample_generator, step
 from rlinf_core.data.normalize import load_norm_stats
 from rlinf_core.data.splits import describe_splits, open_split
 from rlinf_core.data.statistics.preview import encode_without_images, preview_samples
+from rlinf_core.data.statistics.rates import compare_rates, describe_chunk
 from rlinf_core.data.statistics.run import diagnosed_pipeline
 from rlinf_core.errors import UserError, did_you_mean
 from rlinf_core.plugins.evaluators import evaluator_names
@@ -95,7 +96,11 @@ def check_run(run: RunConfig, plugins: Plugins, ranks: int | None = None, *, all
         with report.of_source(source.name) as part:
             if source.name and len(rows) == len(run.sources):
                 part.facts["drawn"] = source.drawn(len(train), total)
+            if chunk := describe_chunk(source, train):
+                part.facts["chunk"] = chunk
             _check_sample(source.run, train, part)
+    if len(rows) == len(run.sources):
+        report.warnings += compare_rates(rows)
     with report.checking():
         report.facts["weights"] = run.policy.weights or "initial values"
         run.policy.check_files()

@@ -149,6 +149,12 @@ def load_with_origin(path: Path, way_out: str = CORRECT_SETTING) -> tuple[dict[s
     except OSError as e:
         raise UserError(f"the statistics {path} cannot be read: {e.strerror}. {way_out}") from e
     except (ValueError, KeyError, TypeError) as e:
+        if path.name == "stats.json" and path.parent.name == "meta":
+            raise UserError(
+                f"{path} has lerobot's statistics of a dataset, whose quantiles are not those of all frames: leave "
+                "data.norm_stats empty to compute them, or import the file with `rlinf norm-stats --import FILE --from "
+                "lerobot --output norm_stats.json`"
+            ) from e
         raise UserError(
             f"{path} is not a norm_stats.json ({type(e).__name__}: {e}); expected "
             '{"norm_stats": {"state": {"mean": […], "std": […], "q01": […], "q99": […]}, "actions": {…}}}'

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from rlinf_core.contract.datasets import ColumnSource, SampleSource
 from rlinf_core.contract.run import RunConfig, RunSource
+from rlinf_core.data.images.still import describe_still, still_camera
 from rlinf_core.data.loading.chunked_sampling import ChunkedOrder, chunks_of
 from rlinf_core.data.loading.mixture import Order
 from rlinf_core.data.loading.sampling import steps_per_epoch
@@ -96,6 +97,8 @@ class RunView:
                     f"up to {max(cut)} tokens of a text never reach the model"
                 )
                 found.append(f"{source.name}: {message}" if source.name else message)
+            prefix = f"{source.name}: " if source.name else ""
+            found += [prefix + still_camera(name, what) for name, what in still_among(source.samples).items()]
         return [*self.report.warnings, *found]
 
 
@@ -135,6 +138,14 @@ def inspect_run(run: RunConfig, plugins: Plugins, at: Sequence[tuple[str, int, i
 class _Opened:
     train: SampleSource
     held_out: SampleSource | None
+
+
+def still_among(samples: Sequence[SampleView]) -> dict[str, str]:
+    """Cameras whose recorded images are the same in all samples shown."""
+    recorded: dict[str, list[NDArray[np.uint8]]] = {}
+    for camera in (camera for sample in samples for camera in sample.cameras if camera.pictures):
+        recorded.setdefault(camera.name, []).append(camera.pictures[0].pixels)
+    return {name: what for name, images in recorded.items() if (what := describe_still(images))}
 
 
 def _open(source: RunSource, plugins: Plugins) -> _Opened | None:

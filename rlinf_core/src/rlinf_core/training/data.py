@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rlinf_core.contract.datasets import DecodingSource, SampleSource, Split
+from rlinf_core.contract.datasets import DecodingSource, SampleSource, Split, StillSource
 from rlinf_core.contract.evaluation import ValidationBatch
 from rlinf_core.contract.policy import PolicyConfig
 from rlinf_core.contract.process_group import ProcessGroup
 from rlinf_core.contract.run import LoadedPlugins, RunConfig, RunSource
+from rlinf_core.data.images.still import still_camera
 from rlinf_core.data.loading.chunked_sampling import check_streams, chunks_of
 from rlinf_core.data.loading.encoding import add_draws
 from rlinf_core.data.loading.loader import TrainLoader, build_train_loader
@@ -27,6 +28,7 @@ from rlinf_core.data.loading.validation import build_validation_batches
 from rlinf_core.data.pipeline import Pipeline, build_pipeline, encode_observation
 from rlinf_core.data.splits import describe_splits, open_split
 from rlinf_core.data.statistics.preview import bind_policy, preview_samples
+from rlinf_core.data.statistics.rates import compare_rates
 from rlinf_core.data.statistics.run import run_statistics
 from rlinf_core.errors import UserError
 from rlinf_core.training.checkpoint.state import NO_BEST, Position
@@ -52,7 +54,7 @@ class RunData:
     sources: tuple[Source, ...] = ()
     """The datasets with their pipelines, for the loader; empty before `prepare`."""
     warnings: tuple[str, ...] = field(default=())
-    """Warnings about the statistics; empty before `prepare`."""
+    """Warnings about statistics and data; empty before `prepare`."""
 
     @classmethod
     def open(cls, run: RunConfig, plugins: LoadedPlugins) -> RunData:
@@ -87,6 +89,8 @@ class RunData:
                 pipeline = build_pipeline(given.run.data, self.run.policy, stats)
             sources.append(Source(rows, pipeline, given.name, given.share))
             warnings += [f"{_prefix(given.name)}{finding}" for finding in findings]
+        if not resuming:
+            warnings += compare_rates(list(zip(self.run.sources, self.rows, strict=True)))
         prepared = replace(self, sources=tuple(sources), warnings=tuple(warnings))
         _ = prepared.fingerprint  # Now: a save must not depend on files that may be gone by then.
         return prepared
@@ -162,6 +166,13 @@ class RunData:
             if isinstance(rows, DecodingSource) and (decoder := rows.try_decoder()):
                 text += f"; videos by {decoder}"
             yield f"{given.name}: {text}; {given.drawn(len(rows), self.size)}" if given.name else text
+
+    def still_cameras(self) -> Iterator[str]:
+        """A warning per camera that was the same in all rows that `facts` decoded."""
+        for given, rows in zip(self.run.sources, self.rows, strict=True):
+            if isinstance(rows, StillSource):
+                for column, what in rows.still_images().items():
+                    yield f"{_prefix(given.name)}{still_camera(column, what)}"
 
     def sample_facts(self) -> Iterator[str]:
         """What the policy reports about the samples of each dataset."""

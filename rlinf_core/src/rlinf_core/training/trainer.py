@@ -87,7 +87,7 @@ class Fsdp2Trainer:
             self._monitor.log(fact)
         for fact in self._state.adapters.facts(self.policy):
             self._monitor.log(fact)
-        for warning in self.data.warnings:
+        for warning in (*self.data.warnings, *self.data.still_cameras()):
             self._monitor.log(f"warning: {warning}")
         if self._config.compile:
             self._monitor.log("the first step compiles the policy's blocks, which takes minutes")

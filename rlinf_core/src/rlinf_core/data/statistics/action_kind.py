@@ -32,11 +32,11 @@ def diagnose_actions(source: SampleSource, transforms: Sequence[Transform]) -> l
         source: Training rows.
         transforms: Repacking, then the dataset's transforms.
     """
-    rows = _pairs(source)
+    rows = pairs(source)
     if not len(rows):
         return []
     position, displacement = kinds_of_action(source, transforms[0], rows)
-    as_recorded, relative = _treatment(source, transforms, rows, len(position))
+    as_recorded, relative = treatment(source, transforms, rows, len(position))
     findings = []
     absolute = position & as_recorded
     if not relative.any() and 2 * absolute.sum() > len(position):
@@ -96,16 +96,16 @@ def kinds_of_action(source: SampleSource, repack: Transform, rows: NDArray[np.in
     return position, displacement
 
 
-def _pairs(source: SampleSource) -> NDArray[np.int64]:
-    """Evenly spread rows whose next row is of the same episode; empty if there are too few."""
+def pairs(source: SampleSource, most: int = PAIRS) -> NDArray[np.int64]:
+    """Up to `most` evenly spread rows whose next row is of the same episode; empty if there are too few."""
     episodes = source.episodes
     rows = np.flatnonzero(episodes[1:] == episodes[:-1])
     if len(rows) < FEWEST:
         return np.zeros(0, np.int64)
-    return np.asarray(rows[np.unique(np.linspace(0, len(rows) - 1, PAIRS).astype(np.int64))])
+    return np.asarray(rows[np.unique(np.linspace(0, len(rows) - 1, most).astype(np.int64))])
 
 
-def _treatment(
+def treatment(
     source: SampleSource, transforms: Sequence[Transform], rows: NDArray[np.int64], width: int
 ) -> tuple[Flags, Flags]:
     """Dimensions that the transforms leave as recorded, and those from which they subtract the state; both [width].

@@ -16,7 +16,9 @@ from rlinf_core.data.pipeline import Pipeline, build_pipeline
 from rlinf_core.data.statistics.action_kind import diagnose_actions
 from rlinf_core.data.statistics.compute import ROWS_WITH_IMAGES, Distribution, stats_fingerprint, summarize
 from rlinf_core.data.statistics.diagnose import Finding, compare_origins, compare_with_data
+from rlinf_core.data.statistics.meaning import diagnose_meaning, diagnose_quantiles
 from rlinf_core.data.statistics.names import name_dimensions
+from rlinf_core.data.statistics.relative import diagnose_relative
 from rlinf_core.data.transforms import Transform
 from rlinf_core.errors import UserError
 
@@ -109,6 +111,7 @@ def diagnose(
     if given := run.data.given_statistics():
         stats, recorded = load_with_origin(Path(given).expanduser())
         findings += compare_origins(recorded, origin)
+        findings += diagnose_quantiles(recorded, mode)
         origin = recorded
     elif images and computed and computed.exists():
         known, recorded = load_with_origin(computed)
@@ -127,6 +130,8 @@ def diagnose(
     findings += compare_with_data(stats, distributions, mode)
     if not images:
         findings += diagnose_actions(source, transforms)
+        findings += diagnose_relative(source, transforms, _recorded_names(run, source), distributions)
+        findings += diagnose_meaning(run.data, source, transforms)
     names = {key: one.names for key, one in distributions.items()}
     findings = [replace(one, names=names.get(one.key, ())) for one in findings]
     findings.sort(key=lambda finding: finding.severity != "error")
@@ -161,6 +166,13 @@ def summarize_by_name(
     found = summarize(source, transforms, read_images=run.data.stats_need_images, rows=rows)
     names = name_dimensions(run.data, source, transforms)
     return {key: replace(one, names=names.get(key, ())) for key, one in found.items()}
+
+
+def _recorded_names(run: RunConfig, source: SampleSource) -> dict[str, tuple[str, ...]]:
+    """What the dataset calls the recorded numbers, before the transforms."""
+    if not isinstance(source, NamingSource) or not isinstance(run.data, LeRobotDatasetConfig):
+        return {}
+    return {"state": source.names_of(run.data.state), "actions": source.names_of(run.data.actions)}
 
 
 def _transforms(run: RunConfig) -> Sequence[Transform]:
