@@ -1,9 +1,11 @@
 """What rows mean, as people have it: prompts in other columns, other joints, angles that wrap, splits, rates."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from damaging import complaint
 from field_datasets import (
@@ -22,6 +24,7 @@ from rlinf_core.data.check.files import check_files
 from rlinf_core.data.images.still import describe_still
 from rlinf_core.data.lerobot.metadata import load_info, read_metadata
 from rlinf_core.data.lerobot.modality import with_part_names
+from rlinf_core.data.lerobot.prompts import prompts_of
 from rlinf_core.data.lerobot.source import open_lerobot
 from rlinf_core.data.normalize import Origin, load_norm_stats
 from rlinf_core.data.statistics.compute import summarize
@@ -132,6 +135,37 @@ def test_a_prompt_column_of_texts_is_the_prompt(tmp_path):
         config(root, prompt_column="language_instruction", prompt_from_task=False, default_prompt="go")
 
 
+@pytest.mark.parametrize(
+    ("column", "expected"),
+    [
+        (["a", None, "b", "a"], ["a", "", "b", "a"]),
+        ([["a"], ["b"], None, ["a"]], ["a", "b", "", "a"]),
+        ([b"a", b"b"], ["a", "b"]),
+        (pa.array(["a", "b", "a"]).dictionary_encode(), ["a", "b", "a"]),
+        ([], []),
+        ([3.0, 4.0], [3, 4]),
+        ([[3], [4]], [3, 4]),
+        ([0.5], "contains 0.5, which is not the number of a task"),
+        ([float("nan")], "contains nan, which is not the number of a task"),
+        ([b"\xff"], "does not contain one text in UTF-8"),
+        ([["a"], []], "does not contain one text"),
+        ([{"role": "user"}], "contains struct"),
+        ([None, 3], "has no value in row 0"),
+    ],
+)
+def test_prompts_are_numbers_or_texts(column, expected):
+    def read():
+        numbers, texts = prompts_of(pa.chunked_array([pa.array(column, *kind)]), "it")
+        return [texts[number] for number in numbers] if texts is not None else numbers.tolist()
+
+    kind = [pa.string()] if column == [] else []
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=re.escape(expected)):
+            read()
+    else:
+        assert read() == expected
+
+
 def test_tasks_of_episodes_that_are_not_those_of_their_frames_are_noted(tmp_path):
     lengths = (6, 5, 7)
     root = write_dataset(tmp_path / "v3", lengths, tasks=[0, 1, 0], texts=TEXTS)
@@ -198,6 +232,10 @@ LIBERO = ["x", "y", "z", "roll", "pitch", "yaw", "gripper"]
         (["x", "y", "z", "rx", "ry", "rz"], LIBERO[:6], []),
         ([*PIPER[:6], "x", "y"], [*PIPER[:6], "x_target"], []),
         (["arm_x.vel", "arm_x.pos"], ["arm_x.vel", "arm_x.pos"], []),
+        ([*SO100[:4], "wrist_roll", "gripper"], ["pan", "lift", "flex", "pitch", "roll", "jaw"], []),
+        ([f"joint_pos_{i}" for i in range(3)] + ["joint_vel_0"], [f"action_joint_{i}" for i in range(3)], []),
+        (["eef_pos_x", "eef_pos_y", "eef_pos_z", "eef_axisangle_x"], ["dx", "dy", "dz", "dax"], []),
+        (["left_arm_ee_pos_x", "left_arm_ee_rot_quat_x"], ["left_arm_ee_pos_x", "left_arm_ee_rot_quat_x"], []),
         ([], SO100, []),
         (PIPER, [*PIPER[:5], "gripper"], [5]),
         (["x", "y", "z", "rx", "ry", "rz", "rw", "gripper"], LIBERO, [6]),

@@ -56,21 +56,21 @@ def prompts_of(column: pa.ChunkedArray, what: str) -> tuple[NDArray[np.int64], l
     Raises:
         UserError: The column contains neither, or a number is not an integer.
     """
-    kind = column.type
-    if pa.types.is_nested(kind) and _holds_texts(getattr(kind, "value_type", kind)):
-        column, kind = pc.list_element(column.combine_chunks(), 0), kind.value_type
-    if not _holds_texts(kind):
+    nested = pa.types.is_nested(column.type)
+    if not _holds_texts(getattr(column.type, "value_type", column.type) if nested else column.type):
         numbers = numbers_of(column, what)
-        rounded: NDArray[np.int64] = numbers.astype(np.int64)
+        with np.errstate(invalid="ignore"):  # NaN, which differs from what it becomes.
+            rounded: NDArray[np.int64] = numbers.astype(np.int64)
         if (rounded != numbers).any():
             raise UserError(f"{what} contains {numbers[rounded != numbers][0]}, which is not the number of a task")
         return rounded, None
     try:
-        encoded = pc.dictionary_encode(pc.fill_null(column.cast(pa.large_string()), ""))
+        single = pc.list_element(column.combine_chunks(), 0) if nested else column
+        encoded = pc.dictionary_encode(pc.fill_null(single.cast(pa.large_string()), ""))
         encoded = encoded.combine_chunks() if isinstance(encoded, pa.ChunkedArray) else encoded
         texts: list[str] = encoded.dictionary.to_pylist()
     except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(f"{what} contains a text that is not UTF-8 ({error}): {AGAIN}") from error
+        raise UserError(f"{what} does not contain one text in UTF-8 per row ({error}): {AGAIN}") from error
     return encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64), texts
 
 

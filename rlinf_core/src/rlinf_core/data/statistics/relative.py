@@ -28,6 +28,8 @@ HALF_TURNS = (np.pi, 180.0)
 UNIT = 0.02
 """How far the norm of a quaternion may be from 1."""
 MOST_SHOWN = 6
+FEWEST_KINDS = 3
+"""Numbers that are a joint here and a coordinate there, for this to be no coincidence of words."""
 
 ROLES = frozenset(
     (
@@ -186,19 +188,15 @@ def _other_names(state: Sequence[str], action: Sequence[str], relative: Flags) -
 def mismatches(state: Sequence[str], action: Sequence[str], relative: Flags) -> list[int]:
     """Indices of relative numbers whose names show that another number is subtracted.
 
-    Only evidence counts: the action's name is elsewhere in the state, or the state's elsewhere in the action, or one is
-    a joint and the other a coordinate. Different words, which may mean the same (`motor_1`, `waist`), do not.
+    Only evidence counts: the action's name is elsewhere in the state, or the state's elsewhere in the action, or
+    several numbers are a joint here and a coordinate there. Different words, which may mean the same (`motor_1` and
+    `waist`, `wrist_roll` and `roll`), do not.
     """
-    here, there = _plain(state), _plain(action)
-    here, there = _from_one_base(here, there)
-    wrong = []
-    for i in np.flatnonzero(relative).tolist():
-        if i >= min(len(here), len(there)) or here[i] == there[i]:
-            continue
-        kinds = {_kind(here[i]), _kind(there[i])}
-        if there[i] in here or here[i] in there or kinds == {"joint", "coordinate"}:
-            wrong.append(i)
-    return wrong
+    here, there = _from_one_base(_plain(state), _plain(action))
+    differ = [i for i in np.flatnonzero(relative).tolist() if i < min(len(here), len(there)) and here[i] != there[i]]
+    moved = {i for i in differ if there[i] in here or here[i] in there}
+    other = {i for i in differ if {_kind(here[i]), _kind(there[i])} == {"joint", "coordinate"}}
+    return sorted(moved | (other if len(other) >= FEWEST_KINDS else set()))
 
 
 def _elsewhere(state: Sequence[str], name: str) -> str:
