@@ -94,7 +94,7 @@ action_rotations = [3]                       # two arms: [3, 10]
 
 ### Prompts
 
-The prompt is the row's task. `default_prompt` replaces a missing or blank task text; with `prompt_from_task = false`,
+The prompt is the row's task. `default_prompt` replaces a missing or blank text; with `prompt_from_task = false`, it
 it is the prompt of all rows. `prompt_column` names another column than `task_index`: integers that index the dataset's
 tasks, such as GR00T's `annotation.human.action.task_description`, or texts, such as `language_instruction`. `tasks`,
 `validation_tasks` and `validation_fraction` then go by that column, too, and a run with another `prompt_column` is

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rlinf_core.contract.datasets import SampleSource
+from rlinf_core.contract.datasets import LeRobotDatasetConfig, NamingSource, SampleSource
 from rlinf_core.contract.run import RunConfig
 from rlinf_core.data.normalize import Mode, NormStats, Origin, Stats, load_with_origin, save_norm_stats
 from rlinf_core.data.pipeline import Pipeline, build_pipeline
