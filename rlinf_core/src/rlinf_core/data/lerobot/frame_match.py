@@ -208,12 +208,25 @@ class FrameMatch:
             if grid.count != total:
                 yield Mismatch("wrong_count", file.path, _counted(file, grid, self._match))
             return
+        if grid.count == total and not self.begins_late and self._all_match(file, grid, numbers):
+            return
         yield from (wrong for n in numbers if (wrong := self._check_start(file, grid, n)))
         if grid.count < total:
             yield Mismatch("wrong_count", file.path, _counted(file, grid, self._match))
         if grid.count > total and len(file.places) > 1 and not thinned and (why := _spare(file, grid)):
             yield Mismatch("wrong_count", file.path, why)
         yield from (wrong for n in numbers if (wrong := self._check_episode(file, grid, n, thinned=thinned)))
+
+    def _all_match(self, file: VideoFile, grid: FrameGrid, numbers: Sequence[int]) -> bool:
+        """Whether every row's frame by time is the one of its number, in a file with one frame per row."""
+        chosen = np.array(numbers)
+        i = np.searchsorted(self._rows.places, file.places[chosen])
+        lengths = file.lengths[chosen]
+        frames = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        times = self._rows.columns["timestamp"][np.repeat(self._rows.starts[i], lengths) + frames].astype(np.float64)
+        by_time = grid.nearest(np.repeat(file.starts[chosen], lengths) + times)
+        begin = times[frames == 0] < 0.5 / file.metadata.fps
+        return bool((by_time == np.repeat(file.firsts[chosen], lengths) + frames).all() and begin.all())
 
     def _times(self, place: int) -> NDArray[np.float64]:
         """The times of an episode's rows, in seconds."""

@@ -84,13 +84,13 @@ class Metadata:
             f"{nearest_first(column, self.features)}"
         )
 
-    @property
+    @cached_property
     def lengths(self) -> NDArray[np.int64]:
         """Frames of each episode."""
         lengths: NDArray[np.int64] = self.stops - self.starts
         return lengths
 
-    @property
+    @cached_property
     def firsts(self) -> NDArray[np.int64]:
         """Position of each episode's first frame among all frames, by the lengths of the episodes before it."""
         firsts: NDArray[np.int64] = np.cumsum(self.lengths) - self.lengths

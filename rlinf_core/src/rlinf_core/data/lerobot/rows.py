@@ -55,7 +55,7 @@ class Rows:
     segments: NDArray[np.int64]
     """See `SEGMENTS`."""
 
-    @property
+    @cached_property
     def starts(self) -> NDArray[np.int64]:
         """[E], the position of each episode's first row."""
         return self.stops - self.metadata.lengths[self.places]
