@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from rlinf_core.contract.datasets import DecodingSource, SampleSource, Split
+from rlinf_core.contract.datasets import DecodingSource, ReportingSource, SampleSource, Split
 from rlinf_core.contract.process_group import ProcessGroup
 from rlinf_core.contract.run import LoadedPlugins, RunConfig, RunSource
 from rlinf_core.data.loading.chunked_sampling import check_streams, chunks_of
@@ -37,7 +37,7 @@ class RunData:
     sources: tuple[Source, ...] = ()
     """The datasets with their pipelines, for the loader; empty before `prepare`."""
     warnings: tuple[str, ...] = field(default=())
-    """Warnings about the statistics; empty before `prepare`."""
+    """Warnings about the statistics and the data; empty before `prepare`."""
 
     @classmethod
     def open(cls, run: RunConfig, plugins: LoadedPlugins) -> RunData:
@@ -71,7 +71,8 @@ class RunData:
                 stats, findings = run_statistics(given.run, rows, group, resuming=resuming, file=given.statistics)
                 pipeline = build_pipeline(given.run.data, self.run.policy, stats)
             sources.append(Source(rows, pipeline, given.name, given.share))
-            warnings += [f"{_prefix(given.name)}{finding}" for finding in findings]
+            reported = rows.warnings() if isinstance(rows, ReportingSource) else ()
+            warnings += [f"{_prefix(given.name)}{finding}" for finding in (*findings, *reported)]
         return replace(self, sources=tuple(sources), warnings=tuple(warnings))
 
     @cached_property
@@ -116,6 +117,8 @@ class RunData:
             if isinstance(rows, DecodingSource) and (decoder := rows.try_decoder()):
                 text += f"; videos by {decoder}"
             yield f"{given.name}: {text}; {given.drawn(len(rows), self.size)}" if given.name else text
+            if isinstance(rows, ReportingSource):
+                yield from (f"{_prefix(given.name)}{name}: {fact}" for name, fact in rows.facts().items())
 
     def sample_facts(self) -> Iterator[str]:
         """What the policy reports about the samples of each dataset."""
