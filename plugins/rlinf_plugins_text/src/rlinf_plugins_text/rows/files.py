@@ -188,6 +188,7 @@ def _from_arrow(path: Path) -> Iterator[TextRow]:
                 batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
             number = 0
             for batch in batches:
+                batch.validate(full=True)  # Reading offsets of a damaged file may end the process.
                 for row in batch.to_pylist():
                     yield f"{path}, row {number}", row
                     number += 1
