@@ -203,10 +203,11 @@ def _warnings(notes: Notes, stops: Stops) -> Iterator[str]:
                 f"{count} of {turns} turns end in {end!r} (first: {place}), but an exported policy stops at "
                 f"{', '.join(map(repr, stops.tokens)) or 'no token'}: add {end!r} to policy.stop_tokens"
             )
-    for what, (_, place) in notes.of("pieces").items():
+    if pieces := notes.of("pieces"):
         yield (
-            f"the chat template writes control tokens that the tokenizer does not have: {what} (first: {place}). Set "
-            "policy.chat_template to a template with the tokenizer's own, or policy.tokenizer to one that has them"
+            f"the chat template writes control tokens that the tokenizer does not have: {', '.join(pieces)} (first: "
+            f"{next(iter(pieces.values()))[1]}). Set policy.chat_template to a template with the tokenizer's own, or "
+            "policy.tokenizer to one that has them"
         )
     for token, (count, place) in notes.of("no start").items():
         yield (
