@@ -66,3 +66,36 @@ def write_jsonl(path, rows):
 
 def dataset(path, **settings):
     return TextDatasetConfig(config_name="text", repo_id=str(path), **settings)
+
+
+def tokenizer_folder(folder, special, *, eos, bos="", template="", added=()):
+    """A tokenizer with a token per byte and some special ones, written as transformers does."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    folder.mkdir(parents=True, exist_ok=True)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={one: number for number, one in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(special))
+    tokenizer.add_tokens(list(added))
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+        )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos} | ({"bos_token": bos} if bos else {})
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    if template:
+        (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+def trained_parts(row, policy):
+    """What is trained of a row, piece by piece."""
+    import numpy as np
+
+    tokenizer = policy.text_tokenizer()
+    edges = np.flatnonzero(np.diff(row["trained"], prepend=False, append=False)).tolist()
+    pieces = zip(edges[::2], edges[1::2], strict=True)
+    return [tokenizer.decode(row["tokens"][begin:end].tolist()) for begin, end in pieces]

@@ -35,11 +35,19 @@ def parquet_of(rows):
     return out.getvalue()
 
 
+def arrow_of(rows):
+    table, out = pa.Table.from_pylist(rows), io.BytesIO()
+    with pa.ipc.new_stream(out, table.schema) as writer:
+        writer.write_table(table)
+    return out.getvalue()
+
+
 CSV = b'prompt,completion\n"Open the drawer.\n","1. Open"\nb,c\n'
 FILES = {
     "jsonl": st.one_of(damaged(ROWS).map(lines_of), damaged_bytes(lines_of(ROWS))),
     "json": json_texts(ROWS),
     "parquet": damaged_bytes(parquet_of(ROWS)),
+    "arrow": damaged_bytes(arrow_of(ROWS)),
     "csv": damaged_bytes(CSV),
     "txt": damaged_bytes("Öffne die Lade.\n\nGreif".encode()),
 }

@@ -49,6 +49,17 @@ def test_a_new_run_starts_at_zero_and_leaves_its_config(run):
     assert load_config(run().folder / "config.toml") == run()
 
 
+def test_a_key_of_a_later_version_is_no_change_as_long_as_it_has_its_default(run):
+    prepare_folder(run(), overwrite=False)
+    checkpoint(run(), 4)
+    saved = run().folder / "config.toml"
+    lines = saved.read_text().splitlines()
+    saved.write_text("\n".join(line for line in lines if not line.startswith(("norm_floor", "spike_threshold"))))
+    assert decided(run()).step == 4
+    with pytest.raises(UserError, match=r"data\.norm_floor: None -> 0\.1 \(changes what a step computes\)"):
+        decided(run("data.norm_floor=0.1"))
+
+
 def test_an_unfinished_run_continues(run):
     prepare_folder(run(), overwrite=False)
     checkpoint(run(), 4)

@@ -12,8 +12,15 @@ from pathlib import Path
 
 import numpy as np
 
+from rlinf_core.config.load import with_begun
 from rlinf_core.contract.cluster import TORCHRUN, check_world_size
-from rlinf_core.contract.datasets import DatasetConfig, DecodingSource, LeRobotDatasetConfig, SampleSource
+from rlinf_core.contract.datasets import (
+    DatasetConfig,
+    DecodingSource,
+    LeRobotDatasetConfig,
+    ReportingSource,
+    SampleSource,
+)
 from rlinf_core.contract.run import RunConfig, RunSource
 from rlinf_core.data.loading.chunked_sampling import check_streams, chunks_of
 from rlinf_core.data.loading.sampling import check_batch, sample_generator, steps_per_epoch
@@ -82,6 +89,8 @@ def check_run(run: RunConfig, plugins: Plugins, ranks: int | None = None, *, all
     """
     report = Report({"run": str(run.folder)})
     with report.checking():
+        run = with_begun(run)
+    with report.checking():
         plugins.hook.rlinf_configure(run=run)
     rows: list[tuple[RunSource, SampleSource]] = []
     for source in run.sources:
@@ -135,6 +144,9 @@ def _check_data(run: RunConfig, plugins: Plugins, report: Report) -> SampleSourc
             report.facts["held_out_episodes"] = len(np.unique(held_out.episodes))
         report.facts["data"] = describe_splits(train, held_out)
         _check_images(run.data, train, report)
+        if isinstance(train, ReportingSource):
+            report.facts |= train.facts()
+            report.warnings += train.warnings()
     return train
 
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol, Self, overload, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from rlinf_core.config.load import load_config
+from rlinf_core.config.load import load_config, with_begun
 from rlinf_core.contract.datasets import SampleSource, Split
 from rlinf_core.contract.run import RunConfig, RunSource, no_source
 from rlinf_core.data.loading.encoding import encode_rows, read_rows
@@ -224,7 +224,7 @@ def open_samples(
 
 def _load(config: str | os.PathLike[str] | RunConfig, overrides: Sequence[str], plugins: Plugins) -> RunConfig:
     if not isinstance(config, RunConfig):
-        return load_config(config, overrides, plugins)
+        return with_begun(load_config(config, overrides, plugins))
     if overrides:
         raise UserError(f"{overrides[0]!r} cannot override a loaded config: pass the TOML file instead")
     return config

@@ -95,6 +95,7 @@ def train(
         check_world_size(run.cluster, group.size)
         _report(group, (f"plugin left out: {failure}" for failure in plugins.failures), sys.stderr)
         start = folder.start(overwrite=overwrite, allow_change=allow_change)
+        run = folder.run
         _report(group, start.notes)
         if start.finished:
             _report(group, [say_finished(run, start)])

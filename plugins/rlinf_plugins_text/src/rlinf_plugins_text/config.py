@@ -103,7 +103,8 @@ class TextPolicyConfig(TextPolicySettings):
         from rlinf_plugins_text.weights.tensors import save_folder
 
         published = {self.published_name(name): tensor for name, tensor in tensors.items()}
-        save_folder(folder, published, self.model_table(), self.text_tokenizer(), self._weights_folder())
+        source, stops = self._weights_folder(), self.stop_ids()
+        save_folder(folder, published, self.model_table(), self.text_tokenizer(), source, stops)
 
     def open_weights(self) -> WeightSource:
         """Open the safetensors files of `weights`; a model on the hub is downloaded first."""
@@ -118,6 +119,9 @@ class TextPolicyConfig(TextPolicySettings):
             weight_files(folder, self.weights)
         if self.chat_template:
             template_source(self.chat_template)
+        if self.chat_template_kwargs:
+            _ = self.text_tokenizer().chat
+        self.stop_ids()
         self.check_vocabulary()
 
     def _weights_folder(self) -> Path | None:

@@ -41,4 +41,5 @@ def rlinf_open_dataset(dataset: DatasetConfig, policy: PolicyConfig, split: Spli
         max_length=policy.max_length,
         overlong=policy.overlong,
         packing=policy.packing,
+        stops=policy.stops(),
     )

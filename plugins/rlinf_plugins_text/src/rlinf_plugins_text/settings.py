@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from collections.abc import Mapping
+from datetime import date
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from rlinf_core import PolicyConfig, UserError
+from rlinf_plugins_text.rows.source import Stops
 from rlinf_plugins_text.rows.tokenizer import TextTokenizer, load_tokenizer
-from rlinf_plugins_text.weights.folder import config_table, find_folder
+from rlinf_plugins_text.rows.tokens import turn_ends
+from rlinf_plugins_text.weights.folder import config_table, find_folder, generation_table
 
 RANDOM = "random"
 """The value of `weights` that trains from scratch."""
@@ -31,6 +35,14 @@ class TextPolicySettings(PolicyConfig):
     """A folder or hub id with `tokenizer.json`; empty: the one in `weights`."""
     chat_template: str = ""
     """Replaces the tokenizer's own template: `"chatml"`, a Jinja file, or the template itself."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Further variables of the chat template: `{ enable_thinking = false }`. A column of that name adds to them."""
+    template_date: str = ""
+    """The date that a chat template writes (`strftime_now`), as `YYYY-MM-DD`. Empty: the day on which the run began,
+    also when it continues on another day."""
+    stop_tokens: tuple[str, ...] = ()
+    """Tokens that end an answer, for `eos_token_id` of the exported folder, besides those of the model, the tokenizer
+    and the chat template."""
     max_length: int = Field(default=2048, ge=2)
     """Maximum length of a sequence, in tokens."""
     overlong: Literal["cut", "split", "drop"] = "cut"
@@ -66,9 +78,19 @@ class TextPolicySettings(PolicyConfig):
 
     @model_validator(mode="after")
     def _the_config_is_json(self) -> TextPolicySettings:
-        for name, value in self.config.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"config.{name} must be a finite number: JSON has neither NaN nor infinity")
+        for table in ("config", "chat_template_kwargs"):
+            for name, value in getattr(self, table).items():
+                if isinstance(value, float) and not math.isfinite(value):
+                    raise ValueError(f"{table}.{name} must be a finite number: JSON has neither NaN nor infinity")
+        return self
+
+    @model_validator(mode="after")
+    def _the_date_is_a_date(self) -> TextPolicySettings:
+        if self.template_date:
+            try:
+                date.fromisoformat(self.template_date)
+            except ValueError as error:
+                raise ValueError(f"template_date must be a date such as 2026-01-31: {error}") from error
         return self
 
     @model_validator(mode="after")
@@ -82,7 +104,44 @@ class TextPolicySettings(PolicyConfig):
     def text_tokenizer(self) -> TextTokenizer:
         """The tokenizer with the chat template. Raises `UserError` if it cannot be found or read."""
         setting = "policy.tokenizer" if self.tokenizer else "policy.weights"
-        return load_tokenizer(find_folder(self.tokenizer or self.weights, setting), self.chat_template)
+        folder = find_folder(self.tokenizer or self.weights, setting)
+        return load_tokenizer(folder, self.chat_template, self.chat_template_kwargs, self.template_date)
+
+    def stop_ids(self) -> tuple[int, ...]:
+        """The tokens that an exported policy stops at: those that end turns first, then the model's own.
+
+        Raises:
+            UserError: The tokenizer lacks one of `stop_tokens`, or a file cannot be read.
+        """
+        tokenizer = self.text_tokenizer()
+        named = {token: tokenizer.token_id(token) for token in self.stop_tokens}
+        if missing := [token for token, found in named.items() if found is None]:
+            raise UserError(f"policy.stop_tokens: the tokenizer in {tokenizer.folder} has no token {missing[0]!r}")
+        folder = None if self.weights == RANDOM else find_folder(self.weights, "policy.weights")
+        own = [
+            *_ids(self.model_table().get("eos_token_id")),
+            *_ids(generation_table(folder).get("eos_token_id")),
+            *_ids(tokenizer.id_of("eos_token")),
+        ]
+        return tuple(dict.fromkeys([*turn_ends(tokenizer).stops, *_ids(list(named.values())), *own]))
+
+    def stops(self) -> Stops:
+        """The tokens of `stop_ids` as text, and those that end turns but are no such tokens."""
+        tokenizer = self.text_tokenizer()
+        tokens = [
+            tuple(tokenizer.decode([one]) for one in ids) for ids in (self.stop_ids(), turn_ends(tokenizer).inner)
+        ]
+        return Stops(*tokens)
+
+    def begun(self, saved: Mapping[str, Any] | None) -> Self:
+        """The policy with the date of the run's first day if the chat template writes one."""
+        if self.template_date:
+            return self
+        if saved is not None:
+            given = saved.get("template_date", "")
+            return self.model_copy(update={"template_date": given}) if isinstance(given, str) and given else self
+        today = self.text_tokenizer().date
+        return self.model_copy(update={"template_date": today}) if today else self
 
     def model_table(self) -> dict[str, Any]:
         """The model's `config.json` with `config` applied. Raises `UserError` if there is none."""
@@ -102,3 +161,8 @@ class TextPolicySettings(PolicyConfig):
                 f"policy.tokenizer: {self.text_tokenizer().folder} has {entries} entries, but the model embeds only "
                 f"{embedded}: they belong to different models"
             )
+
+
+def _ids(value: Any) -> list[int]:
+    """The ids in a value of `eos_token_id`: one, several, or none."""
+    return [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, int)]

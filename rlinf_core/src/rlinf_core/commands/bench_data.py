@@ -54,13 +54,13 @@ def run(options: argparse.Namespace) -> None:
             raise UserError(f"--{name} must be greater than 0, not {value}")
     if options.samples_per_second_per_gpu is not None and options.samples_per_second_per_gpu <= 0:
         raise UserError("--samples-per-second-per-gpu must be greater than 0")
-    from rlinf_core.config.load import load_config
+    from rlinf_core.config.load import load_config, with_begun
     from rlinf_core.plugins.registry import get_plugins
     from rlinf_core.terminal import print_phase
 
     print_phase("loading plugins and the config")
     plugins = get_plugins()
-    config = load_config(options.config, options.overrides, plugins)
+    config = with_begun(load_config(options.config, options.overrides, plugins))
     print_phase(f"loading torch and measuring for {options.seconds:g} seconds")
     from rlinf_core.data_speed import measure  # Loads torch, which takes seconds: report config mistakes first.
 

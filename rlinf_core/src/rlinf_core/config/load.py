@@ -45,7 +45,7 @@ from rlinf_core.plugins.registrations import RegistrationKind
 from rlinf_core.plugins.registry import ALWAYS_ON, Plugins, get_plugins
 from rlinf_core.untrusted import without_secrets
 
-__all__ = ["diff_tables", "dump_config", "load_config", "read_toml"]
+__all__ = ["diff_tables", "dump_config", "load_config", "read_toml", "with_begun"]
 
 _MIXTURE = ("data", "mixture")
 _POLICY = ("policy", "type")
@@ -94,6 +94,27 @@ def find_tables(path: str | os.PathLike[str], overrides: Sequence[str] = (), plu
     draft = _Draft(Path(path), overrides, plugins or get_plugins())
     draft.choose_classes()
     return draft.tables()
+
+
+def with_begun(run: RunConfig, *, replacing: bool = False) -> RunConfig:
+    """The run with what its policy decides when a run begins, or decided then; see `PolicyConfig.begun`.
+
+    Args:
+        run: The run.
+        replacing: The run replaces the one in its folder.
+
+    Raises:
+        UserError: A file of the policy cannot be read.
+    """
+    saved = run.folder / "config.toml"
+    table: Any = None
+    if saved.exists() and not replacing:
+        try:
+            table = read_toml(saved).get("policy")
+        except UserError:  # `decide_start` reports it.
+            table = None
+    policy = run.policy.begun(table if isinstance(table, Mapping) else None)
+    return run if policy is run.policy else run.model_copy(update={"policy": policy})
 
 
 def dump_config(run: RunConfig) -> str:

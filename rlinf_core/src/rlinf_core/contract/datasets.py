@@ -131,6 +131,19 @@ class StillSource(SampleSource, Protocol):
         ...
 
 
+@runtime_checkable
+class ReportingSource(SampleSource, Protocol):
+    """A source that says what it made of its data: columns it does not use, what may train a wrong model."""
+
+    def facts(self) -> Mapping[str, str]:
+        """What users should know: short name -> one line of text. Shown by `rlinf validate` and when a run starts."""
+        ...
+
+    def warnings(self) -> Sequence[str]:
+        """What may train a wrong model, one sentence each with its way out."""
+        ...
+
+
 class DatasetConfig(BaseModel):
     """The `[data]` table. Subclasses add fields; every field can be set in TOML."""
 

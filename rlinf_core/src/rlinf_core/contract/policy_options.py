@@ -92,6 +92,24 @@ class BoundToData:
         return self
 
 
+class Begun:
+    """What a run decides once, when it begins, and keeps when it continues: today's date in a prompt, for example.
+
+    Wanted by a policy whose samples depend on something besides config and data. Without it, such a run could not be
+    continued on another day or machine.
+    """
+
+    def begun(self, saved: Mapping[str, Any] | None) -> Self:
+        """The policy with such values in its fields; the run's `config.toml` keeps them.
+
+        Called before the data are opened, by `rlinf validate` and by rank 0 of a run for all ranks.
+
+        Args:
+            saved: The `[policy]` table of the run's `config.toml`, perhaps of an earlier version; None: the run begins.
+        """
+        return self
+
+
 class Counted:
     """What a step takes, for `rlinf plan` and for a run's MFU.
 
@@ -220,5 +238,5 @@ class TrainedOn(NamedTuple):
     """Its normalisation statistics; None for policies that do not normalise."""
 
 
-OPTIONS = (Described, Measured, BoundToData, Counted, Published, Checked, Exported)
+OPTIONS = (Described, Measured, BoundToData, Begun, Counted, Published, Checked, Exported)
 """All of them, in the order of the page docs/contract.md."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from rlinf_core.config.load import with_begun
 from rlinf_core.contract.datasets import ColumnSource, SampleSource
 from rlinf_core.contract.run import RunConfig, RunSource
 from rlinf_core.data.images.still import describe_still, still_camera
@@ -113,6 +114,7 @@ def inspect_run(run: RunConfig, plugins: Plugins, at: Sequence[tuple[str, int, i
     Raises:
         UserError: A row of `at` does not exist.
     """
+    run = with_begun(run)
     print_phase("opening the data")
     opened = [_open(source, plugins) for source in run.sources]  # Kept open, so that check_run need not reopen them.
     print_phase("checking data, statistics and files")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rlinf_core.contract.datasets import DecodingSource, SampleSource, Split, StillSource
+from rlinf_core.contract.datasets import DecodingSource, ReportingSource, SampleSource, Split, StillSource
 from rlinf_core.contract.evaluation import ValidationBatch
 from rlinf_core.contract.policy import PolicyConfig
 from rlinf_core.contract.process_group import ProcessGroup
@@ -88,7 +88,8 @@ class RunData:
                 stats, findings = run_statistics(given.run, rows, group, resuming=resuming, file=given.statistics)
                 pipeline = build_pipeline(given.run.data, self.run.policy, stats)
             sources.append(Source(rows, pipeline, given.name, given.share))
-            warnings += [f"{_prefix(given.name)}{finding}" for finding in findings]
+            reported = rows.warnings() if isinstance(rows, ReportingSource) else ()
+            warnings += [f"{_prefix(given.name)}{finding}" for finding in (*findings, *reported)]
         if not resuming:
             warnings += compare_rates(list(zip(self.run.sources, self.rows, strict=True)))
         prepared = replace(self, sources=tuple(sources), warnings=tuple(warnings))
@@ -166,6 +167,8 @@ class RunData:
             if isinstance(rows, DecodingSource) and (decoder := rows.try_decoder()):
                 text += f"; videos by {decoder}"
             yield f"{given.name}: {text}; {given.drawn(len(rows), self.size)}" if given.name else text
+            if isinstance(rows, ReportingSource):
+                yield from (f"{_prefix(given.name)}{name}: {fact}" for name, fact in rows.facts().items())
 
     def still_cameras(self) -> Iterator[str]:
         """A warning per camera that was the same in all rows that `facts` decoded."""

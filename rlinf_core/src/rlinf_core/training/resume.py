@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlinf_core.config.load import diff_tables, dump_config, read_toml
+from rlinf_core.config.toml import dotted, leaves
 from rlinf_core.contract.optim import OptimConfig
 from rlinf_core.contract.run import RunConfig
 from rlinf_core.errors import UserError
@@ -283,7 +284,12 @@ def find_changes(run: RunConfig, saved: Mapping[str, Any], *, allow_change: bool
     Raises:
         UserError: A change affects what a step computes, and `allow_change` is False.
     """
-    changes = diff_tables(_with_optim_names(saved), read_toml(dump_config(run)))
+    chosen = {dotted(path) for path, _ in leaves(run.model_dump(mode="json", exclude_none=True, exclude_defaults=True))}
+    changes = [
+        (key, before, after)
+        for key, before, after in diff_tables(_with_optim_names(saved), read_toml(dump_config(run)))
+        if before is not None or key in chosen  # Else a key of a later version, with the default that changes nothing.
+    ]
     if not allow_change and any(not may_change(key) for key, _, _ in changes):
         lines = "\n".join(lines_of(changes))
         raise UserError(

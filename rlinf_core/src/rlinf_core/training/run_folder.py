@@ -19,7 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from rlinf_core.config.load import dump_config, read_toml
+from rlinf_core.config.load import dump_config, read_toml, with_begun
+from rlinf_core.contract.policy import PolicyConfig
 from rlinf_core.contract.process_group import ProcessGroup
 from rlinf_core.contract.run import RunConfig
 from rlinf_core.errors import UserError
@@ -49,11 +50,13 @@ ASK_AGAIN = 0.2
 class RunFolder:
     """The folder of a run that is about to start. Every rank makes the same calls; rank 0 reads and writes.
 
+    `run` is the run's config; after `start` it has what the run decided when it began (`PolicyConfig.begun`).
+
     A context manager: the folder stays locked until it exits.
     """
 
     def __init__(self, run: RunConfig, group: ProcessGroup) -> None:
-        self._run, self._group = run, group
+        self.run, self._group = run, group
         self._agents: frozenset[str] = frozenset()
         self._locked = ExitStack()
 
@@ -73,15 +76,19 @@ class RunFolder:
         Raises:
             UserError: The run cannot start here; see `resume.decide_start`.
         """
-        run, group = self._run, self._group
+        group = self._group
         self._agents = frozenset(group.gather(own_agent())) - {""}
 
-        def first() -> Start:
+        def first() -> tuple[Start, PolicyConfig]:
+            run = self.run
             restarted = is_restart(run.folder, self._agents)
             self._locked.enter_context(lock_folder(run, patience=ORPHANS_WAIT if restarted else 0.0))
-            return decide_start(run, read_folder(run), Flags(overwrite, allow_change, restarted))
+            run = with_begun(run, replacing=overwrite and not restarted)
+            return decide_start(run, read_folder(run), Flags(overwrite, allow_change, restarted)), run.policy
 
-        return verify_start(run, group, group.decide(first), allow_change=allow_change)
+        start, policy = group.decide(first)
+        self.run = self.run.model_copy(update={"policy": policy})
+        return verify_start(self.run, group, start, allow_change=allow_change)
 
     @contextmanager
     def transaction(self, start: Start) -> Iterator[None]:
@@ -91,7 +98,7 @@ class RunFolder:
             UserError: The folder cannot be written to, or the checkpoint folder belongs to another run. A `UserError`
                 from the body is raised with the changes to the config as its likely cause.
         """
-        run, begun = self._run, False
+        run, begun = self.run, False
 
         def prepare() -> None:
             nonlocal begun

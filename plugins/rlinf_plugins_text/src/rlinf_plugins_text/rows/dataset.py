@@ -14,13 +14,17 @@ from rlinf_core.data.transforms import Transform
 
 Format = Literal["text", "prompt_completion", "messages", "sharegpt"]
 
+BESIDE = ("tools", "system", "chat_template_kwargs", "reasoning_content", "thinking")
+"""Names that any chat may have: columns beside its messages, and keys of its messages."""
 KEYS: Mapping[str, Sequence[str]] = {
     "text": ("text",),
-    "prompt_completion": ("prompt", "completion"),
-    "messages": ("messages", "role", "content"),
-    "sharegpt": ("conversations", "from", "value"),
+    "prompt_completion": ("prompt", "completion", "role", "content", *BESIDE),
+    "messages": ("messages", "role", "content", *BESIDE),
+    "sharegpt": ("conversations", "from", "value", *BESIDE),
 }
 """Format -> the names in a row that `data.keys` can map to other columns."""
+CALLS = "function_call"
+"""Role of a message whose content is the JSON of the assistant's calls."""
 ROLES: Mapping[str, str] = {
     "system": "system",
     "human": "user",
@@ -28,6 +32,10 @@ ROLES: Mapping[str, str] = {
     "gpt": "assistant",
     "chatgpt": "assistant",
     "assistant": "assistant",
+    "function_call": CALLS,
+    "observation": "tool",
+    "function_response": "tool",
+    "tool": "tool",
 }
 """Speakers in ShareGPT conversations -> roles in chat templates."""
 
@@ -53,7 +61,8 @@ class TextDatasetConfig(DatasetConfig):
     OpenAI and transformers; `sharegpt`, a chat of `from` and `value`."""
     keys: dict[str, str] = {}
     """Renamed columns: the format's name -> the column in the data. The formats' names: `text`; `prompt`,
-    `completion`; `messages`, `role`, `content`; `conversations`, `from`, `value`."""
+    `completion`; `messages`, `role`, `content`; `conversations`, `from`, `value`; in every chat also `tools`, `system`,
+    `chat_template_kwargs`, and `reasoning_content` and `thinking`, keys of messages."""
     roles: dict[str, str] = {}
     """Speakers in the data -> `system`, `user`, `assistant` or another role that the chat template knows, in addition
     to the usual names of ShareGPT."""

@@ -1,4 +1,7 @@
-"""Rows of text files and hub datasets, each with its origin. Imports no torch, and `datasets` only when needed."""
+"""Rows of text files, saved datasets and hub datasets, each with its origin.
+
+Imports no torch, and `datasets` only for datasets on the hub.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,11 @@ from typing import Any
 
 from rlinf_core import UserError
 from rlinf_core.hub import local_path, parse_hub_id
-from rlinf_core.untrusted import parse_json
+from rlinf_core.untrusted import parse_json, path_inside, read_json
 from rlinf_plugins_text.rows.dataset import TextDatasetConfig
 
+SPLITS, STATE = "dataset_dict.json", "state.json"
+"""Descriptions in the folders of `save_to_disk`: of several splits, and of one."""
 TextRow = tuple[str, dict[str, Any]]
 """Origin of a row, for messages, and the row itself."""
 
@@ -32,7 +37,8 @@ def read_rows(config: TextDatasetConfig, *, held_out: bool = False) -> Iterator[
         yield from _from_hub(config, config.validation_split if held_out else config.split)
         return
     wrong = [name for name in ("subset", "validation_split", "revision") if getattr(config, name)]
-    if wrong := wrong + ["split"] * (config.split != "train"):
+    wrong += ["split"] * (config.split != "train")
+    if wrong := [name for name in wrong if not _is_saved(path) or name in ("subset", "revision")]:
         raise UserError(f"data.{wrong[0]} is for datasets on the hub, but {path} is a file or folder: remove it")
     files = _held_out_files(config, path) if held_out else text_files(config)
     for file in files:
@@ -47,6 +53,8 @@ def text_files(config: TextDatasetConfig) -> list[Path]:
     path = local_path(config.repo_id, "data.repo_id")
     if path is None:
         return []
+    if _is_saved(path) and not config.files:
+        return _saved_files(path, config.split, "data.split")
     found = _in_folder(path, config.files, "data.files") if path.is_dir() else [path]
     if path.is_file() and config.files:
         raise UserError(f"data.files: data.repo_id = {config.repo_id} is already a file; set only one of them")
@@ -66,6 +74,8 @@ def all_files(config: TextDatasetConfig) -> list[Path]:
 
 
 def _held_out_files(config: TextDatasetConfig, path: Path) -> list[Path]:
+    if config.validation_split and _is_saved(path):
+        return _saved_files(path, config.validation_split, "data.validation_split")
     patterns = config.validation_files
     beside = [Path(one).expanduser() for one in patterns if Path(one).expanduser().is_file()]
     inside = tuple(one for one in patterns if not Path(one).expanduser().is_file())
@@ -83,6 +93,35 @@ def _in_folder(folder: Path, patterns: Sequence[str], setting: str) -> list[Path
             raise UserError(f"{setting}: no readable file in {folder} matches {pattern!r}")
         found |= dict.fromkeys(readable)
     return list(found)
+
+
+def _is_saved(path: Path) -> bool:
+    """Whether `save_to_disk` of `datasets` wrote this folder."""
+    return (path / SPLITS).is_file() or ((path / STATE).is_file() and (path / "dataset_info.json").is_file())
+
+
+def _saved_files(path: Path, split: str, setting: str) -> list[Path]:
+    """The Arrow files of a split of such a folder; `datasets` itself would also restore pickled objects.
+
+    Raises:
+        UserError: There is no such split, or its description is damaged.
+    """
+    file = path / SPLITS
+    try:
+        if file.is_file():
+            splits = read_json(file)["splits"]
+            if split not in splits:
+                raise UserError(f"{setting}: {path} has no split {split!r} (available: {', '.join(map(str, splits))})")
+            path = path_inside(path, split)
+        elif setting == "data.validation_split" or split != "train":
+            raise UserError(f"{setting}: {path} has a single split: remove this setting")
+        file = path / STATE
+        state = read_json(file)
+        if state.get("_indices_data_files") or state.get("_indices_files"):
+            raise UserError(f"{path} selects rows by an index: save it again with a newer version of datasets")
+        return [path_inside(path, one["filename"]) for one in state["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def _from_jsonl(path: Path) -> Iterator[TextRow]:
@@ -134,6 +173,29 @@ def _from_parquet(path: Path) -> Iterator[TextRow]:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
+def _from_arrow(path: Path) -> Iterator[TextRow]:
+    """A file of `datasets`: a stream of record batches, or Arrow's file format."""
+    import pyarrow
+    from pyarrow import ipc
+
+    try:
+        with pyarrow.memory_map(str(path)) as file:
+            try:
+                reader: Any = ipc.open_stream(file)
+                batches = iter(reader)
+            except pyarrow.ArrowInvalid:
+                reader = ipc.open_file(file)
+                batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
+            number = 0
+            for batch in batches:
+                batch.validate(full=True)  # Reading offsets of a damaged file may end the process.
+                for row in batch.to_pylist():
+                    yield f"{path}, row {number}", row
+                    number += 1
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
 def _from_txt(path: Path) -> Iterator[TextRow]:
     """One text per paragraph; paragraphs are separated by empty lines."""
     with _opened(path) as file:
@@ -146,6 +208,7 @@ READERS: dict[str, Callable[[Path], Iterator[TextRow]]] = {
     ".jsonl": _from_jsonl,
     ".json": _from_json,
     ".parquet": _from_parquet,
+    ".arrow": _from_arrow,
     ".csv": _from_csv,
     ".txt": _from_txt,
 }

@@ -8,9 +8,9 @@ from __future__ import annotations
 import functools
 import hashlib
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,11 +18,20 @@ from numpy.typing import NDArray
 from rlinf_core import UserError
 from rlinf_core.data.sample import Row
 from rlinf_plugins_text.rows.dataset import TextDatasetConfig
-from rlinf_plugins_text.rows.store import TokenStore, open_store
+from rlinf_plugins_text.rows.store import Notes, TokenStore, open_store
 from rlinf_plugins_text.rows.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
     from rlinf_core.contract.datasets import Split
+
+
+class Stops(NamedTuple):
+    """Where an exported policy stops, as text."""
+
+    tokens: tuple[str, ...]
+    """The tokens that it stops at."""
+    inner: tuple[str, ...] = ()
+    """Tokens that end turns of the chat template, but are also inside turns."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,10 @@ class TextSource:
     """[S], indices of the pieces, ordered by row."""
     ends: NDArray[np.int64]
     """[N + 1], row n is `pieces[ends[n] : ends[n + 1]]`."""
+    stops: Stops
+    """The tokens that an exported policy stops at."""
+    date: str
+    """The date that the chat template writes; empty: it writes none."""
     left_out: str
     """How many texts are in no row, and why: too long, or without a trained token; empty: none are left out."""
 
@@ -63,6 +76,27 @@ class TextSource:
         """Where the first text of a row comes from."""
         more = int(self.ends[index + 1] - self.ends[index]) - 1
         return self.store.where(int(self.episodes[index])) + (f" and {more} more" if more else "")
+
+    def facts(self) -> Mapping[str, str]:
+        """How turns end, what of the data is not used, and the date in the texts."""
+        notes = self.store.notes()
+        facts = {
+            "turns end in": ", ".join(f"{end} ({count})" for end, (count, _) in notes.of("ends").items() if end),
+            "not used": "; ".join(
+                f"{what} ({_texts(count)}, first: {place})" for what, (count, place) in notes.of("unused").items()
+            ),
+            "already there": "; ".join(
+                f"{token!r} in {_texts(count)}, not added again" for token, (count, _) in notes.of("given").items()
+            ),
+            "date": f"the chat template writes {self.date}, the same as long as the run lasts (policy.template_date)"
+            if self.date
+            else "",
+        }
+        return {name: fact for name, fact in facts.items() if fact}
+
+    def warnings(self) -> Sequence[str]:
+        """What of the tokens makes a model that does not stop, or that reads other tokens than it was trained on."""
+        return list(_warnings(self.store.notes(), self.stops))
 
     def fingerprint(self) -> str:
         """A hash of the tokens and of how they form rows."""
@@ -103,6 +137,7 @@ def open_text(
     max_length: int,
     overlong: str,
     packing: bool,
+    stops: Stops,
 ) -> TextSource:
     """Open the rows of a split.
 
@@ -113,6 +148,7 @@ def open_text(
         max_length: Maximum number of tokens in a row.
         overlong: What to do with longer texts: `"cut"`, `"split"` or `"drop"`.
         packing: Whether a row may hold several texts.
+        stops: The tokens that an exported policy stops at.
 
     Raises:
         UserError: A row is invalid, the tokenizer lacks something, or no token would be trained.
@@ -130,7 +166,61 @@ def open_text(
     groups = pack(lengths, max_length) if packing else np.split(np.arange(len(texts)), len(texts))
     ends = np.cumsum([0, *(len(group) for group in groups)], dtype=np.int64)
     pieces = np.concatenate(groups)
-    return TextSource(store, dataset.repo_id, texts, begins, lengths, pieces, ends, left_out)
+    return TextSource(
+        store=store,
+        name=dataset.repo_id,
+        texts=texts,
+        begins=begins,
+        lengths=lengths,
+        pieces=pieces,
+        ends=ends,
+        stops=stops,
+        date=tokenizer.date if store.notes().of("chats") else "",
+        left_out=left_out,
+    )
+
+
+def _warnings(notes: Notes, stops: Stops) -> Iterator[str]:
+    turns = sum(count for count, _ in notes.of("ends").values())
+    for end, (count, place) in notes.of("ends").items():
+        if not end:
+            yield (
+                f"{count} of {turns} turns end in no control token, so that the model does not learn to stop there "
+                f"(first: {place}): set policy.chat_template to a template that ends turns with a token of the "
+                'tokenizer, such as "chatml"'
+            )
+        elif end in stops.inner and end not in stops.tokens:
+            yield (
+                f"{count} of {turns} turns end in {end!r} (first: {place}), which the chat template also writes inside "
+                "turns, so that an exported policy does not stop at it: these turns do not teach the model to stop. A "
+                "message with weight = 0 is left out of the loss"
+            )
+        elif end not in stops.tokens:
+            yield (
+                f"{count} of {turns} turns end in {end!r} (first: {place}), but an exported policy stops at "
+                f"{', '.join(map(repr, stops.tokens)) or 'no token'}: add {end!r} to policy.stop_tokens"
+            )
+    if pieces := notes.of("pieces"):
+        yield (
+            f"the chat template writes control tokens that the tokenizer does not have: {', '.join(pieces)} (first: "
+            f"{next(iter(pieces.values()))[1]}). Set policy.chat_template to a template with the tokenizer's own, or "
+            "policy.tokenizer to one that has them"
+        )
+    for token, (count, place) in notes.of("no start").items():
+        yield (
+            f"{_texts(count)} without {token!r} at the beginning (first: {place}), which the tokenizer puts before "
+            "every other text, and which the model expects there: set policy.chat_template to a template that writes "
+            "bos_token"
+        )
+    for token, (count, place) in notes.of("doubled").items():
+        yield (
+            f"{token!r} is twice in a row in {_texts(count)} (first: {place}): the data contain what the chat template "
+            "or the tokenizer writes; remove it from the data, or change policy.chat_template"
+        )
+
+
+def _texts(count: int) -> str:
+    return f"{count} {'text' if count == 1 else 'texts'}"
 
 
 def _way_out(dataset: TextDatasetConfig) -> str:

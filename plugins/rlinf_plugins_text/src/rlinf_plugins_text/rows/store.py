@@ -11,8 +11,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,28 @@ from rlinf_plugins_text.rows.dataset import TextDatasetConfig
 from rlinf_plugins_text.rows.files import TextRow, content_tag, read_rows
 from rlinf_plugins_text.rows.formats import Example, to_example
 from rlinf_plugins_text.rows.tokenizer import TextTokenizer
+from rlinf_plugins_text.rows.tokens import Tokens, control_pieces, tokenize
 
-VERSION = 3
+VERSION = 4
 """Version of the file format and of tokenization; part of the folder's name."""
 AT_ONCE = 1000
 """Texts tokenized in one call, which uses all cores."""
+
+
+@dataclass(frozen=True)
+class Notes:
+    """What was noticed in the texts: kind -> what -> how often, and where first."""
+
+    found: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
+
+    def add(self, kind: str, what: str, place: str) -> None:
+        """Count one more; `place` is where the text comes from."""
+        entry = self.found.setdefault(kind, {}).setdefault(what, [0, place])
+        entry[0] += 1
+
+    def of(self, kind: str) -> Mapping[str, tuple[int, str]]:
+        """What was found of a kind -> how often, and where first."""
+        return {what: (count, place) for what, (count, place) in self.found.get(kind, {}).items()}
 
 
 @dataclass(frozen=True)
@@ -50,6 +67,10 @@ class TokenStore:
     def digest(self) -> str:
         """A hash of the tokens and of which are trained and held out; it does not depend on the folder's path."""
         return (self.folder / "digest.txt").read_text()
+
+    def notes(self) -> Notes:
+        """What was noticed while the texts were tokenized."""
+        return Notes(json.loads((self.folder / "notes.json").read_text(encoding="utf-8")))
 
     def where(self, text: int) -> str:
         """Where a text comes from, for messages."""
@@ -78,7 +99,7 @@ def cache_folder() -> Path:
 
 def _tokenizer_tag(tokenizer: TextTokenizer) -> str:
     file = (tokenizer.folder / "tokenizer.json").read_bytes()
-    rest = json.dumps([tokenizer.template_source, tokenizer.special_tokens]).encode()
+    rest = json.dumps(tokenizer.chat_tag).encode()
     return hashlib.blake2b(file + rest, digest_size=12).hexdigest()
 
 
@@ -104,6 +125,7 @@ def _make(config: TextDatasetConfig, tokenizer: TextTokenizer, folder: Path) -> 
 def _write(config: TextDatasetConfig, tokenizer: TextTokenizer, folder: Path) -> None:
     lengths: list[int] = []
     held_out: list[bool] = []
+    notes = Notes()
     digest = hashlib.blake2b(digest_size=12)
     with (
         (folder / "tokens").open("wb") as tokens,
@@ -112,11 +134,12 @@ def _write(config: TextDatasetConfig, tokenizer: TextTokenizer, folder: Path) ->
     ):
         for part in (False, True) if config.validation_files or config.validation_split else (False,):
             for places, examples in _batches(read_rows(config, held_out=part), config, tokenizer):
-                for ids, mask in tokenize(examples, tokenizer):
-                    tokens.write(ids.tobytes())
-                    trained.write(mask.tobytes())
-                    digest.update(ids.tobytes() + mask.tobytes())
-                    lengths.append(len(ids))
+                for place, example, one in zip(places, examples, tokenize(examples, tokenizer), strict=True):
+                    tokens.write(one.ids.tobytes())
+                    trained.write(one.trained.tobytes())
+                    digest.update(one.ids.tobytes() + one.trained.tobytes())
+                    lengths.append(len(one.ids))
+                    _note(notes, place, example, one, tokenizer)
                 held_out += [part] * len(places)
                 where.write("".join(f"{place}\n" for place in places))
     for name, kind in (("tokens", np.int32), ("trained", np.bool_)):
@@ -127,7 +150,25 @@ def _write(config: TextDatasetConfig, tokenizer: TextTokenizer, folder: Path) ->
     np.save(folder / "held_out.npy", np.array(held_out, np.bool_))
     digest.update(np.array(held_out, np.bool_).tobytes())
     (folder / "digest.txt").write_text(digest.hexdigest())
+    (folder / "notes.json").write_text(json.dumps(notes.found), encoding="utf-8")
     np.save(folder / "ends.npy", np.cumsum([0, *lengths], dtype=np.int64))
+
+
+def _note(notes: Notes, place: str, example: Example, tokens: Tokens, tokenizer: TextTokenizer) -> None:
+    for what in example.unused:
+        notes.add("unused", what, place)
+    for end in tokens.ends:
+        notes.add("ends", "" if end is None else tokenizer.decode([end]), place)
+    for kind, names in (("given", tokens.given), ("doubled", tokens.doubled)):
+        for name in names:
+            notes.add(kind, name, place)
+    if example.turns and not notes.of("chats"):
+        for name, pieces in control_pieces(example.text, tokenizer).items():
+            notes.add("pieces", f"{name!r} is {pieces} tokens instead of one", place)
+    if example.turns:
+        notes.add("chats", "", place)
+        if (start := tokenizer.start) and tuple(tokens.ids[: len(start)].tolist()) != start:
+            notes.add("no start", tokenizer.decode(start), place)
 
 
 def _batches(
@@ -143,33 +184,3 @@ def _batches(
             except UserError as error:
                 raise UserError(f"{place}: {error}") from error
         yield [place for place, _ in some], examples
-
-
-def tokenize(
-    examples: list[Example], tokenizer: TextTokenizer
-) -> Iterator[tuple[NDArray[np.int32], NDArray[np.bool_]]]:
-    """Tokens [T] of each example, and which of them are trained [T].
-
-    A token is trained if it begins in a trained part. A prompt is tokenized by itself where that gives other tokens
-    than tokenizing it together with its completion, because it will stand alone when the model is used.
-    """
-    whole = tokenizer.encode([one.text for one in examples])
-    prompts = tokenizer.encode([one.text[: one.prompt] for one in examples])
-    apart = [i for i, one in enumerate(examples) if one.prompt and whole[i].ids[: len(prompts[i])] != prompts[i].ids]
-    completions = dict(
-        zip(apart, tokenizer.encode([examples[i].text[examples[i].prompt :] for i in apart]), strict=True)
-    )
-    for number, example in enumerate(examples):
-        pieces = [(whole[number], 0)]
-        if number in completions:
-            pieces = [(prompts[number], 0), (completions[number], example.prompt)]
-        ids = [token for piece, _ in pieces for token in piece.ids]
-        begins = np.array([start + shift for piece, shift in pieces for start, _ in piece.offsets], np.int64)
-        mask: NDArray[np.bool_] = np.zeros(len(ids), np.bool_)
-        for first, last in example.trained:
-            mask |= (begins >= first) & (begins < last)
-        if example.whole:
-            ids = [*tokenizer.start, *ids, tokenizer.end]
-            mask = np.pad(mask, (len(tokenizer.start), 1))
-            mask[-1] = True
-        yield np.array(ids, np.int32), mask

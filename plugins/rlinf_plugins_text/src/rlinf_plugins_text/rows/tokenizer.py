@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +32,16 @@ class TextTokenizer:
     Args:
         folder: The folder with `tokenizer.json` and `tokenizer_config.json`.
         chat_template: Replaces its own template: `"chatml"`, the path of a Jinja file, or the template itself.
+        arguments: Further variables of the template.
+        date: The date that the template may write, as `YYYY-MM-DD`; empty: today.
 
     Raises:
         UserError: A file is missing or cannot be read.
     """
 
-    def __init__(self, folder: Path, chat_template: str = "") -> None:
+    def __init__(
+        self, folder: Path, chat_template: str = "", *, arguments: Mapping[str, Any] | None = None, date: str = ""
+    ) -> None:
         from tokenizers import Tokenizer
 
         path = folder / "tokenizer.json"
@@ -54,6 +60,7 @@ class TextTokenizer:
         self._config = _read_json(folder / "tokenizer_config.json")
         self.special_tokens = _special_tokens(self._config | _read_json(folder / "special_tokens_map.json"))
         self._template_source = template_source(chat_template) if chat_template else self._own_template()
+        self._arguments, self._date = dict(arguments or {}), date
 
     @functools.cached_property
     def chat(self) -> ChatTemplate:
@@ -63,7 +70,19 @@ class TextTokenizer:
                 f"the tokenizer in {self.folder} has no chat template: set policy.chat_template to "
                 '"chatml" or to a Jinja file; prompts with completions need none if data.as_chat = false'
             )
-        return ChatTemplate(self._template_source, self.special_tokens)
+        return ChatTemplate(self._template_source, self.special_tokens, arguments=self._arguments, date=self._date)
+
+    @property
+    def date(self) -> str:
+        """The date that the chat template writes, or of today; empty: it writes none."""
+        if not self._template_source or "strftime_now" not in self._template_source or not self.chat.reads_date:
+            return ""
+        return self._date or datetime.now().date().isoformat()
+
+    @property
+    def chat_tag(self) -> list[Any]:
+        """What the text of a chat depends on besides the chat."""
+        return [self._template_source, self.special_tokens, self._arguments, self.date]
 
     @property
     def template_source(self) -> str:
@@ -74,6 +93,15 @@ class TextTokenizer:
     def size(self) -> int:
         """Largest id plus one."""
         return int(max(self._tokenizer.get_vocab(with_added_tokens=True).values())) + 1
+
+    @functools.cached_property
+    def control(self) -> frozenset[int]:
+        """The ids of special tokens, which no other text gives."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        named = (self.id_of(name) for name in ("bos_token", "eos_token"))
+        return frozenset(id for id, token in added.items() if token.special) | frozenset(
+            one for one in named if one is not None
+        )
 
     @functools.cached_property
     def end(self) -> int:
@@ -91,6 +119,11 @@ class TextTokenizer:
         """The id of a special token (`eos_token`, ...); None if there is none."""
         token = self.special_tokens.get(name)
         return None if token is None else self._tokenizer.token_to_id(token)
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token by its text; None if there is none."""
+        found: int | None = self._tokenizer.token_to_id(token)
+        return found
 
     def encode(self, texts: Sequence[str]) -> list[Any]:
         """Encodings of `tokenizers` with `ids` and character `offsets`; no special tokens are added."""
@@ -121,10 +154,16 @@ class TextTokenizer:
         return template
 
 
-@functools.lru_cache(maxsize=4)
-def load_tokenizer(folder: Path, chat_template: str) -> TextTokenizer:
+def load_tokenizer(
+    folder: Path, chat_template: str, arguments: Mapping[str, Any] | None = None, date: str = ""
+) -> TextTokenizer:
     """A tokenizer, read once per process."""
-    return TextTokenizer(folder, chat_template)
+    return _load(folder, chat_template, json.dumps(arguments or {}), date)
+
+
+@functools.lru_cache(maxsize=4)
+def _load(folder: Path, chat_template: str, arguments: str, date: str) -> TextTokenizer:
+    return TextTokenizer(folder, chat_template, arguments=json.loads(arguments), date=date)
 
 
 def template_source(chat_template: str) -> str:

@@ -75,6 +75,19 @@ def config_table(folder: Path, setting: str) -> dict[str, Any]:
     return table
 
 
+def generation_table(folder: Path | None) -> dict[str, Any]:
+    """The `generation_config.json` of a folder; empty if it has none. Raises `UserError` if it cannot be read."""
+    if folder is None or not (path := folder / GENERATION).exists():
+        return {}
+    try:
+        table = read_json(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"policy.weights: {path} cannot be read: {error}") from error
+    if not isinstance(table, dict):
+        raise UserError(f"policy.weights: {path} must hold a JSON object")
+    return table
+
+
 def _shards(index: Path) -> list[str]:
     try:
         names = sorted(set(read_json(index)["weight_map"].values()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from rlinf_core import UserError
 from rlinf_plugins_text.rows.tokenizer import FILES, TextTokenizer
 from rlinf_plugins_text.weights.architecture import model_class, model_config
-from rlinf_plugins_text.weights.folder import CONFIG, GENERATION, INDEX, SINGLE, weight_files
+from rlinf_plugins_text.weights.folder import CONFIG, GENERATION, INDEX, SINGLE, generation_table, weight_files
 
 PREFIX = "model."
 """Prefix of every name, missing in files of a model saved without its head."""
@@ -97,6 +97,7 @@ def save_folder(
     table: Mapping[str, Any],
     tokenizer: TextTokenizer,
     source: Path | None,
+    stops: Sequence[int] = (),
 ) -> None:
     """Write weights, config and tokenizer.
 
@@ -106,20 +107,33 @@ def save_folder(
         table: The model's `config.json`.
         tokenizer: Its files are copied, with the chat template used in training.
         source: The folder of the pretrained weights, whose generation settings are kept; None: there is none.
+        stops: The tokens that end an answer; `eos_token_id` of both configs holds them all.
     """
     _save_tensors(folder, tensors)
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     kept = {key: value for key, value in table.items() if key not in ("torch_dtype", "dtype", "transformers_version")}
+    kept |= _with_stops(kept, stops)
     config = model_config(kept)
     written = config.to_diff_dict() | {"architectures": [model_class(config).__name__], "dtype": dtype}
     (folder / CONFIG).write_text(json.dumps(written, indent=2) + "\n")
-    if source is not None and (source / GENERATION).exists():
-        shutil.copyfile(source / GENERATION, folder / GENERATION)
+    generation = generation_table(source)
+    # Without this file, transformers takes the special tokens from the model's config.
+    begin = generation or {key: kept[key] for key in ("bos_token_id", "pad_token_id") if kept.get(key) is not None}
+    (folder / GENERATION).write_text(json.dumps(begin | _with_stops(begin, stops), indent=2) + "\n")
     for name in FILES:
         if (tokenizer.folder / name).exists():
             shutil.copyfile(tokenizer.folder / name, folder / name)
     if tokenizer.template_source:
         (folder / "chat_template.jinja").write_text(tokenizer.template_source, encoding="utf-8")
+
+
+def _with_stops(table: Mapping[str, Any], stops: Sequence[int]) -> dict[str, Any]:
+    """`eos_token_id` with all stops; empty if the table already has them."""
+    given = table.get("eos_token_id")
+    known = given if isinstance(given, list) else [given]
+    if set(stops) <= set(known):
+        return {}
+    return {"eos_token_id": list(stops) if len(stops) > 1 else stops[0]}
 
 
 def _save_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
