@@ -304,7 +304,13 @@ ADVICE = [
         {"roles": {"model": "assistant"}},
     ),
     ({"messages": CHAT[:2]}, "chatml", {}, 'data.loss_on = "all"', {"loss_on": "all"}),
-    ({"prompt": CHAT[:2], "completion": CHAT[2:3]}, "chatml", {}, "join prompt and completion to one list", None),
+    (
+        {"prompt": CHAT[:2], "completion": CHAT[2:3]},
+        "chatml",
+        {},
+        'set data.format = "prompt_completion"',
+        {"format": "prompt_completion"},
+    ),
 ]
 
 
@@ -314,8 +320,6 @@ def test_what_a_message_advises_works(tmp_path, row, template, settings, says, t
     with pytest.raises(UserError) as refused:
         rows_of(path, tiny_policy(chat_template=template), **settings)
     assert says in str(refused.value)
-    if then is None:
-        path, then = write_jsonl(path, [{"messages": row["prompt"] + row["completion"]}]), {}
     template = then.get("chat_template", template)
     settings = {key: value for key, value in (settings | then).items() if key != "chat_template"}
     (sample,) = rows_of(path, tiny_policy(chat_template=template), **settings)

@@ -16,11 +16,10 @@ from rlinf_core import Sample, UserError
 from rlinf_core.data.sample import PACKING, Batch
 from rlinf_core.data.transforms import Transform
 from rlinf_plugins_openpi.inputs.augmentation import draw_augmentations, labelled
-from rlinf_plugins_openpi.inputs.collate import AUGMENTATION
 from rlinf_plugins_openpi.inputs.tokenizer import GEMMA_ENTRIES, SMALL_MODEL, load_processor, possible_tokens
 from rlinf_plugins_openpi.inputs.transforms import OpenpiSample, PadToActionDim, ResizeWithPad, TokenizePrompt
 from rlinf_plugins_openpi.model.dimensions import IMAGE_SIZE
-from rlinf_plugins_openpi.model.draws import draw_flow
+from rlinf_plugins_openpi.model.draws import AUGMENTATION, draw_flow
 from rlinf_plugins_openpi.model.flops import training_flops
 from rlinf_plugins_openpi.model.parts import is_frozen, parameter_parts
 from rlinf_plugins_openpi.settings import OpenpiSettings

@@ -14,10 +14,10 @@ import numpy as np
 
 from rlinf_core.illustration import Camera, Grid, Illustration, Picture, Token, TokenText
 from rlinf_plugins_openpi.inputs.augmentation import labelled
-from rlinf_plugins_openpi.inputs.collate import AUGMENTATION
 from rlinf_plugins_openpi.inputs.tokenizer import clean, find_tokenizer, load_processor
 from rlinf_plugins_openpi.inputs.transforms import OpenpiSample
 from rlinf_plugins_openpi.model.dimensions import CAMERAS
+from rlinf_plugins_openpi.model.draws import AUGMENTATION
 
 if TYPE_CHECKING:
     from rlinf_plugins_openpi.settings import OpenpiSettings

@@ -16,12 +16,10 @@ from torch import Tensor
 from rlinf_core import PluginError, UserError
 from rlinf_core.data.batch_memory import batch_tensor
 from rlinf_plugins_openpi.model.dimensions import CAMERAS, IMAGE_SIZE
+from rlinf_plugins_openpi.model.draws import AUGMENTATION
 
 Image = NDArray[np.uint8]
 
-AUGMENTATION = "augmentation"
-"""Key of a sample's random numbers, `<label>.<name>` -> [all cameras, ...], and of a batch's, camera ->
-`<label>.<name>` -> [B, ...]."""
 TOKEN_STEP = 16
 """Prompts are padded to a multiple of this many tokens, so that compiled code sees few shapes."""
 

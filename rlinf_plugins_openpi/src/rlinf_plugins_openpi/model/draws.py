@@ -13,6 +13,11 @@ from numpy.typing import NDArray
 Draws = dict[str, NDArray[np.float32] | np.float32]
 
 
+AUGMENTATION = "augmentation"
+"""Key of a sample's random numbers, `<label>.<name>` -> [all cameras, ...], and of a batch's, camera ->
+`<label>.<name>` -> [B, ...]."""
+
+
 def draw_flow(generator: np.random.Generator, action_horizon: int, action_dim: int) -> Draws:
     """`noise` [H, A], standard normal, and `time` = 0.001 + 0.999 s with s ~ Beta(1.5, 1); both float32."""
     noise = generator.standard_normal((action_horizon, action_dim), dtype=np.float32)

@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 
 from rlinf_core import UserError
 from rlinf_plugins_text.rows.chat import ChatTemplate
-from rlinf_plugins_text.rows.dataset import CALLS, KEYS, ROLES, Format, TextDatasetConfig
+from rlinf_plugins_text.rows.dataset import CALLS, ROLES, Format, TextDatasetConfig
 from rlinf_plugins_text.rows.shapes import calls, decoded, joined, transposed, without_nulls
 from rlinf_plugins_text.rows.turns import REASONING, Message, Span
 
@@ -289,8 +289,6 @@ def _value(row: Mapping[str, Any], column: str, where: str = "") -> Any:
         way_out = " (data.keys renames)"
         if not where and (other := _format_of(row)):
             way_out = f'; set data.format = "{other}", which has these columns'
-        elif isinstance(row.get("prompt"), list):
-            way_out = f"; {JOIN}"
         raise UserError(f"no {column!r}{where}; found: {', '.join(map(str, row)) or 'nothing'}{way_out}")
     return row[column]
 
@@ -301,7 +299,7 @@ def _format_of(row: Mapping[str, Any]) -> Format | Literal[""]:
         said = row.get(list_)
         if isinstance(said, list) and said and isinstance(said[0], Mapping) and key in said[0]:
             return cast("Format", format)
-    if all(isinstance(row.get(column), str) for column in KEYS["prompt_completion"]):
+    if all(isinstance(row.get(column), str | list) for column in ("prompt", "completion")):
         return "prompt_completion"
     return "text" if isinstance(row.get("text"), str) else ""
 
