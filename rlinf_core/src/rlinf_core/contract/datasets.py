@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -86,6 +87,22 @@ class NamingSource(SampleSource, Protocol):
 
     def names_of(self, columns: Sequence[str]) -> tuple[str, ...]:
         """The name of each number of these columns, concatenated; empty if the dataset does not name all of them."""
+        ...
+
+
+@runtime_checkable
+class FileSource(SampleSource, Protocol):
+    """A source that names its files, so that a run can name those in which its machines' copies of the data differ."""
+
+    def row_files(self) -> Mapping[str, Path]:
+        """Name within the dataset -> file that the rows are read from. They are read only if fingerprints differ."""
+        ...
+
+    def image_files_by_name(self) -> Mapping[str, Path]:
+        """Name within the dataset -> file of this split's images, which `fingerprint` does not cover.
+
+        A run on several machines compares their names and sizes.
+        """
         ...
 
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from numpy.typing import NDArray
 from rlinf_core import UserError
 from rlinf_core.data.sample import Row
 from rlinf_plugins_text.rows.dataset import TextDatasetConfig
+from rlinf_plugins_text.rows.files import all_files
 from rlinf_plugins_text.rows.store import TokenStore, open_store
 from rlinf_plugins_text.rows.tokenizer import TextTokenizer
 
@@ -44,6 +47,8 @@ class TextSource:
     """[N + 1], row n is `pieces[ends[n] : ends[n + 1]]`."""
     left_out: str
     """How many texts are in no row, and why: too long, or without a trained token; empty: none are left out."""
+    files: tuple[Path, ...] = ()
+    """The local files that the texts come from, for messages."""
 
     def __len__(self) -> int:
         return len(self.ends) - 1
@@ -70,6 +75,15 @@ class TextSource:
         for array in (self.begins, self.lengths, self.pieces, self.ends):
             digest.update(array.tobytes())
         return digest.hexdigest()
+
+    def row_files(self) -> dict[str, Path]:
+        """The local files that the texts come from, by name; empty for a dataset on the hub."""
+        folder = os.path.commonpath([path.absolute().parent for path in self.files]) if self.files else ""
+        return {path.absolute().relative_to(folder).as_posix(): path for path in self.files}
+
+    def image_files_by_name(self) -> dict[str, Path]:
+        """Nothing: texts have no images."""
+        return {}
 
     def _row(self, index: int) -> Row:
         pieces = self.pieces[self.ends[index] : self.ends[index + 1]]
@@ -130,7 +144,7 @@ def open_text(
     groups = pack(lengths, max_length) if packing else np.split(np.arange(len(texts)), len(texts))
     ends = np.cumsum([0, *(len(group) for group in groups)], dtype=np.int64)
     pieces = np.concatenate(groups)
-    return TextSource(store, dataset.repo_id, texts, begins, lengths, pieces, ends, left_out)
+    return TextSource(store, dataset.repo_id, texts, begins, lengths, pieces, ends, left_out, tuple(all_files(dataset)))
 
 
 def _way_out(dataset: TextDatasetConfig) -> str:
