@@ -66,6 +66,13 @@ def main(arguments):
         group.wait()
         found = group.gather(find_damage(second, rank=group.rank, ranks=group.size))
         seen["damage"] = [why for why in found if why]
+        own = folder.parent / f"own_{group.rank}"  # As without a shared folder.
+        own.mkdir()
+        apart = Checkpoints(CheckpointFolder(own, own / "checkpoints", Retention(2)), group, tensors)
+        apart.save(at(5))
+        apart.wait()
+        seen["apart"] = [saved.failure for saved in apart.finished()]
+        seen["named"] = [path.name for path in folder.parent.glob("own_*/latest")]
         answers = group.gather(seen)
     if group.rank == 0:
         (folder.parent / "seen.json").write_text(json.dumps(answers))

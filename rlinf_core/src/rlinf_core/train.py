@@ -87,12 +87,14 @@ def train(
     announce("loading torch and joining the ranks", rank=rank)
     from rlinf_core.contract.cluster import check_world_size
     from rlinf_core.training.distributed.processes import processes
+    from rlinf_core.training.distributed.same_inputs import check_same_program
     from rlinf_core.training.resume import say_finished
     from rlinf_core.training.run_folder import RunFolder
 
     joined = processes(run.trainer.device, timeout_seconds=run.trainer.timeout_seconds, folder=run.folder)
     with joined as group, RunFolder(run, group) as folder:
         check_world_size(run.cluster, group.size)
+        check_same_program(run, plugins.owners, group)
         _report(group, (f"plugin left out: {failure}" for failure in plugins.failures), sys.stderr)
         start = folder.start(overwrite=overwrite, allow_change=allow_change)
         run = folder.run

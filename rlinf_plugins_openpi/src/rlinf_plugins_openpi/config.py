@@ -235,6 +235,14 @@ class OpenpiPolicyConfig(OpenpiSettings):
                 + (", or leave it empty" if self.variant == "dummy" else "")
             )
 
+    def local_files(self) -> Mapping[str, Sequence[Path]]:
+        """The files of the weights; the tokenizer is among `files`."""
+        from rlinf_plugins_openpi.weights.files import weight_files
+        from rlinf_plugins_openpi.weights.hub import find_cached_weights
+
+        path = None if self.weights in ("", "random") else find_cached_weights(self.weights)
+        return {} if path is None else {"policy.weights": weight_files(path)}
+
     def unchecked_files(self) -> Sequence[str]:
         """The weights, if they are still on the hub."""
         from rlinf_plugins_openpi.weights.hub import find_cached_weights

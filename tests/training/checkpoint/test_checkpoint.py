@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -447,6 +448,12 @@ def test_ranks_agree_on_what_was_saved_what_failed_and_what_is_damaged(tmp_path,
     assert first["loaded"]
     assert len(first["damage"]) == 1
     assert "__1_0.distcp" in first["damage"][0]
+    [apart] = first["apart"]
+    assert (
+        f"rank 1 on {socket.gethostname()} has written in {tmp_path}/own_0/checkpoints/.step_000000005.tmp: " in apart
+    )
+    assert "__1_0.distcp: there is no such file. Check that both machines have the shared folder mounted" in apart
+    assert first["named"] == []
 
 
 def test_a_save_that_takes_too_long_is_left_behind(tmp_path, open_checkpoints, monkeypatch):

@@ -13,9 +13,9 @@ import numpy as np
 from rlinf_core import Sample
 from rlinf_core.data.sample import Batch
 from rlinf_plugins_text.rows.samples import TextSample, describe, illustrate
-from rlinf_plugins_text.rows.tokenizer import template_source
+from rlinf_plugins_text.rows.tokenizer import FILES, template_source
 from rlinf_plugins_text.settings import RANDOM, TextPolicySettings
-from rlinf_plugins_text.weights.folder import find_folder, find_weights, weight_files
+from rlinf_plugins_text.weights.folder import CONFIG, find_folder, find_weights, weight_files
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -123,6 +123,20 @@ class TextPolicyConfig(TextPolicySettings):
             _ = self.text_tokenizer().chat
         self.stop_ids()
         self.check_vocabulary()
+
+    def local_files(self) -> Mapping[str, Sequence[Path]]:
+        """Weights, the model's config, the tokenizer and a chat template in a file."""
+        folder, found = self._weights_folder(), dict[str, Sequence[Path]]()
+        if folder is not None:
+            found["policy.weights"] = weight_files(folder, self.weights)
+        model = find_folder(self.config_from, "policy.config_from") if self.config_from else folder
+        if model is not None:
+            found["policy.config_from" if self.config_from else "the model's config"] = [model / CONFIG]
+        tokenizer = self.text_tokenizer().folder
+        found["policy.tokenizer"] = [tokenizer / name for name in FILES if (tokenizer / name).is_file()]
+        if (template := Path(self.chat_template).expanduser()).name.endswith(".jinja") and template.is_file():
+            found["policy.chat_template"] = [template]
+        return found
 
     def _weights_folder(self) -> Path | None:
         """The folder of the pretrained weights; for a model on the hub, without the weight files themselves."""

@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -141,6 +142,22 @@ class ReportingSource(SampleSource, Protocol):
 
     def warnings(self) -> Sequence[str]:
         """What may train a wrong model, one sentence each with its way out."""
+        ...
+
+
+@runtime_checkable
+class FileSource(SampleSource, Protocol):
+    """A source that names its files, so that a run can name those in which its machines' copies of the data differ."""
+
+    def row_files(self) -> Mapping[str, Path]:
+        """Name within the dataset -> file that the rows are read from. They are read only if fingerprints differ."""
+        ...
+
+    def image_files_by_name(self) -> Mapping[str, Path]:
+        """Name within the dataset -> file of this split's images, which `fingerprint` does not cover.
+
+        A run on several machines compares their names and sizes.
+        """
         ...
 
 

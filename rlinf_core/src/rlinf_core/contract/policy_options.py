@@ -186,6 +186,20 @@ class Checked:
         if self.weights not in ("", "random") and not Path(self.weights).expanduser().exists():
             raise UserError(f"policy.weights: there is no file or folder {self.weights}")
 
+    def local_files(self) -> Mapping[str, Sequence[Path]]:
+        """The files on this machine that training reads: setting -> files, those of a hub id in the local cache.
+
+        A run on several machines compares them (besides those of `files`), and refuses different ones. Called after
+        `open_weights` and without torch's help: it only lists. Default: the file that `weights` names, or in a folder
+        `model.safetensors`, or all files directly in it.
+        """
+        path = Path(self.weights).expanduser()
+        if self.weights in ("", "random") or not path.exists():
+            return {}
+        single = path if path.is_file() else path / "model.safetensors"
+        files = [single] if single.is_file() else sorted(one for one in path.iterdir() if one.is_file())
+        return {"policy.weights": files}
+
     def unchecked_files(self) -> Sequence[str]:
         """What `check_files` could not check, one sentence each; shown by `rlinf validate`."""
         return ()

@@ -33,6 +33,7 @@ from rlinf_core.data.statistics.run import run_statistics
 from rlinf_core.errors import UserError
 from rlinf_core.training.checkpoint.state import NO_BEST, Position
 from rlinf_core.training.distributed.processes import to_device
+from rlinf_core.training.distributed.same_inputs import check_same_files
 from rlinf_core.training.stopping import Best
 
 if TYPE_CHECKING:
@@ -80,8 +81,11 @@ class RunData:
             resuming: The run continues from a checkpoint; see `data.statistics.run.run_statistics`.
 
         Raises:
-            UserError: The statistics are unusable, or no longer match the data.
+            UserError: The statistics are unusable, or no longer match the data; or machines have different files.
         """
+        names = [source.name for source in self.run.sources]
+        opened = zip(names, self.rows, self.held_out, strict=True)
+        check_same_files(self.run, opened, group, with_weights=not resuming)
         sources, warnings = [], []
         for given, rows in zip(self.run.sources, self.rows, strict=True):
             with given.naming():

@@ -26,6 +26,7 @@ from rlinf_core.contract.run import RunConfig
 from rlinf_core.errors import UserError
 from rlinf_core.files import find_obstacle, write_text, writing
 from rlinf_core.training.checkpoint.state import NAMES, candidates, find_damage, newest_whole, step_name
+from rlinf_core.training.distributed.shared_folder import check_shared_folders
 from rlinf_core.training.resume import (
     CheckpointDir,
     Flags,
@@ -69,21 +70,26 @@ class RunFolder:
         self._locked.close()
 
     def start(self, *, overwrite: bool = False, allow_change: bool = False) -> Start:
-        """Lock the folder and decide where the run starts, the same on every rank.
+        """Lock the folder, require that all ranks see it, and decide where the run starts, the same on every rank.
 
         Each rank hashes its share of the checkpoint; if it is damaged, the previous one is tried.
 
         Raises:
-            UserError: The run cannot start here; see `resume.decide_start`.
+            UserError: The run cannot start here; see `resume.decide_start` and `distributed.shared_folder`.
         """
         group = self._group
         self._agents = frozenset(group.gather(own_agent())) - {""}
 
+        def lock() -> bool:
+            restarted = is_restart(self.run.folder, self._agents)
+            self._locked.enter_context(lock_folder(self.run, patience=ORPHANS_WAIT if restarted else 0.0))
+            return restarted
+
+        restarted = group.decide(lock)
+        check_shared_folders(self.run, group)
+
         def first() -> tuple[Start, PolicyConfig]:
-            run = self.run
-            restarted = is_restart(run.folder, self._agents)
-            self._locked.enter_context(lock_folder(run, patience=ORPHANS_WAIT if restarted else 0.0))
-            run = with_begun(run, replacing=overwrite and not restarted)
+            run = with_begun(self.run, replacing=overwrite and not restarted)
             return decide_start(run, read_folder(run), Flags(overwrite, allow_change, restarted)), run.policy
 
         start, policy = group.decide(first)

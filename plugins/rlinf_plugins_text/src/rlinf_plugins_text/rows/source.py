@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -18,6 +20,7 @@ from numpy.typing import NDArray
 from rlinf_core import UserError
 from rlinf_core.data.sample import Row
 from rlinf_plugins_text.rows.dataset import TextDatasetConfig
+from rlinf_plugins_text.rows.files import all_files
 from rlinf_plugins_text.rows.store import Notes, TokenStore, open_store
 from rlinf_plugins_text.rows.tokenizer import TextTokenizer
 
@@ -57,6 +60,8 @@ class TextSource:
     """The date that the chat template writes; empty: it writes none."""
     left_out: str
     """How many texts are in no row, and why: too long, or without a trained token; empty: none are left out."""
+    files: tuple[Path, ...] = ()
+    """The local files that the texts come from, for messages."""
 
     def __len__(self) -> int:
         return len(self.ends) - 1
@@ -104,6 +109,15 @@ class TextSource:
         for array in (self.begins, self.lengths, self.pieces, self.ends):
             digest.update(array.tobytes())
         return digest.hexdigest()
+
+    def row_files(self) -> dict[str, Path]:
+        """The local files that the texts come from, by name; empty for a dataset on the hub."""
+        folder = os.path.commonpath([path.absolute().parent for path in self.files]) if self.files else ""
+        return {path.absolute().relative_to(folder).as_posix(): path for path in self.files}
+
+    def image_files_by_name(self) -> dict[str, Path]:
+        """Nothing: texts have no images."""
+        return {}
 
     def _row(self, index: int) -> Row:
         pieces = self.pieces[self.ends[index] : self.ends[index + 1]]
@@ -177,6 +191,7 @@ def open_text(
         stops=stops,
         date=tokenizer.date if store.notes().of("chats") else "",
         left_out=left_out,
+        files=tuple(all_files(dataset)),
     )
 
 

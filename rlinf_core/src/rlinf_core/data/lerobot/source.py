@@ -237,6 +237,17 @@ class LeRobotSource:
         segments = np.unique(np.searchsorted(self._held.segments[:, 0], at, side="right") - 1)
         return sorted({self._held.files[file] for file in self._held.segments[segments, 1].tolist()})
 
+    def row_files(self) -> dict[str, Path]:
+        """The files in `meta` and the data files of the rows that were read, by their paths in the dataset."""
+        root = self._metadata.root
+        described = sorted(path for path in (root / "meta").rglob("*") if path.is_file())
+        return {path.relative_to(root).as_posix(): path for path in (*described, *self._held.files)}
+
+    def image_files_by_name(self) -> dict[str, Path]:
+        """The files with the images of this split's rows, by their paths in the dataset."""
+        paths = chain.from_iterable(map(self.image_files, self.images))
+        return {path.relative_to(self._metadata.root).as_posix(): path for path in paths}
+
     @property
     def positions(self) -> NDArray[np.int64]:
         """[n], the position of each row among all frames of the dataset."""

@@ -13,12 +13,14 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from rlinf_core.files import sync_folder, write_text
+from rlinf_core.shared_files import has_sizes, lag, name_process, wait_until_seen
 from rlinf_core.torch_names import CheckpointException, write_shards
 from rlinf_core.training.checkpoint.shards import Planner, ShardWriter
 from rlinf_core.training.checkpoint.state import (
@@ -107,14 +109,17 @@ class Writers:
         if self.rank == 0:
             try:
                 action()
-            except OSError as error:
+            except (OSError, SaveError) as error:
                 box = [_in_words(error)]
         dist.broadcast_object_list(box, src=0, group=self.group)
         if box[0]:
             raise SaveError(box[0])
 
-    def write(self, folder: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, FileDigest]:
-        """Write the shards of all ranks; returns the digests of their files on rank 0.
+    def write(self, folder: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, Mapping[str, FileDigest]]:
+        """Write the shards of all ranks.
+
+        Returns:
+            On rank 0: process, as messages name it -> file -> digest. Nothing on other ranks.
 
         Raises:
             SaveError: Some rank could not write.
@@ -128,9 +133,10 @@ class Writers:
             if not all(isinstance(cause, OSError) for cause in causes.values()):
                 raise RuntimeError(str(error)) from error  # CheckpointException does not derive from Exception.
             raise SaveError("; ".join(f"rank {rank}: {_in_words(cause)}" for rank, cause in causes.items())) from error
-        gathered: list[dict[str, FileDigest]] = [{}] * dist.get_world_size(self.group)
-        dist.gather_object(writer.files.digests, gathered if self.rank == 0 else None, dst=0, group=self.group)
-        return {name: digest for digests in gathered for name, digest in digests.items()}
+        mine = name_process(self.rank), writer.files.digests
+        gathered = [mine] * dist.get_world_size(self.group)
+        dist.gather_object(mine, gathered if self.rank == 0 else None, dst=0, group=self.group)
+        return dict(gathered) if self.rank == 0 else {}
 
 
 def _in_words(error: BaseException) -> str:
@@ -167,7 +173,9 @@ def write_checkpoint(
     temporary = folder.temporary(position.step)
     try:
         writers.first(lambda: _make_room(folder, temporary))
-        files = writers.write(temporary, tensors)
+        written = writers.write(temporary, tensors)
+        files = {name: digest for digests in written.values() for name, digest in digests.items()}
+        writers.first(lambda: _require_all(temporary, written))
         writers.first(lambda: _complete(folder, position, files, best))
     except SaveError:
         writers.first(lambda: shutil.rmtree(temporary, ignore_errors=True))
@@ -184,6 +192,24 @@ def _make_room(folder: CheckpointFolder, temporary: Path) -> None:
         (temporary / STATE).unlink(missing_ok=True)  # First: without it the folder does not count as a checkpoint.
         shutil.rmtree(temporary)
     temporary.mkdir()
+
+
+def _require_all(temporary: Path, written: Mapping[str, Mapping[str, FileDigest]]) -> None:
+    """Require that rank 0 sees all files where it completes the checkpoint: a machine may have lost the shared folder.
+
+    Raises:
+        SaveError: It does not, although it has waited for as long as the file system may hide them.
+    """
+    if len(written) == 1:
+        return
+    for process, digests in written.items():
+        sizes = {name: digest.bytes for name, digest in digests.items()}
+        if wrong := wait_until_seen(partial(has_sizes, temporary, sizes), temporary):
+            waited = f" within {limit:g} s" if (limit := lag(temporary)) else ""
+            raise SaveError(
+                f"{name_process(0)} does not find what {process} has written in {temporary}{waited}: {wrong}. Check "
+                "that both machines have the shared folder mounted"
+            )
 
 
 def _complete(folder: CheckpointFolder, position: Position, files: Mapping[str, FileDigest], best: str) -> None:
