@@ -38,6 +38,9 @@ class Described:
 
         `rlinf validate` shows them, and so does a run when it starts.
 
+        A text that starts with `warning: ` is shown as a warning: it says what is wrong, with a number and the way
+        out.
+
         Args:
             samples: Encoded training rows spread over the data, without images and draws. They are encoded lazily: a
                 policy that reports nothing costs nothing.
@@ -132,6 +135,34 @@ class Counted:
         return None
 
 
+class Compared:
+    """What a policy compares of an observation with its training data, before it acts on it.
+
+    Wanted by a policy that can lose a part of an observation, as one that cuts long prompts. Without it,
+    `LoadedPolicy.infer` compares what core knows: empty tasks, sizes of images and the range of states.
+    """
+
+    def measured(self, sample: Sample) -> Mapping[str, float]:
+        """Numbers of an encoded sample whose range in training an exported policy knows: what is measured -> number.
+
+        Args:
+            sample: An encoded row without images.
+        """
+        return {}
+
+    def compare_with_training(self, sample: Sample, trained: Mapping[str, tuple[float, float]]) -> Mapping[str, str]:
+        """What of an encoded observation is outside of training: a short name -> a warning, given once, with numbers.
+
+        Args:
+            sample: The encoded observation.
+            trained: The smallest and the largest of each `measured` number in training; empty if they are not known.
+
+        Raises:
+            UserError: The policy would act without something that it has learned to use.
+        """
+        return {}
+
+
 class Published:
     """The names that parameters have in published weights.
 
@@ -220,5 +251,5 @@ class TrainedOn(NamedTuple):
     """Its normalisation statistics; None for policies that do not normalise."""
 
 
-OPTIONS = (Described, Measured, BoundToData, Counted, Published, Checked, Exported)
+OPTIONS = (Described, Measured, BoundToData, Counted, Compared, Published, Checked, Exported)
 """All of them, in the order of the page docs/contract.md."""

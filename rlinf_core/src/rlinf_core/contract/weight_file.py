@@ -68,6 +68,10 @@ class WeightFile:
         pieces: list[torch.Tensor] = [self._file.get_tensor(part) for part in parts]
         return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
+    def file_of(self, name: str) -> str:
+        """The file."""
+        return str(self._path)
+
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise `UserError` naming missing and unexpected tensors and those of another shape."""
         wanted: dict[str, tuple[int, ...]] = {}
