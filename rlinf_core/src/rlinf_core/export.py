@@ -22,6 +22,7 @@ import torch
 from rlinf_core.config.load import load_config
 from rlinf_core.contract.policy import TrainedOn
 from rlinf_core.contract.run import RunConfig
+from rlinf_core.contract.weight_origin import DESCRIPTION, STATISTICS
 from rlinf_core.data.coverage import FILE as COVERAGE
 from rlinf_core.data.coverage import parse_coverage
 from rlinf_core.data.normalize import Stats, load_norm_stats
@@ -45,8 +46,6 @@ from rlinf_core.training.checkpoint.state import (
 from rlinf_core.training.fsdp import layout
 from rlinf_core.untrusted import read_json
 
-DESCRIPTION = "rlinf.json"
-STATISTICS = "norm_stats.json"
 FORMAT = 1
 NUMBERS_AT_A_TIME = 2**28
 NATIVE = "rlinf"

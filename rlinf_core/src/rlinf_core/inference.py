@@ -19,13 +19,14 @@ from rlinf_core.contract.mixture import MixtureShare
 from rlinf_core.contract.module import Policy
 from rlinf_core.contract.policy import PolicyConfig
 from rlinf_core.contract.run import no_source
+from rlinf_core.contract.weight_origin import DESCRIPTION, STATISTICS
 from rlinf_core.data.coverage import CompareObservation, CompareState, Coverage, parse_coverage
 from rlinf_core.data.normalize import load_norm_stats
 from rlinf_core.data.pipeline import Pipeline, build_pipeline
 from rlinf_core.data.sample import Sample
 from rlinf_core.data.transforms import Transform
 from rlinf_core.errors import UserError, did_you_mean
-from rlinf_core.export import DESCRIPTION, FORMAT, STATISTICS
+from rlinf_core.export import FORMAT
 from rlinf_core.plugins.registry import Plugins, get_plugins
 from rlinf_core.training.build import DTYPES, finite_tensor
 from rlinf_core.training.distributed.processes import to_device

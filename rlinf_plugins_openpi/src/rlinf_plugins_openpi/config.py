@@ -13,6 +13,7 @@ import numpy as np
 from pydantic import Field
 
 from rlinf_core import Sample, UserError
+from rlinf_core.contract.weight_origin import Contradiction, compare_with_export, folder_of
 from rlinf_core.data.sample import PACKING, Batch
 from rlinf_core.data.transforms import Transform
 from rlinf_core.hub import is_offline
@@ -28,9 +29,10 @@ from rlinf_plugins_openpi.settings import OpenpiSettings
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlinf_core import Policy
+    from rlinf_core import DatasetConfig, Policy
     from rlinf_core.contract.module import WeightSource
     from rlinf_core.contract.policy import TrainedOn
+    from rlinf_core.data.normalize import Stats
     from rlinf_core.illustration import Illustration
 
 ROWS = "rows of the embedding that prompts use"
@@ -251,6 +253,21 @@ class OpenpiPolicyConfig(OpenpiSettings):
                 f"policy.weights: there is no file or folder {self.weights} (in {Path.cwd()}), and as a model on the "
                 "hub it is not in the cache and cannot be downloaded: HF_HUB_OFFLINE is set"
             )
+
+    def contradictions(self, data: DatasetConfig, stats: Stats | None) -> Sequence[Contradiction]:
+        """What `rlinf export`, lerobot or openpi left beside the weights, where it contradicts the run."""
+        from rlinf_plugins_openpi.weight_origin import compare_folder
+        from rlinf_plugins_openpi.weights.hub import find_cached_weights
+
+        try:
+            path = None if self.weights in ("", "random") else find_cached_weights(self.weights)
+        except UserError:  # `check_files` reports it.
+            return ()
+        if path is None or (folder := folder_of(path)) is None:
+            return ()
+        keys = ("action_horizon", "discrete_state_input", "max_token_len")
+        exported = compare_with_export(folder, self, data, stats, self.normalization, keys)
+        return (*exported, *compare_folder(folder, self, data, stats))
 
     def _check_tokenizer(self) -> None:
         self._prompt_tokenizer()  # Raises a UserError that says what to set if there is no such file.

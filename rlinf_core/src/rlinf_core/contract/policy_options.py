@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
+from rlinf_core.contract.weight_origin import Contradiction, compare_with_export, folder_of
 from rlinf_core.data.sample import Batch, Sample
 from rlinf_core.errors import UserError
 from rlinf_core.illustration import Illustration
@@ -190,6 +191,7 @@ class Checked:
 
     if TYPE_CHECKING:
         weights: str
+        normalization: ClassVar[Literal["mean_std", "quantile", "none"]]
 
     def check_files(self) -> None:
         """Raise `UserError` naming every missing file of the policy. Leaves torch unloaded; reads headers at most.
@@ -198,6 +200,20 @@ class Checked:
         """
         if self.weights not in ("", "random") and not Path(self.weights).expanduser().exists():
             raise UserError(f"policy.weights: there is no file or folder {self.weights}")
+
+    def contradictions(self, data: DatasetConfig, stats: Stats | None) -> Sequence[Contradiction]:
+        """What the files beside `weights` say that contradicts the run; a run reports it with its statistics.
+
+        Default: the files that `rlinf export` wrote. Override it if weights come with files of other projects, or if
+        they depend on keys of `[policy]`: see `contract.weight_origin`. Leaves torch unloaded.
+
+        Args:
+            data: The run's dataset; of a mixture, each in turn.
+            stats: Its statistics; None if the policy does not normalise.
+        """
+        folder = folder_of(self.weights) if self.weights not in ("", "random") else None
+        mode = self.normalization
+        return compare_with_export(folder, self, data, stats, mode, ()) if folder else ()
 
     def unchecked_files(self) -> Sequence[str]:
         """What `check_files` could not check, one sentence each; shown by `rlinf validate`."""

@@ -88,14 +88,13 @@ def measure(
     for row in images:
         for camera, image in row.items():
             sizes.setdefault(camera, {})[image.shape[0], image.shape[1]] = None
-    low, high = state or ((), ())
     return Coverage(
         rows=rows,
         empty_tasks=empty,
         images={camera: tuple(found) for camera, found in sizes.items()},
         measured=numbers,
-        state_low=tuple(map(float, low)),
-        state_high=tuple(map(float, high)),
+        state_low=tuple(state[0].tolist()) if state else (),
+        state_high=tuple(state[1].tolist()) if state else (),
     )
 
 

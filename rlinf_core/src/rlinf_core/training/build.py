@@ -147,7 +147,8 @@ def finite_tensor(weights: WeightSource, name: str, config: PolicyConfig) -> tor
         return tensor
     parts = config.published_parts(name) or {config.published_name(name): len(tensor) if tensor.ndim else 1}
     found = []
-    for published, part in zip(parts, tensor.reshape(-1, *tensor.shape[1:]).split([*parts.values()]), strict=True):
+    rows = torch.split(tensor if tensor.ndim else tensor[None], [*parts.values()])
+    for published, part in zip(parts, rows, strict=True):
         counts = {"NaN": int(part.isnan().sum()), "infinite": int(part.isinf().sum())}
         if said := " and ".join(f"{count} {what}" for what, count in counts.items() if count):
             found.append(f"{published} has {said} of {part.numel()} numbers")

@@ -139,6 +139,8 @@ def diagnose(
     findings += compare_with_data(stats, distributions, mode)
     if not images:
         findings += diagnose_actions(source, transforms)
+    for id, message, way_out, key, dimensions in run.policy.contradictions(run.data, stats):
+        findings.append(Finding(id, "warning", key, dimensions, message, way_out))
     names = {key: one.names for key, one in distributions.items()}
     findings = [replace(one, names=names.get(one.key, ())) for one in findings]
     findings.sort(key=lambda finding: finding.severity != "error")
