@@ -152,7 +152,7 @@ HINTS = {  # What people name instead of weights -> what the message says.
     "exp/2000/model.safetensors": r'A folder inside holds weights: set policy\.weights = ".*/exp/2000"',
     "exp/params/manifest.ocdbt": r"run `rlinf convert .*/exp/params --output FOLDER`",
     "pytorch_model.bin": r'It holds pytorch_model\.bin: name the file, policy\.weights = ".*/pytorch_model\.bin"',
-    "pytorch_model-00001-of-00002.bin": "weights as several pickles",
+    "pytorch_model-00001-of-00002.bin": "pickles .* save them as safetensors",
     "pi05.safetensors": r'name the file, policy\.weights = ".*/pi05\.safetensors"',
     "adapter_config.json": r"adapters of PEFT .* for google/paligemma.* merge_and_unload\(\)",
 }

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlinf_core.contract.policy_options import Published
+from rlinf_core.contract.weight_folder import hint_for_folder
 from rlinf_core.errors import UserError
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ class WeightFile:
         path = Path(weights).expanduser()
         self._path, self._names = path / FILE if path.is_dir() else path, names
         if not self._path.is_file():
-            raise UserError(f"policy.weights: there is no file {self._path}")
+            hint = hint_for_folder(path, (FILE,), takes_files=False) if path.is_dir() else ""
+            raise UserError(f"policy.weights: there is no file {self._path}{hint}")
         try:
             self._file: Any = safe_open(self._path, framework="pt")
         except (OSError, SafetensorError) as error:

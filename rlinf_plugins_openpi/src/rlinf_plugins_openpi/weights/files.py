@@ -164,19 +164,15 @@ def weight_files(path: Path) -> list[Path]:
     if pickles:
         return pickles
     if not tensors:
-        raise UserError(f"{path} holds neither {SINGLE} nor {INDEX}, nor {FULL_WEIGHTS[0]} of RLinf{_hint(path)}")
+        raise UserError(
+            f"{path} holds neither {SINGLE} nor {INDEX}, nor {FULL_WEIGHTS[0]} of RLinf{hint_for_folder(path)}"
+        )
     return tensors[:1] if tensors[0].name == SINGLE else shards(tensors[0])
 
 
 def orbax_folder(path: Path) -> Path | None:
     """The folder with JAX parameters, `path` or its `params/`; None if there are none."""
     return next((folder for folder in (path, path / "params") if (folder / "manifest.ocdbt").is_file()), None)
-
-
-def _hint(path: Path) -> str:
-    if orbax_folder(path):
-        return f". It holds openpi's JAX parameters: convert them with `rlinf convert {path} --output FOLDER`"
-    return hint_for_folder(path)
 
 
 def shards(index: Path) -> list[Path]:

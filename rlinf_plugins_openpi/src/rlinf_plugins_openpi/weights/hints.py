@@ -1,26 +1,17 @@
-"""What a folder or file holds instead of weights that can be read, and what to do about it. Imports no torch.
-
-Each hint is a sentence that starts with `. `, to follow a message; empty if there is nothing to say.
-"""
+"""What a folder or file holds instead of weights of π0 or π0.5, and what to do about it. Imports no torch."""
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from rlinf_core.untrusted import read_json
+from rlinf_core.contract.weight_folder import folders_with
+from rlinf_core.contract.weight_folder import hint_for_folder as hint_for_any_folder
 
-MARKS = ("model.safetensors", "model.safetensors.index.json", "full_weights.pt", "manifest.ocdbt")
+MARKS = ("model.safetensors", "model.safetensors.index.json", "full_weights.pt")
 """Files by which a folder with weights is recognised."""
-PICKLED = ("pytorch_model.bin", "model.pt", "pytorch_model.pt", "model.pth")
-ADAPTER = "adapter_config.json"
-"""The file that PEFT writes beside adapters."""
-DEEPEST = 5
-"""Levels of folders that are searched for weights."""
-MOST_FOLDERS = 2000
-"""Folders that are searched at most: somebody may have named their home."""
+JAX_MARK = "manifest.ocdbt"
 QUANTIZED = re.compile(r"\.(qweight|qzeros|scales|weight_scale\w*|SCB|absmax|quant_map|g_idx)$|quant_state|_packed$")
 """Names of tensors that quantisation adds: GPTQ, AWQ, bitsandbytes, compressed-tensors."""
 OLD_LEROBOT = re.compile(r"paligemma\.(language_model\.model|vision_tower|multi_modal_projector)\.")
@@ -30,67 +21,14 @@ NORMALIZER = re.compile(r"^(un)?normalize_(inputs|targets|outputs)\.buffer_")
 
 
 def hint_for_folder(path: Path) -> str:
-    """What a folder without weights holds, and what `policy.weights` should be."""
-    if (path / ADAPTER).is_file():
-        return _adapters(path / ADAPTER)
-    if (path / "config.toml").is_file() and (path / "checkpoints").is_dir():
-        return f". It is a run: export it with `rlinf export {path} --output FOLDER`, and name that folder"
-    if pickled := next((path / name for name in PICKLED if (path / name).is_file()), None):
-        return f". It holds {pickled.name}: name the file, policy.weights = {quoted(pickled)}"
-    if any(path.glob("pytorch_model*.bin")):
-        return (
-            ". It holds weights as several pickles (pytorch_model-….bin): load them where they come from and save them "
-            "as safetensors"
-        )
-    single = sorted(path.glob("*.safetensors"))
-    if len(single) == 1:
-        return f". It holds {single[0].name}: name the file, policy.weights = {quoted(single[0])}"
-    if inside := [*_with_weights(path)]:
-        newest = max(inside, key=_by_step)
-        more = f", the newest of {len(inside)} with weights" if len(inside) > 1 else ""
-        if newest.name == "params":  # `rlinf convert` takes the folder above, too.
-            return f". JAX parameters of openpi are in {newest}{more}: run `rlinf convert {newest} --output FOLDER`"
-        return f". A folder inside holds weights{more}: set policy.weights = {quoted(newest)}"
-    if any((path.parent / name).is_file() for name in MARKS):
-        return f". The folder above holds weights: set policy.weights = {quoted(path.parent)}"
-    if any(path.glob("**/*.distcp")):
-        return ". It holds a sharded training checkpoint: name a folder with weights exported from it"
-    return ""
-
-
-def quoted(path: Path) -> str:
-    """A path as TOML has it."""
-    return f'"{path}"'
-
-
-def _adapters(path: Path) -> str:
-    """PEFT's adapters are no weights: they need the model that they change."""
-    try:
-        table = read_json(path)
-        base = str(table.get("base_model_name_or_path") or "their base model")
-    except (OSError, ValueError, AttributeError):
-        base = "their base model"
-    return (
-        f". It holds adapters of PEFT ({ADAPTER}) for {base}, not a whole model: load that model with them, call "
-        "merge_and_unload(), save the result with save_pretrained(OTHER_FOLDER), and name OTHER_FOLDER"
-    )
-
-
-def _with_weights(path: Path) -> Iterator[Path]:
-    """Folders below that hold weights; symbolic links are not followed."""
-    for number, (folder, below, files) in enumerate(os.walk(path)):
-        if any(name in files for name in MARKS):
-            yield Path(folder)
-        if number > MOST_FOLDERS:
-            return
-        below.sort()
-        if len(Path(folder).relative_to(path).parts) >= DEEPEST:
-            below.clear()
-
-
-def _by_step(path: Path) -> tuple[list[int], str]:
-    """Order by the numbers in the path: checkpoints are numbered by steps."""
-    return [int(number) for number in re.findall(r"\d+", str(path))], str(path)
+    """A sentence about a folder without weights, to follow a message; empty if nothing is known."""
+    if (path / JAX_MARK).is_file() or (path / "params" / JAX_MARK).is_file():
+        return f". It holds openpi's JAX parameters: convert them with `rlinf convert {path} --output FOLDER`"
+    hint = hint_for_any_folder(path, MARKS, takes_files=True)
+    if not hint and (inside := folders_with(path, (JAX_MARK,))):
+        more = f", the newest of {len(inside)}" if len(inside) > 1 else ""
+        return f". JAX parameters of openpi are in {inside[-1]}{more}: run `rlinf convert {inside[-1]} --output FOLDER`"
+    return hint
 
 
 def hint_for_tensors(keys: Collection[str], dtypes: Mapping[str, str]) -> str:

@@ -17,6 +17,7 @@ from rlinf_core import UserError
 from rlinf_plugins_text.rows.tokenizer import FILES, TextTokenizer
 from rlinf_plugins_text.weights.architecture import model_class, model_config
 from rlinf_plugins_text.weights.folder import CONFIG, GENERATION, INDEX, SINGLE, weight_files
+from rlinf_plugins_text.weights.headers import Headers, find_problems
 
 PREFIX = "model."
 """Prefix of every name, missing in files of a model saved without its head."""
@@ -32,18 +33,23 @@ class PublishedWeights:
     Args:
         folder: The folder with the files.
         published_name: Maps a parameter's name in the module to its name in the files.
+        table: The model's `config.json`, for messages.
     """
 
-    def __init__(self, folder: Path, published_name: Callable[[str], str]) -> None:
-        self._folder, self._published_name = folder, published_name
+    def __init__(
+        self, folder: Path, published_name: Callable[[str], str], table: Mapping[str, Any] | None = None
+    ) -> None:
+        self._folder, self._published_name, self._table = folder, published_name, table or {}
         self._open = ExitStack()
         self._files: dict[str, Any] = {}
+        self._paths: dict[str, Path] = {}
         for path in weight_files(folder, str(folder)):
             try:
                 file = self._open.enter_context(safe_open(path, framework="pt"))
             except (OSError, SafetensorError) as error:
                 raise UserError(f"policy.weights: {path} cannot be read: {error}") from error
             self._files |= dict.fromkeys(file.keys(), file)
+            self._paths |= dict.fromkeys(file.keys(), path)
         # Files of a model saved without its head have no prefix.
         self._prefix = "" if any(name.startswith(PREFIX) for name in self._files) else PREFIX
 
@@ -52,6 +58,10 @@ class PublishedWeights:
         key = self._key(name)
         tensor: torch.Tensor = self._files[key].get_tensor(key)
         return tensor
+
+    def file_of(self, name: str) -> str:
+        """The file that holds a parameter."""
+        return str(self._paths[self._key(name)])
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise `UserError` that lists missing, unexpected and differently shaped parameters."""
@@ -73,8 +83,11 @@ class PublishedWeights:
             _listed("has other shapes:", other),
         ]
         if any(problems):
+            files = list(dict.fromkeys(self._paths.values()))
+            causes = find_problems(Headers.read(self._folder, files), self._table)
             raise UserError(
                 f"policy.weights: {self._folder} does not match its {CONFIG}: it {'; it '.join(filter(None, problems))}"
+                + "".join(f"\n  {cause}" for cause in causes)
             )
 
     def _key(self, name: str) -> str:
