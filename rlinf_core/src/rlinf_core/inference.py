@@ -46,7 +46,7 @@ HERE = str(Path(__file__).parent)
 
 
 class OutsideTraining(UserWarning):
-    """An observation lies outside of what the policy's training data covered."""
+    """An observation is outside of what the policy's training data covered."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class LoadedPolicy:
                 has another shape.
 
         Warns:
-            OutsideTraining: The observation lies outside of what training saw; once for each camera, for the state and
+            OutsideTraining: The observation is outside of what training saw; once for each camera, for the state and
                 for the task.
         """
         sample = self._encode(observation)
@@ -178,7 +178,7 @@ def load_policy(
 ) -> LoadedPolicy:
     """Load a policy that `rlinf export` wrote.
 
-    An observation that lies outside of what its training saw gives one warning, `OutsideTraining`; see
+    An observation that is outside of what its training saw gives one warning, `OutsideTraining`; see
     [running a policy](../training.md#running-a-policy).
 
     Args:

@@ -206,6 +206,6 @@ def listed(names: set[str]) -> str:
 
 
 def shown(value: object) -> str:
-    """A value as TOML has it, as far as that differs from Python; cut if it is long."""
+    """A value as TOML has it; cut if it is long."""
     text = str(value).lower() if isinstance(value, bool) else repr(value).replace("'", '"')
     return text if len(text) <= 60 else text[:57] + "..."

@@ -1,7 +1,7 @@
 """What training saw, kept with an exported policy: tasks, image sizes, the range of states.
 
 A run measures it once, on rank 0 when it begins (`measure`), and writes `coverage.json` into its folder. `rlinf export`
-copies it into `rlinf.json`, and `LoadedPolicy.infer` compares observations with it: an observation that lies outside
+copies it into `rlinf.json`, and `LoadedPolicy.infer` compares observations with it: an observation that is outside
 gives one warning with the numbers, and one that the policy cannot have learned to act on is an error.
 """
 

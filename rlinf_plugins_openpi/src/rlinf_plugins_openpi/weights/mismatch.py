@@ -74,7 +74,7 @@ class Mismatch:
         return UserError("\n".join(lines))
 
     def _differences(self) -> Iterator[list[str]]:
-        """Each kind of difference, one line per tensor; first those outside of layers, which tell models apart."""
+        """Each kind of difference, one line per tensor; first those outside of layers, which distinguish models."""
         yield [f"missing: {key} {list(shape)}" for key, shape in _by_depth(self.missing).items()]
         yield [
             f"wrong shape: {key} is {list(has)}, the model has {list(wanted)}"

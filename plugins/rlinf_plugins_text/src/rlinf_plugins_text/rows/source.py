@@ -43,7 +43,7 @@ class TextSource:
     ends: NDArray[np.int64]
     """[N + 1], row n is `pieces[ends[n] : ends[n + 1]]`."""
     left_out: str
-    """How many texts are in no row, and why: too long, or without a trained token; empty: none are left out."""
+    """How many texts are in no row, their share, and why: too long, or without a trained token; empty: none are."""
 
     def __len__(self) -> int:
         return len(self.ends) - 1
@@ -130,6 +130,8 @@ def open_text(
             f"the {split} split of {dataset.repo_id} has no token to train: {left_out} "
             "(data.format, data.loss_on and the chat template decide which tokens are trained)"
         )
+    if left_out:
+        left_out = f"{1 - len(np.unique(texts)) / len(given):.0%} of {len(given)} texts are left out: {left_out}"
     groups = pack(lengths, max_length) if packing else np.split(np.arange(len(texts)), len(texts))
     ends = np.cumsum([0, *(len(group) for group in groups)], dtype=np.int64)
     pieces = np.concatenate(groups)
