@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from rlinf_core import UserError, cli, open_rows
 from rlinf_core.config.load import load_config
 from rlinf_core.data.loading.sampling import validation_generator
+from rlinf_core.data.normalize import load_norm_stats
 from rlinf_core.inference import OutsideTraining, load_policy
 from rlinf_core.plugins.registry import get_plugins
 from rlinf_core.training.distributed.processes import processes
@@ -110,6 +111,11 @@ def test_an_exported_folder_is_weights_to_start_from(trained, export):
     weights = trainer.run.policy.model_copy(update={"weights": str(folder)}).open_weights()
     weights.check({name: tuple(tensor.shape) for name, tensor in live.items()})
     assert all(torch.equal(weights.tensor(name), tensor) for name, tensor in live.items())
+    stats = load_norm_stats(trainer.run.folder / "norm_stats.json")
+    for kind in ("rlinf", "openpi"):  # What is beside the weights does not contradict the run that they are from.
+        folder = export("--format", kind, name=kind)[1]
+        policy = trainer.run.policy.model_copy(update={"weights": str(folder)})
+        assert policy.contradictions(trainer.run.data, stats) == ()
 
 
 def test_openpi_finds_weights_and_statistics_where_it_looks(trained, export):

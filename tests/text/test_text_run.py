@@ -1,5 +1,6 @@
 """Runs of the text policy: any number of ranks, resumed, exported for transformers, started from its folders."""
 
+import json
 import math
 import runpy
 import shutil
@@ -261,3 +262,15 @@ def test_accuracy_is_no_best_metric(tmp_path, monkeypatch):
         pytest.raises(UserError, match="no 'val_token_accuracy' for which smaller is better"),
     ):
         run.trainer.build(run, start=prepare_folder(run, overwrite=True), group=group, plugins=get_plugins())
+
+
+def test_an_exported_config_keeps_what_older_readers_need(tmp_path):
+    """transformers 4 takes 10000 for the base of rotary frequencies, unless it finds `rope_theta`."""
+    scaling = {"rope_type": "linear", "factor": 2.0}
+    policy = tiny_policy(config=tiny_policy().config | {"rope_theta": 1e6, "rope_scaling": scaling})
+    policy.save_weights({"lm.model.model.norm.weight": torch.zeros(32, dtype=torch.bfloat16)}, tmp_path)
+    table = json.loads((tmp_path / "config.json").read_text())
+    assert (table["rope_theta"], table["rope_scaling"], table["torch_dtype"]) == (1e6, scaling, "bfloat16")
+    again = model_config(table)
+    assert again.rope_parameters == model_config(policy.model_table()).rope_parameters
+    assert again.rope_parameters["rope_theta"] == 1e6

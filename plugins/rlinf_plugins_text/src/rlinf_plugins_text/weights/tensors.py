@@ -125,7 +125,7 @@ def save_folder(
     kept = {key: value for key, value in table.items() if key not in ("torch_dtype", "dtype", "transformers_version")}
     config = model_config(kept)
     written = config.to_diff_dict() | {"architectures": [model_class(config).__name__], "dtype": dtype}
-    (folder / CONFIG).write_text(json.dumps(written, indent=2) + "\n")
+    (folder / CONFIG).write_text(json.dumps(written | _for_older_readers(table, written), indent=2) + "\n")
     if source is not None and (source / GENERATION).exists():
         shutil.copyfile(source / GENERATION, folder / GENERATION)
     for name in FILES:
@@ -133,6 +133,19 @@ def save_folder(
             shutil.copyfile(tokenizer.folder / name, folder / name)
     if tokenizer.template_source:
         (folder / "chat_template.jinja").write_text(tokenizer.template_source, encoding="utf-8")
+
+
+def _for_older_readers(table: Mapping[str, Any], written: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of `config.json` that transformers 4 reads and 5 has replaced: it would take their defaults, silently.
+
+    Args:
+        table: The `config.json` that the run read.
+        written: The one that transformers 5 writes.
+    """
+    rope = written.get("rope_parameters")
+    theta = {"rope_theta": rope["rope_theta"]} if isinstance(rope, dict) and "rope_theta" in rope else {}
+    kept = {key: table[key] for key in ("rope_scaling", "partial_rotary_factor") if key in table}
+    return {"torch_dtype": written["dtype"], **theta, **kept}
 
 
 def _save_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
