@@ -1,17 +1,20 @@
 """`rlinf export` and `load_policy`: what leaves a run acts as the run's own policy did."""
 
 import json
+import re
 import shutil
+import warnings
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from rlinf_core import UserError, cli, open_rows
 from rlinf_core.config.load import load_config
 from rlinf_core.data.loading.sampling import validation_generator
-from rlinf_core.inference import load_policy
+from rlinf_core.data.normalize import load_norm_stats
+from rlinf_core.inference import OutsideTraining, load_policy
 from rlinf_core.plugins.registry import get_plugins
 from rlinf_core.training.distributed.processes import processes
 from rlinf_core.training.run_folder import prepare_folder
@@ -118,6 +121,11 @@ def test_an_exported_folder_is_weights_to_start_from(trained, export):
     weights = trainer.run.policy.model_copy(update={"weights": str(folder)}).open_weights()
     weights.check({name: tuple(tensor.shape) for name, tensor in live.items()})
     assert all(torch.equal(weights.tensor(name), tensor) for name, tensor in live.items())
+    stats = load_norm_stats(trainer.run.folder / "norm_stats.json")
+    for kind in ("rlinf", "openpi"):  # What is beside the weights does not contradict the run that they are from.
+        folder = export("--format", kind, name=kind)[1]
+        policy = trainer.run.policy.model_copy(update={"weights": str(folder)})
+        assert policy.contradictions(trainer.run.data, stats) == ()
 
 
 def test_openpi_finds_weights_and_statistics_where_it_looks(trained, export):
@@ -137,6 +145,19 @@ def test_a_checkpoint_is_chosen_by_step_or_by_validation(trained, export):
     assert json.loads((export("--step", "2")[1] / "rlinf.json").read_text())["step"] == 2
     best = int((trainer.run.folder / "best").read_text().removeprefix("step_"))
     assert json.loads((export("--best", name="best")[1] / "rlinf.json").read_text())["step"] == best
+
+
+def test_the_weights_that_won_the_validation_are_exported_and_named(trained, export):
+    assert trained[0]._best.metric == "ema_val_action_mse"
+    for options, weights, said in [
+        (("--best",), "ema", rf"\(EMA\), chosen by ema_val_action_mse = {trained[0]._best.value:.4g} at step"),
+        (("--best", "--no-ema"), "live", "weights: live, not those that were chosen by ema_val_action_mse"),
+        (("--ema",), "ema", "moving average \\(EMA\\); --no-ema exports the live weights"),
+        ((), "live", "weights: live; the run also keeps a moving average \\(EMA\\), which --ema exports"),
+    ]:
+        _, folder, output = export(*options, name=f"policy{'-'.join(options)}")
+        assert json.loads((folder / "rlinf.json").read_text())["weights"] == weights
+        assert re.search(said, " ".join(output.split())), output
 
 
 @pytest.mark.parametrize(
@@ -214,3 +235,106 @@ def test_an_observation_unlike_those_of_training_is_refused(export):
     ]:
         with pytest.raises(UserError, match=message):
             policy.infer(seen | {key: value})
+
+
+def reports(policy, observation, *, error=""):
+    """The warnings of an observation, without what is in brackets."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if error:
+            with pytest.raises(UserError, match=error):
+                policy.infer(observation)
+        else:
+            policy.infer(observation)
+    assert all(one.category is OutsideTraining and one.filename == __file__ for one in caught)
+    return [str(one.message) for one in caught]
+
+
+def test_the_robot_is_held_to_what_training_saw(trained, export):
+    folder = export()[1]
+    rows = open_rows(trained[0].run)
+    row = rows[0]
+    policy = load_policy(folder)
+    assert reports(policy, row) == []
+    (finer,) = reports(policy, row | {"observation.image": np.zeros((448, 448, 3), np.uint8)})
+    assert "is 448 x 448 pixels, in training 224 x 224 pixels: its details are finer" in finer
+    assert reports(policy, row | {"observation.image": np.zeros((480, 640, 3), np.uint8)}) == []  # It was said.
+    states = np.stack([one["observation.state"] for one in rows[:]])
+    far = states[0].copy()
+    far[1] = 57.3  # Degrees instead of radians.
+    (state,) = reports(policy, row | {"observation.state": far})
+    low, high = policy.coverage.state_low[1], policy.coverage.state_high[1]
+    assert (low, high) == (pytest.approx(states[:, 1].min()), pytest.approx(states[:, 1].max()))
+    assert f"[1] is 57.3, in training {low:.4g} to {high:.4g}" in state
+    assert "of training: " not in state
+    assert reports(policy, row | {"task": " "}, error="'task' is empty, but no task of the training data was") == []
+    (task,) = reports(policy, row | {"task": "open the drawer and close it again"})
+    assert re.match(r"the task has \d+ tokens, in training \d+ to 12 \(reported once\)", task)
+    fresh = load_policy(folder)
+    assert "another aspect ratio" in reports(fresh, row | {"observation.image": np.zeros((480, 640, 3), np.uint8)})[0]
+
+
+def test_a_prompt_that_would_lose_its_state_is_refused(trained, export):
+    folder = export()[1]
+    description = json.loads((folder / "rlinf.json").read_text())
+    description["policy"]["discrete_state_input"] = True
+    description["policy"]["max_token_len"] = 60
+    numbers = description["coverage"][""]["measured"]
+    row = open_rows(trained[0].run)[0] | {"task": "open the drawer " * 20}
+    for trained_to, error in ((40, r"with its state, and policy\.max_token_len = 60: the state .* Shorten"), (99, "")):
+        numbers["tokens of the prompt"] = [30, trained_to]  # 99: training cut the state away, too.
+        (folder / "rlinf.json").write_text(json.dumps(description))
+        said = reports(load_policy(folder), row, error=error)
+        assert ["the state and `Action:` at its end are cut away" in one for one in said] == [True] * (not error)
+
+
+def test_folders_without_limits_act_as_before(trained, export):
+    folder = export()[1]
+    description = json.loads((folder / "rlinf.json").read_text())
+    for coverage, complaint in (
+        (None, ""),
+        ({"": {"rows": 3, "of_a_later_version": 1}}, ""),
+        ({"": {"images": 3}}, "its coverage is not valid"),
+        ([1], "its coverage is not valid: it must be a table"),
+    ):
+        table = {key: value for key, value in description.items() if key != "coverage"}
+        (folder / "rlinf.json").write_text(json.dumps(table | ({} if coverage is None else {"coverage": coverage})))
+        if complaint:
+            with pytest.raises(UserError, match=complaint):
+                load_policy(folder)
+        else:
+            row = open_rows(trained[0].run)[0] | {"task": "", "observation.image": np.zeros((9, 99, 3), np.uint8)}
+            assert reports(load_policy(folder), row) == []
+
+
+def test_devices_dtypes_and_noise_that_do_not_exist_are_named(export):
+    folder = export()[1]
+    for options, complaint in (
+        ({"device": "cuda:7"}, r"load_policy\(device='cuda:7'\): there is no such device here; there is cpu"),
+        ({"device": "gpu"}, r"load_policy\(device='gpu'\): there is no such device here"),
+        ({"dtype": "fp16"}, r"load_policy\(dtype='fp16'\): policies compute in 'bf16' or 'fp32'"),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            load_policy(folder, **options)
+    policy = load_policy(folder, dtype=torch.float32)
+    seen = {"observation.image": np.zeros((64, 64, 3), np.uint8), "observation.state": np.zeros(4), "task": "push"}
+    for noise in (np.zeros((8, 5)), np.zeros((5, 8, 1)), np.full((5, 8), np.nan), "noise"):
+        with pytest.raises(UserError, match=r"but must be finite numbers \[5, 8\]"):
+            policy.infer(seen, noise)
+    assert np.array_equal(policy.infer(seen, np.zeros((5, 8))), policy.infer(seen, np.zeros((5, 8), np.float32)))
+
+
+def test_weights_with_nan_or_infinity_are_named_with_their_file(trained, export):
+    folder = export()[1]
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    gate = next(key for key in tensors if "gate_proj" in key)
+    tensors[gate][0, 0] = float("nan")
+    up = gate.replace("gate_proj", "up_proj")
+    tensors[up][1, :2] = float("inf")
+    save_file(tensors, file)
+    message = (
+        rf"{file} contains numbers that are not finite: {gate} has 1 NaN of .*; {up} has 2 infinite of \d+ numbers"
+    )
+    with pytest.raises(UserError, match=message):
+        load_policy(folder)

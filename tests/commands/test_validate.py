@@ -1,6 +1,7 @@
 """`rlinf validate`: what is known of a run before it starts, every mistake at once, and no torch."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from distributions import entry_point, install, repository_entry_points, repository_plugins
+from huggingface_hub import constants
 from safetensors.numpy import save_file
 from saved_run import checkpoint
 
@@ -18,6 +20,7 @@ from rlinf_core.plugins.registry import PLUGIN_GROUP, Plugins
 from rlinf_core.preflight import Report
 from rlinf_plugins_openpi import Pi05Config
 from rlinf_plugins_openpi.weights.names import published_names
+from rlinf_plugins_openpi.weights.shapes import table_shapes
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = "examples/quickstart.toml"
@@ -47,12 +50,17 @@ def findings(validate):
 
 @pytest.fixture
 def weights(tmp_path):
-    """A file with the names of π0.5's weights; only headers are looked at."""
-    policy = Pi05Config(variant="dummy")
+    """A file with the names and shapes of π0.5's weights; only headers are looked at."""
+    policy = Pi05Config(variant="dummy", action_dim=4)
     path = tmp_path / "weights" / "model.safetensors"
     path.parent.mkdir()
-    save_file({name: np.zeros(1, np.float32) for name in published_names(policy.dimensions).values()}, path)
+    save_file(tensors(policy.dimensions), path)
     return path
+
+
+def tensors(dimensions):
+    shapes = table_shapes(dimensions)
+    return {name: np.zeros(shapes[own], np.float32) for own, name in published_names(dimensions).items()}
 
 
 def test_a_sound_run_is_told_in_facts_without_torch(tmp_path, weights):
@@ -255,9 +263,15 @@ def test_a_folder_for_checkpoints_that_cannot_be_is_a_finding(findings, tmp_path
     assert "file is not a folder" in findings(f"runner.checkpoint_dir={tmp_path / 'file'}")[0]
 
 
-def test_weights_that_may_be_on_the_hub_are_told_to_be_unchecked(validate):
-    (warning,) = [text for text in validate("policy.weights=checkpoints/nothere")[1]["warnings"] if "weights" in text]
-    assert warning.startswith("policy.weights: checkpoints/nothere is not checked: there is no such file or folder")
+def test_weights_that_may_be_on_the_hub_are_told_to_be_unchecked(validate, findings, monkeypatch):
+    (finding,) = findings("policy.weights=lerobot/nothere")
+    assert "it is not in the cache and cannot be downloaded: HF_HUB_OFFLINE is set" in finding
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    (warning,) = [text for text in validate("policy.weights=lerobot/nothere")[1]["warnings"] if "weights" in text]
+    assert warning.startswith("policy.weights: lerobot/nothere is not checked: there is no such file or folder")
+    (finding,) = findings("policy.weights=checkpoints/nothere")
+    assert "no file or folder checkpoints/nothere" in finding
+    assert "the name is a path's rather than a hub id's" in finding
 
 
 def test_a_launcher_of_a_plugin_is_let_pass(validate):
@@ -286,12 +300,11 @@ def test_a_policys_weights_are_a_path_unless_it_says_otherwise(tmp_path):
 
 
 def test_weights_of_another_model_are_told_by_their_names(weights):
-    policy = {"variant": "dummy", "weights": str(weights.parent)}
+    policy = {"variant": "dummy", "action_dim": 4, "weights": str(weights.parent)}
     Pi05Config(**policy).check_files()
-    names = published_names(Pi05Config(variant="dummy").dimensions).values()
-    save_file(
-        {name: np.zeros(1, np.float32) for name in [*names, "surprise"] if name != "action_in_proj.bias"}, weights
-    )
+    found = tensors(Pi05Config(variant="dummy", action_dim=4).dimensions) | {"surprise": np.zeros(1, np.float32)}
+    del found["action_in_proj.bias"]
+    save_file(found, weights)
     with pytest.raises(UserError, match=r"(?s)1 missing, 1 unexpected, 0 misshapen.*policy\.variant") as caught:
         Pi05Config(**policy).check_files()
     assert "missing: action_in_proj.bias" in str(caught.value)
@@ -302,3 +315,12 @@ def test_a_vocabulary_that_does_not_fit_is_found_before_the_model_is_built(monke
     monkeypatch.setattr("rlinf_plugins_openpi.config.load_processor", lambda _: SimpleNamespace(vocab_size=lambda: 513))
     with pytest.raises(UserError, match=r"has 513 entries, variant dummy embeds 512: set policy\.tokenizer"):
         Pi05Config(variant="dummy").check_files()
+
+
+def test_ok_counts_what_may_spoil_the_run(capsys, tmp_path):
+    changes = ["--ranks=2", "policy.discrete_state_input=true", "policy.max_token_len=20"]
+    assert cli.main(["validate", QUICKSTART, f"runner.output_dir={tmp_path}", *changes]) == 0
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert said.startswith(f"ok, 1 warning {QUICKSTART}")
+    warning = r"warning: the state and `Action:` are cut away in (\d+) of \1 prompts: set policy\.max_token_len = \d+ "
+    assert re.search(warning, said)

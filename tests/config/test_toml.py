@@ -3,7 +3,7 @@
 import pytest
 
 from rlinf_core import UserError
-from rlinf_core.config.toml import diff_tables, dotted, merge, parse_override, read_toml, write_toml
+from rlinf_core.config.toml import diff_tables, dotted, merge, parse_override, read_toml, typed_values, write_toml
 
 
 @pytest.mark.parametrize(
@@ -64,3 +64,10 @@ def test_text_is_read_like_a_file(tmp_path):
 def test_toml_cannot_say_none():
     with pytest.raises(TypeError):
         write_toml({"a": [None]})
+
+
+def test_values_are_known_as_they_are_typed(tmp_path):
+    text = "seed = 1_0  # ten\n[runner]\nname = 2026_07_01\n[[data.mixture]]\nweight = 1e5\n[a.b]\nc.d = 1e5\n"
+    (tmp_path / "run.toml").write_text(text)
+    found = {("seed",): "1_0", ("runner", "name"): "2026_07_01", ("a", "b", "c", "d"): "1e5"}
+    assert typed_values(tmp_path / "run.toml") == found

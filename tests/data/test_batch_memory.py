@@ -1,13 +1,15 @@
 import numpy as np
+import pytest
 import torch
 from toy_data import Repack, Rows, ToyPolicy
 
 from rlinf_core.data import batch_memory
-from rlinf_core.data.batch_memory import batch_tensor
+from rlinf_core.data.batch_memory import batch_tensor, shared_memory_error
 from rlinf_core.data.loading.loader import build_train_loader
 from rlinf_core.data.loading.mixture import Source
 from rlinf_core.data.loading.sampling import Batching
 from rlinf_core.data.pipeline import Pipeline
+from rlinf_core.errors import UserError
 
 
 class Marking(ToyPolicy):
@@ -71,3 +73,28 @@ def test_a_part_of_a_batch_keeps_its_memory():
 def test_without_workers_a_batch_has_ordinary_memory():
     for with_workers, without in zip(marked(1, 4), marked(0, 4), strict=True):
         assert np.array_equal(with_workers["large"], without["large"])
+
+
+class Starving(ToyPolicy):
+    """Fails as torch does when /dev/shm is full."""
+
+    def collate(self, samples):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2_0>: Success (0)")
+
+
+def test_too_little_shared_memory_is_one_message_with_ways_out(monkeypatch):
+    def refuse(size, device):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2_0>: Success (0)")
+
+    ways_out = r"docker run --shm-size=16g, .* or set data\.num_workers = 0"
+    loader = build_train_loader(
+        [Source(Rows(8), Pipeline(Repack()))], Starving(), Batching(2, 2), (0, 1), num_workers=1
+    )
+    with pytest.raises(UserError, match=rf"workers are out of shared memory: /dev/shm has .*{ways_out}"):
+        next(iter(loader))
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", refuse)
+    with pytest.raises(UserError, match=r"a block of 8\.4 MB was needed; every worker holds several"):
+        batch_memory._free_block(5_000_000)
+    killed = RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that ...")
+    assert "--shm-size" in str(shared_memory_error(killed))
+    assert shared_memory_error(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None

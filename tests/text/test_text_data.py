@@ -243,10 +243,12 @@ def test_texts_that_are_left_out_are_counted(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"messages": CHAT[1:3]}, {"messages": silent}, {"messages": CHAT}])
     for policy in (tiny_policy(), tiny_policy(packing=True)):
         silent_one = f"1 text without a trained token (the assistant says nothing), first: {path}, line 2"
-        assert policy.describe(rows_of(path, policy))["left out"] == silent_one
+        warning = f"warning: 33% of 3 texts are left out: {silent_one}"
+        assert policy.describe(rows_of(path, policy))["left out"] == warning
     short = tiny_policy(max_length=60, overlong="drop")
     longer = f"1 text longer than policy.max_length = 60, first: {path}, line 3"
-    assert short.describe(rows_of(path, short))["left out"] == f"{silent_one}; {longer}"
+    warning = f"warning: 67% of 3 texts are left out: {silent_one}; {longer}"
+    assert short.describe(rows_of(path, short))["left out"] == warning
     assert "left out" not in tiny_policy().describe(rows_of(write_jsonl(path, [{"messages": CHAT}])))
 
 

@@ -1,5 +1,6 @@
 """Runs of the text policy: any number of ranks, resumed, exported for transformers, started from its folders."""
 
+import json
 import math
 import re
 import runpy
@@ -276,3 +277,15 @@ def test_answers_need_held_out_texts_and_the_text_policy():
     assert load_config("examples/text_sft.toml", [*nothing[:1], "runner.val_check_interval=0"])
     with pytest.raises(UserError, match=r"evaluators.text_answers: is for the policy 'text', not 'pi05'"):
         load_config("examples/quickstart.toml", ["runner.evaluators=['text_answers']"])
+
+
+def test_an_exported_config_keeps_what_older_readers_need(tmp_path):
+    """transformers 4 takes 10000 for the base of rotary frequencies, unless it finds `rope_theta`."""
+    scaling = {"rope_type": "linear", "factor": 2.0}
+    policy = tiny_policy(config=tiny_policy().config | {"rope_theta": 1e6, "rope_scaling": scaling})
+    policy.save_weights({"lm.model.model.norm.weight": torch.zeros(32, dtype=torch.bfloat16)}, tmp_path)
+    table = json.loads((tmp_path / "config.json").read_text())
+    assert (table["rope_theta"], table["rope_scaling"], table["torch_dtype"]) == (1e6, scaling, "bfloat16")
+    again = model_config(table)
+    assert again.rope_parameters == model_config(policy.model_table()).rope_parameters
+    assert again.rope_parameters["rope_theta"] == 1e6

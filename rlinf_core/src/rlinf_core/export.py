@@ -12,7 +12,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,9 @@ import torch
 from rlinf_core.config.load import load_config
 from rlinf_core.contract.policy import TrainedOn
 from rlinf_core.contract.run import RunConfig
+from rlinf_core.contract.weight_origin import DESCRIPTION, STATISTICS
+from rlinf_core.data.coverage import FILE as COVERAGE
+from rlinf_core.data.coverage import parse_coverage
 from rlinf_core.data.normalize import Stats, load_norm_stats
 from rlinf_core.errors import UserError, did_you_mean
 from rlinf_core.files import check_writable, writing
@@ -41,9 +44,8 @@ from rlinf_core.training.checkpoint.state import (
     step_name,
 )
 from rlinf_core.training.fsdp import layout
+from rlinf_core.untrusted import read_json
 
-DESCRIPTION = "rlinf.json"
-STATISTICS = "norm_stats.json"
 FORMAT = 1
 NUMBERS_AT_A_TIME = 2**28
 NATIVE = "rlinf"
@@ -59,8 +61,9 @@ class Choice:
     """The checkpoint after this step; None: the newest."""
     best: bool = False
     """The checkpoint with the best validation metric."""
-    ema: bool = False
-    """The moving average of the weights instead of the weights."""
+    ema: bool | None = None
+    """The moving average (EMA) of the weights, or the weights as trained (live). None: of the best checkpoint those
+    with the better validation, otherwise live."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Dtype of the exported weights."""
     format: str = NATIVE
@@ -79,7 +82,8 @@ def export_run(
         output: The folder to create.
         choice: Which weights to export, and how.
         plugins: Plugins that provide the run's classes.
-        log: Called with a warning for each damaged checkpoint that was skipped, and with what became of adapters.
+        log: Called with a warning for each damaged checkpoint that was skipped, which weights were chosen and whether
+            the run has others, and what became of adapters.
 
     Returns:
         The checkpoint that was exported.
@@ -103,8 +107,9 @@ def export_run(
     checkpoint = find_checkpoint(folder, run.runner.checkpoints_of(folder), choice, log)
     policy = run.policy.with_data_layout(read_position(checkpoint).data_layout)
     run = run.model_copy(update={"policy": policy})
+    choice, which = choose_weights(checkpoint, choice)
     tensors, notes = read_weights(run, checkpoint, choice, plugins)
-    for note in notes:
+    for note in (*notes, which):
         log(note)
     aside = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
@@ -188,6 +193,39 @@ def _newest(folder: Path, checkpoints: Path, log: Callable[[str], object]) -> Pa
     raise UserError(f"{folder} has no checkpoint")
 
 
+EMA = "ema_"
+"""Prefix of the validation results of the moving average."""
+
+
+def choose_weights(checkpoint: Path, choice: Choice) -> tuple[Choice, str]:
+    """Decide between live weights and their moving average.
+
+    Args:
+        checkpoint: The folder of the checkpoint.
+        choice: What to export; its `ema` may be undecided.
+
+    Returns:
+        The choice with `ema` decided, and a sentence that says which weights it is and whether there are others.
+
+    Raises:
+        UserError: The moving average is asked for, and the checkpoint has none.
+    """
+    best = read_position(checkpoint).best
+    has_ema = any(name.startswith("ema.") for name in ShardReader(checkpoint).read_metadata().state_dict_metadata)
+    ema = (choice.best and best.metric.startswith(EMA)) if choice.ema is None else choice.ema
+    if ema and not has_ema:
+        raise UserError(f"{checkpoint} has no moving average of the weights: optim.ema_decay was 0")
+    said = "weights: the moving average (EMA)" if ema else "weights: live"
+    if choice.best and best.value is not None and best.metric:
+        won = "chosen by" if ema == best.metric.startswith(EMA) else "not those that were chosen by"
+        said += f", {won} {best.metric} = {best.value:.4g} at step {best.step}"
+    if has_ema and ema:
+        said += "; --no-ema exports the live weights"
+    elif has_ema:
+        said += "; the run also keeps a moving average (EMA), which --ema exports"
+    return replace(choice, ema=ema), said
+
+
 def read_weights(
     run: RunConfig, checkpoint: Path, choice: Choice, plugins: Plugins
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
@@ -208,8 +246,6 @@ def read_weights(
         )
     merge = Merge(policy, adapters)
     saved_names = reader.read_metadata().state_dict_metadata
-    if choice.ema and not any(name.startswith("ema.") for name in saved_names):
-        raise UserError(f"{checkpoint} has no moving average of the weights: optim.ema_decay was 0")
     tensors: dict[str, torch.Tensor] = {}
     for part in _parts(merge.groups()):
         names = {name: shape for _, shapes in part for name, shape in shapes.items()}
@@ -277,12 +313,27 @@ def _write(
         "policy": policy,
         "data": config["data"],
         "files": files,
+        "coverage": _coverage(folder, choice.source),
         "versions": dict(sorted(versions.items())),
         "sha256": {
             path.relative_to(output).as_posix(): _sha256(path) for path in sorted(output.rglob("*")) if path.is_file()
         },
     }
     (output / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
+
+
+def _coverage(folder: Path, source: str) -> dict[str, Any]:
+    """What the run's training saw, of each dataset or of the chosen one; empty if the run did not record it."""
+    path = folder / COVERAGE
+    if not path.exists():
+        return {}
+    try:
+        tables = read_json(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): remove it to export a policy without limits") from error
+    names = [source] if source else list(tables) if isinstance(tables, dict) else []
+    found = {name: parse_coverage({name: tables.get(name)}, name, str(path)) for name in names}
+    return {name: one.model_dump(mode="json") for name, one in found.items() if one is not None}
 
 
 def _sha256(path: Path) -> str:

@@ -23,6 +23,13 @@ from rlinf_core.errors import UserError
 Kind = Literal["model", "dataset"]
 
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>.+))?")
+_LIKE_A_PATH = re.compile(
+    r"(checkpoints?|ckpts?|weights|models?|runs?|outputs?|exports?|exported|pretrained(_models?)?|logs|results|tmp)/.*"
+    r"|.*/(\d+|step_?\d+|global_step_\d+|checkpoint-\d+|pretrained_model|params|last|latest|best)"
+    r"|.*\.(safetensors|bin|pt|pth|ckpt|msgpack|gguf|npz|jsonl?|parquet|tar|zip)",
+    re.IGNORECASE,
+)
+"""Names of the form of a hub id that are paths: usual folders of outputs, numbered steps, files."""
 _AT_ONCE = 8
 """Files that are downloaded in parallel."""
 _PATIENCE = 10.0
@@ -57,12 +64,22 @@ def local_path(text: str, setting: str) -> Path | None:
     on_hub = None if text.startswith((".", "~", "/")) else _HUB_ID.fullmatch(text)
     # If the first part is an existing folder, this is a mistyped path rather than a hub id, unless it has a revision.
     in_a_folder = path.parent != Path() and path.parent.is_dir()
-    if on_hub and (on_hub["revision"] or not in_a_folder):
+    like_a_path = bool(on_hub) and bool(_LIKE_A_PATH.fullmatch(text))
+    if on_hub and (on_hub["revision"] or not (in_a_folder or like_a_path)):
         return None
     hint = "and a hub id has the form owner/name or owner/name@revision"
-    if on_hub:
+    if on_hub and not in_a_folder:
+        hint = f"and the name is a path's rather than a hub id's; for the repository on the hub, write {text}@main"
+    elif on_hub:
         hint = f"but there is a folder {path.parent}; for the repository on the hub, add its revision: {text}@main"
     raise UserError(f"{setting}: there is no file or folder {text} (in {Path.cwd()}), {hint}")
+
+
+def is_offline() -> bool:
+    """Whether HF_HUB_OFFLINE forbids all requests."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
 
 
 def parse_hub_id(text: str) -> tuple[str, str | None]:

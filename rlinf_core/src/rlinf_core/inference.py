@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,14 +19,16 @@ from rlinf_core.contract.mixture import MixtureShare
 from rlinf_core.contract.module import Policy
 from rlinf_core.contract.policy import PolicyConfig
 from rlinf_core.contract.run import no_source
+from rlinf_core.contract.weight_origin import DESCRIPTION, STATISTICS
+from rlinf_core.data.coverage import CompareObservation, CompareState, Coverage, parse_coverage
 from rlinf_core.data.normalize import load_norm_stats
 from rlinf_core.data.pipeline import Pipeline, build_pipeline, encode_observation
 from rlinf_core.data.sample import Sample
 from rlinf_core.data.transforms import Transform
 from rlinf_core.errors import UserError
-from rlinf_core.export import DESCRIPTION, FORMAT, STATISTICS
+from rlinf_core.export import FORMAT
 from rlinf_core.plugins.registry import Plugins, get_plugins
-from rlinf_core.training.build import DTYPES
+from rlinf_core.training.build import DTYPES, finite_tensor
 from rlinf_core.training.distributed.processes import to_device
 from rlinf_core.training.fsdp import materialize
 from rlinf_core.untrusted import path_inside, read_json
@@ -36,6 +39,14 @@ ELSEWHERE = {
     "weights alone": "*.safetensors*",
 }
 """What a folder without `rlinf.json` may contain -> a file that identifies it."""
+
+
+HERE = str(Path(__file__).parent)
+"""Warnings name the first line outside of this package: the robot's."""
+
+
+class OutsideTraining(UserWarning):
+    """An observation is outside of what the policy's training data covered."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +71,37 @@ class CheckTrainingState(Transform):
 class LoadedPolicy:
     """A policy with its pipeline; `load_policy` returns it."""
 
-    def __init__(self, config: PolicyConfig, data: DatasetConfig, pipeline: Pipeline, module: Any) -> None:
-        self.config, self.data, self.pipeline = config, data, pipeline
+    def __init__(
+        self,
+        config: PolicyConfig,
+        data: DatasetConfig,
+        pipeline: Pipeline,
+        module: Any,
+        coverage: Coverage | None = None,
+    ) -> None:
+        self.config, self.data = config, data
         self.module = module
+        self.coverage = coverage
+        """What training saw; None if the folder was exported before that was recorded: nothing is compared."""
+        self.pipeline = self._comparing(pipeline)
         self._device = next(module.parameters()).device
         self._noise = np.random.default_rng()
+        self._reported: set[str] = set()
+
+    def _comparing(self, pipeline: Pipeline) -> Pipeline:
+        """The pipeline, with comparisons of the observation with training before and after the dataset's transforms."""
+        if self.coverage is None:
+            return pipeline
+        steps: tuple[Transform, ...] = (CompareObservation(self.coverage, self._report), *pipeline.dataset)
+        if self.coverage.state:
+            steps = (*steps, CompareState(*self.coverage.state, self._report))
+        return replace(pipeline, dataset=steps)
+
+    def _report(self, what: str, text: str) -> None:
+        """Warn, once for each thing that a warning is about: a robot asks many times a second."""
+        if what not in self._reported:
+            self._reported.add(what)
+            warnings.warn(f"{text} (reported once)", OutsideTraining, skip_file_prefixes=(HERE,))
 
     def infer(self, observation: Mapping[str, Any], noise: NDArray[np.float32] | None = None) -> NDArray[np.floating]:
         """Compute a chunk of actions.
@@ -78,15 +115,39 @@ class LoadedPolicy:
             [H, D] actions in the data's units.
 
         Raises:
-            UserError: The observation lacks columns (the message names them all), or its state or task is invalid.
+            UserError: The observation lacks columns (the message names them all), its state or task is invalid, the
+                policy has not learned to act on it (an empty task, a prompt too long for the state in it), or `noise`
+                has another shape.
+
+        Warns:
+            OutsideTraining: The observation is outside of what training saw; once for each camera, for the state and
+                for the task.
         """
-        sample = encode_observation(self.pipeline, self.data, dict(observation))
-        if noise is None:
-            noise = self.config.draw(self._noise)["noise"]
+        sample = self._encode(observation)
+        drawn = self.config.draw(self._noise)["noise"]
+        start = drawn if noise is None else _checked_noise(noise, drawn.shape)
         batch = to_device(self.config.collate([sample]), self._device)
         with torch.inference_mode():
-            actions = self.module.sample_actions(batch, torch.from_numpy(noise).to(self._device)[None])
+            actions = self.module.sample_actions(batch, torch.from_numpy(start).to(self._device)[None])
         return self.pipeline.decode(actions[0].float().cpu().numpy(), sample)
+
+    def _encode(self, observation: Mapping[str, Any]) -> Any:
+        sample = encode_observation(self.pipeline, self.data, dict(observation))
+        trained = self.coverage.measured if self.coverage else {}
+        for what, text in self.config.compare_with_training(sample, trained).items():
+            self._report(what, text)
+        return sample
+
+
+def _checked_noise(noise: object, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """The caller's noise as float32; raises `UserError` for another shape, or numbers that are not finite."""
+    given = np.asarray(noise)
+    if given.shape != shape or given.dtype.kind not in "fiu" or not np.isfinite(given).all():
+        raise UserError(
+            f"noise is {given.dtype} {list(given.shape)}, but must be finite numbers {list(shape)}: actions in a chunk "
+            "x width of the policy's actions, standard normal. Without noise=..., infer draws it"
+        )
+    return np.ascontiguousarray(given, np.float32)
 
 
 def load_policy(
@@ -99,6 +160,9 @@ def load_policy(
 ) -> LoadedPolicy:
     """Load a policy that `rlinf export` wrote.
 
+    An observation that is outside of what its training saw gives one warning, `OutsideTraining`; see
+    [running a policy](../training.md#running-a-policy).
+
     Args:
         folder: The exported folder.
         device: Device to compute on.
@@ -107,9 +171,10 @@ def load_policy(
         source: For a mixture, the dataset whose observations it gets and whose actions it returns.
 
     Raises:
-        UserError: The folder is not an exported policy, or its files are inconsistent.
+        UserError: The folder is not an exported policy, its files are inconsistent, its weights contain NaN or
+            infinity, or there is no such device or dtype.
     """
-    folder = Path(folder)
+    folder, device, dtype = Path(folder), _known_device(device), _known_dtype(dtype)
     plugins = plugins or get_plugins()
     description = _read_description(folder)
     table, statistics = _choose_source(description["data"], folder, source)
@@ -127,9 +192,37 @@ def load_policy(
         module: Any = config.build()
     weights = config.open_weights()
     weights.check({name: tuple(parameter.shape) for name, parameter in module.named_parameters()})
-    materialize(module, torch.device(device), lambda name, _: weights.tensor(name))
+    materialize(module, device, lambda name, _: finite_tensor(weights, name, config))
     _compute_in(module, DTYPES[dtype])
-    return LoadedPolicy(config, data, pipeline, module.eval())
+    coverage = parse_coverage(description.get("coverage"), source, str(folder / DESCRIPTION))
+    return LoadedPolicy(config, data, pipeline, module.eval(), coverage)
+
+
+def _known_device(device: str | torch.device) -> torch.device:
+    """The device, if it is there."""
+    try:
+        known = torch.device(device)
+        torch.empty(0, device=known)
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        count = torch.cuda.device_count()
+        there = ["cpu", *(f"cuda:{number}" for number in range(count))]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"load_policy(device={str(device)!r}): there is no such device here; there is {', '.join(there)} ({reason})"
+        ) from error
+    return known
+
+
+def _known_dtype(dtype: object) -> Literal["fp32", "bf16"]:
+    """The dtype, if it is one of those that policies compute in."""
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+    name = names.get(dtype, dtype) if isinstance(dtype, torch.dtype) else dtype
+    if name not in DTYPES:
+        raise UserError(
+            f"load_policy(dtype={dtype!r}): policies compute in {' or '.join(map(repr, DTYPES))}. (float16 overflows: "
+            "its largest number is 65504)"
+        )
+    return "bf16" if name == "bf16" else "fp32"
 
 
 def _choose_source(table: dict[str, Any], folder: Path, name: str) -> tuple[dict[str, Any], Path]:

@@ -204,7 +204,11 @@ def _check_sample(run: RunConfig, train: SampleSource, report: Report) -> None:
         drawn = run.policy.draw(sample_generator(run.seed, 0, 0))
         shapes = {key: np.shape(value) for key, value in {**sample, **drawn}.items() if np.ndim(value)}
         report.facts["sample"] = ", ".join(f"{key} {list(shape)}" for key, shape in shapes.items())
-        report.facts |= run.policy.describe(preview_samples(train, pipeline))
+        for name, fact in run.policy.describe(preview_samples(train, pipeline)).items():
+            if fact.startswith("warning: "):
+                report.warnings.append(fact.removeprefix("warning: "))
+            else:
+                report.facts[name] = fact
 
 
 def _check_folder(run: RunConfig, report: Report, *, allow_change: bool) -> None:

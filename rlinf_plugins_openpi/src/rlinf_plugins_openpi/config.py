@@ -13,8 +13,10 @@ import numpy as np
 from pydantic import Field
 
 from rlinf_core import Sample, UserError
+from rlinf_core.contract.weight_origin import Contradiction, compare_with_export, folder_of
 from rlinf_core.data.sample import PACKING, Batch
 from rlinf_core.data.transforms import Transform
+from rlinf_core.hub import is_offline
 from rlinf_plugins_openpi.inputs.augmentation import draw_augmentations, labelled
 from rlinf_plugins_openpi.inputs.tokenizer import GEMMA_ENTRIES, SMALL_MODEL, load_processor, possible_tokens
 from rlinf_plugins_openpi.inputs.transforms import OpenpiSample, PadToActionDim, ResizeWithPad, TokenizePrompt
@@ -27,13 +29,18 @@ from rlinf_plugins_openpi.settings import OpenpiSettings
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlinf_core import Policy
+    from rlinf_core import DatasetConfig, Policy
     from rlinf_core.contract.module import WeightSource
     from rlinf_core.contract.policy import TrainedOn
+    from rlinf_core.data.normalize import Stats
     from rlinf_core.illustration import Illustration
 
 ROWS = "rows of the embedding that prompts use"
 """Key of `data_layout`."""
+TASK, PROMPT = "tokens of the task", "tokens of the prompt"
+"""What the policies measure of a prompt, without and with the state in it."""
+PROMPT_STEP = 16
+"""A suggested `max_token_len` is a multiple of this."""
 ROWS_TO_COUNT = 1024
 """Trained rows assumed by a plan without data: 0.4 % of the embedding of `base`; few runs' prompts use more."""
 
@@ -61,19 +68,52 @@ class OpenpiPolicyConfig(OpenpiSettings):
         return drawn
 
     def describe(self, samples: Iterable[Sample]) -> Mapping[str, str]:
-        """Report prompt lengths and how many prompts are truncated; counted per row if prompts contain the state."""
+        """Report prompt lengths, and warn if prompts are truncated; counted per row if prompts contain the state."""
         lengths: dict[object, int] = {}
         rows = 0
         for rows, sample in enumerate(cast("Iterable[OpenpiSample]", samples), start=1):
             lengths[rows if self.discrete_state_input else sample["prompt"]] = sample["prompt_length"]
         if not lengths:
             return {}
-        cut = sum(length > self.max_token_len for length in lengths.values())
+        cut, longest = sum(length > self.max_token_len for length in lengths.values()), max(lengths.values())
         counted = "prompts with their states" if self.discrete_state_input else "different prompts"
-        return {
+        facts = {
             "prompts": f"{cut} of {len(lengths)} {counted} cut to policy.max_token_len = {self.max_token_len}, "
-            f"the longest has {max(lengths.values())} tokens; in {rows} rows from all over the training data"
+            f"the longest has {longest} tokens; in {rows} rows from all over the training data"
         }
+        if cut:
+            lost = "the state and `Action:` are cut away in" if self.discrete_state_input else "the end is cut off"
+            facts["cut prompts"] = (
+                f"warning: {lost} {cut} of {len(lengths)} prompts: set policy.max_token_len = "
+                f"{-(-longest // PROMPT_STEP) * PROMPT_STEP} (the longest has {longest} tokens, it is "
+                f"{self.max_token_len}), or shorten the tasks"
+            )
+        return facts
+
+    def measured(self, sample: Sample) -> Mapping[str, float]:
+        """Tokens of the task alone, and of the whole prompt."""
+        encoded = cast("OpenpiSample", sample)
+        task = len(self._prompt_tokenizer().encode(encoded["prompt"]))
+        return {TASK: task, PROMPT: encoded["prompt_length"]}
+
+    def compare_with_training(self, sample: Sample, trained: Mapping[str, tuple[float, float]]) -> Mapping[str, str]:
+        """Warn about tasks that are longer than in training; raise `UserError` if the prompt's state would be cut."""
+        found = self.measured(sample)
+        length, most = int(found[PROMPT]), self.max_token_len
+        was_cut = not trained or trained.get(PROMPT, (0, 0))[1] > most
+        if length > most and self.discrete_state_input and not was_cut:
+            raise UserError(
+                f"the prompt has {length} tokens with its state, and policy.max_token_len = {most}: the state at its "
+                "end would be cut away, and the policy would act without it. Shorten the task by at least "
+                f"{length - most} tokens: it has {found[TASK]:.0f}, in training at most {trained[TASK][1]:.0f}"
+            )
+        if length > most:
+            lost = "the state and `Action:` at its end are" if self.discrete_state_input else "its end is"
+            return {PROMPT: f"the prompt has {length} tokens, and policy.max_token_len = {most}: {lost} cut away"}
+        if TASK in trained and found[TASK] > trained[TASK][1]:
+            low, high = trained[TASK]
+            return {TASK: f"the task has {found[TASK]:.0f} tokens, in training {low:.0f} to {high:.0f}"}
+        return {}
 
     def data_layout(self, prompts: Iterable[str]) -> Mapping[str, Sequence[int]]:
         """With `train_embedding = "used_rows"`, the rows of the embedding that these prompts use."""
@@ -188,8 +228,8 @@ class OpenpiPolicyConfig(OpenpiSettings):
     def check_files(self) -> None:
         """Raise `UserError` if the weights are missing or of another model, or if the tokenizer does not fit.
 
-        Reads headers only. Not found before the run loads them: damaged tensors, tensors of another shape, anything
-        wrong with a pickle, and weights that are still on the hub.
+        Reads headers only. Not found before the run loads them: damaged tensors, NaN or infinity, anything wrong with a
+        pickle, and weights that are still on the hub.
         """
         problems = []
         for check in (self._check_weights, self._check_tokenizer):
@@ -204,10 +244,30 @@ class OpenpiPolicyConfig(OpenpiSettings):
         if self.weights in ("", "random"):
             return
         from rlinf_plugins_openpi.weights.hub import find_cached_weights
-        from rlinf_plugins_openpi.weights.source import check_names
+        from rlinf_plugins_openpi.weights.source import check_headers
 
-        if path := find_cached_weights(self.weights):  # None: the run will download them.
-            check_names(path, self.dimensions)
+        if path := find_cached_weights(self.weights):
+            check_headers(path, self.dimensions)
+        elif is_offline():
+            raise UserError(
+                f"policy.weights: there is no file or folder {self.weights} (in {Path.cwd()}), and as a model on the "
+                "hub it is not in the cache and cannot be downloaded: HF_HUB_OFFLINE is set"
+            )
+
+    def contradictions(self, data: DatasetConfig, stats: Stats | None) -> Sequence[Contradiction]:
+        """What `rlinf export`, lerobot or openpi left beside the weights, where it contradicts the run."""
+        from rlinf_plugins_openpi.weight_origin import compare_folder
+        from rlinf_plugins_openpi.weights.hub import find_cached_weights
+
+        try:
+            path = None if self.weights in ("", "random") else find_cached_weights(self.weights)
+        except UserError:  # `check_files` reports it.
+            return ()
+        if path is None or (folder := folder_of(path)) is None:
+            return ()
+        keys = ("action_horizon", "discrete_state_input", "max_token_len")
+        exported = compare_with_export(folder, self, data, stats, self.normalization, keys)
+        return (*exported, *compare_folder(folder, self, data, stats))
 
     def _check_tokenizer(self) -> None:
         self._prompt_tokenizer()  # Raises a UserError that says what to set if there is no such file.
@@ -244,11 +304,16 @@ class OpenpiPolicyConfig(OpenpiSettings):
         return {} if path is None else {"policy.weights": weight_files(path)}
 
     def unchecked_files(self) -> Sequence[str]:
-        """The weights, if they are still on the hub."""
+        """The weights, if they are still on the hub or in a pickle."""
+        from rlinf_plugins_openpi.weights.files import PICKLES, weight_files
         from rlinf_plugins_openpi.weights.hub import find_cached_weights
 
-        if self.weights in ("", "random") or find_cached_weights(self.weights):
+        if self.weights in ("", "random"):
             return ()
+        if path := find_cached_weights(self.weights):
+            files = weight_files(path)
+            opened = ", ".join(str(file) for file in files if file.suffix in PICKLES)
+            return (f"policy.weights: {opened} is a pickle, which is checked when the run loads it",) if opened else ()
         return (
             f"policy.weights: {self.weights} is not checked: there is no such file or folder here, so it is taken as "
             "a model on the hub, which the run will download",

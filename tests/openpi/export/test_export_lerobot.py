@@ -204,6 +204,8 @@ def test_the_pipelines_are_those_that_lerobot_would_write(saved, export, lerobot
 
     run = saved("policy.discrete_state_input=true")
     _, folder, _ = export(run, "--format", "lerobot")
+    weights = run.policy.model_copy(update={"weights": str(folder)})
+    assert weights.contradictions(run.data, load_norm_stats(run.folder / "norm_stats.json")) == ()
     policy, *_ = lerobot(folder, run.policy.dimensions)
     statistics = {"observation.state": {"mean": torch.zeros(8)}, "action": {"mean": torch.zeros(7)}}
     for pipeline in make_pi05_pre_post_processors(policy.config, statistics):

@@ -96,9 +96,10 @@ def described(prompts, **fields):
 def test_cut_prompts_are_counted_once_each():
     prompts = [("lift", 0.0), ("turn on the stove", 0.0), ("lift", 0.5)]
     lengths = [len(PromptTokenizer(SMALL_MODEL, 99).encode(prompt)) for prompt, _ in prompts]
-    (found,) = described(prompts, discrete_state_input=False, max_token_len=lengths[0]).values()
+    found, warning = described(prompts, discrete_state_input=False, max_token_len=lengths[0]).values()
     assert found.startswith(f"1 of 2 different prompts cut to policy.max_token_len = {lengths[0]}, ")
     assert f"the longest has {lengths[1]} tokens; in 3 rows" in found
+    assert warning.startswith("warning: the end is cut off 1 of 2 prompts: set policy.max_token_len = 16 ")
     (found,) = described(prompts, discrete_state_input=False, max_token_len=lengths[1]).values()
     assert found.startswith("0 of 2 different prompts")
 
@@ -107,9 +108,11 @@ def test_prompts_with_states_are_counted_by_rows():
     prompts = [("lift", -1.0), ("lift", 0.99)]  # bins of one digit and of three
     short, long = (len(PromptTokenizer(SMALL_MODEL, 99).encode(p, np.full(2, state))) for p, state in prompts)
     assert short < long
-    (found,) = described(prompts, max_token_len=short).values()
+    found, warning = described(prompts, max_token_len=short).values()
     assert found.startswith(f"1 of 2 prompts with their states cut to policy.max_token_len = {short}, ")
     assert f"the longest has {long} tokens; in 2 rows" in found
+    assert warning.startswith("warning: the state and `Action:` are cut away in 1 of 2 prompts: set policy.")
+    assert f"max_token_len = {-(-long // 16) * 16} (the longest has {long} tokens, it is {short})" in warning
 
 
 def test_without_rows_there_is_nothing_to_say():

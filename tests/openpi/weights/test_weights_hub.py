@@ -100,6 +100,16 @@ def test_absent_says_id_revision_cache_and_ways_out(cache):
     assert "hf download lerobot/pi05_base --revision v9 --local-dir FOLDER" in message
 
 
+LIKE_PATHS = ("weights/pi05", "runs/pi05", "pi05_ft/30000", "pi05_ft/pretrained_model", "pi05_ft/model.safetensors")
+
+
+def test_a_name_like_a_path_needs_a_revision_to_be_on_the_hub(cache):
+    assert find_cached_weights("weights/pi05@main") is None
+    for text in LIKE_PATHS:
+        with pytest.raises(UserError, match=rf"is a path's rather than a hub id's; .* write {text}@main"):
+            find_cached_weights(text)
+
+
 @pytest.mark.parametrize("text", ["./lerobot/pi05", "~/lerobot/pi05", "pi05_base", "a/b/c", "checkpoints/pi05_bse"])
 def test_a_path_with_a_slip_is_no_hub_id(cache, tmp_path, text):
     (tmp_path / "checkpoints" / "pi05_base").mkdir(parents=True)
@@ -122,8 +132,12 @@ def test_a_path_wins_over_a_hub_id(cache, tmp_path):
     assert find_weights("lerobot/pi05_base").resolve() == tmp_path / "lerobot" / "pi05_base"
 
 
-def test_validating_downloads_nothing(cache):
+def test_validating_downloads_nothing(cache, monkeypatch):
     config = Pi0Config(variant="dummy", weights="lerobot/pi0_base")
+    with pytest.raises(UserError, match="is not in the cache and cannot be downloaded: HF_HUB_OFFLINE is set"):
+        config.check_files()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: pytest.fail("it downloads"))
     config.check_files()
     save_file(published_state(PI0), cached(cache, "lerobot--pi0_base") / "model.safetensors")
     with pytest.raises(UserError, match=r"does not fit the model: [1-9]\d* missing"):

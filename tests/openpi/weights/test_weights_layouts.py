@@ -7,11 +7,15 @@ from tiny_pi0 import PI0, PI05, published_state, rlinf_state, shapes_of, state_o
 
 from rlinf_core.errors import UserError
 from rlinf_plugins_openpi.model.dimensions import Pi0Dimensions
+from rlinf_plugins_openpi.model.parts import unpacked_shapes
+from rlinf_plugins_openpi.model.pi0 import Pi0
 from rlinf_plugins_openpi.weights.files import open_files
 from rlinf_plugins_openpi.weights.names import EMBEDDING, EMBEDDING_IN_FILES, UNUSED
+from rlinf_plugins_openpi.weights.shapes import table_shapes
 from rlinf_plugins_openpi.weights.source import PublishedWeights
 
 (HEAD,) = UNUSED
+SIZES = [("base", False), ("base", True), ("dummy", False), ("dummy", True)]
 
 
 @pytest.fixture(params=[PI0, PI05], ids=["pi0", "pi05"])
@@ -103,7 +107,7 @@ def test_only_tensors_are_unpickled(tmp_path):
     with pytest.raises(UserError, match=r"full_weights\.pt is no file of plain tensors"):
         PublishedWeights(tmp_path, PI0)
     save_pickle({"model": published_state(PI0), "step": 3}, tmp_path / "full_weights.pt")
-    with pytest.raises(UserError, match=r"is no state dict.* it holds: model, step"):
+    with pytest.raises(UserError, match=r"it holds: model, step\. The weights are under 'model': run torch\.save"):
         PublishedWeights(tmp_path, PI0)
     (tmp_path / "full_weights.pt").write_text("nothing of the kind")
     with pytest.raises(UserError, match=r"full_weights\.pt is no file of plain tensors"):
@@ -129,15 +133,55 @@ def test_unknown_and_mixed_layouts_say_what_was_found_and_what_is_known(tmp_path
         PublishedWeights(tmp_path / "both.safetensors", PI0)
 
 
-def test_a_long_list_is_summed_up_at_both_ends(tmp_path):
+def test_a_message_has_twelve_lines_at_most_and_something_of_every_kind(tmp_path):
     state = published_state(PI05)
-    few = {key: state[key] for key in [EMBEDDING, "action_out_proj.bias", "time_mlp_in.bias"]}
-    save_file(few, tmp_path / "model.safetensors")
-    first, guess, *_, last, guess_again = complaint(tmp_path, PI05).splitlines()
-    counts = f"{len(state) - 3} missing, 0 unexpected, 0 misshapen"
-    assert counts in first
-    assert last.endswith(f"does not fit the model: {counts}")
-    assert guess == guess_again == "this looks like only a part of the weights: is a file missing?"
+    few = {key: state[key] for key in [EMBEDDING, "time_mlp_in.bias"]} | {"action_out_proj.bias": torch.zeros(9)}
+    save_file(few | {"surprise": torch.zeros(2)}, tmp_path / "model.safetensors")
+    message = complaint(tmp_path, PI05).splitlines()
+    assert f"{len(state) - 3} missing, 1 unexpected, 1 misshapen" in message[0]
+    assert message[1] == "this looks like another action width: set policy.action_dim = 9"
+    assert message[3].strip() == "missing: action_in_proj.weight [4, 4]"
+    assert "  wrong shape: action_out_proj.bias is [9], the model has [4]" in message
+    assert "  unexpected: surprise [2]" in message
+    assert message[-1] == f"  and {len(state) - 3 - 6} more"
+    assert len(message) == 12
+
+
+HINTS = {  # What people name instead of weights -> what the message says.
+    "run/checkpoints/500/pretrained_model/model.safetensors": r'weights: set policy\.weights = ".*/pretrained_model"',
+    "exp/2000/model.safetensors": r'A folder inside holds weights: set policy\.weights = ".*/exp/2000"',
+    "exp/params/manifest.ocdbt": r"run `rlinf convert .*/exp/params --output FOLDER`",
+    "pytorch_model.bin": r'It holds pytorch_model\.bin: name the file, policy\.weights = ".*/pytorch_model\.bin"',
+    "pytorch_model-00001-of-00002.bin": "pickles .* save them as safetensors",
+    "pi05.safetensors": r'name the file, policy\.weights = ".*/pi05\.safetensors"',
+    "adapter_config.json": r"adapters of PEFT .* for google/paligemma.* merge_and_unload\(\)",
+}
+
+
+@pytest.mark.parametrize("file", HINTS)
+def test_what_is_there_instead_of_weights_is_named(tmp_path, file):
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_text('{"base_model_name_or_path": "google/paligemma"}')
+    with pytest.raises(UserError, match=rf"holds neither .*{HINTS[file]}"):
+        open_files(tmp_path)
+
+
+def test_the_newest_of_several_steps_is_named(tmp_path):
+    for step in ("900", "4000", "30000"):
+        (tmp_path / step / "assets").mkdir(parents=True)
+        (tmp_path / step / "model.safetensors").touch()
+    with pytest.raises(UserError, match=rf'the newest of 3 with weights: set policy\.weights = "{tmp_path}/30000"'):
+        open_files(tmp_path)
+    with pytest.raises(UserError, match=rf'The folder above holds weights: set policy\.weights = "{tmp_path}/900"'):
+        open_files(tmp_path / "900" / "assets")
+
+
+@pytest.mark.parametrize("dimensions", [Pi0Dimensions.of(v, pi05=p, action_dim=7, action_horizon=3) for v, p in SIZES])
+def test_shapes_without_torch_are_the_models(dimensions):
+    with torch.device("meta"):
+        module = Pi0(dimensions)
+    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    assert table_shapes(dimensions) == unpacked_shapes(shapes, dimensions)
 
 
 @pytest.mark.parametrize(
@@ -147,6 +191,15 @@ def test_a_long_list_is_summed_up_at_both_ends(tmp_path):
             {"value_head.mlp.0.weight": torch.zeros(2)},
             "this looks like a reinforcement-learning checkpoint (value_head.",
         ),
+        (
+            {"paligemma_with_expert.paligemma.language_model.model.norm.weight": torch.zeros(2)},
+            "this looks like lerobot before 0.4, which had other names",
+        ),
+        (
+            {"normalize_inputs.buffer_observation_state.mean": torch.zeros(2)},
+            "this looks like lerobot before 0.4, which kept statistics in the file",
+        ),
+        ({"action_in_proj.SCB": torch.zeros(2)}, "this looks like a quantised model (action_in_proj.SCB)"),
         ({"action_in_proj.lora_A.weight": torch.zeros(2)}, "this looks like weights with unmerged LoRA adapters"),
     ],
 )

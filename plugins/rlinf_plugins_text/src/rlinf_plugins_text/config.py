@@ -16,6 +16,7 @@ from rlinf_plugins_text.rows.samples import TextSample, describe, illustrate
 from rlinf_plugins_text.rows.tokenizer import FILES, template_source
 from rlinf_plugins_text.settings import RANDOM, TextPolicySettings
 from rlinf_plugins_text.weights.folder import CONFIG, find_folder, find_weights, weight_files
+from rlinf_plugins_text.weights.headers import Headers, check_headers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,13 +111,17 @@ class TextPolicyConfig(TextPolicySettings):
         """Open the safetensors files of `weights`; a model on the hub is downloaded first."""
         from rlinf_plugins_text.weights.tensors import PublishedWeights
 
-        return PublishedWeights(find_weights(self.weights), self.published_name)
+        return PublishedWeights(find_weights(self.weights), self.published_name, self.model_table())
 
     def check_files(self) -> None:
-        """Raise `UserError` if weights, config or tokenizer are missing or do not fit together."""
+        """Raise `UserError` if weights, config or tokenizer are missing or do not fit together.
+
+        Reads headers only. Not found before the run loads them: damaged tensors, NaN or infinity, names and shapes that
+        only the architecture's code knows, and weights that are still on the hub.
+        """
         folder = self._weights_folder()
         if folder is not None:
-            weight_files(folder, self.weights)
+            self._check_headers(folder)
         if self.chat_template:
             template_source(self.chat_template)
         if self.chat_template_kwargs:
@@ -137,6 +142,10 @@ class TextPolicyConfig(TextPolicySettings):
         if (template := Path(self.chat_template).expanduser()).name.endswith(".jinja") and template.is_file():
             found["policy.chat_template"] = [template]
         return found
+
+    def _check_headers(self, folder: Path) -> None:
+        if files := weight_files(folder, self.weights):
+            check_headers(Headers.read(folder, files), self.model_table())
 
     def _weights_folder(self) -> Path | None:
         """The folder of the pretrained weights; for a model on the hub, without the weight files themselves."""

@@ -159,7 +159,8 @@ class TextPolicySettings(PolicyConfig):
         if isinstance(embedded, int) and entries > embedded:
             raise UserError(
                 f"policy.tokenizer: {self.text_tokenizer().folder} has {entries} entries, but the model embeds only "
-                f"{embedded}: they belong to different models"
+                f"{embedded}: they belong to different models. If tokens were added, give the model rows for them with "
+                f"model.resize_token_embeddings({entries}) and save_pretrained, or leave policy.tokenizer out"
             )
 
 

@@ -15,7 +15,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--step", type=int, help="the checkpoint after this step; default: the newest")
     which.add_argument("--best", action="store_true", help="the checkpoint with the best validation result")
-    parser.add_argument("--ema", action="store_true", help="the moving average of the weights (optim.ema_decay)")
+    parser.add_argument(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        help="the moving average of the weights (optim.ema_decay), or not; default: with --best the weights that won "
+        "the validation, otherwise not",
+    )
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="dtype of the file; default: fp32")
     parser.add_argument("--format", default="rlinf", help="output format: rlinf, or one that the policy supports")
     parser.add_argument("--source", default="", metavar="NAME", help="export for this dataset of a mixture only")
@@ -30,4 +35,4 @@ def run(options: argparse.Namespace) -> None:
     choice = Choice(options.step, options.best, options.ema, options.dtype, options.format, options.source)
     print_phase(f"loading a checkpoint of {options.run} and writing it to {options.output}")
     checkpoint = export_run(Path(options.run), Path(options.output), choice, get_plugins())
-    print_text(f"{options.output}: {'EMA ' if options.ema else ''}weights of {checkpoint} in {options.dtype}")
+    print_text(f"{options.output}: weights of {checkpoint} in {options.dtype}")

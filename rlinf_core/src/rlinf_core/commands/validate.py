@@ -58,7 +58,8 @@ def run(options: argparse.Namespace) -> int:
     if not ok:
         raise UserError(report.refusal(options.config))
     rows = [[_words(name), str(value)] for name, value in report.facts.items()]
-    print_table(["ok", options.config], rows)
+    count = len(report.warnings)
+    print_table(["ok" + (f", {count} warning{'s' * (count > 1)}" if count else ""), options.config], rows)
     for warning in report.warnings:
         print_text(f"warning: {warning}")
     return Exit.OK

@@ -30,6 +30,7 @@ from rlinf_core.config.toml import (
     merge,
     parse_override,
     read_toml,
+    typed_values,
     write_toml,
 )
 from rlinf_core.contract.augmentation import PLUGINS
@@ -152,12 +153,14 @@ class _Draft:
         self._path, self._plugins = path, plugins
         self._mistakes: list[str] = []
         given: Table = {}
+        typed: dict[tuple[str, ...], str] = {}
         for override in overrides:
             try:
-                given = merge(given, parse_override(override))
+                given = merge(given, table := parse_override(override))
+                typed |= {tuple(map(str, key)): override.partition("=")[2].strip() for key, _ in leaves(table)}
             except UserError as error:
                 self._mistakes.append(f"{error} [{COMMAND_LINE}]")
-        self._layers = [Layer(str(path), read_toml(path)), Layer(COMMAND_LINE, given)]
+        self._layers = [Layer(str(path), read_toml(path), typed_values(path)), Layer(COMMAND_LINE, given, typed)]
         """Lowest first."""
         self._chosen: dict[KeyPath, _Chosen | None] = {}
         """The classes of the tables that plugins define, by key path; None if it could not be determined."""

@@ -6,7 +6,7 @@ import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeGuard, get_args, get_origin
 
 from pydantic import BaseModel
@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from rlinf_core.config.aliases import hint
-from rlinf_core.config.toml import dotted, is_list_of_tables
+from rlinf_core.config.toml import dotted, is_list_of_tables, read_toml
 from rlinf_core.errors import did_you_mean
 from rlinf_core.plugins.owners import Owner
 
@@ -33,6 +33,8 @@ class Layer:
 
     origin: str
     table: Mapping[str, Any]
+    typed: Mapping[tuple[str, ...], str] = field(default_factory=dict)
+    """Key path -> its value as it was typed, where that is known."""
 
     def reaches(self, place: KeyPath) -> bool:
         """Whether this layer sets a key path, a part of it, or a table that contains it."""
@@ -101,16 +103,33 @@ def explain(error: ErrorDetails, layers: Sequence[Layer], tables: Tables, owner:
             return mistake(place, error["msg"], layers, given, owner=error["ctx"]["owner"])
         case _:
             what = _in_words_of_toml(error["msg"].removeprefix("Value error, "))
+            typed = _as_typed(place, given, layers)
             if not isinstance(given, Mapping | BaseModel):
-                what += f" (got {_short(given)})"
+                what += f" (got {_short(given) if typed is None else typed})"
                 what += _meaning_of_zero(error, tables)
                 what += _as_list(error, tables)
             else:
                 what += _who_set(place, what, layers, tables)
             is_key = bool(place) and isinstance(place[-1], str)
-            if error["type"] == "string_type" and is_key and _origins(place, layers, given) == [COMMAND_LINE]:
-                what += f"""; for text that looks like TOML write {dotted(place)}='"{given}"'"""
+            if error["type"] == "string_type" and is_key and typed is not None:
+                if _origins(place, layers, given) == [COMMAND_LINE]:
+                    what += f"""; for text that looks like TOML write {dotted(place)}='"{typed}"'"""
+                else:
+                    what += f'; text needs quotes: {place[-1]} = "{typed}"'
     return mistake(place, what, layers, given, owner=owner)
+
+
+def _as_typed(place: KeyPath, given: object, layers: Sequence[Layer]) -> str | None:
+    """A number, a truth value or a date as it was typed (`1e5`, `2026_07_01`); None if that is not known."""
+    if isinstance(given, str | list | Mapping | BaseModel):
+        return None
+    names = tuple(map(str, place))
+    layer = next((one for one in reversed(layers) if one.reaches(place)), None)
+    typed = layer.typed.get(names) if layer else None
+    try:  # Never quote something else, whatever the file looks like.
+        return typed if typed and read_toml(f"value = {typed}")["value"] == given else None
+    except ValueError:
+        return None
 
 
 def is_model(annotation: object) -> TypeGuard[type[BaseModel]]:

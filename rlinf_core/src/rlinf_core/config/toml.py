@@ -75,6 +75,27 @@ def _loads(text: str) -> Table:
     raise too_deep
 
 
+_TABLE = re.compile(r"\s*\[([\w.-]+)\]\s*(#.*)?")
+_SCALAR = re.compile(r"\s*([\w.-]+)\s*=\s*([\w.+:-]+)\s*(#.*)?")
+
+
+def typed_values(path: Path) -> dict[tuple[str, ...], str]:
+    """Numbers, truth values and dates of a TOML file as they are typed there, by key path; for messages.
+
+    Only plain lines, `key = value` below `[table]`: a value that is not found is quoted as it was understood.
+    """
+    found: dict[tuple[str, ...], str] = {}
+    above: tuple[str, ...] | None = ()
+    for line in path.read_text(encoding="utf-8-sig").splitlines():
+        if match := _TABLE.fullmatch(line):
+            above = tuple(match[1].split("."))
+        elif line.lstrip().startswith("["):
+            above = None  # A list of tables, or a table with quotes in its name.
+        elif above is not None and (match := _SCALAR.fullmatch(line)):
+            found[*above, *match[1].split(".")] = match[2]
+    return found
+
+
 def parse_override(text: str) -> Table:
     """Turn `section.key=value` into a table.
 

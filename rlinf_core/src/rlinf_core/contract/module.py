@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +21,15 @@ class WeightSource(Protocol):
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise `UserError` naming every parameter that is missing, unexpected or of another shape."""
+        ...
+
+
+@runtime_checkable
+class LocatedWeights(Protocol):
+    """A `WeightSource` that knows its files, for messages about a tensor."""
+
+    def file_of(self, name: str) -> str:
+        """The file, or files, that hold the parameter `name`."""
         ...
 
 

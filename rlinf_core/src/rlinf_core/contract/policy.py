@@ -16,6 +16,7 @@ from rlinf_core.contract.policy_options import (
     Begun,
     BoundToData,
     Checked,
+    Compared,
     Counted,
     Described,
     Exported,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from rlinf_core.contract.module import Policy, WeightSource
 
 
-class PolicyConfig(Described, Measured, BoundToData, Begun, Counted, Published, Checked, Exported, BaseModel):
+class PolicyConfig(Described, Measured, BoundToData, Begun, Counted, Compared, Published, Checked, Exported, BaseModel):
     """The `[policy]` table. A subclass narrows `type` to a `Literal` of its own and adds fields.
 
     A policy defines `collate` and `build`, and one with actions `chunk_length` and `draw`, too. The others have a

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
+from rlinf_core.contract.weight_origin import Contradiction, compare_with_export, folder_of
 from rlinf_core.data.sample import Batch, Sample
 from rlinf_core.errors import UserError
 from rlinf_core.illustration import Illustration
@@ -37,6 +38,9 @@ class Described:
         """Facts about the data that a user should know before training: short name -> one line of text.
 
         `rlinf validate` shows them, and so does a run when it starts.
+
+        A text that starts with `warning: ` is shown as a warning: it says what is wrong, with a number and the way
+        out.
 
         Args:
             samples: Encoded training rows spread over the data, without images and draws. They are encoded lazily: a
@@ -150,6 +154,34 @@ class Counted:
         return None
 
 
+class Compared:
+    """What a policy compares of an observation with its training data, before it acts on it.
+
+    Wanted by a policy that can lose a part of an observation, as one that cuts long prompts. Without it,
+    `LoadedPolicy.infer` compares what core knows: empty tasks, sizes of images and the range of states.
+    """
+
+    def measured(self, sample: Sample) -> Mapping[str, float]:
+        """Numbers of an encoded sample whose range in training an exported policy knows: what is measured -> number.
+
+        Args:
+            sample: An encoded row without images.
+        """
+        return {}
+
+    def compare_with_training(self, sample: Sample, trained: Mapping[str, tuple[float, float]]) -> Mapping[str, str]:
+        """What of an encoded observation is outside of training: a short name -> a warning, given once, with numbers.
+
+        Args:
+            sample: The encoded observation.
+            trained: The smallest and the largest of each `measured` number in training; empty if they are not known.
+
+        Raises:
+            UserError: The policy would act without something that it has learned to use.
+        """
+        return {}
+
+
 class Published:
     """The names that parameters have in published weights.
 
@@ -177,6 +209,7 @@ class Checked:
 
     if TYPE_CHECKING:
         weights: str
+        normalization: ClassVar[Literal["mean_std", "quantile", "none"]]
 
     def check_files(self) -> None:
         """Raise `UserError` naming every missing file of the policy. Leaves torch unloaded; reads headers at most.
@@ -199,6 +232,20 @@ class Checked:
         single = path if path.is_file() else path / "model.safetensors"
         files = [single] if single.is_file() else sorted(one for one in path.iterdir() if one.is_file())
         return {"policy.weights": files}
+
+    def contradictions(self, data: DatasetConfig, stats: Stats | None) -> Sequence[Contradiction]:
+        """What the files beside `weights` say that contradicts the run; a run reports it with its statistics.
+
+        Default: the files that `rlinf export` wrote. Override it if weights come with files of other projects, or if
+        they depend on keys of `[policy]`: see `contract.weight_origin`. Leaves torch unloaded.
+
+        Args:
+            data: The run's dataset; of a mixture, each in turn.
+            stats: Its statistics; None if the policy does not normalise.
+        """
+        folder = folder_of(self.weights) if self.weights not in ("", "random") else None
+        mode = self.normalization
+        return compare_with_export(folder, self, data, stats, mode, ()) if folder else ()
 
     def unchecked_files(self) -> Sequence[str]:
         """What `check_files` could not check, one sentence each; shown by `rlinf validate`."""
@@ -252,5 +299,5 @@ class TrainedOn(NamedTuple):
     """Its normalisation statistics; None for policies that do not normalise."""
 
 
-OPTIONS = (Described, Measured, BoundToData, Begun, Counted, Published, Checked, Exported)
+OPTIONS = (Described, Measured, BoundToData, Begun, Counted, Compared, Published, Checked, Exported)
 """All of them, in the order of the page docs/contract.md."""

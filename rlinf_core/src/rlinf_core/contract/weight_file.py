@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlinf_core.contract.policy_options import Published
+from rlinf_core.contract.weight_folder import hint_for_folder
 from rlinf_core.errors import UserError
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ class WeightFile:
         path = Path(weights).expanduser()
         self._path, self._names = path / FILE if path.is_dir() else path, names
         if not self._path.is_file():
-            raise UserError(f"policy.weights: there is no file {self._path}")
+            hint = hint_for_folder(path, (FILE,), takes_files=False) if path.is_dir() else ""
+            raise UserError(f"policy.weights: there is no file {self._path}{hint}")
         try:
             self._file: Any = safe_open(self._path, framework="pt")
         except (OSError, SafetensorError) as error:
@@ -67,6 +69,10 @@ class WeightFile:
         parts = self._names.published_parts(name) or (self._names.published_name(name),)
         pieces: list[torch.Tensor] = [self._file.get_tensor(part) for part in parts]
         return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+    def file_of(self, name: str) -> str:
+        """The file."""
+        return str(self._path)
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise `UserError` naming missing and unexpected tensors and those of another shape."""

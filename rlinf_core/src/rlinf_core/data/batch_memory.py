@@ -16,16 +16,21 @@ import itertools
 import math
 import multiprocessing
 import os
+import re
+import shutil
 import sys
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import get_worker_info
+
+from rlinf_core.errors import UserError
 
 HEAD = 4096
 """Header bytes before a block's data; each of the first `MOST_TENSORS` is 1 while the trainer holds that tensor."""
@@ -59,13 +64,42 @@ def keep_memory() -> None:
         libc.mallopt(mmap_threshold, largest)
 
 
+SHORTAGE = re.compile(r"shared memory|bus error|No space left on device", re.IGNORECASE)
+"""How torch and the system say that /dev/shm is full."""
+SHARED = Path("/dev/shm")  # Where Linux keeps shared memory; Docker gives a container 64 MB of it.
+
+
+def shared_memory_error(error: RuntimeError, size: int = 0) -> UserError | None:
+    """The error to raise instead of torch's if workers have run out of shared memory; None for another error.
+
+    Args:
+        error: torch's error.
+        size: Bytes that could not be allocated; 0: unknown.
+    """
+    if not SHORTAGE.search(str(error)):
+        return None
+    there = ""
+    if SHARED.is_dir():
+        disk = shutil.disk_usage(SHARED)
+        there = f": {SHARED} has {disk.total / 1e6:,.0f} MB, of which {disk.free / 1e6:,.0f} MB are free"
+    needs = f", and a block of {size / 1e6:,.1f} MB was needed; every worker holds several" if size else ""
+    return UserError(
+        f"the loader's workers are out of shared memory{there}{needs}. Give the container more (docker run "
+        "--shm-size=16g, or --ipc=host; Kubernetes: an emptyDir with medium: Memory at /dev/shm), lower "
+        "trainer.micro_batch_size, or set data.num_workers = 0, which needs none and is slower"
+    )
+
+
 class _Block:
     """A block of shared memory, in the worker that allocated it."""
 
     def __init__(self, number: int, size: int) -> None:
         self.number, self.size = number, size
         # As torch's own collate does; `share_memory_` of a new tensor would copy it first.
-        storage = torch.UntypedStorage._new_shared(HEAD + size, device="cpu")  # type: ignore[no-untyped-call]
+        try:
+            storage = torch.UntypedStorage._new_shared(HEAD + size, device="cpu")  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            raise shared_memory_error(error, size) or error from error
         self.memory = torch.empty(0, dtype=torch.uint8).set_(storage)
         self.memory[:MOST_TENSORS] = 0
         self.sent = False
@@ -113,7 +147,8 @@ def _sent(value: Any, numbers: itertools.count[int]) -> Any:
     if block is None and value.nbytes <= SMALL and value.dtype in IN_NUMPY and not value.requires_grad:
         return _Small(value.numpy())
     if block is None or (flag := next(numbers)) >= MOST_TENSORS:
-        return value
+        # Shared here, as sending would do: an error in the thread that sends is lost, and the trainer waits for ever.
+        return value.share_memory_() if value.device.type == "cpu" else value  # type: ignore[no-untyped-call]
     block.memory[flag] = 1
     first, block.sent = not block.sent, True
     place = (value.data_ptr() - block.memory.data_ptr()) // value.element_size()

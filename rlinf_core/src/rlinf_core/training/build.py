@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlinf_core.contract.module import ShardUnit, WeightSource
+from rlinf_core.contract.module import LocatedWeights, ShardUnit, WeightSource
 from rlinf_core.contract.optim import TrainedParameter
 from rlinf_core.contract.policy import PolicyConfig
 from rlinf_core.contract.process_group import ProcessGroup
@@ -130,13 +130,36 @@ def build_policy(
         if name in adapters.owners:
             return adapters.initial_value(run.seed, name, shape)
         if weights is not None:
-            return weights.tensor(name)
+            return finite_tensor(weights, name, run.policy)
         return initial_value(run.policy, policy, run.seed, name, shape)
 
     home = torch.device("cpu") if config.cpu_offload else group.device
     materialize(policy, home, value if filled else None, buffers_on=group.device)
     adapters.rebuild_buffers()
     return policy, adapters
+
+
+def finite_tensor(weights: WeightSource, name: str, config: PolicyConfig) -> torch.Tensor:
+    """A pretrained tensor; raises `UserError` that names file and tensor if it contains NaN or infinity.
+
+    Found only in training, such a number looks like a learning rate that is too high.
+    """
+    tensor = weights.tensor(name)
+    if not tensor.numel() or all(torch.isfinite(extreme) for extreme in tensor.aminmax()):
+        return tensor
+    parts = config.published_parts(name) or {config.published_name(name): len(tensor) if tensor.ndim else 1}
+    found = []
+    rows = torch.split(tensor if tensor.ndim else tensor[None], [*parts.values()])
+    for published, part in zip(parts, rows, strict=True):
+        counts = {"NaN": int(part.isnan().sum()), "infinite": int(part.isinf().sum())}
+        if said := " and ".join(f"{count} {what}" for what, count in counts.items() if count):
+            found.append(f"{published} has {said} of {part.numel()} numbers")
+    where = weights.file_of(name) if isinstance(weights, LocatedWeights) else config.weights
+    raise UserError(
+        f"policy.weights: {where} contains numbers that are not finite: {'; '.join(found)}. The file is damaged, comes "
+        "from a run that diverged, or was cast to float16, whose largest number is 65504: use other weights, or "
+        "convert them again from their source in float32 or bfloat16"
+    )
 
 
 def initial_value(config: PolicyConfig, policy: Any, seed: int, name: str, shape: tuple[int, ...]) -> torch.Tensor:

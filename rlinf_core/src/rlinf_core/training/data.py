@@ -5,7 +5,8 @@ A single dataset is handled like a mixture of one; only the sources of a mixture
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from rlinf_core.contract.evaluation import ValidationBatch
 from rlinf_core.contract.policy import PolicyConfig
 from rlinf_core.contract.process_group import ProcessGroup
 from rlinf_core.contract.run import LoadedPlugins, RunConfig, RunSource
+from rlinf_core.data.coverage import FILE, measure
 from rlinf_core.data.images.still import still_camera
 from rlinf_core.data.loading.chunked_sampling import check_streams, chunks_of
 from rlinf_core.data.loading.encoding import add_draws
@@ -25,12 +27,15 @@ from rlinf_core.data.loading.loader import TrainLoader, build_train_loader
 from rlinf_core.data.loading.mixture import Source
 from rlinf_core.data.loading.sampling import Batching, steps_per_epoch
 from rlinf_core.data.loading.validation import build_validation_batches
+from rlinf_core.data.normalize import Vector
 from rlinf_core.data.pipeline import Pipeline, build_pipeline, encode_observation
+from rlinf_core.data.sample import Sample
 from rlinf_core.data.splits import describe_splits, open_split
 from rlinf_core.data.statistics.preview import bind_policy, preview_samples
 from rlinf_core.data.statistics.rates import compare_rates
 from rlinf_core.data.statistics.run import run_statistics
 from rlinf_core.errors import UserError
+from rlinf_core.files import write_text
 from rlinf_core.training.checkpoint.state import NO_BEST, Position
 from rlinf_core.training.distributed.processes import to_device
 from rlinf_core.training.distributed.same_inputs import check_same_files
@@ -38,6 +43,9 @@ from rlinf_core.training.stopping import Best
 
 if TYPE_CHECKING:
     from rlinf_core.training.build import TrainState
+
+ROWS_WITH_IMAGES = 4
+"""Rows of each dataset whose image sizes are looked at when a run begins."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +64,8 @@ class RunData:
     """The datasets with their pipelines, for the loader; empty before `prepare`."""
     warnings: tuple[str, ...] = field(default=())
     """Warnings about statistics and data; empty before `prepare`."""
+    states: tuple[tuple[Vector, Vector] | None, ...] = ()
+    """The smallest and the largest state of each dataset; None if it is not known, as when a run continues."""
 
     @classmethod
     def open(cls, run: RunConfig, plugins: LoadedPlugins) -> RunData:
@@ -86,17 +96,18 @@ class RunData:
         names = [source.name for source in self.run.sources]
         opened = zip(names, self.rows, self.held_out, strict=True)
         check_same_files(self.run, opened, group, with_weights=not resuming)
-        sources, warnings = [], []
+        sources, warnings, states = [], [], []
         for given, rows in zip(self.run.sources, self.rows, strict=True):
             with given.naming():
-                stats, findings = run_statistics(given.run, rows, group, resuming=resuming, file=given.statistics)
-                pipeline = build_pipeline(given.run.data, self.run.policy, stats)
+                found = run_statistics(given.run, rows, group, resuming=resuming, file=given.statistics)
+                pipeline = build_pipeline(given.run.data, self.run.policy, found.stats)
             sources.append(Source(rows, pipeline, given.name, given.share))
             reported = rows.warnings() if isinstance(rows, ReportingSource) else ()
-            warnings += [f"{_prefix(given.name)}{finding}" for finding in (*findings, *reported)]
+            warnings += [f"{_prefix(given.name)}{finding}" for finding in (*found.findings, *reported)]
+            states.append(found.state)
         if not resuming:
             warnings += compare_rates(list(zip(self.run.sources, self.rows, strict=True)))
-        prepared = replace(self, sources=tuple(sources), warnings=tuple(warnings))
+        prepared = replace(self, sources=tuple(sources), warnings=tuple(warnings), states=tuple(states))
         _ = prepared.fingerprint  # Now: a save must not depend on files that may be gone by then.
         return prepared
 
@@ -182,11 +193,44 @@ class RunData:
                     yield f"{_prefix(given.name)}{still_camera(column, what)}"
 
     def sample_facts(self) -> Iterator[str]:
-        """What the policy reports about the samples of each dataset."""
-        for given, source in zip(self.run.sources, self.sources, strict=True):
+        """What the policy reports about the samples of each dataset; warnings start with `warning: `."""
+        for given, source, samples in zip(self.run.sources, self.sources, self._previews, strict=True):
             if not given.run.data.stats_need_images:
-                for name, fact in self.run.policy.describe(preview_samples(source.rows, source.pipeline)).items():
-                    yield f"{_prefix(source.name)}{name}: {fact}"
+                for name, fact in self.run.policy.describe(samples).items():
+                    yield described(name, fact, source.name)
+
+    @cached_property
+    def _previews(self) -> tuple[Iterable[Sample], ...]:
+        """Encoded rows spread over each dataset; kept if the policy acts, as they are then read twice."""
+        previews = (preview_samples(source.rows, source.pipeline) for source in self.sources)
+        both = zip(self.run.sources, previews, strict=True)
+        return tuple(list(samples) if self._acts(given) else samples for given, samples in both)
+
+    def _acts(self, given: RunSource) -> bool:
+        return self.run.policy.chunk_length() > 0 and not given.run.data.stats_need_images
+
+    def save_coverage(self) -> None:
+        """Write what training sees into the run's folder, for `rlinf export`; nothing for policies without actions."""
+        found = {}
+        for given, source, samples, state in zip(
+            self.run.sources, self.sources, self._previews, self.states, strict=True
+        ):
+            if self.run.policy.chunk_length():
+                seen = samples if self._acts(given) else ()
+                images = _some_images(source)
+                found[given.name] = measure(seen, self.run.policy.measured, images, state).model_dump(mode="json")
+        if found:
+            write_text(self.run.folder / FILE, json.dumps(found, indent=1) + "\n")
+
+
+def _some_images(source: Source) -> Iterator[Mapping[str, NDArray[Any]]]:
+    """The images of some rows before any transform; of none if they cannot be read, which the loader will report."""
+    rows = np.unique(np.linspace(0, len(source.rows) - 1, ROWS_WITH_IMAGES).astype(np.int64)).tolist()
+    try:
+        for row in source.rows.__getitems__(rows):
+            yield source.pipeline.target(row).get("images", {})
+    except UserError:
+        return
 
 
 @dataclass(frozen=True, eq=False)
@@ -272,6 +316,16 @@ def check_batching(run: RunConfig, ranks: int) -> None:
 def _open(source: RunSource, plugins: LoadedPlugins, split: Split) -> SampleSource:
     with source.naming():
         return open_split(source.run, plugins, split)
+
+
+WARNING = "warning: "
+
+
+def described(name: str, fact: str, source: str = "") -> str:
+    """A line for one of the policy's facts about samples; a warning stays one."""
+    if fact.startswith(WARNING):
+        return f"{WARNING}{_prefix(source)}{fact.removeprefix(WARNING)}"
+    return f"{_prefix(source)}{name}: {fact}"
 
 
 def _prefix(source: str) -> str:

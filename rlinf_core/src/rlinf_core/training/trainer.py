@@ -66,6 +66,8 @@ class Fsdp2Trainer:
         if group.rank == 0:
             cut_back(data.run.folder, self.step)
             self._describe()
+            if not start.checkpoint:
+                self.data.save_coverage()
 
     @property
     def policy(self) -> Any:

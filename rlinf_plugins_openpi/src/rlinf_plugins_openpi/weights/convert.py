@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from rlinf_core import UserError
 from rlinf_core.files import check_writable, writing
 from rlinf_plugins_openpi.model.dimensions import VARIANTS, Pi0Dimensions
-from rlinf_plugins_openpi.model.parts import unpacked_shapes
 from rlinf_plugins_openpi.weights.files import SINGLE, TensorFiles, open_files, orbax_folder
 from rlinf_plugins_openpi.weights.hub import find_weights
 from rlinf_plugins_openpi.weights.layouts import FoundLayout, find_layout
@@ -21,6 +20,7 @@ from rlinf_plugins_openpi.weights.saving import (
     published_key,
     write_safetensors,
 )
+from rlinf_plugins_openpi.weights.shapes import table_shapes
 from rlinf_plugins_openpi.weights.source import PublishedWeights
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def convert(source: str, output: Path, dtype: str | None = None) -> Converted:
     layout = find_layout(files.shapes, str(where))
     dimensions = dimensions_of(files, layout, where)
     weights = PublishedWeights(where, dimensions, files)
-    shapes = _shapes(dimensions)
+    shapes = table_shapes(dimensions)
     weights.check(shapes)
     # Parts of one stored tensor follow each other, so that stacked layers are read only once.
     names = sorted(shapes, key=lambda name: weights.slot(name).key)
@@ -130,13 +130,3 @@ def dimensions_of(files: TensorFiles, layout: FoundLayout, path: Path) -> Pi0Dim
             return Pi0Dimensions.of(name, pi05=pi05, action_dim=bias[0], action_horizon=1)
     known = ", ".join(f"{[sizes.vocab_size, sizes.vlm.width]} ({name})" for name, sizes in VARIANTS.items())
     raise UserError(f"{path} embeds its vocabulary as {list(embedding or ())}; the variants have {known}")
-
-
-def _shapes(dimensions: Pi0Dimensions) -> dict[str, tuple[int, ...]]:
-    import torch
-
-    from rlinf_plugins_openpi.model.pi0 import Pi0
-
-    with torch.device("meta"):
-        model = Pi0(dimensions)
-    return unpacked_shapes({name: tuple(p.shape) for name, p in model.named_parameters()}, dimensions)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from rlinf_core import UserError
 from rlinf_core.untrusted import path_inside, read_json
+from rlinf_plugins_openpi.weights.hints import hint_for_folder
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +50,10 @@ class TensorFiles(Protocol):
         """Read a whole tensor to the CPU, in the dtype of the file."""
         ...
 
+    def path_of(self, key: str) -> Path:
+        """The file or folder that holds a tensor."""
+        ...
+
 
 class Safetensors:
     """One safetensors file, or several shards."""
@@ -66,6 +71,10 @@ class Safetensors:
                         self._paths[key] = path
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{path} is not a readable safetensors file: {error}") from error
+
+    def path_of(self, key: str) -> Path:
+        """See `TensorFiles`."""
+        return self._paths[key]
 
     def read(self, key: str) -> torch.Tensor:
         """See `TensorFiles`. Maps the file for this tensor only, so that pages read earlier can be freed."""
@@ -97,7 +106,12 @@ class Pickle:
             ) from error
         if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
             what = ", ".join(map(str, list(state)[:5])) if isinstance(state, Mapping) else type(state).__name__
-            raise UserError(f"{self.path} is no state dict, a mapping of names to tensors; it holds: {what}")
+            inner = _nested(state)
+            unpack = f'torch.save(torch.load("{self.path}")["{inner}"], "weights.pt")'
+            raise UserError(
+                f"{self.path} is no state dict, a mapping of names to tensors; it holds: {what}"
+                + (f". The weights are under {inner!r}: run {unpack} in Python, and name weights.pt" if inner else "")
+            )
         return state
 
     @cached_property
@@ -110,9 +124,20 @@ class Pickle:
         """See `TensorFiles`."""
         return {key: DTYPES.get(str(tensor.dtype), str(tensor.dtype)) for key, tensor in self._tensors.items()}
 
+    def path_of(self, key: str) -> Path:
+        """See `TensorFiles`."""
+        return self.path
+
     def read(self, key: str) -> torch.Tensor:
         """See `TensorFiles`."""
         return self._tensors[key]
+
+
+def _nested(state: object) -> str:
+    """The key under which a training checkpoint holds the model's state dict; empty if there is none."""
+    inside = [key for key, value in state.items() if isinstance(value, Mapping)] if isinstance(state, Mapping) else []
+    usual = ("model", "state_dict", "model_state_dict", "module", "policy", "ema", "params")
+    return next((key for key in usual if key in inside), "")
 
 
 def open_files(path: Path) -> TensorFiles:
@@ -139,21 +164,15 @@ def weight_files(path: Path) -> list[Path]:
     if pickles:
         return pickles
     if not tensors:
-        raise UserError(f"{path} holds neither {SINGLE} nor {INDEX}, nor {FULL_WEIGHTS[0]} of RLinf{_hint(path)}")
+        raise UserError(
+            f"{path} holds neither {SINGLE} nor {INDEX}, nor {FULL_WEIGHTS[0]} of RLinf{hint_for_folder(path)}"
+        )
     return tensors[:1] if tensors[0].name == SINGLE else shards(tensors[0])
 
 
 def orbax_folder(path: Path) -> Path | None:
     """The folder with JAX parameters, `path` or its `params/`; None if there are none."""
     return next((folder for folder in (path, path / "params") if (folder / "manifest.ocdbt").is_file()), None)
-
-
-def _hint(path: Path) -> str:
-    if orbax_folder(path):
-        return f". It holds openpi's JAX parameters: convert them with `rlinf convert {path} --output FOLDER`"
-    if any(path.glob("**/*.distcp")):
-        return ". It holds a sharded training checkpoint: name a folder with weights exported from it"
-    return ""
 
 
 def shards(index: Path) -> list[Path]:

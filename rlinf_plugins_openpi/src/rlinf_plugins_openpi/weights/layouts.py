@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rlinf_core import UserError
+from rlinf_plugins_openpi.weights.hints import hint_for_tensors
 from rlinf_plugins_openpi.weights.names import published_names
 
 if TYPE_CHECKING:
@@ -260,4 +261,7 @@ def find_layout(keys: Collection[str], where: str) -> FoundLayout:
         both = "; ".join(f"{one} ({key})" for one, key in found.items())
         raise UserError(f"{where} holds weights in more than one layout: {both}. Name the files of one of them")
     first = ", ".join(sorted(keys)[:4]) or "none"
-    raise UserError(f"{where} holds {len(keys)} tensors in an unknown layout: {first}, …; {KNOWN}")
+    hint = hint_for_tensors(keys, {})
+    raise UserError(
+        f"{where} holds {len(keys)} tensors in an unknown layout: {first}, …; {KNOWN}" + (f"; {hint}" if hint else "")
+    )

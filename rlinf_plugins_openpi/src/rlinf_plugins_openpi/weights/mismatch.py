@@ -9,17 +9,23 @@ from typing import TYPE_CHECKING
 
 from rlinf_core import UserError
 from rlinf_plugins_openpi.model.dimensions import VARIANTS
+from rlinf_plugins_openpi.weights.hints import hint_for_tensors
 
 if TYPE_CHECKING:
     from rlinf_plugins_openpi.model.dimensions import Pi0Dimensions
     from rlinf_plugins_openpi.weights.layouts import FoundLayout
 
-LONG = 12
-"""Longer lists scroll their head off a terminal, so the summary is repeated below them."""
+LINES = 12
+"""Lines of a message at most; the differences that do not fit are counted."""
 RL_PARTS = ("value_head.", "noise_head.", "q_head.", "actor_image_encoder.", "critic_image_encoder.", "dsrl_")
 """Modules that RLinf's reinforcement learning adds to a policy."""
 
 Shape = tuple[int, ...]
+
+
+def _by_depth[V](tensors: Mapping[str, V]) -> dict[str, V]:
+    """Tensors with short paths first."""
+    return dict(sorted(tensors.items(), key=lambda item: item[0].count(".") + item[0].count("/")))
 
 
 @dataclass(frozen=True)
@@ -32,8 +38,8 @@ class Mismatch:
     """The sizes of the model."""
     there: Mapping[str, Shape]
     """Every tensor in the files."""
-    missing: Mapping[str, Shape | None] = field(default_factory=dict)
-    """Expected keys -> their expected shapes, if known."""
+    missing: Mapping[str, Shape] = field(default_factory=dict)
+    """Expected keys -> their expected shapes."""
     unexpected: Mapping[str, Shape] = field(default_factory=dict)
     misshapen: Mapping[str, tuple[Shape, Shape]] = field(default_factory=dict)
     """Keys -> (stored shape, expected shape)."""
@@ -46,7 +52,7 @@ class Mismatch:
         return bool(self.missing or self.unexpected or self.misshapen or self.not_floats or self.ambiguous)
 
     def error(self) -> UserError:
-        """The error that lists every difference, with a summary above and, for long lists, also below."""
+        """The error that counts all differences, guesses at their cause, and lists the first of every kind."""
         counts = f"{len(self.missing)} missing, {len(self.unexpected)} unexpected, {len(self.misshapen)} misshapen"
         looks = [*self._looks_like()]
         lines = [
@@ -54,26 +60,39 @@ class Mismatch:
             *looks,
             "check policy.type, policy.variant and policy.weights:",
         ]
-        differences = [*self._differences()]
-        lines += [f"  {difference}" for difference in differences]
-        if len(differences) > LONG:
-            lines += [f"{self.path} does not fit the model: {counts}", *looks]
+        kinds = [list(kind) for kind in self._differences() if kind]
+        room, total = LINES - len(lines), sum(map(len, kinds))
+        shown = room if total <= room else room - 1
+        share = [0] * len(kinds)
+        for _ in range(shown):  # In turn, so that a long kind leaves room for the others.
+            open_kinds = [number for number, kind in enumerate(kinds) if share[number] < len(kind)]
+            if open_kinds:
+                share[min(open_kinds, key=lambda number: share[number])] += 1
+        lines += [f"  {text}" for kind, count in zip(kinds, share, strict=True) for text in kind[:count]]
+        if total > sum(share):
+            lines.append(f"  and {total - sum(share)} more")
         return UserError("\n".join(lines))
 
-    def _differences(self) -> Iterator[str]:
-        for key, wanted in self.missing.items():
-            yield f"missing: {key}" + (f" {list(wanted)}" if wanted is not None else "")
-        for key, (has, wanted) in self.misshapen.items():
-            yield f"wrong shape: {key} is {list(has)}, the model has {list(wanted)}"
-        for key, dtype in self.not_floats.items():
-            yield f"wrong dtype: {key} is {dtype}, weights are floating-point numbers"
-        for key, has in self.unexpected.items():
-            yield f"unexpected: {key} {list(has)}"
+    def _differences(self) -> Iterator[list[str]]:
+        """Each kind of difference, one line per tensor; first those outside of layers, which distinguish models."""
+        yield [f"missing: {key} {list(shape)}" for key, shape in _by_depth(self.missing).items()]
+        yield [
+            f"wrong shape: {key} is {list(has)}, the model has {list(wanted)}"
+            for key, (has, wanted) in _by_depth(self.misshapen).items()
+        ]
+        yield [
+            f"wrong dtype: {key} is {dtype}, weights are floating-point numbers"
+            for key, dtype in self.not_floats.items()
+        ]
+        yield [f"unexpected: {key} {list(has)}" for key, has in _by_depth(self.unexpected).items()]
         if self.ambiguous:
-            yield f"ambiguous: {self.ambiguous[0]} and {self.ambiguous[1]} are one parameter but differ"
+            yield [f"ambiguous: {self.ambiguous[0]} and {self.ambiguous[1]} are one parameter but differ"]
 
     def _looks_like(self) -> Iterator[str]:
         """Guesses at the cause, each with a way to fix it."""
+        if hint := hint_for_tensors(self.there, self.not_floats):
+            yield hint
+            return
         other = replace(self.dimensions, pi05=not self.dimensions.pi05)
         if self.missing and self._stored("time_mlp_in.bias" if other.pi05 else "state_proj.bias", other):
             name, kind = ("π0.5", "pi05") if other.pi05 else ("π0", "pi0")

@@ -45,6 +45,10 @@ class OrbaxParameters:
             name: DTYPES.get(f"torch.{store.dtype.name}", store.dtype.name) for name, store in self._stores.items()
         }
 
+    def path_of(self, key: str) -> Path:
+        """See `files.TensorFiles`."""
+        return self._folder
+
     def read(self, key: str) -> torch.Tensor:
         """See `files.TensorFiles`."""
         if self._last is None or self._last[0] != key:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from rlinf_core.contract.module import WeightSource
+    from rlinf_plugins_openpi.weights.source import PublishedWeights
 
 WHOLE, TRAINED = "embedding.weight", "embedding_rows.weight"
 """The model's names of the whole table and of the trained rows."""
@@ -46,13 +46,17 @@ class WithRows:
         rows: The ids of the trained rows.
     """
 
-    def __init__(self, weights: WeightSource, rows: Sequence[int]) -> None:
+    def __init__(self, weights: PublishedWeights, rows: Sequence[int]) -> None:
         self._weights, self._rows = weights, list(rows)
 
     def tensor(self, name: str) -> torch.Tensor:
         """See `WeightSource`."""
         tensor = self._weights.tensor(whole_name(name))
         return tensor[self._rows] if name == TRAINED else tensor
+
+    def file_of(self, name: str) -> str:
+        """See `rlinf_core.contract.module.LocatedWeights`."""
+        return self._weights.file_of(whole_name(name))
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """See `WeightSource`."""

@@ -11,6 +11,7 @@ from rlinf_plugins_openpi.weights.files import DTYPES, Pickle, TensorFiles, open
 from rlinf_plugins_openpi.weights.layouts import OPENPI, Slot, find_layout
 from rlinf_plugins_openpi.weights.mismatch import Mismatch
 from rlinf_plugins_openpi.weights.names import EMBEDDING, EMBEDDING_IN_FILES, UNUSED_HEAD
+from rlinf_plugins_openpi.weights.shapes import table_shapes
 
 if TYPE_CHECKING:
     import torch
@@ -18,15 +19,15 @@ if TYPE_CHECKING:
     from rlinf_plugins_openpi.model.dimensions import Pi0Dimensions
 
 
-def check_names(path: Path, dimensions: Pi0Dimensions) -> None:
-    """Check the names in safetensors files from their headers, without torch. A pickle is not opened.
+def check_headers(path: Path, dimensions: Pi0Dimensions) -> None:
+    """Check names, shapes and dtypes in safetensors files from their headers, without torch. A pickle is not opened.
 
     Raises:
-        UserError: There is nothing readable at `path`, or a name is missing or unexpected.
+        UserError: There is nothing readable at `path`, or a tensor is missing, unexpected, misshapen or no float.
     """
     files = open_files(path)
     if not isinstance(files, Pickle):
-        PublishedWeights(path, dimensions, files).check_names()
+        PublishedWeights(path, dimensions, files).check_headers(table_shapes(dimensions))
 
 
 class PublishedWeights:
@@ -66,6 +67,12 @@ class PublishedWeights:
 
         return torch.cat(parts)
 
+    def file_of(self, name: str) -> str:
+        """The files that hold the parameter `name`."""
+        parts = self._parts.get(name, (Part(name, 0),))
+        files = {self._files.path_of(self.slot(part.name).key): None for part in parts}
+        return ", ".join(map(str, files))
+
     def _part(self, name: str) -> torch.Tensor:
         slot = self.slot(name)
         return slot.take(self._files.read(slot.key))
@@ -87,7 +94,21 @@ class PublishedWeights:
             UserError: Lists every stored tensor that is missing, unexpected or of another shape, and an embedding that
                 is stored under both of its names with different values.
         """
-        there, parts = self._files.shapes, unpacked_shapes(shapes, self._dimensions)
+        self.check_headers(unpacked_shapes(shapes, self._dimensions))
+        if self._embeddings_differ():
+            expected = [self.slot(name).key for name in self._slots]
+            raise self._mismatch(ambiguous=(str(self._embedding), str(self._head)), expected=expected).error()
+
+    def check_headers(self, parts: Mapping[str, tuple[int, ...]]) -> None:
+        """Compare names, shapes and dtypes in the files with those of the tables; reads no values.
+
+        Args:
+            parts: The names of the tables -> shapes.
+
+        Raises:
+            UserError: Lists every stored tensor that is missing, unexpected, or of another shape or dtype.
+        """
+        there = self._files.shapes
         expected = {self.slot(name).key: self.slot(name).stored_shape(shape) for name, shape in parts.items()}
         common = [key for key in expected if key in there]
         mismatch = self._mismatch(
@@ -96,20 +117,7 @@ class PublishedWeights:
             misshapen={key: (there[key], expected[key]) for key in common if there[key] != expected[key]},
             not_floats={key: dtype for key in common if (dtype := self._files.dtypes[key]) not in DTYPES.values()},
         )
-        if not mismatch and self._embeddings_differ():
-            mismatch = self._mismatch(ambiguous=(str(self._embedding), str(self._head)), expected=expected)
         if mismatch:
-            raise mismatch.error()
-
-    def check_names(self) -> None:
-        """Compare the names in the files with the table, without building a model.
-
-        Raises:
-            UserError: Lists every stored tensor that is missing or unexpected.
-        """
-        expected = dict.fromkeys(self.slot(name).key for name in self._slots)
-        missing = {key: None for key in expected if key not in self._files.shapes}
-        if mismatch := self._mismatch(missing=missing, expected=expected):
             raise mismatch.error()
 
     def _mismatch(self, *, expected: Collection[str], **differences: Any) -> Mismatch:

@@ -38,7 +38,7 @@ class TextSample(TypedDict):
     full_lengths: NDArray[np.int64]
     """[M], tokens in each text before it was cut or split."""
     left_out: str
-    """How many texts of the split are in no sample, and why; empty: none are left out."""
+    """How many texts of the split are in no sample, their share, and why; empty: none are left out."""
 
 
 def describe(
@@ -65,7 +65,7 @@ def describe(
         "trained tokens": f"{trained / tokens:.0%} of {tokens} tokens count in the loss",
     }
     if first["left_out"]:
-        facts["left out"] = first["left_out"]
+        facts["left out"] = f"warning: {first['left_out']}"
     if packing:
         facts["packs"] = f"{len(lengths) / rows:.1f} texts per sample, {tokens / (rows * max_length):.1%} full"
     facts["a sample"] = f"{OPEN}trained{CLOSE}: {marked(first, tokenizer)}"

@@ -59,7 +59,7 @@ class TextSource:
     date: str
     """The date that the chat template writes; empty: it writes none."""
     left_out: str
-    """How many texts are in no row, and why: too long, or without a trained token; empty: none are left out."""
+    """How many texts are in no row, their share, and why: too long, or without a trained token; empty: none are."""
     files: tuple[Path, ...] = ()
     """The local files that the texts come from, for messages."""
 
@@ -177,6 +177,8 @@ def open_text(
     left_out = _left_out(dataset, store, np.setdiff1d(given, texts), max_length, overlong)
     if not len(texts):
         raise UserError(f"the {split} split of {dataset.repo_id} has no token to train: {left_out}{_way_out(dataset)}")
+    if left_out:
+        left_out = f"{1 - len(np.unique(texts)) / len(given):.0%} of {len(given)} texts are left out: {left_out}"
     groups = pack(lengths, max_length) if packing else np.split(np.arange(len(texts)), len(texts))
     ends = np.cumsum([0, *(len(group) for group in groups)], dtype=np.int64)
     pieces = np.concatenate(groups)

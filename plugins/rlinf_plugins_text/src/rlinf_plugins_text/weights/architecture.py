@@ -68,7 +68,8 @@ def model_class(config: Any) -> Any:
 
     mapping: Any = AutoModelForCausalLM._model_mapping
     if type(config) not in mapping:
-        raise UserError(f"model_type {config.model_type!r} is not a causal language model of transformers")
+        parts = " (it is a multimodal model: use its language model alone)" if hasattr(config, "text_config") else ""
+        raise UserError(f"model_type {config.model_type!r} is not a causal language model of transformers{parts}")
     return mapping[type(config)]
 
 

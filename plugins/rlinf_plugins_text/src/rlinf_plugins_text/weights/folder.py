@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from rlinf_core import UserError
+from rlinf_core.contract.weight_folder import CONVERT, hint_for_folder
 from rlinf_core.hub import NotInRepositoryError, Snapshot, full_name, local_path, open_snapshot, parse_hub_id
 from rlinf_core.untrusted import path_inside, read_json
 from rlinf_plugins_text.rows.tokenizer import FILES
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
+LISTED = 6
+"""An error lists at most this many names per problem."""
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -56,10 +59,9 @@ def weight_files(folder: Path, name: str) -> list[Path]:
     if missing and on_hub:
         return []
     if missing:
-        raise UserError(
-            f"policy.weights: {folder} lacks {', '.join(missing)}. Convert weights in another format with "
-            "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(OTHER_FOLDER)"
-        )
+        hint = hint_for_folder(folder, (SINGLE, INDEX), takes_files=False) if SINGLE in missing else ""
+        hint = hint or f". Convert weights in another format with {CONVERT}"
+        raise UserError(f"policy.weights: {folder} lacks {listed(missing)}{hint}")
     return [folder / one for one in names]
 
 
@@ -86,6 +88,18 @@ def generation_table(folder: Path | None) -> dict[str, Any]:
     if not isinstance(table, dict):
         raise UserError(f"policy.weights: {path} must hold a JSON object")
     return table
+
+
+def listed(names: list[str]) -> str:
+    """The first few names, and how many more there are."""
+    return ", ".join(names[:LISTED]) + f" and {len(names) - LISTED} more" * (len(names) > LISTED)
+
+
+def index_table(index: Path) -> dict[str, str]:
+    """The tensors in an index -> their files. Raises `UserError` if it is not an index."""
+    _shards(index)
+    places: dict[str, str] = read_json(index)["weight_map"]
+    return places
 
 
 def _shards(index: Path) -> list[str]:

@@ -17,6 +17,7 @@ from rlinf_core import UserError
 from rlinf_plugins_text.rows.tokenizer import FILES, TextTokenizer
 from rlinf_plugins_text.weights.architecture import model_class, model_config
 from rlinf_plugins_text.weights.folder import CONFIG, GENERATION, INDEX, SINGLE, generation_table, weight_files
+from rlinf_plugins_text.weights.headers import Headers, find_problems
 
 PREFIX = "model."
 """Prefix of every name, missing in files of a model saved without its head."""
@@ -32,18 +33,23 @@ class PublishedWeights:
     Args:
         folder: The folder with the files.
         published_name: Maps a parameter's name in the module to its name in the files.
+        table: The model's `config.json`, for messages.
     """
 
-    def __init__(self, folder: Path, published_name: Callable[[str], str]) -> None:
-        self._folder, self._published_name = folder, published_name
+    def __init__(
+        self, folder: Path, published_name: Callable[[str], str], table: Mapping[str, Any] | None = None
+    ) -> None:
+        self._folder, self._published_name, self._table = folder, published_name, table or {}
         self._open = ExitStack()
         self._files: dict[str, Any] = {}
+        self._paths: dict[str, Path] = {}
         for path in weight_files(folder, str(folder)):
             try:
                 file = self._open.enter_context(safe_open(path, framework="pt"))
             except (OSError, SafetensorError) as error:
                 raise UserError(f"policy.weights: {path} cannot be read: {error}") from error
             self._files |= dict.fromkeys(file.keys(), file)
+            self._paths |= dict.fromkeys(file.keys(), path)
         # Files of a model saved without its head have no prefix.
         self._prefix = "" if any(name.startswith(PREFIX) for name in self._files) else PREFIX
 
@@ -52,6 +58,10 @@ class PublishedWeights:
         key = self._key(name)
         tensor: torch.Tensor = self._files[key].get_tensor(key)
         return tensor
+
+    def file_of(self, name: str) -> str:
+        """The file that holds a parameter."""
+        return str(self._paths[self._key(name)])
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise `UserError` that lists missing, unexpected and differently shaped parameters."""
@@ -73,8 +83,11 @@ class PublishedWeights:
             _listed("has other shapes:", other),
         ]
         if any(problems):
+            files = list(dict.fromkeys(self._paths.values()))
+            causes = find_problems(Headers.read(self._folder, files), self._table)
             raise UserError(
                 f"policy.weights: {self._folder} does not match its {CONFIG}: it {'; it '.join(filter(None, problems))}"
+                + "".join(f"\n  {cause}" for cause in causes)
             )
 
     def _key(self, name: str) -> str:
@@ -115,7 +128,7 @@ def save_folder(
     kept |= _with_stops(kept, stops)
     config = model_config(kept)
     written = config.to_diff_dict() | {"architectures": [model_class(config).__name__], "dtype": dtype}
-    (folder / CONFIG).write_text(json.dumps(written, indent=2) + "\n")
+    (folder / CONFIG).write_text(json.dumps(written | _for_older_readers(table, written), indent=2) + "\n")
     generation = generation_table(source)
     # Without this file, transformers takes the special tokens from the model's config.
     begin = generation or {key: kept[key] for key in ("bos_token_id", "pad_token_id") if kept.get(key) is not None}
@@ -134,6 +147,19 @@ def _with_stops(table: Mapping[str, Any], stops: Sequence[int]) -> dict[str, Any
     if set(stops) <= set(known):
         return {}
     return {"eos_token_id": list(stops) if len(stops) > 1 else stops[0]}
+
+
+def _for_older_readers(table: Mapping[str, Any], written: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of `config.json` that transformers 4 reads and 5 has replaced: it would take their defaults, silently.
+
+    Args:
+        table: The `config.json` that the run read.
+        written: The one that transformers 5 writes.
+    """
+    rope = written.get("rope_parameters")
+    theta = {"rope_theta": rope["rope_theta"]} if isinstance(rope, dict) and "rope_theta" in rope else {}
+    kept = {key: table[key] for key in ("rope_scaling", "partial_rotary_factor") if key in table}
+    return {"torch_dtype": written["dtype"], **theta, **kept}
 
 
 def _save_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from rlinf_core.contract.policy import PolicyConfig
-from rlinf_core.data.batch_memory import hand_over, keep_memory
+from rlinf_core.data.batch_memory import hand_over, keep_memory, shared_memory_error
 from rlinf_core.data.loading.chunked_batches import ChunkedMicroBatches
 from rlinf_core.data.loading.chunked_sampling import Chunks
 from rlinf_core.data.loading.micro_batches import MicroBatches
@@ -46,7 +46,14 @@ class TrainLoader(DataLoader[Any]):
             yield from self._items()
 
     def _items(self) -> Iterator[Any]:
-        for item in super().__iter__():
+        items = super().__iter__()
+        while True:
+            try:
+                item = next(items, None)
+            except RuntimeError as error:  # Also how torch reports a worker that a bus error has ended.
+                raise shared_memory_error(error) or error from error
+            if item is None:
+                return
             if isinstance(item, UserError):
                 raise item
             yield item

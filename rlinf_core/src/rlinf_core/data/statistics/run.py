@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from rlinf_core.contract.datasets import LeRobotDatasetConfig, NamingSource, SampleSource
 from rlinf_core.contract.run import RunConfig
-from rlinf_core.data.normalize import Mode, NormStats, Origin, Stats, load_with_origin, save_norm_stats
+from rlinf_core.data.normalize import Mode, NormStats, Origin, Stats, Vector, load_with_origin, save_norm_stats
 from rlinf_core.data.pipeline import Pipeline, build_pipeline
 from rlinf_core.data.statistics.action_kind import diagnose_actions
 from rlinf_core.data.statistics.compute import ROWS_WITH_IMAGES, Distribution, stats_fingerprint, summarize
@@ -44,9 +44,20 @@ class Diagnosis:
             raise UserError("\n".join(errors))
 
 
+class Prepared(NamedTuple):
+    """The statistics of a run, and what their computation showed."""
+
+    stats: Stats | None
+    """None if the policy does not normalise."""
+    findings: tuple[Finding, ...] = ()
+    """Warnings."""
+    state: tuple[Vector, Vector] | None = None
+    """The smallest and the largest state, [D] each; None if it is not known."""
+
+
 def run_statistics(
     run: RunConfig, source: SampleSource, group: ProcessGroup, *, resuming: bool, file: str = "norm_stats.json"
-) -> tuple[Stats | None, tuple[Finding, ...]]:
+) -> Prepared:
     """The statistics of this run, saved in its folder, and warnings about them.
 
     Args:
@@ -57,22 +68,24 @@ def run_statistics(
         file: File name in the run's folder, `RunSource.statistics`.
 
     Returns:
-        None if the policy does not normalise. There are warnings when a run begins, not when it continues.
+        The statistics. There are warnings and a range of states when a run begins, not when it continues.
 
     Raises:
         UserError: The statistics would spoil the run; or it continues and they are missing or no longer fit the data.
     """
     if run.policy.normalization == "none":
-        return None, ()
+        return Prepared(None)
     path = run.folder / file
 
-    def prepare() -> tuple[Stats, tuple[Finding, ...]]:
+    def prepare() -> Prepared:
         if resuming:
-            return resumed_statistics(run, source, path), ()
+            return Prepared(resumed_statistics(run, source, path))
         diagnosis = diagnose(run, source, computed=path)
         diagnosis.refuse()
         save_norm_stats(path, diagnosis.stats, diagnosis.origin)
-        return diagnosis.stats, diagnosis.findings
+        state = diagnosis.distributions.get("state")
+        extremes = (state.running.low, state.running.high) if state else None
+        return Prepared(diagnosis.stats, diagnosis.findings, extremes)
 
     return group.decide(prepare)
 
@@ -132,6 +145,8 @@ def diagnose(
         findings += diagnose_actions(source, transforms)
         findings += diagnose_relative(source, transforms, _recorded_names(run, source), distributions)
         findings += diagnose_meaning(run.data, source, transforms)
+    for id, message, way_out, key, dimensions in run.policy.contradictions(run.data, stats):
+        findings.append(Finding(id, "warning", key, dimensions, message, way_out))
     names = {key: one.names for key, one in distributions.items()}
     findings = [replace(one, names=names.get(one.key, ())) for one in findings]
     findings.sort(key=lambda finding: finding.severity != "error")
