@@ -54,7 +54,7 @@ class CheckpointDir:
     is_before: bool = False
     """Whether `before` is this same folder, after resolving links."""
     wanted_before: bool = False
-    """Whether `before` contains the checkpoint named by `latest`."""
+    """Whether `before` contains the checkpoint named by `latest`; or any, if this folder contains none."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,8 @@ class FolderState:
     """The newest checkpoint with no known damage."""
     position: Position | None = None
     """Its position in the run."""
+    pointer: str = ""
+    """What is wrong with the file `latest`; empty if nothing is, or if there are no checkpoints."""
     damaged: Mapping[str, str] = field(default_factory=dict)
     """Name of each newer checkpoint -> its damage, newest first."""
     later: tuple[str, ...] = ()
@@ -132,6 +134,11 @@ def decide_start(run: RunConfig, state: FolderState, flags: Flags = NO_FLAGS) ->
             raise UserError(f"{run.folder} has steps but no config.toml: restore it, or give another runner.name.")
         changes = find_changes(run, state.config, allow_change=flags.allow_change)
     if state.checkpoint is None or state.position is None:
+        if state.checkpoint_dir.holds_checkpoints:  # They became visible only now, or no file says whose they are.
+            raise UserError(
+                f"{run.checkpoints} holds checkpoints, but none to continue from: the run would start from scratch "
+                "beside them. Give another runner.name, or --overwrite to remove them."
+            )
         return Start()
     return _continue_from(run, state, state.checkpoint, state.position, changes)
 
@@ -143,7 +150,8 @@ def _continue_from(
     if _is_finished(run, position):
         return Start(position.step, checkpoint, finished=True, notes=tuple(damage))
     order = describe_order(changes, in_epoch=position.sample > 0)
-    notes = (describe_changes(changes), order, *damage, *_describe_later(state.later, checkpoint))
+    pointer = f"warning: {state.pointer}: continues from {checkpoint}, the newest one" if state.pointer else ""
+    notes = (describe_changes(changes), order, pointer, *damage, *_describe_later(state.later, checkpoint))
     return Start(
         position.step,
         checkpoint,
@@ -244,8 +252,8 @@ def _describe_damage(damaged: Mapping[str, str], used: Path) -> list[str]:
 
 
 def _describe_later(later: tuple[str, ...], used: Path) -> list[str]:
-    """Warn which later checkpoints will be removed when a run continues from an earlier one."""
-    gone = f"later checkpoints are removed when the next one is complete: {', '.join(later)}"
+    """Warn which later checkpoints will be set aside when a run continues from an earlier one."""
+    gone = f"later checkpoints are set aside when the next one is complete: {', '.join(later)}"
     return [f"warning: continues from {used}; {gone}"] if later else []
 
 

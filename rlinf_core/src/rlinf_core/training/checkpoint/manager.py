@@ -25,6 +25,7 @@ from rlinf_core.training.checkpoint.state import Position
 from rlinf_core.training.checkpoint.writer import (
     THREAD,
     CheckpointFolder,
+    Own,
     Retention,
     SaveError,
     Writers,
@@ -96,6 +97,7 @@ class Checkpoints:
         self._folder, self._device, self._tensors = folder, group.device, dict(tensors)
         self._writers = Writers(group.rank)
         self._last_good, self._failures, self._why = last_good, 0, ""
+        self._own = Own(loaded=last_good)
         self._stall, self._left = 0.0, False
         self._done: list[Saved] = []
         self._pending: _Pending | None = None
@@ -139,7 +141,7 @@ class Checkpoints:
             return
         self.wait_for_memory()
         tensors = self._staging.copy() if self._staging is not None else self._tensors
-        self._pending = _Pending(self._device, self._folder, position, tensors, self._writers, best, self._last_good)
+        self._pending = _Pending(self._device, self._folder, position, tensors, self._writers, best, self._own)
         if self._staging is None or self._failures:
             self.wait(left)
         stall = self._stall = time.perf_counter() - started
@@ -194,6 +196,7 @@ class Checkpoints:
             self._failures, self._why = self._failures + 1, pending.failure
         else:
             self._failures, self._last_good = 0, pending.path.name
+            self._own = self._own._replace(made=self._own.made | {pending.path.name})
         self._done.append(pending.saved())
         return True
 
@@ -252,7 +255,7 @@ class _Pending:
         tensors: Mapping[str, torch.Tensor],
         writers: Writers,
         best: str,
-        before: str,
+        own: Own,
     ) -> None:
         self.path = folder.path(position.step)
         self.stall_seconds = 0.0
@@ -261,7 +264,7 @@ class _Pending:
         self._write_seconds, self._bytes = 0.0, 0
         self._device, self._folder, self._position = device, folder, position
         self._tensors, self._writers = tensors, writers
-        self._best, self._before = best, before
+        self._best, self._own = best, own
         self.thread = threading.Thread(target=self._write, name=THREAD + self.path.name, daemon=True)
         self.thread.start()
 
@@ -270,7 +273,7 @@ class _Pending:
         try:
             _use(self._device)
             self._bytes = write_checkpoint(
-                self._folder, self._position, self._tensors, self._writers, best=self._best, before=self._before
+                self._folder, self._position, self._tensors, self._writers, best=self._best, own=self._own
             )
         except SaveError as error:
             self.failure = str(error)
