@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from rlinf_core.data.splits import describe_splits, open_split
 from rlinf_core.data.statistics.preview import bind_policy, preview_samples
 from rlinf_core.data.statistics.run import run_statistics
 from rlinf_core.errors import UserError
+from rlinf_core.training.checkpoint.state import statistics_copy
 from rlinf_core.training.distributed.processes import to_device
 
 
@@ -65,12 +67,13 @@ class RunData:
         )
         return cls(run, rows, held_out, layout)
 
-    def prepare(self, group: ProcessGroup, *, resuming: bool) -> RunData:
+    def prepare(self, group: ProcessGroup, *, resuming: bool, checkpoint: Path | None = None) -> RunData:
         """Add the statistics of each dataset, which rank 0 computes or reads, and the pipelines that use them.
 
         Args:
             group: All ranks call this.
             resuming: The run continues from a checkpoint; see `data.statistics.run.run_statistics`.
+            checkpoint: That checkpoint, with whose copy the statistics in the run's folder are compared.
 
         Raises:
             UserError: The statistics are unusable, or no longer match the data.
@@ -78,7 +81,10 @@ class RunData:
         sources, warnings = [], []
         for given, rows in zip(self.run.sources, self.rows, strict=True):
             with given.naming():
-                stats, findings = run_statistics(given.run, rows, group, resuming=resuming, file=given.statistics)
+                recorded = checkpoint and statistics_copy(checkpoint, given.statistics)
+                stats, findings = run_statistics(
+                    given.run, rows, group, resuming=resuming, file=given.statistics, recorded=recorded
+                )
                 pipeline = build_pipeline(given.run.data, self.run.policy, stats)
             sources.append(Source(rows, pipeline, given.name, given.share))
             warnings += [f"{_prefix(given.name)}{finding}" for finding in findings]

@@ -21,7 +21,7 @@ from rlinf_core.contract.process_group import ProcessGroup
 from rlinf_core.contract.run import RunConfig, Start
 from rlinf_core.errors import UserError
 from rlinf_core.training.checkpoint.staging import Staging
-from rlinf_core.training.checkpoint.state import Position
+from rlinf_core.training.checkpoint.state import Position, statistics_name
 from rlinf_core.training.checkpoint.writer import (
     THREAD,
     CheckpointFolder,
@@ -111,7 +111,10 @@ class Checkpoints:
         """The checkpoints of a run, as configured in `[runner]`."""
         runner = run.runner
         retention = Retention(runner.keep_last, runner.keep_every)
-        folder = CheckpointFolder(run.folder, run.checkpoints, retention, rename=runner.checkpoint_rename)
+        # Read now, as the trainer uses them: whatever becomes of the run's files, checkpoints hold what they need.
+        statistics = [source.statistics for source in run.sources if (run.folder / source.statistics).exists()]
+        contents = {statistics_name(file): (run.folder / file).read_bytes() for file in statistics if not group.rank}
+        folder = CheckpointFolder(run.folder, run.checkpoints, retention, runner.checkpoint_rename, contents)
         last = start.checkpoint.name if start.checkpoint else ""
         return cls(folder, group, tensors, in_background=runner.async_save, last_good=last)
 

@@ -147,6 +147,29 @@ def read_position(path: Path) -> Position:
         raise UserError(f"{path} is damaged: {error}. Choose another checkpoint.") from error
 
 
+def statistics_name(file: str) -> str:
+    """The name in a checkpoint of a copy of the run's statistics.
+
+    Args:
+        file: Path of the statistics relative to the run's folder, `RunSource.statistics`.
+    """
+    return file.replace("/", ".")
+
+
+def statistics_copy(path: Path, file: str) -> Path | None:
+    """The copy of the run's statistics in a checkpoint; None if an early version saved it, or the run has none.
+
+    Args:
+        path: The checkpoint.
+        file: See `statistics_name`.
+
+    Raises:
+        DamageError: `state.json` cannot be read.
+    """
+    name = statistics_name(file)
+    return path / name if name in read_state(path).files else None
+
+
 def step_name(step: int) -> str:
     """The name of a checkpoint's folder; names sort like steps."""
     return f"step_{step:09d}"

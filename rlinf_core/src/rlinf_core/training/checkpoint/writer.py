@@ -12,7 +12,8 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +23,7 @@ import torch.distributed as dist
 
 from rlinf_core.files import sync_folder, write_text
 from rlinf_core.torch_names import CheckpointException, write_shards
-from rlinf_core.training.checkpoint.shards import Planner, ShardWriter
+from rlinf_core.training.checkpoint.shards import HashedFile, Planner, ShardWriter
 from rlinf_core.training.checkpoint.state import (
     NAMES,
     STATE,
@@ -95,6 +96,8 @@ class CheckpointFolder:
     retention: Retention
     rename: bool = True
     """Whether folders can be renamed there; if not, checkpoints are written directly under their final names."""
+    contents: Mapping[str, bytes] = field(default_factory=dict)
+    """Further files of every checkpoint: name -> content. Only rank 0 needs them."""
 
     def temporary(self, step: int) -> Path:
         """Where a checkpoint is while it is written."""
@@ -189,6 +192,7 @@ def write_checkpoint(
     try:
         writers.first(lambda: _make_room(folder, temporary, own))
         files = writers.write(temporary, tensors)
+        writers.first(lambda: files.update(_write_contents(folder, temporary)))
         writers.first(lambda: _complete(folder, position, files, best, own))
     except SaveError:
         writers.first(lambda: shutil.rmtree(temporary, ignore_errors=True))
@@ -207,6 +211,16 @@ def _make_room(folder: CheckpointFolder, temporary: Path, own: Own) -> None:
         (temporary / STATE).unlink(missing_ok=True)  # First: without it the folder does not count as a checkpoint.
         shutil.rmtree(temporary)
     temporary.mkdir()
+
+
+def _write_contents(folder: CheckpointFolder, temporary: Path) -> dict[str, FileDigest]:
+    digests = {}
+    for name, content in folder.contents.items():
+        file = HashedFile((temporary / name).open("wb"))
+        with closing(file):
+            file.write(content)
+        digests[name] = file.digest()
+    return digests
 
 
 def _complete(
