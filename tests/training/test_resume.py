@@ -215,6 +215,19 @@ def test_a_folder_that_holds_no_run_is_never_touched(run):
     assert precious.read_text() == "x"
 
 
+@pytest.mark.parametrize("theirs", ["[server]\nport = 80\n", "", "[runner", '[runner]\nname = "r"\n'])
+def test_a_folder_whose_config_is_another_programs_is_never_touched(run, theirs):
+    (run().folder / "chapters").mkdir(parents=True)
+    (run().folder / "chapters" / "one.tex").write_text("x")
+    config = run().folder / "config.toml"
+    config.write_text(theirs)
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match=r"holds no run: its config\.toml is not the config of one"):
+            prepare_folder(run(), overwrite=overwrite)
+    assert config.read_text() == theirs
+    assert sorted(path.name for path in run().folder.rglob("*")) == ["chapters", "config.toml", "one.tex"]
+
+
 class OneRank:
     """A process group of this process alone."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -100,7 +101,8 @@ def export_run(
             f"{did_you_mean(choice.format, formats)} (available: {', '.join(formats)})"
         )
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output} already exists: name another --output, or remove it")
+        inside = f" and contains {min(output.iterdir()).name}" if output.is_dir() else ""
+        raise UserError(f"{output} already exists{inside}: name another --output, or remove it")
     check_writable(output, NAME_OUTPUT)
     checkpoint = find_checkpoint(folder, run.runner.checkpoints_of(folder), choice, log)
     policy = run.policy.with_data_layout(read_position(checkpoint).data_layout)
@@ -111,8 +113,7 @@ def export_run(
     tensors, notes = read_weights(run, checkpoint, choice, plugins)
     for note in notes:
         log(note)
-    aside = output.with_name(f".{output.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with writing(output, NAME_OUTPUT):
             aside.mkdir(parents=True)

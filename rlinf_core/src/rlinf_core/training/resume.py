@@ -69,6 +69,8 @@ class FolderState:
     """Whether it has a `config.toml`, i.e. belongs to a run."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """The content of that `config.toml`."""
+    foreign: str = ""
+    """A file that makes it look like a run's folder but is not of this project; empty if there is none."""
     has_metrics: bool = False
     """Whether any step was logged."""
     checkpoint: Path | None = None
@@ -116,7 +118,7 @@ def decide_start(run: RunConfig, state: FolderState, flags: Flags = NO_FLAGS) ->
         UserError: The start would mix or overwrite runs, or the folders cannot be written.
     """
     check_obstacles(run, state.obstacle, state.checkpoint_dir.obstacle)
-    if flags.overwrite and not flags.restarted and state.has_config:
+    if flags.overwrite and not flags.restarted and state.has_config and not state.foreign:
         _refuse_foreign_checkpoints(run, state.checkpoint_dir, overwrite=True)
         return Start(replaced=run.folder.with_name(f".{run.folder.name}.replaced"))
     if not state.is_empty and not flags.restarted:
@@ -175,6 +177,11 @@ def check_obstacles(run: RunConfig, folder: str, checkpoints: str) -> None:
 
 
 def _refuse_occupied(run: RunConfig, state: FolderState) -> None:
+    if state.foreign:
+        raise UserError(
+            f"{run.folder} is not empty and holds no run: its {state.foreign} is not the config of one. Choose another "
+            "runner.name or runner.output_dir, or move what is there."
+        )
     if not state.has_config:
         raise UserError(f"{run.folder} is not empty and holds no run. Choose another runner.name or runner.output_dir.")
     if run.runner.resume == "never":

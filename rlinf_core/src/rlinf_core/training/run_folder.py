@@ -25,7 +25,15 @@ from rlinf_core.contract.process_group import ProcessGroup
 from rlinf_core.contract.run import RunConfig
 from rlinf_core.errors import UserError
 from rlinf_core.files import find_obstacle, write_text, writing
-from rlinf_core.training.checkpoint.state import NAMES, candidates, find_damage, latest_name, newest_whole, step_name
+from rlinf_core.training.checkpoint.state import (
+    NAMES,
+    STATE,
+    candidates,
+    find_damage,
+    latest_name,
+    newest_whole,
+    step_name,
+)
 from rlinf_core.training.resume import (
     CheckpointDir,
     Flags,
@@ -189,6 +197,7 @@ def _look(run: RunConfig, damaged: Mapping[str, str]) -> FolderState:
     return FolderState(
         is_empty=is_empty,
         has_config=saved.exists(),
+        foreign=saved.name if saved.exists() and not _is_run(run, config, there) else "",
         config=config or {},
         has_metrics=metrics.exists() and bool(metrics.stat().st_size),
         checkpoint=newest[0] if newest else None,
@@ -218,6 +227,17 @@ def _read_checkpoint_dir(
         wanted_before=any(map(os.path.exists, left)),  # Where pathlib may raise, this answers False.
         before=before,
     )
+
+
+def _is_run(run: RunConfig, config: Mapping[str, Any] | None, checkpoints: Sequence[str]) -> bool:
+    """Whether the folder is a run's: by its config or, if that is damaged, by its checkpoints or its environment."""
+    if config is not None and all(isinstance(config.get(table), Mapping) for table in ("runner", "policy", "trainer")):
+        return True
+    own = [run.folder / "checkpoints" / name / STATE for name in checkpoints]
+    if any(path.is_file() and path.stat().st_size for path in own):
+        return True
+    environment = _read(run.folder / "environment.json")
+    return all(f'"{key}":' in environment for key in ("started", "ranks", "versions"))
 
 
 def _wrong_pointer(pointer: Path, named: str, there: Sequence[str]) -> str:

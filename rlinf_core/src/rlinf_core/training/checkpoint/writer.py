@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from rlinf_core.files import sync_folder, write_text
+from rlinf_core.terminal import warn
 from rlinf_core.torch_names import CheckpointException, write_shards
 from rlinf_core.training.checkpoint.shards import HashedFile, Planner, ShardWriter
 from rlinf_core.training.checkpoint.state import (
@@ -267,7 +267,7 @@ def _remove_others(folder: CheckpointFolder, name: str, own: Own, best: str) -> 
                 _set_aside(folder, other) if foreign else _remove(other)
             except OSError as error:
                 what = "set aside" if foreign else "removed"
-                print(f"warning: {other} cannot be {what}: {_in_words(error)}", file=sys.stderr, flush=True)
+                warn(f"{other} cannot be {what}: {_in_words(error)}")
 
 
 def _remove(path: Path) -> None:
@@ -284,12 +284,7 @@ def _set_aside(folder: CheckpointFolder, path: Path) -> None:
     else:
         shutil.copytree(path, target)
         _remove(path)
-    print(
-        f"warning: the run has neither written nor loaded {path}, so it was moved to {target}: remove it if you do not "
-        "need it",
-        file=sys.stderr,
-        flush=True,
-    )
+    warn(f"the run has neither written nor loaded {path}, so it was moved to {target}: remove it if you do not need it")
 
 
 def restate(folder: CheckpointFolder, position: Position, best: str) -> None:
