@@ -21,6 +21,7 @@ from toy_mixture import toy_plugins
 from rlinf_core import UserError, cli
 from rlinf_core.data.loading.mixture import Order
 from rlinf_core.data.normalize import NormStats, save_norm_stats
+from rlinf_core.inspect.page import write
 from rlinf_core.inspect.samples import choose, find, occurrences
 
 EVIL = '<script>alert("1")</script> & "push" $x$'
@@ -177,8 +178,7 @@ def test_pictures_and_plots_lie_beside_the_page(page):
 
 
 def test_it_is_the_same_each_time_and_replaces_an_earlier_page(robot, page, inspect, tmp_path):
-    (tmp_path / "page" / "pictures").mkdir(parents=True)
-    (tmp_path / "page" / "index.html").write_text("earlier")
+    write(tmp_path / "page", "earlier", {"pictures/earlier.png": b"x"})
     code, out, _, folder = inspect(robot)
     assert (code, out) == (0, f"{folder}/index.html: written\n")
     files = {path.relative_to(page): path.read_bytes() for path in page.rglob("*.*")}
@@ -194,6 +194,30 @@ def test_a_folder_of_something_else_is_left_alone(robot, inspect, tmp_path):
     assert "thesis.tex" in err
     assert "--output" in err
     assert [path.name for path in folder.iterdir()] == ["thesis.tex"]
+
+
+THEIRS = {
+    "a photo beside the page's": ("pictures/wedding.jpg", b"x"),
+    "a page that was edited": ("index.html", b"my notes"),
+    "a picture that was replaced": ("pictures/sample1.png", b"y"),
+    "a folder": ("plots/old/1.png", b"x"),
+}
+
+
+@pytest.mark.parametrize("with_page", [True, False])
+@pytest.mark.parametrize(("name", "content"), THEIRS.values(), ids=THEIRS)
+def test_only_files_that_an_earlier_page_wrote_are_replaced(tmp_path, name, content, with_page):
+    """A folder with the names of a page's folders is not a page."""
+    folder = tmp_path / "page"
+    if with_page:
+        write(folder, "earlier", {"pictures/sample1.png": b"x"})
+        write(folder, "earlier", {"pictures/sample1.png": b"x"})
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"contains other files besides an earlier page .*{name}"):
+        write(folder, "now", {})
+    assert (folder / name).read_bytes() == content
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 @pytest.mark.parametrize("mistake", ["optim.lrr=1", "data.repo_id=nowhere", "data.images.base_0_rgb=observation.top"])

@@ -129,6 +129,25 @@ def test_a_schedule_that_outlasts_the_run_is_said(logger):
     ).replace("\n", " ")
 
 
+@pytest.mark.parametrize("latest", [b"step_000000005", b"\xff[/]", None], ids=["named", "damaged", "a folder"])
+def test_nothing_in_the_runs_files_or_names_keeps_the_console_from_its_end(configure_toy, tmp_path, latest):
+    """Brackets are rich's markup; the file of metrics may hold anything."""
+    run = configure_toy("runner.name=ab", f"runner.output_dir={tmp_path / '[red]x[/bold]'}")
+    run.folder.mkdir(parents=True)
+    lines = (b"a note", b"", b'{"step": 7, "loss": 1.0}', b'{"step": 8, "loss": "low"}', b"\xff", b"")
+    (run.folder / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    (run.folder / "latest").mkdir() if latest is None else (run.folder / "latest").write_bytes(latest)
+    console = RunConsole(file=io.StringIO(), width=300, highlight=False)
+    logger = ConsoleLogger(console, run, 0, 20)
+    logger.validation(7, {"val_loss": 0.5, "val_[/]": 1.0})
+    logger.close(RuntimeError())
+    logger.close(None)
+    said = console.file.getvalue()
+    assert f"ab starts: trainable_toy on toy, 20 steps of 20 samples, files in {run.folder}" in said
+    assert "ab: stopped by an error after step 7; " in said
+    assert "ab: 7 steps" in said
+
+
 def test_what_ended_the_run_is_said_with_the_way_on(logger, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 7, "loss": 1.0}\n')
     logger.close(RuntimeError())

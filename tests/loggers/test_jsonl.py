@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 
 from rlinf_core.errors import UserError
-from rlinf_core.loggers.jsonl import JsonlLogger, RowFile, cut_back, read_rows
+from rlinf_core.loggers.jsonl import JsonlLogger, RowFile, cut_back, read_metrics, read_rows
 
 
 @contextmanager
@@ -64,10 +64,33 @@ def test_rows_that_stay_keep_their_bytes_and_a_torn_last_one_goes(tmp_path):
     assert path.read_bytes() == b'{"step":1,  "x": "\\u00e9 \xc2\x85"}\n'
 
 
-@pytest.mark.parametrize("line", [b"\0\0\0", b"[]", b"7", b'{"loss": 1}', b'{"step": "1"}', b"\xff"])
-def test_a_damaged_line_is_named(tmp_path, line):
+STRAY = {
+    "blank": b"",
+    "zeros": b"\0\0\0",
+    "a note": b"lr was too high, see my notebook",
+    "a list": b"[]",
+    "a number": b"7",
+    "no step": b'{"loss": 1}',
+    "step as text": b'{"step": "1"}',
+    "step as NaN": b'{"step": NaN}',
+    "Latin-1": b"\xff",
+    "deep": b"[" * 100_000,
+    "long": b'{"step": ' + b"9" * 5000 + b"}",
+}
+
+
+@pytest.mark.parametrize("line", STRAY.values(), ids=STRAY)
+def test_a_line_that_is_no_row_is_ignored_stays_with_the_row_before_it_and_is_reported(tmp_path, capsys, line):
     path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
-    for read in (read_rows, lambda path: cut_back(path, 1)):
-        with pytest.raises(UserError, match=r"rows\.jsonl: line 2 is damaged"):
-            read(path)
+    path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n' + line + b"\n")
+    assert [row["step"] for row in read_rows(path)] == [1, 3]
+    cut_back(path, 1)
+    assert path.read_bytes() == b'{"step": 1}\n' + line + b"\n"
+    assert capsys.readouterr().err == f"warning: {path}: not a row with a step, ignored: line 2, 4\n"
+
+
+def test_metrics_are_rows_of_numbers(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = ({"step": 1, "loss": 1}, {"step": 2, "loss": "low"}, {"step": 3, "loss": None}, {"step": 4, "a": []})
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert [row["step"] for row in read_metrics(path)] == [1, 3]

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from distributions import ROOT, entry_point, repository_entry_points
+from torch.distributed.tensor import DTensor
 from toy_policy import TrainableToyDataset
 
 from rlinf_core import PluginError
@@ -47,14 +48,21 @@ def test_it_trains_resumes_to_the_bit_and_is_planned(train_toy, configure_toy, t
     assert plan(configure_toy(*SETTINGS), toy_plugins, 1).states.optimizer == weights
 
 
-def test_its_steps_are_lions(train_toy):
+@pytest.mark.parametrize("sharded", [False, True], ids=["shards", "dtensors"])
+def test_its_steps_are_lions(train_toy, tmp_path, sharded):
     """The first has no momentum: each weight decays, and moves by the learning rate against its gradient's sign."""
+    if sharded:
+        line = "    elementwise: ClassVar[bool] = True\n"
+        assert line in SOURCE
+        (tmp_path / "site" / "acme_lion.py").write_text(SOURCE.replace(line, ""))
     before = train_toy(*SETTINGS, "runner.name=zero", "runner.max_steps=1", "optim.lr=1e-30", "optim.min_lr=0")
     after = train_toy(*SETTINGS, "runner.name=one", "runner.max_steps=1")
     starts, ends = (dict(one.policy.named_parameters()) for one in (before, after))
     for name, start in starts.items():
         moved = local_shard(ends[name]) - local_shard(start) * (1 - 1e-3 * 0.1)
         torch.testing.assert_close(moved.abs(), torch.full_like(moved, 1e-3), rtol=0, atol=1e-6)
+    given = {type(weights) for group in after.optimizer._torch.param_groups for weights in group["params"]}
+    assert [issubclass(one, DTensor) for one in given] == [sharded]
 
 
 def test_its_owner_is_named_where_it_keeps_what_checkpoints_lack(train_toy, tmp_path):

@@ -1,13 +1,20 @@
 """The optimizer step's promises that no reference states: skipping, and state that exists from the start."""
 
+import gc
 import re
 
 import pytest
 import torch
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from rlinf_core import PluginError
 from rlinf_core.contract.optim import OptimConfig, OptimizerConfig, TrainedParameter
+from rlinf_core.training.distributed.processes import processes
+from rlinf_core.training.ema import Ema
+from rlinf_core.training.fsdp import ranks_mesh
 from rlinf_core.training.optim import Optimizer, decays
+from rlinf_core.training.recipes import MuonConfig
 
 SETTINGS = OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=3, decay_steps=12)
 
@@ -205,3 +212,41 @@ class Replacing(torch.optim.Optimizer):
     def step(self):
         for parameter in self.param_groups[0]["params"]:
             self.state[parameter] = {"momentum_buffer": parameter.grad.clone()}
+
+
+# --- sharded parameters -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_steps_on_sharded_parameters_leave_nothing_behind_in_host_memory(kind):
+    """Counted, because memory is noisy: torch 2.11 keeps a spec for every scalar that meets a DTensor in a fused step.
+
+    30,000 steps of a policy with 520 parameters would take 9 GB per rank.
+    """
+
+    def specs():
+        gc.collect()
+        return sum(type(one).__name__ == "DTensorSpec" for one in gc.get_objects())
+
+    settings = {"lr": 1e-2, "min_lr": 1e-3, "warmup_steps": 3, "decay_steps": 12}
+    recipe = MuonConfig(lr=1e-2, ns_dtype="fp32") if kind == "muon" else OptimConfig(**settings, weight_decay=0.1)
+    with processes("cpu"):
+        model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 3))
+        fully_shard(model, mesh=ranks_mesh("cpu", 1))
+        trained = [TrainedParameter(name, p, name.startswith("0")) for name, p in model.named_parameters()]
+        unused, trained = trained[-1:], trained[:-1]
+        optimizer = Optimizer(trained, recipe, SETTINGS.lr_at, clip_grad=1.0, unused=[one.parameter for one in unused])
+        ema, counted = Ema(model, 0.9), []
+        for step in range(121):
+            backward(model, step)
+            model[1].bias.grad = None
+            ema.update(optimizer.step(torch.tensor(2.0)).skipped)
+            assert all(parameter.grad is None for parameter in model.parameters())
+            if step % 60 == 0:
+                counted.append(specs())
+        assert counted[2] - counted[1] < 20, counted
+        state = optimizer.state_dict()
+        # Checkpoints hold whole tensors under any number of ranks, so that their shapes are those of the parameters.
+        assert isinstance(state["exp_avg.1.weight"], DTensor)
+        assert state["exp_avg.1.weight"].shape == (3, 6)
+        assert torch.equal(state["step.1.weight"], torch.tensor(121.0))

@@ -38,6 +38,14 @@ def run(tmp_path):
     return make
 
 
+@pytest.fixture(autouse=True)
+def looks(monkeypatch):
+    """No time passes until what is missing is looked for again; what happens meanwhile is a function in this list."""
+    meanwhile = []
+    monkeypatch.setattr("rlinf_core.training.run_folder.time.sleep", lambda _: meanwhile and meanwhile.pop(0)())
+    return meanwhile
+
+
 def decided(run, **flags):
     """Where the run would start, by what is in its folder."""
     return decide_start(run, read_folder(run), Flags(**flags))
@@ -218,6 +226,19 @@ def test_a_folder_that_holds_no_run_is_never_touched(run):
     assert precious.read_text() == "x"
 
 
+@pytest.mark.parametrize("theirs", ["[server]\nport = 80\n", "", "[runner", '[runner]\nname = "r"\n'])
+def test_a_folder_whose_config_is_another_programs_is_never_touched(run, theirs):
+    (run().folder / "chapters").mkdir(parents=True)
+    (run().folder / "chapters" / "one.tex").write_text("x")
+    config = run().folder / "config.toml"
+    config.write_text(theirs)
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match=r"holds no run: its config\.toml is not the config of one"):
+            prepare_folder(run(), overwrite=overwrite)
+    assert config.read_text() == theirs
+    assert sorted(path.name for path in run().folder.rglob("*")) == ["chapters", "config.toml", "one.tex"]
+
+
 class OneRank:
     """A process group of this process alone."""
 
@@ -251,8 +272,8 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_newest_whole_one(run):
         "the checkpoint step_000000008 is damaged: it has no state.json: it was never completed",
         "the checkpoint step_000000006 is damaged: the content of shard has changed since it was written (sha256)",
         f"continues from {folder / 'checkpoints' / 'step_000000004'}, the newest undamaged one",
-        f"continues from {folder / 'checkpoints' / 'step_000000004'}; later checkpoints are removed when the next one "
-        "is complete: step_000000006, step_000000008",
+        f"continues from {folder / 'checkpoints' / 'step_000000004'}; later checkpoints are set aside when the next "
+        "one is complete: step_000000006, step_000000008",
     ]
     assert (folder / "latest").read_text() == "step_000000004"
     assert len(settle(run()).notes) == 1
@@ -281,6 +302,67 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_afresh(run):
     (checkpoint(run(), 4) / "shard").write_bytes(b"abd")
     with pytest.raises(UserError, match=r"(?s)no checkpoint .*step_000000004: the content of shard.*--overwrite"):
         settle(run())
+
+
+LOST = {
+    "missing": lambda latest: latest.unlink(),
+    "a dangling link": lambda latest: (latest.unlink(), latest.symlink_to("nowhere")),
+    "empty": lambda latest: latest.write_text(""),
+    "binary": lambda latest: latest.write_bytes(bytes(range(256))),
+    "a path": lambda latest: latest.write_text("../../step_000000002"),
+    "removed": lambda latest: latest.write_text("step_000000003"),
+}
+
+
+@pytest.mark.parametrize("lose", LOST.values(), ids=LOST)
+def test_without_a_pointer_the_newest_whole_checkpoint_is_found_by_looking(run, lose):
+    prepare_folder(run())
+    for step in (2, 4, 6):
+        checkpoint(run(), step)
+    (run().checkpoints / "step_000000006" / "shard").unlink()
+    write_text(run().folder / "metrics.jsonl", '{"step": 1, "loss": 1.0}\n')
+    lose(run().folder / "latest")
+    begun = settle(run())
+    assert begun.checkpoint.name == "step_000000004"
+    assert any("latest is missing or names no checkpoint" in note or "does not exist" in note for note in begun.notes)
+    assert (run().folder / "latest").read_text() == "step_000000004"
+    assert len(list(run().checkpoints.iterdir())) == 3
+
+
+def test_checkpoints_left_elsewhere_are_found_without_a_pointer_too(run, tmp_path):
+    prepare_folder(run())
+    path = checkpoint(run(), 4)
+    (run().folder / "latest").unlink()
+    with pytest.raises(UserError, match=rf"are still in {path.parent}"):
+        prepare_folder(run(f"runner.checkpoint_dir={tmp_path / 'large'}"))
+
+
+@pytest.mark.parametrize("hide", ["shard", "state.json", "."])
+def test_what_cannot_be_seen_for_a_moment_is_no_damage(run, looks, hide):
+    prepare_folder(run())
+    checkpoint(run(), 4)
+    there = checkpoint(run(), 8) / hide
+    away = run().folder.parent / "away"
+    there.rename(away)
+    looks += [lambda: None, lambda: away.rename(there)]
+    assert settle(run()).step == 8
+
+
+def test_bytes_that_are_right_when_read_again_are_no_damage(run, looks):
+    prepare_folder(run())
+    path = checkpoint(run(), 8) / "shard"
+    path.write_bytes(b"abd")
+    looks.append(lambda: path.write_bytes(b"abc"))
+    assert settle(run()).step == 8
+
+
+def test_an_overwrite_that_was_killed_does_not_cost_what_its_successor_has_trained(run):
+    prepare_folder(run())
+    begun = prepare_folder(run(), overwrite=True)
+    assert begun.replaced.exists()
+    checkpoint(run(), 4)
+    (run().folder / "latest").unlink()
+    assert (prepare_folder(run(), overwrite=True).replaced / "checkpoints" / "step_000000004").exists()
 
 
 def test_a_change_that_is_allowed_is_shown_and_recorded(run):
@@ -498,6 +580,10 @@ def test_a_start_is_decided_without_a_disk(run, changes, flags, expected):
         (
             {"checkpoint": None, "damaged": {"step_000000004": "shard is missing"}},
             "(?s)no checkpoint .*shard is missing",
+        ),
+        (
+            {"checkpoint": None, "position": None, "checkpoint_dir": CheckpointDir(holds_checkpoints=True)},
+            "would start from scratch beside them",
         ),
         ({"checkpoint_dir": CheckpointDir(obstacle="it is full")}, r"cannot hold the checkpoints of 'r': it is full"),
     ],

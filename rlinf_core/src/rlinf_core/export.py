@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -25,7 +26,8 @@ from rlinf_core.contract.run import RunConfig
 from rlinf_core.contract.weight_origin import DESCRIPTION, STATISTICS
 from rlinf_core.data.coverage import FILE as COVERAGE
 from rlinf_core.data.coverage import parse_coverage
-from rlinf_core.data.normalize import Stats, load_norm_stats
+from rlinf_core.data.normalize import Stats
+from rlinf_core.data.statistics.run import trained_statistics
 from rlinf_core.errors import UserError, did_you_mean
 from rlinf_core.files import check_writable, writing
 from rlinf_core.plugins.registry import Plugins
@@ -41,6 +43,7 @@ from rlinf_core.training.checkpoint.state import (
     newest_whole,
     none_whole,
     read_position,
+    statistics_copy,
     step_name,
 )
 from rlinf_core.training.fsdp import layout
@@ -102,24 +105,27 @@ def export_run(
             f"{did_you_mean(choice.format, formats)} (available: {', '.join(formats)})"
         )
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output} already exists: name another --output, or remove it")
+        inside = f" and contains {min(output.iterdir()).name}" if output.is_dir() else ""
+        raise UserError(f"{output} already exists{inside}: name another --output, or remove it")
     check_writable(output, NAME_OUTPUT)
     checkpoint = find_checkpoint(folder, run.runner.checkpoints_of(folder), choice, log)
     policy = run.policy.with_data_layout(read_position(checkpoint).data_layout)
     run = run.model_copy(update={"policy": policy})
     choice, which = choose_weights(checkpoint, choice)
+    found = {s.statistics: _statistics(run, folder, checkpoint, s.statistics) for s in sources}
+    known = {file: one and one[1] for file, one in found.items()}
+    files = {file: one[0] for file, one in found.items() if one}
     tensors, notes = read_weights(run, checkpoint, choice, plugins)
     for note in (*notes, which):
         log(note)
-    aside = output.with_name(f".{output.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with writing(output, NAME_OUTPUT):
             aside.mkdir(parents=True)
             if choice.format == NATIVE:
-                _write(run, folder, aside, tensors, checkpoint, choice)
+                _write(run, files, _coverage(folder, choice.source), aside, tensors, checkpoint, choice)
             else:
-                trained_on = [TrainedOn(s.name, s.run.data, _statistics(folder / s.statistics)) for s in sources]
+                trained_on = [TrainedOn(s.name, s.run.data, known[s.statistics]) for s in sources]
                 run.policy.export(choice.format, tensors, aside, trained_on)
             if output.exists():
                 output.rmdir()
@@ -144,8 +150,17 @@ def _check_run(folder: Path) -> None:
     raise UserError(f"{what}: name the run's folder, runs/<name>")
 
 
-def _statistics(path: Path) -> Stats | None:
-    return load_norm_stats(path) if path.exists() else None
+def _statistics(run: RunConfig, folder: Path, checkpoint: Path, file: str) -> tuple[Path, Stats] | None:
+    """The statistics that a checkpoint was trained with, and a file that holds them; None if it does not normalise.
+
+    Raises:
+        UserError: They are missing or damaged, or the run's file is not equal to the checkpoint's copy.
+    """
+    if run.policy.normalization == "none":
+        return None
+    recorded = statistics_copy(checkpoint, file)
+    stats, _ = trained_statistics(folder / file, recorded)
+    return recorded or folder / file, stats
 
 
 def find_checkpoint(folder: Path, checkpoints: Path, choice: Choice, log: Callable[[str], object]) -> Path:
@@ -282,7 +297,8 @@ def _parts(groups: Iterable[Group]) -> Iterator[list[Group]]:
 
 def _write(
     run: RunConfig,
-    folder: Path,
+    trained_on: Mapping[str, Path],
+    coverage: Mapping[str, Any],
     output: Path,
     tensors: Mapping[str, torch.Tensor],
     checkpoint: Path,
@@ -295,9 +311,9 @@ def _write(
     else:
         statistics = {source.statistics: source.statistics for source in run.sources}
     for there, here in statistics.items():
-        if (folder / there).exists():
+        if there in trained_on:
             (output / here).parent.mkdir(exist_ok=True)
-            shutil.copyfile(folder / there, output / here)
+            shutil.copyfile(trained_on[there], output / here)
     files = {field: Path(path).name for field, path in run.policy.files().items()}
     for field, path in run.policy.files().items():
         shutil.copyfile(path, output / files[field])
@@ -313,7 +329,7 @@ def _write(
         "policy": policy,
         "data": config["data"],
         "files": files,
-        "coverage": _coverage(folder, choice.source),
+        "coverage": coverage,
         "versions": dict(sorted(versions.items())),
         "sha256": {
             path.relative_to(output).as_posix(): _sha256(path) for path in sorted(output.rglob("*")) if path.is_file()

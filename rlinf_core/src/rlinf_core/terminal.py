@@ -10,6 +10,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterable
+from contextlib import suppress
 from io import TextIOWrapper
 from typing import TextIO
 
@@ -85,7 +86,14 @@ def wrap(text: str, stream: TextIO) -> str:
 def announce(phase: str, *, rank: int = 0) -> None:
     """Print on rank 0 what a run does next that may take a while, before it has loggers."""
     if rank == 0:
-        print(f"{phase} ...", flush=True)
+        with suppress(OSError, ValueError):  # A run does not end because nobody reads what it says.
+            print(f"{phase} ...", flush=True)
+
+
+def warn(text: str) -> None:
+    """Print a warning on stderr, if there still is one."""
+    with suppress(OSError, ValueError):
+        print(printable(f"warning: {text}"), file=sys.stderr, flush=True)
 
 
 def print_phase(what: str) -> None:

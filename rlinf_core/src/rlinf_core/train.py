@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, TextIO
 
 from rlinf_core.ending import Ending
@@ -115,7 +116,8 @@ def train(
 def _report(group: ProcessGroup, lines: Iterable[str], stream: TextIO | None = None) -> None:
     if group.rank == 0:
         for line in lines:
-            print(wrap(line, stream or sys.stdout), file=stream, flush=True)
+            with suppress(OSError, ValueError):  # A run does not end because nobody reads what it says.
+                print(wrap(line, stream or sys.stdout), file=stream, flush=True)
 
 
 def record_environment(run: RunConfig, group: ProcessGroup, plugins: Plugins) -> None:

@@ -150,7 +150,7 @@ def test_every_so_many_steps_and_the_best_are_kept_for_good(tmp_path, open_check
     assert (tmp_path / "latest").read_text() == "step_000000500"
 
 
-def test_checkpoints_after_the_one_that_somebody_went_back_to_go_with_the_next_save(tmp_path, open_checkpoints):
+def test_checkpoints_after_the_one_that_somebody_went_back_to_are_set_aside(tmp_path, open_checkpoints):
     """Else one of them could stand in for a damaged one, once the run has come past its step."""
     checkpoints, _ = open_checkpoints(keep_last=5)
     for step in (100, 200, 300, 400):
@@ -162,7 +162,33 @@ def test_checkpoints_after_the_one_that_somebody_went_back_to_go_with_the_next_s
     checkpoints.save(position(350))
     checkpoints.finish()
     assert newest(tmp_path).name == "step_000000350"
-    assert there(tmp_path) == names(100, 200, 350)
+    assert there(tmp_path) == [*names(100, 200), "step_000000300.aside", *names(350), "step_000000400.aside"]
+
+
+@pytest.mark.parametrize("rename", [True, False], ids=["rename", "in place"])
+def test_what_a_run_has_neither_written_nor_loaded_is_never_replaced(tmp_path, open_checkpoints, capsys, rename):
+    """The storage was away when the second run started, so that it starts from scratch; then it is back."""
+    checkpoints, w = open_checkpoints(rename=rename)
+    w.fill_(1.0)
+    for step in (2, 3):
+        checkpoints.save(position(step))
+    checkpoints.finish()
+    (tmp_path / "checkpoints").rename(tmp_path / "away")
+    (tmp_path / "checkpoints").mkdir()
+    checkpoints, w = open_checkpoints(keep_last=1, rename=rename)
+    checkpoints.save(position(1))
+    checkpoints.wait()
+    for step in (2, 3):
+        (tmp_path / "away" / f"step_{step:09d}").rename(tmp_path / "checkpoints" / f"step_{step:09d}")
+    checkpoints.save(position(2))
+    checkpoints.finish()
+    assert there(tmp_path) == ["step_000000002", "step_000000002.aside", "step_000000003.aside"]
+    for name, value in (("step_000000002", 0.0), ("step_000000002.aside", 1.0), ("step_000000003.aside", 1.0)):
+        path = tmp_path / "checkpoints" / name
+        assert whole(path)
+        load(path, {"w": w}, read_position(path))
+        assert w.unique().tolist() == [value]
+    assert capsys.readouterr().err.count(".aside: remove it if you do not need it") == 2
 
 
 @pytest.mark.parametrize("rename", [True, False], ids=["rename", "in place"])

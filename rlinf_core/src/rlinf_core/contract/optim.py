@@ -35,6 +35,11 @@ class OptimizerConfig(Section):
     not_here: ClassVar[Mapping[str, str]] = {}
     """Types that users may expect and no plugin has -> what to use instead."""
 
+    elementwise: ClassVar[bool] = False
+    """Whether an element's update depends on that element's weight, gradient and state alone. If so, `build` and
+    `initial_state` get plain tensors, this rank's shards, for which any optimizer of torch works, fused ones included;
+    the state is in their shape, or scalars. Otherwise they get the sharded parameters themselves."""
+
     type: str
     """Which optimizer this is."""
     lr: float = Field(default=2.5e-5, gt=0)
@@ -62,8 +67,9 @@ class OptimizerConfig(Section):
         called if it is skipped.
 
         Args:
-            parameters: All that is trained; none may be left out. Parameters and gradients are float32, and on several
-                ranks `DTensor`s.
+            parameters: All that is trained; none may be left out. Parameters and gradients are float32, and `DTensor`s
+                in a run unless the class is `elementwise`. With `DTensor`s, do not use torch's fused optimizers, which
+                in torch 2.11 keep about 0.5 KB of host memory for every parameter and step.
         """
         raise NotImplementedError(f"{type(self).__name__} must define build()")
 
@@ -175,6 +181,7 @@ def _empty(optimizer: type[OptimizerConfig], schedule: type[ScheduleConfig], own
 class AdamWConfig(OptimizerConfig):
     """AdamW on float32 weights, one fused kernel."""
 
+    elementwise: ClassVar[bool] = True
     type: Literal["adamw"] = "adamw"
     not_here: ClassVar[Mapping[str, str]] = {
         "adam": 'optim.type = "adamw" with weight_decay = 0 is Adam',

@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import json
 import re
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +24,9 @@ from rlinf_core.illustration import Camera, Grid, Illustration, Picture
 from rlinf_core.inspect.plots import MOST_PANELS, Plot, plot_chunk, plot_distribution, plot_lengths
 from rlinf_core.inspect.samples import SampleView
 from rlinf_core.inspect.views import RunView, SourceView
+from rlinf_core.untrusted import read_json
 
-PAGE, SUBFOLDERS = "index.html", ("pictures", "plots")
+PAGE, MARKER = "index.html", ".rlinf_inspect.json"
 NAME_OUTPUT = "Name another folder with --output"
 MOST_TASKS, MOST_TOKENS = 40, 600
 WIDEST = 320
@@ -100,14 +103,17 @@ def render(view: RunView, config: str) -> tuple[str, Mapping[str, bytes]]:
 def write(folder: Path, html: str, files: Mapping[str, bytes]) -> Path:
     """Write page and files to a temporary folder, then replace an earlier page with it. Returns the page's path.
 
+    `MARKER` lists the files with their digests: only a folder that holds these alone is ever replaced.
+
     Raises:
         UserError: The folder has other files, or cannot be written.
     """
     check_folder(folder)
-    temporary = folder.with_name(f".{folder.name}.tmp")
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    contents = {PAGE: html.encode(), **files}
+    marker = {"written_by": "rlinf inspect", "sha256": {name: _digest(content) for name, content in contents.items()}}
     with writing(folder, NAME_OUTPUT):
-        shutil.rmtree(temporary, ignore_errors=True)
-        for name, content in {PAGE: html.encode(), **files}.items():
+        for name, content in {**contents, MARKER: json.dumps(marker, indent=1).encode()}.items():
             path = temporary / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
@@ -119,12 +125,35 @@ def write(folder: Path, html: str, files: Mapping[str, bytes]) -> Path:
 def check_folder(folder: Path) -> None:
     """Raise `UserError` unless the folder is writable and either missing, empty, or an earlier page."""
     check_writable(folder, NAME_OUTPUT)
-    others = sorted({path.name for path in folder.glob("*")} - {PAGE, *SUBFOLDERS})
+    known = _known_files(folder / MARKER)
+    others = sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.name != MARKER and not (path.is_dir() and not path.is_symlink()) and not _is_known(path, folder, known)
+    )
     if others:
         raise UserError(
             f"{folder} contains other files besides an earlier page ({', '.join(others[:3])}), which would be removed: "
-            "name another folder with --output"
+            "name another folder with --output, or remove them"
         )
+
+
+def _known_files(marker: Path) -> Mapping[str, str]:
+    """The files of an earlier page with their digests; none if there is no page, or an early version wrote it."""
+    try:
+        found = read_json(marker)["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _is_known(path: Path, folder: Path, known: Mapping[str, str]) -> bool:
+    expected = known.get(path.relative_to(folder).as_posix())
+    return expected is not None and path.is_file() and _digest(path.read_bytes()) == expected
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,16 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from rlinf_core.contract.run import Logger, LoggerConfig, RunConfig
-from rlinf_core.loggers.jsonl import METRICS_FILE, read_rows
+from rlinf_core.loggers.jsonl import METRICS_FILE, read_metrics
 from rlinf_core.untrusted import printable
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -67,15 +69,16 @@ class ConsoleLogger:
         where = f"continues at step {start_step}" if start_step else "starts"
         self._sources = [source.name for source in run.sources if source.name]
         datasets = " + ".join(self._sources or [run.data.config_name])
-        self._print(
-            f"[bold]{run.runner.name}[/] {where}: {run.policy.type} on {datasets}, "
-            f"{stop_step} steps of {run.trainer.global_batch_size} samples, files in {run.folder}"
-        )
-        self._note_schedule()
+        with suppress(OSError, ValueError):  # If nothing can be printed, the first step fails too, and is reported.
+            self._print(
+                f"[bold]{escape(run.runner.name)}[/] {where}: {run.policy.type} on {escape(datasets)}, "
+                f"{stop_step} steps of {run.trainer.global_batch_size} samples, files in {escape(str(run.folder))}"
+            )
+            self._note_schedule()
 
     def _note_schedule(self) -> None:
         if note := self._run.optim.note(self._stop_step):
-            self._print(f"[yellow]note: {note}[/]")
+            self._print(f"[yellow]note: {escape(note)}[/]")
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Print the step if enough time has passed since the last line."""
@@ -101,7 +104,7 @@ class ConsoleLogger:
         self._validated += 1
         self._validating += time.monotonic() - self._last_step
         for name, own in by_source(metrics, self._sources):
-            self._print(f"[cyan]step {step}: {name}{':' * bool(name)}{self._measured(own)}[/]")
+            self._print(f"[cyan]step {step}: {escape(name)}{':' * bool(name)}{escape(self._measured(own))}[/]")
 
     def _measured(self, metrics: Mapping[str, float]) -> str:
         line = ""
@@ -129,7 +132,7 @@ class ConsoleLogger:
     def close(self, error: BaseException | None) -> None:
         """Print how the run ended: the result table and a plot of the loss."""
         # The file has null for NaN and infinity.
-        read = read_rows(self._run.folder / METRICS_FILE)
+        read = read_metrics(self._run.folder / METRICS_FILE)
         rows = [{k: math.nan if v is None else v for k, v in row.items()} for row in read]
         steps = [row for row in rows if math.isfinite(row.get("loss", math.nan))]
         if error is not None:
@@ -144,8 +147,9 @@ class ConsoleLogger:
     def _print_why_stopped(self, error: BaseException, step: int) -> None:
         why = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped by an error"
         saved = self._run.folder / "latest"
-        way_on = f"the same command resumes from {saved.read_text()}" if saved.exists() else "nothing was saved yet"
-        self._print(f"[red]{self._run.runner.name}: {why} after step {step}; {way_on}[/]")
+        named = saved.read_text(encoding="utf-8", errors="replace").strip() if saved.is_file() else ""
+        way_on = f"the same command resumes from {named}" if named else "nothing was saved yet"
+        self._print(f"[red]{escape(f'{self._run.runner.name}: {why} after step {step}; {way_on}')}[/]")
 
     def _print(self, line: str) -> None:
         self._console.print(printable(line), soft_wrap=not self._console.file.isatty())
@@ -174,7 +178,7 @@ def result_table(
     sources: Sequence[str] = (),
 ) -> Table:
     """First and last loss, and the held-out action error next to two baselines that ignore the observation."""
-    table = Table(title=f"{name}: {steps[-1]['step'] if steps else 0} steps", title_justify="left")
+    table = Table(title=f"{escape(name)}: {steps[-1]['step'] if steps else 0} steps", title_justify="left")
     table.add_column("result")
     table.add_column("value", justify="right")
     table.add_column("")
@@ -198,7 +202,7 @@ def _add_results(table: Table, source: str, result: Mapping[str, float], at: str
     if "val_loss" in result:
         table.add_row(f"{source}held-out loss", f"{result['val_loss']:.4f}", at)
     for name in _of_the_policy(result):
-        table.add_row(f"{source}held-out {_words(name)}", f"[bold]{result[name]:.4g}[/]", before.get(name, ""))
+        table.add_row(escape(f"{source}held-out {_words(name)}"), f"[bold]{result[name]:.4g}[/]", before.get(name, ""))
     if "val_action_mse" in result:
         baselines = {
             "always the mean action": result["val_action_mse_mean"],
@@ -215,7 +219,7 @@ def _add_results(table: Table, source: str, result: Mapping[str, float], at: str
         for baseline, value in baselines.items():
             table.add_row(f"  {baseline}", f"{value:.4f}", "")
     for name in _of_evaluators(result):
-        table.add_row(f"{source}{name}", f"[bold]{result[name]:.4g}[/]", before.get(name, at))
+        table.add_row(escape(f"{source}{name}"), f"[bold]{result[name]:.4g}[/]", before.get(name, at))
 
 
 def loss_plot(steps: Sequence[Mapping[str, Any]]) -> str:

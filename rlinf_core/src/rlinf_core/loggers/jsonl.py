@@ -6,7 +6,6 @@ import errno
 import json
 import math
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from io import FileIO
 from pathlib import Path
@@ -14,9 +13,12 @@ from typing import Any, Literal
 
 from rlinf_core.contract.run import Logger, LoggerConfig, RunConfig
 from rlinf_core.errors import UserError
-from rlinf_core.files import write_text
+from rlinf_core.files import write_bytes
+from rlinf_core.terminal import warn
 
 METRICS_FILE = "metrics.jsonl"
+MOST_LINES = 8
+"""Numbers of lines that a warning lists at most."""
 FILE = METRICS_FILE  # The name that training/monitor/anomalies.py imports.
 
 
@@ -52,8 +54,7 @@ class RowFile:
             self._write()
         except OSError as error:
             if len(self._kept) == 1:  # Warn once, not for every further row.
-                text = f"warning: {self.path} cannot be written: {error}; its rows are kept in memory"
-                print(text, file=sys.stderr, flush=True)
+                warn(f"{self.path} cannot be written: {error}; its rows are kept in memory")
 
     def close(self, error: BaseException | None) -> None:
         """Write the rows that could not be written before.
@@ -114,30 +115,46 @@ class JsonlLogger:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file; an incomplete last line, left by a crash, is skipped.
-
-    Raises:
-        UserError: Another line is not a row.
-    """
-    return [row for _, row in _lines(path)]
+    """The rows of a file. Lines that are no rows are skipped: an incomplete last one, a note, a damaged one."""
+    return [row for _, row in _lines(path) if row is not None]
 
 
-def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Complete lines, each with its row."""
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    for number, line in enumerate(lines, start=1):
-        if not line.endswith(b"\n"):
-            return
+def read_metrics(path: Path) -> list[dict[str, float | None]]:
+    """The rows of a `metrics.jsonl`; those with anything but numbers and null are skipped, too."""
+    return [row for row in read_rows(path) if all(one is None or _is_number(one) for one in row.values())]
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """Complete lines, each with its row; None if it is not one."""
+    for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else []:
         try:
             row = json.loads(line)
-            row["step"] + 0
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise UserError(f"{path}: line {number} is damaged, not a row with a step. Remove that line") from error
-        yield line, row
+        except (ValueError, RecursionError):
+            row = None
+        is_row = isinstance(row, dict) and isinstance(row.get("step"), int) and not isinstance(row["step"], bool)
+        yield line + b"\n", row if is_row else None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def cut_back(path: Path, step: int) -> None:
-    """Drop rows after `step` (contract 9); the remaining rows stay identical byte for byte."""
+    """Drop rows after `step` (contract 9); the remaining rows stay identical byte for byte.
+
+    A line that is no row stays with the row before it, and is reported.
+    """
     if not path.exists():
         return
-    write_text(path, b"".join(line for line, row in _lines(path) if row["step"] <= step).decode())
+    kept, is_kept, strange = [], True, []
+    for number, (line, row) in enumerate(_lines(path), start=1):
+        if row is None:
+            strange.append(str(number))
+        else:
+            is_kept = row["step"] <= step
+        if is_kept:
+            kept.append(line)
+    write_bytes(path, b"".join(kept))
+    if strange:
+        shown = ", ".join(strange[:MOST_LINES]) + f" and {len(strange) - MOST_LINES} more" * (len(strange) > MOST_LINES)
+        warn(f"{path}: not a row with a step, ignored: line {shown}")

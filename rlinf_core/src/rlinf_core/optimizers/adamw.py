@@ -27,6 +27,11 @@ class AdamW(NamedTuple):
         """Parameters that no loss depends on decay like all others."""
         return self.weight_decay
 
+    @property
+    def elementwise(self) -> bool:
+        """It is built over this rank's shards."""
+        return True
+
     def build(self, parameters: Sequence[TrainedParameter]) -> torch.optim.Optimizer:
         """The fused AdamW, with a learning rate on the parameters' device."""
         return torch.optim.AdamW(

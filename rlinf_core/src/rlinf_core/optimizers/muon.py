@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from rlinf_core.optimizers.adamw import AdamW, rate_tensor
 from rlinf_core.optimizers.orthogonal import Iterations, Matrix, Sharding, orthogonalize, rate_factor
-from rlinf_core.optimizers.parameters import TrainedParameter
+from rlinf_core.optimizers.parameters import TrainedParameter, on_shards
 
 
 class Settings(NamedTuple):
@@ -54,9 +54,9 @@ class Muon(torch.optim.Optimizer):
         self._step_supports_amp_scaling = True
         self.grad_scale: torch.Tensor | None = None
         self.found_inf: torch.Tensor | None = None
-        self._adamw = adamw.build(rest) if rest else None
-        if self._adamw:  # One state and one learning rate for both, so that either may be asked for them.
-            self._adamw.state = self.state
+        self._rest = list(zip([one.parameter for one in rest], on_shards(rest), strict=True))
+        self._adamw = adamw.build([shard for _, shard in self._rest]) if rest else None
+        if self._adamw:  # One learning rate for both, so that either may be asked for it.
             self._adamw.param_groups[0]["lr"] = self.param_groups[-1]["lr"]
 
     @torch.no_grad()
@@ -66,9 +66,18 @@ class Muon(torch.optim.Optimizer):
             raise ValueError("Muon takes no closure")
         if self._adamw:
             self._adamw.grad_scale, self._adamw.found_inf = self.grad_scale, self.found_inf  # type: ignore[attr-defined]
-            self._adamw.step()
+            self._step_rest(self._adamw)
         if self._matrices:
             self._step_matrices(self.param_groups[0]["lr"])
+
+    def _step_rest(self, adamw: torch.optim.Optimizer) -> None:
+        """AdamW works on this rank's shards; the state that it changes is that of the parameters."""
+        for parameter, (_, shard, *_) in self._rest:
+            shard.grad = None if parameter.grad is None else _local(parameter.grad)
+            if shard not in adamw.state:
+                adamw.state[shard] = {kind: _local(value) for kind, value in self.state[parameter].items()}
+        adamw.step()
+        adamw.zero_grad(set_to_none=True)
 
     def _step_matrices(self, lr: torch.Tensor) -> None:
         used = [parameter for parameter in self._matrices if parameter.grad is not None]
@@ -117,5 +126,4 @@ def matrices_in(one: TrainedParameter) -> Iterable[Matrix]:
 
 def _local(tensor: torch.Tensor | None) -> torch.Tensor:
     assert tensor is not None
-    shard: torch.Tensor = tensor.detach()
-    return shard.to_local() if isinstance(shard, DTensor) else shard
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()

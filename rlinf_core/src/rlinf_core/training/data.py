@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,7 +37,7 @@ from rlinf_core.data.statistics.rates import compare_rates
 from rlinf_core.data.statistics.run import run_statistics
 from rlinf_core.errors import UserError
 from rlinf_core.files import write_text
-from rlinf_core.training.checkpoint.state import NO_BEST, Position
+from rlinf_core.training.checkpoint.state import NO_BEST, Position, statistics_copy
 from rlinf_core.training.distributed.processes import to_device
 from rlinf_core.training.distributed.same_inputs import check_same_files
 from rlinf_core.training.stopping import Best
@@ -83,12 +84,13 @@ class RunData:
         )
         return cls(run, rows, held_out, layout)
 
-    def prepare(self, group: ProcessGroup, *, resuming: bool) -> RunData:
+    def prepare(self, group: ProcessGroup, *, resuming: bool, checkpoint: Path | None = None) -> RunData:
         """Add the statistics of each dataset, which rank 0 computes or reads, and the pipelines that use them.
 
         Args:
             group: All ranks call this.
             resuming: The run continues from a checkpoint; see `data.statistics.run.run_statistics`.
+            checkpoint: That checkpoint, with whose copy the statistics in the run's folder are compared.
 
         Raises:
             UserError: The statistics are unusable, or no longer match the data; or machines have different files.
@@ -99,7 +101,10 @@ class RunData:
         sources, warnings, states = [], [], []
         for given, rows in zip(self.run.sources, self.rows, strict=True):
             with given.naming():
-                found = run_statistics(given.run, rows, group, resuming=resuming, file=given.statistics)
+                recorded = checkpoint and statistics_copy(checkpoint, given.statistics)
+                found = run_statistics(
+                    given.run, rows, group, resuming=resuming, file=given.statistics, recorded=recorded
+                )
                 pipeline = build_pipeline(given.run.data, self.run.policy, found.stats)
             sources.append(Source(rows, pipeline, given.name, given.share))
             reported = rows.warnings() if isinstance(rows, ReportingSource) else ()

@@ -31,6 +31,10 @@ class Ema:
         self._averages: dict[str, torch.Tensor] = {
             name: p.detach().to(device=device or p.device, copy=True) for name, p in self._parameters.items()
         }
+        # Plain tensors: an operation on DTensors takes longer than on its shards (`optimizers.parameters.on_shards`).
+        self._shards = [
+            (local_shard(self._averages[name]), local_shard(parameter)) for name, parameter in self._parameters.items()
+        ]
 
     @torch.no_grad()
     def update(self, skipped: torch.Tensor) -> None:
@@ -41,11 +45,10 @@ class Ema:
                 unless the average is on another device.
         """
         weight: torch.Tensor | None = None
-        for name, parameter in self._parameters.items():
-            average = local_shard(self._averages[name])
+        for average, weights in self._shards:
             if weight is None or weight.device != average.device:
                 weight = ((1.0 - self._decay) * (1.0 - skipped)).to(average.device)
-            average.lerp_(local_shard(parameter).to(average.device), weight)
+            average.lerp_(weights.to(average.device), weight)
 
     def state_dict(self) -> Mapping[str, torch.Tensor]:
         """The averages by parameter name; loading writes into these tensors."""
@@ -63,8 +66,7 @@ class Ema:
     @torch.no_grad()
     def _exchange(self) -> None:
         release(self._policy)  # Gathered parameters would still have the previous values.
-        for name, parameter in self._parameters.items():
-            weights, average = local_shard(parameter), local_shard(self._averages[name])
+        for average, weights in self._shards:
             kept = weights.clone()
             weights.copy_(average)
             average.copy_(kept)

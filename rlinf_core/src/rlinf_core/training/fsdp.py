@@ -181,8 +181,10 @@ def _fill(policy: nn.Module, device: torch.device, value: Callable[[str, tuple[i
 
 def local_shard(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's shard, sharing its memory."""
-    shard: torch.Tensor = tensor.detach()
-    return shard.to_local() if isinstance(shard, DTensor) else shard
+    if not isinstance(tensor, DTensor):
+        return tensor.detach()
+    with torch.no_grad():  # Not dispatched as an operation on DTensors, which takes longer than many kernels.
+        return tensor.to_local().detach()
 
 
 def derived_seed(*parts: object) -> int:

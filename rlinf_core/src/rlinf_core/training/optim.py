@@ -11,11 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from rlinf_core.errors import PluginError
-from rlinf_core.optimizers.parameters import TrainedParameter
+from rlinf_core.optimizers.parameters import TrainedParameter, on_shards
+from rlinf_core.torch_names import shard_like
 from rlinf_core.training.fsdp import local_shard
 
 
@@ -36,6 +38,11 @@ class Recipe(Protocol):
     @property
     def lr(self) -> float:
         """Peak learning rate."""
+        ...
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether it is built over this rank's shards."""
         ...
 
     @property
@@ -83,14 +90,17 @@ class Optimizer:
         self.applied = torch.zeros((), dtype=torch.float32, device=device)
         """Number of steps that changed the weights; the schedule is a function of it."""
         self._lr = torch.zeros((), dtype=torch.float32, device=device)
-        self._torch = recipe.build(parameters)
+        built = on_shards(parameters) if recipe.elementwise else list(parameters)
+        self._built = {one.name: one.parameter for one in built}
+        """What the optimizer knows: the parameters, or this rank's shards of them."""
+        self._torch = recipe.build(built)
         self._check_parameters()
         # The fused kernels of torch, and Muon, take what scales gradients and what skips a step as tensors.
         self._scales = getattr(self._torch, "_step_supports_amp_scaling", False)
         self._factors = [float(group["lr"]) / recipe.lr for group in self._torch.param_groups]
         """Peak rate of each group of parameters, relative to `optim.lr`."""
-        self._state = {one.name: dict(recipe.initial_state(one)) for one in parameters}
-        for name, parameter in self.parameters.items():
+        self._state = {one.name: dict(recipe.initial_state(one)) for one in built}
+        for name, parameter in self._built.items():
             self._torch.state[parameter] = dict(self._state[name])
 
     def step(self, divisor: torch.Tensor | float = 1.0, loss: torch.Tensor | None = None) -> StepResult:
@@ -105,8 +115,8 @@ class Optimizer:
         """
         if isinstance(divisor, torch.Tensor):
             divisor = divisor.to(self.applied.device)  # Differs only if the parameters are offloaded to the CPU.
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm = _whole(torch.nn.utils.get_total_norm(gradients)) / divisor
+        norm = global_norm([p.grad for p in self.parameters.values() if p.grad is not None]).to(self.applied.device)
+        norm = norm / divisor
         # optax.clip_by_global_norm: divide only when the norm exceeds the bound, and without an epsilon.
         excess = torch.where(norm > self.clip_grad, norm / self.clip_grad, torch.ones_like(norm))
         finite = torch.isfinite(norm)
@@ -117,6 +127,8 @@ class Optimizer:
         self._set_rates()
         self._apply(excess * divisor, skipped)
         self._torch.zero_grad(set_to_none=True)
+        for parameter in self.parameters.values():  # Of which the optimizer may know the shards only.
+            parameter.grad = None
         self._decay(1.0 - skipped)
         self.applied += 1.0 - skipped
         return StepResult(grad_norm=norm, lr=self._lr.clone(), skipped=skipped)
@@ -131,6 +143,9 @@ class Optimizer:
                 group["lr"] = float(rate)
 
     def _apply(self, scale: torch.Tensor, skipped: torch.Tensor) -> None:
+        for name, parameter in self.parameters.items():
+            if self._built[name] is not parameter:
+                self._built[name].grad = None if parameter.grad is None else local_shard(parameter.grad)
         if self._scales:
             # The attributes through which torch.amp.GradScaler passes these to fused optimizers.
             self._torch.grad_scale, self._torch.found_inf = scale, skipped  # type: ignore[attr-defined]
@@ -150,16 +165,23 @@ class Optimizer:
                 local_shard(parameter).mul_(factor)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """All tensors of the state as `<kind>.<parameter>`; loading writes into these same tensors."""
+        """All tensors of the state as `<kind>.<parameter>`; loading writes into the memory of these tensors."""
         state = {"applied": self.applied}
         for name, kinds in self._state.items():
-            state |= {f"{kind}.{name}": value for kind, value in kinds.items()}
+            state |= {f"{kind}.{name}": self._as_sharded(name, value) for kind, value in kinds.items()}
         return state
+
+    def _as_sharded(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """A tensor of the state, as a DTensor if it is in the shape of a shard."""
+        parameter, built = self.parameters[name], self._built[name]
+        if parameter is built or not isinstance(parameter, DTensor) or value.shape != built.shape:
+            return value
+        return shard_like(parameter, value)
 
     def _check_parameters(self) -> None:
         """Raise `PluginError` if the optimizer does not train exactly the parameters that it was given."""
         there = {id(parameter) for group in self._torch.param_groups for parameter in group["params"]}
-        if left_out := [name for name, parameter in self.parameters.items() if id(parameter) not in there]:
+        if left_out := [name for name, parameter in self._built.items() if id(parameter) not in there]:
             raise PluginError(
                 f"{self._described}: build() returned an optimizer without {left_out[0]}"
                 f"{f' and {len(left_out) - 1} more' * (len(left_out) > 1)}, which would never change: "
@@ -170,7 +192,7 @@ class Optimizer:
 
     def _check_state(self) -> None:
         """Raise `PluginError` if the optimizer keeps something that checkpoints would not hold."""
-        for name, parameter in self.parameters.items():
+        for name, parameter in self._built.items():
             declared, state = self._state[name], self._torch.state[parameter]
             if unknown := [kind for kind in state if kind not in declared]:
                 raise PluginError(
@@ -189,6 +211,33 @@ def decays(lr: float, weight_decay: float) -> bool:
     return bool(torch.tensor(1.0, device="cpu") - lr * weight_decay != 1.0)
 
 
-def _whole(norm: torch.Tensor) -> torch.Tensor:
-    """The norm over all shards, as a plain tensor."""
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+def global_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The norm of all gradients together, over all ranks: a plain scalar, the same on each.
+
+    Every rank computes the norm of its shards; of these, one number per rank is summed up.
+
+    Args:
+        gradients: Float32; DTensors or plain tensors. Every rank passes the same ones, in the same order.
+    """
+    together: dict[tuple[object, ...], list[torch.Tensor]] = {}
+    for gradient in gradients:
+        sharding = (gradient.device_mesh, gradient.placements) if isinstance(gradient, DTensor) else ()
+        together.setdefault(sharding, []).append(gradient)
+    norms = [_norm_over_ranks(same) for same in together.values()]
+    return norms[0] if len(norms) == 1 else torch.nn.utils.get_total_norm(norms)
+
+
+def _norm_over_ranks(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The norm of gradients that are sharded alike."""
+    norm = torch.nn.utils.get_total_norm([local_shard(gradient) for gradient in gradients])
+    first = gradients[0]
+    if isinstance(first, DTensor):
+        mesh = first.device_mesh
+        for dim, placement in enumerate(first.placements):
+            if placement.is_partial():
+                raise ValueError(f"gradients must be reduced before their norm is computed, not {first.placements}")
+            if not placement.is_replicate() and mesh.size(dim) > 1:
+                square = norm.to(mesh.device_type).square()  # Offloaded gradients are on the CPU.
+                dist.all_reduce(square, group=mesh.get_group(dim))
+                norm = square.sqrt()
+    return norm

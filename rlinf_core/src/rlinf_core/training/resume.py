@@ -55,7 +55,7 @@ class CheckpointDir:
     is_before: bool = False
     """Whether `before` is this same folder, after resolving links."""
     wanted_before: bool = False
-    """Whether `before` contains the checkpoint named by `latest`."""
+    """Whether `before` contains the checkpoint named by `latest`; or any, if this folder contains none."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,16 @@ class FolderState:
     """Whether it has a `config.toml`, i.e. belongs to a run."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """The content of that `config.toml`."""
+    foreign: str = ""
+    """A file that makes it look like a run's folder but is not of this project; empty if there is none."""
     has_metrics: bool = False
     """Whether any step was logged."""
     checkpoint: Path | None = None
     """The newest checkpoint with no known damage."""
     position: Position | None = None
     """Its position in the run."""
+    pointer: str = ""
+    """What is wrong with the file `latest`; empty if nothing is, or if there are no checkpoints."""
     damaged: Mapping[str, str] = field(default_factory=dict)
     """Name of each newer checkpoint -> its damage, newest first."""
     later: tuple[str, ...] = ()
@@ -115,7 +119,7 @@ def decide_start(run: RunConfig, state: FolderState, flags: Flags = NO_FLAGS) ->
         UserError: The start would mix or overwrite runs, or the folders cannot be written.
     """
     check_obstacles(run, state.obstacle, state.checkpoint_dir.obstacle)
-    if flags.overwrite and not flags.restarted and state.has_config:
+    if flags.overwrite and not flags.restarted and state.has_config and not state.foreign:
         _refuse_foreign_checkpoints(run, state.checkpoint_dir, overwrite=True)
         return Start(replaced=run.folder.with_name(f".{run.folder.name}.replaced"))
     if not state.is_empty and not flags.restarted:
@@ -133,6 +137,11 @@ def decide_start(run: RunConfig, state: FolderState, flags: Flags = NO_FLAGS) ->
             raise UserError(f"{run.folder} has steps but no config.toml: restore it, or give another runner.name.")
         changes = find_changes(run, state.config, allow_change=flags.allow_change)
     if state.checkpoint is None or state.position is None:
+        if state.checkpoint_dir.holds_checkpoints:  # They became visible only now, or no file says whose they are.
+            raise UserError(
+                f"{run.checkpoints} holds checkpoints, but none to continue from: the run would start from scratch "
+                "beside them. Give another runner.name, or --overwrite to remove them."
+            )
         return Start()
     return _continue_from(run, state, state.checkpoint, state.position, changes)
 
@@ -144,7 +153,8 @@ def _continue_from(
     if _is_finished(run, position):
         return Start(position.step, checkpoint, finished=True, notes=tuple(damage))
     order = describe_order(changes, in_epoch=position.sample > 0)
-    notes = (describe_changes(changes), order, *damage, *_describe_later(state.later, checkpoint))
+    pointer = f"warning: {state.pointer}: continues from {checkpoint}, the newest one" if state.pointer else ""
+    notes = (describe_changes(changes), order, pointer, *damage, *_describe_later(state.later, checkpoint))
     return Start(
         position.step,
         checkpoint,
@@ -168,6 +178,11 @@ def check_obstacles(run: RunConfig, folder: str, checkpoints: str) -> None:
 
 
 def _refuse_occupied(run: RunConfig, state: FolderState) -> None:
+    if state.foreign:
+        raise UserError(
+            f"{run.folder} is not empty and holds no run: its {state.foreign} is not the config of one. Choose another "
+            "runner.name or runner.output_dir, or move what is there."
+        )
     if not state.has_config:
         raise UserError(f"{run.folder} is not empty and holds no run. Choose another runner.name or runner.output_dir.")
     if run.runner.resume == "never":
@@ -245,8 +260,8 @@ def _describe_damage(damaged: Mapping[str, str], used: Path) -> list[str]:
 
 
 def _describe_later(later: tuple[str, ...], used: Path) -> list[str]:
-    """Warn which later checkpoints will be removed when a run continues from an earlier one."""
-    gone = f"later checkpoints are removed when the next one is complete: {', '.join(later)}"
+    """Warn which later checkpoints will be set aside when a run continues from an earlier one."""
+    gone = f"later checkpoints are set aside when the next one is complete: {', '.join(later)}"
     return [f"warning: continues from {used}; {gone}"] if later else []
 
 

@@ -8,6 +8,7 @@ from sharing a checkpoint folder, and still matches after both folders are moved
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import shutil
 import socket
@@ -25,7 +26,15 @@ from rlinf_core.contract.process_group import ProcessGroup
 from rlinf_core.contract.run import RunConfig
 from rlinf_core.errors import UserError
 from rlinf_core.files import find_obstacle, write_text, writing
-from rlinf_core.training.checkpoint.state import NAMES, candidates, find_damage, newest_whole, step_name
+from rlinf_core.training.checkpoint.state import (
+    NAMES,
+    STATE,
+    candidates,
+    find_damage,
+    latest_name,
+    newest_whole,
+    step_name,
+)
 from rlinf_core.training.distributed.shared_folder import check_shared_folders
 from rlinf_core.training.resume import (
     CheckpointDir,
@@ -44,6 +53,9 @@ AGENTS = "agents"
 """One line per torchrun agent that started the run."""
 ORPHANS_WAIT = 60.0
 """Seconds to wait for the lock if orphaned workers of the same job may hold it: they save before they exit."""
+LOOK_AGAIN = (0.3, 0.7)
+"""Seconds until a checkpoint that is missing, unreadable or damaged is looked for again: storage may be slow to show
+what another machine wrote, or be away for a moment."""
 ASK_AGAIN = 0.2
 """Seconds between two attempts to lock the folder."""
 
@@ -141,7 +153,7 @@ def verify_start(run: RunConfig, group: ProcessGroup, start: Start, *, allow_cha
     damaged: dict[str, str] = {}
     flags = Flags(allow_change=allow_change, restarted=True)
     while start.checkpoint is not None and not start.finished:
-        mine = find_damage(start.checkpoint, rank=group.rank, ranks=group.size)
+        mine = _find_damage(start.checkpoint, group)
         found = [why for why in group.gather(mine) if why]
         if not found:
             break
@@ -150,23 +162,45 @@ def verify_start(run: RunConfig, group: ProcessGroup, start: Start, *, allow_cha
     return start
 
 
+def _find_damage(checkpoint: Path, group: ProcessGroup) -> str:
+    """The damage of this rank's share of a checkpoint, if it is still there when read again."""
+    found = find_damage(checkpoint, rank=group.rank, ranks=group.size)
+    if not found:
+        return ""
+    time.sleep(sum(LOOK_AGAIN))
+    return find_damage(checkpoint, rank=group.rank, ranks=group.size)
+
+
 def read_folder(run: RunConfig, damaged: Mapping[str, str] | None = None) -> FolderState:
     """Read what is in a run's folder; writes nothing. Checkpoints are checked by `state.json` and file sizes only.
+
+    What is missing, unreadable or damaged is looked for again, `LOOK_AGAIN`.
 
     Args:
         run: The run.
         damaged: Checkpoint name -> known damage.
     """
+    known = damaged or {}
+    state = _look(run, known)
+    for wait in LOOK_AGAIN:
+        if not state.error and state.damaged.keys() <= known.keys():
+            break
+        time.sleep(wait)
+        state = _look(run, known)
+    return state
+
+
+def _look(run: RunConfig, damaged: Mapping[str, str]) -> FolderState:
     folder, saved, metrics = run.folder, run.folder / "config.toml", run.folder / "metrics.jsonl"
     obstacles = find_obstacle(folder), find_obstacle(run.checkpoints)
     if any(obstacles):
         return FolderState(obstacle=obstacles[0], checkpoint_dir=CheckpointDir(obstacle=obstacles[1]))
     is_empty, config, wanted, newest, error = True, None, [], None, None
-    bad = dict(damaged or {})
+    named, bad = "", dict(damaged)
     try:
         is_empty = not (folder.exists() and any(folder.iterdir()))
         config = read_toml(saved) if saved.exists() else None
-        wanted = candidates(folder, run.checkpoints)
+        named, wanted = latest_name(folder), candidates(folder, run.checkpoints)
         newest = newest_whole(wanted, bad)
     except UserError as unreadable:
         is_empty, error = False, unreadable
@@ -176,32 +210,62 @@ def read_folder(run: RunConfig, damaged: Mapping[str, str] | None = None) -> Fol
     return FolderState(
         is_empty=is_empty,
         has_config=saved.exists(),
+        foreign=saved.name if saved.exists() and not _is_run(run, config, there) else "",
         config=config or {},
         has_metrics=metrics.exists() and bool(metrics.stat().st_size),
         checkpoint=newest[0] if newest else None,
         position=newest[1] if newest else None,
+        pointer=_wrong_pointer(folder / "latest", named, there),
         damaged={path.name: bad[path.name] for path in wanted if path.name in bad},
         later=tuple(sorted(name for name in there if newest and name > newest[0].name)),
         error=error,
-        checkpoint_dir=_read_checkpoint_dir(run, config, wanted, bool(there)),
+        checkpoint_dir=_read_checkpoint_dir(run, config, named, bool(there)),
     )
 
 
 def _read_checkpoint_dir(
-    run: RunConfig, config: Mapping[str, Any] | None, wanted: Sequence[Path], holds_checkpoints: bool
+    run: RunConfig, config: Mapping[str, Any] | None, named: str, holds_checkpoints: bool
 ) -> CheckpointDir:
     before = None if config is None else _checkpoints_before(run, config)
-    owner, wanted_here = run.checkpoints / OWNER, bool(wanted) and wanted[0].exists()
-    left = before / wanted[0].name if before and wanted and not wanted_here else None
+    owner, wanted_here = run.checkpoints / OWNER, bool(named) and (run.checkpoints / named).exists()
+    left = [] if before is None else [before / named] if named else []
+    if before is not None and not holds_checkpoints:
+        left += _checkpoints_in(before)
     return CheckpointDir(
         owner=_read(owner) if owner.exists() else None,
         run_owner=_read(run.folder / OWNER),
         holds_checkpoints=holds_checkpoints,
         wanted_here=wanted_here,
         is_before=before is not None and os.path.realpath(before) == os.path.realpath(run.checkpoints),
-        wanted_before=left is not None and os.path.exists(left),  # Where pathlib may raise, this answers False.
+        wanted_before=any(map(os.path.exists, left)),  # Where pathlib may raise, this answers False.
         before=before,
     )
+
+
+def _is_run(run: RunConfig, config: Mapping[str, Any] | None, checkpoints: Sequence[str]) -> bool:
+    """Whether the folder is a run's: by its config or, if that is damaged, by its checkpoints or its environment."""
+    if config is not None and all(isinstance(config.get(table), Mapping) for table in ("runner", "policy", "trainer")):
+        return True
+    own = [run.folder / "checkpoints" / name / STATE for name in checkpoints]
+    if any(path.is_file() and path.stat().st_size for path in own):
+        return True
+    environment = _read(run.folder / "environment.json")
+    return all(f'"{key}":' in environment for key in ("started", "ranks", "versions"))
+
+
+def _wrong_pointer(pointer: Path, named: str, there: Sequence[str]) -> str:
+    """What is wrong with the file `latest`, if it might have named one of the checkpoints that are there."""
+    if not there or named in there or named > there[0]:  # A last one that is missing is reported as damaged.
+        return ""
+    return f"{pointer} names {named}, which does not exist" if named else f"{pointer} is missing or names no checkpoint"
+
+
+def _checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints in a folder; none if it cannot be read."""
+    try:
+        return list(folder.glob(NAMES))
+    except OSError:
+        return []
 
 
 def _checkpoints_before(run: RunConfig, config: Mapping[str, Any]) -> Path:
@@ -265,12 +329,13 @@ def commit(run: RunConfig, start: Start) -> None:
         write_text(config, dump_config(run))
     if start.replaced:
         shutil.rmtree(start.replaced)
-        for left in (*run.checkpoints.glob(NAMES), *run.checkpoints.glob(f".{NAMES}.tmp")):
+        for left in itertools.chain(*map(run.checkpoints.glob, (NAMES, f"{NAMES}.aside*", f".{NAMES}.tmp"))):
             shutil.rmtree(left)  # With `runner.checkpoint_dir` they were not moved with the folder.
 
 
 def _move_aside(folder: Path, aside: Path) -> None:
-    if aside.exists() and not (folder / "latest").exists():
+    started = ((folder / "latest").exists(), (folder / "metrics.jsonl").exists(), *folder.glob(f"checkpoints/{NAMES}"))
+    if aside.exists() and not any(started):
         shutil.rmtree(folder)  # Left by an --overwrite that was killed; the run it replaced is still in `aside`.
         return
     if aside.exists():

@@ -44,7 +44,7 @@ class Fsdp2Trainer:
         self.stop_step = data.stop_step  # Known before statistics, which take long: are there enough rows?
         if run.policy.normalization != "none" and not start.checkpoint:
             announce(f"statistics of {data.size} training rows", rank=group.rank)
-        data = data.prepare(group, resuming=start.checkpoint is not None)
+        data = data.prepare(group, resuming=start.checkpoint is not None, checkpoint=start.checkpoint)
         self.run, self.step, self.data = data.run, start.step, data
         self._config, self._group = config, group
         self._evaluations = Evaluations.build(data.run, data.for_evaluators(group), group, plugins)

@@ -21,6 +21,7 @@ from rlinf_core.data.statistics.names import name_dimensions
 from rlinf_core.data.statistics.relative import diagnose_relative
 from rlinf_core.data.transforms import Transform
 from rlinf_core.errors import UserError
+from rlinf_core.files import write_bytes
 
 if TYPE_CHECKING:
     from rlinf_core.contract.process_group import ProcessGroup
@@ -56,7 +57,13 @@ class Prepared(NamedTuple):
 
 
 def run_statistics(
-    run: RunConfig, source: SampleSource, group: ProcessGroup, *, resuming: bool, file: str = "norm_stats.json"
+    run: RunConfig,
+    source: SampleSource,
+    group: ProcessGroup,
+    *,
+    resuming: bool,
+    file: str = "norm_stats.json",
+    recorded: Path | None = None,
 ) -> Prepared:
     """The statistics of this run, saved in its folder, and warnings about them.
 
@@ -66,6 +73,7 @@ def run_statistics(
         group: All ranks call this function, and wait for rank 0 without a timeout.
         resuming: The run continues from a checkpoint, whose weights need the statistics that they were trained with.
         file: File name in the run's folder, `RunSource.statistics`.
+        recorded: The copy in the checkpoint; None if the run begins, or an early version saved the checkpoint.
 
     Returns:
         The statistics. There are warnings and a range of states when a run begins, not when it continues.
@@ -79,7 +87,11 @@ def run_statistics(
 
     def prepare() -> Prepared:
         if resuming:
-            return Prepared(resumed_statistics(run, source, path))
+            found = resumed_statistics(run, source, path, recorded)
+            if recorded and not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_bytes(path, recorded.read_bytes())
+            return Prepared(found)
         diagnosis = diagnose(run, source, computed=path)
         diagnosis.refuse()
         save_norm_stats(path, diagnosis.stats, diagnosis.origin)
@@ -90,15 +102,60 @@ def run_statistics(
     return group.decide(prepare)
 
 
-def resumed_statistics(run: RunConfig, source: SampleSource, path: Path) -> dict[str, NormStats]:
-    """The statistics that a run began with; raises `UserError` if they are missing or of other data than now."""
-    stats, recorded = load_with_origin(path)
-    if not run.data.given_statistics() and recorded.fingerprint != _origin(run, source, _transforms(run)).fingerprint:
+def resumed_statistics(
+    run: RunConfig, source: SampleSource, path: Path, recorded: Path | None = None
+) -> dict[str, NormStats]:
+    """The statistics that a run began with, see `trained_statistics`; raises `UserError` if they are of other data."""
+    stats, origin = trained_statistics(path, recorded)
+    if not run.data.given_statistics() and origin.fingerprint != _origin(run, source, _transforms(run)).fingerprint:
         raise UserError(
             f"{path} was computed from other rows, other transforms or another horizon: the run cannot continue with "
             "it. Restore the dataset, its settings or its plugin, or use another runner.name"
         )
     return stats
+
+
+def trained_statistics(path: Path, recorded: Path | None = None) -> tuple[dict[str, NormStats], Origin]:
+    """The statistics that a checkpoint was trained with.
+
+    Args:
+        path: The file in the run's folder. It may be missing if there is a copy.
+        recorded: The copy in the checkpoint; None if an early version saved the checkpoint, without one.
+
+    Raises:
+        UserError: The file cannot be read, is not equal to the copy, or contains NaN or infinity.
+    """
+    way_out = f"copy {recorded} to {path}" if recorded else f"restore {path} from a backup"
+    way_out = f"The weights need the statistics that they were trained with: {way_out}"
+    if recorded and not path.exists():
+        return load_with_origin(recorded)
+    try:
+        found = load_with_origin(path, way_out)
+    except UserError as error:
+        raise (error if way_out in str(error) else UserError(f"{error}. {way_out}")) from error
+    trained = load_with_origin(recorded) if recorded else found
+    if changed := _first_difference(trained[0], found[0]):
+        raise UserError(f"{path} has changed since its checkpoint was trained with it: {changed}. {way_out}")
+    for key, stats in trained[0].items():
+        for name, values in vars(stats).items():
+            absent = name.startswith("q") and np.isnan(values).all()
+            if not absent and not np.isfinite(values).all():
+                raise UserError(f"{path} contains NaN or infinity: {key}.{name}. {way_out}")
+    return trained
+
+
+def _first_difference(trained: Stats, found: Stats) -> str:
+    """The first number that differs, in words; empty if none does."""
+    if missing := trained.keys() ^ found.keys():
+        return f"only one of them has {min(missing)!r}"
+    for key, stats in trained.items():
+        for name, before in vars(stats).items():
+            now = getattr(found[key], name)
+            if before.shape != now.shape:
+                return f"{key}.{name} had {len(before)} numbers, now {len(now)}"
+            for index in np.flatnonzero(~np.isclose(before, now, rtol=0, atol=0, equal_nan=True))[:1]:
+                return f"{key}.{name}[{index}] was {before[index]:g}, now {now[index]:g}"
+    return ""
 
 
 def diagnose(

@@ -21,10 +21,11 @@ from rlinf_core.contract.process_group import ProcessGroup
 from rlinf_core.contract.run import RunConfig, Start
 from rlinf_core.errors import UserError
 from rlinf_core.training.checkpoint.staging import Staging
-from rlinf_core.training.checkpoint.state import Position
+from rlinf_core.training.checkpoint.state import Position, statistics_name
 from rlinf_core.training.checkpoint.writer import (
     THREAD,
     CheckpointFolder,
+    Own,
     Retention,
     SaveError,
     Writers,
@@ -96,6 +97,7 @@ class Checkpoints:
         self._folder, self._device, self._tensors = folder, group.device, dict(tensors)
         self._writers = Writers(group.rank)
         self._last_good, self._failures, self._why = last_good, 0, ""
+        self._own = Own(loaded=last_good)
         self._stall, self._left = 0.0, False
         self._done: list[Saved] = []
         self._pending: _Pending | None = None
@@ -109,7 +111,10 @@ class Checkpoints:
         """The checkpoints of a run, as configured in `[runner]`."""
         runner = run.runner
         retention = Retention(runner.keep_last, runner.keep_every)
-        folder = CheckpointFolder(run.folder, run.checkpoints, retention, rename=runner.checkpoint_rename)
+        # Read now, as the trainer uses them: whatever becomes of the run's files, checkpoints hold what they need.
+        statistics = [source.statistics for source in run.sources if (run.folder / source.statistics).exists()]
+        contents = {statistics_name(file): (run.folder / file).read_bytes() for file in statistics if not group.rank}
+        folder = CheckpointFolder(run.folder, run.checkpoints, retention, runner.checkpoint_rename, contents)
         last = start.checkpoint.name if start.checkpoint else ""
         return cls(folder, group, tensors, in_background=runner.async_save, last_good=last)
 
@@ -139,7 +144,7 @@ class Checkpoints:
             return
         self.wait_for_memory()
         tensors = self._staging.copy() if self._staging is not None else self._tensors
-        self._pending = _Pending(self._device, self._folder, position, tensors, self._writers, best, self._last_good)
+        self._pending = _Pending(self._device, self._folder, position, tensors, self._writers, best, self._own)
         if self._staging is None or self._failures:
             self.wait(left)
         stall = self._stall = time.perf_counter() - started
@@ -194,6 +199,7 @@ class Checkpoints:
             self._failures, self._why = self._failures + 1, pending.failure
         else:
             self._failures, self._last_good = 0, pending.path.name
+            self._own = self._own._replace(made=self._own.made | {pending.path.name})
         self._done.append(pending.saved())
         return True
 
@@ -252,7 +258,7 @@ class _Pending:
         tensors: Mapping[str, torch.Tensor],
         writers: Writers,
         best: str,
-        before: str,
+        own: Own,
     ) -> None:
         self.path = folder.path(position.step)
         self.stall_seconds = 0.0
@@ -261,7 +267,7 @@ class _Pending:
         self._write_seconds, self._bytes = 0.0, 0
         self._device, self._folder, self._position = device, folder, position
         self._tensors, self._writers = tensors, writers
-        self._best, self._before = best, before
+        self._best, self._own = best, own
         self.thread = threading.Thread(target=self._write, name=THREAD + self.path.name, daemon=True)
         self.thread.start()
 
@@ -270,7 +276,7 @@ class _Pending:
         try:
             _use(self._device)
             self._bytes = write_checkpoint(
-                self._folder, self._position, self._tensors, self._writers, best=self._best, before=self._before
+                self._folder, self._position, self._tensors, self._writers, best=self._best, own=self._own
             )
         except SaveError as error:
             self.failure = str(error)

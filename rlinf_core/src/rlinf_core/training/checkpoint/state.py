@@ -147,26 +147,55 @@ def read_position(path: Path) -> Position:
         raise UserError(f"{path} is damaged: {error}. Choose another checkpoint.") from error
 
 
+def statistics_name(file: str) -> str:
+    """The name in a checkpoint of a copy of the run's statistics.
+
+    Args:
+        file: Path of the statistics relative to the run's folder, `RunSource.statistics`.
+    """
+    return file.replace("/", ".")
+
+
+def statistics_copy(path: Path, file: str) -> Path | None:
+    """The copy of the run's statistics in a checkpoint; None if an early version saved it, or the run has none.
+
+    Args:
+        path: The checkpoint.
+        file: See `statistics_name`.
+
+    Raises:
+        DamageError: `state.json` cannot be read.
+    """
+    name = statistics_name(file)
+    return path / name if name in read_state(path).files else None
+
+
 def step_name(step: int) -> str:
     """The name of a checkpoint's folder; names sort like steps."""
     return f"step_{step:09d}"
 
 
 def candidates(folder: Path, checkpoints: Path) -> list[Path]:
-    """The checkpoints that a run may continue from, newest first: the one named by `latest` and earlier ones.
+    """The checkpoints that a run may continue from, newest first.
+
+    What is there decides. If `latest` names a checkpoint that exists, somebody may have gone back to it, and later ones
+    do not count. A `latest` that is missing, damaged, or names what does not exist rules nothing out.
 
     Args:
         folder: The run's folder.
         checkpoints: The checkpoint folder.
     """
-    pointer = folder / "latest"
-    if not pointer.exists():
-        return []
     names = {path.name for path in checkpoints.glob(NAMES)}
-    named = pointer.read_text(encoding="utf-8", errors="replace").strip()
-    if Path(named).name == named and named.startswith("step_"):  # Otherwise `latest` itself is damaged.
-        names = {name for name in names if name < named} | {named}
+    if named := latest_name(folder):
+        names = {name for name in names if name <= named} if named in names else names | {named}
     return [checkpoints / name for name in sorted(names, reverse=True)]
+
+
+def latest_name(folder: Path) -> str:
+    """The checkpoint that the run's file `latest` names, whether it exists or not; empty if it names none."""
+    pointer = folder / "latest"
+    named = pointer.read_text(encoding="utf-8", errors="replace").strip() if pointer.exists() else ""
+    return named if Path(named).name == named and named.startswith("step_") else ""
 
 
 def find_damage(path: Path, *, rank: int = 0, ranks: int = 0) -> str:

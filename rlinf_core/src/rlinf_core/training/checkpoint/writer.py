@@ -7,22 +7,25 @@ at different times.
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
-import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from rlinf_core.files import sync_folder, write_text
 from rlinf_core.shared_files import has_sizes, lag, name_process, wait_until_seen
+from rlinf_core.terminal import warn
 from rlinf_core.torch_names import CheckpointException, write_shards
-from rlinf_core.training.checkpoint.shards import Planner, ShardWriter
+from rlinf_core.training.checkpoint.shards import HashedFile, Planner, ShardWriter
 from rlinf_core.training.checkpoint.state import (
     NAMES,
     STATE,
@@ -65,6 +68,25 @@ class Retention:
         return [name for name in old if name not in kept]
 
 
+class Own(NamedTuple):
+    """Which checkpoints are a run's own: those that it has written, the one that it loaded, and earlier ones than that.
+
+    No others are removed or replaced: the run may not have seen them at its start, or not as they were.
+    """
+
+    loaded: str = ""
+    """Name of the checkpoint that the run started from; empty if it started from scratch."""
+    made: frozenset[str] = frozenset()
+    """Names of those that it has written since."""
+
+    def has(self, name: str) -> bool:
+        """Whether a checkpoint is the run's own."""
+        return name in self.made or name <= self.loaded
+
+
+NOTHING = Own()
+
+
 @dataclass(frozen=True)
 class CheckpointFolder:
     """Where a run's checkpoints are, and which of them are kept."""
@@ -76,6 +98,8 @@ class CheckpointFolder:
     retention: Retention
     rename: bool = True
     """Whether folders can be renamed there; if not, checkpoints are written directly under their final names."""
+    contents: Mapping[str, bytes] = field(default_factory=dict)
+    """Further files of every checkpoint: name -> content. Only rank 0 needs them."""
 
     def temporary(self, step: int) -> Path:
         """Where a checkpoint is while it is written."""
@@ -152,7 +176,7 @@ def write_checkpoint(
     writers: Writers,
     *,
     best: str = "",
-    before: str = "",
+    own: Own = NOTHING,
 ) -> int:
     """Write a checkpoint; called on every rank, in the same order of checkpoints.
 
@@ -162,7 +186,7 @@ def write_checkpoint(
         tensors: The tensors to save; they must not change meanwhile.
         writers: All ranks.
         best: The checkpoint that the file `best` should name; empty if there is none.
-        before: The run's previous checkpoint; empty if there is none.
+        own: The run's earlier checkpoints. Others are set aside.
 
     Returns:
         Its size in bytes on rank 0; 0 on other ranks.
@@ -172,23 +196,26 @@ def write_checkpoint(
     """
     temporary = folder.temporary(position.step)
     try:
-        writers.first(lambda: _make_room(folder, temporary))
+        writers.first(lambda: _make_room(folder, temporary, own))
         written = writers.write(temporary, tensors)
         files = {name: digest for digests in written.values() for name, digest in digests.items()}
         writers.first(lambda: _require_all(temporary, written))
-        writers.first(lambda: _complete(folder, position, files, best))
+        writers.first(lambda: files.update(_write_contents(folder, temporary)))
+        writers.first(lambda: _complete(folder, position, files, best, own))
     except SaveError:
         writers.first(lambda: shutil.rmtree(temporary, ignore_errors=True))
         raise
-    writers.first(lambda: _remove_others(folder, folder.path(position.step).name, before, best))
+    writers.first(lambda: _remove_others(folder, folder.path(position.step).name, own, best))
     return sum(entry.bytes for entry in files.values())
 
 
-def _make_room(folder: CheckpointFolder, temporary: Path) -> None:
+def _make_room(folder: CheckpointFolder, temporary: Path, own: Own) -> None:
     folder.checkpoints.mkdir(parents=True, exist_ok=True)
     for unfinished in folder.checkpoints.glob(".step_*.tmp"):
         shutil.rmtree(unfinished)
-    if temporary.exists():
+    if (temporary / STATE).exists() and not own.has(temporary.name):
+        _set_aside(folder, temporary)
+    elif temporary.exists():
         (temporary / STATE).unlink(missing_ok=True)  # First: without it the folder does not count as a checkpoint.
         shutil.rmtree(temporary)
     temporary.mkdir()
@@ -212,13 +239,27 @@ def _require_all(temporary: Path, written: Mapping[str, Mapping[str, FileDigest]
             )
 
 
-def _complete(folder: CheckpointFolder, position: Position, files: Mapping[str, FileDigest], best: str) -> None:
+def _write_contents(folder: CheckpointFolder, temporary: Path) -> dict[str, FileDigest]:
+    digests = {}
+    for name, content in folder.contents.items():
+        file = HashedFile((temporary / name).open("wb"))
+        with closing(file):
+            file.write(content)
+        digests[name] = file.digest()
+    return digests
+
+
+def _complete(
+    folder: CheckpointFolder, position: Position, files: Mapping[str, FileDigest], best: str, own: Own
+) -> None:
     temporary, path = folder.temporary(position.step), folder.path(position.step)
     state = dump_state(State(position, files))
     if folder.rename:
         write_text(temporary / STATE, state)
         sync_folder(temporary)
-        if path.exists():
+        if path.exists() and not own.has(path.name):
+            _set_aside(folder, path)
+        elif path.exists():
             shutil.rmtree(path)
         temporary.rename(path)
     else:
@@ -235,22 +276,41 @@ def _write_in_place(file: Path, text: str) -> None:
         os.fsync(stream.fileno())
 
 
-def _remove_others(folder: CheckpointFolder, name: str, before: str, best: str) -> None:
+def _remove_others(folder: CheckpointFolder, name: str, own: Own, best: str) -> None:
     """Remove outdated checkpoints after a save; one that cannot be removed is logged, not fatal.
 
-    Checkpoints later than `before` were left when the run continued from an earlier one. They are removed too, as they
-    must not be mistaken for this run's own once it has passed their steps.
+    Those that are not the run's own were left when it continued from an earlier one, or were not visible when it
+    started. They are set aside, as they must not be mistaken for its own once it has passed their steps.
     """
     others = [other for other in folder.checkpoints.glob(NAMES) if other.name != name]
-    complete = [other.name for other in others if other.name <= before and (other / STATE).exists()]
+    complete = [other.name for other in others if own.has(other.name) and (other / STATE).exists()]
     kept = set(complete) - set(folder.retention.expired([*complete, name], best))
     for other in others:
         if other.name not in kept:
+            # Where folders cannot be renamed, one without `state.json` is what a crash left of a save.
+            foreign = not own.has(other.name) and (folder.rename or (other / STATE).exists())
             try:
-                (other / STATE).unlink(missing_ok=True)  # First: without it the folder does not count as a checkpoint.
-                shutil.rmtree(other)
+                _set_aside(folder, other) if foreign else _remove(other)
             except OSError as error:
-                print(f"warning: {other} cannot be removed: {_in_words(error)}", file=sys.stderr, flush=True)
+                what = "set aside" if foreign else "removed"
+                warn(f"{other} cannot be {what}: {_in_words(error)}")
+
+
+def _remove(path: Path) -> None:
+    (path / STATE).unlink(missing_ok=True)  # First: without it the folder does not count as a checkpoint.
+    shutil.rmtree(path)
+
+
+def _set_aside(folder: CheckpointFolder, path: Path) -> None:
+    """Give a checkpoint a name that no run uses, and report it."""
+    targets = (path.with_name(f"{path.name}.aside{number or ''}") for number in itertools.count())
+    target = next(target for target in targets if not target.exists())
+    if folder.rename:
+        path.rename(target)
+    else:
+        shutil.copytree(path, target)
+        _remove(path)
+    warn(f"the run has neither written nor loaded {path}, so it was moved to {target}: remove it if you do not need it")
 
 
 def restate(folder: CheckpointFolder, position: Position, best: str) -> None:

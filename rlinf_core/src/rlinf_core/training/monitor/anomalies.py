@@ -13,13 +13,13 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from rlinf_core.contract.run import RunConfig
 from rlinf_core.contract.tables import RunnerConfig
 from rlinf_core.errors import UserError
 from rlinf_core.loggers.jsonl import FILE as METRICS
-from rlinf_core.loggers.jsonl import RowFile, cut_back, read_rows
+from rlinf_core.loggers.jsonl import RowFile, cut_back, read_metrics
 from rlinf_core.training.checkpoint.state import NAMES, STATE
 
 FILE = "anomalies.jsonl"
@@ -156,7 +156,7 @@ def last_checkpoint(folder: Path, step: int) -> Path | None:
 
 def read_history(folder: Path, step: int) -> History:
     """The last steps of a run up to a step, from its metrics file; rows of validations are ignored."""
-    rows = [row for row in read_rows(folder / METRICS) if row["step"] <= step and "loss" in row]
+    rows = [row for row in read_metrics(folder / METRICS) if cast(int, row["step"]) <= step and "loss" in row]
     losses = [row["loss"] for row in rows if not row.get("skipped") and row["loss"] is not None]
     skipped = itertools.takewhile(lambda row: row.get("skipped"), reversed(rows))
     return History(losses[-WINDOW:], sum(1 for _ in skipped))
