@@ -223,7 +223,7 @@ class Checked:
         """The files on this machine that training reads: setting -> files, those of a hub id in the local cache.
 
         A run on several machines compares them (besides those of `files`), and refuses different ones. Called after
-        `open_weights` and without torch's help: it only lists. Default: the file that `weights` names, or in a folder
+        `open_weights`; it lists files and loads no torch. Default: the file that `weights` names, or in a folder
         `model.safetensors`, or all files directly in it.
         """
         path = Path(self.weights).expanduser()
