@@ -15,7 +15,7 @@ from rlinf_core.data.sample import Batch
 from rlinf_plugins_text.rows.samples import TextSample, describe, illustrate
 from rlinf_plugins_text.rows.tokenizer import template_source
 from rlinf_plugins_text.settings import RANDOM, TextPolicySettings
-from rlinf_plugins_text.weights.folder import find_folder, find_weights, weight_files
+from rlinf_plugins_text.weights.folder import check_head, find_folder, find_weights, weight_files
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,7 +115,7 @@ class TextPolicyConfig(TextPolicySettings):
         """Raise `UserError` if weights, config or tokenizer are missing or do not fit together."""
         folder = self._weights_folder()
         if folder is not None:
-            weight_files(folder, self.weights)
+            check_head(weight_files(folder, self.weights), self.model_table())
         if self.chat_template:
             template_source(self.chat_template)
         self.check_vocabulary()

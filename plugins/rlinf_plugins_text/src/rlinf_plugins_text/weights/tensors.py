@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from rlinf_core import UserError
 from rlinf_plugins_text.rows.tokenizer import FILES, TextTokenizer
 from rlinf_plugins_text.weights.architecture import model_class, model_config
-from rlinf_plugins_text.weights.folder import CONFIG, GENERATION, INDEX, SINGLE, weight_files
+from rlinf_plugins_text.weights.exported_config import exported_config, exported_tokenizer_config
+from rlinf_plugins_text.weights.folder import CONFIG, GENERATION, HEAD, INDEX, SINGLE, weight_files
 
 PREFIX = "model."
 """Prefix of every name, missing in files of a model saved without its head."""
@@ -75,6 +76,7 @@ class PublishedWeights:
         if any(problems):
             raise UserError(
                 f"policy.weights: {self._folder} does not match its {CONFIG}: it {'; it '.join(filter(None, problems))}"
+                f"{_head_way_out(missing, surplus)}"
             )
 
     def _key(self, name: str) -> str:
@@ -82,7 +84,7 @@ class PublishedWeights:
         return published if published in self._files else published.removeprefix(self._prefix or "\0")
 
     def _is_tied_head(self, name: str, wanted: Mapping[str, Any]) -> bool:
-        if name != "lm_head.weight":
+        if name != HEAD:
             return False
         embedding = next((one for one in wanted if one.endswith(("embed_tokens.weight", "wte.weight"))), None)
         if embedding not in self._files:
@@ -111,13 +113,16 @@ def save_folder(
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     kept = {key: value for key, value in table.items() if key not in ("torch_dtype", "dtype", "transformers_version")}
     config = model_config(kept)
-    written = config.to_diff_dict() | {"architectures": [model_class(config).__name__], "dtype": dtype}
+    written = exported_config(kept, config.to_diff_dict(), dtype, model_class(config).__name__)
     (folder / CONFIG).write_text(json.dumps(written, indent=2) + "\n")
     if source is not None and (source / GENERATION).exists():
         shutil.copyfile(source / GENERATION, folder / GENERATION)
     for name in FILES:
         if (tokenizer.folder / name).exists():
             shutil.copyfile(tokenizer.folder / name, folder / name)
+    if (path := folder / "tokenizer_config.json").exists():
+        settings = exported_tokenizer_config(json.loads(path.read_text(encoding="utf-8")), tokenizer.template_source)
+        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if tokenizer.template_source:
         (folder / "chat_template.jinja").write_text(tokenizer.template_source, encoding="utf-8")
 
@@ -143,6 +148,13 @@ def _save_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": places}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _head_way_out(missing: list[str], surplus: list[str]) -> str:
+    """What to set if the head alone is missing or unexpected."""
+    if [*missing, *surplus] != [HEAD]:
+        return ""
+    return f". Set policy.config = {{ tie_word_embeddings = {'true' if missing else 'false'} }}"
 
 
 def _listed(what: str, names: list[str]) -> str:
