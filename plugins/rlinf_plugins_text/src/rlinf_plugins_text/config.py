@@ -15,7 +15,7 @@ from rlinf_core.data.sample import Batch
 from rlinf_plugins_text.rows.samples import TextSample, describe, illustrate
 from rlinf_plugins_text.rows.tokenizer import FILES, template_source
 from rlinf_plugins_text.settings import RANDOM, TextPolicySettings
-from rlinf_plugins_text.weights.folder import CONFIG, find_folder, find_weights, weight_files
+from rlinf_plugins_text.weights.folder import CONFIG, check_head, find_folder, find_weights, weight_files
 from rlinf_plugins_text.weights.headers import Headers, check_headers
 
 if TYPE_CHECKING:
@@ -146,6 +146,7 @@ class TextPolicyConfig(TextPolicySettings):
     def _check_headers(self, folder: Path) -> None:
         if files := weight_files(folder, self.weights):
             check_headers(Headers.read(folder, files), self.model_table())
+            check_head(files, self.model_table())
 
     def _weights_folder(self) -> Path | None:
         """The folder of the pretrained weights; for a model on the hub, without the weight files themselves."""

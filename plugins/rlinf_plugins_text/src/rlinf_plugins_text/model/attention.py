@@ -106,7 +106,7 @@ def _each_document(
         if end > begin:
             q, k, v = (one[:, :, begin:end] for one in (query, key, value))
             parts.append(_one_document(q, k, v, scaling, dropout, window, softcap))
-    return torch.cat(parts, dim=2).transpose(1, 2)
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
 
 
 def _one_document(

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from rlinf_core import UserError
 from rlinf_core.data.sample import Batch
 from rlinf_plugins_text.model.attention import NAME
 from rlinf_plugins_text.model.cross_entropy import HeadShape, liger_cross_entropy, linear_cross_entropy
+from rlinf_plugins_text.model.isolation import check_isolation
 from rlinf_plugins_text.weights.architecture import check_keys, model_config, refused_values
 
 if TYPE_CHECKING:
@@ -46,17 +46,13 @@ class LanguageModel(nn.Module):
         table = {key: value for key, value in settings.model_table().items() if key not in ("torch_dtype", "dtype")}
         config = model_config(table)
         check_keys(settings.config, config)
+        check_isolation(table, documents=self._documents, max_length=settings.max_length)
         try:
             self.model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, dtype=torch.float32, attn_implementation=NAME if self._documents else "sdpa"
             )
         except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
             raise refused_values(error) from error
-        if self._documents and not self.model._supports_attention_backend:
-            raise UserError(
-                f"{type(self.model).__name__} uses its own attention, or none, which cannot be confined to single "
-                'texts: set policy.attention = "padded"'
-            )
         self.shape = _head_shape(config) if config.model_type in LINEAR_HEADS else None
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import inspect
@@ -27,7 +28,9 @@ def model_config(table: Mapping[str, Any]) -> Any:
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
-    rest, kind = {key: value for key, value in table.items() if key != "model_type"}, table.get("model_type", "")
+    # A copy, since transformers writes into the tables, such as `rope_scaling`.
+    rest = {key: copy.deepcopy(value) for key, value in table.items() if key != "model_type"}
+    kind = table.get("model_type", "")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise UserError(
             f"the model's {CONFIG} (policy.weights, policy.config): transformers has no model_type {kind!r}"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,10 @@ from rlinf_plugins_text.rows.tokenizer import FILES
 CONFIG, GENERATION = "config.json", "generation_config.json"
 LISTED = 6
 """An error lists at most this many names per problem."""
+HEAD, EMBEDDINGS = "lm_head.weight", ("embed_tokens.weight", "wte.weight")
+"""The head's parameter, and how the names of embeddings end."""
+COMPARED = 2**24
+"""Bytes compared at a time."""
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -100,6 +107,82 @@ def index_table(index: Path) -> dict[str, str]:
     _shards(index)
     places: dict[str, str] = read_json(index)["weight_map"]
     return places
+
+
+def check_head(files: Sequence[Path], table: Mapping[str, Any]) -> None:
+    """Raise `UserError` if the weights have a head of their own although `config.json` ties it, or the other way round.
+
+    Args:
+        files: Safetensors files; empty: not downloaded yet.
+        table: The `config.json` with `policy.config` applied. What it leaves out is the architecture's to say.
+    """
+    tied = table.get("tie_word_embeddings")
+    tensors: dict[str, _Bytes] = {}
+    for path in files if isinstance(tied, bool) else ():
+        tensors |= _headers(path)
+    embedding = next((tensors[name] for name in tensors if name.endswith(EMBEDDINGS)), None)
+    if embedding is None:  # Other names, or unreadable: the model's own check reports them.
+        return
+    head = tensors.get(HEAD)
+    if tied and head is not None and not head.equals(embedding):
+        raise UserError(
+            f"policy.weights: {head.path} has a head ({HEAD}) that differs from the embedding, but {CONFIG} ties them. "
+            "Set policy.config = { tie_word_embeddings = false }"
+        )
+    if not tied and head is None and not any("lm_head" in name for name in tensors) and not _has_other_head(tensors):
+        raise UserError(
+            f"policy.weights: {embedding.path.parent} has no head ({HEAD}), but {CONFIG} does not tie it to the "
+            "embedding. Set policy.config = { tie_word_embeddings = true }"
+        )
+
+
+@dataclass(frozen=True)
+class _Bytes:
+    """Where a tensor is in a file."""
+
+    path: Path
+    begin: int
+    end: int
+    what: tuple[str, tuple[int, ...]]
+    """Dtype and shape."""
+
+    def equals(self, other: _Bytes) -> bool:
+        """Whether both hold the same bytes."""
+        if self.what != other.what:
+            return False
+        with self.path.open("rb") as one, other.path.open("rb") as two:
+            one.seek(self.begin)
+            two.seek(other.begin)
+            for place in range(self.begin, self.end, COMPARED):
+                size = min(COMPARED, self.end - place)
+                if one.read(size) != two.read(size):
+                    return False
+        return True
+
+
+def _has_other_head(tensors: Mapping[str, _Bytes]) -> bool:
+    """Whether a matrix outside of the decoder's layers may be a head by another name."""
+    return any(name.startswith(("embed_out.", "output.", "score.", "head.")) for name in tensors)
+
+
+def _headers(path: Path) -> dict[str, _Bytes]:
+    """The tensors of a safetensors file; none if its header cannot be read."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > path.stat().st_size:
+                return {}
+            header = json.loads(file.read(length))
+        start = 8 + length
+        found = {}
+        for name, tensor in header.items():
+            if name != "__metadata__":
+                begin, end = tensor["data_offsets"]
+                what = tensor["dtype"], tuple(tensor["shape"])
+                found[name] = _Bytes(path, start + begin, start + end, what)
+        return found
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error):
+        return {}
 
 
 def _shards(index: Path) -> list[str]:

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from rlinf_core import UserError
 from rlinf_plugins_text.rows.tokenizer import FILES, TextTokenizer
 from rlinf_plugins_text.weights.architecture import model_class, model_config
-from rlinf_plugins_text.weights.folder import CONFIG, GENERATION, INDEX, SINGLE, generation_table, weight_files
+from rlinf_plugins_text.weights.exported_config import exported_config, exported_tokenizer_config
+from rlinf_plugins_text.weights.folder import CONFIG, GENERATION, HEAD, INDEX, SINGLE, generation_table, weight_files
 from rlinf_plugins_text.weights.headers import Headers, find_problems
 
 PREFIX = "model."
@@ -87,7 +88,7 @@ class PublishedWeights:
             causes = find_problems(Headers.read(self._folder, files), self._table)
             raise UserError(
                 f"policy.weights: {self._folder} does not match its {CONFIG}: it {'; it '.join(filter(None, problems))}"
-                + "".join(f"\n  {cause}" for cause in causes)
+                f"{_head_way_out(missing, surplus)}" + "".join(f"\n  {cause}" for cause in causes)
             )
 
     def _key(self, name: str) -> str:
@@ -95,7 +96,7 @@ class PublishedWeights:
         return published if published in self._files else published.removeprefix(self._prefix or "\0")
 
     def _is_tied_head(self, name: str, wanted: Mapping[str, Any]) -> bool:
-        if name != "lm_head.weight":
+        if name != HEAD:
             return False
         embedding = next((one for one in wanted if one.endswith(("embed_tokens.weight", "wte.weight"))), None)
         if embedding not in self._files:
@@ -127,8 +128,8 @@ def save_folder(
     kept = {key: value for key, value in table.items() if key not in ("torch_dtype", "dtype", "transformers_version")}
     kept |= _with_stops(kept, stops)
     config = model_config(kept)
-    written = config.to_diff_dict() | {"architectures": [model_class(config).__name__], "dtype": dtype}
-    (folder / CONFIG).write_text(json.dumps(written | _for_older_readers(table, written), indent=2) + "\n")
+    written = exported_config(kept, config.to_diff_dict(), dtype, model_class(config).__name__)
+    (folder / CONFIG).write_text(json.dumps(written, indent=2) + "\n")
     generation = generation_table(source)
     # Without this file, transformers takes the special tokens from the model's config.
     begin = generation or {key: kept[key] for key in ("bos_token_id", "pad_token_id") if kept.get(key) is not None}
@@ -136,6 +137,9 @@ def save_folder(
     for name in FILES:
         if (tokenizer.folder / name).exists():
             shutil.copyfile(tokenizer.folder / name, folder / name)
+    if (path := folder / "tokenizer_config.json").exists():
+        settings = exported_tokenizer_config(json.loads(path.read_text(encoding="utf-8")), tokenizer.template_source)
+        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if tokenizer.template_source:
         (folder / "chat_template.jinja").write_text(tokenizer.template_source, encoding="utf-8")
 
@@ -147,19 +151,6 @@ def _with_stops(table: Mapping[str, Any], stops: Sequence[int]) -> dict[str, Any
     if set(stops) <= set(known):
         return {}
     return {"eos_token_id": list(stops) if len(stops) > 1 else stops[0]}
-
-
-def _for_older_readers(table: Mapping[str, Any], written: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys of `config.json` that transformers 4 reads and 5 has replaced: it would take their defaults, silently.
-
-    Args:
-        table: The `config.json` that the run read.
-        written: The one that transformers 5 writes.
-    """
-    rope = written.get("rope_parameters")
-    theta = {"rope_theta": rope["rope_theta"]} if isinstance(rope, dict) and "rope_theta" in rope else {}
-    kept = {key: table[key] for key in ("rope_scaling", "partial_rotary_factor") if key in table}
-    return {"torch_dtype": written["dtype"], **theta, **kept}
 
 
 def _save_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -183,6 +174,13 @@ def _save_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": places}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _head_way_out(missing: list[str], surplus: list[str]) -> str:
+    """What to set if the head alone is missing or unexpected."""
+    if [*missing, *surplus] != [HEAD]:
+        return ""
+    return f". Set policy.config = {{ tie_word_embeddings = {'true' if missing else 'false'} }}"
 
 
 def _listed(what: str, names: list[str]) -> str:
