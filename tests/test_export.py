@@ -180,7 +180,7 @@ def test_what_is_there_is_not_overwritten(export, tmp_path):
     (tmp_path / "policy" / "thesis.tex").write_text("x")
     code, _, said = export()
     assert code == 2
-    assert "already exists: name another --output" in said
+    assert "already exists and contains thesis.tex: name another --output" in said
 
 
 def test_folders_that_were_not_exported_are_refused(export, tmp_path):
