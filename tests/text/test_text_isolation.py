@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from distributions import ROOT
-from tiny_text import SIZES, tiny_policy
+from tiny_text import SIZES, tiny_policy, with_values
 
 from rlinf_core import UserError
 from rlinf_plugins_text.model import isolation
@@ -85,6 +85,11 @@ def test_frequencies_that_follow_the_longest_text_are_refused():
     with pytest.raises(UserError, match=r"'dynamic'.* Set policy\.max_length = 32 or less"):
         check_isolation(table, documents=True, max_length=64)
     check_isolation(table, documents=True, max_length=32)
+
+
+def test_buffers_that_an_architecture_does_not_initialise_are_refused():
+    with pytest.raises(UserError, match=r"ApertusForCausalLM does not initialise model\.layers\.0\.mlp\.act_fn\.beta"):
+        with_values(tiny_policy(config={"model_type": "apertus", **SIZES, "vocab_size": 512}))
 
 
 def test_an_architecture_that_cannot_be_tried_is_refused():

@@ -7,13 +7,14 @@ computed is in `language_model`.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from rlinf_core import PolicyOutput, ShardUnit
+from rlinf_core import PolicyOutput, ShardUnit, UserError
 from rlinf_core.data.sample import Batch
 from rlinf_plugins_text.model.generation import answers
 from rlinf_plugins_text.model.language_model import LanguageModel
@@ -78,9 +79,21 @@ class TextPolicy(nn.Module):
 
     @torch.no_grad()
     def rebuild_buffers(self) -> None:
-        """Recompute rotary frequencies and embedding scales as the architecture initialises them."""
+        """Recompute rotary frequencies and embedding scales as the architecture initialises them.
+
+        Raises:
+            UserError: The code of the architecture leaves a buffer uninitialised.
+        """
+        buffers = {name: b for name, b in self.named_buffers() if b.is_floating_point()}
+        for buffer in buffers.values():
+            buffer.fill_(math.nan)
         for parameter in self.parameters():
             parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         for module in self.lm.model.modules():
             if any(True for _ in module.named_buffers(recurse=False)):
                 self.lm.model._init_weights(module)
+        if left := [name for name in buffers if self.get_buffer(name).isnan().any()]:
+            raise UserError(
+                f"policy.weights: {type(self.lm.model).__name__} does not initialise "
+                f"{left[0].removeprefix('lm.model.')}, which is no parameter; this architecture cannot be trained"
+            )
