@@ -123,7 +123,7 @@ def test_another_layout_or_other_data_is_refused(tmp_path, open_checkpoints):
         with pytest.raises(UserError, match=complaint):
             load(path, {"w": w}, here)
     with pytest.raises(
-        UserError, match=r"does not hold ema\.w, which this config trains or averages: optim\.ema_decay"
+        UserError, match=r"does not hold ema\.w, which this config trains or averages: optim\.type, optim\.ema_decay"
     ):
         load(path, {"w": w, "ema.w": w.clone()}, position(1))
 
