@@ -169,7 +169,7 @@ def rate_factor(rows: int, columns: int, adjust: str) -> float:
     Args:
         rows: M: outputs.
         columns: N: inputs.
-        adjust: `"original"`: √max(1, M/N); `"match_rms_adamw"`: 0.2·√max(M, N), with which an update has about the root
-            mean square of AdamW's (https://arxiv.org/abs/2502.16982, equation 4).
+        adjust: `"original"`: sqrt(max(1, M/N)); `"match_rms_adamw"`: 0.2 * sqrt(max(M, N)), with which an update
+            has about the root mean square of AdamW's (https://arxiv.org/abs/2502.16982, equation 4).
     """
     return math.sqrt(max(1.0, rows / columns)) if adjust == "original" else 0.2 * math.sqrt(max(rows, columns))

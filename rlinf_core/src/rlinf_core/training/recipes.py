@@ -30,8 +30,9 @@ class MuonConfig(OptimizerConfig):
     """Dtype of these iterations, and of what ranks exchange for them; `fp32`: slower, and closer to equal on other
     numbers of ranks."""
     adjust_lr: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
-    """Factor of a matrix's learning rate: `match_rms_adamw`, 0.2·sqrt max(rows, columns), for which `lr` and `weight_decay`
-    are AdamW's; `original`, sqrt max(1, rows / columns), for which `lr` is about 0.02: set `adamw_lr`, too."""
+    """Factor of a matrix's learning rate: `match_rms_adamw`, 0.2 * sqrt(max(rows, columns)), for which `lr` and
+    `weight_decay` are AdamW's; `original`, sqrt(max(1, rows / columns)), for which `lr` is about 0.02: set `adamw_lr`,
+    too."""
     adamw_lr: float = Field(default=0.0, ge=0)
     """Peak learning rate of what AdamW trains; the schedule scales it like `lr`. 0: the same as `lr`."""
     betas: tuple[float, float] = (0.9, 0.95)
