@@ -6,6 +6,7 @@ import json
 import pickle
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -24,15 +25,16 @@ from rlinf_core import cli
 from rlinf_core.commands.output import print_table, print_text
 from rlinf_core.config.load import load_config
 from rlinf_core.contract.datasets import LeRobotDatasetConfig
+from rlinf_core.data.images.decoders import TorchcodecDecoder
 from rlinf_core.data.images.parquet import image_batches
 from rlinf_core.data.images.pictures import decode
-from rlinf_core.data.images.video_header import open_video
+from rlinf_core.data.images.video_header import open_video, read_video_header
 from rlinf_core.data.lerobot.source import open_lerobot
 from rlinf_core.errors import Exit, UserError
 from rlinf_core.inference import load_policy
 from rlinf_core.testing.lerobot import CAMERAS
 from rlinf_core.training.checkpoint.shards import INDEX, ShardReader
-from rlinf_core.untrusted import path_inside, printable
+from rlinf_core.untrusted import is_secret, path_inside, printable
 from rlinf_plugins_openpi.weights.files import open_files, shards
 from rlinf_plugins_text.rows.chat import ChatTemplate
 from rlinf_plugins_text.weights.folder import weight_files
@@ -177,15 +179,65 @@ def test_pictures_are_of_formats_that_cameras_record():
         decode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n", "row 3")
 
 
-def test_a_video_that_claims_any_size_is_refused(tmp_path, monkeypatch):
-    path = tmp_path / "huge.mp4"
+def write_video(path, codec="mpeg4"):
+    """A video of one black frame of 64 x 32 pixels."""
     with av.open(str(path), "w") as file:
-        stream = file.add_stream("mpeg4", rate=1, width=64, height=32)
+        stream = file.add_stream(codec, rate=1, width=64, height=32)
         file.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((32, 64, 3), np.uint8), "rgb24")))
         file.mux(stream.encode(None))
+    return path
+
+
+def read_with_torchcodec(path):
+    return TorchcodecDecoder(path, read_video_header(path))
+
+
+def test_a_video_that_claims_any_size_is_refused(tmp_path, monkeypatch):
+    path = write_video(tmp_path / "huge.mp4")
     open_video(path).close()
     monkeypatch.setattr("rlinf_core.data.images.video_header.MOST_PIXELS", 64 * 32 - 1)
     with pytest.raises(UserError, match="its frames have 64 x 32 pixels"):
+        open_video(path)
+
+
+@pytest.fixture
+def served():
+    """A listening port, and the connections to it."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.2)
+        yield server
+
+
+@pytest.mark.parametrize("opens", [open_video, read_with_torchcodec])
+@pytest.mark.parametrize(
+    "name",
+    ["http:/127.0.0.1:{port}/a.mp4", "tcp:/127.0.0.1:{port}", "concat:{path}", "subfile,,start,0,end,0,,:{path}"],
+)
+def test_no_file_name_is_an_address(name, opens, served, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = write_video(tmp_path / "outside.mp4")
+    with pytest.raises(UserError, match="cannot be opened as a video"):
+        opens(Path(name.format(port=served.getsockname()[1], path=path)))
+    with pytest.raises(TimeoutError):
+        served.accept()
+
+
+@pytest.mark.parametrize("opens", [open_video, read_with_torchcodec])
+@pytest.mark.parametrize("name", ["0.mp4", "0.m3u8", "0.txt"])
+@pytest.mark.parametrize(
+    "text", ["#EXTM3U\n#EXTINF:10,\n{path}\n#EXT-X-ENDLIST\n", "ffconcat version 1.0\nfile {path}\n"]
+)
+def test_a_video_does_not_name_other_files(text, name, opens, tmp_path):
+    (tmp_path / "data").mkdir()
+    listing = tmp_path / "data" / name
+    listing.write_text(text.format(path=write_video(tmp_path / "outside.mp4")))
+    with pytest.raises(UserError, match="cannot be opened as a video"):
+        opens(listing)
+
+
+def test_rare_codecs_are_refused_with_a_way_out(tmp_path):
+    path = write_video(tmp_path / "rare.avi", codec="flv")
+    with pytest.raises(UserError, match=r"its codec is flv, .*ffmpeg -i old\.mp4"):
         open_video(path)
 
 
@@ -232,7 +284,30 @@ def test_passwords_and_tokens_are_not_repeated(monkeypatch):
     assert said == "no https://***@host/x, *** and ***, short; http://host:80/a@b"
 
 
-SECRETS = ["https://me:pa55word@host/data", "hf_" + "a1" * 16, "environment-secret"]
+SECRETS = [
+    "https://me:pa55word@host/data",
+    "https://host/data?rev=1&access_token=pa55word",
+    "hf_" + "a1" * 16,
+    "glpat-" + "a1" * 10,
+    "xoxb-12345678901-abc",
+    "AKIA" + "A1" * 8,
+    "environment-secret",
+]
+KEYS_OF_SECRETS = ["db_password", "DB_PASS", "Token", "my_token", "wandb-api-key", "AWS_SECRET_ACCESS_KEY", "secret"]
+WORDS = {"eos_token": "<|im_end|>", "pad_token": "[PAD]", "bypass": "on", "tokens": "hello", "secretary": "Ann"}
+
+
+def test_keys_that_are_named_after_secrets():
+    assert [key for key in KEYS_OF_SECRETS if not is_secret(key, "hunter2hunter2")] == []
+    assert [key for key, value in WORDS.items() if is_secret(key, value)] == []
+    assert not is_secret("password", "")
+
+
+@pytest.mark.parametrize("key", KEYS_OF_SECRETS)
+def test_a_config_with_a_named_secret_is_refused(key):
+    with pytest.raises(UserError, match="contains a password or a token") as refused:
+        load_config(QUICK, [f'policy.{key}="hunter2hunter2"'], repository_plugins())
+    assert "hunter2" not in str(refused.value)
 
 
 @pytest.mark.parametrize("secret", SECRETS)
@@ -244,7 +319,7 @@ def test_a_config_with_a_secret_is_refused_and_does_not_repeat_it(setting, secre
         load_config(QUICK, overrides, repository_plugins())
     assert cli.main(["validate", str(QUICK), *overrides]) == Exit.USER_ERROR
     told = capsys.readouterr()
-    for part in ("pa55word", "hf_a1", "environment-secret"):
+    for part in ("pa55word", "hf_a1", "glpat-a1", "xoxb-123", "AKIAA1", "environment-secret"):
         assert part not in str(refused.value) + told.out + told.err
     assert not (tmp_path / "runs").exists()
 
@@ -295,6 +370,20 @@ def test_plugins_come_from_installed_packages_alone(tmp_path):
     told = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "intruder" not in told.stdout
     assert not (tmp_path / "ran").exists()
+
+
+def test_launch_does_not_import_modules_of_the_folder_where_it_starts(tmp_path):
+    for name in ("tomli_w", "pydantic", "torch"):
+        (tmp_path / f"{name}.py").write_text("open('ran', 'w').close()\nraise SystemExit(1)\n")
+    overrides = [
+        "runner.max_steps=1",
+        f"runner.output_dir={tmp_path / 'runs'}",
+        f"data.repo_id={ROOT / 'examples/data/metaworld_3tasks'}",
+    ]
+    command = [str(Path(sys.executable).with_name("rlinf")), "launch", str(QUICK), *overrides]
+    subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert not (tmp_path / "ran").exists()
+    assert list((tmp_path / "runs").rglob("metrics.jsonl"))
 
 
 def test_no_code_reads_pickles_or_runs_texts():

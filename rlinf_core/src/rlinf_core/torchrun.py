@@ -121,7 +121,8 @@ def launch(run: RunConfig, arguments: Sequence[str]) -> int:
     before, started = _stamp(run.folder / EXIT_FILE), time.time()
     failed: ChildFailedError | SignalException | None = None
     try:
-        elastic_launch(_launch_config(run, share), sys.executable)("-u", "-m", "rlinf_core.train", *arguments)
+        # -P: modules of the current folder are not imported by accident.
+        elastic_launch(_launch_config(run, share), sys.executable)("-P", "-u", "-m", "rlinf_core.train", *arguments)
     except (ChildFailedError, SignalException) as error:
         failed = error
     except RendezvousError as error:

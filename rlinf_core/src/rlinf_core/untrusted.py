@@ -63,9 +63,24 @@ _CONTROLS = re.compile(
 )
 _IN_ADDRESSES = re.compile(r"(?<=://)[^/\s@]*:[^/\s@]+(?=@)")
 """`user:password` before the host in an address."""
-_TOKENS = re.compile(r"\b(?:hf_|sk-|ghp_|github_pat_)[A-Za-z0-9_-]{20,}")
-_VARIABLES = re.compile(r"(?:^|_)(?:TOKEN|API_KEY|SECRET|PASSWORD|SECRET_ACCESS_KEY)$")
-"""Names of environment variables that contain secrets, such as HF_TOKEN and WANDB_API_KEY."""
+_TOKENS = re.compile(
+    r"\b(?:(?:hf_|sk-|gh[oprsu]_|github_pat_|glpat-|npm_|dckr_pat_|AIza|wandb_v1_)[A-Za-z0-9_-]{20,}"
+    r"|xox[abeprs]-[A-Za-z0-9-]{10,}"
+    r"|(?:AKIA|ASIA)[A-Z0-9]{16}\b"
+    r"|eyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,})"
+)
+"""Tokens by their form: Hugging Face, OpenAI, GitHub, GitLab, npm, Docker, Google, Weights & Biases, Slack, AWS, and
+JSON Web Tokens."""
+_IN_QUERIES = re.compile(
+    r"(?i)(?<=[?&])((?:[\w.-]*(?:token|password|passwd|secret|signature|credential|api[_-]?key)|sig)=)[^&\s#'\"]+"
+)
+"""The value of a parameter of an address whose name says that it is a secret, such as `?token=`."""
+_VARIABLES = re.compile(
+    r"(?i)(?:^|_)(?:TOKEN|API_?KEY|SECRET|PASS|PASSWD|PASSWORD|SECRET_(?:ACCESS_)?KEY|ACCESS_KEY|CREDENTIALS?)$"
+)
+"""Names of environment variables and of keys that contain secrets, such as HF_TOKEN, WANDB_API_KEY and db_password."""
+_OPAQUE = re.compile(r"[A-Za-z0-9_.+/=~-]{8,}")
+"""What a token may look like; words of a vocabulary have brackets or blanks, or are short."""
 SHORTEST = 8
 """Fewest characters of a secret in a variable; shorter values occur in ordinary words."""
 HIDDEN = "***"
@@ -80,7 +95,19 @@ def without_secrets(text: str) -> str:
     """Text with `***` for passwords in addresses, and for tokens of known forms or from the environment."""
     for secret in _in_environment():
         text = text.replace(secret, HIDDEN)
-    return _TOKENS.sub(HIDDEN, _IN_ADDRESSES.sub(HIDDEN, text))
+    text = _IN_QUERIES.sub(rf"\1{HIDDEN}", _IN_ADDRESSES.sub(HIDDEN, text))
+    return _TOKENS.sub(HIDDEN, text)
+
+
+def is_secret(key: str, value: str) -> bool:
+    """Whether a key's name says that its value is a secret: `wandb_api_key`, `db-password`, `Token`.
+
+    Words of a vocabulary, such as `eos_token = "<|im_end|>"`, are none.
+    """
+    named = _VARIABLES.search(key.replace("-", "_"))
+    if not named or not value.strip():
+        return False
+    return not named[0].lower().endswith("token") or _OPAQUE.fullmatch(value.strip()) is not None
 
 
 def _in_environment() -> list[str]:

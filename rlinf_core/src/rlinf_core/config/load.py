@@ -44,7 +44,7 @@ from rlinf_core.plugins.evaluators import ALWAYS_ON as HELD_OUT
 from rlinf_core.plugins.owners import Owner
 from rlinf_core.plugins.registrations import RegistrationKind
 from rlinf_core.plugins.registry import ALWAYS_ON, Plugins, get_plugins
-from rlinf_core.untrusted import without_secrets
+from rlinf_core.untrusted import is_secret, without_secrets
 
 __all__ = ["diff_tables", "dump_config", "load_config", "read_toml", "with_begun"]
 
@@ -221,7 +221,9 @@ class _Draft:
     def _refuse_secrets(self) -> None:
         """Report passwords and tokens: the config is written to the run's folder, where they do not belong."""
         for place, value in leaves(self._merged):
-            if any(isinstance(one, str) and without_secrets(one) != one for one in _flat(value)):
+            key = next((part for part in reversed(place) if isinstance(part, str)), "")
+            texts = [one for one in _flat(value) if isinstance(one, str)]
+            if any(is_secret(key, one) or without_secrets(one) != one for one in texts):
                 self._note(place, SECRET)
 
     def _validate_mixture(self) -> MixtureConfig | None:

@@ -29,6 +29,7 @@ from rlinf_core.data.images.video_header import (
     FrameTimes,
     Turn,
     VideoHeader,
+    local_address,
     open_video,
     read_frame_times,
     video_stream,
@@ -223,7 +224,7 @@ class TorchcodecDecoder:
 
         options |= {"dimension_order": "NHWC", "num_ffmpeg_threads": 1, "stream_index": self._header.stream}
         try:
-            return VideoDecoder(str(self._path), **options)
+            return VideoDecoder(local_address(self._path), **options)
         except (OSError, RuntimeError, ValueError) as e:
             raise UserError(f"{self._path} cannot be opened as a video: {_first_line(e)}") from e
 

@@ -7,6 +7,7 @@ table of frame times.
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 from collections.abc import Iterator
@@ -25,6 +26,20 @@ MOST_PIXELS = 2**26
 """Upper bound on the size of an image: a few bytes of a header can claim any size."""
 _ANY_METADATA: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
 """Accept invalid UTF-8 in tags, which do not matter; PyAV 19 does so without an option."""
+CONTAINERS = ("mov", "mp4", "matroska", "webm", "avi", "mpegts", "mpeg", "ogg", "flv", "gif")
+"""FFmpeg's names of the containers that are opened: files that consist of frames. A playlist (`hls`, `concat`, `dash`)
+names other files, which may lie anywhere."""
+CODECS = (
+    *("h264", "hevc", "av1", "libdav1d", "libaom-av1", "vp8", "libvpx", "vp9", "libvpx-vp9", "mpeg4", "mpeg2video"),
+    *("mpeg1video", "mjpeg", "prores", "theora", "ffv1", "huffyuv", "ffvhuff", "png", "gif", "rawvideo"),
+)
+"""FFmpeg's names of the decoders that may run on a file: those of codecs that recorders and datasets use. FFmpeg has
+hundreds, and the rare ones are seldom tested against hostile files."""
+_LOCAL = {
+    "protocol_whitelist": "file",
+    "format_whitelist": ",".join(CONTAINERS),
+    "codec_whitelist": ",".join(CODECS),
+}
 _IDENTITY = np.array([[1, 0], [0, 1]]) << 16
 _FULL_RANGE = 2  # AVCOL_RANGE_JPEG
 
@@ -107,26 +122,48 @@ class VideoHeader:
         return ""
 
 
+def local_address(path: Path) -> str:
+    """The address by which FFmpeg opens a file on this machine and nothing else.
+
+    FFmpeg reads a path that starts with a word and a colon as an address of another protocol, such as `http:` or
+    `concat:`. A dataset chooses its files' names, and relative paths begin with them.
+    """
+    return f"file:{path.absolute()}"
+
+
 def open_video(path: Path) -> Any:
     """Open a file with PyAV; `video_stream` of it can be decoded.
 
     Raises:
-        UserError: The file is not such a video, or its frames have more than `MOST_PIXELS` pixels.
+        UserError: The file is not such a video, its container or codec is not among `CONTAINERS` and `CODECS`, or its
+            frames have more than `MOST_PIXELS` pixels.
     """
     try:
-        container = av.open(str(path), **_ANY_METADATA)
+        container = av.open(local_address(path), container_options=_LOCAL, **_ANY_METADATA)
     except (av.FFmpegError, ValueError) as e:
-        raise UserError(f"{path} cannot be opened as a video: {e}") from e
+        raise UserError(f"{path} cannot be opened as a video: {_reason(e)}") from e
     stream = video_stream(container)
     why = ""
     if stream is None or stream.codec_context is None:
         why = "it has no video stream that can be decoded"
+    elif stream.codec_context.name not in CODECS:
+        why = (
+            f"its codec is {stream.codec_context.name}, and those that are read are {', '.join(CODECS)}. Encode it "
+            "again, such as with `ffmpeg -i old.mp4 -pix_fmt yuv420p new.mp4`"
+        )
     elif stream.time_base is None or not 0 < stream.width * stream.height <= MOST_PIXELS:
         why = f"its frames have {stream.width} x {stream.height} pixels"
     if why:
         container.close()
         raise UserError(f"{path} cannot be opened as a video: {why}")
     return container
+
+
+def _reason(error: Exception) -> str:
+    """FFmpeg's message; a container that is not allowed is only an invalid argument to it."""
+    if getattr(error, "errno", None) == errno.EINVAL:
+        return f"it is not a video file that is read: {', '.join(CONTAINERS)}"
+    return str(error).partition(": 'file:")[0]
 
 
 def video_stream(container: Any) -> Any:
