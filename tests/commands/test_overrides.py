@@ -37,6 +37,8 @@ def test_keys_are_those_of_the_chosen_classes():
 def test_values_are_names_or_files(monkeypatch):
     assert offered("policy.variant=d") == ["policy.variant=dummy"]
     assert offered("trainer.compile=") == ["trainer.compile=true", "trainer.compile=false"]
+    assert offered("optim.type=") == ["optim.type=adamw", "optim.type=muon"]
+    assert "optim.schedule=hf_cosine" in offered("optim.schedule=")
     assert "data.config_name=pi05_custom" in offered("data.config_name=pi05_c")
     assert offered("optim.lr=") == []
     assert offered("nowhere.at_all=") == []

@@ -124,7 +124,7 @@ def test_a_head_that_does_not_fit_the_config_is_found_before_the_run(tied, tmp_p
         del tensors["lm_head.weight"]
     save_file(tensors, path)
     change = {"tie_word_embeddings": not tied}
-    says = rf"Set policy\.config = \{{ tie_word_embeddings = {str(not tied).lower()} \}}"
+    says = rf"[Ss]et policy\.config = \{{ tie_word_embeddings = {str(not tied).lower()} \}}"
     with pytest.raises(UserError, match=says):
         policy.check_files()
     with torch.device("meta"):

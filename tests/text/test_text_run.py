@@ -285,7 +285,8 @@ def test_an_exported_config_keeps_what_older_readers_need(tmp_path):
     policy = tiny_policy(config=tiny_policy().config | {"rope_theta": 1e6, "rope_scaling": scaling})
     policy.save_weights({"lm.model.model.norm.weight": torch.zeros(32, dtype=torch.bfloat16)}, tmp_path)
     table = json.loads((tmp_path / "config.json").read_text())
-    assert (table["rope_theta"], table["rope_scaling"], table["torch_dtype"]) == (1e6, scaling, "bfloat16")
+    older = scaling | {"type": "linear"}  # What transformers before 4.43 reads.
+    assert (table["rope_theta"], table["rope_scaling"], table["torch_dtype"]) == (1e6, older, "bfloat16")
     again = model_config(table)
-    assert again.rope_parameters == model_config(policy.model_table()).rope_parameters
+    assert again.rope_parameters == model_config(policy.model_table()).rope_parameters | {"type": "linear"}
     assert again.rope_parameters["rope_theta"] == 1e6

@@ -15,12 +15,23 @@ import sys
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-VERSION = 1
+if TYPE_CHECKING:
+    from rlinf_core.plugins.registrations import RegistrationKind
+
+VERSION = 2
 """Version of the cached files; those of another version are not read."""
 DESCRIPTION = 80
 """Maximum length of a key's description in characters."""
+
+NAMES: Mapping[str, RegistrationKind] = {
+    "policy.type": "policy",
+    "trainer.type": "trainer",
+    "optim.type": "optimizer",
+    "optim.schedule": "schedule",
+}
+"""Keys whose value is the name of something that a plugin registered, and its kind."""
 
 
 class Key(NamedTuple):
@@ -91,16 +102,15 @@ def _find_keys(config: str, earlier: Sequence[str]) -> dict[str, Key]:
     from rlinf_core.plugins.registry import get_plugins
 
     plugins = get_plugins()
-    names = {
-        "data.config_name": [one.name for one in plugins.datasets()],
-        "policy.type": [one.name for one in plugins.registered_as("policy")],
-        "trainer.type": [one.name for one in plugins.registered_as("trainer")],
-    }
+    names = {"data.config_name": [one.name for one in plugins.datasets()]}
+    names |= {key: [one.name for one in plugins.registered_as(kind)] for key, kind in NAMES.items()}
     tables = find_tables(config, earlier, plugins)
     found: dict[str, Key] = {}
     for place, fields in sorted(tables.items(), key=lambda item: tuple(map(str, item[0]))):
         found |= dict(_described(".".join(map(str, place)), fields, outer={str(name[0]) for name in tables if name}))
-    return {key: one._replace(values=names.get(key, one.values)) for key, one in found.items()}
+    for key in found.keys() & names.keys():
+        found[key] = Key(found[key].description or f"Name of a registered {NAMES[key]}", names[key], is_text=True)
+    return found
 
 
 def _described(table: str, fields: Mapping[str, Any], outer: set[str]) -> Iterator[tuple[str, Key]]:

@@ -299,11 +299,14 @@ def find_changes(run: RunConfig, saved: Mapping[str, Any], *, allow_change: bool
     Raises:
         UserError: A change affects what a step computes, and `allow_change` is False.
     """
-    chosen = {dotted(path) for path, _ in leaves(run.model_dump(mode="json", exclude_none=True, exclude_defaults=True))}
+    chosen = run.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
+    current = read_toml(dump_config(run))
+    counted = {dotted(path) for path, _ in leaves(chosen)}
+    counted |= {dotted(path) for path, _ in leaves(current) if _in_new_entry(path, saved, chosen)}
     changes = [
         (key, before, after)
-        for key, before, after in diff_tables(_with_optim_names(saved), read_toml(dump_config(run)))
-        if before is not None or key in chosen  # Else a key of a later version, with the default that changes nothing.
+        for key, before, after in diff_tables(_with_optim_names(saved), current)
+        if before is not None or key in counted  # Else a key of a later version, with the default that changes nothing.
     ]
     if not allow_change and any(not may_change(key) for key, _, _ in changes):
         lines = "\n".join(lines_of(changes))
@@ -313,6 +316,24 @@ def find_changes(run: RunConfig, saved: Mapping[str, Any], *, allow_change: bool
             "checkpoint with this config, or --overwrite to remove it and start from scratch."
         )
     return changes
+
+
+def _in_new_entry(path: tuple[str | int, ...], saved: Mapping[str, Any], chosen: Mapping[str, Any]) -> bool:
+    """Whether a key is in an entry of a list, such as the second of `[[data.mixture]]`, that was added to the run's
+    config: then it is a change even with its default.
+    """
+    entries = (path[: place + 1] for place, part in enumerate(path) if isinstance(part, int))
+    return any(_has(chosen, entry) and not _has(saved, entry) for entry in entries)
+
+
+def _has(table: Any, path: tuple[str | int, ...]) -> bool:
+    for part in path:
+        if not (isinstance(table, list) and isinstance(part, int) and part < len(table)) and not (
+            isinstance(table, Mapping) and part in table
+        ):
+            return False
+        table = table[part]
+    return True
 
 
 def _with_optim_names(saved: Mapping[str, Any]) -> dict[str, Any]:
