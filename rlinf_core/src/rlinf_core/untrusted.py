@@ -102,7 +102,7 @@ def without_secrets(text: str) -> str:
 def is_secret(key: str, value: str) -> bool:
     """Whether a key's name says that its value is a secret: `wandb_api_key`, `db-password`, `Token`.
 
-    Words of a vocabulary, such as `eos_token = "<|im_end|>"`, are none.
+    Words of a vocabulary, such as `eos_token = "<|im_end|>"`, are not secrets.
     """
     named = _VARIABLES.search(key.replace("-", "_"))
     if not named or not value.strip():

@@ -7,6 +7,8 @@ flags; `training.run_folder` reads and writes the folder. In reading order: the 
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -327,12 +329,10 @@ def _in_new_entry(path: tuple[str | int, ...], saved: Mapping[str, Any], chosen:
 
 
 def _has(table: Any, path: tuple[str | int, ...]) -> bool:
-    for part in path:
-        if not (isinstance(table, list) and isinstance(part, int) and part < len(table)) and not (
-            isinstance(table, Mapping) and part in table
-        ):
-            return False
-        table = table[part]
+    try:
+        functools.reduce(operator.getitem, path, table)
+    except (KeyError, IndexError, TypeError):
+        return False
     return True
 
 
