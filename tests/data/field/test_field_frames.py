@@ -1,5 +1,7 @@
 """Which frame a row gets in videos as people have them: the right one, or the run refuses to start and says why."""
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from field_datasets import CAMERA, CHUNK, number_of, of_frame, write_dataset, write_episodes, write_video
 
@@ -127,3 +129,17 @@ def test_times_that_begin_with_the_first_step_are_used_as_they_are(tmp_path):
     joined = write_dataset(tmp_path / "joined", [5, 4], times=lambda e, f: (f + 1) / 10)
     with pytest.raises(UserError, match=r"first row of episode 0 is 0\.1000 s instead of 0"):
         opened(joined)  # The last row of an episode would get the next episode's first frame.
+
+
+@pytest.mark.parametrize("time", [float("nan"), float("inf"), 1e30, -5.0])
+def test_a_damaged_timestamp_is_refused_with_its_row(time, tmp_path):
+    root = write_dataset(tmp_path / "damaged", LENGTHS)
+    [path] = sorted(root.glob("data/**/*.parquet"))
+    table = pq.read_table(path)
+    times = table["timestamp"].to_numpy().copy()
+    times[8] = time  # Row 2 of episode 1.
+    column = pa.array(times, table.schema.field("timestamp").type)
+    pq.write_table(table.set_column(table.column_names.index("timestamp"), "timestamp", column), path)
+    with pytest.raises(UserError, match=r"1 of 5 rows of episode 1 would get a wrong frame: the timestamp of row 2"):
+        opened(root)
+    assert frames(root, match_frames="number") == OWN

@@ -65,6 +65,12 @@ def test_missing_and_broken_files_are_named(tmp_path, video):
         VideoReader(decoder="pyav").frames(tmp_path / "broken.mp4", [0.0], 0.05)
 
 
+@pytest.mark.parametrize("time", [float("nan"), float("inf"), -float("inf"), 1e30])
+def test_what_is_not_a_time_is_one_message(time, video):
+    with pytest.raises(UserError, match=r"has no frame within .* \(it is not a time in a video\)"):
+        VideoReader().frames(video, [0.0, time], float("inf"))
+
+
 def test_few_files_stay_open(video_dataset):
     paths = sorted(video_dataset.root.glob("videos/**/*.mp4"))
     reader = VideoReader(capacity=2, decoder="pyav")

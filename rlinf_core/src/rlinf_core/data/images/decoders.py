@@ -104,11 +104,11 @@ class PyavDecoder:
                 frame = self._nearest(time, tolerance)
             except av.FFmpegError as e:
                 self._before = self._after = None
-                raise _no_frame(self._path, time, tolerance, f"decoding fails: {e}") from e
+                raise no_frame(self._path, time, tolerance, f"decoding fails: {e}") from e
             if frame is None:
-                raise _no_frame(self._path, time, tolerance, "it has none")
+                raise no_frame(self._path, time, tolerance, "it has none")
             if abs(self._time(frame) - time) > tolerance + ROUNDING:
-                raise _no_frame(self._path, time, tolerance, _nearest_at(self._time(frame), time))
+                raise no_frame(self._path, time, tolerance, _nearest_at(self._time(frame), time))
             found.append(found[-1] if frame is last else self._rgb(frame))
             last = frame
         return found
@@ -252,11 +252,11 @@ class TorchcodecDecoder:
         expected = known.seconds[indices]
         for time, at in zip(times, expected.tolist(), strict=True):
             if abs(time - at) > tolerance + ROUNDING:
-                raise _no_frame(self._path, time, tolerance, _nearest_at(at, time))
+                raise no_frame(self._path, time, tolerance, _nearest_at(at, time))
         try:
             found = self._video.get_frames_at(indices=indices.tolist())
         except (RuntimeError, IndexError, ValueError) as e:
-            raise _no_frame(self._path, times[0], tolerance, f"decoding fails: {_first_line(e)}") from e
+            raise no_frame(self._path, times[0], tolerance, f"decoding fails: {_first_line(e)}") from e
         if np.abs(found.pts_seconds.numpy() - expected).max() > ROUNDING:
             return self._by_pyav(times, tolerance)
         return list(found.data.numpy())
@@ -299,7 +299,8 @@ def _nearest_at(at: float, time: float) -> str:
     return f"the nearest is at {at:.4f} s, {abs(at - time):.4f} s away"
 
 
-def _no_frame(path: Path, time: float, tolerance: float, nearest: str) -> UserError:
+def no_frame(path: Path, time: float, tolerance: float, nearest: str) -> UserError:
+    """The error for a time without a frame; `nearest` says what there is instead."""
     return UserError(
         f"{path} has no frame within {tolerance:.4f} s of {time:.4f} s ({nearest}): the dataset's timestamps do not "
         "match its video, or the file is damaged; download, record or convert that episode again"

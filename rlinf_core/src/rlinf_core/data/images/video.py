@@ -21,11 +21,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rlinf_core.data.images.decoders import Decoder, Frame, PyavDecoder, TorchcodecDecoder, lend_ffmpeg
+from rlinf_core.data.images.decoders import Decoder, Frame, PyavDecoder, TorchcodecDecoder, lend_ffmpeg, no_frame
 from rlinf_core.data.images.video_header import VideoHeader, read_video_header
 from rlinf_core.errors import UserError
 
 DecoderName = Literal["torchcodec", "pyav"]
+LONGEST = 1e11
+"""Seconds on a video's clock, also if it counts from 1970: larger times, and NaN, are damage."""
 
 
 @functools.cache
@@ -102,6 +104,8 @@ class VideoReader:
             UserError: The file cannot be read, has no frame near a time, or is not RGB; the message names file and
                 time.
         """
+        if strange := [time for time in times if not abs(time) <= LONGEST]:
+            raise no_frame(path, strange[0], tolerance, "it is not a time in a video")
         order = np.argsort(times, kind="stable")
         decoder = self._take(path)
         try:

@@ -84,11 +84,12 @@ class FrameGrid:
         return self.start + numbers / self.rate if self.times is None else self.times.seconds[numbers]
 
     def nearest(self, seconds: NDArray[np.float64]) -> NDArray[np.int64]:
-        """The numbers of the frames nearest to some times."""
+        """The numbers of the frames nearest to some times; -1 for NaN."""
         if self.times is None:
-            numbers = np.rint((seconds - self.start) * self.rate).astype(np.int64)
-            return np.clip(numbers, 0, self.count - 1)
-        return self.times.nearest(seconds)
+            numbers = np.clip(np.rint((seconds - self.start) * self.rate), 0, self.count - 1)
+        else:
+            numbers = self.times.nearest(seconds)
+        return np.where(np.isnan(seconds), -1, numbers).astype(np.int64)
 
 
 def read_grid(path: Path) -> FrameGrid:
