@@ -98,7 +98,13 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace, rest: Seq
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     module.add_arguments(commands_parser)
-    code = module.run(_parse(commands_parser, rest[1:]))
+    parsed = _parse(commands_parser, rest[1:])
+    try:
+        code = module.run(parsed)
+    except SystemExit as error:
+        if command in COMMANDS and not error.code:  # Of code that the command called: it has not done its work.
+            raise RuntimeError("the command's code called sys.exit instead of raising an error") from error
+        raise
     return Exit.OK if code is None else int(code)
 
 
@@ -128,7 +134,7 @@ def _find(name: str, *arguments: str) -> tuple[Command, Any]:
     found = plugins.find("command", name)
     try:
         module = import_module(found.item.module)
-    except ImportError as error:
+    except (ImportError, SystemExit) as error:
         raise PluginError(
             f"the command {name!r} of {found.owner} cannot be imported: {type(error).__name__}: {error}"
         ) from error

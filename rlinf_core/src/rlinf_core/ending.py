@@ -95,10 +95,13 @@ class Ending:
         except BaseException as error:
             if stop := self._stop_on_its_way():
                 return self._record_stop(stop)
+            if isinstance(error, SystemExit):  # Of a policy, dataset or library: not how a run ends, whatever its code.
+                exited = RuntimeError(f"the run's code called sys.exit({error.code!r}) instead of raising an error")
+                exited.__cause__, error = error, exited
             notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
             self._record(Exit.DEFECT, "defect", f"{type(error).__name__}: {error}{notes}")
             _fill_error_file("".join(traceback.format_exception(error)).rstrip())
-            raise
+            raise error
         return self._record(Exit.OK, "finished", "")
 
     def _record_fault(self, fault: RunError) -> int:
