@@ -19,6 +19,7 @@ import numpy as np
 
 from rlinf_core.data.frame_cache.manifest import POSITIONS, Cache, CachePart, Manifest, hash_of, plain, read_manifest
 from rlinf_core.data.frame_cache.parts import WAY_OUT, Conversion, matches_hash
+from rlinf_core.data.worker_sockets import place_sockets
 from rlinf_core.errors import UserError
 from rlinf_core.files import find_obstacle, write_text, writing
 
@@ -121,6 +122,7 @@ def _written(conversion: Conversion, missing: dict[int, list[str]], workers: int
         yield from (conversion.write(number, columns) for number, columns in missing.items())
         return
     context = multiprocessing.get_context("forkserver")
+    place_sockets("use --workers 1")
     # On an error or Ctrl-C the pool kills its processes at once: parts are complete or absent.
     with context.Pool(min(workers, len(missing)), _become_worker, (conversion,)) as pool:
         yield from pool.imap_unordered(_write_in_worker, missing.items())

@@ -25,6 +25,7 @@ from rlinf_core.data.loading.micro_batches import MicroBatches
 from rlinf_core.data.loading.mixture import Source
 from rlinf_core.data.loading.sampling import Batching
 from rlinf_core.data.sample import Batch
+from rlinf_core.data.worker_sockets import place_sockets
 from rlinf_core.errors import UserError
 
 
@@ -112,6 +113,7 @@ def _worker_context() -> Any:
     lock or decoder of the training process.
     """
     context = multiprocessing.get_context("forkserver")
+    place_sockets("set data.num_workers = 0")
     context.set_forkserver_preload([__name__])
     # If a scheduler's SIGTERM ended the server, its workers would end too. Workers inherit the blocked signal.
     resource_tracker.ensure_running()  # Starting the tracker later would unblock the signal.
