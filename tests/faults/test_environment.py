@@ -1,16 +1,21 @@
 """What surrounds a run and is not as usual: temporary folders, file systems, terminals."""
 
+import errno
 import os
 import subprocess
 import sys
 import tempfile
 from multiprocessing import util
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from distributions import install
 
 from rlinf_core import UserError
 from rlinf_core.data import worker_sockets
+from rlinf_core.data.frame_cache.writer import lock
+from rlinf_core.training.run_folder import lock_folder
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,10 +24,10 @@ ROOT = Path(__file__).parents[2]
 def train(toy_site, tmp_path):
     """Train the toy policy for two steps in a process of its own; returns the finished process."""
 
-    def train(*overrides, **environment):
+    def train(*overrides, site=None, **environment):
         command = [sys.executable, "-m", "rlinf_core.train", str(toy_site / "toy.toml")]
         command += [f"runner.output_dir={tmp_path}", "runner.max_steps=2", *overrides]
-        folders = [toy_site, ROOT / "tests" / "support", *filter(None, [os.environ.get("PYTHONPATH")])]
+        folders = [toy_site, ROOT / "tests" / "support", *filter(None, [site, os.environ.get("PYTHONPATH")])]
         paths = {"PYTHONPATH": os.pathsep.join(map(str, folders)), "OMP_NUM_THREADS": "1"}
         return subprocess.run(command, env=os.environ | paths | environment, capture_output=True)
 
@@ -58,3 +63,52 @@ def test_a_long_folder_that_python_uses_already_is_named(monkeypatch):
     with pytest.raises(UserError, match="is too long for the sockets"):
         worker_sockets.place_sockets("use --workers 1")
     assert tempfile.tempdir == long
+
+
+LOCKLESS = """
+import errno, fcntl, os
+
+def flock(file, operation):
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+fcntl.flock = flock
+
+from rlinf_core import hookimpl
+
+@hookimpl
+def rlinf_configure(run):
+    pass
+"""
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS])
+@pytest.mark.parametrize("locked", ["run", "cache"])
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, capsys, number, locked):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    folder = tmp_path / locked
+    with lock_folder(SimpleNamespace(folder=folder)) if locked == "run" else lock(folder):
+        pass
+    assert capsys.readouterr().err == (
+        f"warning: {folder} cannot be locked, as its file system has no locks ({os.strerror(number)}): make sure "
+        "yourself that no other process writes to it meanwhile\n"
+    )
+
+
+def test_another_failure_to_lock_is_no_lack_of_locks(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)), lock(tmp_path):
+        pass
+
+
+def test_a_run_trains_where_there_are_no_locks(train, tmp_path):
+    install(tmp_path / "site", "lockless", plugins={"lockless": "lockless"}, lockless=LOCKLESS)
+    ended = train("data.num_workers=0", site=tmp_path / "site")
+    assert ended.returncode == 0, ended.stderr.decode()
+    assert ended.stderr.decode().count("cannot be locked, as its file system has no locks") == 1
+    assert (tmp_path / "run" / "latest").read_text() == "step_000000002"
