@@ -80,6 +80,23 @@ def rlinf_configure(run):
     pass
 """
 
+TELLING = """
+from rlinf_core import hookimpl
+from rlinf_core.data.loading import loader
+
+hand_over = loader.hand_over
+
+def tell(batch):
+    print("größe of a batch", flush=True)
+    return hand_over(batch)
+
+@hookimpl
+def rlinf_configure(run):
+    print("größe of a run")
+    loader.hand_over = tell  # Workers import this module.
+"""
+ASCII = {"PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
+
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS])
 @pytest.mark.parametrize("locked", ["run", "cache"])
@@ -112,3 +129,24 @@ def test_a_run_trains_where_there_are_no_locks(train, tmp_path):
     assert ended.returncode == 0, ended.stderr.decode()
     assert ended.stderr.decode().count("cannot be locked, as its file system has no locks") == 1
     assert (tmp_path / "run" / "latest").read_text() == "step_000000002"
+
+
+def test_a_run_trains_without_utf8(train, tmp_path):
+    install(tmp_path / "site", "telling", plugins={"telling": "telling"}, telling=TELLING)
+    ended = train("data.num_workers=1", site=tmp_path / "site", **ASCII)
+    assert ended.returncode == 0, ended.stderr.decode()
+    assert ended.stdout.isascii()
+    assert b"gr??e of a run\n" in ended.stdout
+    assert b"gr??e of a batch\n" in ended.stdout
+    assert (tmp_path / "run" / "latest").read_text() == "step_000000002"
+
+
+@pytest.mark.parametrize("where", ["runner.output_dir", "data.repo_id"])
+def test_a_name_that_the_encoding_lacks_is_refused(train, tmp_path, where):
+    ended = train(f"{where}={tmp_path}/größe", **ASCII)
+    assert ended.returncode == 2, ended.stderr.decode()
+    assert ended.stderr.startswith(
+        b"error: a file name or setting has characters that are not in ascii, the encoding of this environment's "
+        b"locale: set PYTHONUTF8=1 or LC_ALL=C.UTF-8 (found in "
+    )
+    assert b"Traceback" not in ended.stderr

@@ -18,7 +18,7 @@ from typing import Any
 from rlinf_core.commands import completion
 from rlinf_core.commands.output import print_error
 from rlinf_core.contract.command import Command
-from rlinf_core.errors import Exit, PluginError, UserError, did_you_mean
+from rlinf_core.errors import Exit, PluginError, UserError, beyond_encoding, did_you_mean
 from rlinf_core.plugins import builtin
 from rlinf_core.terminal import replace_unprintable
 
@@ -56,6 +56,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         else:
             print_error(str(error))
+        return Exit.USER_ERROR
+    except UnicodeEncodeError as error:
+        mistake = beyond_encoding(error)
+        if mistake is None or options.debug:
+            raise
+        print_error(str(mistake))
         return Exit.USER_ERROR
     except KeyboardInterrupt:
         if options.debug:
