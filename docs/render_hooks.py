@@ -39,7 +39,8 @@ might have registered. Registration hooks are called only when their results are
 
 **Errors.** An exception from another hook ends the run and names the plugin: a `UserError`, which is for problems
 that the user can fix, is shown as one message that ends in `[<hook> of <distribution> <version> (entry point ...)]`;
-any other exception keeps its type and traceback and gets a note with the same information. The hooks that only watch
+any other exception keeps its type and traceback and gets a note with the same information. A plugin's `sys.exit` is
+such an error too, with any code, and while the plugin is loaded a failure as above. The hooks that only watch
 are an exception: `rlinf_step_metrics`, `rlinf_step_finished`, `rlinf_validation_finished`, `rlinf_checkpoint_saved` and
 `rlinf_train_finished`. An implementation that raises is left out of the rest of the run, which goes on: one line on
 stderr names it, and its traceback is in `<run>/observer_errors.txt`. To end a run from such a hook, send the process

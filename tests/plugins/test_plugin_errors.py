@@ -1,12 +1,16 @@
 """What users read of broken plugins, word for word: packages are installed into a folder and go wrong in every way."""
 
+import json
+import sys
 from importlib import metadata
 
 import pytest
 from distributions import install
 
-from rlinf_core import PluginError, UserError
+from rlinf_core import PluginError, UserError, cli
 from rlinf_core.config.load import dump_config, load_config
+from rlinf_core.ending import Ending
+from rlinf_core.plugins.observers import Observer
 from rlinf_core.plugins.registry import Plugins
 
 SOUND = """
@@ -198,6 +202,68 @@ def test_unknown_names_come_with_the_failures_that_may_be_why(sound):
     )
 
 
+def test_an_exit_at_import_leaves_that_plugin_out(sound):
+    install(sound, "leaving", plugins={"l": "leaving"}, datasets={"l": "leaving:L"}, leaving="import sys\nsys.exit(0)")
+    registering = broken("raise SystemExit", hook="rlinf_register_commands")
+    install(sound, "registering", plugins={"r": "registering"}, registering=registering)
+    plugins = installed(sound)
+    assert [one.name for one in plugins.commands()] == ["rest"]
+    assert list(map(str, plugins.failures)) == [
+        "leaving 1.0 (entry point 'l = leaving'): loading the plugin: "
+        "it called sys.exit(0) instead of raising an error",
+        "registering 1.0 (entry point 'r = registering'): calling rlinf_register_commands: "
+        "it called sys.exit() instead of raising an error",
+    ]
+    with pytest.raises(PluginError, match=r"dataset 'l' of leaving 1.0 .* it called sys.exit\(0\) instead"):
+        plugins.dataset("l")
+
+
+def test_an_exit_in_a_hook_is_that_plugins_error(sound, tmp_path, capsys):
+    for hook, argument in (("rlinf_configure", "run"), ("rlinf_step_finished", "step")):
+        source = broken("raise SystemExit(0)", hook=hook, arguments=argument)
+        install(sound, f"leaving-{argument}", plugins={"l": f"leaving_{argument}"}, **{f"leaving_{argument}": source})
+    plugins = installed(sound)
+    with pytest.raises(PluginError) as caught:
+        plugins.hook.rlinf_configure(run=None)
+    assert str(caught.value) == (
+        "it called sys.exit(0) instead of raising an error "
+        "[rlinf_configure of leaving-run 1.0 (entry point 'l = leaving_run')]"
+    )
+    [step] = plugins.implementations("rlinf_step_finished")
+    observer = Observer(str(step), tmp_path)
+    observer.attempt(lambda: step.call(trainer=None, step=1, metrics={}))
+    assert observer.left_out
+    assert "leaving-step 1.0 (entry point 'l = leaving_step') failed and is left out" in capsys.readouterr().err
+
+
+def test_ctrl_c_in_a_plugin_stays_ctrl_c(sound):
+    source = broken("raise KeyboardInterrupt", hook="rlinf_configure", arguments="run")
+    install(sound, "stopped", plugins={"s": "stopped"}, stopped=source)
+    with pytest.raises(KeyboardInterrupt):
+        installed(sound).hook.rlinf_configure(run=None)
+
+
+def test_a_run_never_ends_well_because_its_code_exits(tmp_path, monkeypatch):
+    """In code that is no hook, such as a policy's."""
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr("rlinf_core.ending.SIGNALS_APART", 0.0)
+
+    def main(ending):
+        ending.belongs_to(tmp_path, 3)
+        raise SystemExit(0)
+
+    with pytest.raises(RuntimeError, match=r"sys.exit\(0\) instead of raising an error"):
+        Ending().follow(main)
+    end = json.loads((tmp_path / "exit.json").read_text())
+    assert (end["code"], end["reason"], end["step"]) == (1, "defect", 3)
+
+
+def test_a_command_never_ends_well_because_other_code_exits(monkeypatch):
+    monkeypatch.setattr("rlinf_core.commands.validate.run", lambda _: sys.exit())
+    with pytest.raises(RuntimeError, match=r"sys.exit instead of raising an error"):
+        cli.main(["validate", "run.toml"])
+
+
 def test_unknown_names_say_what_was_left_out(sound):
     with pytest.raises(UserError) as caught:
         installed(sound, disabled=["acme-arm"]).dataset("arm_pick")
@@ -340,6 +406,12 @@ VALIDATOR = """
     def rlinf_register_options():
         return {{"bus": Options}}
 """
+
+
+def test_an_exit_of_a_plugins_validator_names_the_plugin(sound, load):
+    install(sound, "acme-bus", plugins={"bus": "acme_bus"}, acme_bus=VALIDATOR.format(error="SystemExit(0)"))
+    with pytest.raises(PluginError, match=r"sys.exit\(0\) .* \[while Options of acme-bus 1.0 .* \[plugins.bus\]\]"):
+        load("[plugins.bus]")
 
 
 @pytest.mark.parametrize("error", ["ValueError('the bus is too slow')", "UserError('the bus is too slow')"])

@@ -18,7 +18,7 @@ from typing import Any
 from rlinf_core.commands import completion
 from rlinf_core.commands.output import print_error
 from rlinf_core.contract.command import Command
-from rlinf_core.errors import Exit, PluginError, UserError, did_you_mean
+from rlinf_core.errors import Exit, PluginError, UserError, beyond_encoding, did_you_mean
 from rlinf_core.plugins import builtin
 from rlinf_core.terminal import replace_unprintable
 
@@ -56,6 +56,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         else:
             print_error(str(error))
+        return Exit.USER_ERROR
+    except UnicodeEncodeError as error:
+        mistake = beyond_encoding(error)
+        if mistake is None or options.debug:
+            raise
+        print_error(str(mistake))
         return Exit.USER_ERROR
     except KeyboardInterrupt:
         if options.debug:
@@ -98,7 +104,13 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace, rest: Seq
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     module.add_arguments(commands_parser)
-    code = module.run(_parse(commands_parser, rest[1:]))
+    parsed = _parse(commands_parser, rest[1:])
+    try:
+        code = module.run(parsed)
+    except SystemExit as error:
+        if command in COMMANDS and not error.code:  # Of code that the command called: it has not done its work.
+            raise RuntimeError("the command's code called sys.exit instead of raising an error") from error
+        raise
     return Exit.OK if code is None else int(code)
 
 
@@ -128,7 +140,7 @@ def _find(name: str, *arguments: str) -> tuple[Command, Any]:
     found = plugins.find("command", name)
     try:
         module = import_module(found.item.module)
-    except ImportError as error:
+    except (ImportError, SystemExit) as error:
         raise PluginError(
             f"the command {name!r} of {found.owner} cannot be imported: {type(error).__name__}: {error}"
         ) from error

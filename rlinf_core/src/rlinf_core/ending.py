@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlinf_core.errors import Exit, Interrupted, RunError, UserError
+from rlinf_core.errors import Exit, Interrupted, RunError, UserError, beyond_encoding
 from rlinf_core.files import write_text
 from rlinf_core.terminal import wrap
 from rlinf_core.untrusted import printable
@@ -72,20 +72,16 @@ class Ending:
         Raises:
             Exception: A defect, which keeps its traceback; Python then exits with 1.
         """
-        mistake = _mistake_before(restarted=os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0")
-        if mistake is not None:
-            _fill_error_file(mistake)
+        before = _mistake_before(restarted=os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0")
+        if before is not None:
+            _fill_error_file(before)
             return Exit.USER_ERROR
         for number in STOP_SIGNALS:
             signal.signal(number, self._leave)
         try:
             main(self)
         except UserError as error:
-            self._say_once(error)
-            if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
-                with suppress(OSError):
-                    _marker().write_text(_as_reported(error), encoding="utf-8")
-            return self._record(Exit.USER_ERROR, "mistake", str(error))
+            return self._record_mistake(error)
         except RunError as error:
             return self._record_fault(error)
         except KeyboardInterrupt as error:
@@ -95,11 +91,23 @@ class Ending:
         except BaseException as error:
             if stop := self._stop_on_its_way():
                 return self._record_stop(stop)
+            if isinstance(error, UnicodeEncodeError) and (mistake := beyond_encoding(error)):
+                return self._record_mistake(mistake)
+            if isinstance(error, SystemExit):  # Of a policy, dataset or library: not how a run ends, whatever its code.
+                exited = RuntimeError(f"the run's code called sys.exit({error.code!r}) instead of raising an error")
+                exited.__cause__, error = error, exited
             notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
             self._record(Exit.DEFECT, "defect", f"{type(error).__name__}: {error}{notes}")
             _fill_error_file("".join(traceback.format_exception(error)).rstrip())
-            raise
+            raise error
         return self._record(Exit.OK, "finished", "")
+
+    def _record_mistake(self, error: UserError) -> int:
+        self._say_once(error)
+        if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+            with suppress(OSError):
+                _marker().write_text(_as_reported(error), encoding="utf-8")
+        return self._record(Exit.USER_ERROR, "mistake", str(error))
 
     def _record_fault(self, fault: RunError) -> int:
         self._say_once(fault)

@@ -4,6 +4,7 @@ A message names the thing, its owner and the way out. Any other exception is a d
 """
 
 import difflib
+import sys
 from collections.abc import Iterable
 from enum import IntEnum
 from signal import Signals
@@ -43,6 +44,21 @@ class RunError(Exception):
 
     The message is shown without a traceback, and torchrun uses its restarts.
     """
+
+
+def beyond_encoding(error: UnicodeEncodeError) -> UserError | None:
+    """The message for a name that this environment's encoding lacks; None for a defect.
+
+    Without UTF-8, Python cannot open a file with such a name, and reads the command line as lone surrogates.
+    """
+    encoding = sys.getfilesystemencoding()
+    if encoding == "utf-8":
+        return None
+    found = error.object[max(error.start - 40, 0) : error.end + 40]  # The object may be a whole file.
+    return UserError(
+        f"a file name or setting has characters that are not in {encoding}, the encoding of this environment's locale: "
+        f"set PYTHONUTF8=1 or LC_ALL=C.UTF-8 (found in {found!a})"
+    )
 
 
 class Interrupted(KeyboardInterrupt):

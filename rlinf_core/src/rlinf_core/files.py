@@ -1,13 +1,19 @@
 """Write files atomically, and report an unwritable path in one message."""
 
 import errno
+import fcntl
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from rlinf_core.errors import UserError
+from rlinf_core.terminal import warn
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+"""What file systems without locks answer: NFS without its lock service, Lustre mounted without `flock`, and others."""
 
 
 def write_text(path: Path, text: str, *, writer: str = "") -> None:
@@ -34,6 +40,27 @@ def write_bytes(path: Path, content: bytes, *, writer: str = "") -> None:
         with suppress(OSError):
             aside.unlink(missing_ok=True)
         raise
+
+
+def lock_file(file: IO[str], folder: Path) -> None:
+    """Lock a file against other processes until it is closed; where the file system has no locks, warn and go on.
+
+    Args:
+        file: The open file.
+        folder: What it protects, for the warning.
+
+    Raises:
+        BlockingIOError: Another process holds the lock.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        warn(
+            f"{folder} cannot be locked, as its file system has no locks ({error.strerror}): make sure yourself that "
+            "no other process writes to it meanwhile"
+        )
 
 
 def sync_folder(folder: Path) -> None:

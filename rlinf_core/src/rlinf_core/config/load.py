@@ -39,9 +39,9 @@ from rlinf_core.contract.mixture import LOADER_KEYS, MixtureConfig, MixtureEntry
 from rlinf_core.contract.optim import compose, shared_names
 from rlinf_core.contract.run import NOTHING_HELD_OUT, RunConfig
 from rlinf_core.contract.tables import Section
-from rlinf_core.errors import UserError
+from rlinf_core.errors import PluginError, UserError
 from rlinf_core.plugins.evaluators import ALWAYS_ON as HELD_OUT
-from rlinf_core.plugins.owners import Owner
+from rlinf_core.plugins.owners import Owner, exited
 from rlinf_core.plugins.registrations import RegistrationKind
 from rlinf_core.plugins.registry import ALWAYS_ON, Plugins, get_plugins
 from rlinf_core.untrusted import is_secret, without_secrets
@@ -257,8 +257,11 @@ class _Draft:
                     self._mistakes.append(explain(one, self._layers, self.tables(), named))
         except UserError as error:
             self._mistakes.append(mistake(place, str(error), self._layers, self._get(*place), owner=named))
-        except Exception as error:
-            error.add_note(f"while {model.__qualname__} of {owner or 'rlinf-core'} validated [{dotted(place)}]")
+        except (Exception, SystemExit) as error:
+            doing = f"while {model.__qualname__} of {owner or 'rlinf-core'} validated [{dotted(place)}]"
+            if isinstance(error, SystemExit):  # It would end the command with whatever code it has, even 0.
+                raise PluginError(f"{exited(error)} [{doing}]") from error
+            error.add_note(doing)
             raise
         return None
 

@@ -14,7 +14,7 @@ import pluggy
 
 from rlinf_core.contract import hookspecs
 from rlinf_core.errors import PluginError, UserError, did_you_mean
-from rlinf_core.plugins.owners import CORE, Owner
+from rlinf_core.plugins.owners import CORE, Owner, exited
 
 
 class OwnedPlugin:
@@ -45,7 +45,8 @@ def naming(what: str, owner: Owner, function: Callable[..., Any]) -> Callable[..
     """A plugin's function whose errors name it and its owner; keeps its signature and mark for pluggy.
 
     A `UserError` becomes a `PluginError`, except one of core's: those are about the user's input. One of a registration
-    hook stays as it is, too: it is recorded as a `Failure`, which names both.
+    hook stays as it is, too: it is recorded as a `Failure`, which names both. A `SystemExit` becomes a `PluginError`
+    too: it would end the run with whatever code it has, even 0.
 
     Args:
         what: The hook, or what else the function is.
@@ -62,6 +63,8 @@ def naming(what: str, owner: Owner, function: Callable[..., Any]) -> Callable[..
             if keep:
                 raise
             raise PluginError(f"{error} [{what} of {owner}]") from error
+        except SystemExit as error:
+            raise PluginError(exited(error) + ("" if keep else f" [{what} of {owner}]")) from error
         except Exception as error:
             error.add_note(f"in {what} of {owner}")
             raise

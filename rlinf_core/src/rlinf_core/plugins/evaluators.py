@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from rlinf_core.contract.evaluation import EvaluatorConfig
 from rlinf_core.contract.run import RunConfig
 from rlinf_core.errors import PluginError, UserError
-from rlinf_core.plugins.owners import CORE, Owner
+from rlinf_core.plugins.owners import CORE, Owner, exited
 
 ALWAYS_ON = "held_out"
 """Runs whenever episodes are held out."""
@@ -34,6 +34,8 @@ class Chosen:
             if self.owner.distribution == CORE:
                 raise
             raise PluginError(f"{error} [{doing} of {self}]") from error
+        except SystemExit as error:
+            raise PluginError(f"{exited(error)} [{doing} of {self}]") from error
         except Exception as error:
             error.add_note(f"in {doing} of {self}")
             raise

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlinf_core.errors import PluginError
+from rlinf_core.plugins.owners import FAULTS
 from rlinf_core.untrusted import printable
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Observer:
             return None
         try:
             return call()
-        except Exception as error:
+        except FAULTS as error:
             self._leave_out(error)
             return None
 
@@ -51,11 +52,11 @@ class Observer:
         """As `attempt`, and also if this observer has been left out: to release what it holds."""
         try:
             return call()
-        except Exception as error:
+        except FAULTS as error:
             self._leave_out(error)
             return None
 
-    def _leave_out(self, error: Exception) -> None:
+    def _leave_out(self, error: Exception | SystemExit) -> None:
         """Write down a failure, and warn of the first one."""
         where = self._write_down(error)
         if self.left_out:
@@ -69,7 +70,7 @@ class Observer:
         with suppress(OSError, ValueError):  # A run does not end because stderr is full or closed.
             print(printable(line), file=sys.stderr, flush=True)
 
-    def _write_down(self, error: Exception) -> str:
+    def _write_down(self, error: Exception | SystemExit) -> str:
         """Append the traceback to the run's file, or print it if that fails; returns where it is."""
         text = "".join(traceback.format_exception(error))
         path = self._folder / TRACEBACKS

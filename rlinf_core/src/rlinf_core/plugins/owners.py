@@ -12,6 +12,8 @@ from rlinf_core.errors import UserError
 
 CORE = "rlinf-core"
 """Core's own distribution. Its errors are about the user's input and name no plugin."""
+FAULTS = (Exception, SystemExit)
+"""What a plugin's code raises when it fails; a library's `sys.exit` must not end the run. Ctrl-C passes through."""
 
 
 @dataclass(frozen=True, order=True)
@@ -52,7 +54,7 @@ class Failure:
     owner: Owner
     doing: str
     """The action that failed: loading the plugin, or calling one of its registration hooks."""
-    cause: Exception
+    cause: Exception | SystemExit
     hook: str = ""
     """The registration hook that failed; empty if loading failed."""
 
@@ -65,13 +67,21 @@ class Failure:
         return f"{self.owner}: {self.doing}: {self.reason}"
 
 
-def explain(cause: Exception, owner: Owner) -> str:
+def explain(cause: Exception | SystemExit, owner: Owner) -> str:
     """A cause in words: user errors verbatim, a missing module with what to install."""
     if isinstance(cause, UserError):
         return str(cause)
     if isinstance(cause, ModuleNotFoundError) and cause.name:
         return _missing_module(cause.name, owner)
+    if isinstance(cause, SystemExit):
+        return exited(cause)
     return f"{type(cause).__name__}: {cause}"
+
+
+def exited(cause: SystemExit) -> str:
+    """In words: code of a plugin tried to end the process."""
+    given = "" if cause.code is None else repr(cause.code)
+    return f"it called sys.exit({given}) instead of raising an error"
 
 
 def _missing_module(name: str, owner: Owner) -> str:

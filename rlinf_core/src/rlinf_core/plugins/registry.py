@@ -27,7 +27,7 @@ import pluggy
 from rlinf_core.errors import PluginError, UserError, did_you_mean
 from rlinf_core.plugins.calls import OwnedPlugin, check_plugin, create_manager, naming, owned
 from rlinf_core.plugins.observers import ObservedLogger, Observer
-from rlinf_core.plugins.owners import Failure, Implementation, Owner, explain
+from rlinf_core.plugins.owners import FAULTS, Failure, Implementation, Owner, explain
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -73,7 +73,7 @@ class DatasetEntry:
 
         try:
             found = self.read()
-        except Exception as error:
+        except FAULTS as error:
             raise PluginError(
                 f"dataset {self.name!r} of {self.owner} cannot be loaded: {explain(error, self.owner)}"
             ) from error
@@ -130,8 +130,8 @@ class Plugins:
 
         A call returns the implementations' results in call order, without None; for a hook with a single result
         (`firstresult`) the first that is not None, or None. A `UserError` of a plugin's implementation is raised as a
-        `PluginError` that names hook and owner (core's own are raised unchanged); other exceptions get a note that
-        names them.
+        `PluginError` that names hook and owner (core's own are raised unchanged), and so is a `SystemExit`; other
+        exceptions get a note that names them.
         """
         return self._manager.hook
 
@@ -334,7 +334,7 @@ class Plugins:
                     raise PluginError(f"this plugin is loaded already, for {earlier[0]}")
                 check_plugin(manager, plugin)
                 manager.register(OwnedPlugin(owner, plugin, manager), name)
-            except Exception as error:
+            except FAULTS as error:
                 # Before pluggy 1.7, a plugin that fails validation stays half registered.
                 if manager.has_plugin(name):
                     manager.unregister(name=name)
@@ -349,7 +349,7 @@ class Plugins:
         for one in self.implementations(hook):
             try:
                 items = list(HOOKS[kind].read(one.call()))
-            except Exception as error:
+            except FAULTS as error:
                 self._fail(one.owner, f"calling {hook}", error, hook)
                 continue
             for name, item, mistake in items:
@@ -358,7 +358,7 @@ class Plugins:
                 else:
                     yield Registered(kind, name, item, one.owner)
 
-    def _fail(self, owner: Owner, doing: str, cause: Exception, hook: str = "") -> None:
+    def _fail(self, owner: Owner, doing: str, cause: Exception | SystemExit, hook: str = "") -> None:
         failure = Failure(owner, doing, cause, hook)
         if self._strict:
             raise PluginError(str(failure)) from cause

@@ -7,7 +7,6 @@ from sharing a checkpoint folder, and still matches after both folders are moved
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import os
 import shutil
@@ -25,7 +24,7 @@ from rlinf_core.contract.policy import PolicyConfig
 from rlinf_core.contract.process_group import ProcessGroup
 from rlinf_core.contract.run import RunConfig
 from rlinf_core.errors import UserError
-from rlinf_core.files import find_obstacle, write_text, writing
+from rlinf_core.files import find_obstacle, lock_file, write_text, writing
 from rlinf_core.training.checkpoint.state import (
     NAMES,
     STATE,
@@ -364,7 +363,7 @@ def _claim_checkpoints(run: RunConfig, replaced: Path | None) -> None:
 
 @contextmanager
 def lock_folder(run: RunConfig, *, patience: float = 0.0) -> Iterator[None]:
-    """Lock the run's folder against other processes. Called on rank 0.
+    """Lock the run's folder against other processes, if its file system has locks. Called on rank 0.
 
     Args:
         run: The run.
@@ -382,7 +381,7 @@ def lock_folder(run: RunConfig, *, patience: float = 0.0) -> Iterator[None]:
         raise
     with file:
         try:
-            _lock(file, patience)
+            _lock(file, run.folder, patience)
         except BlockingIOError as error:
             file.seek(0)
             raise UserError(
@@ -395,11 +394,11 @@ def lock_folder(run: RunConfig, *, patience: float = 0.0) -> Iterator[None]:
         yield  # The operating system releases the lock however the process ends; the file may stay.
 
 
-def _lock(file: IO[str], patience: float) -> None:
+def _lock(file: IO[str], folder: Path, patience: float) -> None:
     end = time.monotonic() + patience
     while True:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(file, folder)
             return
         except BlockingIOError:
             if time.monotonic() >= end:

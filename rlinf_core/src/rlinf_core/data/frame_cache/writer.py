@@ -7,7 +7,6 @@ next one verifies the existing parts and writes the missing ones. On a complete 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import multiprocessing
 import shutil
@@ -19,8 +18,9 @@ import numpy as np
 
 from rlinf_core.data.frame_cache.manifest import POSITIONS, Cache, CachePart, Manifest, hash_of, plain, read_manifest
 from rlinf_core.data.frame_cache.parts import WAY_OUT, Conversion, matches_hash
+from rlinf_core.data.worker_sockets import place_sockets
 from rlinf_core.errors import UserError
-from rlinf_core.files import find_obstacle, write_text, writing
+from rlinf_core.files import find_obstacle, lock_file, write_text, writing
 
 
 def find_missing(conversion: Conversion) -> dict[int, list[str]]:
@@ -67,7 +67,7 @@ def check_room(conversion: Conversion, missing: dict[int, list[str]]) -> tuple[i
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Lock a cache against other writers.
+    """Lock a cache against other writers, if its file system has locks.
 
     Raises:
         UserError: Another process is writing to it.
@@ -77,7 +77,7 @@ def lock(folder: Path) -> Iterator[None]:
         file = (folder / ".lock").open("w")
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(file, folder)
         except BlockingIOError as error:
             raise UserError(f"{folder} is being written by another process: wait for it") from error
         yield
@@ -121,6 +121,7 @@ def _written(conversion: Conversion, missing: dict[int, list[str]], workers: int
         yield from (conversion.write(number, columns) for number, columns in missing.items())
         return
     context = multiprocessing.get_context("forkserver")
+    place_sockets("use --workers 1")
     # On an error or Ctrl-C the pool kills its processes at once: parts are complete or absent.
     with context.Pool(min(workers, len(missing)), _become_worker, (conversion,)) as pool:
         yield from pool.imap_unordered(_write_in_worker, missing.items())

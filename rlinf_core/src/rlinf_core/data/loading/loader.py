@@ -9,6 +9,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing import forkserver, resource_tracker
@@ -25,7 +26,9 @@ from rlinf_core.data.loading.micro_batches import MicroBatches
 from rlinf_core.data.loading.mixture import Source
 from rlinf_core.data.loading.sampling import Batching
 from rlinf_core.data.sample import Batch
+from rlinf_core.data.worker_sockets import place_sockets
 from rlinf_core.errors import UserError
+from rlinf_core.terminal import replace_unprintable
 
 
 class TrainLoader(DataLoader[Any]):
@@ -112,6 +115,7 @@ def _worker_context() -> Any:
     lock or decoder of the training process.
     """
     context = multiprocessing.get_context("forkserver")
+    place_sockets("set data.num_workers = 0")
     context.set_forkserver_preload([__name__])
     # If a scheduler's SIGTERM ended the server, its workers would end too. Workers inherit the blocked signal.
     resource_tracker.ensure_running()  # Starting the tracker later would unblock the signal.
@@ -124,6 +128,7 @@ def _worker_context() -> Any:
 
 
 def _become_worker(_: int) -> None:
+    replace_unprintable((sys.stdout, sys.stderr))
     keep_memory()
     _leave_signals_to_the_run()
     threading.Thread(target=_end_with_the_run, daemon=True).start()
