@@ -327,7 +327,7 @@ def test_a_config_with_a_secret_is_refused_and_does_not_repeat_it(setting, secre
 def test_the_page_shows_what_data_say_as_text(dataset, tiny_run, tmp_path, monkeypatch):
     script, image = "<script>alert(1)</script><!-- ", '<img src="x" onerror="alert(2)">$x^{'
     monkeypatch.setattr("rlinf_core.plugins.registry.get_plugins", repository_plugins)
-    set_tasks(dataset, script)
+    set_tasks(dataset, f"{script}\x1b[2J\u202e")
     info = json.loads((dataset / "meta/info.json").read_text())
     info["features"] = {{CAMERAS[0]: image}.get(name, name): value for name, value in info["features"].items()}
     (dataset / "meta/info.json").write_text(json.dumps(info))
@@ -340,6 +340,8 @@ def test_the_page_shows_what_data_say_as_text(dataset, tiny_run, tmp_path, monke
     assert html.count("alert(1)") == html.count("&lt;script&gt;alert(1)&lt;/script&gt;") > 0
     assert "alert(2)" in html
     assert '<img src="x"' not in html
+    assert r"\x1b[2J\u202e" in html
+    assert not set(html) & set("\x1b\u202e\ud800")
 
 
 def test_a_mistake_shows_its_traceback_only_when_asked(tmp_path):

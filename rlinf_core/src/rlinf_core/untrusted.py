@@ -88,7 +88,12 @@ HIDDEN = "***"
 
 def printable(text: str) -> str:
     r"""Text without secrets, and with `\x1b` for an escape character."""
-    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), without_secrets(text))
+    return without_controls(without_secrets(text))
+
+
+def without_controls(text: str) -> str:
+    r"""Text with `\x1b` for an escape character, and likewise for other controls and changes of text direction."""
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def without_secrets(text: str) -> str:

@@ -24,7 +24,7 @@ from rlinf_core.illustration import Camera, Grid, Illustration, Picture
 from rlinf_core.inspect.plots import MOST_PANELS, Plot, plot_chunk, plot_distribution, plot_lengths
 from rlinf_core.inspect.samples import SampleView
 from rlinf_core.inspect.views import RunView, SourceView
-from rlinf_core.untrusted import read_json
+from rlinf_core.untrusted import read_json, without_controls
 
 PAGE, MARKER = "index.html", ".rlinf_inspect.json"
 NAME_OUTPUT = "Name another folder with --output"
@@ -97,7 +97,7 @@ def render(view: RunView, config: str) -> tuple[str, Mapping[str, bytes]]:
         most_tokens=MOST_TOKENS,
         colors=COLORS,
     )
-    return html, files.found
+    return without_controls(html), files.found
 
 
 def write(folder: Path, html: str, files: Mapping[str, bytes]) -> Path:
