@@ -28,6 +28,7 @@ from rlinf_core.contract.datasets import LeRobotDatasetConfig
 from rlinf_core.data.images.decoders import TorchcodecDecoder
 from rlinf_core.data.images.parquet import image_batches
 from rlinf_core.data.images.pictures import decode
+from rlinf_core.data.images.video import torchcodec_failure
 from rlinf_core.data.images.video_header import open_video, read_video_header
 from rlinf_core.data.lerobot.source import open_lerobot
 from rlinf_core.errors import Exit, UserError
@@ -179,16 +180,18 @@ def test_pictures_are_of_formats_that_cameras_record():
         decode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n", "row 3")
 
 
-def write_video(path, codec="mpeg4"):
+def write_video(path, codec="mpeg4", rate=1):
     """A video of one black frame of 64 x 32 pixels."""
     with av.open(str(path), "w") as file:
-        stream = file.add_stream(codec, rate=1, width=64, height=32)
+        stream = file.add_stream(codec, rate=rate, width=64, height=32)
         file.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((32, 64, 3), np.uint8), "rgb24")))
         file.mux(stream.encode(None))
     return path
 
 
 def read_with_torchcodec(path):
+    if torchcodec_failure():  # It loads with the FFmpeg libraries that this lends.
+        pytest.skip(torchcodec_failure())
     return TorchcodecDecoder(path, read_video_header(path))
 
 
@@ -214,10 +217,14 @@ def served():
     ["http:/127.0.0.1:{port}/a.mp4", "tcp:/127.0.0.1:{port}", "concat:{path}", "subfile,,start,0,end,0,,:{path}"],
 )
 def test_no_file_name_is_an_address(name, opens, served, tmp_path, monkeypatch):
+    """A dataset may hold a file of such a name, and is often opened by a relative path."""
     monkeypatch.chdir(tmp_path)
-    path = write_video(tmp_path / "outside.mp4")
-    with pytest.raises(UserError, match="cannot be opened as a video"):
-        opens(Path(name.format(port=served.getsockname()[1], path=path)))
+    outside = write_video(tmp_path / "outside.avi")
+    path = Path(name.format(port=served.getsockname()[1], path=outside))
+    path.parent.mkdir(parents=True)
+    write_video(Path("own.mp4"), rate=7).rename(path)
+    with contextlib.closing(opens(path)):
+        assert read_video_header(path).average_rate == 7  # Of the file itself, not of the one outside.
     with pytest.raises(TimeoutError):
         served.accept()
 
@@ -294,7 +301,16 @@ SECRETS = [
     "environment-secret",
 ]
 KEYS_OF_SECRETS = ["db_password", "DB_PASS", "Token", "my_token", "wandb-api-key", "AWS_SECRET_ACCESS_KEY", "secret"]
-WORDS = {"eos_token": "<|im_end|>", "pad_token": "[PAD]", "bypass": "on", "tokens": "hello", "secretary": "Ann"}
+WORDS = {
+    "eos_token": "<|im_end|>",
+    "stop_token": "END_OF_TURN",
+    "mask_token": "reserved_0",
+    "credentials": "key.json",
+    "pad_token": "[PAD]",
+    "bypass": "on",
+    "tokens": "hello",
+    "secretary": "Ann",
+}
 
 
 def test_keys_that_are_named_after_secrets():

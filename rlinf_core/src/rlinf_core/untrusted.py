@@ -75,12 +75,10 @@ _IN_QUERIES = re.compile(
     r"(?i)(?<=[?&])((?:[\w.-]*(?:token|password|passwd|secret|signature|credential|api[_-]?key)|sig)=)[^&\s#'\"]+"
 )
 """The value of a parameter of an address whose name says that it is a secret, such as `?token=`."""
-_VARIABLES = re.compile(
-    r"(?i)(?:^|_)(?:TOKEN|API_?KEY|SECRET|PASS|PASSWD|PASSWORD|SECRET_(?:ACCESS_)?KEY|ACCESS_KEY|CREDENTIALS?)$"
-)
+_VARIABLES = re.compile(r"(?i)(?:^|_)(?:TOKEN|API_?KEY|SECRET|PASS|PASSWD|PASSWORD|SECRET_(?:ACCESS_)?KEY|ACCESS_KEY)$")
 """Names of environment variables and of keys that contain secrets, such as HF_TOKEN, WANDB_API_KEY and db_password."""
-_OPAQUE = re.compile(r"[A-Za-z0-9_.+/=~-]{8,}")
-"""What a token may look like; words of a vocabulary have brackets or blanks, or are short."""
+_OPAQUE = re.compile(r"(?=.*\d)[A-Za-z0-9_.+/=~-]{12,}")
+"""What a token may look like; words of a vocabulary have brackets or blanks, no digits, or are short."""
 SHORTEST = 8
 """Fewest characters of a secret in a variable; shorter values occur in ordinary words."""
 HIDDEN = "***"
