@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import sys
 import tempfile
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # Read when torch is; the models are tiny: 
 import pytest
 from distributions import ROOT, install
 from ranks import Ranks
+
+from rlinf_core import watchdog
 
 pytest_plugins = ["rlinf_core.testing", "distances"]
 
@@ -227,6 +230,18 @@ def start_ranks():
     ranks = Ranks()
     yield ranks.start
     ranks.close()
+
+
+@pytest.fixture
+def own_signals(monkeypatch):
+    """Handlers of signals are put back after the test, which ends a run inside this process."""
+    monkeypatch.setattr(watchdog, "_caught", {})
+    before = {number: signal.getsignal(number) for number in watchdog.STOPPING}
+    for number in before:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

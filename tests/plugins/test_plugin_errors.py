@@ -243,9 +243,8 @@ def test_ctrl_c_in_a_plugin_stays_ctrl_c(sound):
         installed(sound).hook.rlinf_configure(run=None)
 
 
-def test_a_run_never_ends_well_because_its_code_exits(tmp_path, monkeypatch):
+def test_a_run_never_ends_well_because_its_code_exits(tmp_path, monkeypatch, own_signals):
     """In code that is no hook, such as a policy's."""
-    monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.setattr("rlinf_core.ending.SIGNALS_APART", 0.0)
 
     def main(ending):

@@ -121,10 +121,16 @@ def launch(main, ranks, arguments, paths, imports, signals, environment):
                 code = os.waitstatus_to_exitcode(status)
                 time.sleep(NOTICED)
                 for other in running.values():
-                    os.kill(other, signal.SIGTERM)
+                    os.kill(other, signal.SIGKILL if is_stopped(other) else signal.SIGTERM)  # torchrun: 30 s later.
         for sender in senders:
             sender.join()
         return {"code": code} | {name: file.seek(0) or file.read() for name, file in (("out", out), ("err", err))}
+
+
+def is_stopped(pid):
+    """Whether a process was stopped by SIGSTOP, and so obeys SIGKILL only."""
+    with open(f"/proc/{pid}/stat") as file:
+        return file.read().rpartition(")")[2].split()[0] == "T"
 
 
 def send(running, file, delay, ranks, signal):

@@ -152,10 +152,9 @@ def test_handlers_are_put_back():
 
 
 @pytest.fixture
-def follow(tmp_path, monkeypatch, capsys):
+def follow(tmp_path, monkeypatch, capsys, own_signals):
     """Follow a process that ends with an error; returns its exit code, `exit.json`, and what it said."""
     monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
 
     def follow(error):
         def main(ending):
@@ -216,7 +215,7 @@ def test_what_follows_from_another_ranks_mistake_does_not_hide_it(follow, tmp_pa
     assert json.loads((tmp_path / "exit.json").read_text())["reason"] == "mistake"
 
 
-def test_a_connection_that_breaks_because_all_are_leaving_is_no_defect(tmp_path, monkeypatch):
+def test_a_connection_that_breaks_because_all_are_leaving_is_no_defect(tmp_path, monkeypatch, own_signals):
     monkeypatch.delenv("RANK", raising=False)
 
     def main(ending):
@@ -224,12 +223,7 @@ def test_a_connection_that_breaks_because_all_are_leaving_is_no_defect(tmp_path,
         threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
         raise RuntimeError("Connection closed by peer")
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        assert Ending().follow(main) == 0
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    assert Ending().follow(main) == 0
     assert json.loads((tmp_path / "exit.json").read_text())["reason"] == "preempted"
 
 

@@ -18,12 +18,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from rlinf_core.errors import Exit, Interrupted, RunError, UserError, beyond_encoding
 from rlinf_core.files import write_text
 from rlinf_core.terminal import wrap
 from rlinf_core.untrusted import printable
+from rlinf_core.watchdog import GRACE, catch_stops, kill_children, release_stops, stops_to_catch
 
 if TYPE_CHECKING:
     from rlinf_core.contract.run import Trainer
@@ -36,7 +37,6 @@ ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
 """Names the file whose message torchrun's report ends with, a new one for each process and each restart."""
 QUIET_WAY = "`rlinf launch CONFIG` starts the same run without this report"
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SIGNALS_APART = 1.0
 """Seconds within which a signal to all ranks reaches the last of them."""
 
@@ -76,8 +76,7 @@ class Ending:
         if before is not None:
             _fill_error_file(before)
             return Exit.USER_ERROR
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._leave)
+        catch_stops(self._leave)
         try:
             main(self)
         except UserError as error:
@@ -126,11 +125,10 @@ class Ending:
         return None
 
     def _record_stop(self, stop: KeyboardInterrupt) -> int:
-        preempted = isinstance(stop, Interrupted) and stop.received == signal.SIGTERM
         said = str(stop) or f"interrupted after step {self.step}"
         if self.rank == 0 and self.trainer is None:
             _say(said)
-        return self._record(*((Exit.OK, "preempted") if preempted else (Exit.INTERRUPTED, "interrupted")), said)
+        return self._record(*_stopped(stop), said)
 
     def _say_once(self, error: UserError | RunError) -> None:
         """Print the message once: rank 0 at once, another rank only if rank 0 has not ended the run meanwhile."""
@@ -142,10 +140,29 @@ class Ending:
         _say(f"{shown}error{where}: {printable(str(error))}")
         _fill_error_file(_as_reported(error))
 
+    def leave_now(self, error: RunError | Interrupted) -> NoReturn:
+        """End this process from another thread, as its main thread hangs: say why, write the file, exit."""
+        if isinstance(error, RunError):
+            _say(f"error: {error}")
+            _fill_error_file(_as_reported(error))
+            code = self._write(Exit.DEFECT, "defect", str(error))
+        else:
+            said = (
+                f"stopped by {error.received.name} after step {self.step}, which could not be saved in {GRACE:g} s: "
+                "the same command continues from the last checkpoint"
+            )
+            _say(said)
+            code = self._write(*_stopped(error), said)
+        kill_children()
+        os._exit(code)
+
     def _record(self, code: Exit, reason: Reason, message: str) -> int:
+        """Write the file, which no signal may interrupt any more."""
+        release_stops(dict.fromkeys(stops_to_catch(), signal.SIG_IGN))
+        return self._write(code, reason, message)
+
+    def _write(self, code: Exit, reason: Reason, message: str) -> int:
         """Write the file on rank 0; another rank writes only a mistake or defect, the cause of the others' end."""
-        for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)  # The process is about to end and must write the file.
         # torchrun ends the other ranks by SIGTERM once one has failed: the first writer knows the cause, and a mistake
         # replaces other reasons.
         try:
@@ -157,6 +174,13 @@ class Ending:
         except OSError as error:  # The disk may be what ended the run; the exit code still counts.
             _say(f"warning: {EXIT_FILE} could not be written to {self.folder}: {error.strerror}")
         return code
+
+
+def _stopped(stop: KeyboardInterrupt) -> tuple[Exit, Reason]:
+    """Exit code and reason: only Ctrl-C interrupts, other signals come from launchers and schedulers."""
+    if isinstance(stop, Interrupted) and stop.received != signal.SIGINT:
+        return Exit.OK, "preempted"
+    return Exit.INTERRUPTED, "interrupted"
 
 
 def _say(text: str) -> None:

@@ -25,8 +25,8 @@ from rlinf_core.contract.run import RunConfig
 from rlinf_core.data.loading.sampling import check_batch
 from rlinf_core.ending import EXIT_FILE
 from rlinf_core.errors import Exit, UserError
-from rlinf_core.training.monitor.flight_recorder import FOLDER
 from rlinf_core.training.run_folder import check_folder
+from rlinf_core.watchdog import FOLDER, stops_to_catch
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -153,6 +153,7 @@ def _launch_config(run: RunConfig, share: Share) -> Any:
         rdzv_backend="c10d",
         rdzv_endpoint=run.cluster.rdzv_endpoint or "localhost:0",
         max_restarts=run.cluster.max_restarts,
+        signals_to_handle=",".join(signal.Signals(number).name for number in stops_to_catch()),
     )
 
 

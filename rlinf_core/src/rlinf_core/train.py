@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, TextIO
 
 from rlinf_core.ending import Ending
 from rlinf_core.errors import Interrupted
-from rlinf_core.terminal import announce, replace_unprintable, wrap
+from rlinf_core.terminal import replace_unprintable, wrap
+from rlinf_core.watchdog import enter, kill_children, watchdog
 
 if TYPE_CHECKING:
     from rlinf_core.contract.process_group import ProcessGroup
@@ -41,8 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--debug", action="store_true", help="show the traceback of errors that have a message")
     args = parser.parse_intermixed_args(arguments)
     options = {"overwrite": args.overwrite, "allow_change": args.allow_change}
-    code = Ending(debug=args.debug).follow(lambda ending: train(ending, args.config, args.overrides, **options))
-    _leave_writers(code)
+    ending = Ending(debug=args.debug)
+    with watchdog.watching(ending.leave_now, rank=ending.rank):
+        code = ending.follow(lambda ending: train(ending, args.config, args.overrides, **options))
+        kill_children()
+        _leave_writers(code)
     return code
 
 
@@ -77,7 +81,7 @@ def train(
         Interrupted: A signal ended the run early, after saving.
     """
     rank = int(os.environ.get("RANK", "0"))
-    announce("loading plugins and the config", rank=rank)
+    enter("loading plugins and the config", rank)
     from rlinf_core.config.load import load_config
     from rlinf_core.plugins.registry import get_plugins
 
@@ -85,7 +89,8 @@ def train(
     run = load_config(config, overrides, plugins)
     plugins.hook.rlinf_configure(run=run)
 
-    announce("loading torch and joining the ranks", rank=rank)
+    watchdog.allow(run.trainer.timeout_seconds)
+    enter("loading torch and joining the ranks", rank)
     from rlinf_core.contract.cluster import check_world_size
     from rlinf_core.training.distributed.processes import processes
     from rlinf_core.training.distributed.same_inputs import check_same_program
@@ -105,6 +110,7 @@ def train(
             return
         with folder.transaction(start):
             ending.belongs_to(run.folder, start.step)
+            watchdog.folder = run.folder
             if group.rank == 0:
                 record_environment(run, group, plugins)
             trainer = ending.trainer = run.trainer.build(run, start=start, group=group, plugins=plugins)

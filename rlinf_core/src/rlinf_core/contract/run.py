@@ -42,7 +42,9 @@ class TrainerConfig(BaseModel):
     device: Literal["auto", "cpu"] = "auto"
     """`auto`: each rank's own CUDA device, or the CPU if there is none; `cpu`: the CPU."""
     timeout_seconds: float = Field(default=600.0, ge=1.0)
-    """How long ranks wait for one another in a collective before the run ends, with a flight record of every rank."""
+    """How long ranks wait for one another in a collective, and how long nothing may happen anywhere else, before the
+    run ends with a record of what hangs. A hang outside of a collective is certain after 1.5 times as long, one in a
+    save after 3 times."""
 
     def check_run(self, run: RunConfig) -> None:
         """Check this table against the rest of the config. Raises `ValueError` that names the keys."""

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import shutil
 import socket
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -25,6 +26,7 @@ from rlinf_core.contract.process_group import ProcessGroup
 from rlinf_core.contract.run import RunConfig
 from rlinf_core.errors import UserError
 from rlinf_core.files import find_obstacle, lock_file, write_text, writing
+from rlinf_core.terminal import announce
 from rlinf_core.training.checkpoint.state import (
     NAMES,
     STATE,
@@ -45,6 +47,7 @@ from rlinf_core.training.resume import (
     explain,
     refuse_other_owner,
 )
+from rlinf_core.watchdog import is_orphan, launcher
 
 OWNER = "owner"
 """One line: a random number, and the path of the run's folder at the time of writing."""
@@ -382,14 +385,10 @@ def lock_folder(run: RunConfig, *, patience: float = 0.0) -> Iterator[None]:
     with file:
         try:
             _lock(file, run.folder, patience)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise UserError(
-                f"{run.folder} is in use by {file.read() or 'another process'}. Wait for it, end it, or give another "
-                "runner.name."
-            ) from error
+        except BlockingIOError:
+            _wait_for_orphan(file, run.folder)
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\nlauncher {launcher()}\n")
         file.flush()
         yield  # The operating system releases the lock however the process ends; the file may stay.
 
@@ -404,6 +403,26 @@ def _lock(file: IO[str], folder: Path, patience: float) -> None:
             if time.monotonic() >= end:
                 raise
         time.sleep(ASK_AGAIN)
+
+
+def _wait_for_orphan(file: IO[str], folder: Path) -> None:
+    """Lock the file after its holder has ended, if that is about to, as it has lost the torchrun that started it.
+
+    Raises:
+        UserError: The holder has no reason to end, or does not end in time.
+    """
+    file.seek(0)
+    holder, _, rest = file.read().partition("\n")
+    held_by = re.fullmatch(r"process (\d+) on (.*)", holder)
+    began_by = re.match(r"launcher (\d+)", rest)
+    is_here = held_by is not None and held_by[2] == socket.gethostname()
+    if is_here and held_by and began_by and is_orphan(int(held_by[1]), int(began_by[1])):
+        announce(f"waiting for {holder}, which lost its launcher and saves before it ends")
+        with suppress(BlockingIOError):
+            return _lock(file, folder, ORPHANS_WAIT)
+    raise UserError(
+        f"{folder} is in use by {holder or 'another process'}. Wait for it, end it, or give another runner.name."
+    )
 
 
 def own_agent() -> str:

@@ -13,13 +13,13 @@ from types import FrameType
 from rlinf_core.contract.evaluation import EvaluatorConfig, Metric
 from rlinf_core.contract.run import LoadedPlugins, RunConfig
 from rlinf_core.errors import UserError, did_you_mean
+from rlinf_core.watchdog import GRACE, catch_stops, release_stops
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 AGAIN = 2.0
 """Seconds after which a second signal means that the user does not want to wait. Until then it is a repetition: Ctrl-C
 reaches a worker from the terminal and again through torchrun."""
-GRACE = 25.0
-"""Seconds from a signal to the exit: torchrun kills its workers 30 seconds after it forwards one."""
+SPARE = 2.0
+"""Seconds of `watchdog.GRACE` that are left for the end itself."""
 
 
 class StopSignal:
@@ -37,7 +37,7 @@ class StopSignal:
     def agreed(self, stopping: bool) -> bool:
         """Take in whether any rank received a signal, which starts the grace period; returns `stopping`."""
         if stopping:
-            self._leaving = min(self._leaving, time.monotonic() + GRACE)
+            self._leaving = min(self._leaving, time.monotonic() + GRACE - SPARE)
         return stopping
 
     def handle(self, number: int, _: FrameType | None) -> None:
@@ -45,7 +45,7 @@ class StopSignal:
         now = time.monotonic()
         if self.received is None:
             self.received, self._at = signal.Signals(number), now
-            self._leaving = now + GRACE
+            self._leaving = now + GRACE - SPARE
         elif now - self._at > AGAIN:
             raise KeyboardInterrupt
 
@@ -58,14 +58,13 @@ def seconds_from_now(seconds: float) -> Callable[[], float]:
 
 @contextmanager
 def stop_signals() -> Iterator[StopSignal]:
-    """Catch SIGINT and SIGTERM while the run trains, so that it can save before it exits."""
+    """Catch the signals that `Ending` handles while the run trains, so that it can save before it exits."""
     stop = StopSignal()
-    before = {number: signal.signal(number, stop.handle) for number in SIGNALS}
+    before = catch_stops(stop.handle)
     try:
         yield stop
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        release_stops(before)
 
 
 @dataclass(frozen=True)

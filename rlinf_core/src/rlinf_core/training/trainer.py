@@ -13,7 +13,6 @@ from typing import Any
 from rlinf_core.contract.process_group import ProcessGroup
 from rlinf_core.contract.run import LoadedPlugins, RunConfig, Start
 from rlinf_core.errors import Interrupted
-from rlinf_core.terminal import announce
 from rlinf_core.training.build import build_state, open_weights
 from rlinf_core.training.checkpoint.load import load
 from rlinf_core.training.checkpoint.manager import Checkpoints
@@ -24,7 +23,8 @@ from rlinf_core.training.monitor.errors import explain
 from rlinf_core.training.monitor.monitor import Monitor
 from rlinf_core.training.settings import Fsdp2Settings
 from rlinf_core.training.step import TrainStep
-from rlinf_core.training.stopping import GRACE, Best, StopSignal, compared_metric, seconds_from_now, stop_signals
+from rlinf_core.training.stopping import Best, StopSignal, compared_metric, seconds_from_now, stop_signals
+from rlinf_core.watchdog import GRACE, enter, watchdog
 
 
 class Fsdp2Trainer:
@@ -37,13 +37,13 @@ class Fsdp2Trainer:
         self, run: RunConfig, config: Fsdp2Settings, *, start: Start, group: ProcessGroup, plugins: LoadedPlugins
     ) -> None:
         check_batching(run, group.size)
-        announce("opening the data", rank=group.rank)
+        enter("opening the data", group.rank)
         with group.first_on_each_machine():  # Data and weights may have to be downloaded.
             data = RunData.open(run, plugins)
             weights = None if start.checkpoint else open_weights(data.run)
         self.stop_step = data.stop_step  # Known before statistics, which take long: are there enough rows?
         if run.policy.normalization != "none" and not start.checkpoint:
-            announce(f"statistics of {data.size} training rows", rank=group.rank)
+            enter(f"statistics of {data.size} training rows", group.rank)
         data = data.prepare(group, resuming=start.checkpoint is not None, checkpoint=start.checkpoint)
         self.run, self.step, self.data = data.run, start.step, data
         self._config, self._group = config, group
@@ -51,12 +51,14 @@ class Fsdp2Trainer:
         # Fail now rather than at the first validation.
         self._compared = compared_metric(data.run, plugins) if self._evaluations.exist else None
         source = start.checkpoint or (run.policy.weights if weights is not None else "its initial values")
-        announce(f"building the policy with {source}", rank=group.rank)
+        enter(f"building the policy with {source}", group.rank)
         self._state = build_state(data.run, config, group, plugins, weights, filled=start.checkpoint is None)
         self._best, self._validated = Best(), 0
         if start.checkpoint:
+            watchdog.enter(f"loading {start.checkpoint}")
             position = load(start.checkpoint, self._state.tensors(), self._position())
             self._best, self._validated = position.best, position.validated
+        watchdog.enter("preparing the first step")
         self._checkpoints = Checkpoints.of(data.run, group, self._state.tensors(), start)
         self._loader = data.loader(group, self.step)
         batches: Any = self._loader.dataset
@@ -122,6 +124,7 @@ class Fsdp2Trainer:
 
     def _end(self, error: BaseException | None) -> None:
         """Close evaluators and monitor; what fails to close does not replace the error that ended the run."""
+        watchdog.enter("closing evaluators, loggers and plugins")
         try:
             self._evaluations.close()
         except Exception as another:

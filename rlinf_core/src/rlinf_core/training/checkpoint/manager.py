@@ -32,6 +32,7 @@ from rlinf_core.training.checkpoint.writer import (
     restate,
     write_checkpoint,
 )
+from rlinf_core.watchdog import watchdog
 
 ASK_AGAIN = 0.2
 """Seconds between two calls of `left`, which says how long to wait."""
@@ -188,10 +189,11 @@ class Checkpoints:
         """
         if self._pending is None:
             return True
-        while self._pending.thread.is_alive():
-            if (seconds := left()) <= 0:
-                return False
-            self._pending.thread.join(min(seconds, ASK_AGAIN))
+        with watchdog.waiting():
+            while self._pending.thread.is_alive():
+                if (seconds := left()) <= 0:
+                    return False
+                self._pending.thread.join(min(seconds, ASK_AGAIN))
         pending, self._pending = self._pending, None
         if pending.error is not None:
             raise pending.error
@@ -275,9 +277,10 @@ class _Pending:
         started = time.perf_counter()
         try:
             _use(self._device)
-            self._bytes = write_checkpoint(
-                self._folder, self._position, self._tensors, self._writers, best=self._best, own=self._own
-            )
+            with watchdog.thread(f"saving {self.path}"):
+                self._bytes = write_checkpoint(
+                    self._folder, self._position, self._tensors, self._writers, best=self._best, own=self._own
+                )
         except SaveError as error:
             self.failure = str(error)
         except BaseException as error:  # Raised again by the thread that waits.

@@ -33,6 +33,7 @@ from rlinf_core.torch_names import (
     set_plan_key,
 )
 from rlinf_core.training.checkpoint.state import FileDigest
+from rlinf_core.watchdog import watchdog
 
 INDEX = ".metadata"
 INDEX_NAMES: Mapping[str, frozenset[str]] = {
@@ -68,6 +69,7 @@ class HashedFile:
             self.failure = self.failure or error
             raise
         self._size += written
+        watchdog.progress()
         return written
 
     def tell(self) -> int:
@@ -130,7 +132,8 @@ class ShardWriter(FileSystemWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write the shards."""
         try:
-            return super().write_data(plan, planner)
+            with watchdog.waiting(False):  # torch waits for other ranks before and after.
+                return super().write_data(plan, planner)
         except Exception as error:
             if self.files.failure is not None and not isinstance(error, OSError):
                 raise self.files.failure from error

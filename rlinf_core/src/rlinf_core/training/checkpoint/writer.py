@@ -36,11 +36,12 @@ from rlinf_core.training.checkpoint.state import (
     read_state,
     step_name,
 )
+from rlinf_core.watchdog import watchdog
 
 THREAD = "save "
 """Prefix of the names of threads that write checkpoints."""
 TIMEOUT = timedelta(hours=2)
-"""How long ranks wait for one another's files; a rank that died is noticed much sooner."""
+"""How long ranks wait for one another's files; a rank that died or hangs is noticed much sooner."""
 
 
 class SaveError(Exception):
@@ -135,7 +136,8 @@ class Writers:
                 action()
             except (OSError, SaveError) as error:
                 box = [_in_words(error)]
-        dist.broadcast_object_list(box, src=0, group=self.group)
+        with watchdog.waiting():
+            dist.broadcast_object_list(box, src=0, group=self.group)
         if box[0]:
             raise SaveError(box[0])
 
@@ -150,7 +152,8 @@ class Writers:
         """
         writer = ShardWriter(folder)
         try:
-            write_shards(dict(tensors), storage_writer=writer, planner=self.planner, process_group=self.group)
+            with watchdog.waiting():  # Except while `writer` works.
+                write_shards(dict(tensors), storage_writer=writer, planner=self.planner, process_group=self.group)
         except CheckpointException as error:
             self.planner.forget()
             causes = {rank: failure[0] for rank, failure in error.failures.items()}
@@ -159,7 +162,8 @@ class Writers:
             raise SaveError("; ".join(f"rank {rank}: {_in_words(cause)}" for rank, cause in causes.items())) from error
         mine = name_process(self.rank), writer.files.digests
         gathered = [mine] * dist.get_world_size(self.group)
-        dist.gather_object(mine, gathered if self.rank == 0 else None, dst=0, group=self.group)
+        with watchdog.waiting():
+            dist.gather_object(mine, gathered if self.rank == 0 else None, dst=0, group=self.group)
         return dict(gathered) if self.rank == 0 else {}
 
 

@@ -16,14 +16,15 @@ import torch
 import torch.distributed as dist
 
 from rlinf_core.errors import UserError
-from rlinf_core.torch_names import HashStore
+from rlinf_core.torch_names import HashStore, PrefixStore
 from rlinf_core.training.distributed.rendezvous import rendezvous
 from rlinf_core.training.monitor.flight_recorder import remember_collectives
+from rlinf_core.watchdog import watchdog
 
 T = TypeVar("T")
 
 SETUP_TIMEOUT = timedelta(hours=12)
-"""How long ranks wait for rank 0 to prepare data; while training the limit is `trainer.timeout_seconds`."""
+"""How long ranks wait for one that prepares data, as long as its watchdog (`rlinf_core.watchdog`) sees it work."""
 TIMEOUT = 600.0
 """The default of `trainer.timeout_seconds`."""
 
@@ -79,7 +80,8 @@ class Processes:
                 box = [decision()]
             except UserError as error:
                 box = [error]
-        dist.broadcast_object_list(box, src=0, group=self._setup)
+        with watchdog.waiting():
+            dist.broadcast_object_list(box, src=0, group=self._setup)
         if isinstance(box[0], UserError):
             raise box[0]
         return cast("T", box[0])
@@ -87,7 +89,8 @@ class Processes:
     def gather(self, value: T) -> list[T]:
         """The values of all ranks, in rank order; the same on every rank."""
         answers: list[T] = [value] * self.size
-        dist.all_gather_object(answers, value, group=self._setup)
+        with watchdog.waiting():
+            dist.all_gather_object(answers, value, group=self._setup)
         return answers
 
     @contextmanager
@@ -108,7 +111,8 @@ class Processes:
 
     def wait(self) -> None:
         """Wait until every rank has made this call."""
-        dist.barrier(group=self._setup)
+        with watchdog.waiting():
+            dist.barrier(group=self._setup)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks, in place."""
@@ -136,7 +140,9 @@ def processes(
     timeout = timedelta(seconds=timeout_seconds)
     backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
     if "RANK" in os.environ:
-        store, rank, size = rendezvous(timeout)
+        with watchdog.waiting():  # No longer than that.
+            store, rank, size = rendezvous(timeout)
+        watchdog.listen(PrefixStore("watchdog", store.clone()), rank, size)  # type: ignore[attr-defined]  # torch's stubs
     else:
         store, rank, size = HashStore(), 0, 1
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)

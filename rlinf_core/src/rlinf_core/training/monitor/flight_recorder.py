@@ -8,18 +8,17 @@ writes its last collectives to the same folder, for `python -m torch.distributed
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import os
 import re
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from rlinf_core.errors import RunError
+from rlinf_core.terminal import warn
+from rlinf_core.watchdog import FOLDER, record_file, watchdog, write_record
 
-FOLDER = "flight"
 EARLIER = 0.9
 """Fraction of the timeout after which a rank writes its record: no collective has failed yet."""
 COLLECTIVES = 2000
@@ -58,11 +57,12 @@ class FlightRecorder:
     @property
     def file(self) -> Path:
         """The file of this rank's records."""
-        return self._folder / f"rank_{self.rank:05d}.txt"
+        return record_file(self._folder, self.rank)
 
     def enter(self, phase: str, step: int | None = None) -> None:
         """Set what comes next; the step, from 1, stays the same unless given."""
         self._doing = (self._doing[0] if step is None else step, phase, time.monotonic())
+        watchdog.enter(phase, self._doing[0])
 
     @property
     def phase(self) -> str:
@@ -100,13 +100,8 @@ class FlightRecorder:
 
     def _write(self, step: int, phase: str, seconds: float) -> None:
         head = f"rank {self.rank}, process {os.getpid()}, step {step}: {phase}, for {seconds:.0f} s"
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {head}\n")
-            file.flush()
-            faulthandler.dump_traceback(file, all_threads=True)
-            file.write("\n")
-        print(f"warning: {head}; its stack is in {self.file}", file=sys.stderr, flush=True)
+        file = write_record(self._folder, self.rank, head)
+        warn(f"{head}; its stack is in {file}")
 
     def explain(self, error: BaseException) -> RunError | None:
         """A clearer error if a collective timed out or another rank is gone; else None."""

@@ -43,6 +43,7 @@ from rlinf_core.training.monitor.metrics import (
 )
 from rlinf_core.training.monitor.profiling import Profile
 from rlinf_core.training.monitor.stragglers import Stragglers
+from rlinf_core.watchdog import watchdog
 
 LAG = {"cuda": 1}
 """How many steps later a step is read, by device type; 0 for others. While the host waits for a step's numbers, the
@@ -112,6 +113,7 @@ class Monitor:
 
     def start(self) -> None:
         """Announce the start to observers, and wait until every rank is here."""
+        watchdog.enter("hooks of plugins at the start")
         self._hook.rlinf_train_started(trainer=self._trainer)
         self._group.wait()  # Some ranks read their weights longer than others may wait in a collective.
 
