@@ -268,7 +268,8 @@ def test_what_may_change_is_what_the_page_says():
     may = {f"runner.{name}" for name in RunnerConfig.model_fields} - {"runner.name"}
     may |= {f"trainer.{name}" for name in Fsdp2TrainerConfig.model_fields}
     may -= {"trainer.type", "trainer.global_batch_size", "trainer.param_dtype"}
-    assert may | {"cluster", "loggers", "evaluators", "data.num_workers", "data.cache_dir"} == MAY_CHANGE
+    may |= {f"data.{name}" for name in ("num_workers", "cache_dir", "on_bad_sample", "max_bad_samples")}
+    assert may | {"cluster", "loggers", "evaluators"} == MAY_CHANGE
 
 
 def test_the_table_of_exit_codes_has_every_reason_and_code():

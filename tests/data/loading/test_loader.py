@@ -216,8 +216,7 @@ def validation(ranks, *, rows=30, samples=13, micro=3):
     return [
         list(
             build_validation_batches(
-                Rows(rows),
-                Pipeline(Repack()),
+                Source(Rows(rows), Pipeline(Repack())),
                 ToyPolicy(),
                 seed=3,
                 val_samples=samples,

@@ -190,6 +190,12 @@ class DatasetConfig(BaseModel):
     shuffle_buffer: int = Field(default=8192, ge=1)
     """Chunked: buffered samples of all ranks together, in memory with their images at the policy's size (0.15 MB per
     image of 224 x 224)."""
+    on_bad_sample: Literal["stop", "skip"] = "stop"
+    """What happens when a row cannot be read: a corrupt image, say. `stop` ends the run, which names the row. `skip`
+    uses another row of the dataset instead, the same one on any number of ranks and after a resume, and lists both in
+    `anomalies.jsonl`. Storage that is away makes no row bad."""
+    max_bad_samples: int = Field(default=100, ge=1)
+    """With `on_bad_sample = "skip"`: a run ends when more rows than these could not be read since its last start."""
     norm_stats: str = ""
     """A `norm_stats.json` to use; empty: computed from the training rows when the run starts."""
     norm_floor: float = Field(default=0.0, ge=0.0)
@@ -223,6 +229,12 @@ class DatasetConfig(BaseModel):
                 f"shuffle_buffer = {self.shuffle_buffer} is less than streams x chunk_frames = "
                 f"{self.streams * self.chunk_frames}, one run of frames per stream: raise it, or lower one of these"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _counts_what_it_skips(self) -> DatasetConfig:
+        if self.on_bad_sample == "stop" and self._differs("max_bad_samples"):
+            raise ValueError('max_bad_samples has no effect without on_bad_sample = "skip"')
         return self
 
     def _differs(self, key: str) -> bool:

@@ -249,6 +249,11 @@ class Start(Protocol):
         """The checkpoint to continue from; None to start from the initial weights."""
         ...
 
+    @property
+    def allow_other_rows(self) -> bool:
+        """Whether the run may continue on other rows than before, with its statistics (`--allow-change`)."""
+        ...
+
 
 class LoadedPlugins(Protocol):
     """The installed plugins, as a trainer uses them."""

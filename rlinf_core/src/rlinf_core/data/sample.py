@@ -11,7 +11,7 @@ contains only tensors.
 """
 
 from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,22 @@ PACKING = "packing"
 
 SOURCE = "rlinf_source"
 """Key of a mixture's training batches: int64 [B], the index of each sample's source. The trainer removes it."""
+
+REPLACED = "rlinf_replaced"
+"""Key of training batches in which bad rows were replaced: a list of `ReplacedRow`. The trainer removes it."""
+
+
+class ReplacedRow(NamedTuple):
+    """A row that could not be read, and the one that was used instead (`data.on_bad_sample`)."""
+
+    source: int
+    """Index of its dataset in the run."""
+    row: int
+    """The row that was due."""
+    by: int
+    """The row that is used instead."""
+    error: str
+    """Why it could not be read."""
 
 
 class Sample(TypedDict, total=False):

@@ -84,13 +84,21 @@ class RunData:
         )
         return cls(run, rows, held_out, layout)
 
-    def prepare(self, group: ProcessGroup, *, resuming: bool, checkpoint: Path | None = None) -> RunData:
+    def prepare(
+        self,
+        group: ProcessGroup,
+        *,
+        resuming: bool,
+        checkpoint: Path | None = None,
+        allow_other_rows: bool = False,
+    ) -> RunData:
         """Add the statistics of each dataset, which rank 0 computes or reads, and the pipelines that use them.
 
         Args:
             group: All ranks call this.
             resuming: The run continues from a checkpoint; see `data.statistics.run.run_statistics`.
             checkpoint: That checkpoint, with whose copy the statistics in the run's folder are compared.
+            allow_other_rows: It may continue on other rows than those of its statistics.
 
         Raises:
             UserError: The statistics are unusable, or no longer match the data; or machines have different files.
@@ -102,11 +110,10 @@ class RunData:
         for given, rows in zip(self.run.sources, self.rows, strict=True):
             with given.naming():
                 recorded = checkpoint and statistics_copy(checkpoint, given.statistics)
-                found = run_statistics(
-                    given.run, rows, group, resuming=resuming, file=given.statistics, recorded=recorded
-                )
+                options = {"resuming": resuming, "allow_other_rows": allow_other_rows}
+                found = run_statistics(given.run, rows, group, file=given.statistics, recorded=recorded, **options)
                 pipeline = build_pipeline(given.run.data, self.run.policy, found.stats)
-            sources.append(Source(rows, pipeline, given.name, given.share))
+            sources.append(_source(given, rows, pipeline))
             reported = rows.warnings() if isinstance(rows, ReportingSource) else ()
             warnings += [f"{_prefix(given.name)}{finding}" for finding in (*found.findings, *reported)]
             states.append(found.state)
@@ -184,7 +191,7 @@ class RunData:
         """Lines to report per dataset: episodes, rows, decoder; in a mixture also how often it is drawn from."""
         for given, rows, held_out in zip(self.run.sources, self.rows, self.held_out, strict=True):
             text = f"data: {describe_splits(rows, held_out)}"
-            if isinstance(rows, DecodingSource) and (decoder := rows.try_decoder()):
+            if isinstance(rows, DecodingSource) and (decoder := _try_decoder(rows, given)):
                 text += f"; videos by {decoder}"
             yield f"{given.name}: {text}; {given.drawn(len(rows), self.size)}" if given.name else text
             if isinstance(rows, ReportingSource):
@@ -276,8 +283,7 @@ class EvaluatedSource:
             return
         run, group = self.given.run, self.group
         found = build_validation_batches(
-            self.held_out,
-            self.pipeline,
+            replace(self.source, rows=self.held_out),
             self.policy,
             seed=run.seed,
             val_samples=samples,
@@ -321,6 +327,22 @@ def check_batching(run: RunConfig, ranks: int) -> None:
 def _open(source: RunSource, plugins: LoadedPlugins, split: Split) -> SampleSource:
     with source.naming():
         return open_split(source.run, plugins, split)
+
+
+def _source(given: RunSource, rows: SampleSource, pipeline: Pipeline) -> Source:
+    data = given.run.data
+    skips = data.on_bad_sample == "skip"
+    return Source(rows, pipeline, given.name, given.share, skips, data.max_bad_samples)
+
+
+def _try_decoder(rows: DecodingSource, given: RunSource) -> str:
+    """The decoder and its speed; it need not fail where training would replace a bad sample."""
+    try:
+        return rows.try_decoder()
+    except UserError:
+        if given.run.data.on_bad_sample == "stop":
+            raise
+        return "a decoder whose speed is not known, as one of the frames tried cannot be read"
 
 
 WARNING = "warning: "

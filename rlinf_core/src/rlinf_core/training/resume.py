@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import functools
 import operator
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,8 @@ class FolderState:
     """All checkpoints newer than `checkpoint`, damaged or not."""
     error: UserError | None = None
     """Why the config or the checkpoints cannot be read; raised unless `Flags.overwrite` is set."""
+    changed_here: bool = False
+    """Whether the config was changed at this checkpoint, with `--allow-change`, and no step has been saved since."""
     checkpoint_dir: CheckpointDir = field(default_factory=CheckpointDir)
 
 
@@ -105,6 +108,8 @@ class Start:
     """Lines to report, e.g. a changed config or damaged checkpoints."""
     changes: tuple[str, ...] = ()
     """The changes to what a step computes that `--allow-change` permits, one line per key."""
+    allow_other_rows: bool = False
+    """Whether the training rows may differ from those that the checkpoint was trained on."""
     replaced: Path | None = None
     """Where `--overwrite` moves the previous run; it is deleted once its successor is ready to train."""
 
@@ -145,7 +150,8 @@ def decide_start(run: RunConfig, state: FolderState, flags: Flags = NO_FLAGS) ->
                 "beside them. Give another runner.name, or --overwrite to remove them."
             )
         return Start()
-    return _continue_from(run, state, state.checkpoint, state.position, changes)
+    start = _continue_from(run, state, state.checkpoint, state.position, changes)
+    return replace(start, allow_other_rows=flags.allow_change or state.changed_here)
 
 
 def _continue_from(
@@ -269,7 +275,7 @@ def _describe_later(later: tuple[str, ...], used: Path) -> list[str]:
 
 MAY_CHANGE = frozenset(
     {
-        *("cluster", "loggers", "data.num_workers", "data.cache_dir"),
+        *("cluster", "loggers", "data.num_workers", "data.cache_dir", "data.on_bad_sample", "data.max_bad_samples"),
         *("runner.max_steps", "runner.max_epochs", "runner.save_interval", "runner.keep_last", "runner.save_best"),
         *("runner.keep_every", "runner.async_save", "runner.checkpoint_dir", "runner.checkpoint_rename"),
         *("runner.val_check_interval", "runner.val_samples", "runner.val_at_start", "runner.best_metric"),
@@ -344,6 +350,7 @@ def _with_optim_names(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 def may_change(key: str) -> bool:
     """Whether a key may change without `--allow-change`."""
+    key = re.sub(r"^data\.mixture\.\d+\.", "data.", key)
     return bool({key, key.split(".")[0]} & MAY_CHANGE)
 
 

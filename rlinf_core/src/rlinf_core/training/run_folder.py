@@ -221,6 +221,7 @@ def _look(run: RunConfig, damaged: Mapping[str, str]) -> FolderState:
         damaged={path.name: bad[path.name] for path in wanted if path.name in bad},
         later=tuple(sorted(name for name in there if newest and name > newest[0].name)),
         error=error,
+        changed_here=newest is not None and _config_before(folder, newest[1].step).exists(),
         checkpoint_dir=_read_checkpoint_dir(run, config, named, bool(there)),
     )
 
@@ -325,7 +326,7 @@ def commit(run: RunConfig, start: Start) -> None:
     """The run is ready to train: remove the run it replaces; record a changed config and keep the previous one."""
     if start.changed:
         config = run.folder / "config.toml"
-        before = config.with_name(f"config.{step_name(start.step)}.toml")
+        before = _config_before(run.folder, start.step)
         if not before.exists():  # If it exists, no step was made with the current config.
             write_text(before, config.read_text(encoding="utf-8"))
         write_text(config, dump_config(run))
@@ -333,6 +334,11 @@ def commit(run: RunConfig, start: Start) -> None:
         shutil.rmtree(start.replaced)
         for left in itertools.chain(*map(run.checkpoints.glob, (NAMES, f"{NAMES}.aside*", f".{NAMES}.tmp"))):
             shutil.rmtree(left)  # With `runner.checkpoint_dir` they were not moved with the folder.
+
+
+def _config_before(folder: Path, step: int) -> Path:
+    """Where the config is kept that was in force until a step, if it was changed there."""
+    return folder / f"config.{step_name(step)}.toml"
 
 
 def _move_aside(folder: Path, aside: Path) -> None:

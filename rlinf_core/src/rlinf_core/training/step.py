@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from rlinf_core.contract.process_group import ProcessGroup
-from rlinf_core.data.sample import SOURCE, Batch
+from rlinf_core.data.sample import REPLACED, SOURCE, Batch, ReplacedRow
 from rlinf_core.errors import UserError
 from rlinf_core.training.adapters import UNUSED
 from rlinf_core.training.distributed.processes import to_device
@@ -127,6 +127,7 @@ class TrainStep:
         sums, losses = torch.zeros(()), torch.zeros(size, device=device)
         names: list[str] = []
         self._useful = 0.0
+        self._replaced: list[ReplacedRow] = []
         for micro in range(self._batches.accumulation):
             out, numbers = self._backpropagate(step, micro, batches, clock)
             names = sorted(out.metrics)
@@ -140,7 +141,8 @@ class TrainStep:
                 self._log(warning)
             self._log = None
         # Whatever else ranks exchange travels with the sums, so that a step needs no further collective.
-        request = torch.cat([losses.new_full((1,), float(asked())), losses.new_full((1,), self._useful)])
+        counts = (float(asked()), self._useful, float(len(self._replaced)))
+        request = torch.cat([losses.new_full((1,), count) for count in counts])
         parts = [sums, request, self._own_times(times), losses]
         with self._phase(clock, "optimizer"):
             totals = self._group.sum(torch.cat(parts))
@@ -159,7 +161,8 @@ class TrainStep:
         by_source = len(sums) - last
         sizes = (len(keys), by_source, len(request), len(parts[2]), size)
         has_sample_losses = out.sample_losses is not None
-        return StepRecord(step + 1, clock, keys, sizes, *_to_host(values), has_sample_losses)
+        replaced = tuple(self._replaced)
+        return StepRecord(step + 1, clock, keys, sizes, *_to_host(values), has_sample_losses, replaced)
 
     def _seed(self, seed: int) -> None:
         torch.default_generator.manual_seed(seed)  # `torch.manual_seed` records a stack trace per other device.
@@ -184,6 +187,7 @@ class TrainStep:
         self._seed(derived_seed(self._batches.batching.seed, step, self._group.rank, micro))
         batch, numbers = dict(batch), batch.get(SOURCE)
         batch.pop(SOURCE, None)  # For core, not for the policy.
+        self._replaced += batch.pop(REPLACED, ())
         out = self.backpropagate(batch, partial(self._phase, clock))
         return out, None if numbers is None else numbers.to(self._group.device, non_blocking=True)
 

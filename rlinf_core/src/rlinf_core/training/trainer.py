@@ -12,6 +12,7 @@ from typing import Any
 
 from rlinf_core.contract.process_group import ProcessGroup
 from rlinf_core.contract.run import LoadedPlugins, RunConfig, Start
+from rlinf_core.data.storage import reopen
 from rlinf_core.errors import Interrupted
 from rlinf_core.training.build import build_state, open_weights
 from rlinf_core.training.checkpoint.load import load
@@ -39,12 +40,15 @@ class Fsdp2Trainer:
         check_batching(run, group.size)
         enter("opening the data", group.rank)
         with group.first_on_each_machine():  # Data and weights may have to be downloaded.
-            data = RunData.open(run, plugins)
+            data = reopen(lambda: RunData.open(run, plugins))
             weights = None if start.checkpoint else open_weights(data.run)
         self.stop_step = data.stop_step  # Known before statistics, which take long: are there enough rows?
         if run.policy.normalization != "none" and not start.checkpoint:
             enter(f"statistics of {data.size} training rows", group.rank)
-        data = data.prepare(group, resuming=start.checkpoint is not None, checkpoint=start.checkpoint)
+        others = start.allow_other_rows
+        data = data.prepare(
+            group, resuming=start.checkpoint is not None, checkpoint=start.checkpoint, allow_other_rows=others
+        )
         self.run, self.step, self.data = data.run, start.step, data
         self._config, self._group = config, group
         self._evaluations = Evaluations.build(data.run, data.for_evaluators(group), group, plugins)
@@ -56,7 +60,7 @@ class Fsdp2Trainer:
         self._best, self._validated = Best(), 0
         if start.checkpoint:
             watchdog.enter(f"loading {start.checkpoint}")
-            position = load(start.checkpoint, self._state.tensors(), self._position())
+            position = load(start.checkpoint, self._state.tensors(), self._position(), allow_other_rows=others)
             self._best, self._validated = position.best, position.validated
         watchdog.enter("preparing the first step")
         self._checkpoints = Checkpoints.of(data.run, group, self._state.tensors(), start)

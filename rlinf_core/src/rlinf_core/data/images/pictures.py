@@ -15,7 +15,7 @@ from typing import Any
 import av
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from rlinf_core.data.images.video_header import MOST_PIXELS
 from rlinf_core.errors import UserError
@@ -64,7 +64,8 @@ def decode(data: Any, what: str, *, any_format: bool = False) -> NDArray[np.uint
     except UserError:
         raise
     except Exception as e:  # Pillow raises different errors for each format.
-        raise UserError(f"{what} contains a damaged image: {e}. Record, convert or download it again") from e
+        why = f"it is not {', '.join(FORMATS[:-1])} or {FORMATS[-1]}" if isinstance(e, UnidentifiedImageError) else e
+        raise UserError(f"{what} contains a damaged image: {why}. Record, convert or download it again") from e
 
 
 def _check_format(image: Image.Image, png: bytes, what: str) -> None:

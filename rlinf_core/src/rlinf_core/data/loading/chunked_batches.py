@@ -10,6 +10,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,12 +18,13 @@ import torch
 
 from rlinf_core.data.batch_memory import batch_tensor
 from rlinf_core.data.loading.chunked_sampling import ChunkedEpoch, ChunkedOrder, Chunks, check_streams
-from rlinf_core.data.loading.encoding import add_draws, encode_rows, read_rows
+from rlinf_core.data.loading.encoding import add_draws
 from rlinf_core.data.loading.micro_batches import MicroBatches
 from rlinf_core.data.loading.mixture import Indices
+from rlinf_core.data.loading.replacement import load_samples
 from rlinf_core.data.loading.sampling import sample_generator
 from rlinf_core.data.sample import Batch, Sample
-from rlinf_core.errors import UserError
+from rlinf_core.errors import RunError, UserError
 
 
 class PackedSamples(NamedTuple):
@@ -54,8 +56,8 @@ class ChunkedMicroBatches(MicroBatches):
         self.held = HeldRuns()
         self._drawn: tuple[int, ChunkedEpoch] | None = None
 
-    def __getitem__(self, number: int) -> Batch | PackedSamples | UserError:  # type: ignore[override]
-        """A collated micro batch, or one of its parts; a `UserError` is returned, not raised."""
+    def __getitem__(self, number: int) -> Batch | PackedSamples | UserError | RunError:  # type: ignore[override]
+        """A collated micro batch, or one of its parts; an error with a message is returned, not raised."""
         number, part = divmod(number, self.parts)
         epoch, positions = self.positions(number)
         # A rank owns every world_size-th stream, and a worker every parts-th of those.
@@ -64,16 +66,16 @@ class ChunkedMicroBatches(MicroBatches):
         order = self._order_drawn(epoch, number)
         generators = (sample_generator(self.batching.seed, epoch, position) for position in positions.tolist())
         try:
-            encoded = self.held.take(order.rows[positions].tolist(), self._encode)
+            encoded = self.held.take(order.rows[positions].tolist(), partial(self._encode, epoch))
             samples = add_draws(encoded, self.policy, generators)
-            return pack(own.tolist(), samples) if self.parts > 1 else self.policy.collate(samples)
-        except UserError as e:
+            return pack(own.tolist(), samples) if self.parts > 1 else self.collate(samples)
+        except (UserError, RunError) as e:
             return e
 
     def join(self, parts: Sequence[PackedSamples]) -> Batch:
         """Join parts into a collated micro batch."""
         samples = {place: sample for part in parts for place, sample in zip(part.places, unpack(part), strict=True)}
-        return self.policy.collate([samples[place] for place in sorted(samples)])
+        return self.collate([samples[place] for place in sorted(samples)])
 
     def places(self, micro: int, rank: int) -> Indices:
         """[B], indices in a step of a rank's samples: every world_size-th, which come from its streams."""
@@ -83,9 +85,8 @@ class ChunkedMicroBatches(MicroBatches):
     def _order_of_epoch(self, epoch: int) -> tuple[Indices, Indices]:
         return self._chunked.epoch(epoch)
 
-    def _encode(self, rows: Sequence[int]) -> list[Sample]:
-        source = self.sources[0]
-        return encode_rows(source.rows, rows, read_rows(source.rows, rows), source.pipeline)
+    def _encode(self, epoch: int, rows: Sequence[int]) -> list[Sample]:
+        return load_samples(self.sources[0], 0, rows, seed=self.batching.seed, epoch=epoch)
 
     def _order_drawn(self, epoch: int, number: int) -> ChunkedEpoch:
         if self._drawn is None or self._drawn[0] != epoch:

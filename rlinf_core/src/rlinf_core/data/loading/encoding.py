@@ -12,14 +12,36 @@ from rlinf_core.contract.datasets import SampleSource
 from rlinf_core.contract.policy import PolicyConfig
 from rlinf_core.data.pipeline import Pipeline
 from rlinf_core.data.sample import Row, Sample
-from rlinf_core.errors import UserError
+from rlinf_core.data.storage import is_storage_error, read_patiently
+from rlinf_core.errors import RunError, UserError
 
 
 def read_rows(source: SampleSource, indices: Sequence[int]) -> list[Row]:
-    """Read rows with their images; an error names the row that cannot be read."""
+    """Read rows with their images; while their storage is away, wait for it.
+
+    Raises:
+        RunError: It has stayed away.
+        UserError: A row cannot be read; the message names it.
+    """
     try:
         return source.__getitems__(indices)
+    except (UserError, OSError):
+        close = getattr(source, "close", lambda: None)
+        close()  # What is open may have been replaced.
+        return read_patiently(lambda: _read_naming(source, indices), what=source.describe(indices[0]), again=close)
     except Exception:
+        return _read_naming(source, indices)
+
+
+def _read_naming(source: SampleSource, indices: Sequence[int]) -> list[Row]:
+    """Read rows; an error names the row that cannot be read."""
+    try:
+        return source.__getitems__(indices)
+    except RunError:
+        raise
+    except Exception as error:
+        if is_storage_error(error):
+            raise  # Row by row, it would fail as many times.
         for index in indices:
             with _naming(source, index):
                 source.__getitems__([index])

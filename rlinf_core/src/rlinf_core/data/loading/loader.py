@@ -27,12 +27,12 @@ from rlinf_core.data.loading.mixture import Source
 from rlinf_core.data.loading.sampling import Batching
 from rlinf_core.data.sample import Batch
 from rlinf_core.data.worker_sockets import place_sockets
-from rlinf_core.errors import UserError
+from rlinf_core.errors import RunError, UserError
 from rlinf_core.terminal import replace_unprintable
 
 
 class TrainLoader(DataLoader[Any]):
-    """A `DataLoader` of micro batches that raises the `UserError`s that its workers return."""
+    """A `DataLoader` of micro batches that raises the errors that its workers return."""
 
     pins = False
     """Whether to copy batches that are assembled in this process to page-locked memory."""
@@ -57,7 +57,7 @@ class TrainLoader(DataLoader[Any]):
                 raise shared_memory_error(error) or error from error
             if item is None:
                 return
-            if isinstance(item, UserError):
+            if isinstance(item, UserError | RunError):
                 raise item
             yield item
 
@@ -86,6 +86,7 @@ def build_train_loader(
     Raises:
         UserError: The batch sizes or streams do not divide evenly, the rows do not fill a step, or (while iterating) a
             row cannot be read.
+        RunError: While iterating, storage stays away.
     """
     parts = num_workers if chunks and num_workers > 1 else 1
     batches = (

@@ -11,11 +11,12 @@ import torch
 from torch.utils.data import Dataset
 
 from rlinf_core.contract.policy import PolicyConfig
-from rlinf_core.data.loading.encoding import add_draws, encode_rows, read_rows
+from rlinf_core.data.loading.encoding import add_draws
 from rlinf_core.data.loading.mixture import Indices, Source, order_of
+from rlinf_core.data.loading.replacement import load_samples, take_marks
 from rlinf_core.data.loading.sampling import Batching, sample_generator, steps_per_epoch
-from rlinf_core.data.sample import SOURCE, Batch, Sample
-from rlinf_core.errors import UserError
+from rlinf_core.data.sample import REPLACED, SOURCE, Batch, Sample
+from rlinf_core.errors import RunError, UserError
 
 
 @dataclass
@@ -34,14 +35,14 @@ class MicroBatches(Dataset[Any]):
         self._order = order_of(self.sources, self.batching.seed, self.epoch_samples)
         self._epoch: tuple[int, tuple[Indices, Indices]] | None = None
 
-    def __getitem__(self, number: int) -> Batch | UserError:
-        """A collated micro batch; a `UserError` is returned, because torch rewraps errors raised in workers."""
+    def __getitem__(self, number: int) -> Batch | UserError | RunError:
+        """A collated micro batch; an error with a message is returned, as torch rewraps those raised in workers."""
         epoch, positions = self.positions(number)
         numbers, indices = (order[positions] for order in self._order_of_epoch(epoch))
         generators = [sample_generator(self.batching.seed, epoch, position) for position in positions.tolist()]
         try:
-            batch = self.policy.collate(add_draws(self._samples(numbers, indices), self.policy, generators))
-        except UserError as e:
+            batch = self.collate(add_draws(self._samples(epoch, numbers, indices), self.policy, generators))
+        except (UserError, RunError) as e:
             return e
         return batch if len(self.sources) == 1 else {**batch, SOURCE: torch.from_numpy(numbers)}
 
@@ -63,14 +64,20 @@ class MicroBatches(Dataset[Any]):
         numbers, indices = (order[positions] for order in self._order_of_epoch(epoch))
         return numbers, indices
 
-    def _samples(self, numbers: Indices, indices: Indices) -> list[Sample]:
+    def collate(self, samples: list[Sample]) -> Batch:
+        """The batch of samples; those of replaced rows are listed under `REPLACED`."""
+        replaced = take_marks(samples)
+        batch = self.policy.collate(samples)
+        return {**batch, REPLACED: replaced} if replaced else batch
+
+    def _samples(self, epoch: int, numbers: Indices, indices: Indices) -> list[Sample]:
         """The samples of a micro batch, without draws; the rows of a source are read together."""
         samples: dict[int, Sample] = {}
         for number in np.unique(numbers):
             source, places = self.sources[number], np.flatnonzero(numbers == number).tolist()
             own = indices[places].tolist()
-            encoded = encode_rows(source.rows, own, read_rows(source.rows, own), source.pipeline)
-            samples |= zip(places, encoded, strict=True)
+            loaded = load_samples(source, int(number), own, seed=self.batching.seed, epoch=epoch)
+            samples |= zip(places, loaded, strict=True)
         return [samples[place] for place in range(len(numbers))]
 
     def _order_of_epoch(self, epoch: int) -> tuple[Indices, Indices]:

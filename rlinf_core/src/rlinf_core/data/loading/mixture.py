@@ -33,6 +33,10 @@ class Source:
     """Name in the mixture; empty if the run has one dataset."""
     share: float = 1.0
     """Probability that a training sample comes from this source."""
+    skips_bad_rows: bool = False
+    """Whether rows that cannot be read are replaced (`data.on_bad_sample = "skip"`)."""
+    max_bad_rows: int = 0
+    """How many may be (`data.max_bad_samples`)."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from rlinf_core.contract.run import RunConfig
 from rlinf_core.errors import UserError
 
 # The third word of Philox's counter separates the uses of a key; the first counts blocks within a use.
-ORDER, TRAINING, VALIDATION, COUNTS, VISITS, CHUNKS = range(6)
+ORDER, TRAINING, VALIDATION, COUNTS, VISITS, CHUNKS, REPLACEMENTS = range(7)
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,17 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from rlinf_core.contract.datasets import SampleSource
 from rlinf_core.contract.evaluation import ValidationBatch, ValidationRow
 from rlinf_core.contract.policy import PolicyConfig
-from rlinf_core.data.loading.encoding import add_draws, encode_rows, read_rows
+from rlinf_core.data.loading.encoding import add_draws
+from rlinf_core.data.loading.mixture import Source
+from rlinf_core.data.loading.replacement import load_rows
 from rlinf_core.data.loading.sampling import validation_generator
-from rlinf_core.data.pipeline import Pipeline
+from rlinf_core.terminal import warn
 
 
 def build_validation_batches(
-    source: SampleSource,
-    pipeline: Pipeline,
+    source: Source,
     policy: PolicyConfig,
     *,
     seed: int,
@@ -31,8 +31,7 @@ def build_validation_batches(
     one. A rank without a row for a batch yields a filler, whose `rows` are empty.
 
     Args:
-        source: Held-out rows.
-        pipeline: Encodes them.
+        source: Held-out rows; bad ones are replaced by others of them if their dataset wants that.
         policy: Draws and collates.
         seed: Seed of the draws.
         val_samples: Rows to use over all ranks, evenly spread; all of them if there are fewer.
@@ -40,13 +39,18 @@ def build_validation_batches(
         rank: This process, from 0.
         world_size: Number of ranks.
     """
-    chosen = np.unique(np.linspace(0, len(source) - 1, min(val_samples, len(source))).round().astype(np.int64))
+    chosen = np.unique(
+        np.linspace(0, len(source.rows) - 1, min(val_samples, len(source.rows))).round().astype(np.int64)
+    )
     batches = -(-len(chosen) // (world_size * micro_batch_size))
     for part in np.array_split(chosen[rank::world_size], batches):
         indices = part.tolist() or [int(chosen[0])]
-        rows = read_rows(source, indices)
+        loaded = load_rows(source, indices, seed=seed, epoch=0)
         generators = (validation_generator(seed, index) for index in indices)
-        samples = add_draws(encode_rows(source, indices, rows, pipeline), policy, generators)
-        targets = [pipeline.target(row) for row in rows]
-        counted = [ValidationRow(*row) for row in zip(indices, samples, targets, strict=True)] if part.size else []
+        samples = add_draws([one.sample for one in loaded], policy, generators)
+        used = [one.replaced.by if one.replaced else index for index, one in zip(indices, loaded, strict=True)]
+        for bad in filter(None, (one.replaced for one in loaded)):
+            warn(f"a held-out row was replaced by {source.rows.describe(bad.by)}: {bad.error}")
+        targets = [source.pipeline.target(one.row) for one in loaded]
+        counted = [ValidationRow(*row) for row in zip(used, samples, targets, strict=True)] if part.size else []
         yield ValidationBatch(policy.collate(samples), counted)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from rlinf_core.data.statistics.relative import diagnose_relative
 from rlinf_core.data.transforms import Transform
 from rlinf_core.errors import UserError
 from rlinf_core.files import write_bytes
+from rlinf_core.terminal import warn
 
 if TYPE_CHECKING:
     from rlinf_core.contract.process_group import ProcessGroup
@@ -64,6 +65,7 @@ def run_statistics(
     resuming: bool,
     file: str = "norm_stats.json",
     recorded: Path | None = None,
+    allow_other_rows: bool = False,
 ) -> Prepared:
     """The statistics of this run, saved in its folder, and warnings about them.
 
@@ -74,6 +76,8 @@ def run_statistics(
         resuming: The run continues from a checkpoint, whose weights need the statistics that they were trained with.
         file: File name in the run's folder, `RunSource.statistics`.
         recorded: The copy in the checkpoint; None if the run begins, or an early version saved the checkpoint.
+        allow_other_rows: A run that continues may do so on other rows: with the statistics that its weights were
+            trained with, whose file then records the other rows as well.
 
     Returns:
         The statistics. There are warnings and a range of states when a run begins, not when it continues.
@@ -87,10 +91,12 @@ def run_statistics(
 
     def prepare() -> Prepared:
         if resuming:
-            found = resumed_statistics(run, source, path, recorded)
+            found = resumed_statistics(run, source, path, recorded, allow_other_rows=allow_other_rows)
             if recorded and not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_bytes(path, recorded.read_bytes())
+            if allow_other_rows:
+                _record_rows(run, source, path)
             return Prepared(found)
         diagnosis = diagnose(run, source, computed=path)
         diagnosis.refuse()
@@ -103,16 +109,51 @@ def run_statistics(
 
 
 def resumed_statistics(
-    run: RunConfig, source: SampleSource, path: Path, recorded: Path | None = None
+    run: RunConfig,
+    source: SampleSource,
+    path: Path,
+    recorded: Path | None = None,
+    *,
+    allow_other_rows: bool = False,
 ) -> dict[str, NormStats]:
-    """The statistics that a run began with, see `trained_statistics`; raises `UserError` if they are of other data."""
+    """The statistics that a run began with, see `trained_statistics`.
+
+    Raises:
+        UserError: They were computed from other rows, which is not allowed; or from other transforms or another
+            horizon, which never is.
+    """
     stats, origin = trained_statistics(path, recorded)
-    if not run.data.given_statistics() and origin.fingerprint != _origin(run, source, _transforms(run)).fingerprint:
+    if run.data.given_statistics():
+        return stats
+    now = _origin(run, source, _transforms(run))
+    known = {origin.fingerprint} | ({load_with_origin(path)[1].fingerprint} if path.exists() else set())
+    if now.fingerprint in known:
+        return stats
+    if not allow_other_rows or now.horizon != origin.horizon:
+        way_on = "or continue on the rows of now with the statistics of before (--allow-change), "
         raise UserError(
-            f"{path} was computed from other rows, other transforms or another horizon: the run cannot continue with "
-            "it. Restore the dataset, its settings or its plugin, or use another runner.name"
+            f"{path} was computed from other rows, other transforms or another horizon, so the run cannot continue "
+            f"with it. Restore the dataset, its settings or its plugin, {way_on * (now.horizon == origin.horizon)}or "
+            "use another runner.name"
         )
+    distributions = summarize_by_name(run, source, _transforms(run))
+    mode: Any = run.policy.normalization  # Not "none": the run has statistics.
+    findings = compare_with_data(stats, distributions, mode)
+    if errors := [str(finding) for finding in findings if finding.severity == "error"]:
+        raise UserError("\n".join([f"{path} does not fit the rows of now, so the run cannot continue:", *errors]))
     return stats
+
+
+def _record_rows(run: RunConfig, source: SampleSource, path: Path) -> None:
+    """Write into a file of statistics that the run continues with it on other rows than it was computed from."""
+    stats, origin = load_with_origin(path)
+    now = _origin(run, source, _transforms(run))
+    if not run.data.given_statistics() and now.fingerprint != origin.fingerprint:
+        save_norm_stats(path, stats, replace(origin, fingerprint=now.fingerprint))
+        warn(
+            f"the training rows have changed ({origin.rows} when {path} was computed, {now.rows} now): the run "
+            "continues on the rows of now, with the statistics that its weights were trained with"
+        )
 
 
 def trained_statistics(path: Path, recorded: Path | None = None) -> tuple[dict[str, NormStats], Origin]:

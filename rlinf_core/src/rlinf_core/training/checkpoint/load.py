@@ -16,28 +16,32 @@ LISTED = 4
 """Maximum number of parameters that a message lists."""
 
 
-def load(path: Path, tensors: Mapping[str, torch.Tensor], here: Position) -> Position:
+def load(
+    path: Path, tensors: Mapping[str, torch.Tensor], here: Position, *, allow_other_rows: bool = False
+) -> Position:
     """Load a checkpoint into the given tensors, on any number of ranks; called on every rank.
 
     Args:
         path: The checkpoint.
         tensors: The tensors to fill, by name.
         here: The position that this run would have at the same step.
+        allow_other_rows: Continue on other rows than those that the checkpoint was trained on.
 
     Raises:
         UserError: The checkpoint belongs to another model, or its position to other data.
     """
     position = read_state(path).position
-    if position.rows != here.rows:
+    if position.rows != here.rows and not allow_other_rows:
         raise UserError(
             f"{path} was saved while training on {position.rows} rows, but the training split now has {here.rows}: "
-            "the dataset has changed, so the run cannot continue. Restore the dataset, or use another "
-            "runner.name."
+            "the dataset has changed. Restore the dataset, continue on the rows of now with the statistics of before "
+            "(--allow-change), or use another runner.name."
         )
-    if position.data and here.data and position.data != here.data:
+    if position.data and here.data and position.data != here.data and not allow_other_rows:
         raise UserError(
             f"{path} was saved while training on other rows than the training split now has: the dataset, or how "
-            "samples are made from it, has changed, so the run cannot continue. Restore it, or use another runner.name."
+            "samples are made from it, has changed. Restore it, continue with --allow-change, or use another "
+            "runner.name."
         )
     if changed := position.other_layout(here):
         raise UserError(
@@ -51,7 +55,8 @@ def load(path: Path, tensors: Mapping[str, torch.Tensor], here: Position) -> Pos
             f"{path} was saved by a model of another layout ({position.layout}; this one is {here.layout}): "
             f"{layout_difference(reader, position, shapes)}. Restore what differs, or use another runner.name."
         )
-    if (position.epoch, position.sample) != (here.epoch, here.sample):
+    moved = (position.epoch, position.sample) != (here.epoch, here.sample)
+    if moved and not (allow_other_rows and position.rows != here.rows):
         raise UserError(
             f"{path} is at sample {position.sample} of epoch {position.epoch}, but with this "
             f"trainer.global_batch_size step {position.step} ends at sample {here.sample} of epoch {here.epoch}: "

@@ -17,6 +17,8 @@ from typing import Any, Literal, cast
 
 from rlinf_core.contract.run import RunConfig
 from rlinf_core.contract.tables import RunnerConfig
+from rlinf_core.data.loading.mixture import Source
+from rlinf_core.data.sample import ReplacedRow
 from rlinf_core.errors import UserError
 from rlinf_core.loggers.jsonl import FILE as METRICS
 from rlinf_core.loggers.jsonl import RowFile, cut_back, read_metrics
@@ -31,6 +33,8 @@ TO_DEVIATION = 1.4826
 """For normally distributed numbers, the median absolute deviation times this is the standard deviation."""
 SMALLEST_SPREAD = 0.01
 """Least deviation, relative to the median: otherwise any change of a nearly constant loss would be a spike."""
+NAMED = 5
+"""Bad rows that an error lists."""
 MOST_SAMPLES = 64
 """Most samples recorded per anomaly, the most suspicious first."""
 
@@ -228,6 +232,58 @@ class AnomalyFile:
             "samples": samples,
         }
         self._file.append(row)
+
+    def write_replaced(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append the bad rows that were replaced in a step.
+
+        Args:
+            step: The step's number, from 1.
+            rows: `bad_row` of each.
+        """
+        self._file.append({"step": step, "kind": "bad_sample", "samples": rows})
+
+
+class BadRows:
+    """The bad rows that were replaced since the start, the same on every rank."""
+
+    def __init__(self) -> None:
+        self._errors: dict[int, dict[int, str]] = {}
+
+    def is_new(self, row: ReplacedRow) -> bool:
+        """Add a row; returns whether it is the first time."""
+        known = self._errors.setdefault(row.source, {})
+        is_new = row.row not in known
+        known[row.row] = row.error
+        return is_new
+
+    def check(self, sources: Sequence[Source], step: int) -> None:
+        """End the run if a dataset has too many.
+
+        Raises:
+            UserError: Names some of them.
+        """
+        for number, errors in self._errors.items():
+            most, name = sources[number].max_bad_rows, sources[number].name
+            if len(errors) > most:
+                shown = "\n".join(f"  {error}" for error in list(errors.values())[:NAMED])
+                raise UserError(
+                    f"step {step}: {len(errors)} rows{f' of {name}' if name else ''} could not be read, more than "
+                    f"data.max_bad_samples = {most}; the first ones:\n{shown}\nRepair them (`rlinf check-dataset "
+                    "--full` lists all), leave their episodes out (data.exclude_episodes), or raise the limit"
+                )
+
+
+def bad_row(source: Source, row: ReplacedRow, rank: int) -> dict[str, Any]:
+    """A replaced row, for `anomalies.jsonl`."""
+    return {
+        "where": source.rows.describe(row.row),
+        **({"source": source.name} if source.name else {}),
+        "row": row.row,
+        "error": row.error,
+        "replaced_by": source.rows.describe(row.by),
+        "replaced_by_row": row.by,
+        "rank": rank,
+    }
 
 
 def number(value: float) -> float | None:

@@ -20,6 +20,7 @@ import torch
 
 from rlinf_core.costs.flops import count
 from rlinf_core.costs.gpus import peak_tflops
+from rlinf_core.data.sample import ReplacedRow
 from rlinf_core.errors import UserError
 from rlinf_core.training.build import build_on_meta
 
@@ -109,6 +110,8 @@ class StepNumbers:
     """[global batch], the loss of each sample, or its micro batch's mean if the policy does not return them."""
     has_sample_losses: bool
     """Whether the policy returns `PolicyOutput.sample_losses`."""
+    replaced: int
+    """How many bad rows were replaced, over all ranks."""
 
 
 @dataclass(frozen=True)
@@ -120,10 +123,12 @@ class StepRecord:
     clock: StepClock
     _keys: tuple[str, ...]
     _sizes: tuple[int, ...]
-    """Sizes of `_values`' parts: metrics, sums of sources, request to stop and useful operations, times, losses."""
+    """Sizes of `_values`' parts: metrics, sums of sources, what ranks ask for and count, times, losses."""
     _values: torch.Tensor
     _arrived: torch.cuda.Event | None
     _has_sample_losses: bool
+    replaced: tuple[ReplacedRow, ...] = ()
+    """The bad rows that were replaced on this rank."""
 
     @property
     def is_here(self) -> bool:
@@ -138,11 +143,13 @@ class StepRecord:
         """
         if self._arrived is not None:
             self._arrived.synchronize()
-        values, by_source, asked, times, losses = (
+        values, by_source, counts, times, losses = (
             part.tolist() for part in torch.split(self._values, list(self._sizes))
         )
         metrics = dict(zip(self._keys, values, strict=True)) | self.clock.read(samples)
-        return StepNumbers(metrics, by_source, asked[0] > 0, times, asked[1], losses, self._has_sample_losses)
+        asked, useful, replaced = counts
+        has = self._has_sample_losses
+        return StepNumbers(metrics, by_source, asked > 0, times, useful, losses, has, round(replaced))
 
 
 def check_names(metrics: object, taken: Collection[str]) -> Mapping[str, Any]:

@@ -25,7 +25,9 @@ from rlinf_core.training.build import TrainState
 from rlinf_core.training.checkpoint.manager import Saved
 from rlinf_core.training.monitor.anomalies import (
     AnomalyFile,
+    BadRows,
     Guard,
+    bad_row,
     have_diverged,
     not_finite,
     number,
@@ -93,6 +95,7 @@ class Monitor:
         self._stragglers = Stragglers(group)
         self._guard = Guard(run.runner, group.decide(lambda: read_history(run.folder, start)))
         self._anomalies = AnomalyFile(run.folder, start) if first else None
+        self._bad_rows = BadRows()
         self._waiting: deque[StepRecord] = deque()
         self._lag = LAG.get(group.device.type, 0)
         self._is_first = True
@@ -177,9 +180,10 @@ class Monitor:
             if not self._waiting[0].is_here:
                 self._waiting.clear()
                 return
-            self._report(self._waiting.popleft())
+            self._report(self._waiting.popleft(), together=False)
 
-    def _report(self, record: StepRecord) -> bool:
+    def _report(self, record: StepRecord, *, together: bool = True) -> bool:
+        """Report a step; returns whether any rank had been asked to stop. `together`: all ranks do so."""
         step, numbers = record.step, record.read(self._batches.batching.global_batch_size)
         metrics = numbers.metrics | source_losses(self._batches.sources, numbers.by_source)
         metrics |= self.throughput.metrics(numbers.useful_tflop, metrics["step_seconds"])
@@ -191,6 +195,8 @@ class Monitor:
         self._is_first = False
         self._report_anomaly(step, metrics, numbers)
         self._stragglers.add(metrics, record.clock)
+        if numbers.replaced and together:
+            self._report_replaced(record)
         if numbers.times and (slow := self._stragglers.report(step, numbers.times)):
             self.log(slow)
         return numbers.asked
@@ -228,6 +234,21 @@ class Monitor:
                 "the weights have diverged (lower optim.lr)"
             )
         self.log(f"step {step}: {anomaly}; {advice} ({self._anomalies.path})")
+
+    def _report_replaced(self, record: StepRecord) -> None:
+        """List the bad rows that were replaced in a step. All ranks call this: the step says that there are some.
+
+        Raises:
+            UserError: There are too many.
+        """
+        rows = [(rank, row) for rank, of_rank in enumerate(self._group.gather(record.replaced)) for row in of_rank]
+        found = [bad_row(self._batches.sources[row.source], row, rank) for rank, row in rows]
+        if self._anomalies is not None:
+            self._anomalies.write_replaced(record.step, found)
+        for (_, row), one in zip(rows, found, strict=True):
+            if self._bad_rows.is_new(row):
+                self.log(f"step {record.step}: a bad sample was replaced by {one['replaced_by']}: {row.error}")
+        self._bad_rows.check(self._batches.sources, record.step)
 
     def _samples(self, step: int, numbers: StepNumbers) -> Iterator[dict[str, Any]]:
         """The samples that may explain an anomaly, the most suspicious first."""
