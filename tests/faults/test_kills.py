@@ -1,7 +1,9 @@
 """kill -9 at random moments: the same command continues, and the result is that of an undisturbed run."""
 
+import logging
 import random
 import signal
+from collections import Counter
 
 from faulty import assert_same, lines
 
@@ -23,7 +25,7 @@ def random_kill(runs, draw):
 
 
 def test_a_run_that_is_killed_at_random_moments_ends_as_if_nothing_had_happened(runs, left_alone, seed):
-    draw, done = random.Random(seed), 0
+    draw, done, kills = random.Random(seed), 0, Counter()
     for _ in range(KILLS):
         if runs.step > STEPS - FURTHEST - 1:
             finish(runs, left_alone)
@@ -35,6 +37,9 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_if_nothing_had_happened(
         assert runs.step >= start + saved
         assert lines(runs.folder)[:start] == before[:start]  # Byte for byte.
         done += runs.step - start
+        kills[f"in a {fault['kind']}"] += 1
+        kills["of all ranks" if len(kill["ranks"]) > 1 else "of one rank"] += 1
+    logging.info("seed %d: %s; %d steps", seed, ", ".join(f"{n} {of}" for of, n in sorted(kills.items())), done)
     finish(runs, left_alone)
     assert done >= 2 * KILLS  # It went on: little of it comes from the starts that nobody killed.
 
