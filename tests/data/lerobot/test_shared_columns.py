@@ -37,7 +37,7 @@ def test_large_columns_are_mapped_by_every_copy(image_dataset, shared, monkeypat
     monkeypatch.setattr(lerobot_rows, "find_shared", lambda key: None)
     monkeypatch.setattr(lerobot_rows, "_in_use", {})
     plain = open_lerobot(data, 5, "train")
-    assert plain._columns.folder is None
+    assert plain._columns.entry is None
     for name, values in numbers(plain).items():
         np.testing.assert_array_equal(numbers(pickle.loads(copied))[name], values)
         np.testing.assert_array_equal(numbers(pickle.loads(pickle.dumps(plain)))[name], values)
@@ -60,7 +60,7 @@ def test_columns_that_cannot_be_shared_are_in_memory_and_a_note_says_so(image_da
     note = capsys.readouterr().err
     assert "cannot be written" in note
     assert "RLINF_CACHE" in note
-    assert source._columns.folder is None
+    assert source._columns.entry is None
     open_lerobot(data, 1, "train")  # Read once in this process, and told once.
     assert capsys.readouterr().err == ""
     copied = pickle.loads(pickle.dumps(source))

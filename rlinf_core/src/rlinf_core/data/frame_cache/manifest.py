@@ -20,10 +20,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from rlinf_core.cache import cache_folder
 from rlinf_core.contract.datasets import LeRobotDatasetConfig
 from rlinf_core.contract.policy import PolicyConfig
 from rlinf_core.data.images.decoders import Frame as Frame
-from rlinf_core.data.images.parquet import cache_folder
 from rlinf_core.data.lerobot.columns import image_size
 from rlinf_core.data.lerobot.metadata import Metadata
 from rlinf_core.data.lerobot.source import LeRobotSource
