@@ -1,4 +1,5 @@
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from rlinf_core.data.lerobot import rows as lerobot_rows
 from rlinf_core.data.lerobot import shared_memory as shared_columns
 from rlinf_core.data.lerobot.shared_memory import Runs
 from rlinf_core.data.lerobot.source import open_lerobot
+from rlinf_core.errors import UserError
 
 
 @pytest.fixture
@@ -75,3 +77,46 @@ def test_runs_are_the_positions(positions):
     assert [int(runs[np.array(i)]) for i in reversed(range(len(positions)))] == positions[::-1]
     with pytest.raises(IndexError):
         runs[np.array([len(positions)])]
+
+
+def zero_actions(source, monkeypatch):
+    """Fill the cached file of the actions with zeros, as a machine that lost its power does."""
+    names = source._columns.entry.facts["names"]
+    path = source._columns.entry.file(f"{names.index('action')}.npy")
+    header = 128
+    path.write_bytes(path.read_bytes()[:header] + bytes(path.stat().st_size - header))
+    monkeypatch.setattr(lerobot_rows, "_in_use", {})
+    return path
+
+
+def test_zeros_in_cached_columns_are_named_and_not_trained_on(image_dataset, shared, monkeypatch, capsys):
+    data = LeRobotDatasetConfig(repo_id=str(image_dataset.root))
+    source = open_lerobot(data, 2, "train")
+    actions, fingerprint = numbers(source)["action"], source.fingerprint()
+    path = zero_actions(source, monkeypatch)
+    again = open_lerobot(data, 2, "train")
+    said = capsys.readouterr().err
+    assert str(path) in said
+    assert "the cache is damaged" in said
+    assert actions.any()
+    np.testing.assert_array_equal(numbers(again)["action"], actions)
+    assert again.fingerprint() == fingerprint
+    monkeypatch.setattr(lerobot_rows, "_in_use", {})
+    open_lerobot(data, 2, "train")
+    assert capsys.readouterr().err == ""
+
+
+def test_columns_that_somebody_removed_during_a_run_are_written_again_for_the_next_process(
+    image_dataset, shared, monkeypatch
+):
+    source = open_lerobot(LeRobotDatasetConfig(repo_id=str(image_dataset.root)), 2, "train")
+    expected = numbers(source)["action"]
+    pickled = pickle.dumps(source)
+    shutil.rmtree(shared)
+    np.testing.assert_array_equal(numbers(source)["action"], expected)
+    with pytest.raises(UserError, match="removed or damaged while a process was starting"):
+        pickle.loads(pickled)
+    np.testing.assert_array_equal(numbers(pickle.loads(pickle.dumps(source)))["action"], expected)
+    shutil.rmtree(shared)
+    shared.touch()  # Nor can it be written again.
+    np.testing.assert_array_equal(numbers(pickle.loads(pickle.dumps(source)))["action"], expected)
