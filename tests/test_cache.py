@@ -10,7 +10,7 @@ from rlinf_core.cache import cache_folder, cache_key, find_entry, read_entry, re
 from rlinf_core.errors import UserError
 
 KEY = cache_key("rows", 3)
-CONTENT = {"big.bin": os.urandom(3 * 2**20 + 7), "empty.bin": b"", "text.txt": "two\nlines\n".encode()}
+CONTENT = {"big.bin": os.urandom(3 * 2**20 + 7), "empty.bin": b"", "text.txt": b"two\nlines\n"}
 
 
 @pytest.fixture(autouse=True)

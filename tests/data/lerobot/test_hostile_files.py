@@ -1,4 +1,4 @@
-"""What a dataset may have in place of a file: pipes, sockets, folders, devices, and parquet files that claim gigabytes."""
+"""What a dataset may have in place of a file: pipes, sockets, folders, devices, and parquet files that claim much."""
 
 import os
 import shutil

@@ -247,6 +247,11 @@ class Start(Protocol):
         """The checkpoint to continue from; None to start from the initial weights."""
         ...
 
+    @property
+    def allow_change(self) -> bool:
+        """Whether the run may continue with a config or with image files that change what a step computes."""
+        ...
+
 
 class LoadedPlugins(Protocol):
     """The installed plugins, as a trainer uses them."""

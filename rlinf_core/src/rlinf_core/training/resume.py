@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,8 @@ class Start:
     """Lines to report, e.g. a changed config or damaged checkpoints."""
     changes: tuple[str, ...] = ()
     """The changes to what a step computes that `--allow-change` permits, one line per key."""
+    allow_change: bool = False
+    """Whether the run may continue with a config or with image files that change what a step computes."""
     replaced: Path | None = None
     """Where `--overwrite` moves the previous run; it is deleted once its successor is ready to train."""
 
@@ -145,7 +147,8 @@ def decide_start(run: RunConfig, state: FolderState, flags: Flags = NO_FLAGS) ->
                 "beside them. Give another runner.name, or --overwrite to remove them."
             )
         return Start()
-    return _continue_from(run, state, state.checkpoint, state.position, changes)
+    start = _continue_from(run, state, state.checkpoint, state.position, changes)
+    return replace(start, allow_change=flags.allow_change)
 
 
 def _continue_from(

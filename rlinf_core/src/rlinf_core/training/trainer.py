@@ -44,7 +44,10 @@ class Fsdp2Trainer:
         self.stop_step = data.stop_step  # Known before statistics, which take long: are there enough rows?
         if run.policy.normalization != "none" and not start.checkpoint:
             announce(f"statistics of {data.size} training rows", rank=group.rank)
-        data = data.prepare(group, resuming=start.checkpoint is not None, checkpoint=start.checkpoint)
+        checkpoint = start.checkpoint
+        data = data.prepare(
+            group, resuming=checkpoint is not None, checkpoint=checkpoint, allow_change=start.allow_change
+        )
         self.run, self.step, self.data = data.run, start.step, data
         self._config, self._group = config, group
         self._evaluations = Evaluations.build(data.run, data.for_evaluators(group), group, plugins)
@@ -108,6 +111,8 @@ class Fsdp2Trainer:
             with stop_signals() as stop, self._monitor.watching():
                 received = self._train(stop)
                 self._finish_saving(stop, received)
+                if not received and not self._group.rank and (changed := self.data.images_changed()):
+                    self._monitor.log(f"warning: image files changed while the run was reading them: {changed}")
             error = Interrupted(received, self.step) if received else None
         except BaseException as e:
             error = explain(e, self._monitor.recorder, self._config, self._group, self._state)

@@ -67,7 +67,7 @@ class TokenStore:
         path = self.entry.file(f"{name}.npy")
         try:
             mapped: NDArray[Any] = np.load(path, mmap_mode="r")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise _removed(path, error) from error
         return mapped
 

@@ -99,7 +99,7 @@ def _copy(manifest: Path) -> Columns:
         if entry is None or entry.damage:
             raise UserError(entry.damage if entry else f"{manifest} is missing")
         return _map(entry)
-    except (OSError, ValueError, UserError) as error:
+    except (OSError, ValueError, EOFError, UserError) as error:
         raise UserError(
             f"the cached columns of the dataset were removed or damaged while a process was starting: {error}. Start "
             "again: they are written again"
