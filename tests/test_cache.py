@@ -1,12 +1,17 @@
+"""The cache: whatever happens to its files, what is read is what was written."""
+
 import os
 import shutil
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+from damaging import damaged_bytes, examples
+from hypothesis import given
 
 from rlinf_core import cache
-from rlinf_core.cache import cache_folder, cache_key, find_entry, read_entry, remove_abandoned, store_entry
+from rlinf_core.cache import cache_folder, cache_key, find_entry, read_entry, remove_abandoned, replacing, store_entry
 from rlinf_core.errors import UserError
 
 KEY = cache_key("rows", 3)
@@ -132,6 +137,47 @@ def test_a_failed_write_leaves_nothing_behind(folder):
     with pytest.raises(OSError, match="quota"):
         store_entry("things", KEY, fails)
     assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("number", [5, 28, 122])  # Damaged disk, full disk, quota: NFS says so when a file is synced.
+def test_what_cannot_be_synced_is_not_left_behind(number, folder, monkeypatch):
+    def fails(descriptor):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        store_entry("things", KEY, write)
+    with pytest.raises(OSError, match=os.strerror(number)), replacing(folder / "one") as aside:
+        aside.write_bytes(b"x")
+    assert not list(folder.iterdir())
+
+
+def test_a_cache_that_may_only_be_read_is_used(folder, monkeypatch):
+    entry = store_entry("things", KEY, write)
+    monkeypatch.setattr(cache, "store_entry", None)
+    monkeypatch.setattr(Path, "mkdir", None)
+    monkeypatch.setattr(Path, "touch", None)
+    assert find_entry("things", KEY) == entry
+
+
+def test_any_damage_to_a_manifest_or_a_file_is_found(monkeypatch):
+    entry = store_entry("things", KEY, write)
+    monkeypatch.setattr(cache, "warn", lambda text: None)
+    contents = {path: path.read_bytes() for path in (entry.manifest, entry.file("text.txt"))}
+
+    def fuzz(path):
+        @examples(40)
+        @given(damaged_bytes(contents[path]))
+        def damage(data):
+            path.write_bytes(data)
+            cache._checked.clear()
+            assert (find_entry("things", KEY) == entry) == (data == contents[path])
+
+        damage()
+        path.write_bytes(contents[path])
+
+    for path in contents:
+        fuzz(path)
 
 
 def test_other_users_may_read_what_the_umask_allows(folder):

@@ -459,5 +459,5 @@ def test_parquet_bombs_are_refused(tmp_path):
     path = tmp_path / "bomb.parquet"
     parquet.write_table(pa.table({"text": zeros}), path, compression="zstd", store_schema=False)
     assert path.stat().st_size < 100_000
-    with pytest.raises(UserError, match=r"bomb.parquet has .* kB, but its columns take 0.16 in memory"):
+    with pytest.raises(UserError, match=r"bomb.parquet has .* kB, but its columns take 0.16 GB in memory"):
         open_text(dataset(path, format="text"), tiny_policy(), "train")

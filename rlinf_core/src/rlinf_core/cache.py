@@ -13,7 +13,6 @@ again. Checksums find accidents, not attacks: only you can write to your cache (
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -284,11 +283,7 @@ def _identity(path: Path) -> tuple[int, ...]:
 
 def _sync(path: Path) -> None:
     with path.open("rb+") as file:
-        try:
-            os.fsync(file.fileno())
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # Mounts of object storage do not support it.
-                raise
+        os.fsync(file.fileno())
 
 
 def _in_threads[S, T](function: Callable[[S], T], work: Iterable[S]) -> list[T]:

@@ -7,11 +7,13 @@ import shutil
 
 import pytest
 import toy_data
+from damaging import complaint, examples, json_texts
+from hypothesis import given
 
 from rlinf_core.data.images.evidence import differing, evidence_of, evidence_of_files
 from rlinf_core.errors import UserError
 from rlinf_core.training import run_folder
-from rlinf_core.training.checkpoint.image_files import FILE
+from rlinf_core.training.checkpoint.image_files import FILE, changed_since, write_record
 from rlinf_core.training.resume import Flags
 
 
@@ -74,11 +76,24 @@ def test_a_run_continues_only_with_the_images_that_it_began_with(tmp_path, train
 
 def test_a_checkpoint_without_a_record_continues(tmp_path, train_toy, videos, monkeypatch):
     with monkeypatch.context() as early:
-        early.delattr(toy_data.Rows, "image_files_by_name")
+        early.setattr(toy_data.Rows, "image_files_by_name", dict, raising=False)
         train_toy("runner.name=run", "runner.max_steps=1")
     assert not (tmp_path / "run" / FILE).exists()
     train_toy("runner.name=run", "runner.max_steps=2")
     assert (tmp_path / "run" / "checkpoints" / "step_000000002" / FILE).exists()
+
+
+def test_a_damaged_record_is_one_message(tmp_path):
+    record = {"front.mp4": "5 bytes, 00"}
+    write_record(tmp_path, record)
+
+    @examples(20)
+    @given(json_texts(record))
+    def fuzz(data):
+        (tmp_path / FILE).write_bytes(data)
+        complaint(lambda: changed_since(tmp_path, record), FILE)
+
+    fuzz()
 
 
 def test_images_that_change_during_the_run_are_named_at_its_end(train_toy, videos, monkeypatch, capsys):

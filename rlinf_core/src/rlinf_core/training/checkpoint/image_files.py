@@ -54,11 +54,13 @@ def changed_since(folder: Path, record: Record) -> str:
     path = folder / FILE
     try:
         before = read_json(path)
+        if not isinstance(before, dict) or not all(isinstance(one, str) for one in before.values()):
+            raise ValueError("it is not a record of image files")
     except FileNotFoundError:
         return ""
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}. Remove it, and the images are not compared") from error
-    found = differing(before, record) if isinstance(before, dict) else []
+    found = differing(before, record)
     more = f" and {len(found) - LISTED} more" if len(found) > LISTED else ""
     return ", ".join(found[:LISTED]) + more
 
