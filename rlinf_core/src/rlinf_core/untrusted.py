@@ -31,20 +31,16 @@ def check_file(path: Path) -> None:
         NotAFileError: It is something else.
         OSError: It does not exist, or cannot be seen.
     """
-    if what := not_a_file(path):
+    if what := not_a_file(path.stat()):
         raise NotAFileError(errno.EINVAL, f"it is {what}, not a file", str(path))
 
 
 _KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
 
 
-def not_a_file(path: Path) -> str:
-    """What a path is instead of a file, in words; empty if it is one.
-
-    Raises:
-        OSError: It does not exist, or cannot be seen.
-    """
-    kind = stat.S_IFMT(path.stat().st_mode)
+def not_a_file(status: os.stat_result) -> str:
+    """What something is instead of a file, in words; empty if it is one."""
+    kind = stat.S_IFMT(status.st_mode)
     return "" if kind == stat.S_IFREG else _KINDS.get(kind, "a device")
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -55,9 +55,9 @@ def read_table(file: pq.ParquetFile, path: Path, columns: Sequence[str] | None =
         OSError: The file cannot be read.
         pyarrow.ArrowException: It is damaged.
     """
-    check_claims(file, path, columns)
-    limit, most = _limit(path), sum(values * size for values, size in _texts(file, columns))
-    if most <= limit:
+    claims = check_claims(file, path, columns)
+    limit = _limit(path)
+    if claims.repeated <= limit:
         return file.read(columns=None if columns is None else list(columns), use_threads=False)
     found, taken = [], 0
     for batch in read_batches(file, path, columns):
@@ -81,25 +81,48 @@ def read_batches(
         OSError: The file cannot be read.
         pyarrow.ArrowException: It is damaged.
     """
-    check_claims(file, path, columns)
-    largest = max((size for _, size in _texts(file, columns)), default=0)
-    at_once = (FREE + BATCH_RATIO * path.stat().st_size) // max(largest, 1)
+    claims = check_claims(file, path, columns)
+    at_once = (FREE + BATCH_RATIO * path.stat().st_size) // max(claims.longest, 1)
     yield from file.iter_batches(
         batch_size=min(rows, max(at_once, 1)), columns=None if columns is None else list(columns), use_threads=False
     )
 
 
-def check_claims(file: pq.ParquetFile, path: Path, columns: Sequence[str] | None = None) -> None:
-    """Raise `UserError` if columns take too much memory according to the file's footer."""
-    claimed = 0
-    for kind, length, chunk, rows in _chunks(file, columns):
-        width = length if kind == "FIXED_LEN_BYTE_ARRAY" else _BYTES.get(kind, 8)
-        size, values = int(chunk.total_uncompressed_size), int(chunk.num_values)
-        if min(size, values, rows) < 0:
-            raise UserError(f"{path} is damaged: its footer counts less than nothing. Download or write it again")
-        claimed += max(values, rows) * width + (size if kind == "BYTE_ARRAY" else 0)
+@dataclass(frozen=True)
+class Claims:
+    """What columns take in memory according to the file's footer."""
+
+    bytes: int
+    """All values, if no text or image is repeated."""
+    repeated: int
+    """The most bytes that texts and images take, if each is the longest."""
+    longest: int
+    """The most bytes that one text or image takes."""
+
+
+def check_claims(file: pq.ParquetFile, path: Path, columns: Sequence[str] | None = None) -> Claims:
+    """Raise `UserError` if columns take too much memory according to the file's footer; returns what they take."""
+    footer, everything, names = file.metadata, columns is None, frozenset(columns or ())
+    inside = tuple(f"{name}." for name in names)  # A leaf of the column `action` is `action.list.element`.
+    claimed = repeated = longest = 0
+    for group in range(footer.num_row_groups):
+        part = footer.row_group(group)
+        rows = part.num_rows
+        for number in range(part.num_columns):
+            chunk = part.column(number)
+            leaf = chunk.path_in_schema
+            if not (everything or leaf in names or leaf.startswith(inside)):
+                continue
+            kind, size, values = chunk.physical_type, chunk.total_uncompressed_size, chunk.num_values
+            if min(size, values, rows) < 0:
+                raise UserError(f"{path} is damaged: its footer counts less than nothing. Download or write it again")
+            width = file.schema.column(number).length if kind == "FIXED_LEN_BYTE_ARRAY" else _BYTES[kind]
+            claimed += max(values, rows) * width
+            if kind == "BYTE_ARRAY":
+                claimed, repeated, longest = claimed + size, repeated + values * size, max(longest, size)
     if claimed > _limit(path):
         raise _too_large(path, f"{claimed / 1e9:.3g} GB")
+    return Claims(claimed, repeated, longest)
 
 
 def _too_large(path: Path, how_much: str) -> UserError:
@@ -113,24 +136,3 @@ def _too_large(path: Path, how_much: str) -> UserError:
 
 def _limit(path: Path) -> int:
     return FREE + RATIO * path.stat().st_size
-
-
-def _texts(file: pq.ParquetFile, columns: Sequence[str] | None) -> list[tuple[int, int]]:
-    """For each part of a column of texts or images: its number of values, and the most bytes that one may have."""
-    found = _chunks(file, columns)
-    return [(chunk.num_values, chunk.total_uncompressed_size) for kind, _, chunk, _ in found if kind == "BYTE_ARRAY"]
-
-
-def _chunks(file: pq.ParquetFile, columns: Sequence[str] | None) -> Iterator[tuple[str, int, Any, int]]:
-    """Physical type, length of a value of fixed length, footer entry, and rows of each part of some columns."""
-    schema, footer = file.schema, file.metadata
-    leaves = [(number, schema.column(number)) for number in range(len(schema))]
-    wanted = [
-        (number, leaf.physical_type, leaf.length)
-        for number, leaf in leaves
-        if columns is None or any(leaf.path == name or leaf.path.startswith(f"{name}.") for name in columns)
-    ]
-    for group in range(footer.num_row_groups):
-        part = footer.row_group(group)
-        for number, kind, length in wanted:
-            yield kind, length, part.column(number), part.num_rows

@@ -91,7 +91,9 @@ def _in_folder(folder: Path, patterns: Sequence[str], setting: str) -> list[Path
         readable = [one for one in matches if not one.is_dir() and one.suffix.lower() in READERS]
         for one in readable:
             if one.exists() and not one.is_file():
-                raise UserError(f"{setting}: {one} cannot be read: it is {not_a_file(one)}, not a file. Remove it")
+                raise UserError(
+                    f"{setting}: {one} cannot be read: it is {not_a_file(one.stat())}, not a file. Remove it"
+                )
         readable = [one for one in readable if one.is_file()]
         if patterns and not readable:
             raise UserError(f"{setting}: no readable file in {folder} matches {pattern!r}")

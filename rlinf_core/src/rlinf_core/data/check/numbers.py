@@ -104,7 +104,7 @@ def check_missing(metadata: Metadata, paths: Sequence[Path]) -> Iterator[FileFin
     for path, episodes in held.items():
         what = "the link is broken" if path.is_symlink() else "the file is missing"
         if path.exists():
-            what = f"is {not_a_file(path)}, not a file"
+            what = f"is {not_a_file(path.stat())}, not a file"
         yield FileFinding("missing_file", what + _holding(episodes), _name(metadata, path))
 
 

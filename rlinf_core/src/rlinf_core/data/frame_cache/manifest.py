@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rlinf_core.cache import cache_folder
+from rlinf_core.cache import cache_folder, reads_first
 from rlinf_core.contract.datasets import LeRobotDatasetConfig
 from rlinf_core.contract.policy import PolicyConfig
 from rlinf_core.data.images.decoders import Frame as Frame
@@ -213,7 +213,7 @@ def find_cache(
         cache = Cache(folder, caches.format)
         columns = [(split, column) for split in splits for column in split.images]
         why = next((why for one in columns if (why := _lacks(cache, *one))), "")
-        if not why and not damaged:
+        if not why and not damaged and reads_first():
             why = next((why for one in columns if (why := _damaged_part(cache, *one))), "")
         if not why:
             return cache, reasons
@@ -231,7 +231,8 @@ def _lacks(cache: Cache, source: LeRobotSource, column: str) -> str:
         if manifest.files.get(name) != size:
             was = f"had {manifest.files[name]} bytes and now has {size}" if name in manifest.files else "is not in it"
             return f"{what} is of other data: {name} {was}"
-    for name, found in image_evidence([source], column).items() if manifest.evidence else ():
+    compared = manifest.evidence and reads_first()
+    for name, found in image_evidence([source], column).items() if compared else ():
         if manifest.evidence[name] != found:
             return f"{what} is of other data: {name} had the same size, but other content"
     if hash_of(cache.positions) != manifest.positions or not np.isin(source.positions, cache.positions).all():

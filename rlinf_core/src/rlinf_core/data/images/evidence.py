@@ -7,41 +7,46 @@ A few changed bytes in between are not found.
 
 from __future__ import annotations
 
-import hashlib
 import os
+import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import batched, chain
 from pathlib import Path
 
-from rlinf_core.untrusted import check_file
+from rlinf_core.untrusted import not_a_file
 
 HEAD, MIDDLE, TAIL = 2**12, 2**12, 2**14
 """Bytes that are read at the beginning, in the middle and at the end."""
-READERS = 8
-"""Files that are read in parallel: network file systems answer late."""
+READERS, AT_ONCE = 8, 32
+"""Threads, because network file systems answer late, and files that each takes at once."""
 
 
 def evidence_of(path: Path) -> str:
-    """Size and digest of a file, or why it cannot be read: 0.05 ms on a local disk."""
+    """Size and CRC-32 of three parts of a file, or why it cannot be read: 0.05 ms on a local disk."""
     try:
-        check_file(path)
-        with path.open("rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            digest = hashlib.blake2b(digest_size=8)
-            for start, count in ((0, HEAD), (size // 2, MIDDLE), (max(size - TAIL, 0), TAIL)):
-                file.seek(start)
-                digest.update(file.read(count))
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # Opening a pipe does not wait for a writer.
+        try:
+            status = os.fstat(descriptor)
+            if what := not_a_file(status):
+                return f"cannot be read: it is {what}, not a file"
+            size = status.st_size
+            parts = (0, HEAD), (size // 2, MIDDLE), (max(size - TAIL, 0), TAIL)
+            digest = "".join(f"{zlib.crc32(os.pread(descriptor, count, start)):08x}" for start, count in parts)
+        finally:
+            os.close(descriptor)
     except FileNotFoundError:
         return "missing"
     except OSError as error:
         return f"cannot be read: {error.strerror}"
-    return f"{size} bytes, {digest.hexdigest()}"
+    return f"{size} bytes, {digest}"
 
 
 def evidence_of_files(files: Mapping[str, Path]) -> dict[str, str]:
     """`evidence_of` some files, by name."""
     with ThreadPoolExecutor(READERS) as pool:
-        return dict(zip(files, pool.map(evidence_of, files.values()), strict=True))
+        found = pool.map(lambda some: [evidence_of(path) for path in some], batched(files.values(), AT_ONCE))
+        return dict(zip(files, chain.from_iterable(found), strict=True))
 
 
 def differing(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
