@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given
 
 from rlinf_core.data.images.evidence import differing, evidence_of, evidence_of_files
 from rlinf_core.errors import UserError
+from rlinf_core.preflight import check_run
 from rlinf_core.training import run_folder
 from rlinf_core.training.checkpoint.image_files import FILE, changed_since, write_record
 from rlinf_core.training.resume import Flags
@@ -50,7 +52,9 @@ def videos(tmp_path, monkeypatch):
     return paths
 
 
-def test_a_run_continues_only_with_the_images_that_it_began_with(tmp_path, train_toy, videos, monkeypatch, capsys):
+def test_a_run_continues_only_with_the_images_that_it_began_with(
+    tmp_path, train_toy, configure_toy, toy_plugins, videos, monkeypatch, capsys
+):
     train_toy("runner.name=run", "runner.max_steps=1")
     record = tmp_path / "run" / "checkpoints" / "step_000000001" / FILE
     assert json.loads(record.read_text()) == evidence_of_files(videos)
@@ -66,6 +70,11 @@ def test_a_run_continues_only_with_the_images_that_it_began_with(tmp_path, train
     for _ in range(2):  # A refused start leaves the record as it was.
         with pytest.raises(UserError, match=refused):
             train_toy("runner.name=run", "runner.max_steps=3")
+    run = configure_toy("runner.name=run", "runner.max_steps=3")
+    assert any(re.search(refused, finding) for finding in check_run(run, toy_plugins).findings)
+    report = check_run(run, toy_plugins, allow_change=True)
+    assert not report.findings
+    assert any("continues with other image files: front.mp4" in warning for warning in report.warnings)
     capsys.readouterr()
     with monkeypatch.context() as allowed:
         allowed.setattr(run_folder, "Flags", functools.partial(Flags, allow_change=True))
