@@ -42,6 +42,8 @@ ABANDONED = 7 * 24 * 3600
 """Seconds after which a temporary file or folder in the cache is that of a process that was killed."""
 _TEMPORARY = re.compile(r"\..*\.[0-9a-f]{16}\.tmp")
 
+_swept: set[Path] = set()
+"""Folders in which this process has looked for abandoned files; a folder of images may have many thousands of files."""
 _checked: set[tuple[int, ...]] = set()
 """Files whose checksums this process has compared: device, inode, size and time of change."""
 
@@ -207,8 +209,12 @@ def temporary(path: Path) -> Path:
 def remove_abandoned(folder: Path) -> None:
     """Remove temporary files and folders that were left by processes that were killed.
 
-    Times are compared with that of a new file, because the clock of a file server may differ from this machine's.
+    Once per process and folder. Times are compared with that of a new file, because the clock of a file server may
+    differ from this machine's.
     """
+    if folder in _swept:
+        return
+    _swept.add(folder)
     found = [path for path in _children(folder) if _TEMPORARY.fullmatch(path.name)]
     if not found:
         return

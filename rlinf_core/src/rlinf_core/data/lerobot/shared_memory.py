@@ -77,9 +77,10 @@ def _stored(columns: Columns, key: str) -> CacheEntry | None:
     try:
         return store_entry(KIND, key, write)
     except OSError as error:
+        why = error if error.errno else f"{error}: the disk is full"  # NumPy's own error counts what it has written.
         print(
             f"note: the numeric columns of the dataset ({_size(columns) / 1e9:.1f} GB) cannot be written to "
-            f"{cache_folder() / KIND} to be shared by all processes: {error}. Each process and loader worker keeps its "
+            f"{cache_folder() / KIND} to be shared by all processes: {why}. Each process and loader worker keeps its "
             "own copy in memory; to share one per machine, make room there or set RLINF_CACHE to a folder with enough "
             "space",
             file=sys.stderr,
