@@ -33,28 +33,33 @@ def write(path, columns, **options):
     return path
 
 
+@pytest.fixture
+def small_limits(monkeypatch):
+    monkeypatch.setattr(untrusted_parquet, "FREE", 2**22)
+    monkeypatch.setattr(untrusted_parquet, "RATIO", 50)
+
+
 @pytest.mark.parametrize(
     ("name", "column"),
     [
-        ("numbers", lambda: zeros(20, 2 * 10**7)),
+        ("numbers", lambda: zeros(20, 18 * 10**6)),
         ("texts", lambda: repeated("x" * 10**6, 2000)),
         ("images", lambda: repeated(b"x" * 10**6, 2000)),
         ("one long text", lambda: pa.array(["x" * 2 * 10**7])),
         ("missing values", lambda: pa.nulls(4 * 10**6, pa.float64())),
     ],
 )
-def test_a_bomb_is_refused_before_it_takes_memory(name, column, tmp_path, monkeypatch):
+def test_a_bomb_is_refused_before_it_takes_memory(name, column, tmp_path, request):
     if name != "numbers":  # One of them is as large as it has to be, which takes a second to write.
-        monkeypatch.setattr(untrusted_parquet, "FREE", 2**22)
-        monkeypatch.setattr(untrusted_parquet, "RATIO", 50)
-    path = write(tmp_path / "bomb.parquet", {"x": column()})
+        request.getfixturevalue("small_limits")
+    path = write(tmp_path / "bomb.parquet", {"x": column()}, use_dictionary=name != "numbers")
     said = complaint(lambda: read_parquet(path), path, spare=HALF_A_GIGABYTE)
     assert "made to exhaust memory" in said
     assert "its columns take" in said
 
 
-def test_columns_that_are_not_read_may_be_any_size(tmp_path):
-    path = write(tmp_path / "bomb.parquet", {"x": zeros(20, 2 * 10**7), "y": range(20)})
+def test_columns_that_are_not_read_may_be_any_size(tmp_path, small_limits):
+    path = write(tmp_path / "bomb.parquet", {"x": zeros(20, 4 * 10**6), "y": range(20)})
     assert read_parquet(path, ["y"])["y"].to_pylist() == list(range(20))
 
 
@@ -90,8 +95,8 @@ def test_texts_are_read_in_batches_when_they_might_be_long(tmp_path):
     assert found.schema.pandas_metadata == table.schema.pandas_metadata
 
 
-def test_images_are_unpacked_in_bounded_memory(tmp_path):
-    path = write(tmp_path / "bomb.parquet", {"front": repeated(b"x" * 2 * 10**7, 64)})
+def test_images_are_unpacked_in_bounded_memory(tmp_path, small_limits):
+    path = write(tmp_path / "bomb.parquet", {"front": repeated(b"x" * 2 * 10**6, 64)})
 
     def unpack():
         for batch in image_batches(path, ["front"], tmp_path):
