@@ -90,6 +90,8 @@ def test_a_checkpoint_without_a_record_continues(tmp_path, train_toy, videos, mo
     assert not (tmp_path / "run" / FILE).exists()
     train_toy("runner.name=run", "runner.max_steps=2")
     assert (tmp_path / "run" / "checkpoints" / "step_000000002" / FILE).exists()
+    write_record(tmp_path / "run", {})
+    assert not (tmp_path / "run" / FILE).exists()
 
 
 def test_a_damaged_record_is_one_message(tmp_path):

@@ -38,9 +38,11 @@ def record_images(rows: Iterable[tuple[str, SampleSource]]) -> Record:
 
 def write_record(folder: Path, record: Record) -> None:
     """Write the record to the run's folder; without images there is none."""
-    if record:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / FILE, json.dumps(record, indent=0) + "\n")
+    if not record:
+        (folder / FILE).unlink(missing_ok=True)  # Of before the run's config changed.
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / FILE, json.dumps(record, indent=0) + "\n")
 
 
 def changed_since(folder: Path, record: Record) -> str:
