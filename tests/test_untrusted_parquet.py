@@ -6,7 +6,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from damaging import complaint
+from damaging import complaint, damaged_bytes, examples
+from hypothesis import given
 
 from rlinf_core import untrusted_parquet
 from rlinf_core.data.images.parquet import image_batches
@@ -81,6 +82,35 @@ def test_what_is_recorded_is_read_as_pyarrow_reads_it(tmp_path):
         assert read_table(file, path).equals(pq.read_table(path))
         assert read_table(file, path, ["task", "index"]).equals(pq.read_table(path, columns=["task", "index"]))
         assert pa.Table.from_batches(read_batches(file, path, rows=64)).equals(pq.read_table(path))
+
+
+def test_the_footer_is_read_as_pyarrow_reads_it(tmp_path):
+    path = tmp_path / "file.parquet"
+    large = pa.array(np.random.default_rng(0).normal(size=70_000))
+    pq.write_table(pa.table({"x": large, "t": ["a", None] * 35_000, "b": [True] * 70_000}), path, row_group_size=33_000)
+    footer = pq.read_metadata(path)
+    groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
+    parts = [[group.column(number) for number in range(3)] for group in groups]
+    expected = [[(part.num_values, part.total_uncompressed_size) for part in group] for group in parts]
+    assert list(untrusted_parquet._row_groups(path, 3)) == list(
+        zip((group.num_rows for group in groups), expected, strict=True)
+    )
+
+
+def test_damage_to_the_footer_does_not_end_the_process(tmp_path):
+    """pyarrow's accessors of the footer abort where it calls a column encrypted, or has other columns."""
+    path = tmp_path / "file.parquet"
+    pq.write_table(pa.table({"x": range(5), "y": ["a"] * 5}), path)
+    whole = path.read_bytes()
+    length = int.from_bytes(whole[-8:-4], "little")
+
+    @examples(300)
+    @given(damaged_bytes(whole[-8 - length : -8]))
+    def fuzz(footer):
+        path.write_bytes(whole[: -8 - length] + footer + len(footer).to_bytes(4, "little") + b"PAR1")
+        complaint(lambda: read_parquet(path), path)
+
+    fuzz()
 
 
 def test_texts_are_read_in_batches_when_they_might_be_long(tmp_path):

@@ -8,10 +8,12 @@ rows, and the footer does not say how often. Recorded data takes less than 100 t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -102,27 +104,122 @@ class Claims:
 
 def check_claims(file: pq.ParquetFile, path: Path, columns: Sequence[str] | None = None) -> Claims:
     """Raise `UserError` if columns take too much memory according to the file's footer; returns what they take."""
-    footer, everything, names = file.metadata, columns is None, frozenset(columns or ())
-    inside = tuple(f"{name}." for name in names)  # A leaf of the column `action` is `action.list.element`.
     claimed = repeated = longest = 0
-    for group in range(footer.num_row_groups):
-        part = footer.row_group(group)
-        rows = part.num_rows
-        for number in range(part.num_columns):
-            chunk = part.column(number)
-            leaf = chunk.path_in_schema
-            if not (everything or leaf in names or leaf.startswith(inside)):
-                continue
-            kind, size, values = chunk.physical_type, chunk.total_uncompressed_size, chunk.num_values
+    wanted = _leaves(file, columns)
+    for rows, parts in _row_groups(path, len(file.schema)):
+        for number, kind, width in wanted:
+            values, size = parts[number]
             if min(size, values, rows) < 0:
                 raise UserError(f"{path} is damaged: its footer counts less than nothing. Download or write it again")
-            width = file.schema.column(number).length if kind == "FIXED_LEN_BYTE_ARRAY" else _BYTES[kind]
             claimed += max(values, rows) * width
             if kind == "BYTE_ARRAY":
                 claimed, repeated, longest = claimed + size, repeated + values * size, max(longest, size)
     if claimed > _limit(path):
         raise _too_large(path, f"{claimed / 1e9:.3g} GB")
     return Claims(claimed, repeated, longest)
+
+
+def _leaves(file: pq.ParquetFile, columns: Sequence[str] | None) -> list[tuple[int, str, int]]:
+    """Number, physical type and bytes of a value of the leaves of some columns, such as `action.list.element`."""
+    names, inside = frozenset(columns or ()), tuple(f"{name}." for name in columns or ())
+    found = []
+    for number in range(len(file.schema)):
+        leaf = file.schema.column(number)
+        if columns is None or leaf.path in names or leaf.path.startswith(inside):
+            kind = leaf.physical_type
+            found.append((number, kind, leaf.length if kind == "FIXED_LEN_BYTE_ARRAY" else _BYTES[kind]))
+    return found
+
+
+def _row_groups(path: Path, leaves: int) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+    """Rows of each row group, and for each leaf the number of values and the uncompressed size.
+
+    Read from the footer's bytes, because pyarrow's accessors end the process where C++ throws: at a damaged footer that
+    calls a column encrypted, or that has other columns than the schema. Field numbers are those of `parquet.thrift`.
+    """
+    try:
+        with path.open("rb") as file:
+            file.seek(-8, os.SEEK_END)
+            length = int.from_bytes(file.read(4), "little")
+            file.seek(-8 - length, os.SEEK_END)
+            groups = _Thrift(file.read(length)).struct()[4]
+        for group in groups:
+            parts = [(chunk[3][5], chunk[3][6]) for chunk in group[1]]
+            if len(parts) != leaves or any(8 in chunk for chunk in group[1]):
+                raise ValueError("it has other columns than the schema, or encrypted ones")
+            yield group[3], parts
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{path} cannot be read: its footer is damaged ({error}). Download or write it again"
+        ) from error
+
+
+class _Thrift:
+    """Thrift's compact protocol: structs become dicts of field number -> value."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data, self._at = data, 0
+
+    def struct(self) -> dict[int, Any]:
+        """The struct at the current place."""
+        fields: dict[int, Any] = {}
+        number = 0
+        data = self._data
+        while head := data[self._at]:
+            self._at += 1
+            number = number + (head >> 4) if head >> 4 else self._number()
+            kind = head & 15
+            fields[number] = kind == 1 if kind < 3 else self._value(kind)
+        self._at += 1
+        return fields
+
+    def _value(self, kind: int) -> Any:
+        if 4 <= kind <= 6:
+            return self._number()
+        if kind == 8:
+            return self._skip(self._varint())
+        if kind == 12:
+            return self.struct()
+        if kind in (9, 10):
+            head = self._byte()
+            count = self._varint() if head >> 4 == 15 else head >> 4
+            return [self._value(head & 15) for _ in range(count)]
+        if kind in (1, 2, 3):
+            return self._byte()
+        if kind == 7:
+            return self._skip(8)
+        if kind == 11:
+            count = self._varint()
+            kinds = self._byte() if count else 0
+            return [(self._value(kinds >> 4), self._value(kinds & 15)) for _ in range(count)]
+        raise ValueError(f"it has a value of the unknown kind {kind}")
+
+    def _byte(self) -> int:
+        byte = self._data[self._at]
+        self._at += 1
+        return byte
+
+    def _varint(self) -> int:
+        data, at = self._data, self._at
+        byte = found = data[at]
+        shift = 0
+        while byte > 127:
+            at, shift = at + 1, shift + 7
+            if shift > 63:
+                raise ValueError("it has a number of more than 64 bits")
+            byte = data[at]
+            found = found & ~(128 << shift - 7) | byte << shift
+        self._at = at + 1
+        return found
+
+    def _number(self) -> int:
+        found = self._varint()
+        return found >> 1 ^ -(found & 1)
+
+    def _skip(self, count: int) -> None:
+        if count > len(self._data) - self._at:
+            raise ValueError("it ends in a text")
+        self._at += count
 
 
 def _too_large(path: Path, how_much: str) -> UserError:
