@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -413,3 +414,50 @@ def test_a_tokenizer_that_begins_texts_does_so(tmp_path):
     (row,) = rows_of(path, tiny_policy(tokenizer=str(tmp_path)), format="text")
     assert row["tokens"][0] == 1
     assert trained_text(row) == ["on the table<|im_end|>"]
+
+
+@pytest.mark.parametrize("name", ["tokens.npy", "trained.npy", "ends.npy", "where.txt", None])
+def test_damaged_tokens_in_the_cache_are_named_and_written_again(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RLINF_CACHE", str(tmp_path / "cache"))
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "one two three"}])
+    source = open_text(dataset(path, format="text"), tiny_policy(), "train")
+    (row,) = source.__getitems__([0])
+    file = source.store.entry.file(name) if name else source.store.entry.manifest
+    file.write_bytes(bytes(file.stat().st_size))
+    again = open_text(dataset(path, format="text"), tiny_policy(), "train")
+    assert same(again.__getitems__([0])[0], row)
+    assert again.fingerprint() == source.fingerprint()
+    said = capsys.readouterr().err
+    assert str(file) in said
+    assert "the cache is damaged" in said
+    assert not list((tmp_path / "cache").glob("text/.*"))
+
+
+def test_a_cache_that_is_removed_during_a_run_is_one_message(tmp_path, monkeypatch):
+    monkeypatch.setenv("RLINF_CACHE", str(tmp_path / "cache"))
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "one two three"}])
+    source = open_text(dataset(path, format="text"), tiny_policy(), "train")
+    source.__getitems__([0])
+    shutil.rmtree(tmp_path / "cache")
+    source.__getitems__([0])  # What is open stays.
+    with pytest.raises(UserError, match="was removed or damaged while the run was using it"):
+        pickle.loads(pickle.dumps(source)).__getitems__([0])
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet", "csv", "txt", "arrow"])
+def test_what_is_not_a_file_is_refused_at_once(suffix, tmp_path):
+    path = tmp_path / f"a.{suffix}"
+    os.mkfifo(path)
+    for repo_id in (path, tmp_path):
+        with pytest.raises(UserError, match=rf"a\.{suffix} cannot be read: it is a named pipe, not a file"):
+            open_text(dataset(repo_id, format="text"), tiny_policy(), "train")
+
+
+def test_parquet_bombs_are_refused(tmp_path):
+    zeros = pa.DictionaryArray.from_arrays(pa.array(np.zeros(2 * 10**7, np.int32)), pa.array([0]))
+    path = tmp_path / "bomb.parquet"
+    parquet.write_table(pa.table({"text": zeros}), path, compression="zstd", store_schema=False)
+    assert path.stat().st_size < 100_000
+    with pytest.raises(UserError, match=r"bomb.parquet has .* kB, but its columns take 0.16 GB in memory"):
+        open_text(dataset(path, format="text"), tiny_policy(), "train")

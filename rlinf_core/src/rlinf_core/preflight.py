@@ -33,7 +33,8 @@ from rlinf_core.errors import UserError, did_you_mean
 from rlinf_core.plugins.evaluators import evaluator_names
 from rlinf_core.plugins.owners import CORE
 from rlinf_core.plugins.registry import Plugins
-from rlinf_core.training.resume import Flags, decide_start
+from rlinf_core.training.checkpoint.image_files import compare_images, record_images
+from rlinf_core.training.resume import Flags, Start, decide_start
 from rlinf_core.training.run_folder import read_folder
 from rlinf_core.training.stopping import compared_metric
 
@@ -118,7 +119,11 @@ def check_run(run: RunConfig, plugins: Plugins, ranks: int | None = None, *, all
         if run.runner.val_check_interval:
             compared_metric(run, plugins)
     with report.checking():
-        _check_folder(run, report, allow_change=allow_change)
+        start = _check_folder(run, report, allow_change=allow_change)
+        if start.checkpoint and len(rows) == len(run.sources):
+            images = record_images((source.name, train) for source, train in rows)
+            if changes := compare_images(start.checkpoint, images, allow_change=allow_change):
+                report.warnings.append(f"the run continues with other image files: {changes}")
     with report.checking():
         _check_launcher(run, plugins, report)
     if plugins.failures:
@@ -211,7 +216,7 @@ def _check_sample(run: RunConfig, train: SampleSource, report: Report) -> None:
                 report.facts[name] = fact
 
 
-def _check_folder(run: RunConfig, report: Report, *, allow_change: bool) -> None:
+def _check_folder(run: RunConfig, report: Report, *, allow_change: bool) -> Start:
     """Check that the folder can be written to, and report where the run would start if it holds one already."""
     start = decide_start(run, read_folder(run), Flags(allow_change=allow_change))
     report.facts["starts"] = "at step 0"
@@ -223,6 +228,7 @@ def _check_folder(run: RunConfig, report: Report, *, allow_change: bool) -> None
             report.warnings.append(note.removeprefix("warning: "))
         else:
             report.facts[heading.rstrip(":").replace(" ", "_")] = "; ".join(map(str.strip, lines.splitlines()))
+    return start
 
 
 def _check_launcher(run: RunConfig, plugins: Plugins, report: Report) -> None:

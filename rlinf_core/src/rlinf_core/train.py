@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--overwrite", action="store_true", help="remove the run of the same name and start from scratch"
     )
     parser.add_argument(
-        "--allow-change", action="store_true", help="continue a run with a config that changes what a step computes"
+        "--allow-change", action="store_true", help="continue a run with a config or images that change its steps"
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of errors that have a message")
     args = parser.parse_intermixed_args(arguments)

@@ -8,11 +8,51 @@ in logs. docs/security.md lists what is trusted and what is not.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import stat
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+
+class NotAFileError(OSError):
+    """What should be a file is a folder, pipe, socket or device; the message says which, without naming it."""
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+def check_file(path: Path) -> None:
+    """Require that a path is a file, after following links. Opening a pipe hangs, and a device may never end.
+
+    Raises:
+        NotAFileError: It is something else.
+        OSError: It does not exist, or cannot be seen.
+    """
+    if what := not_a_file(path.stat()):
+        raise NotAFileError(errno.EINVAL, f"it is {what}, not a file", str(path))
+
+
+_KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
+
+
+def not_a_file(status: os.stat_result) -> str:
+    """What something is instead of a file, in words; empty if it is one."""
+    kind = stat.S_IFMT(status.st_mode)
+    return "" if kind == stat.S_IFREG else _KINDS.get(kind, "a device")
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8, without the byte order mark with which editors on Windows begin files.
+
+    Raises:
+        OSError: It cannot be read, or is not a file.
+        ValueError: It is not UTF-8.
+    """
+    check_file(path)
+    return path.read_text(encoding="utf-8-sig")
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -34,7 +74,7 @@ def read_json(path: Path) -> Any:
         OSError: The file cannot be read.
         ValueError: It is not JSON in UTF-8, or is nested too deeply for Python.
     """
-    return parse_json(path.read_text(encoding="utf-8-sig"))  # Editors on Windows begin files with a byte order mark.
+    return parse_json(read_text(path))
 
 
 def path_inside(folder: Path, name: object) -> Path:

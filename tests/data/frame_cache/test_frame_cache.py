@@ -1,6 +1,9 @@
 """`rlinf cache`: frames are decoded once, and a run rejects a cache that does not fit."""
 
+import json
+import os
 import pickle
+import re
 import shutil
 import signal
 from argparse import Namespace
@@ -20,7 +23,7 @@ from rlinf_core.config.load import load_config
 from rlinf_core.contract.datasets import ColumnSource, LeRobotDatasetConfig
 from rlinf_core.data.frame_cache import source as frame_cache
 from rlinf_core.data.frame_cache import writer as frame_cache_writing
-from rlinf_core.data.frame_cache.manifest import caches_of, read_manifest, resizing_to_keep
+from rlinf_core.data.frame_cache.manifest import POSITIONS, caches_of, plain, read_manifest, resizing_to_keep
 from rlinf_core.data.frame_cache.parts import Conversion
 from rlinf_core.data.frame_cache.source import CachedSource, open_cached
 from rlinf_core.data.frame_cache.writer import check_room, convert, find_missing, lock
@@ -228,6 +231,53 @@ def test_a_cache_of_other_data_is_refused(video_dataset, tmp_path):
     video.write_bytes(video.read_bytes() + b"\0")
     with pytest.raises(UserError, match=rf"is of other data: {video.relative_to(root)} had \d+ bytes and now has \d+"):
         cached(with_cache)
+
+
+def test_videos_of_the_same_size_with_other_content_are_noticed(video_dataset, tmp_path):
+    root = shutil.copytree(video_dataset.root, tmp_path / "data")
+    _, with_cache = make(config(root), tmp_path / "cache")
+    video = sorted(root.glob("videos/**/*.mp4"))[0]
+    content = bytearray(video.read_bytes())
+    content[-5] ^= 1
+    os.utime(video, (0, 0))
+    cached(with_cache)
+    video.write_bytes(content)
+    with pytest.raises(UserError, match=rf"{video.relative_to(root)} had the same size, but other content"):
+        cached(with_cache)
+
+
+def test_a_part_that_rots_is_noticed_at_the_start(video_dataset, tmp_path):
+    work, with_cache = make(config(video_dataset.root), tmp_path)
+    part = work.file(CAMERAS[0], 2)
+    part.write_bytes(bytes(part.stat().st_size))
+    with pytest.raises(UserError, match=rf"is damaged: {part.name} has changed since it was written.*rlinf cache"):
+        cached(with_cache)
+
+
+def test_a_cache_of_an_early_version_is_used(video_dataset, tmp_path):
+    work, with_cache = make(config(video_dataset.root), tmp_path)
+    for column in CAMERAS:
+        path = work.cache.manifest(column)
+        table = json.loads(path.read_text())
+        del table["evidence"]
+        for part in table["parts"]:
+            del part["evidence"]
+        path.write_text(json.dumps(table))
+    cached(with_cache)
+
+
+def test_a_damaged_list_of_positions_is_one_message(video_dataset, tmp_path):
+    work, with_cache = make(config(video_dataset.root), tmp_path)
+    (work.cache.folder / POSITIONS).write_bytes(b"")
+    with pytest.raises(UserError, match=r"positions.npy is damaged .*run `rlinf cache` again"):
+        cached(with_cache)
+
+
+def test_names_that_differ_have_files_that_differ():
+    names = ["cam left", "cam-left", "cam/left", "observation.images.front", "käm", "kam", "k-m"]
+    assert len({plain(name) for name in names}) == len(names)
+    assert plain("observation.images.front") == "observation.images.front"
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+", plain(name)) for name in names)
 
 
 def test_room_is_asked_for_before_the_work(video_dataset, tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from rlinf_core.data.lerobot import rows as lerobot_rows
 from rlinf_core.data.lerobot import shared_memory as shared_columns
 from rlinf_core.data.lerobot.shared_memory import Runs
 from rlinf_core.data.lerobot.source import open_lerobot
+from rlinf_core.errors import UserError
 
 
 @pytest.fixture
@@ -37,7 +39,7 @@ def test_large_columns_are_mapped_by_every_copy(image_dataset, shared, monkeypat
     monkeypatch.setattr(lerobot_rows, "find_shared", lambda key: None)
     monkeypatch.setattr(lerobot_rows, "_in_use", {})
     plain = open_lerobot(data, 5, "train")
-    assert plain._columns.folder is None
+    assert plain._columns.entry is None
     for name, values in numbers(plain).items():
         np.testing.assert_array_equal(numbers(pickle.loads(copied))[name], values)
         np.testing.assert_array_equal(numbers(pickle.loads(pickle.dumps(plain)))[name], values)
@@ -60,7 +62,7 @@ def test_columns_that_cannot_be_shared_are_in_memory_and_a_note_says_so(image_da
     note = capsys.readouterr().err
     assert "cannot be written" in note
     assert "RLINF_CACHE" in note
-    assert source._columns.folder is None
+    assert source._columns.entry is None
     open_lerobot(data, 1, "train")  # Read once in this process, and told once.
     assert capsys.readouterr().err == ""
     copied = pickle.loads(pickle.dumps(source))
@@ -75,3 +77,46 @@ def test_runs_are_the_positions(positions):
     assert [int(runs[np.array(i)]) for i in reversed(range(len(positions)))] == positions[::-1]
     with pytest.raises(IndexError):
         runs[np.array([len(positions)])]
+
+
+def zero_actions(source, monkeypatch):
+    """Fill the cached file of the actions with zeros, as a machine that lost its power does."""
+    names = source._columns.entry.facts["names"]
+    path = source._columns.entry.file(f"{names.index('action')}.npy")
+    header = 128
+    path.write_bytes(path.read_bytes()[:header] + bytes(path.stat().st_size - header))
+    monkeypatch.setattr(lerobot_rows, "_in_use", {})
+    return path
+
+
+def test_zeros_in_cached_columns_are_named_and_not_trained_on(image_dataset, shared, monkeypatch, capsys):
+    data = LeRobotDatasetConfig(repo_id=str(image_dataset.root))
+    source = open_lerobot(data, 2, "train")
+    actions, fingerprint = numbers(source)["action"], source.fingerprint()
+    path = zero_actions(source, monkeypatch)
+    again = open_lerobot(data, 2, "train")
+    said = capsys.readouterr().err
+    assert str(path) in said
+    assert "the cache is damaged" in said
+    assert actions.any()
+    np.testing.assert_array_equal(numbers(again)["action"], actions)
+    assert again.fingerprint() == fingerprint
+    monkeypatch.setattr(lerobot_rows, "_in_use", {})
+    open_lerobot(data, 2, "train")
+    assert capsys.readouterr().err == ""
+
+
+def test_columns_that_somebody_removed_during_a_run_are_written_again_for_the_next_process(
+    image_dataset, shared, monkeypatch
+):
+    source = open_lerobot(LeRobotDatasetConfig(repo_id=str(image_dataset.root)), 2, "train")
+    expected = numbers(source)["action"]
+    pickled = pickle.dumps(source)
+    shutil.rmtree(shared)
+    np.testing.assert_array_equal(numbers(source)["action"], expected)
+    with pytest.raises(UserError, match="removed or damaged while a process was starting"):
+        pickle.loads(pickled)
+    np.testing.assert_array_equal(numbers(pickle.loads(pickle.dumps(source)))["action"], expected)
+    shutil.rmtree(shared)
+    shared.touch()  # Nor can it be written again.
+    np.testing.assert_array_equal(numbers(pickle.loads(pickle.dumps(source)))["action"], expected)

@@ -90,18 +90,23 @@ def _convert(options: argparse.Namespace, config: RunConfig, source: RunSource, 
 
 def _there_already(caches: Caches, splits: tuple[LeRobotSource, ...]) -> Cache | None:
     """A complete cache with these frames and more, with correct hashes; None if there is none."""
-    from rlinf_core.data.frame_cache.manifest import find_cache
+    from rlinf_core.data.frame_cache.manifest import find_cache, read_manifest
     from rlinf_core.data.frame_cache.writer import find_damaged
 
-    cache, _ = find_cache(caches, splits)
-    if cache is None or len(cache.positions) == sum(len(split) for split in splits):
-        return None  # A cache of exactly these frames is repaired if damaged.
+    cache, _ = find_cache(caches, splits, damaged=True)
+    if cache is None:
+        return None
+    manifests = [read_manifest(cache.manifest(column)) for column in splits[0].images]
+    early = any(manifest is not None and not manifest.evidence for manifest in manifests)
+    others = len(cache.positions) > sum(len(split) for split in splits)
+    if not others and not early:
+        return None  # A cache of exactly these frames is repaired if damaged; one of an early version is only used.
     if damaged := find_damaged(cache, splits[0].images):
         raise UserError(
-            f"{cache.folder} has these frames among others, but is damaged: {', '.join(damaged)}. Run `rlinf cache` "
-            "with the config that wrote it, which repairs it, or remove the folder"
+            f"{cache.folder} has these frames{' among others' * others}, but is damaged: {', '.join(damaged)}. Run "
+            "`rlinf cache` with the config that wrote it, which repairs it, or remove the folder"
         )
-    print(f"{cache.folder}\nall frames are there, among others, and their hashes are right")
+    print(f"{cache.folder}\nall frames are there{', among others,' * others} and their hashes are right")
     return cache
 
 

@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="remove the run of the same name and start over")
     parser.add_argument(
-        "--allow-change", action="store_true", help="resume a run although the config changes what it computes"
+        "--allow-change", action="store_true", help="resume a run although its config or its images have changed"
     )
     parser.add_argument(
         "--debug", action="store_true", help="also show the traceback of user errors, in the run's processes"

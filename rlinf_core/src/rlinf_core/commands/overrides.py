@@ -85,7 +85,7 @@ def _keys(config: str, earlier: Sequence[str]) -> dict[str, Key]:
 
     try:
         path = _cache_file(Path(config).read_bytes(), earlier)
-    except OSError:
+    except (OSError, UserError):
         return {}
     if (known := _read(path)) is not None:
         return known
@@ -143,13 +143,13 @@ def _is_text(annotation: Any) -> bool:
 
 def _cache_file(config: bytes, earlier: Sequence[str]) -> Path:
     """The file of a config and of what is installed: installing and removing change a folder of packages."""
+    from rlinf_core.cache import cache_folder
+
     digest = hashlib.blake2b(config, digest_size=16)
     packages = [(folder, _changed(folder)) for folder in sys.path if os.path.isdir(folder)]
     disabled = os.environ.get("RLINF_DISABLE_PLUGINS", "")
     digest.update(json.dumps([list(earlier), packages, disabled, sys.version]).encode())
-    # The folder of `data.images.parquet.cache_folder`, whose module would import NumPy.
-    cache = Path(os.environ.get("RLINF_CACHE", "~/.cache/rlinf_core")).expanduser()
-    return cache / "completion" / f"{digest.hexdigest()}.json"
+    return cache_folder() / "completion" / f"{digest.hexdigest()}.json"
 
 
 def _read(path: Path) -> dict[str, Key] | None:
@@ -165,15 +165,16 @@ def _read(path: Path) -> dict[str, Key] | None:
 
 def _write(path: Path, keys: Mapping[str, Key]) -> None:
     """Write the keys for the next time; without room or permission there is none."""
+    from rlinf_core.cache import replacing
+
     files = (getattr(module, "__file__", None) for module in tuple(sys.modules.values()))
     own = [file for file in files if file and not {"site-packages", "dist-packages"} & {*Path(file).parts}]
     standard = os.path.dirname(os.__file__)
     sources = {file: _changed(file) for file in own if not file.startswith(standard + os.sep)}
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
-        aside.write_text(json.dumps({"version": VERSION, "sources": sources, "keys": keys}), encoding="utf-8")
-        aside.replace(path)
+        with replacing(path) as aside:
+            aside.write_text(json.dumps({"version": VERSION, "sources": sources, "keys": keys}), encoding="utf-8")
 
 
 def _changed(path: str) -> int:

@@ -147,7 +147,7 @@ class ReportingSource(SampleSource, Protocol):
 
 @runtime_checkable
 class FileSource(SampleSource, Protocol):
-    """A source that names its files, so that a run can name those in which its machines' copies of the data differ."""
+    """A source that names its files, so that a run can name those that differ between machines or between starts."""
 
     def row_files(self) -> Mapping[str, Path]:
         """Name within the dataset -> file that the rows are read from. They are read only if fingerprints differ."""
@@ -156,7 +156,7 @@ class FileSource(SampleSource, Protocol):
     def image_files_by_name(self) -> Mapping[str, Path]:
         """Name within the dataset -> file of this split's images, which `fingerprint` does not cover.
 
-        A run on several machines compares their names and sizes.
+        Machines of a run compare their names, sizes and digests of some parts, and so does a run that continues.
         """
         ...
 

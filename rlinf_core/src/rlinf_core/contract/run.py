@@ -250,8 +250,8 @@ class Start(Protocol):
         ...
 
     @property
-    def allow_other_rows(self) -> bool:
-        """Whether the run may continue on other rows than before, with its statistics (`--allow-change`)."""
+    def allow_change(self) -> bool:
+        """Whether the run may continue with another config, other image files or other training rows than before."""
         ...
 
 

@@ -37,6 +37,13 @@ from rlinf_core.data.statistics.rates import compare_rates
 from rlinf_core.data.statistics.run import run_statistics
 from rlinf_core.errors import UserError
 from rlinf_core.files import write_text
+from rlinf_core.training.checkpoint.image_files import (
+    Record,
+    changed_since,
+    compare_images,
+    record_images,
+    write_record,
+)
 from rlinf_core.training.checkpoint.state import NO_BEST, Position, statistics_copy
 from rlinf_core.training.distributed.processes import to_device
 from rlinf_core.training.distributed.same_inputs import check_same_files
@@ -85,32 +92,30 @@ class RunData:
         return cls(run, rows, held_out, layout)
 
     def prepare(
-        self,
-        group: ProcessGroup,
-        *,
-        resuming: bool,
-        checkpoint: Path | None = None,
-        allow_other_rows: bool = False,
+        self, group: ProcessGroup, *, resuming: bool, checkpoint: Path | None = None, allow_change: bool = False
     ) -> RunData:
         """Add the statistics of each dataset, which rank 0 computes or reads, and the pipelines that use them.
 
         Args:
             group: All ranks call this.
             resuming: The run continues from a checkpoint; see `data.statistics.run.run_statistics`.
-            checkpoint: That checkpoint, with whose copy the statistics in the run's folder are compared.
-            allow_other_rows: It may continue on other rows than those of its statistics.
+            checkpoint: That checkpoint, with whose copy the statistics in the run's folder are compared, and with
+                whose record the image files.
+            allow_change: Whether it may continue with other image files, or on other rows than those of its
+                statistics.
 
         Raises:
-            UserError: The statistics are unusable, or no longer match the data; or machines have different files.
+            UserError: The statistics are unusable, or no longer match the data; or machines have different files; or
+                image files have changed since the checkpoint was saved.
         """
         names = [source.name for source in self.run.sources]
         opened = zip(names, self.rows, self.held_out, strict=True)
         check_same_files(self.run, opened, group, with_weights=not resuming)
-        sources, warnings, states = [], [], []
+        sources, warnings, states = [], self._compare_images(group, checkpoint, allow_change=allow_change), []
         for given, rows in zip(self.run.sources, self.rows, strict=True):
             with given.naming():
                 recorded = checkpoint and statistics_copy(checkpoint, given.statistics)
-                options = {"resuming": resuming, "allow_other_rows": allow_other_rows}
+                options = {"resuming": resuming, "allow_other_rows": allow_change}
                 found = run_statistics(given.run, rows, group, file=given.statistics, recorded=recorded, **options)
                 pipeline = build_pipeline(given.run.data, self.run.policy, found.stats)
             sources.append(_source(given, rows, pipeline))
@@ -122,6 +127,24 @@ class RunData:
         prepared = replace(self, sources=tuple(sources), warnings=tuple(warnings), states=tuple(states))
         _ = prepared.fingerprint  # Now: a save must not depend on files that may be gone by then.
         return prepared
+
+    def _compare_images(self, group: ProcessGroup, checkpoint: Path | None, *, allow_change: bool) -> list[str]:
+        """Compare the image files with those of the checkpoint, and record them for the next ones."""
+
+        def compare() -> list[str]:
+            record = self._record_images()
+            changes = compare_images(checkpoint, record, allow_change=allow_change) if checkpoint else ""
+            write_record(self.run.folder, record)
+            return [f"the run continues with other image files: {changes}"] if changes else []
+
+        return group.decide(compare)
+
+    def _record_images(self) -> Record:
+        return record_images(zip((source.name for source in self.run.sources), self.rows, strict=True))
+
+    def images_changed(self) -> str:
+        """The image files that have changed since the run started, on rank 0; empty if none has."""
+        return changed_since(self.run.folder, self._record_images())
 
     @cached_property
     def size(self) -> int:

@@ -108,8 +108,9 @@ class Start:
     """Lines to report, e.g. a changed config or damaged checkpoints."""
     changes: tuple[str, ...] = ()
     """The changes to what a step computes that `--allow-change` permits, one line per key."""
-    allow_other_rows: bool = False
-    """Whether the training rows may differ from those that the checkpoint was trained on."""
+    allow_change: bool = False
+    """Whether the run may continue with another config, other image files or other training rows than before: it was
+    told so now, or at its checkpoint, and no step has been saved since."""
     replaced: Path | None = None
     """Where `--overwrite` moves the previous run; it is deleted once its successor is ready to train."""
 
@@ -151,7 +152,7 @@ def decide_start(run: RunConfig, state: FolderState, flags: Flags = NO_FLAGS) ->
             )
         return Start()
     start = _continue_from(run, state, state.checkpoint, state.position, changes)
-    return replace(start, allow_other_rows=flags.allow_change or state.changed_here)
+    return replace(start, allow_change=flags.allow_change or state.changed_here)
 
 
 def _continue_from(

@@ -45,9 +45,9 @@ class Fsdp2Trainer:
         self.stop_step = data.stop_step  # Known before statistics, which take long: are there enough rows?
         if run.policy.normalization != "none" and not start.checkpoint:
             enter(f"statistics of {data.size} training rows", group.rank)
-        others = start.allow_other_rows
+        checkpoint = start.checkpoint
         data = data.prepare(
-            group, resuming=start.checkpoint is not None, checkpoint=start.checkpoint, allow_other_rows=others
+            group, resuming=checkpoint is not None, checkpoint=checkpoint, allow_change=start.allow_change
         )
         self.run, self.step, self.data = data.run, start.step, data
         self._config, self._group = config, group
@@ -60,7 +60,9 @@ class Fsdp2Trainer:
         self._best, self._validated = Best(), 0
         if start.checkpoint:
             watchdog.enter(f"loading {start.checkpoint}")
-            position = load(start.checkpoint, self._state.tensors(), self._position(), allow_other_rows=others)
+            position = load(
+                start.checkpoint, self._state.tensors(), self._position(), allow_other_rows=start.allow_change
+            )
             self._best, self._validated = position.best, position.validated
         watchdog.enter("preparing the first step")
         self._checkpoints = Checkpoints.of(data.run, group, self._state.tensors(), start)
@@ -114,6 +116,8 @@ class Fsdp2Trainer:
             with stop_signals() as stop, self._monitor.watching():
                 received = self._train(stop)
                 self._finish_saving(stop, received)
+                if not received and not self._group.rank and (changed := self.data.images_changed()):
+                    self._monitor.log(f"warning: image files changed while the run was reading them: {changed}")
             error = Interrupted(received, self.step) if received else None
         except BaseException as e:
             error = explain(e, self._monitor.recorder, self._config, self._group, self._state)

@@ -13,7 +13,7 @@ from typing import Any
 
 from rlinf_core import UserError
 from rlinf_core.hub import local_path, parse_hub_id
-from rlinf_core.untrusted import parse_json, path_inside, read_json
+from rlinf_core.untrusted import NotAFileError, check_file, not_a_file, parse_json, path_inside, read_json
 from rlinf_plugins_text.rows.dataset import TextDatasetConfig
 
 SPLITS, STATE = "dataset_dict.json", "state.json"
@@ -88,7 +88,13 @@ def _in_folder(folder: Path, patterns: Sequence[str], setting: str) -> list[Path
     found: dict[Path, None] = {}
     for pattern in patterns or ("**/*",):
         matches = [folder / one for one in sorted(glob.glob(pattern, root_dir=folder, recursive=True))]
-        readable = [one for one in matches if one.is_file() and one.suffix.lower() in READERS]
+        readable = [one for one in matches if not one.is_dir() and one.suffix.lower() in READERS]
+        for one in readable:
+            if one.exists() and not one.is_file():
+                raise UserError(
+                    f"{setting}: {one} cannot be read: it is {not_a_file(one.stat())}, not a file. Remove it"
+                )
+        readable = [one for one in readable if one.is_file()]
         if patterns and not readable:
             raise UserError(f"{setting}: no readable file in {folder} matches {pattern!r}")
         found |= dict.fromkeys(readable)
@@ -160,16 +166,17 @@ def _from_csv(path: Path) -> Iterator[TextRow]:
 
 def _from_parquet(path: Path) -> Iterator[TextRow]:
     import pyarrow
-    from pyarrow import parquet
+
+    from rlinf_core.untrusted_parquet import open_parquet, read_batches
 
     try:
-        file = parquet.ParquetFile(path)
-        number = 0
-        for batch in file.iter_batches():
-            for row in batch.to_pylist():
-                yield f"{path}, row {number}", row
-                number += 1
-    except pyarrow.ArrowException as error:
+        with open_parquet(path) as file:
+            number = 0
+            for batch in read_batches(file, path):
+                for row in batch.to_pylist():
+                    yield f"{path}, row {number}", row
+                    number += 1
+    except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
@@ -179,6 +186,7 @@ def _from_arrow(path: Path) -> Iterator[TextRow]:
     from pyarrow import ipc
 
     try:
+        check_file(path)
         with pyarrow.memory_map(str(path)) as file:
             try:
                 reader: Any = ipc.open_stream(file)
@@ -256,6 +264,10 @@ def _object(line: str, where: str) -> dict[str, Any]:
 
 
 def _opened(path: Path, newline: str | None = None) -> Any:
+    try:
+        check_file(path)
+    except NotAFileError as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
     return path.open(encoding="utf-8-sig", newline=newline)
 
 

@@ -1,16 +1,13 @@
 """All texts of a dataset as tokens on disk, written once per machine; ranks and loader workers map the same files.
 
-The folder is in `RLINF_CACHE` (default `~/.cache/rlinf_core`). Its name is a hash of the data, the tokenizer and the
-settings that decide what is trained. A token takes five bytes: four for its id, one for whether it is trained.
+They are an entry of the cache (`rlinf_core.cache`), whose key is a hash of the data, the tokenizer and the settings
+that decide what is trained. A token takes five bytes: four for its id, one for whether it is trained.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -21,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlinf_core import UserError
+from rlinf_core.cache import CacheEntry, cache_folder, cache_key, find_entry, store_entry
 from rlinf_plugins_text.rows.dataset import TextDatasetConfig
 from rlinf_plugins_text.rows.files import TextRow, content_tag, read_rows
 from rlinf_plugins_text.rows.formats import Example, to_example
@@ -28,7 +26,9 @@ from rlinf_plugins_text.rows.tokenizer import TextTokenizer
 from rlinf_plugins_text.rows.tokens import Tokens, control_pieces, tokenize
 
 VERSION = 4
-"""Version of the file format and of tokenization; part of the folder's name."""
+"""Version of tokenization; part of the key."""
+KIND = "text"
+"""The folder in the cache."""
 AT_ONCE = 1000
 """Texts tokenized in one call, which uses all cores."""
 
@@ -53,28 +53,46 @@ class Notes:
 class TokenStore:
     """The concatenated tokens of a dataset's texts, in files."""
 
-    folder: Path
+    entry: CacheEntry
 
     def array(self, name: str) -> NDArray[Any]:
         """One of the arrays, memory-mapped, for N tokens in E texts.
 
         `tokens` int32 [N]; `trained` bool [N]; `ends` int64 [E + 1], text e is `tokens[ends[e] : ends[e + 1]]`;
         `held_out` bool [E], whether a text comes from the files or the split set aside for validation.
+
+        Raises:
+            UserError: Somebody has removed the file since the run started.
         """
-        mapped: NDArray[Any] = np.load(self.folder / f"{name}.npy", mmap_mode="r")
+        path = self.entry.file(f"{name}.npy")
+        try:
+            mapped: NDArray[Any] = np.load(path, mmap_mode="r")
+        except (OSError, ValueError, EOFError) as error:
+            raise _removed(path, error) from error
         return mapped
 
     def digest(self) -> str:
         """A hash of the tokens and of which are trained and held out; it does not depend on the folder's path."""
-        return (self.folder / "digest.txt").read_text()
+        return str(self.entry.facts["digest"])
 
     def notes(self) -> Notes:
         """What was noticed while the texts were tokenized."""
-        return Notes(json.loads((self.folder / "notes.json").read_text(encoding="utf-8")))
+        return Notes(self.entry.facts["notes"])
 
     def where(self, text: int) -> str:
         """Where a text comes from, for messages."""
-        return (self.folder / "where.txt").read_text(encoding="utf-8").splitlines()[text]
+        path = self.entry.file("where.txt")
+        try:
+            return path.read_text(encoding="utf-8").split("\n")[text]
+        except OSError as error:
+            raise _removed(path, error) from error
+
+
+def _removed(path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{path}, which holds tokens in the cache, was removed or damaged while the run was using it ({error}): start "
+        "again, which writes it again"
+    )
 
 
 def open_store(config: TextDatasetConfig, tokenizer: TextTokenizer) -> TokenStore:
@@ -85,16 +103,16 @@ def open_store(config: TextDatasetConfig, tokenizer: TextTokenizer) -> TokenStor
     """
     said = config.model_dump(include={"format", "keys", "roles", "as_chat", "loss_on", "repo_id", "subset", "split"})
     parts = [VERSION, said, config.validation_split, content_tag(config), _tokenizer_tag(tokenizer)]
-    name = hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=12).hexdigest()
-    folder = cache_folder() / "text" / name
-    if not (folder / "ends.npy").exists():
-        _make(config, tokenizer, folder)
-    return TokenStore(folder)
-
-
-def cache_folder() -> Path:
-    """The folder for data that can be recomputed."""
-    return Path(os.environ.get("RLINF_CACHE", "~/.cache/rlinf_core")).expanduser()
+    key = cache_key(json.dumps(parts, sort_keys=True))
+    if (entry := find_entry(KIND, key)) is not None:
+        return TokenStore(entry)
+    try:
+        return TokenStore(store_entry(KIND, key, lambda folder: _write(config, tokenizer, folder)))
+    except OSError as error:
+        raise UserError(
+            f"the tokens of {config.repo_id} cannot be written to {cache_folder() / KIND}: {error}. Set RLINF_CACHE to "
+            "a folder with free space"
+        ) from error
 
 
 def _tokenizer_tag(tokenizer: TextTokenizer) -> str:
@@ -103,26 +121,8 @@ def _tokenizer_tag(tokenizer: TextTokenizer) -> str:
     return hashlib.blake2b(file + rest, digest_size=12).hexdigest()
 
 
-def _make(config: TextDatasetConfig, tokenizer: TextTokenizer, folder: Path) -> None:
-    """Write to a temporary folder, then rename it: another process may be doing the same."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        try:
-            _write(config, tokenizer, aside)
-            if not folder.exists():
-                aside.rename(folder)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    except OSError as error:
-        if (folder / "ends.npy").exists():  # Another process was first.
-            return
-        raise UserError(
-            f"the tokens of {config.repo_id} cannot be written: {error}. Set RLINF_CACHE to a folder with free space"
-        ) from error
-
-
-def _write(config: TextDatasetConfig, tokenizer: TextTokenizer, folder: Path) -> None:
+def _write(config: TextDatasetConfig, tokenizer: TextTokenizer, folder: Path) -> dict[str, Any]:
+    """Write the files of `TokenStore`; returns its digest and notes."""
     lengths: list[int] = []
     held_out: list[bool] = []
     notes = Notes()
@@ -149,9 +149,8 @@ def _write(config: TextDatasetConfig, tokenizer: TextTokenizer, folder: Path) ->
         raw.unlink()
     np.save(folder / "held_out.npy", np.array(held_out, np.bool_))
     digest.update(np.array(held_out, np.bool_).tobytes())
-    (folder / "digest.txt").write_text(digest.hexdigest())
-    (folder / "notes.json").write_text(json.dumps(notes.found), encoding="utf-8")
     np.save(folder / "ends.npy", np.cumsum([0, *lengths], dtype=np.int64))
+    return {"digest": digest.hexdigest(), "notes": notes.found}
 
 
 def _note(notes: Notes, place: str, example: Example, tokens: Tokens, tokenizer: TextTokenizer) -> None:

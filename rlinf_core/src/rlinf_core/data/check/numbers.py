@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from rlinf_core.data.check.findings import FileFinding, FindingKind
@@ -20,6 +19,8 @@ from rlinf_core.data.lerobot.files import INFO
 from rlinf_core.data.lerobot.metadata import Metadata
 from rlinf_core.data.lerobot.rows import DERIVED, Rows
 from rlinf_core.errors import UserError
+from rlinf_core.untrusted import not_a_file
+from rlinf_core.untrusted_parquet import open_parquet, read_table
 
 Numbers = dict[str, NDArray[np.float64]]
 """Index column -> [rows of a file]; exact to 2^53."""
@@ -102,6 +103,8 @@ def check_missing(metadata: Metadata, paths: Sequence[Path]) -> Iterator[FileFin
                 held[path].append(episode)
     for path, episodes in held.items():
         what = "the link is broken" if path.is_symlink() else "the file is missing"
+        if path.exists():
+            what = f"is {not_a_file(path.stat())}, not a file"
         yield FileFinding("missing_file", what + _holding(episodes), _name(metadata, path))
 
 
@@ -127,11 +130,11 @@ def check_data_file(
     name = _name(metadata, path)
     wanted = [*INDEX_COLUMNS, *vectors]
     try:
-        with pq.ParquetFile(path) as file:
+        with open_parquet(path) as file:
             names = file.schema_arrow.names
             there = [column for column in wanted if names.count(column) == 1]
-            table = file.read(columns=there, use_threads=False)
-    except (OSError, pa.ArrowException) as error:
+            table = read_table(file, path, there)
+    except (OSError, pa.ArrowException, UserError) as error:
         return [FileFinding("unreadable_file", _line(error) + _holding(metadata.episodes[held].tolist()), name)]
     found = [_lacks(one, name, twice=one in names) for one in wanted if one not in there]
     indices: Numbers = {}

@@ -15,7 +15,6 @@ from typing import Any
 import av
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from rlinf_core.data.check.findings import FileFinding, FindingKind
@@ -27,6 +26,7 @@ from rlinf_core.data.lerobot.columns import image_size, not_rgb
 from rlinf_core.data.lerobot.frame_match import FrameMatch
 from rlinf_core.data.lerobot.metadata import Metadata
 from rlinf_core.errors import UserError
+from rlinf_core.untrusted_parquet import open_parquet
 
 MOST_FRAMES = 2**24
 """Frames of an episode whose times are computed at most."""
@@ -110,7 +110,8 @@ def check_images(
         reads: How the images will be read.
     """
     try:
-        pq.read_metadata(path)
+        with open_parquet(path):
+            pass
     except (OSError, pa.ArrowException):
         return  # `check_data_file` reports it.
     name = path.relative_to(metadata.root).as_posix()

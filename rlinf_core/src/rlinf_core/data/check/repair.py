@@ -24,6 +24,7 @@ from rlinf_core.data.lerobot.files import INFO, data_files_below, read_json, rea
 from rlinf_core.data.lerobot.frame_match import read_grid, video_files
 from rlinf_core.data.lerobot.metadata import Metadata
 from rlinf_core.errors import UserError
+from rlinf_core.untrusted import read_text
 
 
 @dataclass(frozen=True)
@@ -171,13 +172,13 @@ def _write_episodes(before: Metadata, after: Metadata, folder: Path) -> None:
     place = {episode: i for i, episode in enumerate(after.episodes.tolist())}
     if before.version != "v3.0":
         path = folder / "meta" / "episodes.jsonl"
-        listed = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+        listed = [json.loads(line) for line in read_text(path).split("\n") if line.strip()]
         kept = [one for one in listed if one["episode_index"] in place]
         lines = [one | {"length": int(after.lengths[place[one["episode_index"]]])} for one in kept]
         path.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in lines), encoding="utf-8")
         return
     for path in data_files_below(folder / "meta" / "episodes"):
-        table = pq.read_table(path)
+        table = read_parquet(path)
         table = table.filter(pa.array([episode in place for episode in table["episode_index"].to_pylist()]))
         at = np.array([place[episode] for episode in table["episode_index"].to_pylist()], np.int64)
         for name, values in _columns(after).items():

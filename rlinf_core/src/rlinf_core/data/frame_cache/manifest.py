@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -20,10 +21,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from rlinf_core.cache import cache_folder, reads_first
 from rlinf_core.contract.datasets import LeRobotDatasetConfig
 from rlinf_core.contract.policy import PolicyConfig
 from rlinf_core.data.images.decoders import Frame as Frame
-from rlinf_core.data.images.parquet import cache_folder
+from rlinf_core.data.images.evidence import evidence_of_files
 from rlinf_core.data.lerobot.columns import image_size
 from rlinf_core.data.lerobot.metadata import Metadata
 from rlinf_core.data.lerobot.source import LeRobotSource
@@ -32,6 +34,8 @@ from rlinf_core.errors import UserError
 
 Format = Literal["raw", "jpeg"]
 POSITIONS = "positions.npy"
+LOOKED_AT = 256
+"""Parts of a column, chosen at random, of which a run that starts reads some kilobytes."""
 DECODING = 2
 """Part of each cache's key; raised when the same files decode to other frames. 2: upright, in the tagged colours."""
 
@@ -44,6 +48,9 @@ class CachePart:
     frames: int
     bytes: int
     hash: str
+    """BLAKE2 of the whole file."""
+    evidence: str = ""
+    """See `data.images.evidence`; empty in caches of early versions."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,8 @@ class Manifest:
     mean_loss: float
     """Mean absolute error of the same frames."""
     parts: tuple[CachePart, ...]
+    evidence: dict[str, str] = field(default_factory=dict)
+    """The same files -> their size and a digest of some parts; empty in caches of early versions."""
 
     def write(self) -> str:
         """The manifest as JSON."""
@@ -112,12 +121,12 @@ class Caches:
         found = (re.search(rf"-([a-z]+\d*)-{self.key}-", path.name) for path in self.above.glob(f"*-{self.key}-*"))
         return sorted({match[1] for match in found if match} - {self.kind})
 
-    def cache_of(self, positions: NDArray[np.int64], files: Mapping[str, Mapping[str, int]]) -> Cache:
+    def cache_of(self, positions: NDArray[np.int64], files: Mapping[str, Mapping[str, str]]) -> Cache:
         """The cache for a set of frames, which may not exist yet.
 
         Args:
             positions: [N], ascending positions of the frames among all frames of the dataset.
-            files: Column -> source files, with sizes.
+            files: Column -> source files, with the evidence for their content.
         """
         content = _short_hash([hash_of(positions), files])
         return Cache(self.above / f"{plain(self.name)}-{self.kind}-{self.key}-{content}", self.format)
@@ -137,13 +146,18 @@ class Cache:
     @cached_property
     def positions(self) -> NDArray[np.int64]:
         """[N], ascending positions of the frames among all frames of the dataset."""
-        found: NDArray[np.int64] = np.load(self.folder / POSITIONS, mmap_mode="r")
+        path = self.folder / POSITIONS
+        try:
+            found: NDArray[np.int64] = np.load(path, mmap_mode="r")
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"{path} is damaged ({error}): remove {self.folder} and run `rlinf cache` again") from error
         return found
 
 
 def plain(name: str) -> str:
-    """A name as part of a file name."""
-    return re.sub(r"[^A-Za-z0-9._-]", "-", name)
+    """A name as part of a file name. Names that differ stay different: `cam left` and `cam-left`."""
+    allowed = re.sub(r"[^A-Za-z0-9._-]", "-", name)
+    return allowed if allowed == name else f"{allowed}-{_short_hash(name)[:8]}"
 
 
 def caches_of(
@@ -184,12 +198,23 @@ def caches_of(
     )
 
 
-def find_cache(caches: Caches, splits: Sequence[LeRobotSource]) -> tuple[Cache | None, list[str]]:
-    """The first cache that contains all frames of some splits, if any, and why earlier ones do not."""
+def find_cache(
+    caches: Caches, splits: Sequence[LeRobotSource], *, damaged: bool = False
+) -> tuple[Cache | None, list[str]]:
+    """The first cache that contains all frames of some splits, if any, and why earlier ones do not.
+
+    Args:
+        caches: Where to look.
+        splits: The splits.
+        damaged: Whether it may be damaged, for who compares all hashes.
+    """
     reasons: list[str] = []
     for folder in caches.folders():
         cache = Cache(folder, caches.format)
-        why = next((why for split in splits for column in split.images if (why := _lacks(cache, split, column))), "")
+        columns = [(split, column) for split in splits for column in split.images]
+        why = next((why for one in columns if (why := _lacks(cache, *one))), "")
+        if not why and not damaged and reads_first():
+            why = next((why for one in columns if (why := _damaged_part(cache, *one))), "")
         if not why:
             return cache, reasons
         reasons.append(f"{why} ({folder})")
@@ -206,6 +231,10 @@ def _lacks(cache: Cache, source: LeRobotSource, column: str) -> str:
         if manifest.files.get(name) != size:
             was = f"had {manifest.files[name]} bytes and now has {size}" if name in manifest.files else "is not in it"
             return f"{what} is of other data: {name} {was}"
+    compared = manifest.evidence and reads_first()
+    for name, found in image_evidence([source], column).items() if compared else ():
+        if manifest.evidence[name] != found:
+            return f"{what} is of other data: {name} had the same size, but other content"
     if hash_of(cache.positions) != manifest.positions or not np.isin(source.positions, cache.positions).all():
         return f"{what} is of other episodes"
     for part in manifest.parts:
@@ -213,6 +242,19 @@ def _lacks(cache: Cache, source: LeRobotSource, column: str) -> str:
         if not path.is_file() or path.stat().st_size != part.bytes:
             return f"{what} lacks {part.file}, or a part of it"
     return ""
+
+
+def _damaged_part(cache: Cache, source: LeRobotSource, column: str) -> str:
+    """What a look at some places of some parts finds; `rlinf cache` compares the hashes of whole files."""
+    manifest = read_manifest(cache.manifest(column))
+    assert manifest is not None
+    known = {part.file: part.evidence for part in manifest.parts if part.evidence}
+    chosen = random.SystemRandom().sample(sorted(known), min(LOOKED_AT, len(known)))
+    found = evidence_of_files({name: cache.folder / name for name in chosen})
+    wrong = next((name for name in chosen if found[name] != known[name]), "")
+    if not wrong:
+        return ""
+    return f"the cache of {column!r} of {source.metadata.name} is damaged: {wrong} has changed since it was written"
 
 
 def resizing_to_keep(metadata: Metadata, dataset: LeRobotDatasetConfig, policy: PolicyConfig) -> Transform | None:
@@ -223,12 +265,12 @@ def resizing_to_keep(metadata: Metadata, dataset: LeRobotDatasetConfig, policy: 
     first = next(iter(policy.transforms()), None)
     if first is None or not first.resizes or dataset.crops or dataset.stats_need_images:
         return None
-    random, steps = np.random.default_rng(0), (dataset.repack(), *dataset.transforms())
+    generator, steps = np.random.default_rng(0), (dataset.repack(), *dataset.transforms())
     for column in dict.fromkeys(dataset.images.values()):
         size = image_size(metadata.features[column])
         if size is None:
             return None
-        noise = random.integers(0, 256, (*size, 3), np.uint8)
+        noise = generator.integers(0, 256, (*size, 3), np.uint8)
         for image in (noise, resized(first, noise)):
             sample: Any = dict.fromkeys(dataset.images.values(), image) | {"task": "", **_zeros(metadata, dataset)}
             for step in steps:
@@ -255,6 +297,12 @@ def image_files(splits: Iterable[LeRobotSource], column: str) -> dict[str, int]:
     """The files with the images of some splits of a dataset, relative to its folder -> size in bytes."""
     paths = {(path, split.metadata.root) for split in splits for path in split.image_files(column)}
     return {path.relative_to(root).as_posix(): path.stat().st_size for path, root in sorted(paths)}
+
+
+def image_evidence(splits: Iterable[LeRobotSource], column: str) -> dict[str, str]:
+    """The same files -> the evidence for their content, `data.images.evidence`."""
+    paths = {(path, split.metadata.root) for split in splits for path in split.image_files(column)}
+    return evidence_of_files({path.relative_to(root).as_posix(): path for path, root in sorted(paths)})
 
 
 def hash_of(data: NDArray[Any]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
+import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -18,7 +18,19 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from rlinf_core.data.frame_cache.manifest import Cache, CachePart, Caches, Frame, hash_of, image_files, plain, resized
+from rlinf_core.cache import replacing
+from rlinf_core.data.frame_cache.manifest import (
+    Cache,
+    CachePart,
+    Caches,
+    Frame,
+    hash_of,
+    image_evidence,
+    image_files,
+    plain,
+    resized,
+)
+from rlinf_core.data.images.evidence import evidence_of
 from rlinf_core.data.images.pictures import decode
 from rlinf_core.data.lerobot.source import LeRobotSource
 from rlinf_core.data.loading.encoding import read_rows
@@ -51,7 +63,7 @@ class Conversion:
     @cached_property
     def cache(self) -> Cache:
         """The cache to write."""
-        return self.caches.cache_of(self.positions, self.files)
+        return self.caches.cache_of(self.positions, self.evidence)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -104,7 +116,7 @@ class Conversion:
 
     def provenance(self, column: str, part: slice) -> str:
         """A hash of everything that a part depends on."""
-        of = self.files[column], self.caches.quality, self.sampled[column].size
+        of = self.evidence[column], self.caches.quality, self.sampled[column].size
         text = json.dumps([*of, hash_of(self.positions[part])])
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -112,6 +124,11 @@ class Conversion:
     def files(self) -> dict[str, dict[str, int]]:
         """Column -> the source files of its images."""
         return {column: image_files(self.splits, column) for column in self.columns}
+
+    @cached_property
+    def evidence(self) -> dict[str, dict[str, str]]:
+        """Column -> the same files, with the evidence for their content."""
+        return {column: image_evidence(self.splits, column) for column in self.columns}
 
     def file(self, column: str, number: int) -> Path:
         """The path of a part."""
@@ -142,8 +159,8 @@ class Conversion:
 
     def _put(self, column: str, number: int, part: slice, frames: Sequence[bytes | Frame]) -> None:
         path = self.file(column, number)
-        aside, digest = path.with_name(f".{path.name}.tmp"), hashlib.blake2b(digest_size=16)
-        with writing(path, WAY_OUT), aside.open("wb") as file:
+        digest = hashlib.blake2b(digest_size=16)
+        with writing(path, WAY_OUT), replacing(path) as aside, aside.open("wb") as file:
             pieces: list[bytes | Frame] = list(frames)
             if self.cache.format == "jpeg":
                 lengths = [8 * (len(frames) + 1), *map(len, frames)]
@@ -151,14 +168,10 @@ class Conversion:
             for piece in pieces:
                 file.write(piece)
                 digest.update(piece)
-            file.flush()
-            os.fsync(file.fileno())
             size = file.tell()
-        aside.replace(path)
-        note = asdict(CachePart(path.name, len(frames), size, digest.hexdigest())) | {
-            "of": self.provenance(column, part)
-        }
-        write_text(path.with_suffix(".json"), json.dumps(note))
+        note = asdict(CachePart(path.name, len(frames), size, digest.hexdigest(), evidence_of(path)))
+        text = json.dumps(note | {"of": self.provenance(column, part)})
+        write_text(path.with_suffix(".json"), text, writer=secrets.token_hex(4))
 
     def written(self, column: str, number: int) -> CachePart | None:
         """A part that exists and matches its hash and provenance; None otherwise."""

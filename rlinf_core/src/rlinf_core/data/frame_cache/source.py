@@ -56,10 +56,6 @@ class CachedColumn:
         offsets, data = self._open[part]
         return decode(data[offsets[frame] : offsets[frame + 1]], f"{self._file(part)}: frame {frame}")
 
-    def files(self) -> list[Path]:
-        """The files with the frames."""
-        return [self._cache.folder / part.file for part in self._manifest.parts]
-
     def close(self) -> None:
         """Unmap the files that no frame uses."""
         self._open.clear()
@@ -81,7 +77,7 @@ class CachedSource:
         self.fingerprint, self.names_of = source.fingerprint, source.names_of
         self.tasks, self.step_seconds = source.tasks, source.step_seconds
         self.named_splits, self.other_prompts = source.named_splits, source.other_prompts
-        self.row_files = source.row_files
+        self.row_files, self.image_files_by_name = source.row_files, source.image_files_by_name
 
     def __len__(self) -> int:
         return len(self._source)
@@ -99,11 +95,6 @@ class CachedSource:
     def episodes(self) -> NDArray[np.int64]:
         """[n], the dataset's episode number of each row."""
         return self._source.episodes
-
-    def image_files_by_name(self) -> dict[str, Path]:
-        """The files of the cache, by column and name."""
-        found = ((name, path) for name, column in self._columns.items() for path in column.files())
-        return {f"{name}/{path.name}": path for name, path in found}
 
     def close(self) -> None:
         """Close the cache's files; they are opened again when rows are read."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import multiprocessing
+import secrets
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rlinf_core.cache import remove_abandoned, replacing
 from rlinf_core.data.frame_cache.manifest import POSITIONS, Cache, CachePart, Manifest, hash_of, plain, read_manifest
 from rlinf_core.data.frame_cache.parts import WAY_OUT, Conversion, matches_hash
 from rlinf_core.data.worker_sockets import place_sockets
@@ -101,15 +103,15 @@ def convert(
         for column in conversion.columns:  # Runs must not use the cache while it changes.
             conversion.cache.manifest(column).unlink(missing_ok=True)
     with writing(folder, WAY_OUT):
-        aside = folder / ".positions.npy"
-        np.save(aside, conversion.positions)
-        aside.replace(folder / POSITIONS)
+        remove_abandoned(folder)
+        with replacing(folder / POSITIONS) as aside, aside.open("wb") as file:
+            np.save(file, conversion.positions)
     progress(0, len(missing))
     for done, _ in enumerate(_written(conversion, missing, workers), start=1):
         progress(done, len(missing))
     for column in conversion.columns:
         manifest = _manifest(conversion, column)
-        write_text(conversion.cache.manifest(column), manifest.write())
+        write_text(conversion.cache.manifest(column), manifest.write(), writer=secrets.token_hex(4))
         parts = {part.file for part in manifest.parts}
         for path in folder.glob(f"{plain(column)}-[0-9]*"):  # Parts of an earlier, longer cache.
             if path.with_suffix(f".{conversion.cache.format}").name not in parts:
@@ -151,6 +153,7 @@ def _manifest(conversion: Conversion, column: str) -> Manifest:
         size=sampled.size,
         positions=hash_of(conversion.positions),
         files=conversion.files[column],
+        evidence=conversion.evidence[column],
         quality=conversion.caches.quality,
         largest_loss=sampled.largest_loss,
         mean_loss=sampled.mean_loss,

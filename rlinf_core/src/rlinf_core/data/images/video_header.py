@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlinf_core.errors import UserError
+from rlinf_core.untrusted import NotAFileError, check_file
 
 MOST_PIXELS = 2**26
 """Upper bound on the size of an image: a few bytes of a header can claim any size."""
@@ -138,6 +139,12 @@ def open_video(path: Path) -> Any:
         UserError: The file is not such a video, its container or codec is not among `CONTAINERS` and `CODECS`, or its
             frames have more than `MOST_PIXELS` pixels.
     """
+    try:
+        check_file(path)
+    except NotAFileError as e:
+        raise UserError(f"{path} cannot be opened as a video: {e}") from e
+    except OSError:
+        pass  # FFmpeg says it in its own words.
     try:
         container = av.open(local_address(path), container_options=_LOCAL, **_ANY_METADATA)
     except (av.FFmpegError, ValueError) as e:

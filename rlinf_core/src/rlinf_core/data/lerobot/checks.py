@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from rlinf_core.contract.datasets import Crop, LeRobotDatasetConfig
 from rlinf_core.data.images.video_header import read_video_header
 from rlinf_core.data.lerobot.columns import INDEX_COLUMNS, image_size, not_rgb
+from rlinf_core.data.lerobot.files import is_there
 from rlinf_core.data.lerobot.frame_match import FrameMatch
 from rlinf_core.data.lerobot.metadata import NUMBERS, Metadata
 from rlinf_core.data.lerobot.prompts import PROMPT, TEXTS, check_prompt_column
@@ -73,7 +74,7 @@ def _check_vector(key: str, column: str, feature: dict[str, Any]) -> None:
 
 def check_videos(metadata: Metadata, videos: Sequence[Path]) -> None:
     """Raise `UserError` for missing video files, at the start instead of in the first epoch."""
-    missing = [path for path in videos if not path.is_file()]
+    missing = [path for path in videos if not is_there(path)]
     if missing:
         named = ", ".join(str(path.relative_to(metadata.root)) for path in missing[:5])
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""

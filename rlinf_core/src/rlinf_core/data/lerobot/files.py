@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from rlinf_core.errors import UserError
 from rlinf_core.hub import NotInRepositoryError, Snapshot, local_path, open_snapshot, parse_hub_id
-from rlinf_core.untrusted import parse_json
+from rlinf_core.untrusted import NotAFileError, check_file, parse_json, read_text
 from rlinf_core.untrusted import read_json as read_any_json
+from rlinf_core.untrusted_parquet import open_parquet, read_table
 
 SETTING = "data.repo_id"
 INFO = "meta/info.json"
@@ -93,6 +93,17 @@ def _recorded(name: str) -> Path | None:
     return root if (root / INFO).is_file() and not downloaded else None
 
 
+def is_there(path: Path) -> bool:
+    """Whether a file of a dataset exists; raises `UserError` if it is a folder, pipe, socket or device instead."""
+    try:
+        check_file(path)
+    except NotAFileError as error:
+        raise UserError(f"{path} cannot be read: {error}. Download or write the dataset again") from error
+    except OSError:
+        return False
+    return True
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file; raises `FileNotFoundError` if it is missing, `UserError` if it cannot be read."""
     try:
@@ -107,9 +118,7 @@ def read_json_lines(path: Path, keys: Iterable[str]) -> list[dict[str, Any]]:
     """Read a JSON Lines file; raises `UserError` with file and line for an object that lacks a key."""
     found = []
     try:
-        lines = path.read_text(encoding="utf-8-sig").split(
-            "\n"
-        )  # `splitlines` also splits at characters that texts may contain.
+        lines = read_text(path).split("\n")  # `splitlines` also splits at characters that texts may contain.
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}. Download or write the dataset again") from error
     for number, line in enumerate(lines, 1):
@@ -141,16 +150,17 @@ def read_parquet(path: Path, columns: list[str] | None = None, optional: Collect
         optional: Those of them that may be missing.
 
     Raises:
-        UserError: The file is missing or damaged, or lacks a column that is not optional.
+        UserError: The file is missing or damaged, takes too much memory (`untrusted_parquet`), or lacks a column that
+            is not optional.
     """
     try:
-        with pq.ParquetFile(path) as file:
+        with open_parquet(path) as file:
             there = file.schema_arrow.names
             missing = [name for name in columns or () if name not in there and name not in optional]
             twice = [name for name in columns or there if there.count(name) > 1]
             if not missing and not twice:
                 wanted = None if columns is None else [name for name in columns if name in there]
-                return file.read(columns=wanted, use_threads=False)
+                return read_table(file, path, wanted)
     except (OSError, pa.ArrowException) as e:
         raise UserError(f"{path} cannot be read: {str(e).rstrip('.')}. Download or write the dataset again") from e
     what = f"lacks the columns {', '.join(missing)}" if missing else f"has the column {twice[0]!r} more than once"

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from rlinf_core.data.lerobot.files import data_files_below, read_json_lines, read_parquet
 from rlinf_core.data.lerobot.metadata import NUMBERS, Metadata, nearest_first
 from rlinf_core.data.lerobot.rows import read_rows
 from rlinf_core.errors import UserError
-from rlinf_core.untrusted import parse_json
+from rlinf_core.untrusted import parse_json, read_text
+from rlinf_core.untrusted_parquet import open_parquet
 
 
 def episode_quality(
@@ -63,13 +63,14 @@ def _listed(metadata: Metadata, column: str) -> dict[int, Any]:
     """Episode number -> value in `meta/episodes`."""
     if metadata.version != "v3.0":
         path = metadata.root / "meta" / "episodes.jsonl"
-        described = parse_json(path.read_text(encoding="utf-8").lstrip().partition("\n")[0])
+        described = parse_json(read_text(path).lstrip().partition("\n")[0])
         if column not in described:
             raise _not_there(metadata, column, list(described))
         return {one["episode_index"]: one[column] for one in read_json_lines(path, ("episode_index", column))}
     values: dict[int, Any] = {}
     for path in data_files_below(metadata.root / "meta" / "episodes"):
-        names = pq.read_schema(path).names
+        with open_parquet(path) as file:
+            names = file.schema_arrow.names
         if column not in names:
             own = [name for name in names if not name.startswith(("stats/", "videos/", "data/", "meta/"))]
             raise _not_there(metadata, column, own)

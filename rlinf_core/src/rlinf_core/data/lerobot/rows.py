@@ -21,7 +21,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from rlinf_core.data.lerobot.columns import INDEX_COLUMNS, numbers_of, vectors_of, width_of
-from rlinf_core.data.lerobot.files import data_files_below, read_parquet
+from rlinf_core.data.lerobot.files import data_files_below, is_there, read_parquet
 from rlinf_core.data.lerobot.metadata import Metadata
 from rlinf_core.data.lerobot.prompts import PROMPT, TEXTS, joined_prompts, prompts_of, texts_of
 from rlinf_core.data.lerobot.shared_memory import Columns, find_shared, share
@@ -155,7 +155,7 @@ def _read(
     """Read the files that the metadata name, then, if episodes are missing, the others that hold them."""
     numbers = metadata.episodes[wanted]
     read = partial(_read_file, metadata=metadata, names=names, numbers=numbers, prompt=prompt)
-    there = [path for path in files if path.is_file()]
+    there = [path for path in files if is_there(path)]
     parts = dict(zip(there, _in_parallel(read, there), strict=True))
     missing = _short(metadata, wanted, parts)
     if len(missing):

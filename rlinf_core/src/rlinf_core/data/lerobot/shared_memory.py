@@ -1,18 +1,13 @@
 """Share the numeric columns of a dataset between all ranks and loader workers of a machine.
 
 Small datasets are copied to workers. Columns of more than `SHARED_FROM` bytes are written once, uncompressed, to the
-cache folder (`RLINF_CACHE`), and every process memory-maps the files: copying a source to a worker then costs almost
-nothing, and the next run opens the dataset without reading its data files. If the folder cannot be written, every
+cache (`rlinf_core.cache`), and every process memory-maps the files: copying a source to a worker then costs almost
+nothing, and the next run opens the dataset without reading its data files. If the cache cannot be written, every
 process has its own copy, as for small datasets.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
-import os
-import shutil
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,20 +17,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rlinf_core.data.images.parquet import cache_folder
+from rlinf_core.cache import CacheEntry, cache_folder, cache_key, find_entry, read_entry, store_entry
 from rlinf_core.errors import UserError
 
 SHARED_FROM = 2**25
 """Size in bytes from which columns are shared."""
-LAYOUT = 1
+LAYOUT = 2
 """Version of the file layout; part of the key."""
+KIND = "columns"
+"""Their folder in the cache."""
 
 
 class Columns(dict[str, NDArray[Any]]):
     """Column -> values of all frames; read-only, because both splits of a dataset share them."""
 
-    folder: Path | None = None
-    """The folder that they are mapped from; None if they are in this process's memory."""
+    entry: CacheEntry | None = None
+    """What they are mapped from; None if they are in this process's memory."""
 
     def __init__(self, columns: Iterable[tuple[str, NDArray[Any]]] = ()) -> None:
         super().__init__(columns)
@@ -43,13 +40,17 @@ class Columns(dict[str, NDArray[Any]]):
             values.flags.writeable = False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_map, (self.folder,)) if self.folder else (Columns, (list(self.items()),))
+        """Another process maps the files. If somebody has removed them meanwhile, they are written again."""
+        entry = self.entry
+        if entry and entry.damage:
+            entry = _stored(self, entry.manifest.stem)
+        return (_copy, (entry.manifest,)) if entry else (Columns, (list(self.items()),))
 
 
 def find_shared(key: object) -> Columns | None:
-    """The columns that any process has shared under a key; None if there are none."""
-    folder = _folder(key)
-    return _map(folder) if folder.is_dir() else None
+    """The columns that any process has shared under a key; None if there are none, or if they are damaged."""
+    entry = find_entry(KIND, cache_key(LAYOUT, key))
+    return _map(entry) if entry else None
 
 
 def share(columns: Columns, key: object) -> Columns:
@@ -59,47 +60,58 @@ def share(columns: Columns, key: object) -> Columns:
         columns: The columns, in memory.
         key: Everything that they depend on; compared by its `repr`.
     """
-    size = sum(values.nbytes for values in columns.values())
-    if size < SHARED_FROM:
+    if _size(columns) < SHARED_FROM:
         return columns
-    folder = _folder(key)
-    aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    try:
-        aside.mkdir(parents=True)
+    entry = _stored(columns, cache_key(LAYOUT, key))
+    return _map(entry) if entry else columns
+
+
+def _stored(columns: Columns, key: str) -> CacheEntry | None:
+    """Write columns to the cache; a note says why they cannot be."""
+
+    def write(folder: Path) -> dict[str, Any]:
         for number, values in enumerate(columns.values()):
-            np.save(aside / f"{number}.npy", values)
-        (aside / "names.json").write_text(json.dumps(list(columns)))
-        with contextlib.suppress(FileExistsError):
-            if not folder.is_dir():  # Another rank may have written the same files.
-                aside.rename(folder)
-    except OSError as e:
-        if not folder.is_dir():
-            print(
-                f"note: the numeric columns of the dataset ({size / 1e9:.1f} GB) cannot be written to {folder.parent} "
-                f"to be shared by all processes: {e}. Each process and loader worker keeps its own copy in memory; to "
-                "share one per machine, make room there or set RLINF_CACHE to a folder with enough space",
-                file=sys.stderr,
-                flush=True,
-            )
-            return columns
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return _map(folder)
+            np.save(folder / f"{number}.npy", values)
+        return {"names": list(columns)}
 
-
-def _folder(key: object) -> Path:
-    digest = hashlib.blake2b(repr((LAYOUT, key)).encode(), digest_size=16).hexdigest()
-    return cache_folder() / "columns" / digest
-
-
-def _map(folder: Path) -> Columns:
     try:
-        names = json.loads((folder / "names.json").read_text())
-        files = [np.load(folder / f"{number}.npy", mmap_mode="r").view(np.ndarray) for number in range(len(names))]
-    except (OSError, ValueError) as e:
-        raise UserError(f"{folder} cannot be read: {e}. Delete this folder; it is written again when needed") from e
+        return store_entry(KIND, key, write)
+    except OSError as error:
+        why = error if error.errno else f"{error}: the disk is full"  # NumPy's own error counts what it has written.
+        print(
+            f"note: the numeric columns of the dataset ({_size(columns) / 1e9:.1f} GB) cannot be written to "
+            f"{cache_folder() / KIND} to be shared by all processes: {why}. Each process and loader worker keeps its "
+            "own copy in memory; to share one per machine, make room there or set RLINF_CACHE to a folder with enough "
+            "space",
+            file=sys.stderr,
+            flush=True,
+        )
+        return None
+
+
+def _size(columns: Columns) -> int:
+    return sum(values.nbytes for values in columns.values())
+
+
+def _copy(manifest: Path) -> Columns:
+    """The columns in another process, from the files that the first one has verified."""
+    try:
+        entry = read_entry(manifest)
+        if entry is None or entry.damage:
+            raise UserError(entry.damage if entry else f"{manifest} is missing")
+        return _map(entry)
+    except (OSError, ValueError, EOFError, UserError) as error:
+        raise UserError(
+            f"the cached columns of the dataset were removed or damaged while a process was starting: {error}. Start "
+            "again: they are written again"
+        ) from error
+
+
+def _map(entry: CacheEntry) -> Columns:
+    names = entry.facts["names"]
+    files = [np.load(entry.file(f"{number}.npy"), mmap_mode="r").view(np.ndarray) for number in range(len(names))]
     columns = Columns(zip(names, files, strict=True))
-    columns.folder = folder
+    columns.entry = entry
     return columns
 
 

@@ -20,6 +20,7 @@ import torch
 from rlinf_core.contract.process_group import ProcessGroup
 from rlinf_core.contract.run import RunConfig, Start
 from rlinf_core.errors import UserError
+from rlinf_core.training.checkpoint.image_files import FILE as IMAGE_FILES
 from rlinf_core.training.checkpoint.staging import Staging
 from rlinf_core.training.checkpoint.state import Position, statistics_name
 from rlinf_core.training.checkpoint.writer import (
@@ -115,6 +116,8 @@ class Checkpoints:
         # Read now, as the trainer uses them: whatever becomes of the run's files, checkpoints hold what they need.
         statistics = [source.statistics for source in run.sources if (run.folder / source.statistics).exists()]
         contents = {statistics_name(file): (run.folder / file).read_bytes() for file in statistics if not group.rank}
+        if not group.rank and (run.folder / IMAGE_FILES).exists():
+            contents[IMAGE_FILES] = (run.folder / IMAGE_FILES).read_bytes()
         folder = CheckpointFolder(run.folder, run.checkpoints, retention, runner.checkpoint_rename, contents)
         last = start.checkpoint.name if start.checkpoint else ""
         return cls(folder, group, tensors, in_background=runner.async_save, last_good=last)

@@ -6,7 +6,7 @@ Only if some differ are files compared one by one, to name them. Times are never
 
 Covered in full: the config, Python sources of core and of the run's plugins, the rows (`SampleSource.fingerprint`),
 small files. Sampled: files above `WHOLE` bytes, by size and `BLOCKS` blocks spread evenly, which finds other weights or
-another version but not a single flipped bit. By name and size only: videos and other image files.
+another version but not a single flipped bit; videos and other image files, by size and three parts.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from rlinf_core.config.toml import dotted, leaves
 from rlinf_core.contract.datasets import DatasetConfig, FileSource, SampleSource
 from rlinf_core.contract.process_group import ProcessGroup
 from rlinf_core.contract.run import RunConfig
+from rlinf_core.data.images.evidence import evidence_of_files
 from rlinf_core.errors import UserError
 from rlinf_core.plugins.owners import CORE, Owner
 from rlinf_core.shared_files import name_process
@@ -197,8 +198,8 @@ def _data(run: RunConfig, rows: Iterable[tuple[str, SampleSource, SampleSource |
             files = source.row_files() if isinstance(source, FileSource) else {}
             yield f"{what}{split}", Input(source.fingerprint(), where, partial(_digests, files))
             if isinstance(source, FileSource) and (images := source.image_files_by_name()):
-                sizes = partial(_sizes, images)
-                yield f"{what}{split}, image files", Input(_digest(sizes()), where, sizes)
+                evidence = partial(evidence_of_files, images)
+                yield f"{what}{split}, image files", Input(_digest(evidence()), where, evidence)
 
 
 def _place(data: DatasetConfig) -> str:
@@ -229,10 +230,6 @@ def _policy(run: RunConfig, *, with_weights: bool) -> Iterator[tuple[str, Input]
 
 def _digests(files: Mapping[str, Path]) -> dict[str, str]:
     return {name: digest_of(path) for name, path in files.items()}
-
-
-def _sizes(files: Mapping[str, Path]) -> dict[str, str]:
-    return {name: f"{path.stat().st_size} bytes" if path.is_file() else "missing" for name, path in files.items()}
 
 
 def _digest(digests: Mapping[str, str]) -> str:
