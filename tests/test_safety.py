@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import av
@@ -72,6 +73,44 @@ def test_a_checkpoint_runs_no_code(what, tmp_path):
     with pytest.raises(UserError, match="which does not belong in an index"):
         ShardReader(tmp_path).read_metadata()
     assert not mark.exists()
+
+
+TOWER = b"K\1" + b"\x85" + b"2\x86" * 30  # A tuple, and 30 times one that holds the one before twice.
+BOMBS = {
+    "key": b"\x80\4}" + TOWER + b"K\1s.",
+    "set": b"\x80\4\x8f(" + TOWER + b"\x90.",
+    "call": b"\x80\4ccollections\nOrderedDict\n]" + TOWER + b"K\1\x86a\x85R.",
+    "late": b"\x80\4}ctorch.distributed.checkpoint.metadata\nMetadataIndex\n)\x81\x942}b0K\1s.",
+    "memo": b"\x80\4Nr\xff\xff\xff\x7f.",
+    "frame": b"\x80\4\x95\xff\xff\xff\xff\xff\0\0\0N.",
+    "marks": b"\x80\4}(0" + TOWER + b"K\1s.",
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_small_pickle_does_not_take_any_time_or_memory(name, tmp_path):
+    (tmp_path / INDEX).write_bytes(BOMBS[name])
+    with pytest.raises(UserError, match="unpickling it could take any time or memory"):
+        ShardReader(tmp_path).read_metadata()
+    path = tmp_path / "weights.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("weights/data.pkl", BOMBS[name])
+        archive.writestr("weights/version", "3")
+    with pytest.raises(UserError, match=r"weights\.pt is no file of plain tensors .* could take any time or memory"):
+        _ = open_files(path).shapes
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_the_pickle_that_was_checked_is_the_one_that_is_read(tmp_path):
+    torch.save({"w": torch.zeros(2)}, tmp_path / "weights.pt")
+    assert open_files(tmp_path / "weights.pt").shapes == {"w": (2,)}
+    with zipfile.ZipFile(tmp_path / "weights.pt", "a") as archive:
+        archive.writestr("weights/data.pkl", BOMBS["key"])
+    with pytest.raises(UserError, match="names occur twice"):
+        _ = open_files(tmp_path / "weights.pt").shapes
+    torch.save({"w": bytearray(3)}, tmp_path / "bytes.pt")
+    with pytest.raises(UserError, match=r"bytes\.pt is no file of plain tensors .* it holds bytes"):
+        _ = open_files(tmp_path / "bytes.pt").shapes
 
 
 @pytest.mark.parametrize(
