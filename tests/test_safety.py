@@ -39,6 +39,8 @@ from rlinf_core.training.checkpoint.shards import INDEX, ShardReader
 from rlinf_core.untrusted import is_secret, path_inside, printable
 from rlinf_plugins_openpi.weights.files import open_files, shards
 from rlinf_plugins_text.rows.chat import ChatTemplate
+from rlinf_plugins_text.rows.confined import LimitError
+from rlinf_plugins_text.rows.tokenizer import TemplateReader, TextTokenizer
 from rlinf_plugins_text.weights.folder import weight_files
 
 QUICK = ROOT / "examples" / "quickstart.toml"
@@ -128,6 +130,52 @@ def test_a_chat_template_sees_the_messages_alone(source):
     with contextlib.suppress(UserError):  # What is forbidden is refused, or is nothing.
         said = ChatTemplate(source, {}).render([{"role": "user", "content": "x"}])
     assert said == ""
+
+
+SOME = [{"role": "user", "content": "x"}]
+ENDLESS = "{% for a in r %}" * 4 + "{% endfor %}" * 4
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{% set r = range(99999) %}" + ENDLESS, "has taken more than 1 seconds"),
+        ("{{ 'a' * 10**10 }}", "needs more than 1 GiB of memory"),  # Jinja computes constants when it compiles.
+        ("{{ messages[0].content | center(10**10) }}", "needs more than 1 GiB of memory"),
+        ("{{ '%0999999999999d' % 1 }}", "needs more than 1 GiB of memory"),
+    ],
+)
+def test_a_chat_template_takes_neither_any_time_nor_any_memory(source, message, monkeypatch):
+    monkeypatch.setattr("rlinf_plugins_text.rows.confined.SECONDS", 1.0)
+    with pytest.raises(LimitError, match=f"the chat template {message}.*set policy.chat_template to"):
+        TemplateReader(source, {}, {}, "").render(SOME)
+    monkeypatch.undo()
+    assert TemplateReader("{{ messages[0].content }}", {}, {}, "").render(SOME) == "x"
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("normalizer", r"needs more than 0\.06.* GiB of memory, or crashes the library that reads it \(SIGABRT\)"),
+        ("pre_tokenizer", "cannot be read: .*retry-limit-in-match"),
+    ],
+)
+def test_a_tokenizer_takes_neither_any_time_nor_any_memory(what, message, tmp_path, monkeypatch):
+    """One that replaces a letter by millions, and one that looks for letters in too many ways."""
+    if what == "normalizer":
+        monkeypatch.setattr("rlinf_plugins_text.rows.tokenizer.TOKENIZER_MEMORY", 2**26)
+    plans = ROOT / "examples" / "data" / "text_plans"
+    table = json.loads((plans / "tokenizer.json").read_text())
+    many = {"type": "Replace", "pattern": {"String": "e"}, "content": "x" * 4_000_000}
+    regex = "(a|a)*(a|a)*(a|a)*b|(?:(?:x+)+)+y"
+    slow = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+    table[what] = {"normalizer": many, "pre_tokenizer": slow}[what]
+    shutil.copytree(plans, tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(table))
+    with pytest.raises(UserError, match=rf"policy\.tokenizer: .*model/tokenizer\.json {message}"):
+        TextTokenizer(tmp_path / "model").encode(["e" + "a" * 40 + "x" * 60])
+    whole = TextTokenizer(plans)
+    assert whole.decode(whole.encode(["Open it."])[0].ids) == "Open it."
 
 
 SECRET_PICTURE = "outside.png"
