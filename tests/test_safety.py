@@ -7,6 +7,7 @@ import pickle
 import re
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import zipfile
@@ -260,6 +261,15 @@ def test_a_picture_that_claims_any_size_is_refused_before_it_is_unpacked():
     assert len(out.getvalue()) < 100_000
     with pytest.raises(UserError, match="row 3 claims an image of 12000 x 8000 pixels"):
         decode(out.getvalue(), "row 3")
+
+
+def test_a_small_image_of_huge_tiles_is_refused_before_it_is_unpacked():
+    """libtiff unpacks a tile whole: 1 MB of zeros became 1 GB, of which the image shows 16 x 16 pixels."""
+    tags = {256: 16, 257: 16, 258: 8, 259: 8, 262: 1, 277: 1, 322: 32_768, 323: 32_000, 324: 8, 325: 1}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    data = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+    with pytest.raises(UserError, match="row 3 claims an image of 32768 x 32000 pixels"):
+        decode(data, "row 3")
 
 
 def test_pictures_are_of_formats_that_cameras_record():

@@ -16,6 +16,7 @@ from rlinf_core.data.loading.mixture import Indices, Source, order_of
 from rlinf_core.data.loading.sampling import Batching, sample_generator, steps_per_epoch
 from rlinf_core.data.sample import SOURCE, Batch, Sample
 from rlinf_core.errors import UserError
+from rlinf_core.plugins.owners import exiting_code
 
 
 @dataclass
@@ -43,6 +44,8 @@ class MicroBatches(Dataset[Any]):
             batch = self.policy.collate(add_draws(self._samples(numbers, indices), self.policy, generators))
         except UserError as e:
             return e
+        except SystemExit as e:  # It would end a worker without a word.
+            return exiting_code(e)
         return batch if len(self.sources) == 1 else {**batch, SOURCE: torch.from_numpy(numbers)}
 
     def positions(self, number: int) -> tuple[int, Indices]:
