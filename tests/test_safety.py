@@ -372,11 +372,13 @@ def set_tasks(root, text):
 
 
 def test_task_texts_reach_the_terminal_without_escape_sequences(dataset, tiny_run, capsys):
-    set_tasks(dataset, "\x1b[31mtask ")
+    set_tasks(dataset, "\x1b[31mtask " + "b" * 300_000)
     path = tiny_run("pi05_metaworld", dataset, *columns(), 'data.tasks=["no"]')
     assert cli.main(["validate", str(path)]) == Exit.USER_ERROR
     told = capsys.readouterr()
-    assert r"\x1b[31mtask 0" in told.err
+    assert r"\x1b[31mtask bbb" in told.err
+    assert len(told.out + told.err) < 50_000
+    assert "characters are left out ...]" in told.err
     assert "\x1b" not in told.out + told.err
 
 
@@ -440,7 +442,7 @@ def test_a_config_with_a_secret_is_refused_and_does_not_repeat_it(setting, secre
 def test_the_page_shows_what_data_say_as_text(dataset, tiny_run, tmp_path, monkeypatch):
     script, image = "<script>alert(1)</script><!-- ", '<img src="x" onerror="alert(2)">$x^{'
     monkeypatch.setattr("rlinf_core.plugins.registry.get_plugins", repository_plugins)
-    set_tasks(dataset, f"{script}\x1b[2J\u202e")
+    set_tasks(dataset, f"{script}\x1b[2J\u202e{'b' * 300_000}")
     info = json.loads((dataset / "meta/info.json").read_text())
     info["features"] = {{CAMERAS[0]: image}.get(name, name): value for name, value in info["features"].items()}
     (dataset / "meta/info.json").write_text(json.dumps(info))
@@ -455,6 +457,18 @@ def test_the_page_shows_what_data_say_as_text(dataset, tiny_run, tmp_path, monke
     assert '<img src="x"' not in html
     assert r"\x1b[2J\u202e" in html
     assert not set(html) & set("\x1b\u202e\ud800")
+    assert "characters are left out ...]" in html
+    assert len(html) < 2_000_000
+
+
+def test_what_is_left_out_of_a_text_is_said():
+    said = printable(f"begin {'x' * 10_000} end\nnext")
+    assert said == f"begin {'x' * 1944} [... 6,110 characters are left out ...] {'x' * 1946} end\nnext"
+    assert printable(said) == said
+    many = printable("line\n" * 100_000)
+    assert len(many) <= 100_000
+    assert many.startswith("line\nline\n")
+    assert "[... 400,100 characters are left out ...]" in many
 
 
 def test_a_mistake_shows_its_traceback_only_when_asked(tmp_path):
