@@ -4,6 +4,7 @@
 """
 
 import errno
+import getpass
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import surroundings
 from damaging import LONG
 
 from rlinf_core.errors import Exit, beyond_environment
+from rlinf_core.process_start import name_user
 
 ROOT = Path(__file__).parents[2]
 STARTS, TRAINS = range(LONG or 2), range(LONG) if LONG else (4, 8, 13)
@@ -132,8 +134,17 @@ def test_an_error_of_the_environment_names_the_path_and_the_way_out(number):
 def test_streams_that_are_closed_go_nowhere(tmp_path):
     """Otherwise what is printed goes into the next file that is opened."""
     code = (
-        "import os; os.close(1); from rlinf_core.terminal import open_streams; open_streams();"
+        "import os; os.close(1); from rlinf_core.process_start import open_streams; open_streams();"
         "file = open('data', 'w'); os.write(1, b'printed'); file.write('data')"
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
     assert (tmp_path / "data").read_text() == "data"
+
+
+def test_a_user_without_a_name_gets_one(monkeypatch):
+    """As with `docker run --user 54321`."""
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 54_321_987)
+    name_user()
+    assert getpass.getuser() == "54321987"

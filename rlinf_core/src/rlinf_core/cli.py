@@ -20,7 +20,7 @@ from rlinf_core.commands.output import print_error
 from rlinf_core.contract.command import Command
 from rlinf_core.errors import Exit, PluginError, UserError, beyond_environment, did_you_mean
 from rlinf_core.plugins import builtin
-from rlinf_core.terminal import open_streams, replace_unprintable
+from rlinf_core.process_start import prepare_process
 
 COMMANDS = tuple(builtin.rlinf_register_commands())
 """Core's own commands, in the order of `rlinf --help`; from core's plugin directly, which loads no other plugin."""
@@ -39,8 +39,7 @@ exit codes:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit code."""
-    open_streams()
-    replace_unprintable((sys.stdout, sys.stderr))
+    prepare_process()
     given = list(sys.argv[1:] if arguments is None else arguments)
     split = next((i for i, argument in enumerate(given) if not argument.startswith("-")), len(given))
     parser = _parser()

@@ -6,7 +6,6 @@ Files are always UTF-8; only stdout and stderr depend on the environment.
 from __future__ import annotations
 
 import codecs
-import os
 import shutil
 import sys
 import textwrap
@@ -45,22 +44,6 @@ _ASCII = {
 }
 _BOXES, _BRAILLE = range(0x2500, 0x25A0), range(0x2800, 0x2900)
 _HANDLER = "rlinf-ascii"
-
-
-def open_streams() -> None:
-    """Open those of stdin, stdout and stderr that are closed, so that what is printed is lost and goes nowhere else.
-
-    Otherwise the next file or socket that is opened gets the number, and libraries print into it.
-    """
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # The lowest number that is free: this one.
-    if sys.stdout is None:  # Python's, if it was closed at the start.
-        sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
-    if sys.stderr is None:
-        sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False)
 
 
 def replace_unprintable(streams: Iterable[TextIO | None]) -> None:
