@@ -7,8 +7,10 @@ import pickle
 import re
 import shutil
 import socket
+import struct
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import av
@@ -38,6 +40,8 @@ from rlinf_core.training.checkpoint.shards import INDEX, ShardReader
 from rlinf_core.untrusted import is_secret, path_inside, printable
 from rlinf_plugins_openpi.weights.files import open_files, shards
 from rlinf_plugins_text.rows.chat import ChatTemplate
+from rlinf_plugins_text.rows.confined import LimitError
+from rlinf_plugins_text.rows.tokenizer import TemplateReader, TextTokenizer
 from rlinf_plugins_text.weights.folder import weight_files
 
 QUICK = ROOT / "examples" / "quickstart.toml"
@@ -74,6 +78,44 @@ def test_a_checkpoint_runs_no_code(what, tmp_path):
     assert not mark.exists()
 
 
+TOWER = b"K\1" + b"\x85" + b"2\x86" * 30  # A tuple, and 30 times one that holds the one before twice.
+BOMBS = {
+    "key": b"\x80\4}" + TOWER + b"K\1s.",
+    "set": b"\x80\4\x8f(" + TOWER + b"\x90.",
+    "call": b"\x80\4ccollections\nOrderedDict\n]" + TOWER + b"K\1\x86a\x85R.",
+    "late": b"\x80\4}ctorch.distributed.checkpoint.metadata\nMetadataIndex\n)\x81\x942}b0K\1s.",
+    "memo": b"\x80\4Nr\xff\xff\xff\x7f.",
+    "frame": b"\x80\4\x95\xff\xff\xff\xff\xff\0\0\0N.",
+    "marks": b"\x80\4}(0" + TOWER + b"K\1s.",
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_small_pickle_does_not_take_any_time_or_memory(name, tmp_path):
+    (tmp_path / INDEX).write_bytes(BOMBS[name])
+    with pytest.raises(UserError, match="unpickling it could take any time or memory"):
+        ShardReader(tmp_path).read_metadata()
+    path = tmp_path / "weights.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("weights/data.pkl", BOMBS[name])
+        archive.writestr("weights/version", "3")
+    with pytest.raises(UserError, match=r"weights\.pt is no file of plain tensors .* could take any time or memory"):
+        _ = open_files(path).shapes
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_the_pickle_that_was_checked_is_the_one_that_is_read(tmp_path):
+    torch.save({"w": torch.zeros(2)}, tmp_path / "weights.pt")
+    assert open_files(tmp_path / "weights.pt").shapes == {"w": (2,)}
+    with zipfile.ZipFile(tmp_path / "weights.pt", "a") as archive:
+        archive.writestr("weights/data.pkl", BOMBS["key"])
+    with pytest.raises(UserError, match="names occur twice"):
+        _ = open_files(tmp_path / "weights.pt").shapes
+    torch.save({"w": bytearray(3)}, tmp_path / "bytes.pt")
+    with pytest.raises(UserError, match=r"bytes\.pt is no file of plain tensors .* it holds bytes"):
+        _ = open_files(tmp_path / "bytes.pt").shapes
+
+
 @pytest.mark.parametrize(
     "source",
     [
@@ -89,6 +131,52 @@ def test_a_chat_template_sees_the_messages_alone(source):
     with contextlib.suppress(UserError):  # What is forbidden is refused, or is nothing.
         said = ChatTemplate(source, {}).render([{"role": "user", "content": "x"}])
     assert said == ""
+
+
+SOME = [{"role": "user", "content": "x"}]
+ENDLESS = "{% for a in r %}" * 4 + "{% endfor %}" * 4
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{% set r = range(99999) %}" + ENDLESS, "has taken more than 1 seconds"),
+        ("{{ 'a' * 10**10 }}", "needs more than 1 GiB of memory"),  # Jinja computes constants when it compiles.
+        ("{{ messages[0].content | center(10**10) }}", "needs more than 1 GiB of memory"),
+        ("{{ '%0999999999999d' % 1 }}", "needs more than 1 GiB of memory"),
+    ],
+)
+def test_a_chat_template_takes_neither_any_time_nor_any_memory(source, message, monkeypatch):
+    monkeypatch.setattr("rlinf_plugins_text.rows.confined.SECONDS", 1.0)
+    with pytest.raises(LimitError, match=f"the chat template {message}.*set policy.chat_template to"):
+        TemplateReader(source, {}, {}, "").render(SOME)
+    monkeypatch.undo()
+    assert TemplateReader("{{ messages[0].content }}", {}, {}, "").render(SOME) == "x"
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("normalizer", r"needs more than 0\.06.* GiB of memory, or crashes the library that reads it \(SIGABRT\)"),
+        ("pre_tokenizer", "cannot be read: .*retry-limit-in-match"),
+    ],
+)
+def test_a_tokenizer_takes_neither_any_time_nor_any_memory(what, message, tmp_path, monkeypatch):
+    """One that replaces a letter by millions, and one that looks for letters in too many ways."""
+    if what == "normalizer":
+        monkeypatch.setattr("rlinf_plugins_text.rows.tokenizer.TOKENIZER_MEMORY", 2**26)
+    plans = ROOT / "examples" / "data" / "text_plans"
+    table = json.loads((plans / "tokenizer.json").read_text())
+    many = {"type": "Replace", "pattern": {"String": "e"}, "content": "x" * 4_000_000}
+    regex = "(a|a)*(a|a)*(a|a)*b|(?:(?:x+)+)+y"
+    slow = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+    table[what] = {"normalizer": many, "pre_tokenizer": slow}[what]
+    shutil.copytree(plans, tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(table))
+    with pytest.raises(UserError, match=rf"policy\.tokenizer: .*model/tokenizer\.json {message}"):
+        TextTokenizer(tmp_path / "model").encode(["e" + "a" * 40 + "x" * 60])
+    whole = TextTokenizer(plans)
+    assert whole.decode(whole.encode(["Open it."])[0].ids) == "Open it."
 
 
 SECRET_PICTURE = "outside.png"
@@ -173,6 +261,15 @@ def test_a_picture_that_claims_any_size_is_refused_before_it_is_unpacked():
     assert len(out.getvalue()) < 100_000
     with pytest.raises(UserError, match="row 3 claims an image of 12000 x 8000 pixels"):
         decode(out.getvalue(), "row 3")
+
+
+def test_a_small_image_of_huge_tiles_is_refused_before_it_is_unpacked():
+    """libtiff unpacks a tile whole: 1 MB of zeros became 1 GB, of which the image shows 16 x 16 pixels."""
+    tags = {256: 16, 257: 16, 258: 8, 259: 8, 262: 1, 277: 1, 322: 32_768, 323: 32_000, 324: 8, 325: 1}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    data = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+    with pytest.raises(UserError, match="row 3 claims an image of 32768 x 32000 pixels"):
+        decode(data, "row 3")
 
 
 def test_pictures_are_of_formats_that_cameras_record():
@@ -275,11 +372,13 @@ def set_tasks(root, text):
 
 
 def test_task_texts_reach_the_terminal_without_escape_sequences(dataset, tiny_run, capsys):
-    set_tasks(dataset, "\x1b[31mtask ")
+    set_tasks(dataset, "\x1b[31mtask " + "b" * 300_000)
     path = tiny_run("pi05_metaworld", dataset, *columns(), 'data.tasks=["no"]')
     assert cli.main(["validate", str(path)]) == Exit.USER_ERROR
     told = capsys.readouterr()
-    assert r"\x1b[31mtask 0" in told.err
+    assert r"\x1b[31mtask bbb" in told.err
+    assert len(told.out + told.err) < 50_000
+    assert "characters are left out ...]" in told.err
     assert "\x1b" not in told.out + told.err
 
 
@@ -343,7 +442,7 @@ def test_a_config_with_a_secret_is_refused_and_does_not_repeat_it(setting, secre
 def test_the_page_shows_what_data_say_as_text(dataset, tiny_run, tmp_path, monkeypatch):
     script, image = "<script>alert(1)</script><!-- ", '<img src="x" onerror="alert(2)">$x^{'
     monkeypatch.setattr("rlinf_core.plugins.registry.get_plugins", repository_plugins)
-    set_tasks(dataset, f"{script}\x1b[2J\u202e")
+    set_tasks(dataset, f"{script}\x1b[2J\u202e{'b' * 300_000}")
     info = json.loads((dataset / "meta/info.json").read_text())
     info["features"] = {{CAMERAS[0]: image}.get(name, name): value for name, value in info["features"].items()}
     (dataset / "meta/info.json").write_text(json.dumps(info))
@@ -358,6 +457,18 @@ def test_the_page_shows_what_data_say_as_text(dataset, tiny_run, tmp_path, monke
     assert '<img src="x"' not in html
     assert r"\x1b[2J\u202e" in html
     assert not set(html) & set("\x1b\u202e\ud800")
+    assert "characters are left out ...]" in html
+    assert len(html) < 2_000_000
+
+
+def test_what_is_left_out_of_a_text_is_said():
+    said = printable(f"begin {'x' * 10_000} end\nnext")
+    assert said == f"begin {'x' * 1944} [... 6,110 characters are left out ...] {'x' * 1946} end\nnext"
+    assert printable(said) == said
+    many = printable("line\n" * 100_000)
+    assert len(many) <= 100_000
+    assert many.startswith("line\nline\n")
+    assert "[... 400,100 characters are left out ...]" in many
 
 
 def test_a_mistake_shows_its_traceback_only_when_asked(tmp_path):

@@ -15,8 +15,7 @@ from tiny_text import PLANS, dataset, tiny_policy
 
 from rlinf_core.inference import load_policy
 from rlinf_plugins_text.plugin import rlinf_open_dataset as open_text
-from rlinf_plugins_text.rows.chat import ChatTemplate
-from rlinf_plugins_text.rows.tokenizer import TextTokenizer
+from rlinf_plugins_text.rows.tokenizer import TemplateReader, TextTokenizer
 from rlinf_plugins_text.weights.folder import config_table, weight_files
 
 ROWS = [
@@ -119,7 +118,7 @@ def test_chat_templates():
     @examples(60)
     @given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=4).map("".join))
     def fuzz(source):
-        complaint(lambda: ChatTemplate(source, {}).spans(messages), "chat")
+        complaint(lambda: TemplateReader(source, {}, {}, "").read(messages), "chat")
 
     fuzz()
 

@@ -18,9 +18,9 @@ from typing import Any
 from rlinf_core.commands import completion
 from rlinf_core.commands.output import print_error
 from rlinf_core.contract.command import Command
-from rlinf_core.errors import Exit, PluginError, UserError, beyond_encoding, did_you_mean
+from rlinf_core.errors import Exit, PluginError, UserError, beyond_environment, did_you_mean
 from rlinf_core.plugins import builtin
-from rlinf_core.terminal import replace_unprintable
+from rlinf_core.process_start import prepare_process
 
 COMMANDS = tuple(builtin.rlinf_register_commands())
 """Core's own commands, in the order of `rlinf --help`; from core's plugin directly, which loads no other plugin."""
@@ -39,7 +39,7 @@ exit codes:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit code."""
-    replace_unprintable((sys.stdout, sys.stderr))
+    prepare_process()
     given = list(sys.argv[1:] if arguments is None else arguments)
     split = next((i for i, argument in enumerate(given) if not argument.startswith("-")), len(given))
     parser = _parser()
@@ -57,12 +57,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             print_error(str(error))
         return Exit.USER_ERROR
-    except UnicodeEncodeError as error:
-        mistake = beyond_encoding(error)
-        if mistake is None or options.debug:
-            raise
-        print_error(str(mistake))
-        return Exit.USER_ERROR
     except KeyboardInterrupt:
         if options.debug:
             traceback.print_exc()
@@ -70,6 +64,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # The reader has closed the pipe (`| head`): discard what is still buffered.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return Exit.OK
+    except (UnicodeEncodeError, OSError) as error:
+        mistake = beyond_environment(error)
+        if mistake is None or options.debug:
+            raise
+        print_error(str(mistake))
+        return Exit.USER_ERROR
 
 
 def _parser() -> argparse.ArgumentParser:

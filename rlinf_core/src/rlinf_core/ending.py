@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from rlinf_core.errors import Exit, Interrupted, RunError, UserError, beyond_encoding
+from rlinf_core.errors import Exit, Interrupted, RunError, UserError, beyond_environment
 from rlinf_core.files import write_text
 from rlinf_core.terminal import wrap
 from rlinf_core.untrusted import printable
@@ -90,7 +90,7 @@ class Ending:
         except BaseException as error:
             if stop := self._stop_on_its_way():
                 return self._record_stop(stop)
-            if isinstance(error, UnicodeEncodeError) and (mistake := beyond_encoding(error)):
+            if mistake := beyond_environment(error):
                 return self._record_mistake(mistake)
             if isinstance(error, SystemExit):  # Of a policy, dataset or library: not how a run ends, whatever its code.
                 exited = RuntimeError(f"the run's code called sys.exit({error.code!r}) instead of raising an error")

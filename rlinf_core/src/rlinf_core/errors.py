@@ -4,6 +4,7 @@ A message names the thing, its owner and the way out. Any other exception is a d
 """
 
 import difflib
+import errno
 import sys
 from collections.abc import Iterable
 from enum import IntEnum
@@ -44,6 +45,34 @@ class RunError(Exception):
 
     The message is shown without a traceback, and torchrun uses its restarts.
     """
+
+
+_PLACES = "runner.output_dir, runner.checkpoint_dir, RLINF_CACHE, HF_HOME and TMPDIR"
+_WAYS_OUT = {
+    errno.ENAMETOOLONG: "a file's name may have 255 bytes and its path 4,096: choose a shorter runner.name or folder",
+    errno.ELOOP: "correct the symbolic links",
+    errno.EROFS: f"folders that can be written to are set by {_PLACES}",
+    errno.EACCES: f"change the permissions, or set another folder: {_PLACES}",
+    errno.EPERM: f"change the permissions, or set another folder: {_PLACES}",
+    errno.ENOTDIR: f"a part of the path is a file: set another folder, see {_PLACES}",
+    errno.EMFILE: "raise the limit of open files, for example with `ulimit -n 65536`, or lower data.num_workers",
+    errno.ENFILE: "raise the machine's limit of open files (sysctl fs.file-max)",
+}
+"""What to do about an error of the operating system that is no bug, whichever file it meets."""
+
+
+def beyond_environment(error: BaseException) -> UserError | None:
+    """The message for an error that only the environment explains, such as a read-only folder; None for a defect."""
+    if isinstance(error, UnicodeEncodeError):
+        return beyond_encoding(error)
+    if not isinstance(error, OSError):
+        return None
+    if error.errno in _WAYS_OUT:
+        there = " -> ".join(str(one) for one in (error.filename, error.filename2) if one is not None)
+        return UserError(f"{error.strerror}{f': {there}' if there else ''}: {_WAYS_OUT[error.errno]}")
+    if isinstance(error, FileNotFoundError) and "No usable temporary directory" in str(error):
+        return UserError("no temporary folder can be written to: set TMPDIR to one that can")
+    return None
 
 
 def beyond_encoding(error: UnicodeEncodeError) -> UserError | None:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, TextIO
 
 from rlinf_core.ending import Ending
 from rlinf_core.errors import Interrupted
-from rlinf_core.terminal import replace_unprintable, wrap
+from rlinf_core.process_start import prepare_process
+from rlinf_core.terminal import wrap
 from rlinf_core.watchdog import enter, kill_children, watchdog
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    replace_unprintable((sys.stdout, sys.stderr))
+    prepare_process()
     parser = argparse.ArgumentParser(prog="torchrun ... -m rlinf_core.train", description=__doc__.splitlines()[0])
     parser.add_argument("config", help="the run's TOML file")
     parser.add_argument(

@@ -124,9 +124,27 @@ SHORTEST = 8
 HIDDEN = "***"
 
 
+LONGEST_LINE, LONGEST_TEXT = 4_000, 100_000
+"""Most characters of a line and of a text that are printed or shown: a task may have 30 million."""
+
+
 def printable(text: str) -> str:
-    r"""Text without secrets, and with `\x1b` for an escape character."""
-    return without_controls(without_secrets(text))
+    r"""Text without secrets, with `\x1b` for an escape character, and shortened."""
+    return shortened(without_controls(without_secrets(text)))
+
+
+def shortened(text: str) -> str:
+    """Text without the middle of very long lines, and of a very long text; says how much is left out."""
+    if len(text) <= LONGEST_LINE:
+        return text
+    return _cut("\n".join(_cut(line, LONGEST_LINE) for line in text.split("\n")), LONGEST_TEXT)
+
+
+def _cut(text: str, most: int) -> str:
+    kept = (most - 100) // 2
+    if len(text) <= most:
+        return text
+    return f"{text[:kept]} [... {len(text) - 2 * kept:,} characters are left out ...] {text[-kept:]}"
 
 
 def without_controls(text: str) -> str:

@@ -1,9 +1,11 @@
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +26,7 @@ from rlinf_core.data.loading.sampling import (
 )
 from rlinf_core.data.loading.validation import build_validation_batches
 from rlinf_core.data.pipeline import Pipeline
-from rlinf_core.errors import UserError
+from rlinf_core.errors import PluginError, RunError, UserError
 from rlinf_core.testing.lerobot import CAMERAS
 
 ROWS, GLOBAL = 27, 12  # Two steps an epoch; three rows are left out of each.
@@ -150,6 +152,41 @@ def test_a_row_that_cannot_be_read_is_named(workers):
     shown = str(broken.value) + "".join(getattr(broken.value, "__notes__", ()))
     assert "a defect" in shown
     assert "toy, part-0.parquet, episode 1, frame 3" in shown
+
+
+class Ending(Rows):
+    """Reading a row ends the process, or tries to."""
+
+    def __getitems__(self, indices):
+        if self.broken in indices and self.error == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.broken in indices:
+            sys.exit(0)
+        return super().__getitems__(indices)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_data_code_that_calls_exit_is_named(workers):
+    with pytest.raises(PluginError, match=r"^test_loader: it called sys.exit\(0\) .* \(.*test_loader\.py:\d+\)$"):
+        batches(Ending(ROWS, broken=13), workers=workers)
+
+
+def test_a_worker_that_is_killed_is_one_message():
+    with pytest.raises(
+        RunError, match=r"^worker process \d+ of the loader, one of 1, was killed \(SIGKILL\), .* memory"
+    ):
+        batches(Ending(ROWS, broken=13, error="killed"), workers=1)
+
+
+@pytest.mark.parametrize(
+    ("code", "how"), [(-signal.SIGSEGV, r"crashed \(SIGSEGV\)"), (3, "has ended with exit code 3")]
+)
+def test_a_worker_that_crashes_is_one_message(code, how):
+    batches = loader()
+    batches._processes = [SimpleNamespace(pid=pid, exitcode=code) for pid, code in enumerate((None, -15, code))]
+    assert re.search(
+        f"^worker process 2 of the loader, one of 3, {how}, .* data.num_workers = 0", str(batches._dead_worker())
+    )
 
 
 KILLED = """

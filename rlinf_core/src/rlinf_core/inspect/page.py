@@ -24,7 +24,7 @@ from rlinf_core.illustration import Camera, Grid, Illustration, Picture
 from rlinf_core.inspect.plots import MOST_PANELS, Plot, plot_chunk, plot_distribution, plot_lengths
 from rlinf_core.inspect.samples import SampleView
 from rlinf_core.inspect.views import RunView, SourceView
-from rlinf_core.untrusted import read_json, without_controls
+from rlinf_core.untrusted import read_json, shortened, without_controls
 
 PAGE, MARKER = "index.html", ".rlinf_inspect.json"
 NAME_OUTPUT = "Name another folder with --output"
@@ -43,13 +43,14 @@ class Files:
 
     def picture(self, name: str, picture: Picture) -> str:
         """Add an image. Returns the data URL of the version on the page."""
+        from markupsafe import Markup
         from PIL import Image
 
         image = Image.fromarray(picture.pixels)
         self.found[f"pictures/{name}.png"] = _png(image)
         if image.width > WIDEST:
             image = image.resize((WIDEST, round(image.height * WIDEST / image.width)), Image.Resampling.LANCZOS)
-        return "data:image/png;base64," + base64.b64encode(_png(image)).decode()
+        return Markup("data:image/png;base64," + base64.b64encode(_png(image)).decode())
 
     def plot(self, plot: Plot) -> Any:
         """Add a plot. Returns its SVG, marked as safe from autoescaping."""
@@ -79,12 +80,14 @@ def render(view: RunView, config: str) -> tuple[str, Mapping[str, bytes]]:
         config: The config's path and overrides, as given.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import escape
 
     files = Files()
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_finalize,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -92,7 +95,7 @@ def render(view: RunView, config: str) -> tuple[str, Mapping[str, bytes]]:
     html = environment.get_template("page.html").render(
         view=view,
         config=config,
-        resolved=dump_config(view.run),
+        resolved=escape(dump_config(view.run)),
         sources=[_source(number, source, files) for number, source in enumerate(view.sources)],
         most_tokens=MOST_TOKENS,
         colors=COLORS,
@@ -241,6 +244,11 @@ def _file_name(text: str) -> str:
     """Text made safe for a file name; a digest keeps texts distinct that differ only in replaced characters."""
     plain = re.sub(r"[^A-Za-z0-9_]", "_", text)
     return plain if plain == text else f"{plain}_{hashlib.blake2b(text.encode(), digest_size=3).hexdigest()}"
+
+
+def _finalize(value: Any) -> Any:
+    """What the page shows of a value: texts of data may have megabytes; markup is the page's own."""
+    return shortened(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
 
 
 def _number(value: Any) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import util
+from importlib import metadata, util
 from typing import Any
 
-from rlinf_core.errors import UserError
+from rlinf_core.errors import PluginError, UserError
 
 CORE = "rlinf-core"
 """Core's own distribution. Its errors are about the user's input and name no plugin."""
@@ -82,6 +83,25 @@ def exited(cause: SystemExit) -> str:
     """In words: code of a plugin tried to end the process."""
     given = "" if cause.code is None else repr(cause.code)
     return f"it called sys.exit({given}) instead of raising an error"
+
+
+def exiting_code(error: SystemExit) -> PluginError:
+    """The message for code of a dataset or policy that called `sys.exit`: names its distribution, file and line."""
+    place, owner = "", ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if package not in (__package__.partition(".")[0], "torch", *sys.stdlib_module_names):
+            place, owner = f"{frame.f_code.co_filename}:{line}", _distribution(package)
+    return PluginError(f"{owner or 'the data code of the run'}: {exited(error)}{f' ({place})' if place else ''}")
+
+
+def _distribution(package: str) -> str:
+    """The distribution whose entry points name a package, with its version; otherwise the package."""
+    for group in ("rlinf.plugins", "rlinf.datasets"):
+        for entry in metadata.entry_points(group=group):
+            if entry.module.partition(".")[0] == package and entry.dist:
+                return f"{entry.dist.name} {entry.dist.version}"
+    return package
 
 
 def _missing_module(name: str, owner: Owner) -> str:

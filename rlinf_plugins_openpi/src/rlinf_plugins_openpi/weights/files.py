@@ -6,6 +6,8 @@ which only plain tensors are read. Importing this, or listing safetensors, loads
 
 from __future__ import annotations
 
+import pickle
+import zipfile
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from rlinf_core import UserError
 from rlinf_core.untrusted import path_inside, read_json
+from rlinf_core.untrusted_pickles import check_pickle
 from rlinf_plugins_openpi.weights.hints import hint_for_folder
 
 if TYPE_CHECKING:
@@ -97,6 +100,7 @@ class Pickle:
         import torch
 
         try:
+            _check_archive(self.path)
             # Mapped, so that a tensor is read when it is used. Only tensors and plain containers are unpickled.
             state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # A damaged pickle may fail at any step, with any exception.
@@ -131,6 +135,29 @@ class Pickle:
     def read(self, key: str) -> torch.Tensor:
         """See `TensorFiles`."""
         return self._tensors[key]
+
+
+def _check_archive(path: Path) -> None:
+    """Check the pickle in a file of `torch.save` before torch reads it.
+
+    Other formats pass: torch refuses them, as they cannot be mapped. Raises an exception if unpickling could take any
+    time or memory, or if torch could read another pickle than the one that was checked.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        if len(set(names)) != len(names) or archive.comment:
+            raise pickle.UnpicklingError("its archive is not one of torch.save: names occur twice, or it has a comment")
+        for entry in archive.infolist():
+            if entry.filename.rpartition("/")[2].lower() == "data.pkl":
+                if entry.compress_type != zipfile.ZIP_STORED:
+                    raise pickle.UnpicklingError("its archive is compressed")
+                data = archive.read(entry)
+                check_pickle(data)
+                if b"bytearray" in data or b"_codecs" in data:
+                    # torch allows them, and a bytearray has as many bytes as one number says.
+                    raise pickle.UnpicklingError("it holds bytes")
 
 
 def _nested(state: object) -> str:

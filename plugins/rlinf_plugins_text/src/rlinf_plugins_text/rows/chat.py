@@ -1,5 +1,7 @@
 """Chat templates: from messages to text, and which parts of the text are the assistant's. Imports no torch.
 
+A template is a program from outside: `model_files` calls this in a process with limits.
+
 Templates are Jinja, rendered as in transformers. The assistant's parts are those that the template marks by
 `{% generation %}`; in a template without such marks, `turns` finds them.
 """
@@ -90,8 +92,10 @@ class ChatTemplate:
         )
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _refuse
+        self.date = date
+        """As `YYYY-MM-DD`; empty: today. May be set before anything is rendered."""
         environment.globals["strftime_now"] = lambda form: (
-            datetime.fromisoformat(date) if date else datetime.now()
+            datetime.fromisoformat(self.date) if self.date else datetime.now()
         ).strftime(form)
         try:
             self._template = environment.from_string(source)
@@ -181,6 +185,8 @@ class ChatTemplate:
         own = {"messages": messages, "tools": tools, "add_generation_prompt": ask, **self._special_tokens}
         try:
             return self._template.render(**(given | own))
+        except MemoryError:  # The limit of the process, not an error of these messages.
+            raise
         except Exception as error:  # A template is code and can raise anything, such as ZeroDivisionError.
             wanted = way_out(messages, "takes such messages", tools=bool(tools))
             raise RejectedError(f"the chat template rejects the messages: {error}; {wanted}") from error

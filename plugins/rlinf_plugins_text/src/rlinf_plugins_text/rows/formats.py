@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 from rlinf_core import UserError
-from rlinf_plugins_text.rows.chat import ChatTemplate
 from rlinf_plugins_text.rows.dataset import CALLS, ROLES, Format, TextDatasetConfig
 from rlinf_plugins_text.rows.shapes import calls, decoded, joined, transposed, without_nulls
+from rlinf_plugins_text.rows.tokenizer import TemplateReader
 from rlinf_plugins_text.rows.turns import REASONING, Message, Span
 
 COUNTS = ("weight", "train", "training", "loss")
@@ -43,7 +43,7 @@ class Example:
             raise UserError(f"the text is not valid Unicode: {error}") from error
 
 
-def to_example(row: Mapping[str, Any], config: TextDatasetConfig, chat: Callable[[], ChatTemplate]) -> Example:
+def to_example(row: Mapping[str, Any], config: TextDatasetConfig, chat: Callable[[], TemplateReader]) -> Example:
     """Convert a row.
 
     Args:
@@ -67,7 +67,7 @@ def to_example(row: Mapping[str, Any], config: TextDatasetConfig, chat: Callable
     return _chat_example(row, config, chat())
 
 
-def _chat_example(row: Mapping[str, Any], config: TextDatasetConfig, template: ChatTemplate) -> Example:
+def _chat_example(row: Mapping[str, Any], config: TextDatasetConfig, template: TemplateReader) -> Example:
     read = _read_messages(row, config)
     arguments = decoded(row.get(column := config.column("chat_template_kwargs")), repr(column)) or {}
     if not isinstance(arguments, Mapping):
@@ -266,7 +266,7 @@ def _unused_columns(
     return tuple(f"column {key!r}" for key, value in row.items() if key not in used and value not in (None, "", [], {}))
 
 
-def _unused_keys(messages: Sequence[Message], template: ChatTemplate, text: str) -> Iterator[str]:
+def _unused_keys(messages: Sequence[Message], template: TemplateReader, text: str) -> Iterator[str]:
     """Keys of messages that the template does not read, or whose words are not in the text."""
     known = {"role", "content", "tool_calls", *REASONING}
     for key in dict.fromkeys(key for message in messages for key in message if key not in known):

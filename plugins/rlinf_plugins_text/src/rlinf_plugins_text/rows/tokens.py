@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlinf_core import UserError
+from rlinf_plugins_text.rows.confined import LimitError
 from rlinf_plugins_text.rows.formats import Example
 from rlinf_plugins_text.rows.tokenizer import TextTokenizer
 from rlinf_plugins_text.rows.turns import CONTROL, REASONING
@@ -60,7 +61,8 @@ def tokenize(examples: list[Example], tokenizer: TextTokenizer) -> Iterator[Toke
     """
     whole = tokenizer.encode([one.text for one in examples])
     prompts = tokenizer.encode([one.text[: one.prompt] for one in examples])
-    apart = [i for i, one in enumerate(examples) if one.prompt and whole[i].ids[: len(prompts[i])] != prompts[i].ids]
+    before = [one.ids for one in prompts]
+    apart = [i for i, one in enumerate(examples) if one.prompt and whole[i].ids[: len(before[i])] != before[i]]
     completions = dict(
         zip(apart, tokenizer.encode([examples[i].text[examples[i].prompt :] for i in apart]), strict=True)
     )
@@ -69,7 +71,7 @@ def tokenize(examples: list[Example], tokenizer: TextTokenizer) -> Iterator[Toke
         if number in completions:
             pieces = [(prompts[number], 0), (completions[number], example.prompt)]
         ids = [token for piece, _ in pieces for token in piece.ids]
-        begins = np.array([start + shift for piece, shift in pieces for start, _ in piece.offsets], np.int64)
+        begins = np.array([start + shift for piece, shift in pieces for start in piece.begins], np.int64)
         mask: NDArray[np.bool_] = np.zeros(len(ids), np.bool_)
         for first, last in example.trained:
             mask |= (begins >= first) & (begins < last)
@@ -153,6 +155,8 @@ def turn_ends(tokenizer: TextTokenizer) -> Ends:
     for messages in CHATS:
         try:
             chat = tokenizer.chat.read(messages)
+        except LimitError:
+            raise
         except UserError:
             continue
         (tokens,) = tokenize([Example(chat.text, tuple(chat.spans), whole=False, turns=tuple(chat.spans))], tokenizer)

@@ -22,6 +22,8 @@ from rlinf_core.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 """Pillow supports forty more, one of which starts a program; cameras record none of them."""
+TILE_WIDTH, TILE_HEIGHT = 322, 323
+"""Tags of TIFF."""
 TURNING_TEXTS = (b"Raw profile type ", b"XML:com.adobe.xmp")
 PLAIN_PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 
@@ -52,11 +54,12 @@ def decode(data: Any, what: str, *, any_format: bool = False) -> NDArray[np.uint
             return decoded
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if image.width * image.height > MOST_PIXELS:
-                raise UserError(
-                    f"{what} claims an image of {image.width} x {image.height} pixels; at most {MOST_PIXELS} pixels "
-                    "are read. Record, convert or download it again"
-                )
+            for width, height in (image.size, _tile(image)):
+                if width * height > MOST_PIXELS:
+                    raise UserError(
+                        f"{what} claims an image of {width} x {height} pixels; at most {MOST_PIXELS} pixels are read. "
+                        "Record, convert or download it again"
+                    )
             if not any_format:
                 _check_format(image, bytes(data[24:26]), what)
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
@@ -66,6 +69,12 @@ def decode(data: Any, what: str, *, any_format: bool = False) -> NDArray[np.uint
     except Exception as e:  # Pillow raises different errors for each format.
         why = f"it is not {', '.join(FORMATS[:-1])} or {FORMATS[-1]}" if isinstance(e, UnidentifiedImageError) else e
         raise UserError(f"{what} contains a damaged image: {why}. Record, convert or download it again") from e
+
+
+def _tile(image: Image.Image) -> tuple[int, int]:
+    """Width and height of a TIFF's tiles, which are unpacked whole, however small the image is; 0 for other images."""
+    tags = getattr(image, "tag_v2", {})
+    return int(tags.get(TILE_WIDTH, 0)), int(tags.get(TILE_HEIGHT, 0))
 
 
 def _check_format(image: Image.Image, png: bytes, what: str) -> None:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from rlinf_core.errors import UserError
 from rlinf_core.untrusted import NotAFileError, check_file
 
-MOST_PIXELS = 2**26
+MOST_PIXELS = 2**25
 """Upper bound on the size of an image: a few bytes of a header can claim any size."""
 _ANY_METADATA: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
 """Accept invalid UTF-8 in tags, which do not matter; PyAV 19 does so without an option."""

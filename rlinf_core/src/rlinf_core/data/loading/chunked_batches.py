@@ -25,6 +25,7 @@ from rlinf_core.data.loading.replacement import load_samples
 from rlinf_core.data.loading.sampling import sample_generator
 from rlinf_core.data.sample import Batch, Sample
 from rlinf_core.errors import RunError, UserError
+from rlinf_core.plugins.owners import exiting_code
 
 
 class PackedSamples(NamedTuple):
@@ -71,6 +72,8 @@ class ChunkedMicroBatches(MicroBatches):
             return pack(own.tolist(), samples) if self.parts > 1 else self.collate(samples)
         except (UserError, RunError) as e:
             return e
+        except SystemExit as e:  # It would end a worker without a word.
+            return exiting_code(e)
 
     def join(self, parts: Sequence[PackedSamples]) -> Batch:
         """Join parts into a collated micro batch."""

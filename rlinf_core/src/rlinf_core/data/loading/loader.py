@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing import forkserver, resource_tracker
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -32,10 +33,11 @@ from rlinf_core.terminal import replace_unprintable
 
 
 class TrainLoader(DataLoader[Any]):
-    """A `DataLoader` of micro batches that raises the errors that its workers return."""
+    """A `DataLoader` of micro batches that raises the errors that its workers return, and says how one died."""
 
     pins = False
     """Whether to copy batches that are assembled in this process to page-locked memory."""
+    _processes: Sequence[BaseProcess] = ()
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         """Micro batches, in order."""
@@ -49,17 +51,40 @@ class TrainLoader(DataLoader[Any]):
             yield from self._items()
 
     def _items(self) -> Iterator[Any]:
+        others = {process.pid for process in multiprocessing.active_children()}
         items = super().__iter__()
+        if started := [process for process in multiprocessing.active_children() if process.pid not in others]:
+            self._processes = started  # Workers persist: later iterations start none.
         while True:
             try:
                 item = next(items, None)
             except RuntimeError as error:  # Also how torch reports a worker that a bus error has ended.
-                raise shared_memory_error(error) or error from error
+                raise shared_memory_error(error) or self._dead_worker() or error from error
             if item is None:
                 return
             if isinstance(item, UserError | RunError):
                 raise item
             yield item
+
+    def _dead_worker(self) -> RunError | None:
+        """The message about a worker that has ended by itself, if one has; a restart goes on from the last save."""
+        for worker in self._processes:
+            code = worker.exitcode
+            if code is None or code == -signal.SIGTERM:  # torch ends the others by SIGTERM.
+                continue
+            which = f"worker process {worker.pid} of the loader, one of {len(self._processes)},"
+            if code == -signal.SIGKILL:
+                return RunError(
+                    f"{which} was killed (SIGKILL), as Linux and containers do when memory runs out; `dmesg` or the "
+                    "container's events say so. Lower data.num_workers or trainer.micro_batch_size, or give the "
+                    "machine or container more memory"
+                )
+            how = f"crashed ({signal.Signals(-code).name})" if code < 0 else f"has ended with exit code {code}"
+            return RunError(
+                f"{which} {how}, in code that reads, decodes or transforms samples. With data.num_workers = 0 and "
+                "PYTHONFAULTHANDLER=1 the same happens in the training process, which shows where"
+            )
+        return None
 
 
 def build_train_loader(

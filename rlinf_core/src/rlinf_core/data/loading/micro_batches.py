@@ -17,6 +17,7 @@ from rlinf_core.data.loading.replacement import load_samples, take_marks
 from rlinf_core.data.loading.sampling import Batching, sample_generator, steps_per_epoch
 from rlinf_core.data.sample import REPLACED, SOURCE, Batch, Sample
 from rlinf_core.errors import RunError, UserError
+from rlinf_core.plugins.owners import exiting_code
 
 
 @dataclass
@@ -44,6 +45,8 @@ class MicroBatches(Dataset[Any]):
             batch = self.collate(add_draws(self._samples(epoch, numbers, indices), self.policy, generators))
         except (UserError, RunError) as e:
             return e
+        except SystemExit as e:  # It would end a worker without a word.
+            return exiting_code(e)
         return batch if len(self.sources) == 1 else {**batch, SOURCE: torch.from_numpy(numbers)}
 
     def positions(self, number: int) -> tuple[int, Indices]:

@@ -1,7 +1,7 @@
 """A checkpoint's files in the format of `torch.distributed.checkpoint`: hashed while written, read as untrusted input.
 
 The format's index, `.metadata`, is a pickle, and a pickle can run code. Here it may name only the classes that such an
-index consists of; the shards themselves are read with `weights_only`.
+index consists of, and take no more time and memory than its size; the shards themselves are read with `weights_only`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib
+import io
 import os
 import pickle
 import uuid
@@ -33,6 +34,7 @@ from rlinf_core.torch_names import (
     set_plan_key,
 )
 from rlinf_core.training.checkpoint.state import FileDigest
+from rlinf_core.untrusted_pickles import check_pickle
 from rlinf_core.watchdog import watchdog
 
 INDEX = ".metadata"
@@ -171,8 +173,9 @@ class ShardReader(FileSystemReader):
         """
         path = Path(self.path) / INDEX
         try:
-            with path.open("rb") as file:
-                metadata = _IndexUnpickler(file).load()
+            data = path.read_bytes()
+            check_pickle(data)
+            metadata = _IndexUnpickler(io.BytesIO(data)).load()
             if not isinstance(metadata, Metadata):
                 raise pickle.UnpicklingError(f"it holds a {type(metadata).__name__}")
             for entry in metadata.storage_data.values():
