@@ -109,8 +109,8 @@ class Start:
     changes: tuple[str, ...] = ()
     """The changes to what a step computes that `--allow-change` permits, one line per key."""
     allow_change: bool = False
-    """Whether the run may continue with another config, other image files or other training rows than before: it was
-    told so now, or at its checkpoint, and no step has been saved since."""
+    """Whether the run may continue with another config, other image files or other training rows than before: by
+    `--allow-change`, now or at its checkpoint if no step has been saved since."""
     replaced: Path | None = None
     """Where `--overwrite` moves the previous run; it is deleted once its successor is ready to train."""
 
