@@ -112,6 +112,9 @@ class Confined:
                 ) from error
             except (OSError, EOFError) as error:
                 _give_up(limits, _how(process), error)
+            except BaseException:  # Ctrl-C: the answer must not be taken for that of the next request.
+                self.close()
+                raise
             finally:
                 if process.poll() is not None:
                     self.close()
