@@ -1,11 +1,13 @@
-"""Numbers of imported recipes against RLinf's mathematics: the learning rate of every step, AdamW's settings."""
+"""Imported recipes against RLinf's mathematics: what the network sees of a row, and the learning rate of a step."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from distributions import repository_plugins
 from rlinf_recipes import ADAM, ALL, write_folder, write_recipe
+from test_transforms import OURS, TOLERANCE, Case, distance
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
 
 from rlinf_core.config.load import load_config
@@ -27,11 +29,8 @@ def imported_optim(config, tmp_path, kind, monkeypatch, **changes):
     overrides = ["actor.model.openpi.use_rlt=False"] if kind.endswith("rlt") else []
     recipe = read_recipe(write_recipe(config, f"numbers_{kind}", kind, **changes), overrides)
     (file := tmp_path / "run.toml").write_text(render(recipe, translate(recipe, {})))
-    leaves = {".".join(path): value for path, value in recipe.leaves.items()}
-    theirs = {
-        key.removeprefix("actor.optim."): value for key, value in leaves.items() if key.startswith("actor.optim.")
-    }
-    return load_config(file, plugins=repository_plugins()).optim, theirs
+    optim = {path[-1]: value for path, value in recipe.leaves.items() if path[:2] == ("actor", "optim")}
+    return load_config(file, plugins=repository_plugins()).optim, optim
 
 
 def same(expected, lr):
@@ -49,7 +48,7 @@ def theirs(optim):
         scheduler = get_cosine_with_min_lr_schedule_with_warmup(
             optimizer, warmup, total, num_cycles=0.5, min_lr=optim["min_lr"]
         )
-        return {step: lr * scheduler.lr_lambdas[0](step) for step in STEPS}
+        return {step: lr * scheduler.lr_lambdas[0](step) for step in STEPS if step <= total}  # It rises again after.
     if name == "constant":
         return {step: lr * (step / max(1, warmup) if step < warmup else 1.0) for step in STEPS}
 
@@ -102,3 +101,37 @@ def test_schedules_of_pytorch_have_its_learning_rate(config, tmp_path, monkeypat
         scheduler.step()
     constant, _ = imported_optim(config, tmp_path, "custom", monkeypatch, optim=optim.replace("cosine", "constant"))
     assert float(constant.lr_at(torch.tensor(0))) == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "overrides"),
+    [
+        ("libero", "pi0_libero", []),
+        ("libero", "pi05_libero", ["actor.model.openpi.config_name=pi05_libero"]),
+        ("realworld", "pi0_realworld", []),
+        ("custom", "pi0_custom", []),
+        ("custom", "pi0_custom+extra_delta_transform=True", ["+actor.model.openpi_data.extra_delta_transform=True"]),
+        ("robotwin", "pi0_aloha_robotwin", []),
+        ("robotwin_pi05", "pi05_aloha_robotwin", []),
+        ("custom", "pi05_calvin", ["actor.model.openpi.config_name=pi05_calvin"]),
+        ("custom", "pi05_metaworld", ["actor.model.openpi.config_name=pi05_metaworld"]),
+        ("custom", "pi05_maniskill", ["actor.model.openpi.config_name=pi05_maniskill"]),
+    ],
+)
+def test_rows_of_an_imported_recipe_are_encoded_as_rlinf_recorded_it(config, kind, name, overrides):
+    case = Case(OURS / "transforms" / name)
+    recipe = read_recipe(write_recipe(config, "golden", kind), overrides)
+    tables = translate(recipe, {}).tables
+    fields = {key: value for key, value in tables["data"].items() if key not in ("repo_id", "assets", "num_workers")}
+    case.dataset = type(case.dataset)(**fields)
+    policy = {key: value for key, value in tables["policy"].items() if key not in ("weights", "tokenizer")}
+    case.policy = case.policy.model_copy(update=policy)
+    assert case.policy.action_horizon == case.meta["action_horizon_config"]
+    for stage, sample in case.encode():
+        recorded = case.stage(stage)
+        for key in ("state", "actions"):
+            assert distance(sample[key], recorded[key]) <= TOLERANCE, (stage, key)
+    assert np.array_equal(sample["tokens"], recorded["tokenized_prompt"])
+    for stage, sample in case.decode():
+        recorded = case.stage(stage)
+        assert all(distance(sample[key], recorded[key]) <= TOLERANCE for key in recorded), stage

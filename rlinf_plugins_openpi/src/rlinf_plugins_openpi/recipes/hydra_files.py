@@ -23,9 +23,9 @@ INSTALL = (
     "reading RLinf's recipes needs Hydra: pip install 'rlinf-plugins-openpi[rlinf]' (or: uv pip install hydra-core)"
 )
 MOST_BYTES = 1 << 20
-"""Of one YAML file; RLinf's longest recipe has 6 kB."""
+"""The largest YAML file that is read; RLinf's longest recipe has 6 kB."""
 MOST_VALUES = 20_000
-"""Of one file; RLinf's longest recipe has 200."""
+"""The most values of a YAML file; RLinf's longest recipe has 200."""
 SCRIPTS = "EMBODIED_PATH"
 """The variable that RLinf's start script sets to its own folder, the one above the recipes'."""
 _VARIABLE = re.compile(r"\$\{\s*oc\.env\s*:\s*([A-Za-z_]\w*)")

@@ -88,12 +88,12 @@ class Values:
         return [key.removeprefix(prefix) for key in left]
 
     def peek_integer(self, key: str) -> int | None:
-        """A whole number that is read, and checked, elsewhere; None if it is none."""
+        """A whole number that is read, and checked, elsewhere; None if it is something else."""
         value = self._all.get(key)
         return value if isinstance(value, int) and not isinstance(value, bool) else None
 
     def peek_text(self, key: str) -> str | None:
-        """A text that is read, and checked, elsewhere; None if it is none."""
+        """A text that is read, and checked, elsewhere; None if it is something else."""
         value = self._all.get(key)
         return value if isinstance(value, str) else None
 
