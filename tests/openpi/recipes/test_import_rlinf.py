@@ -233,7 +233,10 @@ WRONG = [
     ("+actor.optim.bananas=1", "actor.optim.bananas: unknown key. If RLinf ignores it, leave it out: ~actor.optim.ban"),
     ("+data.image_keys=[a]", "for vision-language models on questions with images"),
     ("actor.optim.lr=null", "actor.optim.lr is missing, and RLinf needs it"),
-    ("actor.optim=null", "actor.optim: it is empty, but must be a table"),
+    ("actor.optim=null", "actor.optim.clip_grad is missing"),
+    ("actor.optim.lr=0", "actor.optim.lr: 0 must be more than 0"),
+    ("actor.optim.weight_decay=-1", "actor.optim.weight_decay: -1 must be at least 0"),
+    ("actor.optim.adam_beta1=1.0", "must be at least 0 and less than 1"),
     ("+actor.optim.lr_scheduler=polynomial", "no schedule 'polynomial'; RLinf has constant, cosine"),
     ("+actor.model.openpi.model_action_dim=wide", "'wide' must be a whole number"),
     ("actor.model.openpi.config_name=pi0_liberoo", "no format 'pi0_liberoo'; did you mean 'pi0_libero'"),
@@ -370,3 +373,15 @@ def test_controls_of_a_recipe_end_no_comment(config):
 def test_all_kinds_are_covered():
     assert {*ALL} == {*IMPORTED, *DUAL, *REFUSED}
     assert len(ALL) == 11
+
+
+def test_one_dataset_may_be_a_mapping_and_tables_may_be_empty(composed):
+    recipe = overridden(composed["custom"], "~data.train_data_paths")
+    leaves = {
+        **recipe.leaves,
+        ("data", "train_data_paths", "dataset_path"): "/data/one",
+        ("data", "train_data_paths", "weight"): 2,
+        ("actor", "model", "openpi_data"): None,
+        ("runner", "early_stop"): None,
+    }
+    assert translate(replace(recipe, leaves=leaves), {}).tables["data"]["repo_id"] == "/data/one"

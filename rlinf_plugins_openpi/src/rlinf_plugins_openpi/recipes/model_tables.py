@@ -177,8 +177,9 @@ def read_data(values: Values, name: str, cls: type[OpenpiDatasetConfig], *, port
 
 def _datasets(values: Values) -> list[tuple[str, float]]:
     """Paths and weights; the older name of the key is `data.data_paths`."""
-    key = "data.train_data_paths" if values.has("data.train_data_paths") else "data.data_paths"
-    given = values.anything(key)
+    current, older = "data.train_data_paths", "data.data_paths"
+    key = older if values.has(older) or values.pending(older) else current
+    given = values.below(key) or values.anything(key)
     if given is None:
         values.refuse("data.train_data_paths", "is missing: the folder of a LeRobot dataset, or its id on the hub")
         return [("", 1.0)]

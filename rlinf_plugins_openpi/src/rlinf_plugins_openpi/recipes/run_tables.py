@@ -53,10 +53,10 @@ def _check_batches(values: Values, ranks: str) -> None:
     values.required("actor.micro_batch_size", "actor.global_batch_size")
     micro, batch = (values.peek_integer(f"actor.{name}_batch_size") for name in ("micro", "global"))
     try:
-        count = len(parse_ranks(ranks) or ())
+        count = len(parse_ranks(ranks) or (0,))  # "all" is at least one.
     except ValueError:
         return
-    if micro and batch and count and batch % (micro * count):
+    if micro and batch and batch % (micro * count):
         values.refuse(
             "actor.global_batch_size",
             f"{batch} is no multiple of actor.micro_batch_size x {count} ranks = {micro * count}",

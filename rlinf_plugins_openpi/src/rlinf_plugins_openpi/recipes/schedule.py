@@ -24,17 +24,17 @@ def read_optim(values: Values, max_steps: int | None, *, as_intended: bool) -> d
         max_steps: Steps of the run, for warnings; None if epochs decide.
         as_intended: Take `warmup_style: cosine`, which RLinf reads nowhere, at its word.
     """
-    lr = values.number(f"{_AT}.lr") or 0.0
-    betas = [values.number(f"{_AT}.adam_beta{number}") or 0.0 for number in (1, 2)]
+    lr = values.number(f"{_AT}.lr", positive=True) or 0.0
+    betas = [values.number(f"{_AT}.adam_beta{number}", below=1) or 0.0 for number in (1, 2)]
     if not values.has(f"{_AT}.weight_decay"):
         values.warn("the recipe has no actor.optim.weight_decay, for which RLinf takes 0.01: so does the config")
     return {
         "lr": lr,
         **_schedule(values, lr, max_steps, as_intended=as_intended),
         "betas": betas,
-        "eps": values.number(f"{_AT}.adam_eps", 1e-8),
+        "eps": values.number(f"{_AT}.adam_eps", 1e-8, positive=True),
         "weight_decay": values.number(f"{_AT}.weight_decay", 0.01),
-        "clip_grad": values.number(f"{_AT}.clip_grad") or 0.0,
+        "clip_grad": values.number(f"{_AT}.clip_grad", positive=True) or 0.0,
         "ema_decay": 0.0,
     }
 
@@ -84,7 +84,7 @@ def _warn_of_style(values: Values, lr: float, *, as_intended: bool) -> None:
 def _warmup(values: Values, total: int) -> int:
     """Steps, or RLinf's ratio of the schedule's steps if they are negative or not given."""
     steps = values.integer(f"{_AT}.lr_warmup_steps", -1)
-    ratio = values.number(f"{_AT}.lr_warmup_steps_ratio", 0.0) or 0.0
+    ratio = values.number(f"{_AT}.lr_warmup_steps_ratio", 0.0, below=1) or 0.0
     return int(ratio * total) if steps is None or steps < 0 else steps
 
 

@@ -38,13 +38,19 @@ class Values:
             return default
         return str(value)
 
-    def number(self, key: str, default: float | None = None) -> float | None:
-        """A number."""
+    def number(
+        self, key: str, default: float | None = None, *, positive: bool = False, below: float | None = None
+    ) -> float | None:
+        """A number, at least 0 or larger, and smaller than `below`."""
         value = self._take(key)
         if value is None:
             return default
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             self._wrong(key, value, "a number")
+            return default
+        if value < 0 or (positive and not value) or (below is not None and value >= below):
+            limits = "more than 0" if positive else "at least 0"
+            self._wrong(key, value, limits + (f" and less than {below:g}" if below is not None else ""))
             return default
         return float(value)
 
@@ -125,8 +131,8 @@ class Values:
                 self.drop(key, why)
             elif why := reason(key, NOT_HERE):
                 self.refuse(key, f"{why}; a recipe for π0 or π0.5 does not have it. Leave it out: ~{key}")
-            elif value is None and any(known.startswith(f"{key}.") for known in self._known):
-                self.refuse(key, "it is empty, but must be a table")
+            elif value is None and any(known.startswith(f"{key}.") for known in self._names()):
+                continue  # A table without keys.
             else:
                 self.refuse(key, f"unknown key{self._nearest(key)}. If RLinf ignores it, leave it out: ~{key}")
 
