@@ -5,12 +5,11 @@ import re
 
 import pytest
 from distributions import ROOT, repository_plugins
+from format_rows import widths_of, write_format_dataset
 
 from rlinf_core.config.load import load_config
-from rlinf_core.contract.datasets import LeRobotDatasetConfig
 from rlinf_core.data.loading.sampling import check_batch
 from rlinf_core.preflight import check_run
-from rlinf_core.testing import write_tiny_dataset
 from rlinf_core.training.distributed.processes import processes
 from rlinf_core.training.run_folder import prepare_folder
 
@@ -63,31 +62,15 @@ def test_the_head_has_commands_hardware_recipe_and_result(file):
     assert run.policy.variant == "base"
 
 
-def columns_of(data: LeRobotDatasetConfig):
-    """A dataset's cameras, and the widths of its columns of numbers."""
-    state = data.state_width or 9
-    if data.state_order:
-        state = max(data.state_order) + 1
-    return tuple(data.images.values()), {
-        **_widths(data.state, state),
-        **_widths(data.actions, data.action_width or 7),
-    }
-
-
-def _widths(columns, total):
-    """The first of several columns has what the others, of one number each, leave."""
-    return {columns[0]: total - len(columns) + 1, **dict.fromkeys(columns[1:], 1)}
-
-
 def small(file, tmp_path, made):
     """The config on made-up data in its own columns."""
     overrides = [*SMALL, f"runner.output_dir={tmp_path / 'runs'}"]
     sources = load(file).sources
     for number, source in enumerate(sources):
-        cameras, vectors = columns_of(source.run.data)
-        key = (cameras, tuple(vectors.items()))
+        data = source.run.data
+        key = (*data.images.values(), *widths_of(data).items())
         if key not in made:
-            made[key] = write_tiny_dataset(tmp_path / f"data{number}", cameras=cameras, vectors=vectors, lengths=(5, 4))
+            made[key] = write_format_dataset(tmp_path / f"data{number}", data)
         place = f"data.mixture.{number}" if len(sources) > 1 else "data"
         overrides.append(f"{place}.repo_id={made[key].root}")
     return load(file, *overrides)

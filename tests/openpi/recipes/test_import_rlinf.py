@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 import yaml
 from distributions import repository_plugins
+from format_rows import write_format_dataset
 from rlinf_recipes import ADAM, ALL, write_folder, write_recipe
 
 from rlinf_core import LoggerConfig, UserError, cli
 from rlinf_core.config.load import dump_config, load_config
+from rlinf_core.config.toml import write_toml
+from rlinf_core.preflight import check_run
 from rlinf_plugins_openpi.recipes.formats import FORMATS
 from rlinf_plugins_openpi.recipes.hydra_files import read_recipe
 from rlinf_plugins_openpi.recipes.import_rlinf import render
@@ -233,6 +236,10 @@ WRONG = [
     ("+actor.optim.bananas=1", "actor.optim.bananas: unknown key. If RLinf ignores it, leave it out: ~actor.optim.ban"),
     ("+data.image_keys=[a]", "for vision-language models on questions with images"),
     ("actor.optim.lr=null", "actor.optim.lr is missing, and RLinf needs it"),
+    (
+        "actor.model.openpi.config_name=pi05_custom",
+        "the config's data: how are actions trained? Set raw_action_is_delta",
+    ),
     ("actor.optim=null", "actor.optim.clip_grad is missing"),
     ("actor.optim.lr=0", "actor.optim.lr: 0 must be more than 0"),
     ("actor.optim.weight_decay=-1", "actor.optim.weight_decay: -1 must be at least 0"),
@@ -385,3 +392,27 @@ def test_one_dataset_may_be_a_mapping_and_tables_may_be_empty(composed):
         ("runner", "early_stop"): None,
     }
     assert translate(replace(recipe, leaves=leaves), {}).tables["data"]["repo_id"] == "/data/one"
+
+
+def test_what_the_configs_classes_refuse_is_refused_at_once(composed):
+    recipe = overridden(composed["libero"], "actor.model.openpi.config_name=pi0_metaworld")
+    leaves = {**recipe.leaves, ("actor", "model", "openpi_data", "extra_delta_transform"): True}
+    with pytest.raises(UserError, match="the config's data: relative has 6 entries, an action has 4 numbers"):
+        translate(replace(recipe, leaves=leaves), {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [*IMPORTED, *DUAL])
+def test_validate_accepts_an_imported_recipe_on_made_up_data(config, kind, tmp_path):
+    recipe = read_recipe(write_recipe(config, kind))
+    (file := tmp_path / "run.toml").write_text(render(recipe, translate(recipe, {})))
+    tables = tomllib.loads(file.read_text())
+    for key in ("assets", "norm_stats"):  # They are below the weights.
+        tables["data"].pop(key, None)
+    file.write_text(write_toml(tables))
+    plugins = repository_plugins()
+    made = write_format_dataset(tmp_path / "data", load_config(file, plugins=plugins).data)
+    small = ["policy.variant=dummy", "policy.weights=random", "policy.tokenizer=", f"data.repo_id={made.root}"]
+    small += ["trainer.device=cpu", "trainer.global_batch_size=4", "trainer.micro_batch_size=1"]
+    run = load_config(file, [*small, f"runner.output_dir={tmp_path}"], plugins)
+    assert check_run(run, plugins, len(run.cluster.ranks or (0,))).findings == []

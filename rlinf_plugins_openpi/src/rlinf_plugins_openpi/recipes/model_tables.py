@@ -215,12 +215,16 @@ def _fields(values: Values, name: str, facts: RlinfFormat, cls: type[OpenpiDatas
     """`openpi_data`: fields of RLinf's class of the format."""
     fields: dict[str, Any] = {}
     delta = values.switch(f"{_DATA}.extra_delta_transform") if values.has(f"{_DATA}.extra_delta_transform") else None
+    if name not in FORMATS:
+        facts = RlinfFormat("", fields={key: key for key in values.pending(_DATA) if key in cls.model_fields})
     if name == "pi0_custom":
         delta = bool(delta)
         width = values.peek_integer(f"{_MODEL}.action_dim") or 7
         fields |= {"action_width": width, "padded_width": 32}
     if delta is not None and facts.delta is None:
-        values.drop(f"{_DATA}.extra_delta_transform", "RLinf's code of this format does not read it")
+        known = name in FORMATS
+        why = "RLinf's code of this format does not read it" if known else "the format's class says it, or [data]"
+        values.drop(f"{_DATA}.extra_delta_transform", why)
     elif delta is not None and facts.delta is not None:
         fields |= facts.delta[delta]
     for theirs, ours in facts.fields.items():

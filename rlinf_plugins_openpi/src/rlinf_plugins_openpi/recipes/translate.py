@@ -9,7 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
+
 from rlinf_core import UserError
+from rlinf_core.contract.cluster import ClusterConfig
+from rlinf_core.contract.tables import RunnerConfig
+from rlinf_plugins_openpi.datasets.config import OpenpiDatasetConfig
 from rlinf_plugins_openpi.recipes.formats import find_format
 from rlinf_plugins_openpi.recipes.hydra_files import RecipeFile
 from rlinf_plugins_openpi.recipes.keys import NOT_HERE, reason
@@ -79,10 +84,27 @@ def translate(recipe: RecipeFile, loggers: Mapping[str, Any], *, as_intended: bo
         tables["loggers"] = loggers_tables
     if cls is not None:  # Without a format, most keys have not been looked at.
         values.finish()
+    if not values.problems and cls is not None:
+        _check_tables(values, tables, cls)
     if values.problems:
         listed = "\n".join(f"  {problem}" for problem in dict.fromkeys(values.problems))
         raise UserError(f"{recipe.path} cannot be imported:\n{listed}")
     return Imported(tables, (*values.warnings, *ALWAYS), values.unused)
+
+
+def _check_tables(values: Values, tables: Mapping[str, Any], cls: type[OpenpiDatasetConfig]) -> None:
+    """What the config's own classes would refuse: a mask that is wider than the action, a missing fact of a format."""
+    data = tables["data"]
+    entries = [{key: one[key] for key in one if key != "weight"} for one in data.get("mixture", [data])]
+    checked: list[tuple[str, type[BaseModel], Mapping[str, Any]]] = [("data", cls, entry) for entry in entries[:1]]
+    checked += [("cluster", ClusterConfig, tables["cluster"]), ("runner", RunnerConfig, tables["runner"])]
+    for table, model, given in checked:
+        try:
+            model.model_validate(given)
+        except ValidationError as error:
+            for one in error.errors():
+                place = ".".join(map(str, (table, *one["loc"])))
+                values.refuse(f"the config's {place}", one["msg"].removeprefix("Value error, "))
 
 
 def _check_model(recipe: RecipeFile, values: Values) -> None:
