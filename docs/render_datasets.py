@@ -83,9 +83,13 @@ action_rotations = [3]                       # two arms: [3, 10]
 ```
 
 - `rotation_format` is `quaternion_wxyz`, `quaternion_xyzw`, `axis_angle`, or Euler angles in SciPy's notation:
-  lower-case letters are extrinsic (fixed axes), upper-case ones intrinsic (axes of the rotating body).
+  lower-case letters are extrinsic (fixed axes), upper-case ones intrinsic (axes of the rotating body). Data that were
+  recorded as six numbers are `rotation_6d`.
 - Relative rotations are composed, not subtracted: `R_state^T R_action`. The rotation must have the same index in state
   and action. `gripper` and `relative` use the indices of the recorded data.
+- Positions are subtracted, along the axes of the base. With `relative_poses = true` the three numbers before a rotation
+  are its position and the whole pose is expressed in the frame of the state's, `T_state^-1 T_action`, as RLinf does
+  with two Frankas.
 - Predicted actions are in `rotation_format`, in canonical form: angles in -π..π and the middle one in -π/2..π/2, an
   axis times an angle of at most π, quaternions with w ≥ 0. Recorded actions are compared in the same form. At its
   boundaries, such as a tool that points straight down, similar rotations have different numbers: validation errors
@@ -121,6 +125,10 @@ asset_id = "franka"                          # default: the dataset's id
 
 ### Crops, stride, statistics
 
+`state_order` picks and orders numbers of the recorded state, for data that have them in another order than the action;
+all other settings then refer to the new order: `state_order = [2, 3, 4, 0]` moves a gripper that is recorded first
+behind the position.
+
 A crop is checked against the size of the images, before training and at inference. A chunk has `policy.action_horizon`
 actions, `stride` frames apart; past the end of the episode the last one is repeated.
 
@@ -139,7 +147,11 @@ padded_width = 32
 ```
 
 Omitting `padded_width` makes no difference for π0, which normalises by mean and standard deviation. π0.5 normalises by
-quantiles, which would turn padding of 0 into -1: `pi05_custom` pads after normalisation.
+quantiles, which would turn padding of 0 into -1: `pi05_custom` pads after normalisation. RLinf's Franka formats for
+π0.5 pad before it, and so do ours of the same names, since weights that RLinf trained predict -1 there; with
+`pad_state = false` only actions are padded, so that the prompt has the robot's own state.
+
+RLinf's `pi0_behavior` and `pi05_behavior` are not here: BEHAVIOR-1K is not in LeRobot's layout.
 
 ### As a package
 
@@ -230,7 +242,8 @@ def _trained(cls: type[OpenpiDatasetConfig]) -> str:
     config = cls()
     names = [type(step).__name__ for step in config.transforms()]
     if "RelativeUnless" in names:
-        return f"relative to the state, except {', '.join(map(str, config.gripper or ()))}"
+        as_poses = ", poses in its frame" if "RelativePoses" in names else ""
+        return f"relative to the state{as_poses}, except {', '.join(map(str, config.gripper or ()))}"
     if "RelativeActions" in names:
         return f"relative to the state in the first {len(config.relative or ())}"
     return "actions as recorded"

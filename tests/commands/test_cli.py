@@ -160,6 +160,7 @@ ARM = """
 
     def run(options):
         print(options.move, options.by)
+        assert options.plugins.command("arm").help == "move the arm"
 """
 
 

@@ -238,3 +238,25 @@ def test_ctrl_c_reaches_the_workers_which_save(toy, tmp_path):
     assert process.returncode == 130, out + error
     assert (tmp_path / "toy" / "latest").read_text().startswith("step_")
     assert "Traceback" not in error
+
+
+def test_a_dry_run_prints_a_command_for_the_shell_and_starts_nothing(launch, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    printed = []
+    monkeypatch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(words)))
+    placed = ["trainer.device=auto", "cluster.component_placement.actor=1-2", "runner.output_dir=my runs"]
+    assert launch("--dry-run", *placed)[0] == 0
+    assert printed == [
+        "CUDA_VISIBLE_DEVICES=1,2 torchrun --nproc-per-node 2 --standalone -m rlinf_core.train "
+        "examples/quickstart.toml trainer.device=auto cluster.component_placement.actor=1-2 'runner.output_dir=my runs'"
+    ]
+    printed.clear()
+    several = ["cluster.num_nodes=2", "cluster.rdzv_endpoint=node0:29500", "cluster.max_restarts=3"]
+    assert launch("--dry-run", *several)[0] == 0
+    assert printed[0].startswith(
+        "torchrun --nproc-per-node 1 --nnodes 2 --rdzv-backend c10d --rdzv-id quickstart --rdzv-endpoint node0:29500 "
+        "--max-restarts 3 -m rlinf_core.train"
+    )
+    assert launch("--dry-run", "cluster.launcher=toy")[0] == 2
+    assert "starts the processes itself: there is no command to print" in printed[-1]
+    assert not (tmp_path / "runs").exists()

@@ -9,6 +9,7 @@ from scipy.spatial.transform import Rotation
 from rlinf_core import UserError
 from rlinf_core.data.rotations import (
     NormalForm,
+    RelativePoses,
     RelativeRotations,
     RotationFormat,
     RotationsTo6D,
@@ -28,6 +29,8 @@ def recorded(rotation, form):
     """SciPy's numbers in one of our forms."""
     if form.startswith("quaternion"):
         return rotation.as_quat(scalar_first=form.endswith("wxyz"))
+    if form == "rotation_6d":
+        return np.concatenate([rotation.as_matrix()[..., :, 0], rotation.as_matrix()[..., :, 1]], axis=-1)
     return rotation.as_rotvec() if form == "axis_angle" else rotation.as_euler(form.removeprefix("euler_"))
 
 
@@ -182,3 +185,23 @@ def test_recorded_rotations_are_written_the_way_in_which_they_come_back():
     sample = normal(row)
     assert np.allclose(sample["state"], -quaternion)
     assert np.allclose(sample["actions"], [-quaternion, -quaternion])
+
+
+def test_a_pose_relative_to_the_states_is_the_product_of_rigid_transforms():
+    rng = np.random.default_rng(3)
+    turns = Rotation.random(5, rng=1)
+    poses = np.concatenate([rng.normal(size=(5, 3)), recorded(turns, "rotation_6d")], axis=-1)
+    gripper = rng.normal(size=(5, 1))
+    rows = np.concatenate([gripper, poses], axis=-1)
+    sample = {"state": rows[0], "actions": rows[1:]}
+    relative = RelativePoses((1,))
+    seen = relative(sample)["actions"]
+    assert np.array_equal(seen[:, 0], gripper[1:, 0])
+    assert np.allclose(seen[:, 1:4], turns[0].inv().apply(poses[1:, :3] - poses[0, :3]))
+    assert np.allclose(seen[:, 4:], recorded(turns[0].inv() * turns[1:], "rotation_6d"))
+    assert np.allclose(relative.inverse({"state": rows[0], "actions": seen})["actions"], rows[1:])
+    batch = relative({"state": np.stack([rows[0]] * 2), "actions": np.stack([rows[1:]] * 2)})
+    assert np.allclose(batch["actions"], seen)
+    assert "actions" not in relative({"state": rows[0]})
+    with pytest.raises(UserError, match=r"dimensions 2 to 10 .* are a pose, but the action has 10 numbers"):
+        RelativePoses((2,))(sample)

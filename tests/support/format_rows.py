@@ -6,6 +6,7 @@ from pydantic import ValidationError
 
 from rlinf_core.data.normalize import NormStats
 from rlinf_core.data.pipeline import build_pipeline
+from rlinf_core.testing import write_tiny_dataset
 from rlinf_plugins_openpi import Pi0Config, Pi05Config
 
 FRONT, WRIST = "observation.images.front", "observation.images.wrist"
@@ -56,3 +57,17 @@ def wrong(cls, **fields):
     with pytest.raises(ValidationError) as error:
         cls(**fields)
     return str(error.value)
+
+
+def write_format_dataset(root, data):
+    """A tiny dataset in the columns of a format, with the widths that it says."""
+    return write_tiny_dataset(root, cameras=tuple(data.images.values()), vectors=widths_of(data), lengths=(5, 4))
+
+
+def widths_of(data):
+    """The columns of numbers of a format -> widths; the first of several columns has what the others, of one, leave."""
+    state = max(data.state_order) + 1 if data.state_order else data.state_width or 9
+    widths = {}
+    for columns, total in ((data.state, state), (data.actions, data.action_width or 7)):
+        widths |= {columns[0]: total - len(columns) + 1, **dict.fromkeys(columns[1:], 1)}
+    return widths

@@ -105,6 +105,10 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace, rest: Seq
     )
     module.add_arguments(commands_parser)
     parsed = _parse(commands_parser, rest[1:])
+    if command not in COMMANDS:
+        from rlinf_core.plugins.registry import get_plugins
+
+        parsed.plugins = get_plugins()
     try:
         code = module.run(parsed)
     except SystemExit as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import signal
 import sys
 import time
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlinf_core.contract.cluster import COMPONENT, ClusterConfig
+from rlinf_core.contract.cluster import COMPONENT, TORCHRUN, ClusterConfig
 from rlinf_core.contract.run import RunConfig
 from rlinf_core.data.loading.sampling import check_batch
 from rlinf_core.ending import EXIT_FILE
@@ -86,6 +87,38 @@ def visible_devices(devices: Sequence[int], environment: Mapping[str, str]) -> s
     """`CUDA_VISIBLE_DEVICES` for some of the accelerators that this process sees, relative to its current value."""
     named = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     return ",".join(named[device].strip() if named else str(device) for device in devices)
+
+
+def describe_launch(run: RunConfig, arguments: Sequence[str]) -> str:
+    """The command that starts the run's processes on this machine as `launch` does, for a shell.
+
+    Args:
+        run: The config.
+        arguments: Arguments of `rlinf_core.train`.
+
+    Raises:
+        UserError: Another launcher starts the run, or the placement or the batch does not fit.
+    """
+    import torch
+
+    cluster = run.cluster
+    if cluster.launcher != TORCHRUN:
+        raise UserError(
+            f"cluster.launcher = {cluster.launcher!r} starts the processes itself: there is no command to print. Set "
+            f'it to "{TORCHRUN}" for a command to start by hand'
+        )
+    share = share_of_machine(cluster, 0 if run.trainer.device == "cpu" else torch.cuda.device_count())
+    check_batch(run.trainer.global_batch_size, run.trainer.micro_batch_size, share.processes * cluster.num_nodes)
+    words = [f"CUDA_VISIBLE_DEVICES={visible_devices(share.devices, os.environ)}"] if share.devices else []
+    words += ["torchrun", "--nproc-per-node", str(share.processes)]
+    if cluster.num_nodes == 1:
+        words.append("--standalone")
+    else:
+        words += ["--nnodes", str(cluster.num_nodes), "--rdzv-backend", "c10d", "--rdzv-id", run.runner.name]
+        words += ["--rdzv-endpoint", cluster.rdzv_endpoint]
+    if cluster.max_restarts:
+        words += ["--max-restarts", str(cluster.max_restarts)]
+    return shlex.join([*words, "-m", "rlinf_core.train", *arguments])
 
 
 def launch(run: RunConfig, arguments: Sequence[str]) -> int:

@@ -19,10 +19,12 @@ def rlinf_register_augmentations() -> list[type[AugmentationConfig]]:
 
 @hookimpl
 def rlinf_register_commands() -> list[Command]:
-    """Offer `rlinf convert` and `rlinf new-plugin`."""
+    """Offer `rlinf convert`, `rlinf import-rlinf` and `rlinf new-plugin`."""
     convert = "convert π0 or π0.5 weights (JAX, lerobot, RLinf) to openpi's PyTorch layout"
+    import_rlinf = "turn a recipe of RLinf for π0 or π0.5 into a config"
     new_plugin = "write a package with a format for a dataset of your own"
     return [
         Command("convert", convert, "rlinf_plugins_openpi.weights.convert"),
+        Command("import-rlinf", import_rlinf, "rlinf_plugins_openpi.recipes.import_rlinf"),
         Command("new-plugin", new_plugin, "rlinf_plugins_openpi.scaffold.new_plugin"),
     ]

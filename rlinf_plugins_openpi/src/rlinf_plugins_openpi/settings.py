@@ -22,6 +22,11 @@ NO_LORA = (
     "there is no LoRA here. All weights are trained, or only some of them with "
     'policy.freeze = "vision", "vlm" or "all_but_expert", which needs the least memory'
 )
+NO_BEHAVIOR = (
+    "BEHAVIOR-1K is not in LeRobot's layout of rows: its videos are streamed, its tasks are skills within an episode, "
+    "and its state of 23 numbers is cut from 256, with the fingers of a gripper summed. It needs a reader of its own "
+    "(hook rlinf_open_dataset) and a transform for the state"
+)
 _ADAPTERS = re.compile("lora|peft|adapter", re.IGNORECASE)
 
 
@@ -32,7 +37,8 @@ class OpenpiSettings(PolicyConfig):
     not_here: ClassVar[Mapping[str, str]] = {
         "pi0_lora": NO_LORA,
         "pi05_lora": NO_LORA,
-        "pi0_fast": "π0-FAST is another model, which predicts actions as tokens; available are pi0 and pi05",
+        "pi0_fast*": "π0-FAST is another model, which predicts actions as tokens; available are pi0 and pi05",
+        "pi0[5_]*behavior": NO_BEHAVIOR,
     }
     run_defaults: ClassVar[Mapping[str, Any]] = {
         "optim": {"lr": 2.5e-5, "min_lr": 2.5e-6, "warmup_steps": 1000, "decay_steps": 30_000, "ema_decay": 0.99}

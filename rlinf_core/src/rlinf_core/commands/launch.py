@@ -16,6 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--allow-change", action="store_true", help="resume a run although its config or its images have changed"
     )
     parser.add_argument(
+        "--dry-run", action="store_true", help="start nothing: print torchrun's command for this machine"
+    )
+    parser.add_argument(
         "--debug", action="store_true", help="also show the traceback of user errors, in the run's processes"
     )
 
@@ -32,14 +35,19 @@ def run(options: argparse.Namespace) -> int:
     print_phase("loading plugins and the config")
     plugins = get_plugins()
     config = load_config(options.config, options.overrides, plugins)
+    arguments = [options.config, *options.overrides, *["--overwrite"] * options.overwrite]
+    arguments += ["--allow-change"] * options.allow_change + ["--debug"] * options.debug
+    if options.dry_run:
+        from rlinf_core.torchrun import describe_launch
+
+        print(describe_launch(config, arguments))
+        return 0
     plugins.hook.rlinf_configure(run=config)
     if not options.overwrite:
         start = decide_start(config, read_folder(config), Flags(allow_change=options.allow_change))
         if start.finished:
             print(say_finished(config, start))
             return 0
-    arguments = [options.config, *options.overrides, *["--overwrite"] * options.overwrite]
-    arguments += ["--allow-change"] * options.allow_change + ["--debug"] * options.debug
     print_phase(f"starting processes with {config.cluster.launcher}")
     code: int | None = plugins.hook.rlinf_launch(run=config, arguments=arguments)
     if code is None:

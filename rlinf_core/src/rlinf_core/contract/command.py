@@ -11,6 +11,7 @@ class Command:
 
     The module has two functions: `add_arguments(parser)` gets an `argparse.ArgumentParser`; `run(options)` gets the
     parsed namespace and returns an exit code, or None for 0. It raises `UserError` for anything the user can fix.
+    `options.plugins`, in commands of plugins, are the loaded plugins, for what they register.
     """
 
     name: str

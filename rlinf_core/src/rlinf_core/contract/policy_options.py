@@ -32,7 +32,8 @@ class Described:
     """
 
     not_here: ClassVar[Mapping[str, str]] = {}
-    """Policy types that users may expect and this policy's plugin does not have -> what to use instead."""
+    """Policy types and dataset formats that users may expect and this policy's plugin does not have -> what to use
+    instead. A name may be a shell pattern, such as `pi0_fast*`."""
 
     def describe(self, samples: Iterable[Sample]) -> Mapping[str, str]:
         """Facts about the data that a user should know before training: short name -> one line of text.

@@ -36,9 +36,11 @@ RotationFormat = Literal[
     "euler_YZX",
     "euler_ZXY",
     "euler_ZYX",
+    "rotation_6d",
 ]
 """How a rotation is recorded. Euler angles use SciPy's notation: `euler_xyz` is extrinsic, about the fixed axes x, then
-y, then z (roll, pitch, yaw of most robots); `euler_XYZ` is intrinsic, about the axes of the rotating body."""
+y, then z (roll, pitch, yaw of most robots); `euler_XYZ` is intrinsic, about the axes of the rotating body.
+`rotation_6d` is the network's own representation: data that were recorded in it are orthogonalised."""
 
 _Vector = NDArray[np.floating]
 _DEGENERATE = 1e-8  # In float32 data, a shorter vector has no reliable direction.
@@ -129,6 +131,58 @@ class RelativeRotations(Transform):
 
 
 @dataclass(frozen=True)
+class RelativePoses(Transform):
+    """Train on poses relative to the state's pose, in its frame: T_state^-1 T_action, as rigid transforms compose.
+
+    A pose is a position and a 6D rotation, nine numbers in the same dimensions of state and action. The position
+    becomes R_state^T (p_action - p_state): the displacement as the tool sees it, not along the axes of the base.
+    """
+
+    batched: ClassVar[bool] = True
+
+    starts: tuple[int, ...]
+    """First dimension of each position, ascending; its 6D rotation follows."""
+
+    def __call__(self, sample: Sample) -> Sample:
+        """Make the poses of actions [H, D] relative to `state`; a no-op without actions."""
+        return self._moved(sample, _into_frame)
+
+    def inverse(self, sample: Sample) -> Sample:
+        """Compose with the state's pose again."""
+        return self._moved(sample, _out_of_frame)
+
+    def _moved(self, sample: Sample, change: Callable[..., tuple[_Vector, _Vector]]) -> Sample:
+        if "actions" not in sample:
+            return sample
+        actions, state = sample["actions"], sample["state"][..., np.newaxis, :]
+        for start in self.starts:
+            middle, end = start + 3, start + 9
+            if end > min(actions.shape[-1], state.shape[-1]):
+                raise UserError(
+                    f"dimensions {start} to {end - 1} (counted from 0) are a pose, but the action has "
+                    f"{actions.shape[-1]} numbers and the state {state.shape[-1]}: correct data.action_rotations"
+                )
+            position, rotation = change(
+                state[..., start:middle],
+                matrix_from_6d(state[..., middle:end]),
+                actions[..., start:middle],
+                matrix_from_6d(actions[..., middle:end]),
+            )
+            numbers = matrix_to_6d(rotation)
+            actions = np.concatenate([actions[..., :start], position, numbers, actions[..., end:]], axis=-1)
+        return {**sample, "actions": actions}
+
+
+def _into_frame(origin: _Vector, frame: _Vector, position: _Vector, rotation: _Vector) -> tuple[_Vector, _Vector]:
+    inverse = np.swapaxes(frame, -1, -2)
+    return (inverse @ (position - origin)[..., np.newaxis])[..., 0], inverse @ rotation
+
+
+def _out_of_frame(origin: _Vector, frame: _Vector, position: _Vector, rotation: _Vector) -> tuple[_Vector, _Vector]:
+    return (frame @ position[..., np.newaxis])[..., 0] + origin, frame @ rotation
+
+
+@dataclass(frozen=True)
 class NormalForm(Transform):
     """Repack with `repack`, then bring every rotation to the canonical form that inverting `RotationsTo6D` returns.
 
@@ -151,12 +205,16 @@ class NormalForm(Transform):
 
 def numbers_of(form: str) -> int:
     """How many numbers represent a rotation in this format."""
+    if form == "rotation_6d":
+        return 6
     return 4 if form.startswith("quaternion") else 3
 
 
 def to_matrix(rotation: _Vector, form: str) -> _Vector:
-    """[..., 3 or 4] -> rotation matrices [..., 3, 3] in float64. Quaternions need not be normalised."""
+    """[..., 3, 4 or 6] -> rotation matrices [..., 3, 3] in float64. Quaternions need not be normalised."""
     rotation = np.asarray(rotation, np.float64)
+    if form == "rotation_6d":
+        return matrix_from_6d(rotation)
     if form == "axis_angle":
         return _of_quaternion(_axis_angle_to_quaternion(rotation))
     if form.startswith("quaternion"):
@@ -166,11 +224,13 @@ def to_matrix(rotation: _Vector, form: str) -> _Vector:
 
 
 def from_matrix(matrix: _Vector, form: str) -> _Vector:
-    """[..., 3, 3] -> [..., 3 or 4], in canonical form.
+    """[..., 3, 3] -> [..., 3, 4 or 6], in canonical form.
 
     Angles are in -pi..pi, the middle one in -pi/2..pi/2, an axis-angle vector is at most pi long, a quaternion has
     w >= 0. In gimbal lock only the sum (or difference) of the outer angles is defined; the last intrinsic one is 0.
     """
+    if form == "rotation_6d":
+        return matrix_to_6d(matrix)
     if form == "axis_angle":
         return _quaternion_to_axis_angle(_to_quaternion(matrix))
     if form.startswith("quaternion"):

@@ -13,6 +13,7 @@ Listing imports nothing slow: pydantic and the config classes are loaded when on
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import os
 import re
@@ -214,10 +215,15 @@ class Plugins:
 
     def instead_of(self, name: str, kind: RegistrationKind = "policy") -> str:
         """What to use instead of an unavailable policy, optimizer or schedule, according to a registered one; empty if
-        unknown.
+        unknown. Policies know about dataset formats, too.
         """
-        said = (one.item.not_here.get(name, "") for one in self.registered_as(kind))
-        return next(filter(None, said), "")
+        said = (
+            text
+            for one in self.registered_as(kind)
+            for pattern, text in one.item.not_here.items()
+            if fnmatch.fnmatchcase(name, pattern)
+        )
+        return next(said, "")
 
     def trainer(self, name: str) -> type[TrainerConfig]:
         """The trainer config of this `type`. Raises as `find` does."""
@@ -312,7 +318,8 @@ class Plugins:
             found = [entry for entry in found if _normalize(entry.owner.distribution) == _normalize(distribution)]
         if not found:
             names = [entry.name for entry in self._datasets]
-            raise UserError(self._unknown("dataset", name, names, [one for one in self.failures if not one.hook]))
+            failures = [one for one in self.failures if not one.hook]
+            raise UserError(self._unknown("dataset", name, names, failures, self.instead_of(short)))
         if len(found) > 1:
             owners = " and by ".join(str(entry.owner) for entry in found)
             choices = " or ".join(f'config_name = "{entry.qualified_name}"' for entry in found)

@@ -16,7 +16,14 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from rlinf_core import LeRobotDatasetConfig
-from rlinf_core.data.rotations import NormalForm, RelativeRotations, RotationFormat, RotationsTo6D
+from rlinf_core.data.rotations import (
+    NormalForm,
+    RelativePoses,
+    RelativeRotations,
+    RotationFormat,
+    RotationsTo6D,
+    numbers_of,
+)
 from rlinf_core.data.transforms import (
     CheckState,
     RelativeActions,
@@ -24,7 +31,7 @@ from rlinf_core.data.transforms import (
     SliceActions,
     Transform,
 )
-from rlinf_plugins_openpi.inputs.transforms import PadToActionDim
+from rlinf_plugins_openpi.inputs.transforms import OrderState, PadToActionDim
 from rlinf_plugins_openpi.model.dimensions import CAMERAS
 
 Number = Annotated[int, Field(ge=0)]
@@ -76,11 +83,19 @@ class OpenpiDatasetConfig(LeRobotDatasetConfig):
     """Whether the policy sees and predicts rotations as six numbers, a continuous format (see `rotation_format`)."""
     rotation_format: RotationFormat | None = None
     """Format of rotations in the data: quaternions, axis-angle vectors, or Euler angles in SciPy's notation
-    (`euler_xyz`: about the fixed axes x, then y, then z; `euler_XYZ`: about the axes of the rotating body). Radians."""
+    (`euler_xyz`: about the fixed axes x, then y, then z; `euler_XYZ`: about the axes of the rotating body), in radians;
+    or `rotation_6d`, six numbers already."""
     state_rotations: tuple[Number, ...] = ()
     """Index of the first number of each rotation in the state, counted from 0."""
     action_rotations: tuple[Number, ...] = ()
     """Index of the first number of each rotation in the action, counted from 0."""
+    relative_poses: bool = False
+    """With relative actions: the three numbers before each rotation are its position, and a relative pose is expressed
+    in the frame of the state's pose, as rigid transforms compose. Otherwise positions are subtracted, along the axes of
+    the base."""
+    state_order: tuple[Number, ...] = ()
+    """Which numbers of the recorded state are used, in which order, counted from 0; all other fields then refer to this
+    order. Empty: all, as recorded."""
     state_width: int = Field(default=0, ge=0)
     """Width of the robot's state; data of another width are an error. 0: any width."""
     action_width: int = Field(default=0, ge=0)
@@ -89,6 +104,9 @@ class OpenpiDatasetConfig(LeRobotDatasetConfig):
     """Width to which state and action are padded before normalisation, so that statistics have this width, too; RLinf
     does so for some formats. 0: the policy pads after normalisation. Both are equivalent for a policy that normalises
     by mean and standard deviation; quantiles would turn the padding into -1."""
+    pad_state: bool = True
+    """Whether `padded_width` is that of the state, too; otherwise only of actions. A state in the prompt is written
+    with its padding."""
     assets: Assets | None = None
     """Use statistics from an openpi checkpoint: `{ assets_dir, asset_id }` instead of `norm_stats`."""
 
@@ -114,8 +132,10 @@ class OpenpiDatasetConfig(LeRobotDatasetConfig):
         return self.assets.file(self.repo_id) if self.assets else self.norm_stats
 
     def repack(self) -> Transform:
-        """Columns to the keys of a sample; rotations in the normal form that the inverse returns."""
+        """Columns to the keys of a sample; the state in its order, rotations in the normal form of the inverse."""
         repack = super().repack()
+        if self.state_order:
+            repack = OrderState(repack, self.state_order)
         turn = self._rotations
         return NormalForm(repack, turn.form, turn.state, turn.actions) if turn else repack
 
@@ -132,7 +152,7 @@ class OpenpiDatasetConfig(LeRobotDatasetConfig):
             steps.append(SliceActions(self.action_width))
         if self._rotations:
             steps.append(self._rotations)
-        fill = [PadToActionDim(self.padded_width)] if self.padded_width else []
+        fill = [PadToActionDim(self.padded_width, pad_state=self.pad_state)] if self.padded_width else []
         # A mask may extend into the padding, as RLinf's does. Without a mask the padding stays 0, whatever the state.
         return (*steps, *fill, *self._make_relative()) if self._mask else (*steps, *self._make_relative(), *fill)
 
@@ -172,12 +192,14 @@ class OpenpiDatasetConfig(LeRobotDatasetConfig):
             starts = [turn.place(start) for start in turn.actions if any(mask[start : start + 1])]
             plain = {turn.place(i) for i, flag in enumerate(mask) if flag and i not in self._rotating}
             mask = tuple(i in plain for i in range(max(plain, default=-1) + 1))
+        relative = absolute is not None or bool(self._mask)
+        positions = {start - i for start in starts for i in (1, 2, 3)} if self.relative_poses else set()
         if absolute is not None:
-            yield RelativeUnless(absolute)
-        elif any(mask):
+            yield RelativeUnless((*absolute, *sorted(positions)))
+        elif any(mask := tuple(flag and i not in positions for i, flag in enumerate(mask))):
             yield RelativeActions(mask)
-        if starts and (absolute is not None or self._mask):
-            yield RelativeRotations(tuple(starts))
+        if starts and relative:
+            yield RelativePoses(tuple(start - 3 for start in starts)) if positions else RelativeRotations(tuple(starts))
 
     @property
     def _rotating(self) -> dict[int, int]:
@@ -188,7 +210,7 @@ class OpenpiDatasetConfig(LeRobotDatasetConfig):
 
     @property
     def _rotation_width(self) -> int:
-        return 4 if self.rotation_format and self.rotation_format.startswith("quaternion") else 3
+        return numbers_of(self.rotation_format or "")
 
     def _wrong_cameras(self) -> Iterator[str]:
         if unknown := sorted(self.images.keys() - set(CAMERAS)):
@@ -223,15 +245,21 @@ class OpenpiDatasetConfig(LeRobotDatasetConfig):
             yield f"relative has {len(self._mask)} entries, an action has {action} numbers"
         if action and (beyond := [str(i) for i in self._absolute or () if i >= action]):
             yield f"gripper names {', '.join(beyond)}, an action has {action} numbers, counted from 0"
+        if self.state_order and len({*self.state_order}) < len(self.state_order):
+            yield "state_order names a number of the state twice"
+        if self.state_order and self.state_width not in (0, len(self.state_order)):
+            yield f"state_width = {self.state_width}, but state_order has {len(self.state_order)} entries"
+        if not self.pad_state and not self.padded_width:
+            yield "pad_state = false needs padded_width: nothing else is padded before normalisation"
         if self.padded_width and not action:
             yield "padded_width needs action_width: nothing else knows how wide the robot's own action is"
-        if 0 < self.padded_width < max(action, self.state_width):
+        if 0 < self.padded_width < max(action, self.state_width if self.pad_state else 0):
             yield f"padded_width = {self.padded_width} is narrower than the state or the action"
 
     def _wrong_rotations(self) -> Iterator[str]:
         fields = {name: getattr(self, name) for name in ("rotation_format", "state_rotations", "action_rotations")}
         if not self.action_train_with_rotation_6d:
-            if extra := [name for name, value in fields.items() if value]:
+            if extra := [name for name, value in {**fields, "relative_poses": self.relative_poses}.items() if value]:
                 yield f"{' and '.join(extra)} need action_train_with_rotation_6d = true"
             return
         if missing := [name for name in ("rotation_format", "action_rotations") if not fields[name]]:
@@ -255,6 +283,23 @@ class OpenpiDatasetConfig(LeRobotDatasetConfig):
         relative = self._absolute is not None or any(self._mask)
         if relative and sorted(self.state_rotations) != sorted(self.action_rotations):
             yield "relative actions with rotations in six numbers need state_rotations and action_rotations to be equal"
+        if self.relative_poses:
+            yield from self._wrong_poses(relative)
+
+    def _wrong_poses(self, relative: bool) -> Iterator[str]:
+        """`relative_poses`: there is a position before each rotation, which is treated as the rotation is."""
+        if not relative:
+            yield "relative_poses = true has no effect: no action is relative to the state"
+        width = self._rotation_width
+        taken = {i for start in self.action_rotations for i in range(start, start + width)}
+        for start in sorted(self.action_rotations):
+            before = range(start - 3, start)
+            if start < 3 or taken & {*before}:
+                yield f"relative_poses needs a position of three numbers before the rotation at {start}"
+            elif inside := [str(i) for i in self._absolute or () if i in before]:
+                yield f"gripper names {', '.join(inside)}, of the position of the pose whose rotation is at {start}"
+            elif self._mask and len({*(*self._mask, *(False,) * start)[start - 3 : start + width]}) > 1:
+                yield f"relative must be the same for all numbers of the pose whose rotation is at {start}"
 
     def _wrong_assets(self) -> Iterator[str]:
         if self.assets and self.norm_stats:

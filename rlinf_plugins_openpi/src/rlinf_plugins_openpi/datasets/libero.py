@@ -35,6 +35,12 @@ class Pi0LiberoConfig(LiberoConfig):
     relative: tuple[bool, ...] = (True,) * 6
 
 
+class Pi0LiberoHorizon10Config(Pi0LiberoConfig):
+    """LIBERO for π0 as above, in chunks of 10 actions."""
+
+    run_defaults: ClassVar[Mapping[str, Any]] = {"policy": {"type": "pi0", "action_horizon": 10}}
+
+
 class Pi05LiberoConfig(LiberoConfig):
     """LIBERO for π0.5, in chunks of 10 actions and without the state, as openpi and RLinf train it.
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from rlinf_core import Sample, UserError
+from rlinf_core.data.sample import Row
 from rlinf_core.data.transforms import Transform
 from rlinf_plugins_openpi.inputs.tokenizer import PromptTokenizer, load_processor
 
@@ -107,12 +108,14 @@ class PadToActionDim(Transform):
     batched: ClassVar[bool] = True
 
     action_dim: int
+    pad_state: bool = True
 
     def __call__(self, sample: Sample) -> Sample:
         """State [D] -> [A], actions [H, D] -> [H, A] with `action_width` = D."""
         out = cast("OpenpiSample", sample.copy())
         axes = sample["actions"].shape[:-2] if "actions" in sample else ()
-        out["state"] = self._pad("state", sample.get("state", np.zeros((*axes, 0), dtype=np.float32)))
+        if self.pad_state:
+            out["state"] = self._pad("state", sample.get("state", np.zeros((*axes, 0), dtype=np.float32)))
         if "actions" in sample:
             # If the dataset's own transforms padded the actions, they have recorded the width already.
             out["action_width"] = out.get("action_width", sample["actions"].shape[-1])
@@ -127,3 +130,45 @@ class PadToActionDim(Transform):
                 f"name fewer columns in data.{name} (policy.action_dim is fixed for pretrained weights)"
             )
         return np.pad(vector, [(0, 0)] * (vector.ndim - 1) + [(0, missing)])
+
+
+@dataclass(frozen=True)
+class OrderState(Transform):
+    """Repack with `repack`, then keep the numbers of the state that `order` names, in its order."""
+
+    batched: ClassVar[bool] = True
+
+    repack: Transform
+    order: tuple[int, ...]
+
+    def __call__(self, sample: Row) -> Sample:
+        """Row -> sample with state [len(order)]; raises `UserError` if the recorded state is too narrow."""
+        out = self.repack(sample)
+        if "state" not in out:
+            return out
+        if (last := max(self.order)) >= (width := out["state"].shape[-1]):
+            raise UserError(
+                f"data.state_order names number {last} of the state (counted from 0), which has {width} numbers: name "
+                "other columns in data.state, or correct data.state_order"
+            )
+        return {**out, "state": out["state"][..., list(self.order)]}
+
+
+@dataclass(frozen=True)
+class SignOf(Transform):
+    """Turn a predicted number of the action into its sign, -1 or 1, as grippers with two commands need it."""
+
+    batched: ClassVar[bool] = True
+
+    index: int
+    """The number of the action, counted from 0."""
+
+    def __call__(self, sample: Sample) -> Sample:
+        """Return the sample unchanged: the policy is trained on the numbers as recorded."""
+        return sample
+
+    def inverse(self, sample: Sample) -> Sample:
+        """Replace the number by its sign; 0 stays 0."""
+        actions = sample["actions"].copy()
+        actions[..., self.index] = np.sign(actions[..., self.index])
+        return {**sample, "actions": actions}

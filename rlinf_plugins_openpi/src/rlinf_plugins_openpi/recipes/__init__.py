@@ -1,0 +1,1 @@
+"""Recipes of other projects as configs: `rlinf import-rlinf`."""
