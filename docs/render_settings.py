@@ -45,6 +45,7 @@ from rlinf_plugins_openpi.datasets.config import OpenpiDatasetConfig
 from rlinf_plugins_openpi.settings import OpenpiSettings
 from rlinf_plugins_text import TextDatasetConfig, TextPolicyConfig
 from rlinf_plugins_text.settings import TextPolicySettings
+from rlinf_plugins_trackers.config import TRACKERS, TensorBoardConfig, TrackerConfig
 
 PAGE = Path(__file__).with_name("settings.md")
 HEAD = """\
@@ -151,6 +152,16 @@ PARTS = (
         ),
     ),
     Part("`[trainer]`", "Of the trainer `fsdp2`.", [TrainerConfig, Fsdp2Settings]),
+    Part(
+        "`[loggers.tensorboard]`",
+        "Of the logger of [rlinf-plugins-trackers](loggers.md#trackers), if `runner.loggers` names it.",
+        [TrackerConfig, TensorBoardConfig],
+    ),
+    *(
+        Part(f"`[loggers.{name}]`", "Besides `close_timeout`, as above.", [tracker])
+        for name, tracker in TRACKERS.items()
+        if tracker is not TensorBoardConfig
+    ),
 )
 
 

@@ -258,21 +258,21 @@ def test_rlinf_track_logs_a_run_that_had_no_tracker(run, capsys, monkeypatch):
 
 
 def read_wandb(folder):
-    """Rows and other keys of the offline files, by wandb's own reader."""
+    """Rows and other keys of the offline files, by the reader of SwanLab's converter: wandb brings none in Python."""
+    from swanlab.converter.wb.wbdatastore import WBDataStoreReader
     from wandb.proto.wandb_internal_pb2 import Record
-    from wandb.sdk.internal.datastore import DataStore
 
     rows, others, ids = {}, set(), set()
     for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
-        store = DataStore()
-        store.open_for_scan(str(path))
-        while data := store.scan_data():
-            record = Record.FromString(data)
-            ids.add(record.run.run_id)
-            items = {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
-            if "loss" in items:
-                rows.setdefault(int(items["_step"]), []).append(float(items["loss"]))
-            others |= {name.partition(".")[0] for name in items}
+        with WBDataStoreReader() as store:
+            store.open(path)
+            while data := store.scan():
+                record = Record.FromString(data)
+                ids.add(record.run.run_id)
+                items = {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
+                if "loss" in items:
+                    rows.setdefault(record.history.step.num, []).append(float(items["loss"]))
+                others |= {name.partition(".")[0] for name in items}
     assert len(ids - {""}) == 1
     return rows, others
 

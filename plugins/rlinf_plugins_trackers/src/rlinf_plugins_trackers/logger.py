@@ -1,4 +1,4 @@
-"""The trainer's side of a tracker: starts its process, and tells it that the run has ended.
+"""The trainer's side of a tracker: starts its process, and signals the end of the run.
 
 The tracker's process follows `<run>/metrics.jsonl` and `<run>/evaluations` by itself, so that logging a step costs the
 trainer nothing: no queue can fill, and no tracker can block a step, end a run or lose a step, whatever it does.
