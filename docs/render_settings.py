@@ -37,6 +37,7 @@ from rlinf_core.contract.optim import (
 )
 from rlinf_core.contract.tables import RunnerConfig
 from rlinf_core.evaluators.held_out import HeldOutConfig
+from rlinf_core.loggers.console import ConsoleLoggerConfig
 from rlinf_core.training.recipes import ConstantConfig, HfCosineConfig, MuonConfig, WsdConfig
 from rlinf_core.training.settings import Fsdp2Settings
 from rlinf_plugins_openpi import Pi0Config, Pi05Config
@@ -152,6 +153,7 @@ PARTS = (
         ),
     ),
     Part("`[trainer]`", "Of the trainer `fsdp2`.", [TrainerConfig, Fsdp2Settings]),
+    Part("`[loggers.console]`", "Of the [console](loggers.md#console), which always runs.", [ConsoleLoggerConfig]),
     Part(
         "`[loggers.tensorboard]`",
         "Of the logger of [rlinf-plugins-trackers](loggers.md#trackers), if `runner.loggers` names it.",

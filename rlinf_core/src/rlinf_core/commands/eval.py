@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlinf_core.commands.output import print_json, print_progress, print_table, print_text
+from rlinf_core.commands.output import print_json, print_table, print_text
 from rlinf_core.errors import UserError
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def run(options: argparse.Namespace) -> None:
     """Evaluate, print the tables, and write the files."""
     from rlinf_core.files import check_writable
     from rlinf_core.plugins.registry import get_plugins
-    from rlinf_core.terminal import print_phase
+    from rlinf_core.terminal import print_phase, print_progress
 
     if options.dataset and options.split:
         raise UserError("--split is of the run's own dataset: leave it out with --dataset, of which all episodes count")
