@@ -45,8 +45,8 @@ def save_first_batch(run: RunConfig, batches: MicroBatches) -> None:
             write_bytes(folder / f"{name}.png", as_png(pixels))
     except UserError:
         return
-    except OSError as error:
-        warn(f"images of the first batch are missing: {error}")
+    except Exception as error:  # A policy's `illustrate` is a plugin's code, which `rlinf inspect` shows in full.
+        warn(f"images of the first batch are missing: {type(error).__name__}: {error}")
 
 
 def as_png(pixels: Pixels) -> bytes:
