@@ -92,13 +92,13 @@ def rows(trainer):
     [("step", ["step"]), ("validation", ["step", "step", "validation"]), ("message", []), ("close", None)],
 )
 def test_a_logger_that_fails_is_named_once_and_closed(train_toy, acme, capsys, method, before):
-    mlflow = Tracker("mlflow", {method: ConnectionError("api.mlflow.ai is down\nretry later"), "close": OSError("again")})
+    mlflow = Tracker("mlflow", {method: ConnectionError("api.acme.ai is down\nretry later"), "close": OSError("again")})
     sheet = Tracker("sheet")
     acme.rlinf_register_loggers = hookimpl(lambda: [config("mlflow", mlflow), config("sheet", sheet)])
     options = ("runner.max_steps=4", "runner.val_check_interval=2", 'runner.loggers=["mlflow", "sheet"]')
     trainer = train_toy(*options)
     said, path = warnings(capsys), trainer.run.folder / TRACEBACKS
-    what = "OSError: again" if method == "close" else "ConnectionError: api.mlflow.ai is down"
+    what = "OSError: again" if method == "close" else "ConnectionError: api.acme.ai is down"
     assert said == [
         f"warning: logger 'mlflow' of {OWNER} failed and is left out from now on: {what} (traceback: {path})"
     ]
