@@ -37,6 +37,7 @@ from rlinf_core.contract.optim import (
 )
 from rlinf_core.contract.tables import RunnerConfig
 from rlinf_core.evaluators.held_out import HeldOutConfig
+from rlinf_core.loggers.console import ConsoleLoggerConfig
 from rlinf_core.training.recipes import ConstantConfig, HfCosineConfig, MuonConfig, WsdConfig
 from rlinf_core.training.settings import Fsdp2Settings
 from rlinf_plugins_openpi import Pi0Config, Pi05Config
@@ -45,6 +46,7 @@ from rlinf_plugins_openpi.datasets.config import OpenpiDatasetConfig
 from rlinf_plugins_openpi.settings import OpenpiSettings
 from rlinf_plugins_text import TextDatasetConfig, TextPolicyConfig
 from rlinf_plugins_text.settings import TextPolicySettings
+from rlinf_plugins_trackers.config import TRACKERS, TensorBoardConfig, TrackerConfig
 
 PAGE = Path(__file__).with_name("settings.md")
 HEAD = """\
@@ -151,6 +153,17 @@ PARTS = (
         ),
     ),
     Part("`[trainer]`", "Of the trainer `fsdp2`.", [TrainerConfig, Fsdp2Settings]),
+    Part("`[loggers.console]`", "Of the [console](loggers.md#console), which always runs.", [ConsoleLoggerConfig]),
+    Part(
+        "`[loggers.tensorboard]`",
+        "Of the logger of [rlinf-plugins-trackers](loggers.md#trackers), if `runner.loggers` names it.",
+        [TrackerConfig, TensorBoardConfig],
+    ),
+    *(
+        Part(f"`[loggers.{name}]`", "Besides `close_timeout`, as above.", [tracker])
+        for name, tracker in TRACKERS.items()
+        if tracker is not TensorBoardConfig
+    ),
 )
 
 

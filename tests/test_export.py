@@ -14,8 +14,10 @@ from rlinf_core import UserError, cli, open_rows
 from rlinf_core.config.load import load_config
 from rlinf_core.data.loading.sampling import validation_generator
 from rlinf_core.data.normalize import load_norm_stats
+from rlinf_core.evaluators.action_error import ActionComparison
 from rlinf_core.inference import OutsideTraining, load_policy
 from rlinf_core.plugins.registry import get_plugins
+from rlinf_core.results import read_action_errors, read_table
 from rlinf_core.training.distributed.processes import processes
 from rlinf_core.training.run_folder import prepare_folder
 from rlinf_plugins_openpi.model.parts import unpacked
@@ -39,20 +41,19 @@ def trained(tmp_path_factory):
         start = prepare_folder(run, overwrite=False)
         trainer = run.trainer.build(run, start=start, group=group, plugins=get_plugins())
         [held_out] = trainer._evaluations.running
-        _, validation = held_out.evaluator._parts[""]
-        evaluate, errors = held_out.evaluator.evaluate, validation._errors
+        evaluate, compare = held_out.evaluator.evaluate, ActionComparison.compare
         turn = iter(["live", "ema"] * 2)
 
         def noted_evaluate(policy, **arguments):
             trainer.measuring = next(turn)
             return evaluate(policy, **arguments)
 
-        def noted_errors(actions, row, mean):
+        def noted_compare(self, actions, row):
             acted[trainer.measuring][row.row] = trainer.data.sources[0].pipeline.decode(actions, row.sample)
-            return errors(actions, row, mean)
+            return compare(self, actions, row)
 
         patch.setattr(held_out.evaluator, "evaluate", noted_evaluate)
-        patch.setattr(validation, "_errors", noted_errors)
+        patch.setattr(ActionComparison, "compare", noted_compare)
         trainer.train()
         source = trainer.data.for_evaluators(group).sources[0]
         with torch.no_grad():
@@ -338,3 +339,66 @@ def test_weights_with_nan_or_infinity_are_named_with_their_file(trained, export)
     )
     with pytest.raises(UserError, match=message):
         load_policy(folder)
+
+
+def evaluated(capsys, *arguments):
+    code = cli.main(["eval", *map(str, arguments), "--samples", "6", "--json"])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    return json.loads(out)
+
+
+def test_rlinf_eval_measures_what_the_runs_validation_did(trained, export, capsys):
+    """Of a run, of an exported folder, and of averaged weights; the run's folder gets the tables."""
+    trainer = trained[0]
+    rows = [json.loads(line) for line in (trainer.run.folder / "metrics.jsonl").read_text().splitlines()]
+    validation = {row["step"]: row for row in rows if "val_action_mse" in row}[4]
+    result = evaluated(capsys, trainer.run.folder)
+    overall = {name: one["value"] for name, one in result["tables"]["overall"]["rows"]}
+    assert overall["policy"] == pytest.approx(validation["val_action_mse"], rel=1e-4)
+    assert overall["mean action"] == pytest.approx(validation["val_action_mse_mean"], rel=1e-4)
+    assert overall["repeated action"] == pytest.approx(validation["val_action_mse_repeat"], rel=1e-4)
+    assert (result["step"], result["weights"], result["rows"], result["seed"]) == (4, "live", 6, trainer.run.seed)
+    ema = evaluated(capsys, trainer.run.folder, "--ema")
+    [(_, one), *_] = ema["tables"]["overall"]["rows"]
+    assert one["value"] == pytest.approx(validation["ema_val_action_mse"], rel=1e-4)
+    folder = trainer.run.folder / "evaluations" / "offline"
+    assert read_table(folder / "step_000000004" / "validation" / "overall.table.json").rows[0][0] == "policy"
+    assert read_action_errors(folder / "ema_step_000000004" / "validation" / "actions.actions.json").rows == 6
+    held_out = read_action_errors(trainer.run.folder / "evaluations/held_out/step_000000004/held_out.actions.json")
+    assert np.allclose(held_out.rmse, result["errors"]["rmse"], rtol=1e-4)
+    exported = evaluated(capsys, export()[1])
+    assert exported["tables"] == result["tables"]
+    assert exported["errors"] == result["errors"]
+
+
+def test_rlinf_eval_of_other_episodes(trained, tmp_path, capsys):
+    folder = trained[0].run.folder
+    result = evaluated(capsys, folder, "--dataset", trained[0].run.data.repo_id, "--episodes", "0,2-3", "--seed", "7")
+    assert [row[0] for row in sorted(result["tables"]["episodes"]["rows"])] == [0, 2, 3]
+    output = tmp_path / "new" / "result.json"
+    assert evaluated(capsys, folder, "--split", "train", "--output", output)["split"] == "train"
+    assert json.loads(output.read_text())["rows"] == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset", "x", "--split", "train"], "leave it out with --dataset"),
+        (["--episodes", "4000"], "there is no episode 4000 among these rows"),
+        (["--dataset", "nowhere"], "nowhere"),
+        (["--step", "3"], "has no checkpoint of step 3 (available: 2, 4)"),
+        (["--device", "cuda:9"], "there is no such device"),
+    ],
+)
+def test_rlinf_eval_refuses_in_one_message(trained, arguments, message, capsys):
+    assert cli.main(["eval", str(trained[0].run.folder), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_rlinf_eval_of_an_exported_folder_has_one_checkpoint(export, capsys):
+    folder = export()[1]
+    assert cli.main(["eval", str(folder), "--best"]) == 2
+    assert "--step, --best and --ema are of a run" in capsys.readouterr().err
+    assert cli.main(["eval", str(folder / "nothing")]) == 2
+    assert "there is no" in capsys.readouterr().err

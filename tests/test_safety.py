@@ -273,7 +273,7 @@ def test_a_small_image_of_huge_tiles_is_refused_before_it_is_unpacked():
 
 
 def test_pictures_are_of_formats_that_cameras_record():
-    with pytest.raises(UserError, match="cannot identify"):
+    with pytest.raises(UserError, match="it is not PNG, JPEG, WEBP, BMP or TIFF"):
         decode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n", "row 3")
 
 

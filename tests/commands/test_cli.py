@@ -325,11 +325,11 @@ def test_a_person_reads_tables_and_errors_in_color(monkeypatch, capsys):
 
 
 def test_progress_without_a_terminal_is_a_line_a_minute_with_an_eta(monkeypatch, capsys):
-    from rlinf_core.commands import output
+    from rlinf_core import terminal
 
     clock = iter([0.0, 10.0, 61.0, 70.0, 130.0])
-    monkeypatch.setattr(output.time, "monotonic", lambda: next(clock))
-    with output.print_progress("converting", "parts") as progress:
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock))
+    with terminal.print_progress("converting", "parts") as progress:
         for done in (1, 2, 3, 4):
             progress(done, 400)
     assert capsys.readouterr() == (
@@ -339,11 +339,12 @@ def test_progress_without_a_terminal_is_a_line_a_minute_with_an_eta(monkeypatch,
 
 
 def test_progress_on_a_terminal_is_a_bar(monkeypatch, capsys):
-    from rlinf_core.commands import output
+    from rlinf_core import terminal
 
-    monkeypatch.setattr(output.sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(terminal.sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "100")
-    with output.print_progress("checking", "files") as progress:
+    with terminal.print_progress("checking", "files") as progress:
+        progress(0, 8)
         progress(3, 8)
     assert "3/8 files ETA" in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
 

@@ -3,6 +3,8 @@
 import io
 import os
 import re
+import sys
+import time
 
 import pytest
 from rich.console import Console
@@ -156,3 +158,86 @@ def test_what_ended_the_run_is_said_with_the_way_on(logger, tmp_path):
     said = logger._console.file.getvalue()
     assert "smoke: stopped by an error after step 7; nothing was saved yet" in said
     assert "smoke: interrupted after step 7; the same command resumes from step_000000005" in said
+
+
+class Terminal(io.StringIO):
+    """A terminal that keeps what it shows: lines, of which escape sequences go up and erase."""
+
+    def isatty(self):
+        return True
+
+    def screen(self):
+        lines, row = [""], 0
+        for part in re.split(r"(\n|\r|\x1b\[1A|\x1b\[2K|\x1b\[[0-9;?]*[A-Za-z])", self.getvalue()):
+            if part == "\n":
+                row += 1
+                lines += [""] * (row == len(lines))
+            elif part == "\x1b[1A":
+                row -= 1
+            elif part == "\x1b[2K":
+                lines[row] = ""
+            elif part and not part.startswith(("\r", "\x1b")):
+                lines[row] += part
+        return [line.rstrip() for line in lines if line.strip()]
+
+
+@pytest.fixture
+def live(tmp_path, logger):
+    """A logger with a display on a terminal of 100 columns."""
+    terminal = Terminal()
+    console = RunConsole(file=terminal, force_terminal=True, width=100, highlight=False, color_system=None)
+    (tmp_path / "latest").write_text("step_000000004")
+    live = ConsoleLogger(console, logger._run, 0, 20, live=True)
+    yield live, console, terminal
+    live.close(KeyboardInterrupt())
+
+
+def test_a_terminal_shows_a_bar_and_the_last_step_below_messages(live):
+    logger, _, terminal = live
+    for row in STEPS[:5]:
+        logger.step(row["step"], {**row, "peak_memory_gb": 3.0, "mfu": 0.4})
+    logger.message("step 5: saved")
+    logger.validation(5, {"val_loss": 0.25})
+    logger.step(20, STEPS[19])
+    *above, bar, numbers, saved, validated = terminal.screen()
+    assert [line for line in above if line.startswith("step ")] == ["step 5: saved", "step 5:  held-out loss 0.2500"]
+    assert re.fullmatch(r"smoke +━+ +20/20 100% ETA 0:00", bar)
+    assert "loss 0.1000  lr 1.00e-03  grad norm 1.000  8.0 samples/s  data wait 10%" in numbers
+    assert (saved, validated) == ("last save: step_000000004", "last validation: step 5: held-out loss 0.2500")
+    assert "\x1b[?25l" not in terminal.getvalue()  # The cursor is never hidden: who is killed cannot show it again.
+
+
+def test_a_display_fits_a_terminal_that_became_narrow_and_is_gone_at_the_end(live):
+    logger, console, terminal = live
+    logger.step(1, STEPS[0])
+    console.size = (40, 20)
+    logger.step(20, STEPS[19] | {"peak_memory_gb": 3.0})
+    bar, numbers, saved = terminal.screen()[-3:]
+    assert max(map(len, (bar, numbers, saved))) <= 40
+    assert (bar[:5], bar[-8:], numbers[-1]) == ("smoke", "ETA 0:00", "…")
+    logger.close(KeyboardInterrupt())
+    assert any(line.startswith("smoke: interrupted after step") for line in terminal.screen())
+    assert not any("ETA" in line for line in terminal.screen())
+
+
+def test_a_display_costs_a_step_little_and_prints_of_others_come_above(live):
+    logger, _, terminal = live
+    logger.step(1, STEPS[0])
+    before = time.process_time()
+    for _ in range(1000):
+        logger.step(2, STEPS[1])
+    assert time.process_time() - before < 1000 * 500e-6  # 1 % of a step of 50 ms.
+    print("a hook prints")
+    shown = terminal.screen()
+    assert shown.index("a hook prints") < next(row for row, line in enumerate(shown) if "ETA" in line)
+
+
+def test_a_forked_process_prints_directly(live, capfd):
+    logger, *_ = live
+    logger.step(1, STEPS[0])
+    assert sys.stdout.__class__.__name__ == "FileProxy"
+    if not (child := os.fork()):
+        os.write(2, sys.stdout.__class__.__name__.encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert "FileProxy" not in capfd.readouterr().err

@@ -11,7 +11,8 @@ from rlinf_core.contract.module import PolicyOutput
 from rlinf_core.data.loading.mixture import Source
 from rlinf_core.data.pipeline import build_pipeline
 from rlinf_core.data.statistics.compute import compute_norm_stats
-from rlinf_core.evaluators.validation import Validation, mean_action
+from rlinf_core.evaluators.action_error import mean_action
+from rlinf_core.evaluators.validation import Validation
 from rlinf_core.training.data import EvaluatedSource
 
 

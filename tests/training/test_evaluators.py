@@ -118,7 +118,8 @@ def test_metrics_files_and_messages_are_reported(train_toy, probe, tmp_path, cap
         folder = trainer.run.folder / "evaluations" / "probe" / name
         assert (folder / "videos" / "0.mp4").read_bytes() == b"video"
         assert (folder / "table.csv").read_text() == "step\n4\n"
-    assert sum(path.is_file() for path in (trainer.run.folder / "evaluations").rglob("*")) == 8  # None is left aside.
+    written = (trainer.run.folder / "evaluations" / "probe").rglob("*")
+    assert sum(path.is_file() for path in written) == 8  # None is left aside.
     out = capsys.readouterr().out
     assert "step 2: validating (held_out, probe) ..." in out
     assert ", success 0.5, ema_success 0.5" in out
@@ -270,7 +271,7 @@ def test_another_error_keeps_its_type_and_gets_a_note(train_toy, probe):
 def test_a_file_that_cannot_be_written_costs_only_itself(train_toy, probe, tmp_path, capsys):
     def measure(evaluator, policy, step, interrupted):
         if step == 2:  # Where the folder should be. A test may run as root, whom permissions do not stop.
-            (tmp_path / "run" / "evaluations").write_text("")
+            (tmp_path / "run" / "evaluations" / "probe").write_text("")
         return Evaluation({"success": 0.5}, {"table.csv": b""})
 
     probe(measure)

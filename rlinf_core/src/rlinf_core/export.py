@@ -95,7 +95,7 @@ def export_run(
         UserError: There is no such run or checkpoint, an adapter cannot be merged, or the output already exists or
             cannot be written.
     """
-    _check_run(folder)
+    check_run(folder)
     run = load_config(folder / "config.toml", plugins=plugins)
     sources = (run.source(choice.source),) if choice.source else run.sources
     formats = (NATIVE, *run.policy.export_formats)
@@ -112,7 +112,7 @@ def export_run(
     policy = run.policy.with_data_layout(read_position(checkpoint).data_layout)
     run = run.model_copy(update={"policy": policy})
     choice, which = choose_weights(checkpoint, choice)
-    found = {s.statistics: _statistics(run, folder, checkpoint, s.statistics) for s in sources}
+    found = {s.statistics: read_statistics(run, folder, checkpoint, s.statistics) for s in sources}
     known = {file: one and one[1] for file, one in found.items()}
     files = {file: one[0] for file, one in found.items() if one}
     tensors, notes = read_weights(run, checkpoint, choice, plugins)
@@ -135,8 +135,8 @@ def export_run(
     return checkpoint
 
 
-def _check_run(folder: Path) -> None:
-    """Raise `UserError` if the folder is not a run's folder."""
+def check_run(folder: Path) -> None:
+    """Raise `UserError` unless the folder is that of a run, `runs/<name>`."""
     if (folder / "config.toml").is_file():
         return
     if not folder.exists():
@@ -150,7 +150,7 @@ def _check_run(folder: Path) -> None:
     raise UserError(f"{what}: name the run's folder, runs/<name>")
 
 
-def _statistics(run: RunConfig, folder: Path, checkpoint: Path, file: str) -> tuple[Path, Stats] | None:
+def read_statistics(run: RunConfig, folder: Path, checkpoint: Path, file: str) -> tuple[Path, Stats] | None:
     """The statistics that a checkpoint was trained with, and a file that holds them; None if it does not normalise.
 
     Raises:

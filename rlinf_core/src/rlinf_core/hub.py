@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlinf_core.errors import UserError
+from rlinf_core.terminal import print_progress
 
 Kind = Literal["model", "dataset"]
 
@@ -175,13 +176,14 @@ class Snapshot:
         name = f"Downloading {self.repository}"
         with (
             ThreadPoolExecutor(_AT_ONCE) as pool,
-            _progress_bar()(total=len(missing), desc=name, unit="file", disable=None) as bar,
+            _progress(name) as progress,
         ):
             running = [pool.submit(self._fetch, file) for file in missing]
             try:
-                for one in running:
+                progress(0, len(running))
+                for done, one in enumerate(running, start=1):
                     one.result()
-                    bar.update()
+                    progress(done, len(running))
             finally:  # After a failure, do not start the remaining downloads.
                 pool.shutdown(cancel_futures=True)
 
@@ -261,9 +263,14 @@ def _silence() -> Exception | None:
     return None
 
 
-def _progress_bar() -> Any:
-    """The progress bar of the hub's client, which HF_HUB_DISABLE_PROGRESS_BARS disables."""
-    return import_module("huggingface_hub.utils.tqdm").tqdm
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], object]]:
+    """Show how many files are there, unless HF_HUB_DISABLE_PROGRESS_BARS is set, as with the hub's own client."""
+    if import_module("huggingface_hub.utils.tqdm").are_progress_bars_disabled():
+        yield lambda done, all: None
+        return
+    with print_progress(what, "files") as progress:
+        yield progress
 
 
 @functools.cache
@@ -273,7 +280,7 @@ def _no_progress_bar() -> type[Any]:
     def __init__(self: Any, *arguments: Any, **options: Any) -> None:  # noqa: N807
         bar.__init__(self, *arguments, **(options | {"disable": True}))
 
-    bar = _progress_bar()
+    bar = import_module("huggingface_hub.utils.tqdm").tqdm
     return type("NoProgressBar", (bar,), {"__init__": __init__})
 
 

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
+from rlinf_core.config.load import load_config
 from rlinf_core.contract.augmentation import PLUGINS
 from rlinf_core.contract.datasets import DatasetConfig
 from rlinf_core.contract.mixture import MixtureShare
@@ -26,9 +27,18 @@ from rlinf_core.data.pipeline import Pipeline, build_pipeline, encode_observatio
 from rlinf_core.data.sample import Sample
 from rlinf_core.data.transforms import Transform
 from rlinf_core.errors import UserError
-from rlinf_core.export import FORMAT
+from rlinf_core.export import (
+    FORMAT,
+    Choice,
+    check_run,
+    choose_weights,
+    find_checkpoint,
+    read_statistics,
+    read_weights,
+)
 from rlinf_core.plugins.registry import Plugins, get_plugins
 from rlinf_core.training.build import DTYPES, finite_tensor
+from rlinf_core.training.checkpoint.state import read_position
 from rlinf_core.training.distributed.processes import to_device
 from rlinf_core.training.fsdp import materialize
 from rlinf_core.untrusted import path_inside, read_json
@@ -84,7 +94,7 @@ class LoadedPolicy:
         self.coverage = coverage
         """What training saw; None if the folder was exported before that was recorded: nothing is compared."""
         self.pipeline = self._comparing(pipeline)
-        self._device = next(module.parameters()).device
+        self.device = next(module.parameters()).device
         self._noise = np.random.default_rng()
         self._reported: set[str] = set()
 
@@ -126,9 +136,9 @@ class LoadedPolicy:
         sample = self._encode(observation)
         drawn = self.config.draw(self._noise)["noise"]
         start = drawn if noise is None else _checked_noise(noise, drawn.shape)
-        batch = to_device(self.config.collate([sample]), self._device)
+        batch = to_device(self.config.collate([sample]), self.device)
         with torch.inference_mode():
-            actions = self.module.sample_actions(batch, torch.from_numpy(start).to(self._device)[None])
+            actions = self.module.sample_actions(batch, torch.from_numpy(start).to(self.device)[None])
         return self.pipeline.decode(actions[0].float().cpu().numpy(), sample)
 
     def _encode(self, observation: Mapping[str, Any]) -> Any:
@@ -196,6 +206,44 @@ def load_policy(
     _compute_in(module, DTYPES[dtype])
     coverage = parse_coverage(description.get("coverage"), source, str(folder / DESCRIPTION))
     return LoadedPolicy(config, data, pipeline, module.eval(), coverage)
+
+
+def load_run(
+    folder: Path, choice: Choice, *, device: str | torch.device, dtype: str, plugins: Plugins, source: str = ""
+) -> tuple[LoadedPolicy, Path, list[str]]:
+    """Load a policy from a checkpoint of a run, as if it had been exported.
+
+    Args:
+        folder: The run's folder, `runs/<name>`.
+        choice: Which checkpoint, and which of its weights.
+        device: Device to compute on.
+        dtype: Dtype of matrix products.
+        plugins: Plugins that provide the run's classes.
+        source: For a mixture, the dataset whose observations the policy gets.
+
+    Returns:
+        The policy, its checkpoint, and sentences about what was chosen.
+
+    Raises:
+        UserError: There is no such run, checkpoint or source, or something of it is damaged.
+    """
+    device, known = _known_device(device), _known_dtype(dtype)
+    check_run(folder)
+    run = load_config(folder / "config.toml", plugins=plugins)
+    given = run.source(source)
+    notes: list[str] = []
+    checkpoint = find_checkpoint(folder, run.runner.checkpoints_of(folder), choice, notes.append)
+    policy = run.policy.with_data_layout(read_position(checkpoint).data_layout)
+    run = run.model_copy(update={"policy": policy})
+    choice, which = choose_weights(checkpoint, choice)
+    statistics = read_statistics(run, folder, checkpoint, given.statistics)
+    tensors, said = read_weights(run, checkpoint, choice, plugins)
+    with torch.device("meta"):
+        module: Any = policy.build()
+    materialize(module, device, lambda name, _: tensors.pop(name))
+    _compute_in(module, DTYPES[known])
+    pipeline = build_pipeline(given.run.data, policy, statistics[1] if statistics else None)
+    return LoadedPolicy(policy, given.run.data, pipeline, module.eval()), checkpoint, [*notes, *said, which]
 
 
 def _known_device(device: str | torch.device) -> torch.device:

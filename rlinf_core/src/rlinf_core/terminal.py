@@ -9,8 +9,10 @@ import codecs
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from io import TextIOWrapper
 from typing import TextIO
 
@@ -18,6 +20,10 @@ from rlinf_core.untrusted import printable
 
 NARROWEST = 40
 """Columns below which words are not kept together any more."""
+SECONDS_BEFORE_A_BAR = 0.5
+"""What is done sooner shows no bar, unless it says before the work that it begins (0 are done)."""
+LINES_APART = 60.0
+"""Seconds between two lines of progress where there is no terminal."""
 _ASCII = {
     "π": "pi",
     "…": "...",
@@ -100,6 +106,54 @@ def print_phase(what: str) -> None:
     """Print what a command does next that may take a while, for people only: on stderr, if it is a terminal."""
     if sys.stderr.isatty():
         print(wrap(f"{printable(what)} ...", sys.stderr), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def print_progress(what: str, of: str) -> Iterator[Callable[[int, int], object]]:
+    """Show progress on stderr: a bar on a terminal, elsewhere a line a minute, so that a job's log has few of them.
+
+    Args:
+        what: What is being done.
+        of: What is counted, in the plural.
+
+    Returns:
+        A context whose value takes how much is done, and the total.
+    """
+    if not sys.stderr.isatty():
+        yield _progress_lines(what, of)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(of))
+    eta = TextColumn("ETA"), TimeRemainingColumn()
+    bar = Progress(*columns, *eta, console=Console(stderr=True), transient=True)
+    task, begun = bar.add_task(what, total=None), time.monotonic()
+
+    def progress(done: int, all: int) -> None:
+        if not bar.live.is_started and (not done or time.monotonic() - begun >= SECONDS_BEFORE_A_BAR):
+            bar.start()
+        bar.update(task, completed=done, total=all)
+
+    try:
+        yield progress
+    finally:
+        if bar.live.is_started:
+            bar.stop()
+
+
+def _progress_lines(what: str, of: str) -> Callable[[int, int], object]:
+    started = said = time.monotonic()
+
+    def progress(done: int, all: int) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if done and now - said >= LINES_APART:
+            said = now
+            eta = timedelta(seconds=round((now - started) / done * (all - done)))
+            print(f"{what}: {done} of {all} {of}, ETA {eta}", file=sys.stderr, flush=True)
+
+    return progress
 
 
 def _break(line: str, width: int) -> str:

@@ -92,17 +92,17 @@ def rows(trainer):
     [("step", ["step"]), ("validation", ["step", "step", "validation"]), ("message", []), ("close", None)],
 )
 def test_a_logger_that_fails_is_named_once_and_closed(train_toy, acme, capsys, method, before):
-    wandb = Tracker("wandb", {method: ConnectionError("api.wandb.ai is down\nretry later"), "close": OSError("again")})
+    mlflow = Tracker("mlflow", {method: ConnectionError("api.acme.ai is down\nretry later"), "close": OSError("again")})
     sheet = Tracker("sheet")
-    acme.rlinf_register_loggers = hookimpl(lambda: [config("wandb", wandb), config("sheet", sheet)])
-    options = ("runner.max_steps=4", "runner.val_check_interval=2", 'runner.loggers=["wandb", "sheet"]')
+    acme.rlinf_register_loggers = hookimpl(lambda: [config("mlflow", mlflow), config("sheet", sheet)])
+    options = ("runner.max_steps=4", "runner.val_check_interval=2", 'runner.loggers=["mlflow", "sheet"]')
     trainer = train_toy(*options)
     said, path = warnings(capsys), trainer.run.folder / TRACEBACKS
-    what = "OSError: again" if method == "close" else "ConnectionError: api.wandb.ai is down"
+    what = "OSError: again" if method == "close" else "ConnectionError: api.acme.ai is down"
     assert said == [
-        f"warning: logger 'wandb' of {OWNER} failed and is left out from now on: {what} (traceback: {path})"
+        f"warning: logger 'mlflow' of {OWNER} failed and is left out from now on: {what} (traceback: {path})"
     ]
-    assert [what for what, *_ in wandb.told if what != "message"] == (
+    assert [what for what, *_ in mlflow.told if what != "message"] == (
         [*before, "close"] if before is not None else [what for what, *_ in sheet.told if what != "message"]
     )
     assert [step for what, *step in sheet.told if what == "step"] == [[1], [2], [3], [4]]
@@ -115,14 +115,14 @@ def test_a_logger_that_fails_is_named_once_and_closed(train_toy, acme, capsys, m
 def test_a_logger_that_cannot_be_built_is_an_error_before_the_start(train_toy, acme):
     acme.rlinf_register_loggers = hookimpl(
         lambda: [
-            config("wandb", UserError("log in first")),
+            config("mlflow", UserError("log in first")),
             config("board", PermissionError("/data/tb")),
             config("flow", ModuleNotFoundError("No module named 'mlflow'", name="mlflow")),
         ]
     )
     with pytest.raises(PluginError) as caught:
-        train_toy("runner.max_steps=2", 'runner.loggers=["wandb"]')
-    assert str(caught.value) == f"log in first [logger 'wandb' of {OWNER}]"
+        train_toy("runner.max_steps=2", 'runner.loggers=["mlflow"]')
+    assert str(caught.value) == f"log in first [logger 'mlflow' of {OWNER}]"
     with pytest.raises(PermissionError) as caught:
         train_toy("runner.max_steps=2", 'runner.loggers=["board"]', "runner.name=board")
     assert f"in logger 'board' of {OWNER}" in caught.value.__notes__

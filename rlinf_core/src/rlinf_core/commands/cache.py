@@ -7,10 +7,9 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from rlinf_core.commands.output import print_progress
 from rlinf_core.contract.datasets import LeRobotDatasetConfig
 from rlinf_core.errors import Exit, UserError
-from rlinf_core.terminal import print_phase
+from rlinf_core.terminal import print_phase, print_progress
 
 if TYPE_CHECKING:
     from rlinf_core.contract.run import RunConfig, RunSource

@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlinf_core.commands.output import print_json, print_progress, print_text
+from rlinf_core.commands.output import print_json, print_text
 from rlinf_core.errors import Exit, UserError
-from rlinf_core.terminal import print_phase
+from rlinf_core.terminal import print_phase, print_progress
 
 if TYPE_CHECKING:
     from rlinf_core.contract.datasets import LeRobotDatasetConfig

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Sequence
 from typing import Any
 
 from rlinf_core.terminal import wrap
@@ -54,45 +51,3 @@ def print_error(message: str) -> None:
         Console(stderr=True).print(text, soft_wrap=True)
         return
     print(message, file=sys.stderr)
-
-
-LINES_APART = 60.0
-"""Seconds between two lines of progress where there is no terminal."""
-
-
-@contextmanager
-def print_progress(what: str, of: str) -> Iterator[Callable[[int, int], object]]:
-    """Show progress on stderr: a bar on a terminal, elsewhere a line a minute, so that a job's log has few of them.
-
-    Args:
-        what: What is being done.
-        of: What is counted, in the plural.
-
-    Returns:
-        A context whose value takes how much is done, and the total.
-    """
-    if not sys.stderr.isatty():
-        yield _lines(what, of)
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(of))
-    eta = TextColumn("ETA"), TimeRemainingColumn()
-    with Progress(*columns, *eta, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, all: bar.update(task, completed=done, total=all)
-
-
-def _lines(what: str, of: str) -> Callable[[int, int], object]:
-    started = said = time.monotonic()
-
-    def progress(done: int, all: int) -> None:
-        nonlocal said
-        now = time.monotonic()
-        if done and now - said >= LINES_APART:
-            said = now
-            eta = timedelta(seconds=round((now - started) / done * (all - done)))
-            print(f"{what}: {done} of {all} {of}, ETA {eta}", file=sys.stderr, flush=True)
-
-    return progress

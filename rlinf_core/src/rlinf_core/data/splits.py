@@ -6,7 +6,8 @@ from typing import get_args
 
 import numpy as np
 
-from rlinf_core.contract.datasets import ColumnSource, LeRobotDatasetConfig, SampleSource, Split
+from rlinf_core.contract.datasets import ColumnSource, DatasetConfig, LeRobotDatasetConfig, SampleSource, Split
+from rlinf_core.contract.policy import PolicyConfig
 from rlinf_core.contract.run import LoadedPlugins, RunConfig
 from rlinf_core.errors import UserError
 
@@ -15,10 +16,18 @@ HOLDING_OUT = ("validation_fraction", "validation_episodes", "validation_tasks")
 
 
 def open_split(run: RunConfig, plugins: LoadedPlugins, split: Split, *, images: bool = True) -> SampleSource:
+    """The rows of a split of a run's dataset; see `open_rows_of`."""
+    return open_rows_of(run.data, run.policy, plugins, split, images=images)
+
+
+def open_rows_of(
+    dataset: DatasetConfig, policy: PolicyConfig, plugins: LoadedPlugins, split: Split, *, images: bool = True
+) -> SampleSource:
     """The rows of a split, from the plugin that reads the dataset.
 
     Args:
-        run: The run.
+        dataset: The dataset.
+        policy: The policy that gets the rows.
         plugins: The loaded plugins.
         split: Training or held-out rows.
         images: Whether images will be read; if not, a LeRobot dataset's videos may be missing.
@@ -28,21 +37,20 @@ def open_split(run: RunConfig, plugins: LoadedPlugins, split: Split, *, images: 
     """
     if split not in (splits := get_args(Split)):
         raise UserError(f"there is no split {split!r}: use {' or '.join(splits)}")
-    if split == "validation" and not run.data.has_validation:
-        keys = [f"data.{key}" for key in HOLDING_OUT if key in type(run.data).model_fields]
-        name = run.data.repo_id or run.data.config_name
+    if split == "validation" and not dataset.has_validation:
+        keys = [f"data.{key}" for key in HOLDING_OUT if key in type(dataset).model_fields]
+        name = dataset.repo_id or dataset.config_name
         raise UserError(f"no episode of {name} is held out for validation: set {' or '.join(keys)}")
-    dataset = run.data
     if isinstance(dataset, LeRobotDatasetConfig) and not (images or dataset.stats_need_images):
         dataset = dataset.model_copy(update={"images": {}, "crops": {}, "cache": ""})
-    source: SampleSource | None = plugins.hook.rlinf_open_dataset(dataset=dataset, policy=run.policy, split=split)
+    source: SampleSource | None = plugins.hook.rlinf_open_dataset(dataset=dataset, policy=policy, split=split)
     if source is None:
         raise UserError(
-            f"No installed plugin opens the dataset {run.data.config_name!r} ({type(run.data).__name__}): "
+            f"No installed plugin opens the dataset {dataset.config_name!r} ({type(dataset).__name__}): "
             "its config must derive from LeRobotDatasetConfig, or a plugin must implement rlinf_open_dataset."
         )
     if not len(source):
-        raise UserError(f"the dataset {run.data.config_name!r} has no rows for {split}")
+        raise UserError(f"the dataset {dataset.config_name!r} has no rows for {split}")
     return source
 
 

@@ -7,39 +7,46 @@ other repeats the robot's last action. A policy that is not clearly better has l
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from rlinf_core.contract.datasets import SampleSource
-from rlinf_core.contract.evaluation import (
-    Evaluation,
-    EvaluationData,
-    EvaluationPipeline,
-    EvaluationSource,
-    ValidationRow,
-)
+from rlinf_core.contract.evaluation import Evaluation, EvaluationData, EvaluationSource
 from rlinf_core.contract.process_group import ProcessGroup
 from rlinf_core.contract.run import RunConfig
-from rlinf_core.errors import UserError
+from rlinf_core.data.statistics.names import name_dimensions
+from rlinf_core.evaluators.action_error import ActionComparison, ActionSums, mean_action
 from rlinf_core.evaluators.held_out import BASELINES, HEADLINE
-
-Vectors = NDArray[np.floating]
-
-ROWS_FOR_THE_MEAN = 4096
-"""Evenly spaced training rows from which the mean action is computed."""
+from rlinf_core.results import ACTIONS, ActionErrors
 
 
 class Validation:
     """Evaluates a policy on one dataset, each time on the same held-out rows with the same random draws."""
 
-    def __init__(self, run: RunConfig, source: EvaluationSource, held_out: SampleSource, group: ProcessGroup) -> None:
-        self._run, self._source, self._held_out, self._group = run, source, held_out, group
-        self._pipeline, self._episodes = source.pipeline, held_out.episodes
-        self._mean = mean_action(source.rows, source.pipeline) if run.policy.chunk_length() else None
+    def __init__(
+        self,
+        run: RunConfig,
+        source: EvaluationSource,
+        held_out: SampleSource,
+        group: ProcessGroup,
+        names: Sequence[str] = (),
+    ) -> None:
+        """See the class.
+
+        Args:
+            run: The run.
+            source: The dataset.
+            held_out: Its held-out rows.
+            group: The ranks.
+            names: The dataset's names of the dimensions of an action.
+        """
+        self._run, self._source, self._held_out, self._group, self._names = run, source, held_out, group, names
+        self._steps = run.policy.chunk_length()
+        self._mean = mean_action(source.rows, source.pipeline) if self._steps else None
+        self.action_errors: ActionErrors | None = None
+        """Errors of sampled actions of the last validation; None for policies without actions."""
 
     @torch.no_grad()
     def __call__(self, policy: Any, interrupted: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
@@ -57,59 +64,40 @@ class Validation:
         """
         loss = torch.zeros(2, dtype=torch.float64)
         own: dict[str, float] = {}
-        errors = np.zeros(4)
+        comparison = self._comparison()
+        errors = ActionSums.zeros(0, 0) if comparison is None else comparison.empty()
         for batch, rows in self._source.batches(self._run.runner.val_samples):
             if interrupted():
                 return None
             out = policy(batch)
             own = own or dict.fromkeys(sorted(out.metrics), 0.0)  # A filler batch has the same names.
             actions = None
-            if self._mean is not None:
+            if comparison is not None:
                 actions = policy.sample_actions(batch, batch["noise"]).float().cpu().numpy()
             if not rows:  # A filler batch, so that all ranks run equally many; it does not count.
                 continue
             loss += torch.stack([out.loss_sum, out.weight]).double().cpu()
             own = {name: total + float(out.metrics[name]) for name, total in own.items()}
-            if self._mean is not None and actions is not None:
-                errors += sum(self._errors(chunk, row, self._mean) for chunk, row in zip(actions, rows, strict=True))
-        sums = torch.cat([loss, torch.from_numpy(errors), torch.tensor([*own.values()], dtype=torch.float64)])
-        totals = self._group.sum(sums.to(self._group.device)).tolist()
+            if comparison is not None and actions is not None:
+                for chunk, row in zip(actions, rows, strict=True):
+                    errors += comparison.compare(chunk, row)
+        parts = [loss, torch.tensor([*own.values()], dtype=torch.float64), torch.from_numpy(errors.flat())]
+        totals = self._group.sum(torch.cat(parts).to(self._group.device)).tolist()
         means = {"loss": totals[0] / totals[1]}
+        means |= {name: total / totals[1] for name, total in zip(own, totals[2 : 2 + len(own)], strict=True)}
         results = {HEADLINE: means["loss"]}
-        means |= {name: total / totals[1] for name, total in zip(own, totals[6:], strict=True)}
         results |= {f"val_{name}": value(means) for name, value in self._run.policy.validation_metrics.items()}
-        if self._mean is not None:
-            names = ("val_action_mse", *BASELINES)
-            results |= {name: total / totals[5] for name, total in zip(names, totals[2:5], strict=True)}
+        if comparison is not None:
+            whole = errors.unflat(totals[2 + len(own) :])
+            results |= dict(zip(("val_action_mse", *BASELINES), whole.mean_squared(), strict=True))
+            self.action_errors = whole.errors(self._names, comparison.chunks)
         return results
 
-    def _errors(self, actions: Vectors, row: ValidationRow, mean: Vectors) -> Vectors:
-        """[4], summed squared errors of policy, mean action and repeated action, and the number of values compared."""
-        within = ~row.target["actions_is_pad"]
-        target = row.target["actions"][within]
-        decoded = self._pipeline.decode(actions, row.sample)[within]
-        if decoded.shape != target.shape:
-            raise UserError(
-                f"the policy's actions have {decoded.shape[-1]} numbers in the data's units, the dataset's have "
-                f"{target.shape[-1]}: cut them in the dataset's transforms (data.action_width, where it has that key)"
-            )
-        guesses = (decoded, mean, self._last_action(row.row, mean))
-        return np.array([*(float(np.square(guess - target).sum()) for guess in guesses), target.size])
-
-    def _last_action(self, row: int, mean: Vectors) -> Vectors:
-        """[D], the action before this row; for the first row of an episode, the mean action."""
-        if row == 0 or self._episodes[row - 1] != self._episodes[row]:
-            return mean
-        (before,) = self._held_out.without_images([row - 1])
-        last: Vectors = self._pipeline.target(before)["actions"][0]
-        return last
-
-
-def mean_action(source: SampleSource, pipeline: EvaluationPipeline) -> Vectors:
-    """[D], the mean action of the training rows, in the data's own units."""
-    indices = np.unique(np.linspace(0, len(source) - 1, min(len(source), ROWS_FOR_THE_MEAN)).astype(np.int64))
-    actions = [pipeline.target(row)["actions"][0] for row in source.without_images(indices.tolist())]
-    return np.asarray(np.mean(actions, axis=0, dtype=np.float64))
+    def _comparison(self) -> ActionComparison | None:
+        """What compares sampled actions with recorded ones; None for policies without actions."""
+        if self._mean is None:
+            return None
+        return ActionComparison(self._held_out, self._source.pipeline, self._mean, self._steps)
 
 
 class HeldOut:
@@ -122,7 +110,7 @@ class HeldOut:
     def __init__(self, run: RunConfig, data: EvaluationData, group: ProcessGroup) -> None:
         sources = [(source, source.held_out) for source in data.sources]
         self._parts = {
-            source.name: (source.share, Validation(run, source, held_out, group))
+            source.name: (source.share, Validation(run, source, held_out, group, _names(run, source.name, held_out)))
             for source, held_out in sources
             if held_out is not None
         }
@@ -135,12 +123,26 @@ class HeldOut:
             if results is None:
                 return None
             found[name] = results
+        files = {f"{name or 'held_out'}{ACTIONS}": content for name, content in self._files().items()}
         if "" in found:
-            return Evaluation(found[""])
+            return Evaluation(found[""], files)
         whole = sum(share for share, _ in self._parts.values())
         mean = sum(self._parts[name][0] / whole * results[HEADLINE] for name, results in found.items())
         own = {f"{key}/{name}": value for name, results in found.items() for key, value in results.items()}
-        return Evaluation({HEADLINE: mean, **own})
+        return Evaluation({HEADLINE: mean, **own}, files)
+
+    def _files(self) -> dict[str, bytes]:
+        """The action errors of each source that has actions."""
+        errors = {name: part.action_errors for name, (_, part) in self._parts.items()}
+        return {name: one.to_json() for name, one in errors.items() if one is not None}
 
     def close(self) -> None:
         """Nothing is open."""
+
+
+def _names(run: RunConfig, source: str, rows: SampleSource) -> Sequence[str]:
+    """The dataset's names of the dimensions of an action, as recorded; empty for policies without actions."""
+    if not run.policy.chunk_length():
+        return ()
+    data = run.source(source).run.data
+    return name_dimensions(data, rows, [data.repack()]).get("actions", ())

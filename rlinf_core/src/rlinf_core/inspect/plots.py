@@ -1,15 +1,8 @@
-"""The curves and histograms of the page, drawn with matplotlib. Names of dimensions are their only text from datasets.
-
-Each figure is drawn once and saved as SVG for the page and as PNG beside it. The SVG's colours are CSS variables, so
-that it is readable on light and dark backgrounds.
-"""
+"""The curves and histograms of the page. Names of dimensions are their only text from datasets."""
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,60 +10,17 @@ from numpy.typing import NDArray
 
 from rlinf_core.data.normalize import Mode, Normalize, NormStats
 from rlinf_core.data.statistics.compute import Distribution
+from rlinf_core.drawing import BAND, CHUNK, DATA, FAINT, FAR, INK, STYLE, Plot, drawn, new_figure, plain, short
 from rlinf_core.inspect.samples import Chunk
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-INK, FAINT, LINE = "#24292f", "#818b98", "#d1d9e0"
-DATA, CHUNK, FAR, BAND = "#0a69da", "#d1570a", "#cf222e", "#e3edf9"
-VARIABLES = {INK: "ink", FAINT: "faint", LINE: "line", DATA: "data", CHUNK: "chunk", FAR: "far", BAND: "band"}
-"""Color of a PNG -> name of the CSS variable in an SVG."""
-
-WIDTH = 9.6
-"""Inches of 72 points: about one CSS pixel per point on a narrow page."""
-ROW = 0.82
-"""Height of a panel in inches."""
 MOST_PANELS = 32
 """Maximum number of dimensions of a vector that are drawn."""
-LONGEST_NAME = 22
-"""Characters of a dimension's name beside a panel; the table on the page has it in full."""
 BINS = 100
 VIEW = {"quantile": 2.0, "mean_std": 5.0}
 """The axis of normalised numbers reaches from minus this to plus this."""
-STYLE: Any = {
-    "font.family": "sans-serif",
-    "font.size": 8,
-    "axes.edgecolor": LINE,
-    "axes.labelcolor": FAINT,
-    "axes.titlecolor": INK,
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "text.color": INK,
-    "text.parse_math": False,
-    "xtick.color": LINE,
-    "ytick.color": LINE,
-    "xtick.labelcolor": FAINT,
-    "ytick.labelcolor": FAINT,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "rlinf",
-    "figure.dpi": 72,
-}
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A drawn figure."""
-
-    name: str
-    """Name of the PNG, and prefix of the SVG's ids."""
-    svg: str
-    png: bytes
 
 
 def plot_lengths(name: str, train: NDArray[np.int64], held_out: NDArray[np.int64]) -> Plot:
@@ -79,7 +29,7 @@ def plot_lengths(name: str, train: NDArray[np.int64], held_out: NDArray[np.int64
     from matplotlib.ticker import MaxNLocator
 
     with rc_context(STYLE):
-        figure, panels = _figure(1, 1, row=1.5)
+        figure, panels = new_figure(1, 1, row=1.5)
         axes = panels[0][0]
         whole = np.concatenate([train, held_out])
         edges = np.linspace(whole.min() - 0.5, whole.max() + 0.5, min(40, int(np.ptp(whole)) + 1) + 1)
@@ -91,7 +41,7 @@ def plot_lengths(name: str, train: NDArray[np.int64], held_out: NDArray[np.int64
         axes.set_ylabel("episodes")
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderpad=0)
-        return _drawn(name, figure)
+        return drawn(name, figure)
 
 
 def plot_distribution(name: str, key: str, data: Distribution, stats: NormStats | None, mode: Mode | None) -> Plot:
@@ -100,9 +50,9 @@ def plot_distribution(name: str, key: str, data: Distribution, stats: NormStats 
 
     shown = min(len(data.running.low), MOST_PANELS)
     both = stats is not None and mode is not None
-    names = [_short(name) for name in data.names[:shown]]
+    names = [short(name) for name in data.names[:shown]]
     with rc_context(STYLE):
-        figure, panels = _figure(shown, 1 + both, left=_margin(names))
+        figure, panels = new_figure(shown, 1 + both, left=_margin(names))
         panels[0][0].set_title("data's units, after the dataset's transforms")
         for number, row in enumerate(panels):
             _raw(row[0], number, data, stats)
@@ -113,7 +63,7 @@ def plot_distribution(name: str, key: str, data: Distribution, stats: NormStats 
             for number, row in enumerate(panels):
                 middles = (data.running.edges[:, 1:] + data.running.edges[:, :-1]) / 2
                 _normalized(row[1], normalize.normalized(key, middles.T)[:, number], data.running.counts[number], mode)
-        return _drawn(name, figure)
+        return drawn(name, figure)
 
 
 def _raw(axes: Axes, number: int, data: Distribution, stats: NormStats | None) -> None:
@@ -133,7 +83,7 @@ def _raw(axes: Axes, number: int, data: Distribution, stats: NormStats | None) -
     for value, style in ((used.mean[number], "-"), (used.q01[number], "--"), (used.q99[number], "--")):
         if left <= value <= right:  # Statistics of other data may be outside; the table shows their values.
             axes.axvline(value, color=CHUNK, linewidth=1.2, linestyle=style)
-    axes.xaxis.set_major_formatter(_plain)
+    axes.xaxis.set_major_formatter(plain)
     axes.set_yticks([])
 
 
@@ -161,7 +111,7 @@ def plot_chunk(name: str, chunk: Chunk) -> Plot:
     rows = min(max(columns), MOST_PANELS)
     with rc_context(STYLE):
         named = (chunk.names.get("actions", ()), chunk.target_names.get("actions", ()), chunk.names.get("state", ()))
-        figure, panels = _figure(rows, 3, above=0.45)
+        figure, panels = new_figure(rows, 3, above=0.45)
         titles = ("actions, data's units", "target" + ", normalised" * chunk.normalized, "state, data's units")
         for column, (title, count) in enumerate(zip(titles, columns, strict=True)):
             panels[0][column].set_title(title if count else "", pad=16)
@@ -173,18 +123,13 @@ def plot_chunk(name: str, chunk: Chunk) -> Plot:
                 _curve(axes, chunk, column, number)
                 _name(axes, str(number), 46)
                 axes.annotate(
-                    _short(_at(named[column], number)), (0, 1), (0, 3), "axes fraction", "offset points", color=FAINT
+                    short(_at(named[column], number)), (0, 1), (0, 3), "axes fraction", "offset points", color=FAINT
                 )
             last = min(count, rows) - 1
             if count:
                 panels[last][column].set_xlabel("step of the chunk" if column == 1 else "frame of the episode")
                 panels[last][column].tick_params(labelbottom=True)
-        return _drawn(name, figure)
-
-
-def _plain(value: float, _: float) -> str:
-    """A tick label in full: matplotlib would draw a common factor over the panel above."""
-    return f"{value:.5g}".replace("-", "\N{MINUS SIGN}")
+        return drawn(name, figure)
 
 
 def _name(axes: Axes, text: str, distance: int, below: str = "") -> None:
@@ -193,14 +138,6 @@ def _name(axes: Axes, text: str, distance: int, below: str = "") -> None:
     axes.annotate(text, (0, 0.5), (-distance, 5 if below else 0), color=INK, **place)
     if below:
         axes.annotate(below, (0, 0.5), (-distance, -5), color=FAINT, fontsize=7, **place)
-
-
-def _short(name: str) -> str:
-    """A name as a plot shows it; empty if matplotlib's font may lack a character."""
-    if not (name.isascii() and name.isprintable()):
-        return ""
-    half = (LONGEST_NAME - 3) // 2
-    return name if len(name) <= LONGEST_NAME else f"{name[:half]}...{name[-half:]}"
 
 
 def _at(names: Sequence[str], number: int) -> str:
@@ -228,7 +165,7 @@ def _curve(axes: Axes, chunk: Chunk, column: int, number: int) -> None:
     curve = chunk.actions if column == 0 or chunk.state is None else chunk.state
     axes.plot(chunk.frames, curve[:, number], color=DATA, linewidth=1.1)
     axes.yaxis.set_major_locator(MaxNLocator(3))
-    axes.yaxis.set_major_formatter(_plain)
+    axes.yaxis.set_major_formatter(plain)
     if column == 0:
         _dots(axes, chunk.at, chunk.recorded[:, number], chunk)
     else:
@@ -241,42 +178,3 @@ def _dots(axes: Axes, x: NDArray[Any], y: NDArray[Any], chunk: Chunk) -> None:
     axes.plot(x, y, color=CHUNK, linewidth=0.8)
     axes.plot(x[~chunk.is_pad], y[~chunk.is_pad], "o", markersize=size, color=CHUNK)
     axes.plot(x[chunk.is_pad], y[chunk.is_pad], "o", markersize=size, markerfacecolor="none", color=CHUNK)
-
-
-def _figure(
-    rows: int, columns: int, row: float = ROW, left: float = 0.75, above: float = 0.3
-) -> tuple[Figure, NDArray[Any]]:
-    """A figure and its panels [rows, columns], with fixed margins: automatic layout takes seconds."""
-    from matplotlib.figure import Figure  # Not pyplot, which chooses a backend and keeps figures alive.
-
-    below, right, beside, between = 0.45, 0.1, 0.8, 0.24  # Inches.
-    height = rows * row + above + below
-    figure = Figure(figsize=(WIDTH, height))
-    panel = (WIDTH - left - right - beside * (columns - 1)) / columns
-    figure.subplots_adjust(
-        left / WIDTH, below / height, 1 - right / WIDTH, 1 - above / height, beside / panel, between / (row - between)
-    )
-    return figure, figure.subplots(rows, columns, squeeze=False, sharex="col" if columns == 3 else False)
-
-
-def _drawn(name: str, figure: Figure) -> Plot:
-    vector, raster = io.StringIO(), io.BytesIO()
-    figure.savefig(vector, format="svg", transparent=True, metadata={"Date": None})
-    figure.savefig(raster, format="png", dpi=110, facecolor="white", metadata={"Software": None})
-    return Plot(name, "".join(_for_the_page(name, vector.getvalue())), raster.getvalue())
-
-
-def _for_the_page(name: str, svg: str) -> Iterator[str]:
-    """The `svg` element alone: scaled by the page, with unique ids and CSS variables as colours."""
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg, count=2).replace("xlink:href", "href")
-    svg = re.sub(r'<svg ([^>]*?)width="[^"]*"', r"<svg \1", re.sub(r' height="[^"]*pt"', "", svg, count=1), count=1)
-    yield re.sub(r"<[^>]+>", lambda tag: _tag_for_the_page(name, tag[0]), svg)  # Names of dimensions stay as they are.
-
-
-def _tag_for_the_page(name: str, tag: str) -> str:
-    tag = re.sub(r'\bid="', f'id="{name}-', tag)
-    tag = re.sub(r'url\(#|href="#', lambda found: found[0] + f"{name}-", tag)
-    for color, variable in VARIABLES.items():
-        tag = tag.replace(color, f"var(--{variable})")
-    return tag

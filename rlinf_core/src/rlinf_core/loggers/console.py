@@ -1,4 +1,6 @@
-"""Console output: a line every few seconds while training, a table and a plot at the end. Torch-free."""
+"""Console output: on a terminal a display that is repainted, elsewhere a line every few seconds; a table and a plot at
+the end. Torch-free.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +19,7 @@ from rich.text import Text
 
 from rlinf_core.contract.run import Logger, LoggerConfig, RunConfig
 from rlinf_core.loggers.jsonl import METRICS_FILE, read_metrics
+from rlinf_core.loggers.live import LiveDisplay
 from rlinf_core.untrusted import printable
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -29,6 +32,8 @@ SHOWN = {
     "data_wait_share": "data wait {:.0%}",
 }
 """The trainer's metrics that a line shows, with their format."""
+ALSO_LIVE = {"peak_memory_gb": "memory {:.1f} GB", "epoch": "epoch {:.2f}"}
+"""Metrics that a terminal's display shows besides these."""
 PLOT_SIZE = (76, 16)
 """Columns and rows of the plot in characters."""
 
@@ -37,16 +42,24 @@ class ConsoleLoggerConfig(LoggerConfig):
     """Shows the progress of a run. Always on."""
 
     type: Literal["console"] = "console"
+    live: bool = True
+    """On a terminal, show the progress in lines that are repainted. If false, or if the output is piped, print a line
+    every few seconds."""
 
     def build(self, run: RunConfig, *, start_step: int, stop_step: int) -> Logger:
         """Print the run's name, size and folder."""
         # torchrun's children write to a pipe; 100 columns fit every table.
         console = RunConsole(width=None if Console().is_terminal else 100, highlight=False)
-        return ConsoleLogger(console, run, start_step, stop_step)
+        live = self.live and console.is_terminal and not console.is_dumb_terminal
+        return ConsoleLogger(console, run, start_step, stop_step, live=live)
 
 
 class RunConsole(Console):
     """rich's console, except that a reader that is gone (`| head`) is an error and does not end the process."""
+
+    def show_cursor(self, show: bool = True) -> bool:
+        """A display never hides the cursor: a process that is killed could not show it again."""
+        return False
 
     def on_broken_pipe(self) -> None:
         """Called by rich while it handles the error."""
@@ -57,15 +70,19 @@ class RunConsole(Console):
 
 
 class ConsoleLogger:
-    """Prints the first and last step, and one in between every few seconds."""
+    """Prints the first and last step, and one in between every few seconds; or keeps a display up to date."""
 
-    def __init__(self, console: Console, run: RunConfig, start_step: int, stop_step: int) -> None:
+    def __init__(
+        self, console: Console, run: RunConfig, start_step: int, stop_step: int, *, live: bool = False
+    ) -> None:
         self._console, self._run = console, run
         self._started, self._start_step, self._stop_step = time.monotonic(), start_step, stop_step
         self._last_line = float("-inf")
         self._last_step = self._started
         self._validated, self._validating = 0, 0.0
         """Validations so far, and the seconds that they took together."""
+        self._display = LiveDisplay(console, run.runner.name, stop_step) if live else None
+        self._last_validation = ""
         where = f"continues at step {start_step}" if start_step else "starts"
         self._sources = [source.name for source in run.sources if source.name]
         datasets = " + ".join(self._sources or [run.data.config_name])
@@ -83,12 +100,31 @@ class ConsoleLogger:
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Print the step if enough time has passed since the last line."""
         now = self._last_step = time.monotonic()
+        if self._display is not None:
+            self._display.update(
+                step, self._time_left(step, now), self._live_lines(metrics), now=step == self._stop_step
+            )
+            return
         if now - self._last_line < SECONDS_BETWEEN_LINES and step != self._stop_step:
             return
         self._last_line = now
         shown = [form.format(metrics[name]) for name, form in SHOWN.items() if name in metrics]
         position = f"step {step:>{len(str(self._stop_step))}}/{self._stop_step}"
         self._print("  ".join([position, *shown, f"ETA {self._time_left(step, now)}"]))
+
+    def _live_lines(self, metrics: Mapping[str, float]) -> list[str]:
+        """The lines below the bar: metrics of the step, the last save, the last validation."""
+        forms = {name: form.replace("[bold]", "").replace("[/]", "") for name, form in (SHOWN | ALSO_LIVE).items()}
+        shown = [form.format(metrics[name]) for name, form in forms.items() if name in metrics]
+        saved = f"last save: {self._saved()}" if self._saved() else "nothing saved yet"
+        return ["  ".join(shown), saved, self._last_validation]
+
+    def _saved(self) -> str:
+        """The name of the newest checkpoint."""
+        try:
+            return (self._run.folder / "latest").read_text(encoding="utf-8", errors="replace").strip()
+        except OSError:
+            return ""
 
     def _time_left(self, step: int, now: float) -> str:
         """Until the end of the run: the steps and, once one has shown how long it takes, the validations to come."""
@@ -104,6 +140,8 @@ class ConsoleLogger:
         self._validated += 1
         self._validating += time.monotonic() - self._last_step
         for name, own in by_source(metrics, self._sources):
+            if not name:
+                self._last_validation = f"last validation: step {step}:{self._measured(own)}"
             self._print(f"[cyan]step {step}: {escape(name)}{':' * bool(name)}{escape(self._measured(own))}[/]")
 
     def _measured(self, metrics: Mapping[str, float]) -> str:
@@ -131,6 +169,8 @@ class ConsoleLogger:
 
     def close(self, error: BaseException | None) -> None:
         """Print how the run ended: the result table and a plot of the loss."""
+        if self._display is not None:
+            self._display.stop()
         # The file has null for NaN and infinity.
         read = read_metrics(self._run.folder / METRICS_FILE)
         rows = [{k: math.nan if v is None else v for k, v in row.items()} for row in read]
@@ -146,8 +186,7 @@ class ConsoleLogger:
 
     def _print_why_stopped(self, error: BaseException, step: int) -> None:
         why = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped by an error"
-        saved = self._run.folder / "latest"
-        named = saved.read_text(encoding="utf-8", errors="replace").strip() if saved.is_file() else ""
+        named = self._saved()
         way_on = f"the same command resumes from {named}" if named else "nothing was saved yet"
         self._print(f"[red]{escape(f'{self._run.runner.name}: {why} after step {step}; {way_on}')}[/]")
 

@@ -85,6 +85,8 @@ def rlinf_register_commands() -> list[Command]:
         "check-dataset": "check the files of a LeRobot dataset for damage",
         "bench-data": "measure data loading, and how many GPUs it can feed",
         "cache": "decode a run's images once, into files that need no decoding",
+        "eval": "measure the error of a policy's actions on recorded episodes",
+        "report": "write a page that shows how one or several runs went",
         "export": "export a run's policy for inference or further training",
         "datasets": "list the dataset formats of installed packages",
         "plugins": "list plugins, what they registered, and what failed",

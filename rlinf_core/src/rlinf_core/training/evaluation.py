@@ -22,14 +22,13 @@ from rlinf_core.contract.process_group import ProcessGroup
 from rlinf_core.contract.run import ChosenEvaluator, LoadedPlugins, RunConfig
 from rlinf_core.errors import UserError, did_you_mean
 from rlinf_core.files import write_bytes
+from rlinf_core.results import FOLDER
 from rlinf_core.training.checkpoint.state import step_name
 from rlinf_core.training.ema import Ema
 from rlinf_core.training.fsdp import derived_seed, release
 from rlinf_core.training.stopping import EMA, prefixed, weights_of
 from rlinf_core.untrusted import path_inside
 
-FOLDER = "evaluations"
-"""The folder of evaluators' files, in that of the run."""
 HELD_OUT = "held_out"
 
 

@@ -20,6 +20,7 @@ from rlinf_core.training.checkpoint.manager import Checkpoints
 from rlinf_core.training.checkpoint.state import Position, step_name
 from rlinf_core.training.data import RunData, check_batching
 from rlinf_core.training.evaluation import Evaluations, cut_back
+from rlinf_core.training.first_batch import save_first_batch
 from rlinf_core.training.monitor.errors import explain
 from rlinf_core.training.monitor.monitor import Monitor
 from rlinf_core.training.settings import Fsdp2Settings
@@ -76,6 +77,7 @@ class Fsdp2Trainer:
             self._describe()
             if not start.checkpoint:
                 self.data.save_coverage()
+                save_first_batch(self.run, batches)
 
     @property
     def policy(self) -> Any:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from rlinf_core import UserError
 from rlinf_core.files import check_writable, writing
+from rlinf_core.terminal import print_progress
 from rlinf_plugins_openpi.model.dimensions import VARIANTS, Pi0Dimensions
 from rlinf_plugins_openpi.weights.files import SINGLE, TensorFiles, open_files, orbax_folder
 from rlinf_plugins_openpi.weights.hub import find_weights
@@ -92,13 +93,14 @@ def convert(source: str, output: Path, dtype: str | None = None) -> Converted:
     dtypes = {name: DTYPES[dtype] if dtype else files.dtypes[weights.slot(name).key] for name in names}
     published = published_entries({name: Entry(dtypes[name], shapes[name]) for name in names}, dimensions)
 
-    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        for name in names:
+    def tensors(progress: Callable[[int, int], object]) -> Iterator[tuple[str, torch.Tensor]]:
+        for done, name in enumerate(names, start=1):
             yield published_key(name, dimensions), weights.tensor(name)
+            progress(done, len(names))
 
-    with writing(output, NAME_OUTPUT):
+    with writing(output, NAME_OUTPUT), print_progress("converting", "tensors") as progress:
         output.mkdir(parents=True, exist_ok=True)
-        write_safetensors(path, published, tensors(), zeros={UNUSED_HEAD})
+        write_safetensors(path, published, tensors(progress), zeros={UNUSED_HEAD})
     return Converted(path, layout, dimensions, len(published), path.stat().st_size)
 
 

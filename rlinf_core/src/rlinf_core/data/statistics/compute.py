@@ -8,7 +8,7 @@ same result. `RunningStats`, at the end, accumulates mean, spread, range and his
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +53,12 @@ def compute_norm_stats(
 
 
 def summarize(
-    source: SampleSource, transforms: Sequence[Transform], *, read_images: bool = False, rows: int | None = None
+    source: SampleSource,
+    transforms: Sequence[Transform],
+    *,
+    read_images: bool = False,
+    rows: int | None = None,
+    progress: Callable[[int, int], object] = lambda done, all: None,
 ) -> dict[str, Distribution]:
     """The distributions of `state` and `actions` over all rows, after `transforms`, in float64.
 
@@ -62,6 +67,7 @@ def summarize(
         transforms: All transforms before normalisation: repacking and the dataset's own.
         read_images: Decode images for transforms that need them; slow.
         rows: Use at most about this many rows, evenly spread; enough for diagnosis, not for training.
+        progress: Called with the number of finished rows, and of all.
 
     Raises:
         UserError: A transform needs an image and `read_images` is not set, or it produces NaN or infinity.
@@ -71,6 +77,7 @@ def summarize(
     episodes, episode_of_row = np.unique(source.episodes, return_inverse=True)
     running: dict[str, RunningStats] = {}
     extremes: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]] = {}
+    done = 0
     for start in range(batches):
         # Each batch is spread over all rows, so the first has nearly the full range: stretching blurs quantiles.
         indices = used[start::batches]
@@ -84,6 +91,8 @@ def summarize(
             steps = tuple(range(1, values.ndim - 1))
             np.minimum.at(extremes[key][0], episode_of_row[indices], values.min(axis=steps))
             np.maximum.at(extremes[key][1], episode_of_row[indices], values.max(axis=steps))
+        done += len(indices)
+        progress(done, len(used))
     seen = np.unique(episode_of_row[used]) if batches else np.zeros(0, np.int64)
     return {
         key: Distribution(one.result(), one, episodes[seen], extremes[key][0][seen], extremes[key][1][seen], len(used))

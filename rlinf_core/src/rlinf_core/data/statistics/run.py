@@ -22,7 +22,7 @@ from rlinf_core.data.statistics.relative import diagnose_relative
 from rlinf_core.data.transforms import Transform
 from rlinf_core.errors import UserError
 from rlinf_core.files import write_bytes
-from rlinf_core.terminal import warn
+from rlinf_core.terminal import print_progress, warn
 
 if TYPE_CHECKING:
     from rlinf_core.contract.process_group import ProcessGroup
@@ -276,7 +276,8 @@ def summarize_by_name(
     run: RunConfig, source: SampleSource, transforms: Sequence[Transform], *, rows: int | None = None
 ) -> dict[str, Distribution]:
     """The distributions of `state` and `actions`, see `summarize`, with the dataset's names of their dimensions."""
-    found = summarize(source, transforms, read_images=run.data.stats_need_images, rows=rows)
+    with print_progress("statistics", "rows") as progress:
+        found = summarize(source, transforms, read_images=run.data.stats_need_images, rows=rows, progress=progress)
     names = name_dimensions(run.data, source, transforms)
     return {key: replace(one, names=names.get(key, ())) for key, one in found.items()}
 

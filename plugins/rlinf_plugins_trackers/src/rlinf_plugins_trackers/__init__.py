@@ -1,0 +1,1 @@
+"""Experiment trackers for rlinf-core: TensorBoard, Weights & Biases, SwanLab and Trackio."""

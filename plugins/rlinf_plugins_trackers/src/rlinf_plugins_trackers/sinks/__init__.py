@@ -1,0 +1,1 @@
+"""A run of each tracker; each module imports its library when it is used."""
