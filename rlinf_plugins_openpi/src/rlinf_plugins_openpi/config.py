@@ -23,7 +23,7 @@ from rlinf_plugins_openpi.inputs.transforms import OpenpiSample, PadToActionDim,
 from rlinf_plugins_openpi.model.dimensions import IMAGE_SIZE
 from rlinf_plugins_openpi.model.draws import AUGMENTATION, draw_flow
 from rlinf_plugins_openpi.model.flops import training_flops
-from rlinf_plugins_openpi.model.parts import is_frozen, parameter_parts, reached_matrices
+from rlinf_plugins_openpi.model.parts import is_frozen, parameter_parts, linear_layers
 from rlinf_plugins_openpi.settings import OpenpiSettings
 
 if TYPE_CHECKING:
@@ -245,7 +245,8 @@ class OpenpiPolicyConfig(OpenpiSettings):
     def lora_matrices(self, shapes: Mapping[str, tuple[int, ...]]) -> Collection[str]:
         """The linear layers that actions depend on, and not those of the adaptive norms."""
         names = self.matrix_names()
-        return [names[own] for own in reached_matrices(self.dimensions)]
+        every = self.lora is not None and bool(self.lora.weights)
+        return [names[own] for own in linear_layers(self.dimensions, every=every)]
 
     def matrix_names(self) -> Mapping[str, str]:
         """The linear layers, by the names of the tables of `weights` -> published names, both without `.weight`."""

@@ -325,7 +325,10 @@ class Adapted:
         return None
 
     def lora_matrices(self, shapes: Mapping[str, tuple[int, ...]]) -> Collection[str]:
-        """Which published modules are linear layers that can have adapters, by the shapes of all parameters."""
+        """Which published modules are linear layers that can have adapters, by the shapes of all parameters.
+
+        Layers that no loss reaches can have some only with `lora.weights`.
+        """
         return [
             name.removesuffix(".weight")
             for name, shape in shapes.items()

@@ -45,7 +45,9 @@ def add_lora(policy: nn.Module, config: Published, lora: LoraConfig) -> None:
             `lora.weights` do not fit the policy.
     """
     rows = published_rows(policy, config)
-    layers = linear_layers(policy)
+    idle = idle_parameters(policy)
+    # Adapters from elsewhere may also change layers that no loss reaches here.
+    layers = linear_layers(policy, frozenset() if lora.weights else idle)
     matrices = [name.removesuffix(".weight") for name, one in rows.items() if one.parameter in layers]
     files = AdapterFiles.open(lora.weights) if lora.weights else None
     selection = selected(lora, config, matrices, {name: one.shape for name, one in rows.items()})
@@ -56,7 +58,9 @@ def add_lora(policy: nn.Module, config: Published, lora: LoraConfig) -> None:
     for parameter, parts in slices.items():
         name = parameter.removesuffix(".weight")
         ordered = sorted(parts, key=lambda part: part.first)
-        policy.set_submodule(name, LoraLinear(layers[parameter], ordered, lora.dropout))
+        adapted = LoraLinear(layers[parameter], ordered, lora.dropout)
+        adapted.kept_for_export = parameter in idle
+        policy.set_submodule(name, adapted)
     hold_frozen(policy, lora.base_dtype)
 
 
@@ -71,13 +75,20 @@ def published_rows(policy: nn.Module, config: Published) -> dict[str, Rows]:
     return out
 
 
-def linear_layers(policy: Any) -> dict[str, nn.Linear]:
-    """Weight -> linear layer, of those that are called in training."""
+def idle_parameters(policy: Any) -> frozenset[str]:
+    """Names of the parameters that no loss reaches."""
     idle = {id(p) for unit in policy.shard_units() if not unit.reached for p in unit.module.parameters()}
+    return frozenset(name for name, parameter in policy.named_parameters() if id(parameter) in idle)
+
+
+def linear_layers(policy: Any, without: Collection[str]) -> dict[str, nn.Linear]:
+    """Weight -> linear layer, without some weights."""
     return {
         f"{name}.weight": module
         for name, module in policy.named_modules()
-        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and id(module.weight) not in idle
+        if isinstance(module, nn.Linear)
+        and type(module).forward is nn.Linear.forward
+        and f"{name}.weight" not in without
     }
 
 

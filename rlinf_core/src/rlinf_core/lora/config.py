@@ -12,13 +12,19 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
+RANK = 16
+"""The default rank."""
+_STORED = ("rank", "alpha", "rslora", "targets", "rank_pattern", "alpha_pattern", "modules_to_save")
+"""What files of adapters say themselves."""
+
+
 class LoraConfig(BaseModel):
     """Low-rank adapters instead of training all weights. An empty table switches them on."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    rank: int = Field(default=16, ge=0)
-    """Rank of every adapter that `rank_pattern` does not mention; 0: none."""
+    rank: int | None = Field(default=None, ge=0)
+    """Rank of every adapter that `rank_pattern` does not mention; 0: none. Default: 16."""
     alpha: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """An adapter's change is multiplied by alpha / rank. Default: the rank, that is, a factor of 1."""
     rslora: bool = False
@@ -54,8 +60,9 @@ class LoraConfig(BaseModel):
 
     @model_validator(mode="after")
     def _a_folder_says_it_all(self) -> LoraConfig:
-        own = {"rank", "alpha", "rslora", "targets", "rank_pattern", "alpha_pattern", "modules_to_save"}
-        if self.weights and (given := sorted(self.model_fields_set & own)):
+        # By value: the config of a run has all keys, also those that were not given.
+        given = [key for key in _STORED if getattr(self, key) not in (None, False, {})]
+        if self.weights and given:
             raise ValueError(
                 f"{', '.join(given)} would contradict weights, whose adapter_config.json says it: leave out one of them"
             )

@@ -72,6 +72,8 @@ class LoraLinear(nn.Linear):
 
     def __init__(self, layer: nn.Linear, slices: Sequence[Slice], dropout: float = 0.0) -> None:
         super().__init__(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        self.kept_for_export = False
+        """Whether it is a layer that no loss reaches, so that the adapters only are what they were."""
         self.weight, self.bias = layer.weight, layer.bias
         self.slices, self.dropout = tuple(slices), dropout
         for one in slices:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from rlinf_core.errors import UserError, did_you_mean
-from rlinf_core.lora.config import LoraConfig
+from rlinf_core.lora.config import RANK, LoraConfig
 
 LISTED = 8
 """Maximum number of names that a message lists."""
@@ -83,7 +83,8 @@ def select(lora: LoraConfig, policy: Named, matrices: Collection[str], parameter
     chosen -= {name.rpartition(".")[0] for name in whole}
     adapters = {}
     for name in (one for one in matrices if one in chosen):
-        rank = next((lora.rank_pattern[one] for one, found in ranks.items() if name in found), lora.rank)
+        otherwise = RANK if lora.rank is None else lora.rank
+        rank = next((lora.rank_pattern[one] for one, found in ranks.items() if name in found), otherwise)
         alpha = next((lora.alpha_pattern[one] for one, found in alphas.items() if name in found), lora.alpha)
         if rank:
             adapters[name] = Change(rank, lora.scale_of(rank, alpha))

@@ -77,12 +77,16 @@ def open_weights(run: RunConfig) -> WeightSource | None:
     return opened_weights(run.policy) if run.policy.weights not in ("", "random") else None
 
 
-def opened_weights(policy: PolicyConfig) -> WeightSource:
-    """A policy's pretrained weights, with the modules that were trained whole beside the adapters it continues from."""
-    weights = policy.open_weights()
-    if policy.lora is None or not policy.lora.weights:
-        return weights
-    return WithTrainedModules(weights, AdapterFiles.open(policy.lora.weights), policy)
+def opened_weights(policy: PolicyConfig, *, only_adapters: bool = False) -> WeightSource:
+    """A policy's pretrained weights, with the modules that were trained whole beside the adapters it continues from.
+
+    With `only_adapters`, only these modules can be read.
+    """
+    weights = None if only_adapters else policy.open_weights()
+    if policy.lora is not None and policy.lora.weights:
+        return WithTrainedModules(weights, AdapterFiles.open(policy.lora.weights), policy)
+    assert weights is not None
+    return weights
 
 
 def build_on_meta(run: RunConfig, plugins: LoadedPlugins, *, to_count: bool = False) -> tuple[Any, Adapters]:

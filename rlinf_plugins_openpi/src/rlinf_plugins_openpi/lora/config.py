@@ -45,7 +45,7 @@ class OpenpiLoraConfig(LoraConfig):
     def ranks(self) -> Mapping[str, int]:
         """The rank of each expert in openpi's convention; 0: it has no adapters."""
         targets = EXPERTS if self.targets is None else self.targets
-        given = dict.fromkeys(EXPERTS, self.rank) if "rank" in self.model_fields_set else PUBLISHED_RANKS
+        given = PUBLISHED_RANKS if self.rank is None else dict.fromkeys(EXPERTS, self.rank)
         return {one: self.rank_pattern.get(one, given[one]) if one in targets else 0 for one in EXPERTS}
 
     @property

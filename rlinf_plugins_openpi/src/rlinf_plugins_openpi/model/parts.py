@@ -107,8 +107,8 @@ def _pairs(dimensions: Pi0Dimensions) -> Iterator[tuple[str, tuple[Part, ...]]]:
             )
 
 
-def reached_matrices(dimensions: Pi0Dimensions) -> list[str]:
-    """The linear layers that a loss reaches, by the names of the tables, without `.weight`.
+def linear_layers(dimensions: Pi0Dimensions, *, every: bool = False) -> list[str]:
+    """The linear layers that a loss reaches, or every one, by the names of the tables, without `.weight`.
 
     The adaptive norms' matrices are none: one product computes all of them (`gemma.Modulation`).
     """
@@ -121,7 +121,7 @@ def reached_matrices(dimensions: Pi0Dimensions) -> list[str]:
     last = dimensions.vlm.depth - 1
     for i in range(dimensions.vlm.depth):
         for expert in ("vlm", "expert"):
-            own = ("k_proj", "v_proj") if (expert, i) == ("vlm", last) else _LANGUAGE_MATRICES
+            own = ("k_proj", "v_proj") if (expert, i) == ("vlm", last) and not every else _LANGUAGE_MATRICES
             layers += [f"layers.{i}.{expert}.{name}" for name in own]
     pi05, pi0 = ("time_mlp_in", "time_mlp_out"), ("state_proj", "action_time_mlp_in", "action_time_mlp_out")
     return [*layers, "action_in_proj", "action_out_proj", *(pi05 if dimensions.pi05 else pi0)]
