@@ -19,20 +19,25 @@ from lora_case import (
     read_lora,
 )
 from pi0_case import max_distance, read_batch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_model_bf16 import rms_distance
 from torch.distributed.device_mesh import init_device_mesh
 
+from rlinf_core import UserError, cli
 from rlinf_core.contract.optim import OptimConfig, TrainedParameter
 from rlinf_core.training.adapters import Original, find_adapters
 from rlinf_core.training.fsdp import shard
 from rlinf_core.training.optim import Optimizer
 from rlinf_plugins_openpi.lora.apply import add_openpi_lora
 from rlinf_plugins_openpi.lora.config import OpenpiLoraConfig
-from rlinf_plugins_openpi.model.dimensions import Pi0Dimensions
+from rlinf_plugins_openpi.model.dimensions import VARIANTS as VARIANTS_OF_MODELS
+from rlinf_plugins_openpi.model.dimensions import Pi0Dimensions, VariantSizes
 from rlinf_plugins_openpi.model.parts import unpacked
 from rlinf_plugins_openpi.model.pi0 import Pi0
+from rlinf_plugins_openpi.weights.files import open_files
 from rlinf_plugins_openpi.weights.layouts import JAX
+from rlinf_plugins_openpi.weights.lora import MergedLora, Scaling
+from rlinf_plugins_openpi.weights.source import PublishedWeights
 
 OUTPUTS, SAMPLES = 1e-4, 1e-4
 GRADIENT = 2e-4
@@ -334,3 +339,44 @@ def test_published_variants_have_these_adapters(kind, report):
 def test_every_case_has_a_model():
     for case in sorted((GOLDEN / "lora").glob("pi*")):
         assert base_of(case)[1].is_file()
+
+
+@pytest.fixture
+def checkpoint(lora_case, tmp_path):
+    """Base and adapters as openpi's trainer writes them: arrays in one OCDBT database."""
+    tensorstore = pytest.importorskip("tensorstore")
+    arrays = load_file(base_of(lora_case)[1]) | load_file(lora_case / "lora_jax.safetensors")
+    folder = tmp_path / "checkpoint" / "params"
+    folder.mkdir(parents=True)
+    for key, value in arrays.items():
+        kvstore = {"driver": "ocdbt", "base": f"file://{folder}/", "path": f"params.{key.replace('/', '.')}.value/"}
+        spec = {"driver": "zarr", "kvstore": kvstore, "dtype": "float32", "create": True}
+        tensorstore.open(spec, shape=list(value.shape)).result().write(value.numpy()).result()
+    return folder.parent
+
+
+def test_convert_merges_a_checkpoint_of_the_reference(lora_case, checkpoint, tmp_path, monkeypatch, report):
+    recorded = Recorded(lora_case)
+    dimensions, expected = recorded.model.dimensions, merged_weights(recorded.model)
+    sizes = VariantSizes(dimensions.vocab_size, dimensions.vlm, dimensions.expert, dimensions.vision)
+    monkeypatch.setitem(VARIANTS_OF_MODELS, "dummy", sizes)
+    alphas = {one: recorded.lora.alpha_pattern[one] for one in EXPERTS}
+    scaled = ["--lora-alpha", *map(str, alphas.values())]
+    command = ["convert", str(checkpoint), "--output", str(tmp_path / "out"), *scaled]
+    assert cli.main(command) == 0
+    source = PublishedWeights(tmp_path / "out", dimensions)
+    off = max(float((source.tensor(name) - value).abs().max()) for name, value in expected.items())
+    report(recorded.name, "merged by rlinf convert", off, 1e-6)
+
+
+def test_convert_scales_by_the_published_alphas_and_refuses_halves(lora_case, tmp_path):
+    arrays = load_file(base_of(lora_case)[1]) | load_file(lora_case / "lora_jax.safetensors")
+    save_file(arrays, tmp_path / "model.safetensors")
+    files = open_files(tmp_path / "model.safetensors")
+    key = "PaliGemma/llm/layers/attn/attn_vec_einsum_1/w"
+    a, b = (arrays[f"{key[:-1]}lora_{kind}"] for kind in "ab")
+    expected = arrays[key] + torch.einsum("lNHr,lMrD->lNHD", a, b)  # alpha = rank
+    assert torch.allclose(MergedLora(files, Scaling({})).read(key), expected, atol=1e-5)
+    save_file({k: v for k, v in arrays.items() if k != f"{key[:-1]}lora_b"}, tmp_path / "half.safetensors")
+    with pytest.raises(UserError, match=r"attn_vec_einsum_1/lora_a without the array"):
+        MergedLora(open_files(tmp_path / "half.safetensors"), Scaling({}))

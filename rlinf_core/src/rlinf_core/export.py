@@ -335,7 +335,7 @@ def _check_adapters(run: RunConfig, choice: Choice) -> None:
         return
     if choice.format != NATIVE:
         raise UserError(
-            f"--adapters writes PEFT's layout, not the format {choice.format!r}: leave out one of --adapters and --format"
+            f"--adapters writes PEFT's layout, not the format {choice.format!r}: leave out --adapters or --format"
         )
     if run.policy.weights in ("", "random"):
         raise UserError(

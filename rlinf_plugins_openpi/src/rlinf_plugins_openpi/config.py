@@ -23,7 +23,7 @@ from rlinf_plugins_openpi.inputs.transforms import OpenpiSample, PadToActionDim,
 from rlinf_plugins_openpi.model.dimensions import IMAGE_SIZE
 from rlinf_plugins_openpi.model.draws import AUGMENTATION, draw_flow
 from rlinf_plugins_openpi.model.flops import training_flops
-from rlinf_plugins_openpi.model.parts import is_frozen, parameter_parts, linear_layers
+from rlinf_plugins_openpi.model.parts import is_frozen, linear_layers, parameter_parts
 from rlinf_plugins_openpi.settings import OpenpiSettings
 
 if TYPE_CHECKING:

@@ -11,7 +11,6 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-
 RANK = 16
 """The default rank."""
 _STORED = ("rank", "alpha", "rslora", "targets", "rank_pattern", "alpha_pattern", "modules_to_save")
