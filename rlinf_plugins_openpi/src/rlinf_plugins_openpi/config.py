@@ -228,6 +228,11 @@ class OpenpiPolicyConfig(OpenpiSettings):
     lora_targets: ClassVar[tuple[str, ...]] = ("vlm", "expert")
     lora_modules: ClassVar[tuple[str, ...]] = ("projections",)
 
+    @classmethod
+    def lora_run_defaults(cls, table: Mapping[str, Any]) -> Mapping[str, Any]:
+        """In openpi's convention no moving average, as in openpi's LoRA configs."""
+        return {"optim": {"ema_decay": 0.0}} if table.get("convention") == "openpi" else {}
+
     def lora_groups(self, name: str) -> Collection[str]:
         """`vlm`, `expert`, `vision` or `projections`, and `attention` or `mlp`."""
         from rlinf_plugins_openpi.weights.names import part_of

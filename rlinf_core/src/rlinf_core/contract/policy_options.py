@@ -309,6 +309,15 @@ class Adapted:
     lora_modules: ClassVar[tuple[str, ...]] = ()
     """What is trained whole beside them if `lora.modules_to_save` does not say."""
 
+    @classmethod
+    def lora_run_defaults(cls, table: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Run defaults that hold with adapters instead of those in `run_defaults`, as a TOML table.
+
+        Args:
+            table: `[policy.lora]` as it was written, not validated yet.
+        """
+        return {}
+
     def lora_groups(self, name: str) -> Collection[str]:
         """The groups that `lora.targets` may name and a published module belongs to, e.g. `attention`.
 
