@@ -359,7 +359,7 @@ class TrainedAdapters:
     whole: Mapping[str, torch.Tensor]
     """Published parameter -> its trained value."""
     digest: str
-    """Of the frozen weights; see `lora.digest`."""
+    """Digest of the frozen weights, see `lora.digest`."""
     base_dtype: Literal["bf16", "fp32"]
     """How they were held."""
 

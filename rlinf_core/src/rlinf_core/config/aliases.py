@@ -57,6 +57,11 @@ _BY_KEY: Mapping[str, str] = {
         "weight_loader checkpoint_path init_from"
     ),
     "policy.type": "model_type policy_type",
+    "policy.lora.rank": "lora_rank lora_r",
+    "policy.lora.alpha": "lora_alpha",
+    "policy.lora.dropout": "lora_dropout",
+    "policy.lora.targets": "target_modules lora_target_modules",
+    "policy.lora.rslora": "use_rslora",
     "policy.action_horizon": "chunk_size n_action_steps num_action_chunks action_chunk_size",
     "policy.augmentations": "image_transforms image_aug image_augmentation image_augmentations",
     "data.repo_id": "dataset_name dataset_path data_path data_paths train_data_paths dataset_repo_id",
@@ -64,6 +69,7 @@ _BY_KEY: Mapping[str, str] = {
     "[optim]": "optimizer lr_schedule scheduler lr_scheduler",
     "[data]": "dataset datasets train_dataset",
     "[policy]": "model",
+    "[policy.lora]": "peft peft_config lora_config",
     "[trainer]": "training train fsdp_config",
 }
 """Our key or table, and theirs; `[table]` is only suggested for a table."""

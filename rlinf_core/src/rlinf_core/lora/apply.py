@@ -17,7 +17,7 @@ from rlinf_core.lora.selection import Named, Selection
 
 
 class Published(Named, Protocol):
-    """A policy's config, as far as its names go."""
+    """A policy's config: what its parameters are called."""
 
     def published_name(self, name: str) -> str:
         """The name of a parameter in published weights."""

@@ -1,4 +1,4 @@
-"""A digest of the weights that adapters belong to, by which others are told apart when the adapters are loaded."""
+"""A digest of the weights that adapters belong to, by which other weights are recognised when adapters are loaded."""
 
 from __future__ import annotations
 

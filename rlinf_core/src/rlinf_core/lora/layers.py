@@ -54,7 +54,7 @@ class Slice(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The last word of the module's name, by which the layer's parameters are told apart."""
+        """The last word of the module's name, by which the layer's parameters are distinguished."""
         return self.module.rpartition(".")[2]
 
 

@@ -11,7 +11,7 @@ from rlinf_core.lora.config import LoraConfig
 
 EXPERTS = ("vlm", "expert")
 PUBLISHED_RANKS = {"vlm": 16, "expert": 32}
-"""Of openpi's variants `gemma_2b_lora` and `gemma_300m_lora`, whose alphas are equal to the ranks."""
+"""Ranks of openpi's variants `gemma_2b_lora` and `gemma_300m_lora`, whose alphas are equal to them."""
 
 
 class OpenpiLoraConfig(LoraConfig):

@@ -110,7 +110,7 @@ def _pairs(dimensions: Pi0Dimensions) -> Iterator[tuple[str, tuple[Part, ...]]]:
 def linear_layers(dimensions: Pi0Dimensions, *, every: bool = False) -> list[str]:
     """The linear layers that a loss reaches, or every one, by the names of the tables, without `.weight`.
 
-    The adaptive norms' matrices are none: one product computes all of them (`gemma.Modulation`).
+    The adaptive norms' matrices are left out: one product computes all of them (`gemma.Modulation`).
     """
     layers = [
         f"vision.blocks.{i}.{name}"
