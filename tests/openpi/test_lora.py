@@ -85,6 +85,15 @@ def test_how_frozen_weights_are_held_changes_nothing_in_bf16(folder, peft):
     assert losses == peft[1]
 
 
+def test_ranks_change_nothing_beyond_rounding(folder, openpi, start_ranks):
+    """Frozen weights in bfloat16 and trained ones in float32 are gathered together."""
+    given = [*SETTINGS, *OPENPI, f"policy.weights={folder / 'model.safetensors'}"]
+    done = start_ranks("option_runs:main", 2, folder / "ranks", QUICKSTART, f"two:{','.join(given)}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = [row["loss"] for row in json.loads((folder / "ranks" / "two" / "rows.json").read_text()) if "loss" in row]
+    assert losses == pytest.approx(openpi[1], rel=1e-4)
+
+
 def test_a_run_keeps_nothing_for_frozen_weights(peft, openpi):
     for trainer, _ in (peft, openpi):
         frozen = {name: p for name, p in trainer.policy.named_parameters() if not p.requires_grad}

@@ -4,7 +4,10 @@ import json
 
 import pytest
 import torch
+from damaging import complaint, damaged, damaged_bytes, examples
 from distributions import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_text import PLANS, sample, some_tokens, tiny_policy
@@ -237,3 +240,33 @@ def test_adapters_that_do_not_fit_are_listed(base, saved, tmp_path):
     (tmp_path / "adapter_model.safetensors").write_bytes(b"no")
     with pytest.raises(UserError, match="not a readable safetensors file"):
         policy.describe_lora()
+
+
+def test_adapters_need_the_weights_that_they_belong_to(saved):
+    with pytest.raises(UserError, match=r"belong to pretrained weights: name them in policy\.weights"):
+        tiny_policy(lora={"weights": str(saved)}).describe_lora()
+
+
+def test_damaged_adapters_are_one_message_each(base, saved, tmp_path):
+    table = json.loads((saved / "adapter_config.json").read_text()) | {"alpha_pattern": {"q_proj": 3}}
+    whole = (saved / "adapter_model.safetensors").read_bytes()
+    policy = tiny_policy(weights=str(base), config={}, tokenizer="", lora={"weights": str(tmp_path)})
+
+    @examples(30)
+    @given(st.data())
+    def run(data):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(data.draw(damaged(table))))
+        (tmp_path / "adapter_model.safetensors").write_bytes(data.draw(damaged_bytes(whole)))
+        complaint(policy.describe_lora, tmp_path)
+
+    run()
+
+
+def test_an_expression_in_a_file_cannot_take_forever(base, saved, tmp_path):
+    table = json.loads((saved / "adapter_config.json").read_text())
+    (tmp_path / "adapter_model.safetensors").write_bytes((saved / "adapter_model.safetensors").read_bytes())
+    policy = tiny_policy(weights=str(base), config={}, tokenizer="", lora={"weights": str(tmp_path)})
+    for pattern in ("((.*)*)*x", ".*" * 30 + "x"):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(table | {"alpha_pattern": {pattern: 2}}))
+        with pytest.raises(UserError, match="too complex a regular expression"):
+            policy.describe_lora()

@@ -16,7 +16,7 @@ from rlinf_core.data.sample import Batch, Sample
 from rlinf_core.errors import UserError
 from rlinf_core.illustration import Illustration
 from rlinf_core.lora.config import LoraConfig
-from rlinf_core.lora.files import selected
+from rlinf_core.lora.files import check_base, selected
 from rlinf_core.lora.selection import describe as describe_selection
 from rlinf_core.lora.selection import module_groups
 
@@ -303,6 +303,7 @@ class Adapted:
 
     if TYPE_CHECKING:
         lora: LoraConfig | None
+        weights: str
 
     lora_targets: ClassVar[tuple[str, ...]] = ("attention", "mlp")
     """The layers with adapters if `lora.targets` does not say, by the expressions that it takes."""
@@ -350,6 +351,7 @@ class Adapted:
         Raises:
             UserError: An expression of the table matches nothing, or the adapters in `lora.weights` do not fit.
         """
+        check_base(self.lora, self.weights)
         if self.lora is None or (shapes := self.lora_shapes()) is None:
             return ""
         selection = selected(self.lora, self, self.lora_matrices(shapes), shapes)

@@ -47,6 +47,10 @@ _UNSUPPORTED = {
     "megatron_config": "Megatron's parallel layers",
 }
 """Keys of PEFT's LoraConfig -> what they switch on that is not supported here."""
+LARGEST = 1e30
+"""No alpha is as large."""
+MOST_REPETITIONS = 4
+"""Most repetitions in a regular expression of a file."""
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
@@ -153,8 +157,10 @@ class AdapterFiles:
 
     def _scale(self, module: str, rank: int) -> float:
         patterns = self.config.get("alpha_pattern") or {}
+        if not isinstance(patterns, dict):
+            raise UserError(f"policy.lora.weights: {self.folder / CONFIG}: alpha_pattern must be a table")
         alpha = next((value for name, value in patterns.items() if _names(name, module)), self.config.get("lora_alpha"))
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < LARGEST:
             raise UserError(f"policy.lora.weights: {self.folder / CONFIG}: lora_alpha of {module} is {alpha!r}")
         return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
@@ -166,6 +172,9 @@ def _names(pattern: str, module: str) -> bool:
     """
     if pattern.endswith(f".{module}"):
         return True
+    # Groups and many repetitions may take forever, and the file may come from anybody.
+    if "(" in pattern or sum(pattern.count(one) for one in "*+?{") > MOST_REPETITIONS:
+        raise UserError(f"policy.lora.weights: alpha_pattern {pattern!r} is too complex a regular expression")
     try:
         return re.fullmatch(rf"(.*\.)?({pattern})", module) is not None
     except re.error:
@@ -192,6 +201,15 @@ def _unsupported(config: Mapping[str, Any]) -> list[str]:
     if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
         found.append(f"init_lora_weights = {start!r} (which changes the base weights)")
     return [*found, *(f"{key} ({what})" for key, what in _UNSUPPORTED.items() if config.get(key))]
+
+
+def check_base(lora: LoraConfig | None, weights: str) -> None:
+    """Raise `UserError` if a run would continue adapters without the weights that they belong to."""
+    if lora is not None and lora.weights and weights in ("", "random"):
+        raise UserError(
+            f"policy.lora.weights: the adapters in {lora.weights} belong to pretrained weights: name them in "
+            "policy.weights"
+        )
 
 
 def selected(

@@ -17,7 +17,7 @@ from rlinf_core.contract.process_group import ProcessGroup
 from rlinf_core.contract.run import LoadedPlugins, RunConfig
 from rlinf_core.errors import UserError
 from rlinf_core.lora.apply import WithTrainedModules
-from rlinf_core.lora.files import AdapterFiles
+from rlinf_core.lora.files import AdapterFiles, check_base
 from rlinf_core.training.adapters import Adapters, Original, find_adapters
 from rlinf_core.training.blocks import Checkpointing, prepare_block
 from rlinf_core.training.ema import Ema
@@ -74,6 +74,7 @@ def build_state(
 
 def open_weights(run: RunConfig) -> WeightSource | None:
     """The pretrained weights to start from; None to start from the policy's initial values."""
+    check_base(run.policy.lora, run.policy.weights)
     return opened_weights(run.policy) if run.policy.weights not in ("", "random") else None
 
 
