@@ -57,11 +57,6 @@ _BY_KEY: Mapping[str, str] = {
         "weight_loader checkpoint_path init_from"
     ),
     "policy.type": "model_type policy_type",
-    "policy.lora.rank": "lora_rank lora_r",
-    "policy.lora.alpha": "lora_alpha",
-    "policy.lora.dropout": "lora_dropout",
-    "policy.lora.targets": "target_modules lora_target_modules",
-    "policy.lora.rslora": "use_rslora",
     "policy.action_horizon": "chunk_size n_action_steps num_action_chunks action_chunk_size",
     "policy.augmentations": "image_transforms image_aug image_augmentation image_augmentations",
     "data.repo_id": "dataset_name dataset_path data_path data_paths train_data_paths dataset_repo_id",
@@ -69,7 +64,6 @@ _BY_KEY: Mapping[str, str] = {
     "[optim]": "optimizer lr_schedule scheduler lr_scheduler",
     "[data]": "dataset datasets train_dataset",
     "[policy]": "model",
-    "[policy.lora]": "peft peft_config lora_config",
     "[trainer]": "training train fsdp_config",
 }
 """Our key or table, and theirs; `[table]` is only suggested for a table."""
@@ -83,7 +77,14 @@ _CHOICES: Mapping[str, str] = {
 _SHARE = "a number of steps is set here: optim.warmup_steps, which is the ratio times the number of steps"
 _RATE = "the learning rate itself is set here: optim.min_lr, which is the rate times optim.lr"
 
+_LORA = "LoRA is the table [policy.lora] here, with rank, alpha, rslora, dropout, targets and modules_to_save"
+
 _SENTENCES: Mapping[str, str] = {
+    **dict.fromkeys(
+        ["lora_rank", "lora_r", "lora_alpha", "lora_dropout", "use_rslora", "use_peft", "use_lora", "lora_config"],
+        _LORA,
+    ),
+    **dict.fromkeys(["peft", "peft_config", "target_modules", "lora_target_modules"], _LORA),
     "warmup_style": "RLinf reads it nowhere: its schedule is lr_scheduler, constant by default; here optim.schedule",
     "lr_warmup_steps_ratio": _SHARE,
     "warmup_ratio": _SHARE,
