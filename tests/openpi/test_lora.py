@@ -123,8 +123,9 @@ def exported(folder, peft, openpi):
     out = {}
     for trainer, _ in (peft, openpi):
         name = trainer.run.runner.name
-        for how in ("merge", "alone"):
-            export_run(trainer.run.folder, folder / f"{name}-{how}", Choice(ema=False, adapters=how), get_plugins())
+        for how, option in {"merge": "--merge", "alone": "--adapters"}.items():
+            command = ["export", str(trainer.run.folder), "--output", str(folder / f"{name}-{how}"), option, "--no-ema"]
+            assert cli.main(command) == 0
         out[name] = [load_policy(folder / f"{name}-{how}") for how in ("merge", "alone")]
     return out
 
@@ -208,6 +209,11 @@ micro_batch_size = {}
 """
 
 
+def test_the_example_is_a_config():
+    run = load_config(ROOT / "examples" / "pi05_lora.toml")
+    assert "adapters of 247 matrices (rank 16, 32)" in run.policy.describe_lora()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("convention", ["peft", "openpi"])
@@ -242,7 +248,7 @@ def test_matrices_that_are_one_here_train_whole_together_or_not_at_all(folder):
         build_on_meta(run, get_plugins())
 
 
-def test_adapters_alone_need_the_weights_that_they_belong_to(folder, peft, tmp_path):
+def test_adapters_alone_have_one_layout(folder, peft, tmp_path):
     with pytest.raises(UserError, match="leave out --adapters or --format"):
         export_run(peft[0].run.folder, tmp_path / "out", Choice(adapters="alone", format="openpi"), get_plugins())
     assert not (tmp_path / "out").exists()
