@@ -38,11 +38,13 @@ from rlinf_core.contract.optim import (
 from rlinf_core.contract.tables import RunnerConfig
 from rlinf_core.evaluators.held_out import HeldOutConfig
 from rlinf_core.loggers.console import ConsoleLoggerConfig
+from rlinf_core.lora.config import LoraConfig
 from rlinf_core.training.recipes import ConstantConfig, HfCosineConfig, MuonConfig, WsdConfig
 from rlinf_core.training.settings import Fsdp2Settings
 from rlinf_plugins_openpi import Pi0Config, Pi05Config
 from rlinf_plugins_openpi.datasets.aloha import AlohaRobotwinConfig
 from rlinf_plugins_openpi.datasets.config import OpenpiDatasetConfig
+from rlinf_plugins_openpi.lora.config import OpenpiLoraConfig
 from rlinf_plugins_openpi.settings import OpenpiSettings
 from rlinf_plugins_text import TextDatasetConfig, TextPolicyConfig
 from rlinf_plugins_text.settings import TextPolicySettings
@@ -116,6 +118,8 @@ PARTS = (
         [OpenpiSettings],
         without=[Pi0Config, Pi05Config],
     ),
+    Part("`[policy.lora]`", "Of every policy: [LoRA](lora.md). An empty table switches it on.", [LoraConfig]),
+    Part("`[policy.lora]` of `pi0` and `pi05`", "Besides the keys above.", [OpenpiLoraConfig]),
     Part("`[policy]` of `pi0`", "Besides the keys above.", [Pi0Config]),
     Part("`[policy]` of `pi05`", "Besides the keys above.", [Pi05Config]),
     Part(

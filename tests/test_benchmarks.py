@@ -14,6 +14,7 @@ from text_sft.profile import ATTENTION, HEAD, LAYERS, Profile
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = {
+    "adapters": ("--rounds=1", "--steps=1"),
     "checkpoint": ("--rounds=1", "--width=16"),
     "data_loading": ("--cases=image_h10", "--rounds=1", "--seconds=0.1", "--frames=12"),
     "norm_stats": ("--frames=32",),
@@ -21,15 +22,16 @@ COMMANDS = {
     "training_step": ("--size=minimal", "--batch=1", "--rounds=1", "--without-peers"),
 }
 EXPECTED = {
+    "adapters": {"step_vs_peft", "step_vs_full", "plan_gb_pi05_24"},
     "checkpoint": {"stall_vs_rank0_save", "sync_stall_vs_rank0_save"},
     "data_loading": {"image_h10"},
     "norm_stats": {"vs_openpi_loader", "frames_per_second"},
     "text_step": {"tokens_per_second_vs_transformers", "packed_vs_transformers_packed"},
     "training_step": {"flops_over_useful"},
 }
-MINUTES = ("text_step", "data_loading")
+MINUTES = ("adapters", "text_step", "data_loading")
 """Take a minute also at their smallest: `pytest -m slow tests/test_benchmarks.py`."""
-NEEDED = {"text_step": "accelerate", "norm_stats": "lerobot", "data_loading": "lerobot"}
+NEEDED = {"adapters": "peft", "text_step": "accelerate", "norm_stats": "lerobot", "data_loading": "lerobot"}
 
 
 def run(name, arguments, folder):

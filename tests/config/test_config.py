@@ -297,6 +297,7 @@ def test_single_mistakes(text, override, complaint, mistakes):
         ("optim.lr_scheduler_type=cosine", "here it is 'optim.schedule' ["),
         ("optimizer.name=muon", "optimizer: unknown key; here it is [optim]"),
         ("optim.warmup_style=cosine", "optim.warmup_style: unknown key; RLinf reads it nowhere"),
+        ("policy.target_modules=q_proj", "LoRA is the table [policy.lora] here"),
         ("optim=3", "optim: must be a table, [optim] (got 3) ["),
     ],
 )

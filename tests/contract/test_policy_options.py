@@ -58,7 +58,7 @@ def test_optional_methods_are_defined_one_by_one(tmp_path):
     some.check_files()
     with pytest.raises(UserError, match=r"policy\.weights: there is no file or folder nowhere"):
         Some(weights="nowhere").check_files()
-    assert [*Some.model_fields] == ["type", "weights", "horizon"]
+    assert [*Some.model_fields] == ["type", "weights", "lora", "horizon"]
     assert isinstance(some.build_to_count(), Arm)
 
 

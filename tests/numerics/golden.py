@@ -10,7 +10,7 @@ from pathlib import Path
 
 GOLDEN = Path(os.environ.get("RLINF_GOLDEN_DIR") or Path(__file__).parents[1] / "golden").resolve()
 
-AREAS = ("model", "train", "optim", "transforms", "resize", "tokenizer", "norm_stats", "augment")
+AREAS = ("model", "train", "lora", "optim", "transforms", "resize", "tokenizer", "norm_stats", "augment")
 """Folders of the golden data; a folder that is not listed here fails a test, so that none is overlooked."""
 
 NOT_YET = {
@@ -19,7 +19,7 @@ NOT_YET = {
 """Parts that are known and not always checked: a pattern below the golden folder -> why. Cases without any check are
 found by themselves."""
 
-FOLDERS_ARE_CASES = ("model", "train", "transforms")
+FOLDERS_ARE_CASES = ("model", "train", "lora", "transforms")
 """Areas in which every folder is a case; the others are one case each."""
 
 

@@ -5,15 +5,14 @@ They compute in the same float32; where they differ by more than rounding, docs/
 
 from importlib.util import find_spec
 
-import numpy as np
 import pytest
-import torch
-from tiny_lerobot import build, tiny_dimensions
+from pair_of_lerobot import batch_of, in_float64, theirs_of
+from pair_of_lerobot import pair as equal_pair
+from tiny_lerobot import tiny_dimensions
 
 from rlinf_plugins_openpi.model import pi0
 from rlinf_plugins_openpi.model.parts import unpacked
-from rlinf_plugins_openpi.model.pi0 import MAX_PERIOD, MIN_PERIOD, Pi0
-from rlinf_plugins_openpi.weights.names import EMBEDDING, EMBEDDING_IN_FILES, published_names
+from rlinf_plugins_openpi.weights.names import published_names
 
 pytestmark = pytest.mark.skipif(
     not (find_spec("lerobot") and find_spec("transformers")),
@@ -25,60 +24,12 @@ FLOAT32 = 1e-5
 FLOAT64_TIME = 2e-4
 """lerobot computes the angles of the time features in float64, the reference in float32 (up to 1570 rad): the features
 differ by 1e-4, and what follows by as much."""
-CAMERAS, TEXT, BATCH = 2, 9, 3
 
 
 @pytest.fixture(params=[False, True], ids=["pi0", "pi05"])
 def pair(request):
     """Ours and lerobot's with equal weights."""
-    size = tiny_dimensions(pi05=request.param)
-    theirs = build(size)
-    ours, generator = Pi0(size), torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in ours.parameters():
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    names = published_names(size)
-    state = theirs.state_dict() | {
-        names[name]: value.detach() for name, value in unpacked(dict(ours.named_parameters()), size).items()
-    }
-    state[EMBEDDING_IN_FILES] = state[EMBEDDING]
-    theirs.load_state_dict(state, strict=True)
-    return ours, theirs
-
-
-def batch_of(size):
-    """Observations of which one lacks the second camera and none has all the text there is room for."""
-    generator = torch.Generator().manual_seed(2)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator)
-
-    pixels = size.vision.image_size
-    return {
-        "images": torch.randint(0, 256, (BATCH, CAMERAS, pixels, pixels, 3), generator=generator, dtype=torch.uint8),
-        "image_mask": torch.tensor([[True, True], [True, False], [True, True]]),
-        "tokens": torch.randint(0, size.vocab_size, (BATCH, TEXT), generator=generator),
-        "token_mask": torch.arange(TEXT) < torch.tensor([[7], [4], [8]]),
-        "state": normal(BATCH, size.action_dim),
-        "actions": normal(BATCH, size.action_horizon, size.action_dim),
-        "noise": normal(BATCH, size.action_horizon, size.action_dim),
-        "time": torch.tensor([0.9, 0.5, 0.013]),
-    }
-
-
-def theirs_of(batch, ours):
-    """The batch as lerobot's modules take it: pictures on [-1, 1], one after another, channels first."""
-    images = [image / 255 * 2 - 1 for image in batch["images"].permute(1, 0, 4, 2, 3).float()]
-    prefix = (images, list(batch["image_mask"].T), batch["tokens"], batch["token_mask"])
-    return prefix if ours.dimensions.pi05 else (*prefix, batch["state"])
-
-
-def in_float64(time, width):
-    """lerobot's time features, for both: then nothing but rounding is left between the two."""
-    fraction = torch.linspace(0.0, 1.0, width // 2, dtype=torch.float64)
-    period = MIN_PERIOD * (MAX_PERIOD / MIN_PERIOD) ** fraction
-    angles = (1.0 / period * 2 * np.pi)[None] * time[:, None]
-    return torch.cat([angles.sin(), angles.cos()], dim=1).float()
+    return equal_pair(tiny_dimensions(pi05=request.param))
 
 
 def distance(ours, theirs):

@@ -86,7 +86,7 @@ def test_folders_that_fit_are_let_pass(tmp_path):
 
 def test_what_is_there_instead_of_weights_is_named(tmp_path):
     for file, said in (
-        ("adapter_config.json", "adapters of PEFT .* merge_and_unload"),
+        ("adapter_config.json", r"adapters of PEFT .* in policy\.lora\.weights"),
         ("pytorch_model.bin", r"It holds pickles .*\.from_pretrained\(FOLDER\)\.save_pretrained\(OTHER_FOLDER\)"),
         ("checkpoint-500/model.safetensors", r'set policy\.weights = ".*checkpoint-500"'),
         ("model-q4.gguf", "quantised weights"),

@@ -30,6 +30,10 @@ from rlinf_core.data.normalize import Stats
 from rlinf_core.data.statistics.run import trained_statistics
 from rlinf_core.errors import UserError, did_you_mean
 from rlinf_core.files import check_writable, writing
+from rlinf_core.lora.apply import published_rows
+from rlinf_core.lora.digest import Digest
+from rlinf_core.lora.files import write_adapters
+from rlinf_core.lora.layers import LowRank, LowRankAdapter
 from rlinf_core.plugins.registry import Plugins
 from rlinf_core.torch_names import read_shards
 from rlinf_core.training.adapters import Merge
@@ -53,6 +57,8 @@ FORMAT = 1
 NUMBERS_AT_A_TIME = 2**28
 NATIVE = "rlinf"
 """This project's own format; a policy may provide others."""
+ADAPTERS = "adapters"
+"""Key of the description of adapters that were exported alone."""
 NAME_OUTPUT = "Name another folder with --output"
 
 
@@ -73,6 +79,9 @@ class Choice:
     """Format of the result: `NATIVE` or one of the policy's."""
     source: str = ""
     """For a mixture, the dataset to export for; empty: all, of which `load_policy` chooses one."""
+    adapters: Literal["", "merge", "alone"] = ""
+    """Adapters that the run has trained: merged into the weights, or written alone, in PEFT's layout. Empty: merged, if
+    there are any."""
 
 
 def export_run(
@@ -115,7 +124,12 @@ def export_run(
     found = {s.statistics: read_statistics(run, folder, checkpoint, s.statistics) for s in sources}
     known = {file: one and one[1] for file, one in found.items()}
     files = {file: one[0] for file, one in found.items() if one}
-    tensors, notes = read_weights(run, checkpoint, choice, plugins)
+    _check_adapters(run, choice)
+    alone = choice.adapters == "alone"
+    adapters = read_adapters(run, checkpoint, choice, plugins) if alone else None
+    tensors, notes = ({}, [str(adapters)]) if adapters else read_weights(run, checkpoint, choice, plugins)
+    if choice.adapters == "merge" and not notes:
+        raise UserError(f"{folder} has no adapters to merge: leave out --merge")
     for note in (*notes, which):
         log(note)
     aside = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -123,7 +137,11 @@ def export_run(
         with writing(output, NAME_OUTPUT):
             aside.mkdir(parents=True)
             if choice.format == NATIVE:
-                _write(run, files, _coverage(folder, choice.source), aside, tensors, checkpoint, choice)
+                if adapters:
+                    adapters.write(aside, base_of(run), choice.dtype)
+                else:
+                    run.policy.save_weights(tensors, aside)
+                _describe(run, files, _coverage(folder, choice.source), aside, checkpoint, choice, adapters)
             else:
                 trained_on = [TrainedOn(s.name, s.run.data, known[s.statistics]) for s in sources]
                 run.policy.export(choice.format, tensors, aside, trained_on)
@@ -252,6 +270,26 @@ def read_weights(
         The tensors, and what became of adapters, one sentence each.
     """
     policy, adapters = build_on_meta(run, plugins)
+    read = _reader(policy, checkpoint, choice)
+    merge = Merge(policy, adapters)
+    tensors: dict[str, torch.Tensor] = {}
+    for part in _parts(merge.groups()):
+        there = read({name: shape for _, shapes in part for name, shape in shapes.items()})
+        for adapter, group in part:
+            merged = merge(adapter, {name: there[name] for name in group})
+            tensors |= {name: tensor.to(DTYPES[choice.dtype]) for name, tensor in merged.items()}
+    order = [name for name, _ in policy.named_parameters() if name in tensors]
+    return {name: tensors[name] for name in order}, merge.notes()
+
+
+def _reader(
+    policy: Any, checkpoint: Path, choice: Choice
+) -> Callable[[Mapping[str, torch.Size]], dict[str, torch.Tensor]]:
+    """A function that reads a checkpoint's parameters by name and shape: whole, float32, live or averaged as chosen.
+
+    Raises:
+        UserError: The checkpoint is of a model with another layout.
+    """
     position, reader = read_position(checkpoint), ShardReader(checkpoint)
     if (tag := layout(policy.named_parameters())) != position.layout:
         shapes = {f"model.{name}": tuple(parameter.shape) for name, parameter in policy.named_parameters()}
@@ -259,24 +297,20 @@ def read_weights(
             f"{checkpoint} was saved by a model with another layout ({position.layout}; this one has {tag}): "
             f"{layout_difference(reader, position, shapes)}. Restore what differs."
         )
-    merge = Merge(policy, adapters)
     saved_names = reader.read_metadata().state_dict_metadata
-    tensors: dict[str, torch.Tensor] = {}
-    for part in _parts(merge.groups()):
-        names = {name: shape for _, shapes in part for name, shape in shapes.items()}
+
+    def read(names: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
         # Frozen parameters have no separate average.
         keys = {
             name: f"ema.{name}" if choice.ema and f"ema.{name}" in saved_names else f"model.{name}" for name in names
         }
-        read = {keys[name]: torch.empty(shape, dtype=torch.float32) for name, shape in names.items()}
+        found = {keys[name]: torch.empty(shape, dtype=torch.float32) for name, shape in names.items()}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # Intended here.
-            read_shards(read, storage_reader=reader, no_dist=True)
-        for adapter, group in part:
-            merged = merge(adapter, {name: read[keys[name]] for name in group})
-            tensors |= {name: tensor.to(DTYPES[choice.dtype]) for name, tensor in merged.items()}
-    order = [name for name, _ in policy.named_parameters() if name in tensors]
-    return {name: tensors[name] for name in order}, merge.notes()
+            read_shards(found, storage_reader=reader, no_dist=True)
+        return {name: found[key] for name, key in keys.items()}
+
+    return read
 
 
 Group = tuple[str, dict[str, torch.Size]]
@@ -295,16 +329,98 @@ def _parts(groups: Iterable[Group]) -> Iterator[list[Group]]:
         yield part
 
 
-def _write(
+def _check_adapters(run: RunConfig, choice: Choice) -> None:
+    """Raise `UserError` if adapters cannot be written alone."""
+    if choice.adapters != "alone":
+        return
+    if choice.format != NATIVE:
+        raise UserError(
+            f"--adapters writes PEFT's layout, not the format {choice.format!r}: leave out --adapters or --format"
+        )
+    if run.policy.weights in ("", "random"):
+        raise UserError(
+            "adapters alone need the weights that they belong to, and this run started from its initial values: "
+            "export them merged, without --adapters"
+        )
+
+
+def base_of(run: RunConfig) -> str:
+    """The weights that a run's adapters belong to; a path is absolute."""
+    path = Path(run.policy.weights).expanduser()
+    return str(path.resolve()) if path.exists() else run.policy.weights
+
+
+@dataclass(frozen=True)
+class TrainedAdapters:
+    """What a run with adapters has trained."""
+
+    changes: Mapping[str, LowRank]
+    """Published module -> the change of its weight."""
+    whole: Mapping[str, torch.Tensor]
+    """Published parameter -> its trained value."""
+    digest: str
+    """Digest of the frozen weights, see `lora.digest`."""
+    base_dtype: Literal["bf16", "fp32"]
+    """How they were held."""
+
+    def __str__(self) -> str:
+        numbers = sum(one.a.numel() + one.b.numel() for one in self.changes.values())
+        beside = f", and {len(self.whole)} parameters that were trained whole" * bool(self.whole)
+        return (
+            f"adapters of {len(self.changes)} matrices ({numbers:,} numbers{beside}), without the weights they change"
+        )
+
+    def write(self, folder: Path, base: str, dtype: str) -> None:
+        """Write them in PEFT's layout."""
+        write_adapters(folder, self.changes, self.whole, base=base, dtype=dtype)
+
+
+def read_adapters(run: RunConfig, checkpoint: Path, choice: Choice, plugins: Plugins) -> TrainedAdapters:
+    """What a run with adapters has trained, in float32.
+
+    Raises:
+        UserError: The run has no adapters, or some that PEFT's layout cannot express.
+    """
+    policy, adapters = build_on_meta(run, plugins)
+    read = _reader(policy, checkpoint, choice)
+    others = [name for name, module in adapters.modules.items() if not isinstance(module, LowRankAdapter)]
+    if not adapters.modules or others:
+        found = f"{others[0]} ({adapters.classes[others[0]]}) is another kind" if others else "the run has none"
+        raise UserError(f"--adapters writes low-rank adapters, and {found}: export without --adapters")
+    changes: dict[str, LowRank] = {}
+    for owner, module in adapters.modules.items():
+        names = [name for name, its in adapters.owners.items() if its == owner]
+        tensors = read({name: policy.get_parameter(name).shape for name in names})
+        changes |= module.low_rank({name.removeprefix(f"{owner}."): tensors[name] for name in names})
+    whole: dict[str, torch.Tensor] = {}
+    digest = Digest()
+    rows = {
+        name: one for name, one in published_rows(policy, run.policy).items() if one.parameter not in adapters.owners
+    }
+    last, tensor = "", torch.empty(0)
+    for published, place in rows.items():
+        parameter = policy.get_parameter(place.parameter)
+        if place.parameter != last:
+            last, tensor = place.parameter, read({place.parameter: parameter.shape})[place.parameter]
+        part = tensor[place.first : place.first + place.shape[0]]
+        if parameter.requires_grad:
+            whole[published] = part.clone()
+        else:
+            digest.add(published, part)
+    dtypes = {parameter.dtype for parameter in policy.parameters()}
+    return TrainedAdapters(changes, whole, str(digest), "bf16" if torch.bfloat16 in dtypes else "fp32")
+
+
+def _describe(
     run: RunConfig,
     trained_on: Mapping[str, Path],
     coverage: Mapping[str, Any],
     output: Path,
-    tensors: Mapping[str, torch.Tensor],
     checkpoint: Path,
     choice: Choice,
+    adapters: TrainedAdapters | None,
 ) -> None:
-    run.policy.save_weights(tensors, output)
+    """Write everything but the weights."""
     if choice.source:
         source = run.source(choice.source)
         run, statistics = source.run, {source.statistics: STATISTICS}
@@ -318,7 +434,11 @@ def _write(
     for field, path in run.policy.files().items():
         shutil.copyfile(path, output / files[field])
     config = run.model_dump(mode="json", exclude_none=True, round_trip=True)
-    policy = run.policy.exported().model_dump(mode="json", exclude_none=True, round_trip=True)
+    exported = run.policy.exported().model_copy(update={"lora": None})
+    policy = exported.model_dump(mode="json", exclude_none=True, round_trip=True)
+    belonging: dict[str, Any] = {}
+    if adapters:
+        belonging[ADAPTERS] = {"base": base_of(run), "digest": adapters.digest, "base_dtype": adapters.base_dtype}
     versions = {d.name: d.version for d in metadata.distributions() if d.name.startswith(("rlinf", "torch"))}
     description: dict[str, Any] = {
         "format": FORMAT,
@@ -330,6 +450,7 @@ def _write(
         "data": config["data"],
         "files": files,
         "coverage": coverage,
+        **belonging,
         "versions": dict(sorted(versions.items())),
         "sha256": {
             path.relative_to(output).as_posix(): _sha256(path) for path in sorted(output.rglob("*")) if path.is_file()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +28,7 @@ from rlinf_core.data.sample import Sample
 from rlinf_core.data.transforms import Transform
 from rlinf_core.errors import UserError
 from rlinf_core.export import (
+    ADAPTERS,
     FORMAT,
     Choice,
     check_run,
@@ -36,8 +37,11 @@ from rlinf_core.export import (
     read_statistics,
     read_weights,
 )
+from rlinf_core.lora.apply import published_rows
+from rlinf_core.lora.digest import Digest
 from rlinf_core.plugins.registry import Plugins, get_plugins
-from rlinf_core.training.build import DTYPES, finite_tensor
+from rlinf_core.training.adapters import Original, find_adapters
+from rlinf_core.training.build import DTYPES, finite_tensor, opened_weights
 from rlinf_core.training.checkpoint.state import read_position
 from rlinf_core.training.distributed.processes import to_device
 from rlinf_core.training.fsdp import materialize
@@ -88,13 +92,18 @@ class LoadedPolicy:
         pipeline: Pipeline,
         module: Any,
         coverage: Coverage | None = None,
+        base: frozenset[str] = frozenset(),
     ) -> None:
         self.config, self.data = config, data
         self.module = module
+        self.base = base
+        """Names of the parameters that other adapters may share: those that adapters have not trained."""
         self.coverage = coverage
         """What training saw; None if the folder was exported before that was recorded: nothing is compared."""
         self.pipeline = self._comparing(pipeline)
         self.device = next(module.parameters()).device
+        self.dtype = _dtype_of(module)
+        """Dtype of matrix products."""
         self._noise = np.random.default_rng()
         self._reported: set[str] = set()
 
@@ -167,8 +176,9 @@ def load_policy(
     dtype: Literal["fp32", "bf16"] = "fp32",
     plugins: Plugins | None = None,
     source: str = "",
+    base: str | Path | LoadedPolicy = "",
 ) -> LoadedPolicy:
-    """Load a policy that `rlinf export` wrote.
+    """Load a policy that `rlinf export` wrote, or adapters that it wrote with the weights that they belong to.
 
     An observation that is outside of what its training saw gives one warning, `OutsideTraining`; see
     [running a policy](../training.md#running-a-policy).
@@ -179,6 +189,9 @@ def load_policy(
         dtype: Dtype of matrix products; parameters that the policy keeps in float32 stay so.
         plugins: Plugins that provide its classes; default: those of the environment.
         source: For a mixture, the dataset whose observations it gets and whose actions it returns.
+        base: For adapters, the weights that they belong to, if they are not where the run had them: a folder, file or
+            hub id as in `policy.weights`. Or a policy that is loaded already, also one with other adapters: the
+            weights are then in memory once, on its device and in its dtype.
 
     Raises:
         UserError: The folder is not an exported policy, its files are inconsistent, its weights contain NaN or
@@ -189,8 +202,14 @@ def load_policy(
     description = _read_description(folder)
     table, statistics = _choose_source(description["data"], folder, source)
     data = _validated(plugins.dataset(_name(table, "config_name", folder)), table, folder, plugins)
-    here = {field: str(_inside(folder, name)) for field, name in description["files"].items()}
-    here["weights"] = str(folder)
+    here: dict[str, Any] = {field: str(_inside(folder, name)) for field, name in description["files"].items()}
+    adapters = _described_adapters(description, folder, given=bool(base))
+    shared = base if isinstance(base, LoadedPolicy) else None
+    if adapters is None:
+        here["weights"] = str(folder)
+    else:
+        here["weights"] = "random" if shared else str(base or adapters["base"])
+        here["lora"] = {"weights": str(folder), "base_dtype": adapters["base_dtype"]}
     config = _validated(
         plugins.policy(_name(description["policy"], "type", folder)), description["policy"] | here, folder, plugins
     )
@@ -198,14 +217,99 @@ def load_policy(
     pipeline = build_pipeline(data, config, stats)
     if pipeline.normalize and stats and "state" in stats:  # A narrower state would be padded silently.
         pipeline = replace(pipeline, dataset=(*pipeline.dataset, CheckTrainingState(len(stats["state"].mean))))
+    module, own = _load_module(config, device, DTYPES[dtype], shared)
+    if adapters is not None:
+        _check_base(module, config, own, str(adapters["digest"]), folder)
+    coverage = parse_coverage(description.get("coverage"), source, str(folder / DESCRIPTION))
+    return LoadedPolicy(config, data, pipeline, module.eval(), coverage, own)
+
+
+def _described_adapters(description: dict[str, Any], folder: Path, *, given: bool) -> dict[str, Any] | None:
+    """What the description says of adapters; None if the folder holds a whole policy."""
+    table = description.get(ADAPTERS)
+    if table is None:
+        if given:
+            raise UserError(f"load_policy(base=...): {folder} holds a whole policy, not adapters: leave base out")
+        return None
+    keys = ("base", "digest", "base_dtype")
+    if not isinstance(table, dict) or not all(isinstance(table.get(key), str) for key in keys):
+        raise UserError(f"{folder / DESCRIPTION}: {ADAPTERS} must be a table with {', '.join(keys)}")
+    return table
+
+
+def _load_module(
+    config: PolicyConfig, device: torch.device, dtype: torch.dtype, shared: LoadedPolicy | None
+) -> tuple[Any, frozenset[str]]:
+    """The module with its weights, and the names of the parameters that adapters do not train.
+
+    Args:
+        config: The policy's config; its `lora` may name adapters.
+        device: Where to load it.
+        dtype: Dtype of matrix products.
+        shared: A policy whose parameters to use instead of reading and holding them again.
+    """
     with torch.device("meta"):
         module: Any = config.build()
-    weights = config.open_weights()
-    weights.check({name: tuple(parameter.shape) for name, parameter in module.named_parameters()})
-    materialize(module, device, lambda name, _: finite_tensor(weights, name, config))
-    _compute_in(module, DTYPES[dtype])
-    coverage = parse_coverage(description.get("coverage"), source, str(folder / DESCRIPTION))
-    return LoadedPolicy(config, data, pipeline, module.eval(), coverage)
+        before = Original.of(module)
+        if config.lora is not None:
+            config.add_lora(module)
+    added = find_adapters(before, module, lambda: "the policy")
+    whole = {name for name, parameter in module.named_parameters() if parameter.requires_grad} - added.owners.keys()
+    own = frozenset(before.parameters if config.lora is None else before.parameters.keys() - whole)
+    homes = {}
+    if shared is not None:
+        homes = _sharing(module, own, shared)
+        device = next(shared.module.parameters()).device
+    weights = opened_weights(config, only_adapters=shared is not None)
+    if shared is None:
+        shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+        weights.check(added.without_added(shapes))
+
+    def value(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        if name in added.owners:
+            return added.initial_value(0, name, shape)
+        return finite_tensor(weights, name, config)
+
+    materialize(module, device, value)
+    added.rebuild_buffers()
+    if shared is not None:
+        dtype = shared.dtype
+        for (owner, name), parameter in homes.items():
+            owner._parameters[name] = parameter
+    _compute_in(module, dtype)
+    return module, own
+
+
+def _sharing(module: Any, own: frozenset[str], shared: LoadedPolicy) -> dict[tuple[Any, str], torch.nn.Parameter]:
+    """Take the shared parameters out of a module that is still on the meta device: module and name -> parameter."""
+    there = dict(shared.module.named_parameters())
+    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    if other := [n for n in own if n not in shared.base or tuple(there[n].shape) != shapes[n]]:
+        raise UserError(
+            f"load_policy(base=...): the loaded policy {shared.config.type!r} does not have the weights that these "
+            f"adapters belong to: {len(other)} of {len(own)} parameters are missing or differ, e.g. {min(other)}"
+        )
+    homes = {}
+    for name in own:
+        path, _, last = name.rpartition(".")
+        owner = module.get_submodule(path)
+        homes[owner, last] = there[name]
+        owner._parameters[last] = None
+    return homes
+
+
+def _check_base(module: Any, config: PolicyConfig, own: frozenset[str], expected: str, folder: Path) -> None:
+    """Raise `UserError` if adapters were trained on other weights than those that are loaded."""
+    digest, parameters = Digest(), dict(module.named_parameters())
+    for published, rows in published_rows(module, config).items():
+        if rows.parameter in own:
+            part = parameters[rows.parameter][rows.first : rows.first + rows.shape[0]]
+            digest.add(published, part)
+    if str(digest) != expected:
+        raise UserError(
+            f"the adapters in {folder} belong to other weights than {config.weights}: name those that their run "
+            "started from in load_policy(..., base=...)"
+        )
 
 
 def load_run(
@@ -302,6 +406,13 @@ def _inside(folder: Path, name: object) -> Path:
         return path_inside(folder, name)
     except ValueError as error:
         raise UserError(f"{folder / DESCRIPTION}: {error}") from error
+
+
+def _dtype_of(module: Any) -> torch.dtype:
+    """The dtype of compute units."""
+    units = (unit for unit in module.shard_units() if unit.dtype == "compute")
+    dtypes: Iterator[torch.dtype] = (parameter.dtype for unit in units for parameter in unit.module.parameters())
+    return next(dtypes, torch.float32)
 
 
 def _compute_in(module: Policy, dtype: torch.dtype) -> None:

@@ -116,6 +116,9 @@ def check_run(run: RunConfig, plugins: Plugins, ranks: int | None = None, *, all
         run.policy.check_files()
         report.warnings += run.policy.unchecked_files()
     with report.checking():
+        if described := run.policy.describe_lora():
+            report.facts["adapters"] = described
+    with report.checking():
         if run.runner.val_check_interval:
             compared_metric(run, plugins)
     with report.checking():

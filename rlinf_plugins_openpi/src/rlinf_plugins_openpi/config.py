@@ -5,7 +5,7 @@ The fields are in `settings`. Importing this loads no torch: methods that need i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 
@@ -23,7 +23,7 @@ from rlinf_plugins_openpi.inputs.transforms import OpenpiSample, PadToActionDim,
 from rlinf_plugins_openpi.model.dimensions import IMAGE_SIZE
 from rlinf_plugins_openpi.model.draws import AUGMENTATION, draw_flow
 from rlinf_plugins_openpi.model.flops import training_flops
-from rlinf_plugins_openpi.model.parts import is_frozen, parameter_parts
+from rlinf_plugins_openpi.model.parts import is_frozen, linear_layers, parameter_parts
 from rlinf_plugins_openpi.settings import OpenpiSettings
 
 if TYPE_CHECKING:
@@ -224,6 +224,70 @@ class OpenpiPolicyConfig(OpenpiSettings):
 
         source = PublishedWeights(find_weights(self.weights), self.dimensions)
         return WithRows(source, self._rows) if self._rows else source
+
+    lora_targets: ClassVar[tuple[str, ...]] = ("vlm", "expert")
+    lora_modules: ClassVar[tuple[str, ...]] = ("projections",)
+
+    @classmethod
+    def lora_run_defaults(cls, table: Mapping[str, Any]) -> Mapping[str, Any]:
+        """In openpi's convention no moving average, as in openpi's LoRA configs."""
+        return {"optim": {"ema_decay": 0.0}} if table.get("convention") == "openpi" else {}
+
+    def lora_groups(self, name: str) -> Collection[str]:
+        """`vlm`, `expert`, `vision` or `projections`, and `attention` or `mlp`."""
+        from rlinf_plugins_openpi.weights.names import part_of
+
+        return {part_of(name), *super().lora_groups(name)}
+
+    def lora_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """All published parameters -> shapes."""
+        from rlinf_plugins_openpi.weights.names import published_names
+        from rlinf_plugins_openpi.weights.shapes import table_shapes
+
+        names = published_names(self.dimensions)
+        return {names[own]: shape for own, shape in table_shapes(self.dimensions).items()}
+
+    def lora_matrices(self, shapes: Mapping[str, tuple[int, ...]]) -> Collection[str]:
+        """The linear layers that actions depend on, and not those of the adaptive norms."""
+        names = self.matrix_names()
+        every = self.lora is not None and bool(self.lora.weights)
+        return [names[own] for own in linear_layers(self.dimensions, every=every)]
+
+    def matrix_names(self) -> Mapping[str, str]:
+        """The linear layers, by the names of the tables of `weights` -> published names, both without `.weight`."""
+        from rlinf_plugins_openpi.weights.names import published_names
+
+        names = published_names(self.dimensions)
+        return {own.removesuffix(".weight"): name.removesuffix(".weight") for own, name in names.items()}
+
+    def table_names(self) -> Mapping[str, str]:
+        """Published parameters -> their names in the tables of `weights`."""
+        from rlinf_plugins_openpi.weights.names import published_names
+
+        return {published: own for own, published in published_names(self.dimensions).items()}
+
+    def describe_lora(self) -> str:
+        """What `[policy.lora]` trains, in numbers."""
+        if self.lora is None or self.lora.convention == "peft":
+            return super().describe_lora()
+        from rlinf_plugins_openpi.lora.describe import describe
+
+        return describe(self, self.lora)
+
+    def add_lora(self, policy: Any) -> None:
+        """Freeze the model and add the adapters of `[policy.lora]`, in its convention."""
+        if self.lora is None or self.lora.convention == "peft":
+            super().add_lora(policy)
+            return
+        from rlinf_core.lora.apply import published_rows, trained_whole
+        from rlinf_core.lora.selection import select_whole
+        from rlinf_plugins_openpi.lora.apply import add_openpi_lora
+
+        whole = None
+        if self.lora.modules_to_save is not None:
+            rows = published_rows(policy, self)
+            whole = trained_whole(select_whole(self.lora, self, rows), rows)
+        add_openpi_lora(policy, self.lora, self.matrix_names(), whole)
 
     def check_files(self) -> None:
         """Raise `UserError` if the weights are missing or of another model, or if the tokenizer does not fit.

@@ -15,12 +15,13 @@ from rlinf_core import PolicyConfig
 from rlinf_core.contract.augmentation import AugmentationConfig, Augmentations
 from rlinf_plugins_openpi.inputs.augmentation import OpenpiAugmentationConfig
 from rlinf_plugins_openpi.inputs.tokenizer import PromptTokenizer, find_tokenizer
+from rlinf_plugins_openpi.lora.config import OpenpiLoraConfig
 from rlinf_plugins_openpi.model.dimensions import Pi0Dimensions
 from rlinf_plugins_openpi.model.parts import Frozen, is_frozen
 
-NO_LORA = (
-    "there is no LoRA here. All weights are trained, or only some of them with "
-    'policy.freeze = "vision", "vlm" or "all_but_expert", which needs the least memory'
+LORA = (
+    "LoRA is switched on by the table [policy.lora] of pi0 and pi05, with rank, alpha and targets; as openpi computes "
+    'it, with convention = "openpi"'
 )
 NO_BEHAVIOR = (
     "BEHAVIOR-1K is not in LeRobot's layout of rows: its videos are streamed, its tasks are skills within an episode, "
@@ -35,8 +36,8 @@ class OpenpiSettings(PolicyConfig):
 
     export_formats: ClassVar[tuple[str, ...]] = ("openpi", "lerobot")
     not_here: ClassVar[Mapping[str, str]] = {
-        "pi0_lora": NO_LORA,
-        "pi05_lora": NO_LORA,
+        "pi0_lora": LORA,
+        "pi05_lora": LORA,
         "pi0_fast*": "π0-FAST is another model, which predicts actions as tokens; available are pi0 and pi05",
         "pi0[5_]*behavior": NO_BEHAVIOR,
     }
@@ -59,6 +60,8 @@ class OpenpiSettings(PolicyConfig):
     _rows: tuple[int, ...] = PrivateAttr(default=())
     """The trained rows, ascending; set with `used_rows`, once the data are known."""
 
+    lora: OpenpiLoraConfig | None = None
+    """Train low-rank adapters (LoRA) instead of all weights."""
     weights: str = ""
     """Pretrained weights in the PyTorch layout of openpi, lerobot or RLinf: a folder, a file, or a model on the hub,
     `owner/name` with an optional `@revision`. `"random"`: train from scratch."""
@@ -90,14 +93,30 @@ class OpenpiSettings(PolicyConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _no_adapters(cls, table: Any) -> Any:
-        """Refuse other projects' LoRA settings: `lora_rank`, a table `[policy.lora]`, `use_peft`, `gemma_2b_lora`."""
+    def _no_other_adapters(cls, table: Any) -> Any:
+        """Refuse other projects' LoRA settings: `lora_rank`, `use_peft`, `gemma_2b_lora`."""
         if isinstance(table, Mapping):
             variants = [key for key, value in table.items() if "variant" in key and _ADAPTERS.search(str(value))]
-            named = [key for key in table if _ADAPTERS.search(key)]
+            named = [key for key in table if key != "lora" and _ADAPTERS.search(key)]
             if asked := sorted({*variants, *named}):
-                raise ValueError(f"{', '.join(map(repr, asked))} asks for LoRA, and {NO_LORA}")
+                raise ValueError(f"{', '.join(map(repr, asked))} asks for LoRA: {LORA}")
         return table
+
+    @model_validator(mode="after")
+    def _adapters_are_all_that_trains(self) -> OpenpiSettings:
+        if self.lora is None:
+            return self
+        if self.freeze != "nothing":
+            raise ValueError(
+                f'freeze = "{self.freeze}" has no effect with [policy.lora], which freezes all but adapters and '
+                "lora.modules_to_save: leave freeze out"
+            )
+        if self.train_embedding != "all":
+            raise ValueError(
+                f'train_embedding = "{self.train_embedding}" has no effect with [policy.lora], which freezes the '
+                "embedding: leave train_embedding out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _only_trained_weights_are_frozen(self) -> OpenpiSettings:

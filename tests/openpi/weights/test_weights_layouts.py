@@ -154,7 +154,7 @@ HINTS = {  # What people name instead of weights -> what the message says.
     "pytorch_model.bin": r'It holds pytorch_model\.bin: name the file, policy\.weights = ".*/pytorch_model\.bin"',
     "pytorch_model-00001-of-00002.bin": "pickles .* save them as safetensors",
     "pi05.safetensors": r'name the file, policy\.weights = ".*/pi05\.safetensors"',
-    "adapter_config.json": r"adapters of PEFT .* for google/paligemma.* merge_and_unload\(\)",
+    "adapter_config.json": r"adapters of PEFT .* for google/paligemma.* in policy\.lora\.weights",
 }
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from rlinf_core import Policy
     from rlinf_core.contract.module import WeightSource
     from rlinf_core.illustration import Illustration
+
+
+NOT_LINEAR = re.compile(r"\.(experts\.|router$|gate$|(\w+_)?norm$|(\w+_)?layernorm$)|conv1d$")
+"""Names of modules with matrices that are no linear layers."""
 
 
 class TextPolicyConfig(TextPolicySettings):
@@ -94,6 +99,20 @@ class TextPolicyConfig(TextPolicySettings):
     def published_name(self, name: str) -> str:
         """The parameter's name in files written by transformers."""
         return name.removeprefix("lm.model.")
+
+    def lora_shapes(self) -> Mapping[str, tuple[int, ...]] | None:
+        """The parameters in the files of `weights`, if they are here."""
+        folder = self._weights_folder()
+        files = weight_files(folder, self.weights) if folder is not None else []
+        if folder is None or not files:
+            return None
+        return {name: one.shape for name, one in Headers.read(folder, files).tensors.items()}
+
+    def lora_matrices(self, shapes: Mapping[str, tuple[int, ...]]) -> Collection[str]:
+        """The linear layers, by name: not routers and experts, and none of GPT-2, whose layers are transposed."""
+        if self.model_table().get("model_type") == "gpt2":
+            return []
+        return [name for name in super().lora_matrices(shapes) if not NOT_LINEAR.search(name)]
 
     def exported(self) -> TextPolicyConfig:
         """Without the keys that the exported folder answers itself: `config.json`, tokenizer, chat template."""

@@ -21,6 +21,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the moving average of the weights (optim.ema_decay), or not; default: with --best the weights that won "
         "the validation, otherwise not",
     )
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument(
+        "--merge",
+        dest="adapters",
+        action="store_const",
+        const="merge",
+        default="",
+        help="with the run's adapters in the weights; the default if it has any",
+    )
+    how.add_argument(
+        "--adapters",
+        dest="adapters",
+        action="store_const",
+        const="alone",
+        help="only what a LoRA run has trained, in PEFT's layout, without the weights that it started from",
+    )
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="dtype of the file; default: fp32")
     parser.add_argument("--format", default="rlinf", help="output format: rlinf, or one that the policy supports")
     parser.add_argument("--source", default="", metavar="NAME", help="export for this dataset of a mixture only")
@@ -32,7 +48,16 @@ def run(options: argparse.Namespace) -> None:
     from rlinf_core.plugins.registry import get_plugins
     from rlinf_core.terminal import print_phase
 
-    choice = Choice(options.step, options.best, options.ema, options.dtype, options.format, options.source)
+    choice = Choice(
+        options.step,
+        options.best,
+        options.ema,
+        options.dtype,
+        options.format,
+        adapters=options.adapters,
+        source=options.source,
+    )
     print_phase(f"loading a checkpoint of {options.run} and writing it to {options.output}")
     checkpoint = export_run(Path(options.run), Path(options.output), choice, get_plugins())
-    print_text(f"{options.output}: weights of {checkpoint} in {options.dtype}")
+    what = "adapters" if choice.adapters == "alone" else "weights"
+    print_text(f"{options.output}: {what} of {checkpoint} in {options.dtype}")

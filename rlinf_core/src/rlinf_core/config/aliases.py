@@ -77,7 +77,14 @@ _CHOICES: Mapping[str, str] = {
 _SHARE = "a number of steps is set here: optim.warmup_steps, which is the ratio times the number of steps"
 _RATE = "the learning rate itself is set here: optim.min_lr, which is the rate times optim.lr"
 
+_LORA = "LoRA is the table [policy.lora] here, with rank, alpha, rslora, dropout, targets and modules_to_save"
+
 _SENTENCES: Mapping[str, str] = {
+    **dict.fromkeys(
+        ["lora_rank", "lora_r", "lora_alpha", "lora_dropout", "use_rslora", "use_peft", "use_lora", "lora_config"],
+        _LORA,
+    ),
+    **dict.fromkeys(["peft", "peft_config", "target_modules", "lora_target_modules"], _LORA),
     "warmup_style": "RLinf reads it nowhere: its schedule is lr_scheduler, constant by default; here optim.schedule",
     "lr_warmup_steps_ratio": _SHARE,
     "warmup_ratio": _SHARE,

@@ -178,7 +178,10 @@ class _Draft:
             missing = "is required: the dataset does not set it"
             policy = self._choose(_POLICY, partial(self._find, "policy"), missing)
         if policy:
-            self._add_below(f"defaults of policy {self._get('policy', 'type')!r}", policy.model.run_defaults)
+            origin = f"defaults of policy {self._get('policy', 'type')!r}"
+            if isinstance(lora := self._get("policy", "lora"), Mapping):
+                self._add_below(f"{origin} with LoRA", policy.model.lora_run_defaults(lora))
+            self._add_below(origin, policy.model.run_defaults)
         self._add_below("core's defaults", _CORE_DEFAULTS)
         trainer = self._choose(("trainer", "type"), partial(self._find, "trainer"), "is required")
         self._chosen = {**datasets, ("policy",): policy, ("optim",): self._choose_optim(), ("trainer",): trainer}

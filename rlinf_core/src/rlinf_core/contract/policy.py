@@ -13,6 +13,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from rlinf_core.contract.policy_options import (
+    Adapted,
     Begun,
     BoundToData,
     Checked,
@@ -28,6 +29,7 @@ from rlinf_core.contract.weight_file import WeightFile, write_weights
 from rlinf_core.data.sample import Batch, Sample
 from rlinf_core.data.transforms import Transform
 from rlinf_core.errors import UserError
+from rlinf_core.lora.config import LoraConfig
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +37,9 @@ if TYPE_CHECKING:
     from rlinf_core.contract.module import Policy, WeightSource
 
 
-class PolicyConfig(Described, Measured, BoundToData, Begun, Counted, Compared, Published, Checked, Exported, BaseModel):
+class PolicyConfig(
+    Described, Measured, BoundToData, Begun, Counted, Compared, Published, Checked, Exported, Adapted, BaseModel
+):
     """The `[policy]` table. A subclass narrows `type` to a `Literal` of its own and adds fields.
 
     A policy defines `collate` and `build`, and one with actions `chunk_length` and `draw`, too. The others have a
@@ -53,6 +57,8 @@ class PolicyConfig(Described, Measured, BoundToData, Begun, Counted, Compared, P
     """Which policy this is."""
     weights: str = ""
     """Pretrained weights: a folder or a file. `"random"`: train from random initialisation."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters (LoRA) instead of all weights."""
 
     def chunk_length(self) -> int:
         """Number of actions in a sample; 0 for policies without actions."""

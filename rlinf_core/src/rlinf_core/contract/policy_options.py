@@ -7,17 +7,22 @@ misspelled name, and `super()` works. (Nor can a pydantic model inherit from a p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self, cast
 
 from rlinf_core.contract.weight_origin import Contradiction, compare_with_export, folder_of
 from rlinf_core.data.sample import Batch, Sample
 from rlinf_core.errors import UserError
 from rlinf_core.illustration import Illustration
+from rlinf_core.lora.config import LoraConfig
+from rlinf_core.lora.files import check_base, selected
+from rlinf_core.lora.selection import describe as describe_selection
+from rlinf_core.lora.selection import module_groups
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from rlinf_core.contract.datasets import DatasetConfig
     from rlinf_core.contract.module import Policy
@@ -290,6 +295,77 @@ class Exported:
         raise NotImplementedError(f"{type(self).__name__} must define export() for its export_formats")
 
 
+class Adapted:
+    """Low-rank adapters (LoRA), by the table `[policy.lora]`: which layers get them if the table does not say.
+
+    Every policy has them in its linear layers without these methods. Wanted by a policy whose parts should have names
+    in the table.
+    """
+
+    if TYPE_CHECKING:
+        lora: LoraConfig | None
+        weights: str
+
+    lora_targets: ClassVar[tuple[str, ...]] = ("attention", "mlp")
+    """The layers with adapters if `lora.targets` does not say, by the expressions that it takes."""
+    lora_modules: ClassVar[tuple[str, ...]] = ()
+    """What is trained whole beside them if `lora.modules_to_save` does not say."""
+
+    @classmethod
+    def lora_run_defaults(cls, table: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Run defaults that hold with adapters instead of those in `run_defaults`, as a TOML table.
+
+        Args:
+            table: `[policy.lora]` as it was written, not validated yet.
+        """
+        return {}
+
+    def lora_groups(self, name: str) -> Collection[str]:
+        """The groups that `lora.targets` may name and a published module belongs to, e.g. `attention`.
+
+        Args:
+            name: The module's name in published weights, without `.weight`.
+        """
+        return module_groups(name)
+
+    def lora_shapes(self) -> Mapping[str, tuple[int, ...]] | None:
+        """All published parameters that the loss depends on -> shapes, for `rlinf validate`; None: not known yet.
+
+        Leaves torch unloaded.
+        """
+        return None
+
+    def lora_matrices(self, shapes: Mapping[str, tuple[int, ...]]) -> Collection[str]:
+        """Which published modules are linear layers that can have adapters, by the shapes of all parameters.
+
+        Layers that no loss reaches can have some only with `lora.weights`.
+        """
+        return [
+            name.removesuffix(".weight")
+            for name, shape in shapes.items()
+            if len(shape) == 2 and name.endswith(".weight") and module_groups(name)
+        ]
+
+    def describe_lora(self) -> str:
+        """What `[policy.lora]` trains, in numbers; empty if the parameters are not known yet.
+
+        Raises:
+            UserError: An expression of the table matches nothing, or the adapters in `lora.weights` do not fit.
+        """
+        check_base(self.lora, self.weights)
+        if self.lora is None or (shapes := self.lora_shapes()) is None:
+            return ""
+        selection = selected(self.lora, self, self.lora_matrices(shapes), shapes)
+        return describe_selection(self.lora, selection, shapes)
+
+    def add_lora(self, policy: nn.Module) -> None:
+        """Freeze the module and add the adapters of `[policy.lora]`; it is on the meta device."""
+        from rlinf_core.lora.apply import add_lora
+
+        assert self.lora is not None
+        add_lora(policy, cast("Any", self), self.lora)
+
+
 class TrainedOn(NamedTuple):
     """A dataset that a policy was trained on."""
 
@@ -300,5 +376,5 @@ class TrainedOn(NamedTuple):
     """Its normalisation statistics; None for policies that do not normalise."""
 
 
-OPTIONS = (Described, Measured, BoundToData, Begun, Counted, Compared, Published, Checked, Exported)
+OPTIONS = (Described, Measured, BoundToData, Begun, Counted, Compared, Published, Checked, Exported, Adapted)
 """All of them, in the order of the page docs/contract.md."""

@@ -79,6 +79,6 @@ def _adapters(path: Path) -> str:
     except (OSError, ValueError, AttributeError):
         base = "their base model"
     return (
-        f". It holds adapters of PEFT ({ADAPTER}) for {base}, not a whole model: load that model with them, call "
-        "merge_and_unload(), save the result with save_pretrained(OTHER_FOLDER), and name OTHER_FOLDER"
+        f". It holds adapters of PEFT ({ADAPTER}) for {base}, not a whole model: name that model here, and this folder "
+        f"in policy.lora.weights = {quoted(path.parent)}; `rlinf export --merge` of the run writes a whole model"
     )

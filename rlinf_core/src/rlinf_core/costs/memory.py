@@ -1,8 +1,8 @@
 """How many bytes a training step takes on each rank, by arithmetic: what is sharded, gathered, accumulated and saved.
 
-Imports no torch. Used by `rlinf plan` and by the message of a run that is out of memory. Parameters and gradients are
-float32, 4 bytes per number; what the optimizer keeps, it says itself; a unit's parameters are gathered together, in
-their compute dtype. GB are 10⁹ bytes.
+Imports no torch. Used by `rlinf plan` and by the message of a run that is out of memory. Trained parameters and
+gradients are float32, 4 bytes per number, frozen ones may be held in less; what the optimizer keeps, it says itself; a
+unit's parameters are gathered together, in their compute dtype. GB are 10⁹ bytes.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ class Parameter:
     """Whether it is in the moving average, if there is one."""
     state: State = State()
     """What the optimizer keeps of it."""
+    itemsize: int = MASTER
+    """Bytes per number as it is held."""
 
     @property
     def numel(self) -> int:
@@ -117,7 +119,7 @@ def states(units: Sequence[Unit], sharding: Sharding) -> States:
     whole = [parameter for unit in units for parameter in unit.parameters]
     trained = [parameter for parameter in whole if parameter.trainable]
     return States(
-        weights=MASTER * sum(parameter.shard(sharding.shards) for parameter in whole),
+        weights=sum(parameter.itemsize * parameter.shard(sharding.shards) for parameter in whole),
         gradients=MASTER * sum(p.shard(sharding.shards) for p in trained if p.reached),
         optimizer=sum(p.state.per_number * p.shard(sharding.shards) + p.state.once for p in trained),
         ema=MASTER * sum(p.shard(sharding.shards) for p in whole if p.averaged) if sharding.ema else 0,

@@ -191,9 +191,9 @@ class _Counted:
 def _count(run: RunConfig, plugins: Plugins, sample: Sample, checkpointing: Checkpointing) -> _Counted:
     """Count micro batches of two sizes, with equal samples; large enough that rounding up hardly matters."""
     sizes = (1, 2) if run.trainer.micro_batch_size < 4 else (4, 8)
-    policy, groups, changed = _build(run, plugins, checkpointing)
+    policy, groups, changed, held = _build(run, plugins, checkpointing)
     smaller, larger = (_count_batch(run, policy, run.policy.collate([sample] * size)) for size in sizes)
-    units = _units(run, policy, groups, {name for name, _ in larger.moments})
+    units = _units(run, policy, groups, {name for name, _ in larger.moments}, held)
     grown = memory.activations_of(units, (sizes[0], smaller.moments), (sizes[1], larger.moments))
     has_blocks = any(unit.block for unit in policy.shard_units())
     return _Counted(units, grown, larger.flops / sizes[1], has_blocks, changed)
@@ -203,15 +203,20 @@ Groups = list[tuple[int, list[Any]]]
 """Bytes per number while gathered, and the parameters that are gathered together."""
 
 
-def _build(run: RunConfig, plugins: Plugins, checkpointing: Checkpointing) -> tuple[Any, Groups, bool]:
+Held = Mapping[Any, int]
+"""Parameter -> bytes per number as a run holds it."""
+
+
+def _build(run: RunConfig, plugins: Plugins, checkpointing: Checkpointing) -> tuple[Any, Groups, bool, Held]:
     """The policy on the meta device as the trainer would prepare it, each parameter in the dtype it is gathered in.
 
-    Also returns whether plugins have changed what trains.
+    Also returns whether plugins have changed what trains, and how parameters are held.
     """
     trainer = run.trainer
     assert isinstance(trainer, Fsdp2TrainerConfig)
     policy, adapters = build_on_meta(run, plugins, to_count=True)
     prepare_blocks(run, policy, checkpointing, compiled=False)
+    held = {parameter: parameter.itemsize for parameter in policy.parameters()}
     groups: Groups = []
     seen: set[Any] = set()
     together = gathered_together(policy, compute_dtype=DTYPES[trainer.param_dtype], min_unit_size=trainer.min_unit_size)
@@ -221,10 +226,10 @@ def _build(run: RunConfig, plugins: Plugins, checkpointing: Checkpointing) -> tu
         for parameter in own:
             parameter.data = parameter.data.to(dtype)
         groups.append((dtype.itemsize, own))
-    return policy, groups, adapters.changed
+    return policy, groups, adapters.changed, held
 
 
-def _units(run: RunConfig, policy: Any, groups: Groups, reached: set[str]) -> tuple[Unit, ...]:
+def _units(run: RunConfig, policy: Any, groups: Groups, reached: set[str], held: Held) -> tuple[Unit, ...]:
     described = {one.parameter: one for one in described_parameters(run.policy, policy)}
     kept = unused_parameters(policy)
     # If weight decay is lost in rounding, unused parameters never change and are not averaged either.
@@ -240,6 +245,7 @@ def _units(run: RunConfig, policy: Any, groups: Groups, reached: set[str]) -> tu
             reached=one.name in reached,
             averaged=one.parameter.requires_grad and (one.name not in kept or decayed),
             state=state,
+            itemsize=held[one.parameter],
         )
 
     return tuple(
@@ -289,7 +295,7 @@ def _useful_flops(
     if None not in by_formula:
         shares = zip(sampled, by_formula, strict=True)
         return sum(source.share * (flops or 0.0) for source, flops in shares), "the policy's formula"
-    policy, _, _ = _build(run, plugins, "none")
+    policy, *_ = _build(run, plugins, "none")
     counted = 0.0
     for source in sampled:
         samples, batch = next(_batches(run, source, size))

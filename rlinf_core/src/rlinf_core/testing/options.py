@@ -43,7 +43,9 @@ def check_options(findings: Findings, config: PolicyConfig) -> None:
 def _contract() -> Iterator[tuple[str, Any]]:
     """What `PolicyConfig` declares, in the class itself and in those of its optional methods: name -> default."""
     for part in (PolicyConfig, *OPTIONS):
-        yield from ((name, item) for name, item in vars(part).items() if not name.startswith(("_", "model_")))
+        for name, item in vars(part).items():
+            if not name.startswith(("_", "model_")):
+                yield name, item.__func__ if isinstance(item, classmethod) else item
 
 
 def _own_names(policy: type[PolicyConfig]) -> set[str]:

@@ -109,7 +109,8 @@ class Adapters:
                 f"warning: `rlinf export` will refuse this run: {self._counted(stuck)} cannot be merged into the "
                 f"policy's own weights ({HOW})"
             )
-        if idle := unused_parameters(policy) & self.owners.keys():
+        kept = {name for name, owner in self.owners.items() if getattr(self.modules[owner], "kept_for_export", False)}
+        if idle := unused_parameters(policy) & self.owners.keys() - kept:
             facts.append(
                 f"warning: no loss reaches {_listed(sorted(idle))}: adapters of modules that are kept only for export "
                 "learn nothing"
@@ -158,6 +159,11 @@ def find_adapters(before: Original, policy: nn.Module, plugins: Callable[[], str
     if before.trained and not trained:
         raise UserError(
             f"rlinf_policy_built of {plugins()} freezes every parameter of the policy: nothing is left to train"
+        )
+    if narrow := [n for n in now if now[n].requires_grad and now[n].dtype != torch.float32]:
+        raise UserError(
+            f"rlinf_policy_built of {plugins()} trains parameters in less than float32: {_listed(narrow)}. Small "
+            "updates would be rounded away: only frozen parameters may have another dtype"
         )
     modules = {name: policy.get_submodule(name) for name in dict.fromkeys(owners.values())}
     return Adapters(

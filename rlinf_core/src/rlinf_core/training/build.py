@@ -16,6 +16,8 @@ from rlinf_core.contract.policy import PolicyConfig
 from rlinf_core.contract.process_group import ProcessGroup
 from rlinf_core.contract.run import LoadedPlugins, RunConfig
 from rlinf_core.errors import UserError
+from rlinf_core.lora.apply import WithTrainedModules
+from rlinf_core.lora.files import AdapterFiles, check_base
 from rlinf_core.training.adapters import Adapters, Original, find_adapters
 from rlinf_core.training.blocks import Checkpointing, prepare_block
 from rlinf_core.training.ema import Ema
@@ -72,7 +74,20 @@ def build_state(
 
 def open_weights(run: RunConfig) -> WeightSource | None:
     """The pretrained weights to start from; None to start from the policy's initial values."""
-    return run.policy.open_weights() if run.policy.weights not in ("", "random") else None
+    check_base(run.policy.lora, run.policy.weights)
+    return opened_weights(run.policy) if run.policy.weights not in ("", "random") else None
+
+
+def opened_weights(policy: PolicyConfig, *, only_adapters: bool = False) -> WeightSource:
+    """A policy's pretrained weights, with the modules that were trained whole beside the adapters it continues from.
+
+    With `only_adapters`, only these modules can be read.
+    """
+    weights = None if only_adapters else policy.open_weights()
+    if policy.lora is not None and policy.lora.weights:
+        return WithTrainedModules(weights, AdapterFiles.open(policy.lora.weights), policy)
+    assert weights is not None
+    return weights
 
 
 def build_on_meta(run: RunConfig, plugins: LoadedPlugins, *, to_count: bool = False) -> tuple[Any, Adapters]:
@@ -83,6 +98,8 @@ def build_on_meta(run: RunConfig, plugins: LoadedPlugins, *, to_count: bool = Fa
     with torch.device("meta"):
         policy: Any = run.policy.build_to_count() if to_count else run.policy.build()
         before = Original.of(policy)
+        if run.policy.lora is not None:
+            run.policy.add_lora(policy)
         plugins.hook.rlinf_policy_built(policy=policy, run=run)
     adapters = find_adapters(before, policy, lambda: _owners(plugins))
     _refuse_saved_buffers(run, policy)

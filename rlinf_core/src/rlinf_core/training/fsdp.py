@@ -43,7 +43,7 @@ def shard(
     min_unit_size: int = 0,
     cpu_offload: bool = False,
 ) -> None:
-    """Shard a policy in place over a mesh; parameters stay float32, compute units are gathered in `compute_dtype`.
+    """Shard a policy in place over a mesh; parameters keep their dtype, compute units are gathered in `compute_dtype`.
 
     Inputs are never cast (contract 3): FSDP's default would turn the flow-matching time into bfloat16.
 
@@ -171,7 +171,8 @@ def allocate(policy: nn.Module, device: torch.device) -> None:
 @torch.no_grad()
 def _fill(policy: nn.Module, device: torch.device, value: Callable[[str, tuple[int, ...]], torch.Tensor]) -> None:
     for name, parameter in policy.named_parameters():
-        whole = value(name, tuple(parameter.shape)).to(dtype=torch.float32, device=device)
+        # float32, except for frozen parameters that are held in less (`lora.base_dtype`).
+        whole = value(name, tuple(parameter.shape)).to(dtype=parameter.dtype, device=device)
         if isinstance(parameter, DTensor):
             mesh, placements = parameter.device_mesh, parameter.placements
             # src_data_rank=None: slice locally, as every rank has the full tensor.

@@ -107,6 +107,29 @@ def _pairs(dimensions: Pi0Dimensions) -> Iterator[tuple[str, tuple[Part, ...]]]:
             )
 
 
+def linear_layers(dimensions: Pi0Dimensions, *, every: bool = False) -> list[str]:
+    """The linear layers that a loss reaches, or every one, by the names of the tables, without `.weight`.
+
+    The adaptive norms' matrices are left out: one product computes all of them (`gemma.Modulation`).
+    """
+    layers = [
+        f"vision.blocks.{i}.{name}"
+        for i in range(dimensions.vision.depth)
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+    ]
+    layers.append("vision.head.projector")
+    last = dimensions.vlm.depth - 1
+    for i in range(dimensions.vlm.depth):
+        for expert in ("vlm", "expert"):
+            own = ("k_proj", "v_proj") if (expert, i) == ("vlm", last) and not every else _LANGUAGE_MATRICES
+            layers += [f"layers.{i}.{expert}.{name}" for name in own]
+    pi05, pi0 = ("time_mlp_in", "time_mlp_out"), ("state_proj", "action_time_mlp_in", "action_time_mlp_out")
+    return [*layers, "action_in_proj", "action_out_proj", *(pi05 if dimensions.pi05 else pi0)]
+
+
+_LANGUAGE_MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
 def _prefix_end(sizes: GemmaDimensions, block: str) -> Iterator[tuple[str, tuple[Part, ...]]]:
     """The parameters of the prefix's last layer that no loss reaches."""
     yield "prefix_end.q_proj.weight", _stack(block, "weight", {"q_proj": _qkv(sizes)["q_proj"]})

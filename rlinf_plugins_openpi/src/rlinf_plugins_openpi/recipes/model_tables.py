@@ -9,7 +9,7 @@ from rlinf_core.errors import did_you_mean
 from rlinf_plugins_openpi.datasets.config import OpenpiDatasetConfig
 from rlinf_plugins_openpi.recipes.formats import FORMATS, ROBOCASA, RlinfFormat
 from rlinf_plugins_openpi.recipes.values import Values
-from rlinf_plugins_openpi.settings import NO_LORA
+from rlinf_plugins_openpi.settings import LORA
 
 _MODEL, _OPENPI, _DATA = "actor.model", "actor.model.openpi", "actor.model.openpi_data"
 TOKENIZER = "google/paligemma-3b-pt-224"
@@ -51,7 +51,11 @@ def read_policy(values: Values, cls: type[OpenpiDatasetConfig], *, port: bool, a
 
 def _refuse_others(values: Values) -> None:
     if values.switch(f"{_MODEL}.is_lora"):
-        values.refuse(f"{_MODEL}.is_lora", f"{NO_LORA}. To train all weights: {_MODEL}.is_lora=False")
+        values.refuse(
+            f"{_MODEL}.is_lora",
+            f"where RLinf puts adapters is not translated: import with {_MODEL}.is_lora=False, and write a table "
+            "[policy.lora] with rank, alpha and targets into the config",
+        )
     if values.switch(f"{_OPENPI}.use_rlt"):
         values.refuse(
             f"{_OPENPI}.use_rlt",
@@ -77,7 +81,7 @@ def _variant(values: Values) -> str:
         lora = any("lora" in str(name) for name in names)
         values.refuse(
             f"{_OPENPI}.paligemma_variant",
-            NO_LORA if lora else f"{' and '.join(map(str, names))}: available are gemma_2b with gemma_300m",
+            LORA if lora else f"{' and '.join(map(str, names))}: available are gemma_2b with gemma_300m",
         )
     return found or "base"
 

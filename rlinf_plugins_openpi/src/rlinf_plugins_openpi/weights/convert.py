@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, NamedTuple
 from rlinf_core import UserError
 from rlinf_core.files import check_writable, writing
 from rlinf_core.terminal import print_progress
+from rlinf_plugins_openpi.lora.config import EXPERTS
 from rlinf_plugins_openpi.model.dimensions import VARIANTS, Pi0Dimensions
 from rlinf_plugins_openpi.weights.files import SINGLE, TensorFiles, open_files, orbax_folder
 from rlinf_plugins_openpi.weights.hub import find_weights
-from rlinf_plugins_openpi.weights.layouts import FoundLayout, find_layout
+from rlinf_plugins_openpi.weights.layouts import JAX, FoundLayout, find_layout
+from rlinf_plugins_openpi.weights.lora import MergedLora, Scaling, is_lora
 from rlinf_plugins_openpi.weights.names import UNUSED_HEAD
 from rlinf_plugins_openpi.weights.saving import (
     Entry,
@@ -34,6 +36,7 @@ WHAT = """\
 SOURCE is a folder with openpi's JAX parameters (`params/`, of a gs://openpi-assets checkpoint), a folder or file of
 PyTorch weights from openpi, lerobot or RLinf, or a model's id on the hub. Its layout is recognised by its tensor names;
 missing, unexpected or misshapen tensors are errors. FOLDER gets model.safetensors, for policy.weights and for openpi.
+Parameters of openpi's LoRA training are merged into the weights that they change, in float32.
 """
 
 
@@ -54,24 +57,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = WHAT
     parser.add_argument("source", metavar="SOURCE", help="a folder, a file, or owner/name[@revision] on the hub")
     parser.add_argument("--output", metavar="FOLDER", required=True, help="where model.safetensors is written")
+    parser.add_argument(
+        "--lora-alpha",
+        nargs=2,
+        type=float,
+        metavar=("VLM", "EXPERT"),
+        help="alpha of openpi's LoRA in both experts, which JAX parameters do not say; default: their ranks, as in "
+        "gemma_2b_lora and gemma_300m_lora",
+    )
+    parser.add_argument("--rslora", action="store_true", help="openpi's LoRA was trained with rslora")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="of all tensors in the file; default: as in SOURCE")
 
 
 def run(options: argparse.Namespace) -> None:
     """Convert, and print the result."""
-    done = convert(options.source, Path(options.output).expanduser(), options.dtype)
+    scaling = None
+    if options.lora_alpha or options.rslora:
+        scaling = Scaling(dict(zip(EXPERTS, options.lora_alpha or (), strict=False)), options.rslora)
+    done = convert(options.source, Path(options.output).expanduser(), options.dtype, scaling)
     kind = "π0.5" if done.dimensions.pi05 else "π0"
     print(f"{options.source}: {kind} in {done.layout}")
     print(f"{done.path}: {done.tensors} tensors, {done.size / 1e9:.1f} GB, openpi's PyTorch layout")
 
 
-def convert(source: str, output: Path, dtype: str | None = None) -> Converted:
+def convert(source: str, output: Path, dtype: str | None = None, scaling: Scaling | None = None) -> Converted:
     """Write weights in openpi's PyTorch layout.
 
     Args:
         source: The command's SOURCE.
         output: The folder for `model.safetensors`; created if needed.
         dtype: `"fp32"` or `"bf16"` for all tensors; None: each keeps its own.
+        scaling: How openpi's LoRA is scaled; None: as in openpi's variants.
 
     Raises:
         UserError: The source does not fit π0 or π0.5 in a known size, or the output exists already, cannot be written
@@ -84,6 +100,10 @@ def convert(source: str, output: Path, dtype: str | None = None) -> Converted:
     where = find_weights(source)
     files = _open(where)
     layout = find_layout(files.shapes, str(where))
+    if layout.layout is JAX and any(map(is_lora, files.shapes)):
+        files = MergedLora(files, scaling or Scaling({}))
+    elif scaling is not None:
+        raise UserError(f"--lora-alpha and --rslora are for openpi's LoRA, and {where} has none: leave them out")
     dimensions = dimensions_of(files, layout, where)
     weights = PublishedWeights(where, dimensions, files)
     shapes = table_shapes(dimensions)

@@ -103,7 +103,10 @@ class Mismatch:
             yield "this looks like only a part of the weights: is a file missing?"
         yield from self._other_sizes()
         if any("lora" in key.lower() for key in self.unexpected):
-            yield "this looks like weights with unmerged LoRA adapters: merge them with the software that trained them"
+            yield (
+                "this looks like weights with unmerged LoRA adapters: merge them with the software that trained them, "
+                "or openpi's JAX parameters with `rlinf convert`"
+            )
         elif parts := sorted({part for part in RL_PARTS for key in self.unexpected if part in key}):
             yield f"this looks like a reinforcement-learning checkpoint ({', '.join(parts)}…): save the policy alone"
 

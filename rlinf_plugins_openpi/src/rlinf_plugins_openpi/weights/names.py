@@ -23,6 +23,15 @@ UNUSED = frozenset({UNUSED_HEAD})
 """In published files but not in the model: a token head [vocabulary, expert width] that no loss reaches."""
 
 
+def part_of(name: str) -> str:
+    """The part of the model that a published module or parameter belongs to."""
+    if name.startswith((f"{PALIGEMMA}model.vision_tower", f"{PALIGEMMA}model.multi_modal_projector")):
+        return "vision"
+    if name.startswith(PALIGEMMA):
+        return "vlm"
+    return "expert" if name.startswith(EXPERT) else "projections"
+
+
 def published_names(dimensions: Pi0Dimensions) -> dict[str, str]:
     """Our names -> published names, in the order of use."""
     return dict(_all(dimensions))

@@ -1,0 +1,1 @@
+"""openpi's own LoRA: its settings, its layers, and its JAX checkpoints."""
