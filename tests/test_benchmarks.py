@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 COMMANDS = {
     "checkpoint": ("--rounds=1", "--width=16"),
     "data_loading": ("--cases=image_h10", "--rounds=1", "--seconds=0.1", "--frames=12"),
+    "gpu_probe": ("--tiny", "--device=cpu"),
     "norm_stats": ("--frames=32",),
     "text_step": ("--rounds=1", "--steps=1", "--batch=2", "--vocabulary=512", "--sides=transformers"),
     "training_step": ("--size=minimal", "--batch=1", "--rounds=1", "--without-peers"),
@@ -23,6 +24,7 @@ COMMANDS = {
 EXPECTED = {
     "checkpoint": {"stall_vs_rank0_save", "sync_stall_vs_rank0_save"},
     "data_loading": {"image_h10"},
+    "gpu_probe": {"failed", "vision default forward_ms", "step, micro batch 2, not compiled samples_per_second"},
     "norm_stats": {"vs_openpi_loader", "frames_per_second"},
     "text_step": {"tokens_per_second_vs_transformers", "packed_vs_transformers_packed"},
     "training_step": {"flops_over_useful"},
