@@ -1,4 +1,4 @@
-"""Are attention's kernels right at the model's shapes, which are fast, and what does the GPU give in matrix products?"""
+"""Are attention's kernels right at the model's shapes, which are fast, and how fast are matrix products?"""
 
 from __future__ import annotations
 

@@ -82,6 +82,19 @@ def test_without_data_samples_are_the_longest_and_nobody_is_asked(monkeypatch):
     assert shorter.memory().activations < made.memory().activations
 
 
+def test_compiled_blocks_are_counted_on_cuda_and_suggested_before_checkpointing():
+    compiled, eager = ([*STEP, "trainer.device=auto", *more] for more in ((), ("trainer.compile=false",)))
+    made, other = planned(QUICKSTART, compiled), planned(QUICKSTART, eager)
+    assert (made.compiled, other.compiled) == (True, False)
+    assert made.memory().activations < other.memory().activations
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rlinf_core.plan.advice.usable", lambda *_: other.memory().total - 1)
+        patch.setattr("rlinf_core.costs.memory.usable", lambda *_: other.memory().total - 1)
+        settings = [change.settings for change in advise(other, repository_plugins(), 1)]
+    first = next(number for number, text in enumerate(settings) if "activation_checkpointing" in text)
+    assert settings.index("trainer.compile = true with trainer.micro_batch_size = 4") < first
+
+
 def test_text_is_planned_with_padding_as_cuda_computes_it():
     packed = planned(TEXT, ["trainer.param_dtype=bf16"])
     assert packed.flops_per_sample < packed.computed_per_sample < 2 * packed.flops_per_sample
