@@ -88,6 +88,7 @@ def test_facts_as_json(validate):
     assert facts["prompts"].startswith("0 of 3 different prompts cut to policy.max_token_len = 200, the longest has 12")
     assert (facts["weights"], facts["starts"], facts["launcher"]) == ("initial values", "at step 0", "torchrun")
     assert facts["loggers"] == "console, jsonl"
+    assert facts["compiled_blocks"] == "no, on the CPU"
 
 
 def test_every_problem_is_found_at_once(findings, tmp_path):

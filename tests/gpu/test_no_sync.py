@@ -107,7 +107,7 @@ ADAMW = AdamW(1e-3, (0.9, 0.95), 1e-8, 1e-10)
 class MuonRecipe:
     """`optim.type = "muon"` without pydantic."""
 
-    lr, unused_weight_decay = 1e-3, 0.0
+    lr, unused_weight_decay, elementwise = 1e-3, 0.0, False
 
     def build(self, parameters):
         return Muon(

@@ -5,17 +5,26 @@ python -m pytest --noconftest -m gpu tests/gpu/test_packed_attention_on_cuda.py`
 test itself where there is no GPU: there the rows are spread over a grid instead.
 """
 
+import contextlib
 import os
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from rlinf_core.training.blocks import prepare_block
-from rlinf_plugins_openpi.model.attention import KeysValues, PrefixContext, attend_within, bias, rotation, spread
+from rlinf_plugins_openpi.model.attention import (
+    KeysValues,
+    Sequences,
+    SuffixSequences,
+    attend_jointly,
+    attend_within,
+    prefix_attention,
+)
 from rlinf_plugins_openpi.model.dimensions import GemmaDimensions, Pi0Dimensions, VisionDimensions
-from rlinf_plugins_openpi.model.packing import Packing, pack
+from rlinf_plugins_openpi.model.packing import Packing, pack, pack_suffix
 from rlinf_plugins_openpi.model.pi0 import Pi0
 
 DEVICE = torch.device(os.environ.get("RLINF_CHECK_DEVICE", "cuda"))
@@ -66,17 +75,102 @@ def test_each_sample_attends_to_itself(name, heads, kv_heads, head_dim):
     qkv = values.to(DEVICE).requires_grad_()
     q, k, v = qkv.split([heads, kv_heads, kv_heads], 1)
     kv = KeysValues(k, v)  # Views, as the layer has them: rows lie further apart than they are long.
-    context = PrefixContext(
-        rotation(packing.positions, head_dim), packing, bias(packing.valid[:, None, None], torch.bfloat16)
-    )
-    grid = spread(kv, packing)
-    if DEVICE.type == "cuda":  # The grid is not for this: whoever reads it shows.
-        grid = KeysValues(*(torch.full_like(one, torch.nan) for one in grid))
-    got = attend_within(q, kv, grid, context)[: sum(lengths)]
+    attention = prefix_attention(packing, qkv)
+    assert isinstance(attention, Sequences) == (DEVICE.type == "cuda")
+    got = attend_within(q, kv, attention)[0][: sum(lengths)]
     (got * weights.to(DEVICE)).sum().backward()
     assert apart(got, wanted) < 0.01
     assert apart(qkv.grad[: sum(lengths)], exact.grad[: sum(lengths)]) < 0.01
     assert not qkv.grad[sum(lengths) :].any()
+
+
+@pytest.mark.parametrize("low", [0, -120])
+@pytest.mark.parametrize("first_alone", [False, True], ids=["pi05", "pi0"])
+@pytest.mark.parametrize("name", LENGTHS)
+@pytest.mark.parametrize(("heads", "head_dim", "tokens"), [(8, 256, 10), (8, 256, 16), (8, 256, 32), (4, 16, 5)])
+def test_the_suffix_attends_to_prefix_and_itself(name, heads, head_dim, tokens, first_alone, low):
+    """Values and gradients, to bfloat16's rounding of those in float64.
+
+    With every logit near -120, cuDNN's backward pass of masked attention returns NaN where the number of keys leaves a
+    remainder of 64 when divided by 128 (pytorch #196678).
+    """
+    packing = packing_of(*LENGTHS[name], DEVICE)
+    rows, size = len(packing.positions), len(packing.lengths)
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, head_dim, generator=generator)
+
+    q, own = normal(size, tokens, heads), [normal(size, tokens, 1) for _ in "kv"]
+    prefix = [normal(rows, 1) for _ in "kv"]
+    if low:
+        q, own[0], prefix[0] = 0.1 * q, 0.1 * own[0], 0.1 * prefix[0]
+        q[..., 0], own[0][..., 0], prefix[0][..., 0] = 1.0, low * head_dim**0.5, low * head_dim**0.5
+    values = [one.to(torch.bfloat16) for one in (q, *own, *prefix)]
+    weights = torch.randn(size, tokens, heads * head_dim, generator=generator).to(torch.bfloat16)
+
+    exact = [one.double().requires_grad_() for one in values]
+    wanted = each_suffix(exact, packing.starts.tolist(), first_alone)
+    (wanted * weights).sum().backward()
+
+    given = [one.to(DEVICE).requires_grad_() for one in values]
+    with packed_on_cpu():
+        sequences = SuffixSequences(pack_suffix(packing, tokens, first_alone=first_alone), tokens, 2048)
+        got = attend_jointly(given[0], KeysValues(*given[3:]), KeysValues(*given[1:3]), sequences)
+        (got * weights.to(DEVICE)).sum().backward()
+    assert apart(got, wanted) < 0.01
+    real = int(packing.starts[-2])
+    for one, other in zip(given, exact, strict=True):
+        gradient, expected = one.grad, other.grad
+        if len(one) == rows:
+            assert not gradient[real:].any()
+            gradient, expected = gradient[:real], expected[:real]
+        assert gradient.isfinite().all()
+        # The first channel makes the logits low. Its gradient is a sum of numbers that cancel, times thousands.
+        first = 1 if low else 0
+        assert apart(gradient[..., first:], expected[..., first:]) < 0.02
+
+
+def each_suffix(tensors, starts, first_alone):
+    """What is wanted, sample by sample: [B, T, N·D]."""
+    out, (q, k, v, prefix_k, prefix_v) = [], tensors
+    for sample, (begin, end) in enumerate(pairwise(starts[:-1])):
+        keys, values = (
+            torch.cat((prefix[begin:end], own[sample])).transpose(0, 1)
+            for prefix, own in ((prefix_k, k), (prefix_v, v))
+        )
+        scores = q[sample].transpose(0, 1) @ keys.mT * q.shape[-1] ** -0.5
+        if first_alone:
+            hidden = torch.zeros(scores.shape[1:], dtype=torch.bool)
+            hidden[0, end - begin + 1 :] = True
+            scores = scores.masked_fill(hidden, -torch.inf)
+        out.append((scores.softmax(-1) @ values).transpose(0, 1).flatten(1))
+    return torch.stack(out)
+
+
+def packed_on_cpu():
+    """Where there is no GPU, a stand-in for its kernel."""
+    if DEVICE.type == "cuda":
+        return contextlib.nullcontext()
+    from varlen_on_cpu import packed_attention
+
+    return packed_attention()
+
+
+def test_vision_attention_is_that_of_float64():
+    """By whatever kernel torch chooses for the published size, without a mask."""
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(4, 256, 3, 16, 72, generator=generator).to(torch.bfloat16)
+    weights = torch.randn(4, 256, 16 * 72, generator=generator).to(torch.bfloat16)
+    found = []
+    for given in (qkv.double(), qkv.to(DEVICE)):
+        given.requires_grad_()
+        q, k, v = given.transpose(1, 3).unbind(2)
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        (out * weights.to(given.device)).sum().backward()
+        found.append((out, given.grad))
+    for got, wanted in zip(found[1], found[0], strict=True):
+        assert apart(got, wanted) < 0.01
 
 
 def apart(got, wanted):

@@ -109,6 +109,7 @@ def train(
         out.loss_sum.backward()
         losses.append(float(out.loss_sum.detach() / out.weight))
         if last:
+            ema.before_step()
             ema.update(optimizer.step(out.weight * MICRO_BATCHES).skipped)
     with ema.in_place_of_weights():
         averaged = {name: p.detach().full_tensor().cpu().clone() for name, p in policy.named_parameters()}

@@ -77,11 +77,22 @@ def test_without_data_samples_are_the_longest_and_nobody_is_asked(monkeypatch):
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was asked"))
     made = planned(QUICKSTART, [*NOT_HERE, "policy.max_token_len=150"])
     assert "nobody/nothing is not on this machine" in " ".join(made.assumptions)
-    shorter = planned(QUICKSTART, [*NOT_HERE, "policy.max_token_len=20", "trainer.compile=true"])
-    assert [text for text in shorter.assumptions if "trainer.compile is not counted" in text]
-    assert "trainer.compile" not in " ".join(made.assumptions)
+    shorter = planned(QUICKSTART, [*NOT_HERE, "policy.max_token_len=20"])
     assert shorter.flops_per_sample < made.flops_per_sample
     assert shorter.memory().activations < made.memory().activations
+
+
+def test_compiled_blocks_are_counted_on_cuda_and_suggested_before_checkpointing():
+    compiled, eager = ([*STEP, "trainer.device=auto", *more] for more in ((), ("trainer.compile=false",)))
+    made, other = planned(QUICKSTART, compiled), planned(QUICKSTART, eager)
+    assert (made.compiled, other.compiled) == (True, False)
+    assert made.memory().activations < other.memory().activations
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rlinf_core.plan.advice.usable", lambda *_: other.memory().total - 1)
+        patch.setattr("rlinf_core.costs.memory.usable", lambda *_: other.memory().total - 1)
+        settings = [change.settings for change in advise(other, repository_plugins(), 1)]
+    first = next(number for number, text in enumerate(settings) if "activation_checkpointing" in text)
+    assert settings.index("trainer.compile = true with trainer.micro_batch_size = 4") < first
 
 
 def test_text_is_planned_with_padding_as_cuda_computes_it():
@@ -111,13 +122,18 @@ def test_json_has_the_same_in_bytes(capsys):
 def test_changes_that_make_it_fit_do(monkeypatch):
     made = planned(QUICKSTART, [*NOT_HERE, *STEP[:1], "trainer.global_batch_size=64", "trainer.micro_batch_size=64"])
     room = made.memory().total * 0.75
-    monkeypatch.setattr("rlinf_core.plan.advice.usable", lambda card: room)
-    monkeypatch.setattr("rlinf_core.costs.memory.usable", lambda card: room)
+    monkeypatch.setattr("rlinf_core.plan.advice.usable", lambda *_: room)
+    monkeypatch.setattr("rlinf_core.costs.memory.usable", lambda *_: room)
     changes = {change.settings: change for change in advise(made, repository_plugins(), 1)}
     assert all(change.peak <= room for change in changes.values())
     assert "trainer.micro_batch_size = 32" in changes
     full = changes['trainer.activation_checkpointing = "full" with trainer.micro_batch_size = 64']
-    assert full.peak == made.counting("full", repository_plugins()).memory(activation_checkpointing="full").total
+    assert (
+        full.peak
+        == made.counting({"activation_checkpointing": "full"}, repository_plugins())
+        .memory(activation_checkpointing="full")
+        .total
+    )
 
 
 def test_another_trainer_and_ranks_that_do_not_divide_are_refused():
@@ -179,7 +195,8 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not():
     ]
     assert size == max(fits) < 48
     assert largest_micro_batch(UNITS, GROWS, sharding, 48, 1e6) == 0
-    assert 79e9 < usable(80) < 80 * 2**30
+    assert 79e9 < usable(80, Sharding()) < 80 * 2**30
+    assert 0.9e9 < usable(80, Sharding()) - usable(80, Sharding(ranks=8)) < 1e9
 
 
 def test_traffic_follows_the_settings():

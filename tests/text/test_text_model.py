@@ -57,10 +57,10 @@ def assert_same_gradients(found, expected):
 
 
 def losses_of_tokens(module, policy, *texts):
-    inputs, tokens, trained = module.lm._laid_out(policy.collate([sample(*texts)]))
+    inputs, tokens, predicting = module.lm._laid_out(policy.collate([sample(*texts)]))
     with torch.no_grad():
         logits = module.lm.model(**inputs, use_cache=False).logits[0, :-1]
-    return torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="none")[trained[0, 1:]]
+    return torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="none")[predicting]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -132,8 +132,8 @@ def test_padding_that_stays_changes_nothing():
     batch = policy.collate([sample(text) for text in TEXTS])
     hidden = []
     for keep in (False, True):
-        inputs, _, trained = module.lm._laid_out(batch, keep_padding=keep)
-        hidden.append(module.lm.model.base_model(**inputs, use_cache=False).last_hidden_state[trained])
+        inputs, _, predicting = module.lm._laid_out(batch, keep_padding=keep)
+        hidden.append(module.lm.model.base_model(**inputs, use_cache=False).last_hidden_state[0][predicting])
     torch.testing.assert_close(hidden[0], hidden[1], rtol=0, atol=1e-6)
 
 

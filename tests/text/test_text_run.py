@@ -165,7 +165,8 @@ def test_an_exported_run_is_a_folder_of_transformers(trained, tmp_path, capsys, 
         length = tokens.shape[1]
         sizes = torch.tensor([[length, 0]], dtype=torch.int32)
         batch = {"tokens": tokens, "positions": torch.arange(length)[None], "trained": labels >= 0}
-        out = loaded(batch | {"document_lengths": sizes})
+        predicting = (labels[0, 1:] >= 0).nonzero().flatten()
+        out = loaded(batch | {"document_lengths": sizes, "packing": {"predicting": predicting}})
         return float(out.loss_sum.detach() / out.weight)
 
     with torch.no_grad():

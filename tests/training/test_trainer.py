@@ -2,6 +2,8 @@
 
 import json
 import math
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,9 @@ from rlinf_core import Metric
 from rlinf_core.config.load import load_config
 from rlinf_core.errors import UserError
 from rlinf_core.loggers.jsonl import read_rows
+from rlinf_core.training.blocks import Compilation
+from rlinf_core.training.build import prepare_blocks
+from rlinf_core.training.config import Fsdp2TrainerConfig
 from rlinf_core.training.distributed.processes import processes
 from rlinf_core.training.stopping import Best
 from rlinf_core.training.trainer import Fsdp2Trainer
@@ -257,3 +262,32 @@ def test_a_policy_without_blocks_cannot_be_checkpointed_or_compiled(train, monke
     monkeypatch.setattr(toy_policy.ToyModule, "shard_units", lambda self: iter(()))
     with pytest.raises(UserError, match=r"'trainable_toy' names none: its shard_units\(\) must say"):
         train("trainer.compile=true")
+
+
+def test_a_run_says_once_what_it_compiled(train, monkeypatch, capsys):
+    import torch._dynamo
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    train("trainer.compile=true", "runner.max_steps=3")
+    out = capsys.readouterr().out
+    assert out.count("torch.compile made ") == 1
+    assert "graphs for the policy's 2 blocks" in out
+    assert "runs eagerly" not in out
+    assert "as one graph" not in out
+    train("runner.name=eager", "runner.max_steps=3")
+    assert "torch.compile" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("settings", "on_cuda", "on_cpu"),
+    [({}, True, False), ({"compile": True}, True, True), ({"compile": False}, False, False)],
+)
+def test_blocks_are_compiled_on_cuda_unless_the_config_says_otherwise(settings, on_cuda, on_cpu):
+    config = Fsdp2TrainerConfig(**settings)
+    assert (config.compiles("cuda"), config.compiles("cpu")) == (on_cuda, on_cpu)
+
+
+def test_a_policy_without_blocks_runs_eagerly_where_nobody_asked_for_compilation():
+    policy = SimpleNamespace(shard_units=lambda: iter(()))
+    prepare_blocks(None, policy, "none", Compilation(), wanted=False)

@@ -36,6 +36,7 @@ from rlinf_core.plugins.registry import Plugins
 from rlinf_core.training.checkpoint.image_files import compare_images, record_images
 from rlinf_core.training.resume import Flags, Start, decide_start
 from rlinf_core.training.run_folder import read_folder
+from rlinf_core.training.settings import Fsdp2Settings
 from rlinf_core.training.stopping import compared_metric
 
 DIAGNOSED_ROWS = 65_536
@@ -133,6 +134,8 @@ def check_run(run: RunConfig, plugins: Plugins, ranks: int | None = None, *, all
         report.facts["plugins_left_out"] = "; ".join(map(str, plugins.failures))
     if run.runner.val_check_interval:
         report.facts["evaluators"] = ", ".join(evaluator_names(run))
+    if isinstance(run.trainer, Fsdp2Settings):
+        report.facts["compiled_blocks"] = run.trainer.compile_fact
     report.facts["loggers"] = ", ".join(dict.fromkeys(("console", "jsonl", *run.runner.loggers)))
     return report
 

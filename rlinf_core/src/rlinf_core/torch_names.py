@@ -56,8 +56,15 @@ __all__ = [
     "set_plan_key",
     "shard_like",
     "write_shards",
+    # `torch.compile`: `training.blocks`.
+    "compiled_graphs",
+    "compiler_errors",
+    "graph_break_errors",
+    "raise_recompile_limit",
+    "recompile_limit_errors",
     # Operations as torch dispatches them: `costs.flops`, `training.blocks`.
     "ATTENTION",
+    "EXPENSIVE",
     "FLASH",
     "FLASH_BACKWARD",
     "TorchDispatchMode",
@@ -88,6 +95,8 @@ ATTENTION = frozenset(
     }
 )
 """Forward passes of torch's fused attention."""
+EXPENSIVE = ATTENTION | {_aten.mm.default, _aten.addmm.default, _aten.bmm.default}
+"""Operations whose results cost more to compute than to store."""
 FLASH = "aten._scaled_dot_product_flash_attention"
 FLASH_BACKWARD = "aten._scaled_dot_product_flash_attention_backward"
 VARLEN = "torch_attn._varlen_attn"
@@ -145,6 +154,42 @@ def implemented(operation: str, function: Callable[..., Any], key: str) -> Itera
 def shard_like(tensor: DTensor, local: torch.Tensor) -> DTensor:
     """A DTensor with the mesh and placement of another, whose local shard is `local`, on any device."""
     return DTensor(local, tensor._spec, requires_grad=False)  # type: ignore[no-untyped-call]
+
+
+def compiled_graphs() -> int:
+    """How many graphs torch.compile has made in this process."""
+    from torch._dynamo.utils import counters  # Imported late: it takes a second.
+
+    return int(counters["stats"]["unique_graphs"])
+
+
+def raise_recompile_limit(limit: int) -> int:
+    """Let torch.compile make at least this many variants of a function; returns how many it may make."""
+    from torch._dynamo import config
+
+    config.recompile_limit = max(config.recompile_limit, limit)
+    return config.recompile_limit
+
+
+def recompile_limit_errors() -> tuple[type[BaseException], ...]:
+    """Raised with `fullgraph=True` if a function has reached the limit of its compiled variants."""
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
+    return (FailOnRecompileLimitHit,)
+
+
+def graph_break_errors() -> tuple[type[BaseException], ...]:
+    """Raised with `fullgraph=True` if a function cannot be compiled as one graph."""
+    from torch._dynamo.exc import Unsupported
+
+    return (Unsupported,)
+
+
+def compiler_errors() -> tuple[type[BaseException], ...]:
+    """Raised if compilation fails, for example because there is no C compiler."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    return (TorchDynamoException,)
 
 
 def set_plan_key(planner: DefaultSavePlanner, key: str) -> None:

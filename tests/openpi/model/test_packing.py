@@ -5,49 +5,15 @@ from itertools import pairwise
 
 import pytest
 import torch
-import torch.nn.attention.varlen
 import torch.nn.functional as F
 from padded_pi0 import padded_losses
+from small_pi0 import VISION, batch_of, build, with_packing
+from varlen_on_cpu import packed_attention
 
 from rlinf_core.training.blocks import prepare_block
-from rlinf_plugins_openpi.model import gemma
-from rlinf_plugins_openpi.model.attention import attend_end_to_end
-from rlinf_plugins_openpi.model.dimensions import GemmaDimensions, Pi0Dimensions, VisionDimensions
-from rlinf_plugins_openpi.model.packing import Packing, multiple_for, pack, rearrange
+from rlinf_plugins_openpi.model.dimensions import GemmaDimensions, Pi0Dimensions
+from rlinf_plugins_openpi.model.packing import Packing, multiple_for, pack, pack_suffix, rearrange
 from rlinf_plugins_openpi.model.pi0 import Pi0
-
-VLM = GemmaDimensions(width=16, depth=3, mlp_dim=24, num_heads=4, num_kv_heads=2, head_dim=8)
-EXPERT = GemmaDimensions(width=12, depth=3, mlp_dim=20, num_heads=4, num_kv_heads=2, head_dim=8)
-VISION = VisionDimensions(width=8, depth=2, mlp_dim=12, num_heads=2, patch_size=4, image_size=8)
-
-
-def build(pi05, dtype=torch.float32):
-    model = Pi0(Pi0Dimensions(pi05, 6, 3, 32, VLM, EXPERT, VISION))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return model.to(dtype)
-
-
-def batch_of(cameras, texts, dtype=torch.float32, seed=1):
-    """A batch of samples with these cameras (booleans) and prompts of these lengths, padded to the longest."""
-    generator, size = torch.Generator().manual_seed(seed), len(texts)
-
-    def normal(*shape):
-        return torch.randn(size, *shape, generator=generator).to(dtype)
-
-    return {
-        "images": torch.randint(0, 256, (size, len(cameras[0]), 8, 8, 3), dtype=torch.uint8, generator=generator),
-        "image_mask": torch.tensor(cameras),
-        "tokens": torch.randint(0, 32, (size, max(texts) + 2), generator=generator),
-        "token_mask": torch.arange(max(texts) + 2) < torch.tensor(texts)[:, None],
-        "state": normal(6),
-        "actions": normal(3, 6),
-        "noise": normal(3, 6),
-        "time": torch.rand(size, generator=generator).to(dtype),
-    }
-
 
 BATCHES = {
     "all there": ([[True, True]] * 2, [5, 5]),
@@ -55,11 +21,6 @@ BATCHES = {
     "nothing to read": ([[False, False], [True, False]], [0, 4]),
     "no images": ([[False], [False]], [2, 3]),
 }
-
-
-def with_packing(batch, multiple):
-    masks = (batch["image_mask"], batch["token_mask"])
-    return {**batch, "packing": pack(*masks, image_tokens=VISION.num_tokens, multiple=multiple)}
 
 
 def gradients(model, losses):
@@ -84,37 +45,60 @@ def test_packed_is_padded(name, pi05, dtype, loss, gradient):
         assert off <= gradient * sum(float(one.square().sum()) for one in wanted.values()) ** 0.5
 
 
-def kernel_of_cuda(query, key, value, starts, starts_of_keys, longest, longest_of_keys):
-    """What `varlen_attn` computes, and what it asks of its arguments: read off torch 2.11's FlashAttention 2."""
-    assert type(longest) is int
-    assert longest == longest_of_keys
-    assert starts.dtype == torch.int32
-    assert starts.is_contiguous()
-    assert starts is starts_of_keys
-    assert all(rows.stride(-1) == 1 and len(rows) == int(starts[-1]) for rows in (query, key, value))
-    groups, parts = query.shape[1] // key.shape[1], []
-    for begin, end in pairwise(starts.tolist()):
-        assert 0 <= end - begin <= longest
-        q, k, v = (rows[begin:end].transpose(0, 1) for rows in (query, key, value))
-        k, v = k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
-        parts.append(F.scaled_dot_product_attention(q, k, v).transpose(0, 1))
-    return torch.cat(parts)
-
-
+@pytest.mark.parametrize("multiple", [1, 64])
+@pytest.mark.parametrize("pi05", [False, True], ids=["pi0", "pi05"])
 @pytest.mark.parametrize("name", BATCHES)
-def test_the_kernel_of_cuda_is_given_what_the_grid_is(name, monkeypatch):
-    """With something simpler in its place: tests/gpu/test_packed_attention_on_cuda.py runs the kernel itself."""
-    model, batch = build(pi05=True, dtype=torch.float64), batch_of(*BATCHES[name], dtype=torch.float64)
-    batch = with_packing(batch, 64)
+def test_the_kernel_of_cuda_is_given_what_the_grid_is(name, pi05, multiple):
+    """Prefix and suffix, with something simpler in its place: tests/gpu runs the kernel itself."""
+    model, batch = build(pi05, dtype=torch.float64), batch_of(*BATCHES[name], dtype=torch.float64)
+    batch = with_packing(batch, multiple)
     in_the_grid = model.losses(batch)
     wanted = gradients(model, in_the_grid)
-    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", kernel_of_cuda)
-    monkeypatch.setattr(gemma, "attend_within", lambda q, kv, _, context: attend_end_to_end(q, kv, context.packing))
-    end_to_end = model.losses(batch)
+    sampled = model.sample_actions(batch, batch["noise"])
+    with packed_attention(), NoMasks():
+        end_to_end = model.losses(batch)
+        got = gradients(model, end_to_end)
+        torch.testing.assert_close(model.sample_actions(batch, batch["noise"]), sampled, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(end_to_end, in_the_grid, rtol=1e-10, atol=0)
-    got = gradients(model, end_to_end)
     for key in wanted:
         torch.testing.assert_close(got[key], wanted[key], rtol=0, atol=1e-10 * (1 + float(wanted[key].abs().max())))
+
+
+class NoMasks(torch.overrides.TorchFunctionMode):
+    """Fails if attention is given a mask: on H100, cuDNN's backward pass with one can return NaN (pytorch #196678)."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            assert len(args) < 4
+            assert (kwargs or {}).get("attn_mask") is None
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("first_alone", [False, True])
+def test_keys_of_the_suffix_are_the_prefix_and_what_each_query_sees(first_alone):
+    packing = Packing(**with_packing(batch_of(*BATCHES["all different"]), 16)["packing"])
+    tokens, rows, size = 3, len(packing.from_grid), len(packing.lengths)
+    suffix = pack_suffix(packing, tokens, first_alone=first_alone)
+    starts, wanted = packing.starts.tolist(), []
+    for sample, (begin, end) in enumerate(pairwise(starts[:-1])):
+        prefix, own = range(begin, end), range(rows + sample * tokens, rows + (sample + 1) * tokens)
+        wanted += [[*prefix, own[0]], [*prefix, *own]] if first_alone else [[*prefix, *own]]
+    wanted.append([*range(starts[-2], rows)] * (1 + first_alone))
+    got = [suffix.rows[begin:end].tolist() for begin, end in pairwise(suffix.key_starts.tolist())]
+    assert got == wanted
+    assert suffix.key_starts[-1] == len(suffix.rows)
+    counts = suffix.starts.diff().tolist()
+    assert counts == [*([1, tokens - 1] if first_alone else [tokens]) * size, 0]
+    # The places of a row, by which its gradient is gathered, are all places where it is a key of some query.
+    pool, filler = torch.arange(rows + size * tokens), len(suffix.rows) - 1
+    assert torch.equal(suffix.rows[suffix.inverse], pool)
+    if first_alone:
+        again = suffix.again != filler
+        assert torch.equal(suffix.rows[suffix.again[again]], pool[again])
+        places = torch.cat((suffix.inverse, suffix.again[again]))
+        assert len(places.unique()) >= len(suffix.rows) - 1
+    else:
+        assert suffix.again is None
 
 
 def test_a_sample_does_not_depend_on_those_beside_it():

@@ -50,7 +50,9 @@ def test_ways_out_are_those_that_are_not_taken_yet():
     ]
     averaged = replace(SHORT, states=States(13 * GB, 13 * GB, 26 * GB, 13 * GB))
     ways = list(ways_out(averaged, PLAIN, ranks=8))
-    assert ways[:2] == ['trainer.ema_device = "cpu"', 'trainer.activation_checkpointing = "selective"']
+    assert ways[:2] == ['trainer.activation_checkpointing = "selective"', 'trainer.ema_device = "cpu"']
+    eager = list(ways_out(averaged, PLAIN.model_copy(update={"compile": False}), ranks=8))
+    assert eager == ["trainer.compile = true", *ways]
     assert "trainer.reduce_every_micro_batch = true" in ways
     assert "trainer.num_replicas = 1" in list(ways_out(SHORT, PLAIN.model_copy(update={"num_replicas": 2}), ranks=8))
 

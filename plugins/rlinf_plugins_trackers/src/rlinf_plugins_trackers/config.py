@@ -106,17 +106,17 @@ class SwanLabConfig(TrackerConfig):
     description: str = ""
     """Description of the run."""
     mode: Literal["online", "local", "offline"] = "online"
-    """`local`: for `swanlab watch` on this machine, with the package swanboard; `offline`: for `swanlab sync` later. Both
-    write to `swanlab` in the run's folder. A run of mode `local` that is resumed gets a new experiment with all steps,
-    as SwanLab cannot continue one."""
+    """`local`: for `swanlab watch` on this machine, with the package swanboard; `offline`: for `swanlab sync` later.
+    Both write to `swanlab` in the run's folder. A run of mode `local` that is resumed gets a new experiment with all
+    steps, as SwanLab cannot continue one."""
 
     def check_library(self) -> None:
         """Also for the board of `local` runs."""
         super().check_library()
         if self.mode == "local" and find_spec("swanboard") is None:
             raise UserError(
-                'loggers.swanlab.mode = "local" needs swanboard, which is not installed. It asks for an older rich than '
-                "rlinf-core and works with both: pip install fastapi 'peewee<4' psutil ujson uvicorn && "
+                'loggers.swanlab.mode = "local" needs swanboard, which is not installed. It asks for an older rich '
+                "than rlinf-core and works with both: pip install fastapi 'peewee<4' psutil ujson uvicorn && "
                 "pip install --no-deps --pre 'swanboard>=0.1.10b2'"
             )
 

@@ -19,8 +19,9 @@ SHOWN = ("H100", "A100", "RTX 4090")
 EPILOG = """\
 Nothing is trained: the policy's own code runs on a CPU on tensors without values, and its operations are counted. No
 weights are loaded and the hub is not contacted. If the data are not available, the samples are assumed to have the
-maximum length, and a line says so. Memory is for eager training on CUDA with fused attention; GB are 10⁹ bytes. MFU is
-useful operations as a fraction of a GPU's dense bfloat16 peak; padding and recomputation are not useful operations.
+maximum length, and a line says so. Memory is for training on CUDA with fused attention and, unless trainer.compile is
+false, compiled blocks; GB are 10⁹ bytes. MFU is useful operations as a fraction of a GPU's dense bfloat16 peak; padding
+and recomputation are not useful operations.
 
 --json prints one object with these and more numbers, in bytes, operations and samples. Exit codes: 0, even if the run
 does not fit; 2 for something the user can fix.
@@ -98,6 +99,7 @@ def _object(made: Plan, changes: list[Change], options: argparse.Namespace) -> d
     return {
         "config": options.config,
         "ranks": made.ranks,
+        "compiled": made.compiled,
         "micro_batch_size": made.trainer.micro_batch_size,
         "micro_batches_a_step": made.share // made.trainer.micro_batch_size,
         "data": list(made.data),
@@ -148,6 +150,7 @@ def _facts(made: Plan, options: argparse.Namespace) -> list[list[str]]:
     facts = {
         "parameters": f"{numbers.total:,}; {numbers.trainable:,} trained, {numbers.reached:,} reached by the loss",
         "ranks": str(made.ranks),
+        "compiled blocks": made.trainer.compile_fact if made.has_blocks else "no: the policy has none",
         "sizes from": "; ".join(made.data),
         "operations/sample": f"{_flops(made.flops_per_sample)} useful ({made.flops_from}); "
         f"{_flops(made.computed_per_sample)} executed for the longest",

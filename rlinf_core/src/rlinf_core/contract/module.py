@@ -60,6 +60,9 @@ class ShardUnit(NamedTuple):
     reached: bool = True
     """False: no loss depends on its parameters, which are kept for export. They are never gathered in training and have
     neither gradients nor optimizer state; weight decay still applies to them."""
+    read_in_backward: bool = True
+    """False: gradients are computed without its parameters, as for an embedding, so that they are not gathered again
+    for the backward pass."""
 
 
 class Policy(Protocol):

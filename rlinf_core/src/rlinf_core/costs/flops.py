@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 
 from rlinf_core.torch_names import (
+    EXPENSIVE,
     FLASH,
     FLASH_BACKWARD,
     VARLEN,
@@ -57,12 +59,13 @@ class Counted:
     flops_by_operation: Mapping[str, int] = field(repr=False)
 
 
-def count(policy: Any, batch: Mapping[str, Any]) -> Counted:
+def count(policy: Any, batch: Mapping[str, Any], *, compiled: Sequence[torch.nn.Module] = ()) -> Counted:
     """Count one training pass of a policy over a batch.
 
     Args:
         policy: On the meta device, each parameter in the dtype in which it is gathered (`cast_as_gathered`).
         batch: From `collate`, on the CPU.
+        compiled: Blocks that keep for the backward pass what they keep when compiled, see `_CompiledBlock`.
 
     Raises:
         RuntimeError: The policy reads the value of a floating-point tensor (`.item()`), which does not exist here.
@@ -80,7 +83,8 @@ def count(policy: Any, batch: Mapping[str, Any]) -> Counted:
     was_training = policy.training
     policy.train()
     try:
-        with implemented("scaled_dot_product_attention", _as_on_cuda, "AutogradMeta"), meter:
+        blocks = _as_if_compiled(compiled, meter)
+        with implemented("scaled_dot_product_attention", _as_on_cuda, "AutogradMeta"), blocks, meter:
             loss = policy(batch).loss_sum
             forward, saved = meter.flops, meter.alive
             peaks = [meter.take_peak()]
@@ -130,6 +134,8 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tensors = [*policy.parameters(), *policy.buffers(), *tree_leaves(batch)]
         self._known = {storage_address(t.untyped_storage()) for t in tensors if isinstance(t, torch.Tensor)}
         self._known_results: dict[Any, tuple[Any, int]] = {}
+        self.block: _CompiledBlock | None = None
+        """The block that is in its forward pass."""
         self._kept = tensors  # Keeps their storages alive, so that no other storage reuses an address.
 
     def take_peak(self) -> int:
@@ -147,6 +153,8 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in _tensors(out):
             if tensor.is_meta:
                 self._follow(tensor.untyped_storage())
+        if self.block is not None and func in EXPENSIVE:
+            self.block.touch(_tensors(args), _tensors(out))
         return out
 
     def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -185,6 +193,83 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _forget(self, address: int, size: int) -> None:
         self._known.discard(address)
         self.alive -= size
+
+
+class _CompiledBlock:
+    """Keeps what torch.compile would keep of one call of a block, among what autograd saves.
+
+    Its partitioner computes pointwise operations again in the backward pass, in the kernels that need them. It keeps
+    the block's inputs, and inputs and results of matrix products and attention.
+    """
+
+    def __init__(self, meter: _Meter, inputs: Iterable[torch.Tensor]) -> None:
+        self._meter = meter
+        self._kept = list(inputs)
+        self._touched: set[int] = set()
+        self._saved: list[_Saved] = []
+        meter.block = self
+
+    def touch(self, inputs: Iterable[torch.Tensor], results: Iterable[torch.Tensor]) -> None:
+        """Note the inputs and results of a matrix product or attention."""
+        self._touched |= {storage_address(one.untyped_storage()) for one in inputs if one.is_meta}
+        self._kept += [one for one in results if one.is_meta]
+
+    def pack(self, tensor: torch.Tensor) -> _Saved | torch.Tensor:
+        """What autograd stores instead of a saved tensor."""
+        if not tensor.is_meta:  # Lengths and indices, which are small, and whose values count.
+            return tensor
+        self._saved.append(_Saved(self, tensor))
+        return self._saved[-1]
+
+    @staticmethod
+    def unpack(saved: _Saved | torch.Tensor) -> torch.Tensor:
+        """The saved tensor, or another like it."""
+        if isinstance(saved, torch.Tensor):
+            return saved
+        remade: torch.Tensor = _of_forms(saved.form) if saved.tensor is None else saved.tensor
+        return remade
+
+    def finish(self) -> None:
+        """Drop what would be computed again, at the end of the block's forward pass."""
+        stay = self._touched | {storage_address(one.untyped_storage()) for one in self._kept}
+        for saved in self._saved:
+            if saved.tensor is not None and storage_address(saved.tensor.untyped_storage()) not in stay:
+                saved.tensor = None
+        self._saved, self._meter.block = [], None
+
+
+class _Saved:
+    """A tensor that autograd saves for a block's backward pass."""
+
+    def __init__(self, block: _CompiledBlock, tensor: torch.Tensor) -> None:
+        self.block = block  # Which lives, with all that it keeps, until autograd's graph is freed.
+        self.form = _forms(tensor)
+        self.tensor: torch.Tensor | None = tensor
+
+
+@contextmanager
+def _as_if_compiled(blocks: Sequence[torch.nn.Module], meter: _Meter) -> Iterator[None]:
+    """Let blocks keep what they would keep when compiled."""
+    before = [block.forward for block in blocks]
+
+    def compiled(forward: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            inputs = (one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor) and one.is_meta)
+            one = _CompiledBlock(meter, inputs)
+            with torch.autograd.graph.saved_tensors_hooks(one.pack, one.unpack):
+                out = forward(*args, **kwargs)
+            one.finish()
+            return out
+
+        return call
+
+    for block, forward in zip(blocks, before, strict=True):
+        block.forward = compiled(forward)
+    try:
+        yield
+    finally:
+        for block, forward in zip(blocks, before, strict=True):
+            block.forward = forward
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

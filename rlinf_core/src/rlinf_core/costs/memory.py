@@ -15,6 +15,9 @@ MASTER = 4
 """Bytes of a number in float32."""
 RESERVED, GAPS = 1.0e9, 0.04
 """Bytes of a device's memory that driver and libraries take, and the fraction lost in gaps between tensors."""
+NCCL = 1.0e9
+"""Bytes of the buffers of an NCCL communicator. Users report 0.5 to 1.6 GB, which depends on GPUs, links and algorithms
+(NVIDIA/nccl issues 864, 964 and 1685)."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ class Unit:
     parameters: tuple[Parameter, ...]
     itemsize: int
     """Bytes per number while gathered: 2 in bfloat16, 0 if they are never gathered."""
+    read_in_backward: bool = True
+    """Whether they are gathered again for the backward pass."""
 
     @property
     def gathered(self) -> int:
@@ -96,6 +101,13 @@ class Sharding:
     def shards(self) -> int:
         """Ranks that share one copy of the model."""
         return self.ranks // self.num_replicas
+
+    @property
+    def communicators(self) -> int:
+        """NCCL communicators of a rank: of all ranks and, with replicas, of a copy's shards and of a shard's copies."""
+        if self.ranks == 1:
+            return 0
+        return 1 if self.num_replicas == 1 else 2 + (self.shards > 1)
 
 
 @dataclass(frozen=True)
@@ -216,7 +228,8 @@ def step_memory(
     kept = states(units, sharding)
     base = Memory(weights=kept.weights, optimizer=kept.optimizer, ema=kept.ema)
     if sharding.ema_on_cpu or sharding.cpu_offload:
-        base = replace(base, ema=0, on_host=kept.ema)
+        # The average, and page-locked memory where the weights land.
+        base = replace(base, ema=0, on_host=kept.ema * (1 if sharding.cpu_offload else 2))
     if sharding.cpu_offload:
         base = replace(base, weights=0, optimizer=0, on_host=kept.total)
     finished = float(kept.gradients if accumulates and not sharding.cpu_offload else 0)
@@ -253,10 +266,14 @@ def _gathered(units: Sequence[Unit], index: int, sharding: Sharding, *, released
     root = units[-1].gathered
     if index == len(units) - 1:
         return root
-    following = units[index - 1].gathered if index else 0
+
+    def again(unit: Unit) -> int:
+        return unit.gathered if unit.read_in_backward else 0
+
+    following = again(units[index - 1]) if index else 0
     # An all-gather first fills one buffer, from which the parameters are then copied.
     copies = 2 if sharding.shards > 1 else 1
-    return root + (0 if released else units[index].gathered) + copies * following
+    return root + (0 if released else again(units[index])) + copies * following
 
 
 def largest_micro_batch(
@@ -277,9 +294,9 @@ def largest_micro_batch(
     return 0
 
 
-def usable(gpu_memory: float) -> float:
+def usable(gpu_memory: float, sharding: Sharding) -> float:
     """Bytes that tensors can use, given a GPU's nominal memory in GB (nominal GB are 2³⁰ bytes)."""
-    return (gpu_memory * 2**30 - RESERVED) / (1 + GAPS)
+    return (gpu_memory * 2**30 - RESERVED - sharding.communicators * NCCL) / (1 + GAPS)
 
 
 @dataclass(frozen=True)
@@ -304,12 +321,17 @@ def traffic(units: Sequence[Unit], sharding: Sharding, micro_batches: int) -> Tr
     pass, released, and gathered again until the end of the backward pass.
     """
     others = (sharding.shards - 1) / sharding.shards
-    gathers = 2 * micro_batches if sharding.reshard_after_forward else 1
+
+    def gathers(unit: Unit) -> int:
+        if not sharding.reshard_after_forward:
+            return 1
+        return micro_batches * (1 + unit.read_in_backward)
+
     reduces = micro_batches if sharding.reduce_every_micro_batch else 1
     learning = MASTER * sum(unit.learning for unit in units)
     replicas = sharding.num_replicas
     return Traffic(
-        all_gather=gathers * others * sum(unit.gathered for unit in units),
+        all_gather=others * sum(gathers(unit) * unit.gathered for unit in units),
         reduce_scatter=reduces * others * learning,
         all_reduce=2 * (replicas - 1) / replicas * learning / sharding.shards,
     )

@@ -36,12 +36,11 @@ def advise(plan: Plan, plugins: Plugins, gpu_memory: float) -> list[Change]:
         plugins: The loaded plugins.
         gpu_memory: Nominal memory in GB, 80 for an 80 GB GPU.
     """
-    if plan.memory().total <= usable(gpu_memory):
+    if plan.memory().total <= usable(gpu_memory, plan.sharding):
         return []
     found = []
     for changes, costs in _changes(plan):
-        for key in {"activation_checkpointing"} & changes.keys():
-            plan = plan.counting(changes[key], plugins)
+        plan = plan.counting(changes, plugins)
         size = plan.largest_micro_batch(gpu_memory, **changes)
         found.append(Change(_words(changes, size), size, plan.memory(size or 1, **changes).total, costs))
     return [change for change in found if change.micro_batch] or found
@@ -51,9 +50,11 @@ def _changes(plan: Plan) -> Iterator[tuple[dict[str, Any], str]]:
     """Settings of `[trainer]` and their cost, cheapest first."""
     trainer = plan.trainer
     yield {}, "more micro batches per step"
-    ema: dict[str, Any] = {"ema_device": "cpu"} if _has_ema_on_device(plan) else {}
-    if ema:
-        yield ema, "copies the weights to the CPU each step"
+    # Changes of what blocks keep build on compilation: it costs nothing after the first steps.
+    compiled: dict[str, Any] = {}
+    if plan.has_blocks and not plan.compiled and trainer.device != "cpu":
+        compiled = {"compile": True}
+        yield compiled, "slow first steps; later ones are faster"
     if not trainer.reshard_after_forward:
         yield {"reshard_after_forward": True}, "one more all-gather per micro batch"
     if plan.ranks > 1 and plan.share > 1 and not trainer.reduce_every_micro_batch:
@@ -61,7 +62,12 @@ def _changes(plan: Plan) -> Iterator[tuple[dict[str, Any], str]]:
     if trainer.num_replicas > 1:
         yield {"num_replicas": 1}, "gathers weights from all ranks"
     if plan.has_blocks and trainer.activation_checkpointing == "none":
-        yield {"activation_checkpointing": "selective"}, "computes norms and activations twice"
+        yield compiled | {"activation_checkpointing": "selective"}, "computes norms and activations twice"
+    ema: dict[str, Any] = {"ema_device": "cpu"} if _has_ema_on_device(plan) else {}
+    if ema:
+        yield ema, "copies the weights to the CPU each step, which averages them there"
+        if compiled:
+            yield compiled | ema, "both"
     full: dict[str, Any] = {}
     if plan.has_blocks and trainer.activation_checkpointing != "full":
         full = {"activation_checkpointing": "full"}

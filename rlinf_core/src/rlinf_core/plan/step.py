@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from rlinf_core.contract.optim import TrainedParameter
 from rlinf_core.contract.run import RunConfig
@@ -26,6 +26,7 @@ from rlinf_core.training.config import Fsdp2TrainerConfig
 from rlinf_core.training.fsdp import gathered_together, unused_parameters
 from rlinf_core.training.optim import decays
 
+Keeping = Checkpointing | Literal["compiled"]
 COUNTED_SAMPLES = 8
 """Batch size for counting the mean operations."""
 
@@ -65,7 +66,7 @@ class Plan:
     units: tuple[Unit, ...] = field(repr=False)
     longest: Sample = field(repr=False)
     """The sample with the largest batch, for which memory is computed."""
-    activations: Mapping[Checkpointing, Activations] = field(repr=False)
+    activations: Mapping[Keeping, Activations] = field(repr=False)
     """Counted so far: for the run's own setting, and for others on request."""
 
     @property
@@ -82,28 +83,50 @@ class Plan:
     def memory(self, micro_batch: int | None = None, **changes: Any) -> Memory:
         """Bytes on a rank with the run's micro batch or another, and optionally with changed `[trainer]` settings."""
         size = micro_batch or self.trainer.micro_batch_size
-        sharding, checkpointing = self._with(changes)
+        sharding, keep = self._with(changes)
         accumulates = size < self.trainer.global_batch_size // sharding.ranks
-        return memory.step_memory(self.units, self.activations[checkpointing], size, sharding, accumulates=accumulates)
+        return memory.step_memory(self.units, self.activations[keep], size, sharding, accumulates=accumulates)
 
     def largest_micro_batch(self, gpu_memory: float, **changes: Any) -> int:
         """The largest micro batch that fits a GPU (GB) and divides a rank's share of the batch; 0: none fits."""
-        sharding, checkpointing = self._with(changes)
+        sharding, keep = self._with(changes)
         share = self.trainer.global_batch_size // sharding.ranks
-        capacity = memory.usable(gpu_memory)
-        return memory.largest_micro_batch(self.units, self.activations[checkpointing], sharding, share, capacity)
+        capacity = memory.usable(gpu_memory, sharding)
+        return memory.largest_micro_batch(self.units, self.activations[keep], sharding, share, capacity)
 
-    def counting(self, checkpointing: Checkpointing, plugins: Plugins) -> Plan:
-        """The same plan with another setting of `trainer.activation_checkpointing` counted as well."""
-        if checkpointing in self.activations:
+    @property
+    def sharding(self) -> Sharding:
+        """How the run shards parameters."""
+        return sharding_of(self.run, self.trainer, self.ranks)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether blocks are compiled."""
+        return self.has_blocks and compiles(self.trainer)
+
+    def counting(self, changes: Mapping[str, Any], plugins: Plugins) -> Plan:
+        """The same plan with what blocks keep under changed `[trainer]` settings counted as well."""
+        _, keep = self._with(changes)
+        if keep in self.activations:
             return self
-        counted = _count(self.run, plugins, self.longest, checkpointing)
-        return replace(self, activations={**self.activations, checkpointing: counted.activations})
+        counted = _count(self.run, plugins, self.longest, keep)
+        return replace(self, activations={**self.activations, keep: counted.activations})
 
-    def _with(self, changes: Mapping[str, Any]) -> tuple[Sharding, Checkpointing]:
+    def _with(self, changes: Mapping[str, Any]) -> tuple[Sharding, Keeping]:
         ranks = changes.get("ranks", self.ranks)
         trainer = self.trainer.model_copy(update={key: value for key, value in changes.items() if key != "ranks"})
-        return sharding_of(self.run, trainer, ranks), trainer.activation_checkpointing
+        return sharding_of(self.run, trainer, ranks), what_blocks_keep(trainer)
+
+
+def compiles(trainer: Fsdp2TrainerConfig) -> bool:
+    """Whether a run compiles its blocks, on CUDA unless it asks for the CPU."""
+    return trainer.compiles("cpu" if trainer.device == "cpu" else "cuda")
+
+
+def what_blocks_keep(trainer: Fsdp2TrainerConfig) -> Keeping:
+    """What decides which tensors blocks keep for their backward pass."""
+    chosen = trainer.activation_checkpointing
+    return "compiled" if chosen == "none" and compiles(trainer) else chosen
 
 
 def sharding_of(run: RunConfig, trainer: Fsdp2TrainerConfig, ranks: int) -> Sharding:
@@ -147,10 +170,9 @@ def plan(run: RunConfig, plugins: Plugins, ranks: int | None = None) -> Plan:
     sampled = sample_sources(run, plugins)
     assumptions += unknown
     assumptions += [source.assumption for source in sampled if source.assumption]
-    if trainer.compile:
-        assumptions.append("eager blocks: the lower memory of trainer.compile is not counted")
     longest = _longest(run, sampled)
-    counted = _count(run, plugins, longest, trainer.activation_checkpointing)
+    keep = what_blocks_keep(trainer)
+    counted = _count(run, plugins, longest, keep)
     units = counted.units
     useful, source = _useful_flops(run, plugins, sampled, changed=counted.changed)
     whole = [parameter for unit in units for parameter in unit.parameters]
@@ -173,7 +195,7 @@ def plan(run: RunConfig, plugins: Plugins, ranks: int | None = None) -> Plan:
         has_blocks=counted.has_blocks,
         units=units,
         longest=longest,
-        activations={trainer.activation_checkpointing: counted.activations},
+        activations={keep: counted.activations},
     )
 
 
@@ -188,11 +210,13 @@ class _Counted:
     """Whether plugins have changed which parameters there are or which of them train."""
 
 
-def _count(run: RunConfig, plugins: Plugins, sample: Sample, checkpointing: Checkpointing) -> _Counted:
+def _count(run: RunConfig, plugins: Plugins, sample: Sample, keep: Keeping) -> _Counted:
     """Count micro batches of two sizes, with equal samples; large enough that rounding up hardly matters."""
     sizes = (1, 2) if run.trainer.micro_batch_size < 4 else (4, 8)
-    policy, groups, changed, held = _build(run, plugins, checkpointing)
-    smaller, larger = (_count_batch(run, policy, run.policy.collate([sample] * size)) for size in sizes)
+    policy, groups, changed, held = _build(run, plugins, "none" if keep == "compiled" else keep)
+    compiled = [unit.module for unit in policy.shard_units() if unit.block] if keep == "compiled" else []
+    batches = (run.policy.collate([sample] * size) for size in sizes)
+    smaller, larger = (_count_batch(run, policy, batch, compiled) for batch in batches)
     units = _units(run, policy, groups, {name for name, _ in larger.moments}, held)
     grown = memory.activations_of(units, (sizes[0], smaller.moments), (sizes[1], larger.moments))
     has_blocks = any(unit.block for unit in policy.shard_units())
@@ -215,7 +239,7 @@ def _build(run: RunConfig, plugins: Plugins, checkpointing: Checkpointing) -> tu
     trainer = run.trainer
     assert isinstance(trainer, Fsdp2TrainerConfig)
     policy, adapters = build_on_meta(run, plugins, to_count=True)
-    prepare_blocks(run, policy, checkpointing, compiled=False)
+    prepare_blocks(run, policy, checkpointing, wanted=trainer.asks_for_blocks)
     held = {parameter: parameter.itemsize for parameter in policy.parameters()}
     groups: Groups = []
     seen: set[Any] = set()
@@ -248,10 +272,12 @@ def _units(run: RunConfig, policy: Any, groups: Groups, reached: set[str], held:
             itemsize=held[one.parameter],
         )
 
+    once = {p for unit in policy.shard_units() if not unit.read_in_backward for p in unit.module.parameters()}
     return tuple(
         Unit(
             tuple(parameter(described[p]) for p in parameters),
             0 if kept.issuperset(described[p].name for p in parameters) else itemsize,
+            read_in_backward=not once.issuperset(parameters),
         )
         for itemsize, parameters in groups
     )
@@ -321,9 +347,9 @@ def _batches(run: RunConfig, source: SampledSource, size: int) -> Iterator[tuple
         yield len(samples), run.policy.collate(samples)
 
 
-def _count_batch(run: RunConfig, policy: Any, batch: Batch) -> Counted:
+def _count_batch(run: RunConfig, policy: Any, batch: Batch, compiled: Sequence[Any] = ()) -> Counted:
     try:
-        return count(policy, batch)
+        return count(policy, batch, compiled=compiled)
     except (RuntimeError, NotImplementedError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(

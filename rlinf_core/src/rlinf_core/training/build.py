@@ -19,7 +19,7 @@ from rlinf_core.errors import UserError
 from rlinf_core.lora.apply import WithTrainedModules
 from rlinf_core.lora.files import AdapterFiles, check_base
 from rlinf_core.training.adapters import Adapters, Original, find_adapters
-from rlinf_core.training.blocks import Checkpointing, prepare_block
+from rlinf_core.training.blocks import Checkpointing, Compilation, prepare_block
 from rlinf_core.training.ema import Ema
 from rlinf_core.training.fsdp import derived_seed, layout, materialize, ranks_mesh, shard, unused_parameters
 from rlinf_core.training.optim import Optimizer, decays
@@ -41,6 +41,8 @@ class TrainState:
     """The sharded parameters: while they are gathered, the policy shows the gathered ones, in the compute dtype."""
     adapters: Adapters
     """What plugins have added to the policy."""
+    compilation: Compilation | None = None
+    """What `torch.compile` made of its blocks; None if they are not compiled."""
 
     @cached_property
     def layout(self) -> str:
@@ -67,9 +69,12 @@ def build_state(
     filled: bool = True,
 ) -> TrainState:
     """Build the policy, its optimizer and its moving average; see `build_policy`."""
-    policy, adapters = build_policy(run, config, group, plugins, weights, filled=filled)
+    compilation = Compilation() if config.compiles(group.device.type) else None
+    policy, adapters = build_policy(run, config, group, plugins, weights, filled=filled, compilation=compilation)
     optimizer, ema = build_optimizer(run, policy), build_ema(run, config, policy)
-    return TrainState(policy, optimizer, ema, dict(policy.named_parameters()), adapters)
+    if compilation is not None and not compilation.blocks:
+        compilation = None
+    return TrainState(policy, optimizer, ema, dict(policy.named_parameters()), adapters, compilation)
 
 
 def open_weights(run: RunConfig) -> WeightSource | None:
@@ -119,11 +124,12 @@ def build_policy(
     weights: WeightSource | None,
     *,
     filled: bool = True,
+    compilation: Compilation | None = None,
 ) -> tuple[Any, Adapters]:
     """Build the policy, shard it, and give it its weights: pretrained, or (`weights` is None) its initial values.
 
     What plugins have added gets its initial values from its adapters in both cases. If not `filled`, all parameters are
-    left uninitialised, for a checkpoint to load.
+    left uninitialised, for a checkpoint to load. With a `compilation`, blocks are compiled, and it learns of them.
     """
     policy, adapters = build_on_meta(run, plugins)
     if weights is not None:
@@ -133,7 +139,7 @@ def build_policy(
     if not decays(run.optim.lr, run.optim.unused_weight_decay):
         for name in unused_parameters(policy):
             policy.get_parameter(name).requires_grad_(False)
-    prepare_blocks(run, policy, config.activation_checkpointing, compiled=config.compile)
+    prepare_blocks(run, policy, config.activation_checkpointing, compilation, wanted=config.asks_for_blocks)
     shard(
         policy,
         ranks_mesh(group.device.type, group.size, config.num_replicas),
@@ -232,16 +238,27 @@ def _refuse_saved_buffers(run: RunConfig, policy: Any) -> None:
         )
 
 
-def prepare_blocks(run: RunConfig, policy: Any, checkpointing: Checkpointing, *, compiled: bool) -> None:
-    """Apply activation checkpointing, then compilation, to the policy's blocks; before sharding."""
-    if checkpointing == "none" and not compiled:
+def prepare_blocks(
+    run: RunConfig,
+    policy: Any,
+    checkpointing: Checkpointing,
+    compilation: Compilation | None = None,
+    *,
+    wanted: bool = True,
+) -> None:
+    """Apply activation checkpointing, then compilation, to the policy's blocks; before sharding.
+
+    Raises:
+        UserError: The policy has no blocks, although the config asks for one of the two (`wanted`).
+    """
+    if checkpointing == "none" and compilation is None:
         return
     units: list[ShardUnit] = list(policy.shard_units())
     blocks = [unit.module for unit in units if unit.block]
-    if not blocks:
+    if not blocks and wanted:
         raise UserError(
             f"trainer.activation_checkpointing and trainer.compile work on a policy's blocks, and {run.policy.type!r} "
             "names none: its shard_units() must say ShardUnit(..., block=True)"
         )
     for block in blocks:
-        prepare_block(block, checkpointing=checkpointing, compiled=compiled)
+        prepare_block(block, checkpointing=checkpointing, compiled=compilation is not None, compilation=compilation)

@@ -6,6 +6,7 @@ is the same for all policies.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -72,11 +73,32 @@ def shard(
 
     for module, dtype in gathered_together(policy, compute_dtype=compute_dtype, min_unit_size=min_unit_size):
         wrap(module, dtype)
-    for method in FORWARD_METHODS:
+    for unit in policy.shard_units():
+        if not getattr(unit, "read_in_backward", True) and isinstance(unit.module, FSDPModule):
+            unit.module.set_unshard_in_backward(False)
+    for method in (*FORWARD_METHODS, *getattr(policy, "forward_methods", ())):
         if hasattr(policy, method):
             register_fsdp_forward_method(policy, method)
-    for method in getattr(policy, "forward_methods", ()):
-        register_fsdp_forward_method(policy, method)
+            if reshard_after_forward:
+                setattr(policy, method, _gathering_once(policy, getattr(policy, method)))
+
+
+def _gathering_once(policy: nn.Module, method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that may call units again and again, as sampling does, and gathers the parameters of each but once."""
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        units = [one for one in policy.modules() if isinstance(one, FSDPModule) and one is not policy]
+        for unit in units:
+            unit.set_reshard_after_forward(False, recurse=False)
+        try:
+            return method(*args, **kwargs)
+        finally:
+            for unit in units:
+                unit.set_reshard_after_forward(True, recurse=False)
+            release(policy)
+
+    return call
 
 
 def gathered_together(

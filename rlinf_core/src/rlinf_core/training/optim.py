@@ -97,6 +97,7 @@ class Optimizer:
         self._check_parameters()
         # The fused kernels of torch, and Muon, take what scales gradients and what skips a step as tensors.
         self._scales = getattr(self._torch, "_step_supports_amp_scaling", False)
+        self._decays = decays(recipe.lr, recipe.unused_weight_decay)
         self._factors = [float(group["lr"]) / recipe.lr for group in self._torch.param_groups]
         """Peak rate of each group of parameters, relative to `optim.lr`."""
         self._state = {one.name: dict(recipe.initial_state(one)) for one in built}
@@ -158,9 +159,8 @@ class Optimizer:
     @torch.no_grad()
     def _decay(self, applied: torch.Tensor) -> None:
         """Apply weight decay to the unused parameters, as AdamW would with a gradient of zero."""
-        weight_decay = self._recipe.unused_weight_decay
-        if decays(self._recipe.lr, weight_decay):
-            factor = 1.0 - self._lr * weight_decay * applied
+        if self._decays:
+            factor = 1.0 - self._lr * self._recipe.unused_weight_decay * applied
             for parameter in self._unused:
                 local_shard(parameter).mul_(factor)
 

@@ -28,8 +28,9 @@ class Fsdp2Settings(TrainerConfig):
     gradients (4 bytes per parameter) in between, but each micro batch communicates."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What the backward pass of a block recomputes: nothing; all but matrix products and attention; everything."""
-    compile: bool = False
-    """Compile each block with `torch.compile`: the first step is slow, later ones are faster."""
+    compile: bool | None = None
+    """Compile each block with `torch.compile`: the first step is slow, later ones are faster and need less memory. Not
+    set: on CUDA devices, if the policy has blocks."""
     cpu_offload: bool = False
     """Keep parameters, gradients and optimizer states in CPU memory; the optimizer then runs on the CPU."""
     ema_device: Literal["auto", "cpu"] = "auto"
@@ -46,6 +47,22 @@ class Fsdp2Settings(TrainerConfig):
         """Refuse a device for a moving average that does not exist."""
         if self.ema_device != "auto" and not run.optim.ema_decay:
             raise ValueError(f'trainer.ema_device = "{self.ema_device}" does nothing without optim.ema_decay')
+
+    def compiles(self, device_type: str) -> bool:
+        """Whether blocks are compiled on a device of this type, `cuda` or `cpu`."""
+        return device_type == "cuda" if self.compile is None else self.compile
+
+    @property
+    def asks_for_blocks(self) -> bool:
+        """Whether these settings need a policy with blocks."""
+        return self.activation_checkpointing != "none" or bool(self.compile)
+
+    @property
+    def compile_fact(self) -> str:
+        """Whether blocks are compiled, in words."""
+        if self.compile is not None:
+            return f"{'yes' if self.compile else 'no'}, as trainer.compile says"
+        return "no, on the CPU" if self.device == "cpu" else "on CUDA devices, as trainer.compile is not set"
 
     def check_ranks(self, ranks: int) -> None:
         """Refuse a number of ranks that replicas do not divide."""

@@ -106,8 +106,12 @@ class TrainStep:
         )
 
     def pause(self) -> None:
-        """Stop the step clock: the time until the next step does not count as step time."""
+        """Before anything else than a step: the time until the next one does not count as step time, and the average
+        of the weights is brought up to date.
+        """
         self._clock = None
+        if self._ema:
+            self._ema.finish()
 
     def __call__(
         self, step: int, batches: Iterator[Any], *, asked: Callable[[], bool], times: tuple[float, float] | None = None
@@ -148,6 +152,8 @@ class TrainStep:
             totals = self._group.sum(torch.cat(parts))
             keys = ("loss", "lr", "grad_norm", "skipped", *names)
             added = self._gradients(step + 1, self._group.size / totals[1], keys) if self._gradients else {}
+            if self._ema:
+                self._ema.before_step()
             # FSDP stored the mean over ranks of each rank's gradients; the loss is sum / weight (contract 4).
             result = self._optimizer.step(divisor=totals[1] / self._group.size, loss=totals[0])
             if self._ema:

@@ -101,7 +101,7 @@ class Fsdp2Trainer:
             self._monitor.log(fact)
         for warning in (*self.data.warnings, *self.data.still_cameras()):
             self._monitor.log(f"warning: {warning}")
-        if self._config.compile:
+        if self._state.compilation:
             self._monitor.log("the first step compiles the policy's blocks, which takes minutes")
         for fact in self.data.sample_facts():
             self._monitor.log(fact)

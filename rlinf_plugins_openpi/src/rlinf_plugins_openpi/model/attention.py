@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from rlinf_plugins_openpi.model.packing import LONGEST_FILLER, Packing, rearrange
+from rlinf_plugins_openpi.model.packing import LONGEST_FILLER, Packing, SuffixPacking, rearrange
 
 ROPE_BASE = 10_000.0
 MASKED_LOGIT = -2.3819763e38
@@ -33,21 +33,74 @@ class KeysValues(NamedTuple):
     values: torch.Tensor
 
 
+class Grid(NamedTuple):
+    """Attention on the grid: packed rows are spread over it, and padding is masked."""
+
+    to_grid: torch.Tensor
+    from_grid: torch.Tensor
+    """As in `Packing`."""
+    bias: torch.Tensor
+    """Added to the logits: 0 or `MASKED_LOGIT`, [B, 1, 1, L] in the compute dtype."""
+
+
+class Sequences(NamedTuple):
+    """Attention by one kernel for sequences that are packed end to end, which needs no mask."""
+
+    starts: torch.Tensor
+    """Int32 [sequences + 1]: the first row of each sequence, and their number."""
+    longest: int
+    """Upper bound on the rows of a sequence."""
+
+
+class SuffixSequences(NamedTuple):
+    """The same for the suffix, whose keys include the prefix's."""
+
+    packing: SuffixPacking
+    longest: int
+    """Upper bound on the queries of a sequence."""
+    longest_keys: int
+    """Upper bound on the keys of a sequence."""
+
+
 class PrefixContext(NamedTuple):
     """What a layer needs to know about the prefix besides its tokens."""
 
     rotation: Rotation
-    packing: Packing
-    bias: torch.Tensor
-    """Added to the logits on the grid: 0 or `MASKED_LOGIT`, [B, 1, 1, L] in the compute dtype."""
+    attention: Grid | Sequences
 
 
 class SuffixContext(NamedTuple):
     """What a layer needs to know about the suffix besides its tokens."""
 
     rotation: Rotation
-    bias: torch.Tensor
-    """As for the prefix, [B, 1, T or 1, L+T]."""
+    attention: torch.Tensor | SuffixSequences
+    """On the grid, the bias of the logits, [B, 1, T or 1, L+T] in the compute dtype."""
+
+
+LONGEST_MULTIPLE = 512
+"""Bounds of sequences are rounded up to multiples of this, so that compiled code sees one for all batches of a run. An
+excess costs nothing: blocks of the kernel past the end of a sequence do nothing."""
+
+
+def attends_packed(x: torch.Tensor) -> bool:
+    """Whether tokens like x are attended by the kernel for packed rows: on CUDA in half precision.
+
+    On the meta device, too, where `rlinf plan` counts what a GPU would do.
+    """
+    return (x.is_cuda or x.is_meta) and x.dtype in (torch.bfloat16, torch.float16)
+
+
+def prefix_attention(packing: Packing, tokens: torch.Tensor) -> Grid | Sequences:
+    """How a packed prefix attends to itself."""
+    if attends_packed(tokens):
+        return Sequences(packing.starts, longest_sequence(packing, LONGEST_FILLER))
+    return Grid(packing.to_grid, packing.from_grid, bias(packing.valid[:, None, None], tokens.dtype))
+
+
+def longest_sequence(packing: Packing, filler: int, more: int = 0) -> int:
+    """A bound on the rows of any sample, with `more` rows added to each, and on this much filler."""
+    longest = max(packing.to_grid.shape[1] + more, filler)
+    return -(-longest // LONGEST_MULTIPLE) * LONGEST_MULTIPLE
 
 
 def rotation(positions: torch.Tensor, head_dim: int) -> Rotation:
@@ -85,38 +138,72 @@ def attend(q: torch.Tensor, kv: KeysValues, bias: torch.Tensor) -> torch.Tensor:
     return out.view(batch, kv_heads, tokens, groups, head_dim).transpose(1, 2).reshape(batch, tokens, heads * head_dim)
 
 
-def attend_within(q: torch.Tensor, kv: KeysValues, grid: KeysValues, context: PrefixContext) -> torch.Tensor:
-    """Attention within each sample of a packed prefix: q [R, N, D] -> [R, N·D].
+def attend_within(q: torch.Tensor, kv: KeysValues, attention: Grid | Sequences) -> tuple[torch.Tensor, KeysValues]:
+    """Attention within each sample of a packed prefix, and its keys and values as the suffix reads them.
 
-    On CUDA in half precision, one kernel processes the packed rows directly; otherwise they are spread over the grid
-    and padding is masked. The two agree up to rounding.
+    One kernel processes the packed rows directly, or they are spread over the grid. The two agree up to rounding.
+
+    Args:
+        q: Rotated queries [R, N, D].
+        kv: Keys and values of the rows, [R, K, D].
+        attention: The prefix's.
+
+    Returns:
+        [R, N·D], and `for_suffix` of the keys and values.
+    """
+    read = for_suffix(kv, attention)
+    if isinstance(attention, Sequences):
+        starts, longest = attention
+        return attend_sequences(q, kv, starts, starts, longest, longest), read
+    out = attend(rearrange(q, attention.to_grid, attention.from_grid), read, attention.bias)
+    return rearrange(out.flatten(0, 1), attention.from_grid, attention.to_grid.flatten()), read
+
+
+def for_suffix(kv: KeysValues, attention: Grid | Sequences) -> KeysValues:
+    """A prefix's keys and values as the suffix reads them: packed [R, K, D], or on the grid [B, L, K, D]."""
+    if isinstance(attention, Sequences):
+        return kv
+    return KeysValues(*(rearrange(x, attention.to_grid, attention.from_grid) for x in kv))
+
+
+def attend_jointly(
+    q: torch.Tensor, prefix: KeysValues, own: KeysValues, attention: torch.Tensor | SuffixSequences
+) -> torch.Tensor:
+    """Attention of the suffix to prefix and suffix: q [B, T, N, D] -> [B, T, N·D].
 
     Args:
         q: Rotated queries.
-        kv: Keys and values of the rows, [R, K, D].
-        grid: The same on the grid, [B, L, K, D].
-        context: The context of the prefix.
+        prefix: The result of `for_suffix`.
+        own: Keys and values of the suffix, [B, T, K, D].
+        attention: The suffix's.
     """
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        return attend_end_to_end(q, kv, context.packing)
-    to_grid, from_grid = context.packing.to_grid, context.packing.from_grid
-    out = attend(rearrange(q, to_grid, from_grid), grid, context.bias)
-    return rearrange(out.flatten(0, 1), from_grid, to_grid.flatten())
+    if isinstance(attention, torch.Tensor):
+        both = (torch.cat(pair, 1) for pair in zip(prefix, own, strict=True))
+        return attend(q, KeysValues(*both), attention)
+    packing, longest, longest_keys = attention
+    pools = (torch.cat((rows, added.flatten(0, 1))) for rows, added in zip(prefix, own, strict=True))
+    kv = KeysValues(*(rearrange(pool, packing.rows, packing.inverse, packing.again) for pool in pools))
+    out = attend_sequences(q.flatten(0, 1), kv, packing.starts, packing.key_starts, longest, longest_keys)
+    return out.view(*q.shape[:2], -1)
 
 
-def attend_end_to_end(q: torch.Tensor, kv: KeysValues, packing: Packing) -> torch.Tensor:
-    """As `attend_within`, by the kernel for packed rows: CUDA in half precision only."""
+def attend_sequences(
+    q: torch.Tensor, kv: KeysValues, starts: torch.Tensor, key_starts: torch.Tensor, longest: int, longest_keys: int
+) -> torch.Tensor:
+    """Attention of each sequence of queries to its own keys, [rows, N, D] -> [rows, N·D]: CUDA in half precision only.
+
+    Args:
+        q: Queries, sequence after sequence.
+        kv: Keys and values [rows, K, D], likewise.
+        starts: Int32 [sequences + 1]: the first query of each sequence, and the number of queries.
+        key_starts: The same for keys. A sequence may have keys without queries; their gradient is zero.
+        longest: Upper bound on the queries of a sequence.
+        longest_keys: Upper bound on the keys of a sequence.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
-    # An upper bound suffices, and this one is equal for all batches of a shape. The filler is a sequence, too.
-    longest, starts = max(packing.to_grid.shape[1], LONGEST_FILLER), packing.starts
     # The kernel (FlashAttention 2) supports fewer key heads than query heads, although torch 2.11's signature does not
     # say so. Its backward pass is parallel over query heads, so they are not folded into rows here.
-    out = varlen_attn(q, kv.keys, kv.values, starts, starts, longest, longest)
+    out = varlen_attn(q, kv.keys, kv.values, starts, key_starts, longest, longest_keys)
     assert isinstance(out, torch.Tensor)
     return out.flatten(1)
-
-
-def spread(kv: KeysValues, packing: Packing) -> KeysValues:
-    """Spread keys and values of packed rows over the grid: [R, K, D] -> [B, L, K, D]."""
-    return KeysValues(*(rearrange(x, packing.to_grid, packing.from_grid) for x in kv))

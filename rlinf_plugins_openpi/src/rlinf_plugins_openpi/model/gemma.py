@@ -21,10 +21,10 @@ from rlinf_plugins_openpi.model.attention import (
     PrefixContext,
     Rotation,
     SuffixContext,
-    attend,
+    attend_jointly,
     attend_within,
+    for_suffix,
     rotate,
-    spread,
 )
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ class PrefixEnd(_AfterAttention):
         normed, _ = last.input_norm(x)
         kv = last.project(normed, context.rotation)
         queries = rotate(self.q_proj(normed).unflatten(-1, (-1, self.head_dim)), context.rotation)
-        finished = self.finish(x, attend_within(queries, kv, spread(kv, context.packing), context))
+        finished = self.finish(x, attend_within(queries, kv, context.attention)[0])
         out: torch.Tensor = self.norm(finished)[0]
         return out
 
@@ -196,7 +196,7 @@ class JointLayer(nn.Module):
 
         Returns:
             Rows of the prefix, or None if they are not given or this is the last layer; suffix tokens or None; the
-            prefix's keys and values [B, L, K, D].
+            prefix's keys and values as the suffix reads them (`attention.for_suffix`).
         """
         prefix_out = suffix_out = None
         if isinstance(prefix, KeysValues):
@@ -211,11 +211,11 @@ class JointLayer(nn.Module):
         block = self.vlm
         if isinstance(block, KeysValuesBlock):
             normed, _ = block.input_norm(x.to(block.kv.weight.dtype))
-            return None, spread(block.project(normed, context.rotation), context.packing)
+            return None, for_suffix(block.project(normed, context.rotation), context.attention)
         x = x.to(block.qkv.weight.dtype)
         queries, kv = block.project(block.input_norm(x)[0], context.rotation)
-        grid = spread(kv, context.packing)
-        return block.finish(x, attend_within(queries, kv, grid, context)), grid
+        attended, read = attend_within(queries, kv, context.attention)
+        return block.finish(x, attended), read
 
     def _suffix(
         self, x: torch.Tensor, context: SuffixContext, prefix: KeysValues, modulation: torch.Tensor | None
@@ -225,8 +225,7 @@ class JointLayer(nn.Module):
         x = x.to(block.qkv.weight.dtype)
         normed, gate = block.input_norm(x, before)
         queries, own = block.project(normed, context.rotation)
-        kv = KeysValues(torch.cat((prefix.keys, own.keys), 1), torch.cat((prefix.values, own.values), 1))
-        return block.finish(x, attend(queries, kv, context.bias), gate, after)
+        return block.finish(x, attend_jointly(queries, prefix, own, context.attention), gate, after)
 
 
 class TokenEmbedding(nn.Module):

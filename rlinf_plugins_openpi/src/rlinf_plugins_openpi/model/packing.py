@@ -113,28 +113,101 @@ def packing_of(batch: Mapping[str, Any], image_tokens: int) -> Packing:
     return Packing(**{name: tensor.to(masks[0].device) for name, tensor in tensors.items()})
 
 
-def rearrange(rows: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+def rearrange(
+    rows: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor, again: torch.Tensor | None = None
+) -> torch.Tensor:
     """`rows[index]` along the first axis; the gradient is gathered by `inverse` instead of scattered and summed.
 
-    Exact if every row with a gradient is taken once: see the module docstring.
+    Exact if every row with a gradient is taken once (see the module docstring), or twice: then `again` has its second
+    place, and for a row that is taken once the place of filler, whose gradient is zero.
     """
-    taken: torch.Tensor = _Rearrange.apply(rows, index.flatten(), inverse.flatten())  # type: ignore[no-untyped-call]
-    return taken.view(*index.shape, *rows.shape[1:])
+    if again is not None:
+        again = again.flatten()
+    taken: torch.Tensor = _Rearrange.apply(rows, index.flatten(), inverse.flatten(), again)  # type: ignore[no-untyped-call]
+    # Not a view where none is needed: compiled code would treat it as another kind of input.
+    return taken if index.ndim == 1 else taken.view(*index.shape, *rows.shape[1:])
 
 
 class _Rearrange(torch.autograd.Function):
     @staticmethod
-    def forward(rows: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    def forward(
+        rows: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor, again: torch.Tensor | None
+    ) -> torch.Tensor:
         return rows.index_select(0, index)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        ctx.save_for_backward(inputs[2])
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        ctx.save_for_backward(*(one for one in inputs[2:] if one is not None))
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (inverse,) = ctx.saved_tensors
-        return gradient.index_select(0, inverse), None, None
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        inverse, *again = ctx.saved_tensors
+        own = gradient.index_select(0, inverse)
+        return (own + gradient.index_select(0, again[0]) if again else own), None, None, None
+
+
+class SuffixPacking(NamedTuple):
+    """Where the keys of packed suffix queries are, so that no query needs a mask: int64 unless noted.
+
+    The keys of a sequence are the rows of a sample's prefix, then suffix rows of the sample. The pool has R prefix rows
+    and then B·T suffix rows; M key rows are taken from it. The last sequence is filler, without a query.
+    """
+
+    rows: torch.Tensor
+    """[M]: the row of the pool for each key row."""
+    inverse: torch.Tensor
+    """[R + B·T]: the key row of each row of the pool."""
+    again: torch.Tensor | None
+    """[R + B·T]: a second key row; the last row of filler for rows that are taken once. None: all are taken once."""
+    starts: torch.Tensor
+    """Int32 [sequences + 1]: the first query of each sequence, and B·T."""
+    key_starts: torch.Tensor
+    """Int32 [sequences + 1]: the first key row of each sequence, and M."""
+
+
+def pack_suffix(packing: Packing, tokens: int, *, first_alone: bool) -> SuffixPacking:
+    """The packing of `tokens` suffix tokens per sample, on the device of `packing`, without synchronising it.
+
+    Args:
+        packing: Of the prefix.
+        tokens: Number of suffix tokens, T.
+        first_alone: The first token sees the prefix and itself, the others see all; it is a sequence of its own, with
+            its own copy of the keys. Otherwise each sample is one sequence.
+    """
+    starts = packing.starts.to(torch.int64)
+    starts, lengths = starts[:-1], starts.diff()  # Of the samples, then of filler.
+    device, batch, rows = starts.device, len(starts) - 1, len(packing.from_grid)
+    row, own = torch.arange(rows, device=device), torch.arange(tokens, device=device)
+    numbers = torch.arange(batch + 1, device=device)
+    sample = torch.searchsorted(starts[1:], row, right=True)  # Of each row; B for filler.
+    within = row - starts[sample]
+    queries = numbers * tokens
+    again: torch.Tensor | None = None
+    if not first_alone:
+        keys = starts + queries  # Prefix, then all tokens.
+        inverse = torch.cat((keys[sample] + within, ((keys + lengths)[:-1, None] + own).flatten()))
+        count = rows + batch * tokens
+    else:
+        # Prefix and first token, then prefix and all tokens; filler, too, is there twice.
+        keys = 2 * starts + numbers * (tokens + 1)
+        count = 2 * rows + batch * (tokens + 1)
+        alone, others = keys + lengths, keys + lengths + (numbers < batch)
+        inverse = torch.cat((keys[sample] + within, ((others + lengths)[:-1, None] + own).flatten()))
+        once = torch.full((batch, tokens), count - 1, device=device)
+        once[:, 0] = alone[:-1]
+        again = torch.cat((others[sample] + within, once.flatten()))
+        queries = torch.cat((torch.stack((queries, queries + 1), dim=1)[:-1].flatten(), queries[-1:]))
+        keys = torch.cat((torch.stack((keys, others), dim=1)[:-1].flatten(), keys[-1:]))
+    pool = torch.arange(len(inverse), device=device)
+    taken = torch.empty(count, dtype=torch.int64, device=device).scatter_(0, inverse, pool)
+    if again is not None:
+        taken.scatter_(0, again, pool)
+        taken[-1:].fill_(rows - 1)  # Filler; all rows that are taken once were written there.
+    return SuffixPacking(taken, inverse, again, _and_end(queries, batch * tokens), _and_end(keys, count))
+
+
+def _and_end(starts: torch.Tensor, end: int) -> torch.Tensor:
+    return torch.cat((starts, starts.new_full((1,), end))).to(torch.int32)
 
 
 def _up(number: int, multiple: int) -> int:

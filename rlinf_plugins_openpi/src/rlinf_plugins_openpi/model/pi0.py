@@ -23,7 +23,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from rlinf_core.contract.module import PolicyOutput, ShardUnit
-from rlinf_plugins_openpi.model.attention import KeysValues, PrefixContext, SuffixContext, bias, rotation
+from rlinf_plugins_openpi.model.attention import (
+    KeysValues,
+    PrefixContext,
+    SuffixContext,
+    SuffixSequences,
+    attends_packed,
+    bias,
+    longest_sequence,
+    prefix_attention,
+    rotation,
+)
 from rlinf_plugins_openpi.model.augment import Augmentation, augment, normalise, resize_with_pad
 from rlinf_plugins_openpi.model.gemma import (
     AdaptiveRMSNorm,
@@ -35,7 +45,7 @@ from rlinf_plugins_openpi.model.gemma import (
     TokenEmbedding,
 )
 from rlinf_plugins_openpi.model.initialization import initial_value
-from rlinf_plugins_openpi.model.packing import Packing, packing_of, rearrange
+from rlinf_plugins_openpi.model.packing import LONGEST_FILLER, Packing, pack_suffix, packing_of, rearrange
 from rlinf_plugins_openpi.model.siglip import SigLIP
 
 if TYPE_CHECKING:
@@ -228,7 +238,8 @@ class Pi0(nn.Module):
         suffix_context = self.suffix_context(prefix, suffix)
         modulations, last = ([None] * len(self.layers), None) if suffix.cond is None else self.modulation(suffix.cond)
         tokens: torch.Tensor | None = prefix.tokens
-        suffix_tokens = suffix.tokens
+        # In the layers' dtype from the first on, so that compiled code sees one.
+        suffix_tokens = suffix.tokens.to(prefix.tokens.dtype)
         for index, (layer, modulation) in enumerate(zip(self.layers, modulations, strict=True)):
             source = cache[index] if cache is not None else (tokens, context)
             tokens, suffix_tokens, _ = layer(source, (suffix_tokens, suffix_context), modulation)
@@ -250,20 +261,22 @@ class Pi0(nn.Module):
     def prefix_context(self, prefix: Prefix) -> PrefixContext:
         """Positions count only valid tokens, so that leaving out invalid ones changes nothing."""
         packing = prefix.packing
-        return PrefixContext(
-            rotation(packing.positions, self.dimensions.vlm.head_dim),
-            packing,
-            bias(packing.valid[:, None, None], prefix.tokens.dtype),
-        )
+        by = rotation(packing.positions, self.dimensions.vlm.head_dim)
+        return PrefixContext(by, prefix_attention(packing, prefix.tokens))
 
     def suffix_context(self, prefix: Prefix, suffix: Suffix) -> SuffixContext:
         """Suffix positions continue after the valid prefix; see `suffix_visible` for the attention mask."""
         packing, num_tokens = prefix.packing, suffix.tokens.shape[1]
         positions = packing.lengths[:, None] + torch.arange(num_tokens, device=packing.lengths.device)
-        return SuffixContext(
-            rotation(positions, self.dimensions.expert.head_dim),
-            bias(self.suffix_visible(packing.valid, num_tokens)[:, None], prefix.tokens.dtype),
-        )
+        by = rotation(positions, self.dimensions.expert.head_dim)
+        if not attends_packed(prefix.tokens):
+            visible = self.suffix_visible(packing.valid, num_tokens)
+            return SuffixContext(by, bias(visible[:, None], prefix.tokens.dtype))
+        alone = not self.dimensions.pi05  # π0's state token does not see the actions.
+        filler = LONGEST_FILLER * (1 + alone)
+        longest = longest_sequence(packing, filler, num_tokens)
+        sequences = pack_suffix(packing, num_tokens, first_alone=alone)
+        return SuffixContext(by, SuffixSequences(sequences, num_tokens, longest))
 
     def suffix_visible(self, prefix_valid: torch.Tensor, num_tokens: int) -> torch.Tensor:
         """Which keys the suffix's queries see, bool [B, T or 1, G+T]; one row if all queries see the same.
@@ -283,9 +296,9 @@ class Pi0(nn.Module):
         yield ShardUnit(self.vision.patch_embedding, "fp32")
         yield from (ShardUnit(block, block=True) for block in self.vision.blocks)
         yield ShardUnit(self.vision.head)
-        yield ShardUnit(self.embedding, reached=self.embedding_rows is None)
+        yield ShardUnit(self.embedding, reached=self.embedding_rows is None, read_in_backward=False)
         if self.embedding_rows is not None:
-            yield ShardUnit(self.embedding_rows)
+            yield ShardUnit(self.embedding_rows, read_in_backward=False)
         yield ShardUnit(self.modulation if self.dimensions.pi05 else self.expert_norm)
         yield from (ShardUnit(layer, block=True) for layer in self.layers)
         yield ShardUnit(self.prefix_end, reached=False)

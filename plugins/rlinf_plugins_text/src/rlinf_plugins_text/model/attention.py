@@ -60,11 +60,15 @@ def document_attention(
         raise UserError(
             f'{type(module).__name__} cannot attend within documents: {why}. Set policy.attention = "padded"'
         )
-    half = query.dtype in (torch.bfloat16, torch.float16)
-    if (query.is_cuda or query.is_meta) and half and not softcap and not dropout:
+    if has_kernel(query) and not softcap and not dropout:
         return _one_kernel(query, key, value, documents, longest, scaling, sliding_window), None
     out: Tensor = _each_document(query, key, value, documents, scaling, dropout, sliding_window, softcap)
     return out, None
+
+
+def has_kernel(query: Tensor) -> bool:
+    """Whether one kernel attends within all documents: on CUDA in half precision, and where that is counted."""
+    return (query.is_cuda or query.is_meta) and query.dtype in (torch.bfloat16, torch.float16)
 
 
 def _one_kernel(
@@ -78,10 +82,8 @@ def _one_kernel(
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    heads = query.shape[1] // key.shape[1]
-    if heads > 1:
-        key, value = key.repeat_interleave(heads, 1), value.repeat_interleave(heads, 1)
-    # transformers passes transposed views; the kernel takes [N, H, D].
+    # transformers passes transposed views; the kernel takes [N, H, D]. It supports fewer key heads than query heads,
+    # although torch 2.11's signature does not say so.
     q, k, v = (one[0].transpose(0, 1).contiguous() for one in (query, key, value))
     reach = (window - 1 if window else -1, 0)
     out = varlen_attn(q, k, v, documents, documents, longest, longest, scale=scaling, window_size=reach)

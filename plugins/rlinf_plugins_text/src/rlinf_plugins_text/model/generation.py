@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -60,8 +60,9 @@ def _next_logits(model: LanguageModel, texts: list[list[int]], device: torch.dev
     positions = torch.arange(length).expand(len(texts), -1)
     lengths = torch.stack([sizes, length - sizes], dim=1).to(torch.int32)
     # The positions of padding simply continue; nothing uses them.
-    batch = {"tokens": tokens, "positions": positions, "trained": tokens < 0, "document_lengths": lengths}
-    on_device = {name: tensor.to(device) for name, tensor in batch.items()}
+    batch = {"tokens": tokens, "positions": positions, "document_lengths": lengths}
+    on_device: dict[str, Any] = {name: tensor.to(device) for name, tensor in batch.items()}
+    on_device["packing"] = {"predicting": sizes[:0]}  # There is no loss.
     logits: Tensor = model(on_device, (sizes - 1).to(device))[0]
     return logits
 

@@ -70,19 +70,18 @@ class LanguageModel(nn.Module):
         if last is not None:
             logits = self._next_logits(batch, last)
             return logits, logits.argmax(-1)
-        inputs, tokens, trained = self._laid_out(batch)
+        inputs, tokens, predicting = self._laid_out(batch)
         # Position t predicts t + 1. The first token of a text is never trained, so no prediction crosses texts.
-        counts, targets = trained[..., 1:], tokens[..., 1:]
+        targets = tokens.flatten().index_select(0, predicting + 1)
         if self.shape is None:
-            logits = self.model(**inputs, use_cache=False).logits[..., :-1, :][counts].float()
-            chosen = targets[counts]
-            loss = nn.functional.cross_entropy(logits, chosen, reduction="sum")
-            return loss, (logits.detach().argmax(-1) == chosen).sum().float()
+            logits = self.model(**inputs, use_cache=False).logits.flatten(0, 1).index_select(0, predicting).float()
+            loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
+            return loss, (logits.detach().argmax(-1) == targets).sum().float()
         hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
         head = self.model.get_output_embeddings()
-        chosen = hidden[..., :-1, :][counts].to(head.weight.dtype)
+        chosen = hidden.flatten(0, 1).index_select(0, predicting).to(head.weight.dtype)
         kernel = liger_cross_entropy(self.shape) if self._liger and chosen.is_cuda else None
-        return (kernel or linear_cross_entropy)(chosen, head.weight, targets[counts], self.shape, head.bias)
+        return (kernel or linear_cross_entropy)(chosen, head.weight, targets, self.shape, head.bias)
 
     def _next_logits(self, batch: Batch, last: Tensor) -> Tensor:
         inputs, _, _ = self._laid_out(batch, keep_padding=True)
@@ -97,22 +96,24 @@ class LanguageModel(nn.Module):
         return self.shape.softcap * torch.tanh(logits / self.shape.softcap) if self.shape.softcap else logits
 
     def _laid_out(self, batch: Batch, *, keep_padding: bool = False) -> tuple[Mapping[str, Any], Tensor, Tensor]:
-        """The model's inputs, the tokens and the mask of trained ones: [1, N] as documents, [B, T] when padded."""
-        tokens, trained, lengths = batch["tokens"], batch["trained"], batch["document_lengths"]
+        """The model's inputs, the tokens, [1, N] as documents or [B, T] when padded, and the positions among these
+        B·T or N that predict a trained token.
+        """
+        tokens, predicting, lengths = batch["tokens"], batch["packing"]["predicting"], batch["document_lengths"]
         if not self._documents:  # Padding comes last, where a causal model does not see it.
-            return {"input_ids": tokens}, tokens, trained
-        flat = [tokens.flatten(), batch["positions"].flatten(), trained.flatten()]
+            return {"input_ids": tokens}, tokens, predicting
+        flat = [tokens.flatten(), batch["positions"].flatten()]
         if tokens.device.type == "cpu" and not (keep_padding or self._keeps_padding):
             # Not on CUDA: the host would wait for the device, and every batch would have a shape of its own.
-            real = torch.arange(tokens.shape[1]) < tokens.shape[1] - lengths[:, -1:]
-            flat = [one[real.flatten()] for one in flat]
-            lengths = lengths[:, :-1]
+            real = (torch.arange(tokens.shape[1]) < tokens.shape[1] - lengths[:, -1:]).flatten()
+            flat = [one[real] for one in flat]
+            lengths, predicting = lengths[:, :-1], (real.cumsum(0) - 1)[predicting]
         ends = nn.functional.pad(lengths.flatten().cumsum(0, dtype=torch.int32), (1, 0))
-        tokens, positions, trained = (one[None] for one in flat)
+        tokens, positions = (one[None] for one in flat)
         # The same bound for all batches of a run: compiled code would treat another number as another shape.
         longest = max(self._max_length, batch["tokens"].shape[1])
         inputs = {"input_ids": tokens, "position_ids": positions, "documents": ends, "longest": longest}
-        return inputs, tokens, trained
+        return inputs, tokens, predicting
 
 
 def _head_shape(config: Any) -> HeadShape:

@@ -55,7 +55,7 @@ class TextPolicy(nn.Module):
         model = self.lm.model
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         if head is None or head.weight is not embedding.weight:
-            yield ShardUnit(embedding)
+            yield ShardUnit(embedding, read_in_backward=False)
         yield from (ShardUnit(layer, block=True) for layer in self.lm.layers)
         yield ShardUnit(self.lm)
 

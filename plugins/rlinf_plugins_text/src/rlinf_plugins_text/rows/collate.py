@@ -6,10 +6,10 @@ Axes: B samples, T tokens, M texts of the sample that has most, plus one for pad
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from rlinf_plugins_text.rows.samples import TextSample
 
@@ -17,7 +17,7 @@ TOKEN_STEP, TEXT_STEP = 64, 8
 """T and M are rounded up to multiples of these, so that compiled code sees few shapes."""
 
 
-def stack(samples: Sequence[TextSample], *, max_length: int, fixed: bool) -> dict[str, Tensor]:
+def stack(samples: Sequence[TextSample], *, max_length: int, fixed: bool) -> dict[str, Any]:
     """Stack samples.
 
     Args:
@@ -28,7 +28,8 @@ def stack(samples: Sequence[TextSample], *, max_length: int, fixed: bool) -> dic
     Returns:
         `tokens` and `positions` int64 [B, T], positions counting from 0 in each text; `trained` bool [B, T];
         `document_lengths` int32 [B, M]: the sample's texts, then zeros, and the length of the padding in the last
-        column.
+        column; `packing`: `predicting`, int64 [number of trained tokens], the positions before trained tokens, among
+        B·T.
     """
     longest = max(len(sample["tokens"]) for sample in samples)
     length = max_length if fixed else min(_rounded(longest, TOKEN_STEP), max_length)
@@ -45,11 +46,14 @@ def stack(samples: Sequence[TextSample], *, max_length: int, fixed: bool) -> dic
         documents[row, -1] = length - size
         every = [*own.tolist(), length - size]
         positions[row] = np.concatenate([np.arange(one) for one in every])
+    # Found here, not from the mask on the device: there the host would wait for their number.
+    predicting = np.flatnonzero(np.pad(trained[:, 1:], ((0, 0), (0, 1))))
     return {
         "tokens": torch.from_numpy(tokens),
         "positions": torch.from_numpy(positions),
         "trained": torch.from_numpy(trained),
         "document_lengths": torch.from_numpy(documents),
+        "packing": {"predicting": torch.from_numpy(predicting)},
     }
 
 

@@ -54,6 +54,25 @@ def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     }
 
 
+ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+"""Variables with which a user configures torch's allocator of CUDA memory."""
+
+
+def set_cuda_defaults() -> None:
+    """Set what torch leaves at other defaults, before CUDA is used. A plugin or the environment may set it otherwise.
+
+    - Memory in segments that grow: shapes change from step to step, and would leave gaps. A variable of `ALLOCATOR`
+      that is set is respected.
+    - No sums in bfloat16: splitting a matrix product along its inner dimension would add up its parts in bfloat16.
+    - No cuDNN in attention: on H100 and H200 its backward pass with a mask can return NaN (pytorch #196678), and torch
+      would prefer it to FlashAttention there.
+    """
+    if not any(name in os.environ for name in ALLOCATOR):
+        os.environ[ALLOCATOR[0]] = "expandable_segments:True"
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 class Processes:
     """The running process group.
 
@@ -134,6 +153,7 @@ def processes(
     """
     here = device(wanted)
     if here.type == "cuda":
+        set_cuda_defaults()
         torch.cuda.set_device(here)
         if folder is not None:
             remember_collectives(folder)

@@ -118,14 +118,16 @@ def describe_shortage(shortage: Shortage, config: Fsdp2Settings, *, where: str, 
 
 def ways_out(shortage: Shortage, config: Fsdp2Settings, ranks: int) -> Iterable[str]:
     """Settings that need less memory and are not in use yet, the cheapest first."""
-    if shortage.states.ema and config.ema_device == "auto":
-        yield 'trainer.ema_device = "cpu"'
+    if not config.compiles("cuda"):
+        yield "trainer.compile = true"
+    if not config.reshard_after_forward:
+        yield "trainer.reshard_after_forward = true"
     if config.activation_checkpointing == "none":
         yield 'trainer.activation_checkpointing = "selective"'
     elif config.activation_checkpointing == "selective":
         yield 'trainer.activation_checkpointing = "full"'
-    if not config.reshard_after_forward:
-        yield "trainer.reshard_after_forward = true"
+    if shortage.states.ema and config.ema_device == "auto":
+        yield 'trainer.ema_device = "cpu"'
     if not config.reduce_every_micro_batch and shortage.share > shortage.micro_batch and ranks > 1:
         yield "trainer.reduce_every_micro_batch = true"
     if config.num_replicas > 1:

@@ -100,6 +100,7 @@ class Monitor:
         self._lag = LAG.get(group.device.type, 0)
         self._is_first = True
         self._more: list[Callable[[], Mapping[str, float]]] = []
+        self._compilation, self._stop_step = state.compilation, stop_step
 
     def log(self, text: str) -> None:
         """Send a line to the loggers; does nothing on ranks other than 0."""
@@ -133,6 +134,9 @@ class Monitor:
         """Queue a step that was started; `read` reports it."""
         self._waiting.append(record)
         self._profile.after(record.step)
+        if self._compilation:
+            for text in self._compilation.news(last=record.step == self._stop_step):
+                self.log(text)
 
     def read(self, *, all_: bool = False) -> bool:
         """Report the steps that are due, or all; returns whether any rank had been asked to stop by one of them.

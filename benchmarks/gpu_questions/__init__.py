@@ -1,0 +1,1 @@
+"""The questions of `benchmarks/gpu_probe.py`."""
