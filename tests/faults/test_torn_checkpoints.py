@@ -12,7 +12,7 @@ from rlinf_core.plugins.registry import DATASET_GROUP, PLUGIN_GROUP, Plugins
 from rlinf_core.training.resume import decide_start
 from rlinf_core.training.run_folder import read_folder, verify_start
 
-FILES = ("__0_0.distcp", "__1_0.distcp", ".metadata", "norm_stats.json", "state.json")
+FILES = ("__0_0.distcp", "__1_0.distcp", ".metadata", "image_files.json", "norm_stats.json", "state.json")
 
 
 def tear(path):

@@ -109,7 +109,7 @@ def test_what_lies_between_first_and_last_frame_is_found_when_everything_is_deco
     assert check(root) == []
     [found] = check(root, "full")
     assert (found.kind, found.episode, found.frame) == ("damaged_image", 1, 3)
-    assert found.message.startswith(f"{WRIST!r} contains a damaged image: cannot identify image file")
+    assert found.message.startswith(f"{WRIST!r} contains a damaged image: it is not PNG")
 
 
 def test_pages_of_a_data_file_that_are_damaged_are_found(good, tmp_path):

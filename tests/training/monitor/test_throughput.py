@@ -23,7 +23,7 @@ def freeze(policy):
 def of(monkeypatch, formula, *, card="NVIDIA A100-SXM4-80GB", build=lambda: ToyModule(5), ranks=2, changed=False):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: card)
     said = []
-    config = SimpleNamespace(useful_flops=lambda batch: formula, build_to_count=build)
+    config = SimpleNamespace(useful_flops=lambda batch: formula, build_to_count=build, lora=None)
     group = SimpleNamespace(size=ranks, device=torch.device("cuda" if card else "cpu"))
     plugins = plugins_in_memory(SimpleNamespace(rlinf_policy_built=freeze)) if changed else plugins_in_memory()
     trained = ToyModule(5)

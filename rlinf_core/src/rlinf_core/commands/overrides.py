@@ -130,8 +130,8 @@ def _described(table: str, fields: Mapping[str, Any], outer: set[str]) -> Iterat
 
 
 def _names(annotation: Any) -> Iterator[str]:
-    """The values of a type that has few of them: literals and booleans."""
-    if annotation is bool:
+    """The values of a type that has few of them: literals and booleans, which may also be left unset."""
+    if annotation is bool or bool in typing.get_args(annotation):
         yield from ("true", "false")
     elif typing.get_origin(annotation) is typing.Literal:
         yield from (str(one) for one in typing.get_args(annotation) if one != "")

@@ -108,4 +108,4 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
     while one is not None and id(one) not in seen:
         seen.add(id(one))
         yield one
-        one = one.__cause__ or one.__context__
+        one = one.__cause__  # Not `__context__`: a cached file that is not there yet is why one of the data is read.
