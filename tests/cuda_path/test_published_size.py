@@ -50,6 +50,7 @@ def on_fake_cuda(config, cameras, mode):
         return policy.train(), to_device(fake(batch), torch.device("cuda"))
 
 
+@pytest.mark.slow  # 20 s each.
 @pytest.mark.parametrize(
     "name", ["pi05", *(pytest.param(name, marks=pytest.mark.slow) for name in CASES if name != "pi05")]
 )
