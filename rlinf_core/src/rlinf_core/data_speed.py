@@ -69,7 +69,7 @@ def open_sources(run: RunConfig, plugins: Plugins) -> tuple[Source, ...]:
         with given.naming():
             rows = open_split(given.run, plugins, "train")
             pipeline, _ = diagnosed_pipeline(given.run, rows, rows=DIAGNOSED_ROWS)
-            sources.append(Source(rows, pipeline, given.name, given.share))
+            sources.append(Source.of(given, rows, pipeline))
     return tuple(sources)
 
 

@@ -335,10 +335,14 @@ def write_record(folder: Path, rank: int, head: str) -> Path:
 
 
 def kill_children() -> None:
-    """Kill the loader's workers: a stopped one would keep this process from exiting."""
+    """Kill daemonic children, such as the loader's workers: Python waits for them, in vain if one is stopped.
+
+    Others are left alone: a plugin may have started one that finishes its work after the run.
+    """
     for child in multiprocessing.active_children():
-        with suppress(OSError):
-            child.kill()
+        if child.daemon:
+            with suppress(OSError):
+                child.kill()
 
 
 def work() -> tuple[float, int]:

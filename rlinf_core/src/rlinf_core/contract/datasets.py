@@ -193,7 +193,8 @@ class DatasetConfig(BaseModel):
     on_bad_sample: Literal["stop", "skip"] = "stop"
     """What happens when a row cannot be read: a corrupt image, say. `stop` ends the run, which names the row. `skip`
     uses another row of the dataset instead, the same one on any number of ranks and after a resume, and lists both in
-    `anomalies.jsonl`. Storage that is away makes no row bad."""
+    `anomalies.jsonl`. Storage that is away makes no row bad. Statistics that need images (`stats_need_images`) stop
+    at a bad one in any case."""
     max_bad_samples: int = Field(default=100, ge=1)
     """With `on_bad_sample = "skip"`: a run ends when more rows than these could not be read since its last start."""
     norm_stats: str = ""

@@ -118,7 +118,7 @@ class RunData:
                 options = {"resuming": resuming, "allow_other_rows": allow_change}
                 found = run_statistics(given.run, rows, group, file=given.statistics, recorded=recorded, **options)
                 pipeline = build_pipeline(given.run.data, self.run.policy, found.stats)
-            sources.append(_source(given, rows, pipeline))
+            sources.append(Source.of(given, rows, pipeline))
             reported = rows.warnings() if isinstance(rows, ReportingSource) else ()
             warnings += [f"{_prefix(given.name)}{finding}" for finding in (*found.findings, *reported)]
             states.append(found.state)
@@ -350,12 +350,6 @@ def check_batching(run: RunConfig, ranks: int) -> None:
 def _open(source: RunSource, plugins: LoadedPlugins, split: Split) -> SampleSource:
     with source.naming():
         return open_split(source.run, plugins, split)
-
-
-def _source(given: RunSource, rows: SampleSource, pipeline: Pipeline) -> Source:
-    data = given.run.data
-    skips = data.on_bad_sample == "skip"
-    return Source(rows, pipeline, given.name, given.share, skips, data.max_bad_samples)
 
 
 def _try_decoder(rows: DecodingSource, given: RunSource) -> str:

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rlinf_core.contract.datasets import SampleSource
+from rlinf_core.contract.run import RunSource
 from rlinf_core.data.loading.sampling import COUNTS, VISITS, epoch_order, generator
 from rlinf_core.data.pipeline import Pipeline
 
@@ -37,6 +39,12 @@ class Source:
     """Whether rows that cannot be read are replaced (`data.on_bad_sample = "skip"`)."""
     max_bad_rows: int = 0
     """How many may be (`data.max_bad_samples`)."""
+
+    @classmethod
+    def of(cls, given: RunSource, rows: SampleSource, pipeline: Pipeline) -> Self:
+        """As a run is configured."""
+        data = given.run.data
+        return cls(rows, pipeline, given.name, given.share, data.on_bad_sample == "skip", data.max_bad_samples)
 
 
 @dataclass(frozen=True)
