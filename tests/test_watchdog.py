@@ -124,11 +124,13 @@ def test_a_signal_to_a_thread_that_does_not_return_ends_the_process_in_time(left
 
 def test_what_is_ignored_or_taken_stays_so():
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # As `nohup` does.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # As a shell does for what it starts in the background.
     signal.signal(signal.SIGUSR2, lambda *_: None)
     assert set(module.STOPPING) - set(stops_to_catch()) == {signal.SIGHUP, signal.SIGUSR2}
     catch_stops(print)
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     assert signal.getsignal(signal.SIGTERM) is print
+    assert signal.getsignal(signal.SIGINT) is print
     assert signal.SIGTERM in stops_to_catch()
 
 

@@ -283,9 +283,16 @@ _caught: dict[int, Handler] = {}
 
 
 def stops_to_catch() -> list[int]:
-    """Those of `STOPPING` that this process may handle: not what `nohup` ignores, or other code has taken."""
-    free = (signal.SIG_DFL, signal.default_int_handler)
-    return [number for number in STOPPING if (now := signal.getsignal(number)) in free or now == _caught.get(number)]
+    """Those of `STOPPING` that this process may handle: not those that other code has taken, nor a SIGHUP that `nohup`
+    ignores. Shells ignore SIGINT and SIGQUIT for what they start in the background, where signals still ask to stop.
+    """
+    return [number for number in STOPPING if _is_free(number)]
+
+
+def _is_free(number: int) -> bool:
+    now = signal.getsignal(number)
+    ignored = now == signal.SIG_IGN and number != signal.SIGHUP
+    return ignored or now in (signal.SIG_DFL, signal.default_int_handler) or now == _caught.get(number)
 
 
 def catch_stops(handler: Callable[[int, FrameType | None], object]) -> dict[int, Handler]:
