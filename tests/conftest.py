@@ -232,16 +232,24 @@ def start_ranks():
     ranks.close()
 
 
-@pytest.fixture
-def own_signals(monkeypatch):
-    """Handlers of signals are put back after the test, which ends a run inside this process."""
+@pytest.fixture(autouse=True)
+def _signals_as_before(monkeypatch):
+    """Handlers of signals are put back after each test: a run that ends inside this process ignores signals from then
+    on, and what is started afterwards, such as a fork server, would inherit that.
+    """
     monkeypatch.setattr(watchdog, "_caught", {})
     before = {number: signal.getsignal(number) for number in watchdog.STOPPING}
-    for number in before:
-        signal.signal(number, signal.SIG_DFL)
     yield
     for number, handler in before.items():
-        signal.signal(number, handler)
+        if signal.getsignal(number) != handler:
+            signal.signal(number, handler)
+
+
+@pytest.fixture
+def own_signals():
+    """Signals have their default handlers during the test."""
+    for number in watchdog.STOPPING:
+        signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.fixture

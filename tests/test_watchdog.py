@@ -47,7 +47,13 @@ def be_busy(seconds):
         pass
 
 
-def test_an_idle_main_thread_hangs_and_leaves_its_stack(watched, left, tmp_path):
+@pytest.fixture
+def idle(monkeypatch):
+    """This process counts as idle, whatever threads and children other tests have left."""
+    monkeypatch.setattr(module, "work", lambda: (0.0, 0))
+
+
+def test_an_idle_main_thread_hangs_and_leaves_its_stack(watched, left, tmp_path, idle):
     watched.folder = tmp_path
     watched.enter("opening the data")
     assert left.at.wait(10)
@@ -68,22 +74,43 @@ def test_work_is_no_hang_except_in_a_step_that_never_ends(watched, left):
     be_busy(2 * LIMIT)
     assert left.error is None
     watched.enter("forward", 2)
-    be_busy(4 * LIMIT)
+    until = time.monotonic() + 50 * LIMIT
+    while left.error is None and time.monotonic() < until:
+        be_busy(LIMIT / 4)
     assert "step 2, forward" in str(left.error)
 
 
-def test_the_work_of_children_counts(watched, left):
-    watched.enter("reading")
+def test_the_work_of_children_counts(watched, left, monkeypatch):
     child = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-    assert not left.at.wait(4 * LIMIT)
-    child.send_signal(signal.SIGSTOP)
-    assert left.at.wait(10)
-    child.kill()
-    assert f"the child process {child.pid} is stopped" in str(left.error)
-    child.wait()
+    try:
+        monkeypatch.setattr(module, "_descendants", lambda: iter([child.pid]))
+        monkeypatch.setattr(module.time, "process_time", module.time.thread_time)
+        watched.enter("reading")
+        assert not left.at.wait(4 * LIMIT)
+        child.send_signal(signal.SIGSTOP)
+        assert left.at.wait(10)
+        assert f"the child process {child.pid} is stopped" in str(left.error)
+    finally:
+        child.kill()
+        child.wait()
 
 
-def test_who_waits_for_others_does_not_hang_until_it_works_again(watched, left):
+def test_children_of_children_are_found():
+    script = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    child = subprocess.Popen([sys.executable, "-c", script])
+    try:
+        until = time.monotonic() + 20
+        while not (found := list(module._children_of(child.pid))) and time.monotonic() < until:
+            time.sleep(0.05)
+        assert len(found) == 1
+        assert {child.pid, *found} <= set(module._descendants())
+    finally:
+        for pid in (*found, child.pid):
+            os.kill(pid, signal.SIGKILL)
+        child.wait()
+
+
+def test_who_waits_for_others_does_not_hang_until_it_works_again(watched, left, idle):
     with watched.waiting():
         assert not left.at.wait(3 * LIMIT)
         with watched.waiting(False):

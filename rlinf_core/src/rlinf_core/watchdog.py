@@ -369,12 +369,15 @@ def _descendants() -> Iterator[int]:
     """The processes below this one, where Linux lists them."""
     waiting = [os.getpid()]
     while waiting:
-        pid = waiting.pop()
-        with suppress(OSError, ValueError):
-            for task in os.listdir(f"/proc/{pid}/task"):
-                children = [int(child) for child in Path(f"/proc/{pid}/task/{task}/children").read_text().split()]
-                waiting += children
-                yield from children
+        children = list(_children_of(waiting.pop()))
+        waiting += children
+        yield from children
+
+
+def _children_of(pid: int) -> Iterator[int]:
+    with suppress(OSError, ValueError):
+        for task in os.listdir(f"/proc/{pid}/task"):
+            yield from map(int, Path(f"/proc/{pid}/task/{task}/children").read_text().split())
 
 
 def _halted() -> str:
