@@ -31,8 +31,8 @@ EXPECTED = {
     "text_step": {"tokens_per_second_vs_transformers", "packed_vs_transformers_packed"},
     "training_step": {"flops_over_useful"},
 }
-MINUTES = ("adapters", "text_step", "data_loading")
-"""Take a minute also at their smallest: `pytest -m slow tests/test_benchmarks.py`."""
+QUICK = ("gpu_probe",)
+"""The others take up to a minute also at their smallest: `pytest -m slow tests/test_benchmarks.py`."""
 NEEDED = {"adapters": "peft", "text_step": "accelerate", "norm_stats": "lerobot", "data_loading": "lerobot"}
 
 
@@ -70,7 +70,7 @@ def test_every_command_prints_through_the_same_line():
 
 @pytest.mark.timeout(900)  # Several processes each, which a busy machine starts slowly.
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in MINUTES)) for name in COMMANDS]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in COMMANDS]
 )
 def test_json_is_one_line_and_the_last(name, tmp_path):
     if name in NEEDED:

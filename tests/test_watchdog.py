@@ -180,6 +180,17 @@ def test_a_neighbour_that_falls_silent_is_named(watched, left):
     assert int(store["alive/2"]) > 3
 
 
+def test_who_hangs_because_a_neighbour_is_silent_names_it(watched, left, idle, monkeypatch):
+    monkeypatch.setattr(
+        module, "IDLE", 1.1
+    )  # The main thread counts as hanging first; it began to wait a little later.
+    watched._other, watched._heard_at = 1, time.monotonic()
+    time.sleep(LIMIT / 10)
+    watched.enter("preparing the first step")
+    assert left.at.wait(10)
+    assert "rank 1 has given no sign of life for" in str(left.error)
+
+
 def test_a_lost_store_is_not_a_silent_neighbour(watched, left):
     with watched.waiting():
         watched.listen(None, 2, 4)

@@ -7,7 +7,8 @@ from collections import Counter
 
 from faulty import assert_same, lines
 
-KILLS = 20
+KILLS, KILLS_LONG = 6, 20
+"""Kills a seed, and with `--long`."""
 STEPS = 60
 FURTHEST = 15
 """Most steps between two kills; saves are due after every third, and each waits for the one before."""
@@ -24,9 +25,10 @@ def random_kill(runs, draw):
     return max((ahead - 1) // 3 * 3 - 3, 0), runs.when("step", rank, runs.step + ahead, delay, to)
 
 
-def test_a_run_that_is_killed_at_random_moments_ends_as_if_nothing_had_happened(runs, left_alone, seed):
+def test_a_run_that_is_killed_at_random_moments_ends_as_if_nothing_had_happened(runs, left_alone, seed, request):
     draw, done, kills = random.Random(seed), 0, Counter()
-    for _ in range(KILLS):
+    wanted = KILLS_LONG if request.config.getoption("--long", default=False) else KILLS
+    for _ in range(wanted):
         if runs.step > STEPS - FURTHEST - 1:
             finish(runs, left_alone)
             runs = runs.next()
@@ -41,7 +43,7 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_if_nothing_had_happened(
         kills["of all ranks" if len(kill["ranks"]) > 1 else "of one rank"] += 1
     logging.info("seed %d: %s; %d steps", seed, ", ".join(f"{n} {of}" for of, n in sorted(kills.items())), done)
     finish(runs, left_alone)
-    assert done >= 2 * KILLS  # It went on: little of it comes from the starts that nobody killed.
+    assert done >= 2 * wanted  # It went on: little of it comes from the starts that nobody killed.
 
 
 def finish(runs, left_alone):

@@ -102,6 +102,7 @@ class Watchdog:
         self._deadline = math.inf
         self._work: tuple[float, float, int] = (0.0, 0.0, 0)
         self._idle_since = math.inf
+        self._other, self._heard_at = 0, math.inf
 
     # What threads report.
 
@@ -224,7 +225,8 @@ class Watchdog:
                 continue
             hangs = (track.is_main and self._is_idle()) or seconds > track.most(self._limit)
             if hangs and not _is_debugged():
-                return self._explain(str(track), seconds)
+                # It may be waiting for the rank that is silent, which has been so for a little less than `IDLE`.
+                return self._silence(self._limit) or self._explain(str(track), seconds)
         return None
 
     def _is_idle(self) -> bool:
@@ -248,25 +250,30 @@ class Watchdog:
         )
 
     def _listen(self, store: KeyValueStore, rank: int, other: int, leave: Leave) -> None:
-        heard, last, number = "", time.monotonic(), 0
+        heard, number, self._other = "", 0, other
         while self._leave is leave:
             try:
                 store.set(f"alive/{rank}", str(number := number + 1))
                 now = store.get(f"alive/{other}").decode() if store.check([f"alive/{other}"]) else ""
             except Exception:  # The store's host has ended; the collectives that wait for it report that.
+                self._heard_at = math.inf
                 return
             if now != heard:
-                heard, last = now, time.monotonic()
-            elif heard and time.monotonic() - last > IDLE * self._limit and self._leave is leave:
-                seconds = time.monotonic() - last
-                leave(
-                    RunError(
-                        f"rank {other} has given no sign of life for {seconds:.0f} s (trainer.timeout_seconds = "
-                        f"{self._limit:g}): its process is stopped, or its machine is gone. The same command continues "
-                        "from the last checkpoint"
-                    )
-                )
+                heard, self._heard_at = now, time.monotonic()
+            elif (error := self._silence(IDLE * self._limit)) and self._leave is leave:
+                leave(error)
             time.sleep(min(self._limit / BEATS, 30.0))
+
+    def _silence(self, limit: float) -> RunError | None:
+        """What to say if the rank before this one has given no sign of life for more than `limit` seconds."""
+        seconds = time.monotonic() - self._heard_at
+        if seconds <= limit:
+            return None
+        return RunError(
+            f"rank {self._other} has given no sign of life for {seconds:.0f} s (trainer.timeout_seconds = "
+            f"{self._limit:g}): its process is stopped, or its machine is gone. The same command continues from the "
+            "last checkpoint"
+        )
 
 
 STOPPING = tuple(
