@@ -25,7 +25,7 @@ from rlinf_core.errors import UserError
 from rlinf_core.evaluators.simulator import SimulatorConfig
 from rlinf_core.files import write_text
 from rlinf_core.results import FOLDER, TABLE
-from rlinf_core.rollout.agents import POLICY, Agent, PolicyAgent, build_baselines, demonstrations_of
+from rlinf_core.rollout.agents import POLICY, Agent, PolicyAgent, build_baselines, demonstrations_of, seconds_per_action
 from rlinf_core.rollout.episodes import FILE, Result, in_order, plan_episodes, read_episodes, to_lines
 from rlinf_core.rollout.play import answer
 from rlinf_core.rollout.pool import Asking, Pool
@@ -49,6 +49,7 @@ class Rollouts:
         self._players = len(playing)
         self._filler: Mapping[str, Any] | None = None
         self._luck: list[Result] | None = None
+        self._warnings: list[str] = []
         self._folder = tempfile.TemporaryDirectory(prefix="rollouts-")
 
     def evaluate(self, policy: Any, *, step: int, interrupted: Callable[[], bool]) -> Evaluation | None:
@@ -71,7 +72,10 @@ class Rollouts:
         if self._group.rank == 0:
             lines = to_lines(self._config.identity(), results)
             files |= {f"success{TABLE}": table.to_json(), FILE: lines.encode()}
-        return Evaluation(metrics_of(results), files, [f"{summary(table)}, {time.monotonic() - began:.0f} s"])
+        warnings, self._warnings = [f"warning: {text}" for text in self._warnings], []
+        return Evaluation(
+            metrics_of(results), files, [*warnings, f"{summary(table)}, {time.monotonic() - began:.0f} s"]
+        )
 
     def close(self) -> None:
         """Remove the videos that were not copied into the run's folder."""
@@ -83,7 +87,15 @@ class Rollouts:
         episodes = plan_episodes(agents, self._tasks, config.episodes, config.seed)
         share = [] if self._share is None else episodes[self._share :: self._players]
         folder = Path(self._folder.name)
-        with Pool(config, share, looks=lambda name: agents[name].looks, folder=folder, finished=own.append) as pool:
+        with Pool(
+            config,
+            share,
+            looks=lambda name: agents[name].looks,
+            folder=folder,
+            finished=own.append,
+            step_seconds=seconds_per_action(self._source.rows),
+            warn=self._warnings.append,
+        ) as pool:
             while not interrupted():
                 asking, error = _look(pool)
                 states = self._group.gather((bool(asking), pool.unfinished, error))

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from rlinf_core.contract.datasets import SampleSource, TaskSource
+from rlinf_core.contract.datasets import SampleSource, TaskSource, TimedSource
 from rlinf_core.contract.environment import EnvironmentConfig
 from rlinf_core.contract.evaluation import EvaluationPipeline
 from rlinf_core.rollout.config import BaselineName
@@ -118,6 +118,11 @@ def demonstrations_of(
             targets = (pipeline.target(row) for row in rows.without_images(range(start, end)))
             found[text].append(np.stack([np.asarray(target["actions"])[0] for target in targets]))
     return found
+
+
+def seconds_per_action(rows: SampleSource) -> float:
+    """Seconds between the actions of a chunk; 0 if the source does not know."""
+    return rows.step_seconds() if isinstance(rows, TimedSource) else 0.0
 
 
 def _task_of_rows(rows: SampleSource, indices: Sequence[int]) -> list[str]:

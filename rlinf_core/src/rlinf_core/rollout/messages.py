@@ -44,6 +44,7 @@ class Asks:
     actions: ActionSpace
     steps: int
     """Control steps so far."""
+    control_hz: float
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,6 @@ from rlinf_core.rollout.config import RolloutSettings
 from rlinf_core.rollout.episodes import Episode, Result
 from rlinf_core.rollout.pool import Asking, Pool
 
-SECONDS_BETWEEN_LOOKS = 1.0
-
 
 def play(
     settings: RolloutSettings,
@@ -20,6 +18,8 @@ def play(
     *,
     folder: Path | None = None,
     finished: Callable[[Result], object] = lambda result: None,
+    step_seconds: float = 0.0,
+    warn: Callable[[str], object] = lambda text: None,
 ) -> None:
     """Play episodes to their end, in this process and those of the environment.
 
@@ -29,6 +29,8 @@ def play(
         agents: Who acts, by the name in `Episode.agent`.
         folder: Where to keep videos; None: nowhere.
         finished: Called with each result, which is final.
+        step_seconds: Seconds between the actions of a chunk in the training data; 0: unknown.
+        warn: Called with what makes a success rate mean little.
 
     Raises:
         UserError: The environment failed, or the policy's actions do not fit it; finished episodes have been reported.
@@ -39,6 +41,8 @@ def play(
         looks=lambda name: agents[name].looks,
         folder=folder,
         finished=finished,
+        step_seconds=step_seconds,
+        warn=warn,
     ) as pool:
         while pool.unfinished:
             answer(pool, pool.asking(), agents)

@@ -34,6 +34,8 @@ from rlinf_core.rollout.messages import Act, Asks, Broken, Ended, Play
 LAST_OUTPUT = 1000
 """Characters of a broken process' output that its error shows."""
 SECONDS_TO_CLOSE = 5.0
+RATES_DIFFER = 0.05
+"""Relative difference between the rates of data and environment that is reported."""
 VIDEOS = "videos"
 
 
@@ -74,6 +76,8 @@ class Pool:
         looks: Whether an agent needs observations.
         folder: Where videos are written.
         finished: Called with each result.
+        step_seconds: Seconds between the actions of a chunk in the training data; 0: unknown.
+        warn: Called with what makes a success rate mean little.
     """
 
     def __init__(
@@ -84,7 +88,10 @@ class Pool:
         looks: Callable[[str], bool],
         folder: Path | None = None,
         finished: Callable[[Result], object] = lambda result: None,
+        step_seconds: float = 0.0,
+        warn: Callable[[str], object] = lambda text: None,
     ) -> None:
+        self._step_seconds, self._warn = step_seconds, warn
         self._settings, self._looks, self._finished = settings, looks, finished
         self._waiting = list(episodes)
         self._folder = folder
@@ -211,12 +218,25 @@ class Pool:
             self._died(one)
         if isinstance(message, Asks):
             one.deadline = float("inf")
+            self._compare_rates(message.control_hz)
             return [Asking(episode, message.observation, message.actions, message.steps, one.generator)]
         if isinstance(message, Broken):
             raise PluginError(f"{self._name(episode)}: {message.doing} failed: {message.text} [{self._owner}]")
         assert isinstance(message, Ended)
         self._end(one, episode, message)
         return []
+
+    def _compare_rates(self, control_hz: float) -> None:
+        """Warn once if actions take longer or shorter than in the training data."""
+        if self._step_seconds and control_hz:
+            rate, trained = control_hz / self._settings.env.action_repeat, 1 / self._step_seconds
+            if abs(rate / trained - 1) > RATES_DIFFER:
+                self._warn(
+                    f"{self._settings.env.type} executes {rate:.4g} actions per second ({control_hz:g} control steps, "
+                    f"action_repeat {self._settings.env.action_repeat}), but the training data have {trained:.4g}: set "
+                    f"env.action_repeat to {max(1, round(control_hz / trained))}"
+                )
+        self._step_seconds = 0.0
 
     def _end(self, one: _Process, episode: Episode, ended: Ended) -> None:
         del self._playing[episode.key]

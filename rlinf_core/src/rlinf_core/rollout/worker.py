@@ -69,7 +69,7 @@ class Worker:
             episode.settle()
             while not episode.over:
                 self._doing = "observe()"
-                self._connection.send(Asks(episode.look(), environment.actions, episode.steps))
+                self._connection.send(Asks(episode.look(), environment.actions, episode.steps, environment.control_hz))
                 act = self._connection.recv()
                 self._doing = "step()"
                 episode.execute(act)
