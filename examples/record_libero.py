@@ -40,7 +40,11 @@ OPEN, CLOSE = -1.0, 1.0
 MAX_DECISIONS = 60  # The expert needs about 40.
 DECISIONS_AFTER_SUCCESS = 2
 NOISE = 0.2  # Standard deviation of what is added to executed displacements; the recorded action is without it.
-IMAGE = {"dtype": "image", "shape": (SETTING.image_size, SETTING.image_size, 3), "names": ["height", "width", "channel"]}
+IMAGE = {
+    "dtype": "image",
+    "shape": (SETTING.image_size, SETTING.image_size, 3),
+    "names": ["height", "width", "channel"],
+}
 FEATURES = {
     "image": IMAGE,
     "wrist_image": IMAGE,
@@ -123,7 +127,7 @@ def episode(env: LiberoEnvironment, seed: int, noise: float = NOISE) -> list[dic
         frames.append({**env.observe(), "actions": action})
         executed = action.copy()
         executed[:3] = np.clip(action[:3] + rng.normal(0.0, noise, 3) * (np.abs(action[:3]).max() > 0), -1.0, 1.0)
-        success = any([env.step(executed).success for _ in range(SETTING.action_repeat)])
+        success = any(env.step(executed).success for _ in range(SETTING.action_repeat))
         left = left - 1 if left is not None else DECISIONS_AFTER_SUCCESS if success else None
     return frames
 

@@ -97,7 +97,7 @@ def test_reworded_tasks_take_their_prompt_from_the_scene(benchmark_files):
     (plain,) = suites.suite_tasks("libero_goal")
     (reworded,) = suites.suite_tasks("libero_goal_lan")
     assert plain.prompt == "put the bowl on the plate"
-    assert reworded.prompt == "place the bowl on the stove’s plate"
+    assert reworded.prompt == "place the bowl on the stove\u2019s plate"
     assert (plain.horizon, plain.initial_states, plain.group) == (300, 3, "libero_goal")
 
 
@@ -160,7 +160,10 @@ def benchmark_files(tmp_path, monkeypatch):
         def __init__(self, name):
             self.tasks = [types.SimpleNamespace(**vars(task), problem_folder=name)]
 
-    for suite, words in (("libero_goal", "Bowl on plate"), ("libero_goal_lan", "place the bowl on the stove’s plate")):
+    for suite, words in (
+        ("libero_goal", "Bowl on plate"),
+        ("libero_goal_lan", "place the bowl on the stove\u2019s plate"),
+    ):
         for folder in ("scenes", "init"):
             (tmp_path / folder / suite).mkdir(parents=True)
         scene = f"(define (problem LIBERO)\n  (:language {words})\n  (:regions))"

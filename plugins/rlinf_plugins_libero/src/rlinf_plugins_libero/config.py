@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, create_model
 
@@ -27,8 +27,8 @@ class LiberoConfig(EnvironmentConfig):
     """Pixels per side of both cameras; 256 in the published datasets."""
 
     reflections: bool = True
-    """Whether shiny surfaces reflect the scene, as in the published datasets. Without, rendering on a CPU takes half the
-    time in scenes that have such surfaces."""
+    """Whether shiny surfaces reflect the scene, as in the published datasets. Without reflections, rendering on a CPU
+    takes half the time in scenes that have such surfaces."""
 
     def tasks(self) -> Sequence[EnvironmentTask]:
         """The tasks of the suite. Raises `UserError` if LIBERO is not installed."""
@@ -49,7 +49,8 @@ class LiberoConfig(EnvironmentConfig):
 def _config_of(suite: str) -> type[LiberoConfig]:
     """The config class of a suite. It is sent to other processes, so it must be found in this module by its name."""
     name = "".join(part.capitalize() for part in suite.split("_")) + "Config"
-    made = create_model(name, __base__=LiberoConfig, __module__=__name__, type=(Literal[suite], suite))
+    kind: Any = Literal[suite]
+    made = create_model(name, __base__=LiberoConfig, __module__=__name__, type=(kind, suite))
     made.__doc__ = f"The environment `{suite}`."
     globals()[name] = made
     return made

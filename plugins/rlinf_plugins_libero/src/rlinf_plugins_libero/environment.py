@@ -77,12 +77,12 @@ class LiberoEnvironment:
 
     @property
     def sim(self) -> Any:
-        """robosuite's simulation, for scripts that need more than a policy sees: `sim.data.qpos`, poses of bodies."""
+        """The simulation, for scripts that need more than a policy sees: `sim.data.qpos`, poses of bodies."""
         return self._control.sim
 
     @property
     def values(self) -> Mapping[str, Any]:
-        """robosuite's observables of the current state, such as `robot0_eef_pos` and `<object>_pos` [3] in metres."""
+        """What robosuite observes in the current state, such as `robot0_eef_pos` and `<object>_pos` [3] in metres."""
         return self._seen
 
     def reset(self, start: Start) -> None:

@@ -31,4 +31,5 @@ def axis_angle(quaternion_xyzw: NDArray[np.float64]) -> NDArray[np.float64]:
 def proprioception(values: Mapping[str, Any]) -> NDArray[np.float32]:
     """The state, float32 [8]: position of the end effector in metres, its rotation vector, and the two fingers."""
     position, fingers = values["robot0_eef_pos"], values["robot0_gripper_qpos"]
-    return np.concatenate([position, axis_angle(values["robot0_eef_quat"]), fingers]).astype(np.float32)
+    state: NDArray[np.float32] = np.concatenate([position, axis_angle(values["robot0_eef_quat"]), fingers], dtype="f4")
+    return state
