@@ -2,6 +2,7 @@
 environment showed once (`data/libero_observations.npz`, see its recorder in `test_libero_simulator.py`).
 """
 
+import os
 import pickle
 import sys
 import types
@@ -12,7 +13,7 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from rlinf_core import UserError
-from rlinf_plugins_libero import suites
+from rlinf_plugins_libero import environment, suites
 from rlinf_plugins_libero.config import CONFIGS
 from rlinf_plugins_libero.observation import axis_angle, proprioception, upright
 
@@ -135,6 +136,43 @@ def test_damaged_initial_states_are_named_and_run_no_code(tmp_path, content):
         np.savez(path, states=content)
     with pytest.raises(UserError, match=r"task\.pruned_init\.npz"):
         suites.read_states(path)
+
+
+@pytest.mark.parametrize(("visible", "expected"), [("", "0"), ("1", None), (None, None)])
+def test_hidden_gpus_are_no_error_of_the_renderer(monkeypatch, visible, expected):
+    monkeypatch.setattr(environment.sys, "platform", "linux")
+    for name, value in (("CUDA_VISIBLE_DEVICES", visible), ("MUJOCO_EGL_DEVICE_ID", None), ("MUJOCO_GL", None)):
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    wrapper = types.ModuleType("libero.libero.envs.env_wrapper")
+    wrapper.ControlEnv = object
+    for name in ("libero", "libero.libero", "libero.libero.envs"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, wrapper.__name__, wrapper)
+    monkeypatch.setattr(environment, "_quiet_robosuite", lambda: None)
+    environment._import_simulator()
+    assert os.environ.get("MUJOCO_EGL_DEVICE_ID") == expected
+    assert os.environ["MUJOCO_GL"] == "egl"
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", "0")
+
+
+def test_a_renderer_that_does_not_start_is_one_message(monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", "osmesa")
+    monkeypatch.setattr(environment, "_quiet_robosuite", lambda: None)
+    wrapper = types.ModuleType("libero.libero.envs.env_wrapper")
+    wrapper.__getattr__ = _no_osmesa
+    for name in ("libero", "libero.libero", "libero.libero.envs"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, wrapper.__name__, wrapper)
+    with pytest.raises(UserError, match=r"MUJOCO_GL='osmesa'.*no OSMesa.*libegl1"):
+        environment._import_simulator()
+
+
+def _no_osmesa(name):
+    raise RuntimeError("no OSMesa")
 
 
 def _version_of(installed):

@@ -6,7 +6,7 @@
 import contextlib
 import importlib.util
 import io
-import os
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ import pytest
 from rlinf_core import EpisodeError, Start
 from rlinf_plugins_libero import suites
 from rlinf_plugins_libero.config import CONFIGS, LiberoConfig
+from rlinf_plugins_libero.environment import _import_simulator
 
 pytestmark = [
     pytest.mark.slow,
@@ -36,7 +37,7 @@ def actions():
 
 def reference(size=SIZE):
     """Observations of the benchmark's environment, as openpi builds and resets it; they render in every step."""
-    os.environ.setdefault("MUJOCO_GL", "egl")
+    _import_simulator()  # The renderer's variables, and no log file.
     with contextlib.redirect_stdout(io.StringIO()):
         from libero.libero import benchmark, get_libero_path
         from libero.libero.envs import OffScreenRenderEnv
@@ -111,6 +112,23 @@ def test_starts_from_seeds_resemble_the_recorded_ones(environment):
     spread = [np.std(states[:, 1:8], axis=0) for states in (recorded, np.stack(drawn))]
     np.testing.assert_allclose(spread[1], spread[0], rtol=0.6)
     np.testing.assert_allclose(np.mean(drawn, axis=0)[1:8], recorded[:, 1:8].mean(axis=0), atol=0.02)
+
+
+def test_two_environments_in_a_process_show_their_own_scenes(environment):
+    environment.reset(Start(SEED, STATE))
+    before = environment.observe()["image"]
+    config = BY_TYPE["libero_object"](image_size=SIZE)
+    other = config.build(config.tasks()[0])
+    other.reset(Start(SEED, 0))
+    assert np.abs(other.observe()["image"].astype(int) - before).mean() > 10
+    np.testing.assert_array_equal(environment.observe()["image"], before)
+    other.close()
+    np.testing.assert_array_equal(environment.observe()["image"], before)
+
+
+def test_no_log_at_a_fixed_place_that_other_users_may_own(environment):
+    handlers = logging.getLogger("robosuite_logs").handlers
+    assert not any(isinstance(handler, logging.FileHandler) for handler in handlers)
 
 
 def test_an_action_that_is_not_finite_fails_the_episode(environment):
