@@ -97,6 +97,36 @@ class LineConfig(EnvironmentConfig):
         return Line(self, task)
 
 
+class Sawyer(Line):
+    """The line, in the columns of the repository's MetaWorld data."""
+
+    control_hz = 80.0
+    actions = ActionSpace(low=np.full(4, -1, np.float32), high=np.full(4, 1, np.float32), idle=np.zeros(4, np.float32))
+
+    def observe(self):
+        self.misbehave("observe")
+        image = np.full((224, 224, 3), 90, np.uint8)
+        return {"observation.image": image, "observation.state": np.float32([self.x, 0.6, 0.2, 1.0])}
+
+    def frame(self):
+        return self.observe()["observation.image"]
+
+
+class SawyerConfig(LineConfig):
+    """The environment `sawyer`."""
+
+    type: Literal["sawyer"] = "sawyer"
+
+    def tasks(self):
+        return [EnvironmentTask("reach", "Reach a goal position", HORIZON), EnvironmentTask("wave", "Wave", HORIZON)]
+
+    def build(self, task):
+        return Sawyer(self, task)
+
+    def facts(self):
+        return {"sawyer": "1.0"}
+
+
 @hookimpl
 def rlinf_register_environments():
-    return [LineConfig]
+    return [LineConfig, SawyerConfig]
