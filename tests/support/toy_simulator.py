@@ -56,10 +56,13 @@ class Line:
 
     def observe(self):
         self.misbehave("observe")
-        state = np.array([self.x, len(self.path) - 1, os.getpid() % 7], np.float32)
+        state = np.array([self.x, len(self.path) - 1, 1], np.float32)
         image = np.zeros((16, 24, 3), np.uint8)
         image[:, min(23, int((self.x + 1) * 10))] = 255
-        return {"point": state, "image": image}
+        seen = {"point": state, "image": image}
+        if self.config.whole_row:
+            seen |= {"actions": np.zeros((4, 2), np.float32), "index": 0}
+        return seen
 
     def step(self, action):
         if len(self.path) > 3:
@@ -83,6 +86,8 @@ class LineConfig(EnvironmentConfig):
     states: int = 0
     fault: str = ""
     seconds_a_step: float = 0.0
+    whole_row: bool = False
+    """Also give what the toy policy of `toy_data` takes from recorded rows only."""
     names: tuple[str, ...] = ("right", "right again")
 
     def tasks(self):
@@ -92,6 +97,36 @@ class LineConfig(EnvironmentConfig):
         return Line(self, task)
 
 
+class Sawyer(Line):
+    """The line, in the columns of the repository's MetaWorld data."""
+
+    control_hz = 80.0
+    actions = ActionSpace(low=np.full(4, -1, np.float32), high=np.full(4, 1, np.float32), idle=np.zeros(4, np.float32))
+
+    def observe(self):
+        self.misbehave("observe")
+        image = np.full((224, 224, 3), 90, np.uint8)
+        return {"observation.image": image, "observation.state": np.float32([self.x, 0.6, 0.2, 1.0])}
+
+    def frame(self):
+        return self.observe()["observation.image"]
+
+
+class SawyerConfig(LineConfig):
+    """The environment `sawyer`."""
+
+    type: Literal["sawyer"] = "sawyer"
+
+    def tasks(self):
+        return [EnvironmentTask("reach", "Reach a goal position", HORIZON), EnvironmentTask("wave", "Wave", HORIZON)]
+
+    def build(self, task):
+        return Sawyer(self, task)
+
+    def facts(self):
+        return {"sawyer": "1.0"}
+
+
 @hookimpl
 def rlinf_register_environments():
-    return [LineConfig]
+    return [LineConfig, SawyerConfig]

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from rlinf_core.rollout.episodes import Episode, EpisodesFile, Result
 
 ONLY_WITH_ENV = ("tasks", "replan", "processes", "videos", "baselines", "set")
-NOT_WITH_ENV = {"split": "--split", "samples": "--samples", "batch_size": "--batch-size"}
+RECORDED = {"split": None, "samples": 512, "batch_size": 16}
+"""Options of recorded episodes, and their defaults."""
 
 
 def add_simulator_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,6 +60,8 @@ def play_episodes(options: argparse.Namespace) -> None:
     from rlinf_core.rollout.tables import success_table
     from rlinf_core.terminal import print_phase
 
+    if given := [name for name, default in RECORDED.items() if getattr(options, name) != default]:
+        raise UserError(f"--{given[0].replace('_', '-')} is for recorded episodes: leave it out with --env")
     plugins = get_plugins()
     plugins.environment(options.env)  # Before what takes seconds.
     settings, remembered = read_settings(options, plugins)

@@ -26,8 +26,8 @@ class RolloutSettings(BaseModel):
     episodes: int = Field(default=20, ge=1)
     """Episodes per task. Episode i starts from seed `seed + i`, and from the recorded initial state i if there are any,
     beginning again after the last."""
-    seed: int = Field(default=1_000_000, ge=0)
-    """Seed of the first episode of each task; use others than those of the training data."""
+    seed: int = Field(default=100_000, ge=0)
+    """Seed of the first episode of each task; take others than those with which demonstrations were recorded."""
     processes: int = Field(default=2, ge=1)
     """Processes of the environment. In a run, each rank of the first machine has so many."""
     timeout_seconds: float = Field(default=300.0, gt=0)
