@@ -25,6 +25,7 @@ pytestmark = [
 ]
 TASK, STATE, SEED, SIZE = 8, 3, 7, 32
 BY_TYPE: dict[str, type[LiberoConfig]] = {config.model_fields["type"].default: config for config in CONFIGS}
+ROOT = Path(__file__).resolve().parents[2]
 IDLE = [0.0] * 6 + [-1.0]
 
 
@@ -135,6 +136,20 @@ def test_an_action_that_is_not_finite_fails_the_episode(environment):
     environment.reset(Start(SEED, STATE))
     with pytest.raises(EpisodeError, match="NaN or infinity"):
         environment.step(np.full(7, np.nan, np.float32))
+
+
+def test_the_scripted_expert_solves_the_task_from_most_seeds(monkeypatch):
+    spec = importlib.util.spec_from_file_location("record_libero", ROOT / "examples" / "record_libero.py")
+    recorder = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recorder)
+    environment, prompt = recorder.build()
+    assert prompt == "put the bowl on the plate"
+    monkeypatch.setattr(environment, "observe", dict)  # Rendering is most of the time.
+    episodes = [recorder.episode(environment, seed) for seed in range(8)]
+    environment.close()
+    assert sum(frames is not None for frames in episodes) >= 6
+    lengths = [len(frames) for frames in episodes if frames]
+    assert 30 < min(lengths) <= max(lengths) < recorder.MAX_DECISIONS
 
 
 def test_every_suite_has_all_its_files():
