@@ -170,7 +170,13 @@ def launch(run: RunConfig, arguments: Sequence[str]) -> int:
     if ended is not None:
         return ended
     if failed is None:
-        return Exit.OK
+        print(
+            f"error: the run's processes ended with code 0, but rank 0 has not written {run.folder / EXIT_FILE}, as at "
+            "the end of every run: other code has ended the process, such as os._exit() in a plugin. The same command "
+            "continues from the last checkpoint",
+            file=sys.stderr,
+        )
+        return Exit.DEFECT
     return Exit.INTERRUPTED if failed.sigval == signal.SIGINT else Exit.DEFECT
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from rlinf_core.ending import Ending
 from rlinf_core.errors import Interrupted
-from rlinf_core.process_start import prepare_process
+from rlinf_core.process_start import check_launcher, prepare_process
 from rlinf_core.terminal import wrap
 from rlinf_core.watchdog import enter, kill_children, watchdog
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     prepare_process()
-    parser = argparse.ArgumentParser(prog="torchrun ... -m rlinf_core.train", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="torchrun ... -m rlinf_core.train", description="Train a policy.")
     parser.add_argument("config", help="the run's TOML file")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="override settings of the file: runner.max_steps=100"
@@ -81,7 +81,8 @@ def train(
         UserError: For everything that the user can fix.
         Interrupted: A signal ended the run early, after saving.
     """
-    rank = int(os.environ.get("RANK", "0"))
+    check_launcher()
+    rank = ending.rank
     enter("loading plugins and the config", rank)
     from rlinf_core.config.load import load_config
     from rlinf_core.plugins.registry import get_plugins
@@ -108,6 +109,7 @@ def train(
         _report(group, start.notes)
         if start.finished:
             _report(group, [say_finished(run, start)])
+            ending.belongs_to(run.folder, start.step)
             return
         with folder.transaction(start):
             ending.belongs_to(run.folder, start.step)
