@@ -18,7 +18,7 @@ import surroundings
 from damaging import LONG
 
 from rlinf_core.errors import Exit, UserError, beyond_environment
-from rlinf_core.process_start import check_launcher, launched_rank, name_user
+from rlinf_core.process.start import check_launcher, launched_rank, name_user
 
 ROOT = Path(__file__).parents[2]
 STARTS, TRAINS = range(LONG or 2), range(LONG) if LONG else (4, 8, 13)
@@ -134,7 +134,7 @@ def test_an_error_of_the_environment_names_the_path_and_the_way_out(number):
 def test_streams_that_are_closed_go_nowhere(tmp_path):
     """Otherwise what is printed goes into the next file that is opened."""
     code = (
-        "import os; os.close(1); from rlinf_core.process_start import open_streams; open_streams();"
+        "import os; os.close(1); from rlinf_core.process.start import open_streams; open_streams();"
         "file = open('data', 'w'); os.write(1, b'printed'); file.write('data')"
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from distributions import install
 
-from rlinf_core.ending import Ending
 from rlinf_core.errors import Exit, Interrupted, UserError
+from rlinf_core.process.ending import Ending
 from rlinf_core.training.stopping import AGAIN, StopSignal, stop_signals
 
 ROOT = Path(__file__).parents[2]

@@ -21,13 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlinf_core.contract.cluster import COMPONENT, TORCHRUN, ClusterConfig
 from rlinf_core.contract.run import RunConfig
+from rlinf_core.contract.tables.cluster import COMPONENT, TORCHRUN, ClusterConfig
 from rlinf_core.data.loading.sampling import check_batch
-from rlinf_core.ending import EXIT_FILE
 from rlinf_core.errors import Exit, UserError
+from rlinf_core.process.ending import EXIT_FILE
+from rlinf_core.process.watchdog import FOLDER, stops_to_catch
 from rlinf_core.training.run_folder import check_folder
-from rlinf_core.watchdog import FOLDER, stops_to_catch
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

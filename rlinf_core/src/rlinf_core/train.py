@@ -14,11 +14,11 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, TextIO
 
-from rlinf_core.ending import Ending
 from rlinf_core.errors import Interrupted
-from rlinf_core.process_start import check_launcher, prepare_process
+from rlinf_core.process.ending import Ending
+from rlinf_core.process.start import check_launcher, prepare_process
+from rlinf_core.process.watchdog import enter, kill_children, watchdog
 from rlinf_core.terminal import wrap
-from rlinf_core.watchdog import enter, kill_children, watchdog
 
 if TYPE_CHECKING:
     from rlinf_core.contract.process_group import ProcessGroup
@@ -93,7 +93,7 @@ def train(
 
     watchdog.allow(run.trainer.timeout_seconds)
     enter("loading torch and joining the ranks", rank)
-    from rlinf_core.contract.cluster import check_world_size
+    from rlinf_core.contract.tables.cluster import check_world_size
     from rlinf_core.training.distributed.processes import processes
     from rlinf_core.training.distributed.same_inputs import check_same_program
     from rlinf_core.training.resume import say_finished

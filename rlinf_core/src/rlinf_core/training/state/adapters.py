@@ -15,7 +15,7 @@ from torch import nn
 
 from rlinf_core.contract.adapter import Adapter, BufferedAdapter, MergeableAdapter
 from rlinf_core.errors import UserError
-from rlinf_core.training.fsdp import derived_seed, unused_parameters
+from rlinf_core.training.state.fsdp import derived_seed, unused_parameters
 
 LISTED = 4
 """Maximum number of names that a message lists."""
