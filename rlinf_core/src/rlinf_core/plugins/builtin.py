@@ -115,7 +115,7 @@ def rlinf_open_dataset(dataset: DatasetConfig, policy: PolicyConfig, split: Spli
 @hookimpl(trylast=True)
 def rlinf_launch(run: RunConfig, arguments: Sequence[str]) -> int | None:
     """Start the processes with torchrun, if `cluster.launcher` selects it."""
-    from rlinf_core.contract.cluster import TORCHRUN
+    from rlinf_core.contract.tables.cluster import TORCHRUN
 
     if run.cluster.launcher != TORCHRUN:
         return None

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from rlinf_core.contract.tables import Section
+from rlinf_core.contract.tables.runner import Section
 from rlinf_core.errors import UserError
 
 TORCHRUN = "torchrun"
