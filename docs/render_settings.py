@@ -35,6 +35,7 @@ from rlinf_core.contract.optim import (
     ScheduleConfig,
     WarmupConfig,
 )
+from rlinf_core.contract.slurm import SlurmConfig
 from rlinf_core.contract.tables import RunnerConfig
 from rlinf_core.evaluators.held_out import HeldOutConfig
 from rlinf_core.loggers.console import ConsoleLoggerConfig
@@ -92,6 +93,7 @@ def _choices(key: str, choices: Sequence[Sequence[type[BaseModel]]]) -> Iterator
 PARTS = (
     Part("The run", "Above the first table of the file.", [RunConfig]),
     Part("`[cluster]`", "Read by `rlinf launch`; a run that torchrun starts is held to it.", [ClusterConfig]),
+    Part("`[cluster.slurm]`", 'Read by `rlinf launch` with `cluster.launcher = "slurm"`.', [SlurmConfig]),
     Part("`[runner]`", "How long to run, what to write and when.", [RunnerConfig]),
     Part(
         "`[data]`",
