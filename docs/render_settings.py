@@ -24,8 +24,6 @@ from rlinf_core import (
 )
 from rlinf_core.augmentations.random_erasing import RandomErasingConfig
 from rlinf_core.config.toml import dotted, write_toml
-from rlinf_core.contract.cluster import ClusterConfig
-from rlinf_core.contract.mixture import MixtureShare
 from rlinf_core.contract.optim import (
     AdamWConfig,
     CosineConfig,
@@ -35,8 +33,10 @@ from rlinf_core.contract.optim import (
     ScheduleConfig,
     WarmupConfig,
 )
-from rlinf_core.contract.slurm import SlurmConfig
-from rlinf_core.contract.tables import RunnerConfig
+from rlinf_core.contract.tables.cluster import ClusterConfig
+from rlinf_core.contract.tables.mixture import MixtureShare
+from rlinf_core.contract.tables.runner import RunnerConfig
+from rlinf_core.contract.tables.slurm import SlurmConfig
 from rlinf_core.evaluators.held_out import HeldOutConfig
 from rlinf_core.loggers.console import ConsoleLoggerConfig
 from rlinf_core.lora.config import LoraConfig

@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from rlinf_core.errors import UserError
-from rlinf_core.untrusted import read_json
+from rlinf_core.untrusted.text import read_json
 
 FOLDER = "evaluations"
 """The folder of evaluators' files, in that of the run."""

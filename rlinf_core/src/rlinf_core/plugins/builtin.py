@@ -114,7 +114,7 @@ def rlinf_open_dataset(dataset: DatasetConfig, policy: PolicyConfig, split: Spli
 @hookimpl(trylast=True)
 def rlinf_launch(run: RunConfig, arguments: Sequence[str]) -> int | None:
     """Start the processes with torchrun, or submit a job to Slurm, as `cluster.launcher` selects."""
-    from rlinf_core.contract.cluster import SLURM, TORCHRUN
+    from rlinf_core.contract.tables.cluster import SLURM, TORCHRUN
 
     if run.cluster.launcher == TORCHRUN:
         from rlinf_core.torchrun import launch
@@ -130,7 +130,7 @@ def rlinf_launch(run: RunConfig, arguments: Sequence[str]) -> int | None:
 @hookimpl(trylast=True)
 def rlinf_describe_launch(run: RunConfig, arguments: Sequence[str]) -> str | None:
     """The command of torchrun, or Slurm's batch file."""
-    from rlinf_core.contract.cluster import SLURM, TORCHRUN
+    from rlinf_core.contract.tables.cluster import SLURM, TORCHRUN
 
     if run.cluster.launcher == TORCHRUN:
         from rlinf_core.torchrun import describe_launch

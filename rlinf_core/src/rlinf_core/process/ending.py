@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from rlinf_core.errors import Exit, Interrupted, RunError, UserError, beyond_environment
 from rlinf_core.files import write_text
+from rlinf_core.process.start import launched_rank
+from rlinf_core.process.watchdog import GRACE, catch_stops, kill_children, release_stops, stops_to_catch
 from rlinf_core.terminal import wrap
-from rlinf_core.untrusted import printable
-from rlinf_core.watchdog import GRACE, catch_stops, kill_children, release_stops, stops_to_catch
+from rlinf_core.untrusted.text import printable
 
 if TYPE_CHECKING:
     from rlinf_core.contract.run import Trainer
@@ -49,7 +50,7 @@ class Ending:
     def __init__(self, *, debug: bool = False) -> None:
         self._debug = debug
         """Whether a mistake is shown with its traceback."""
-        self.rank = int(os.environ.get("RANK", "0"))
+        self.rank = launched_rank()
         self.folder: Path | None = None
         """The run's folder, once this process owns it."""
         self.start_step = 0

@@ -278,10 +278,10 @@ class Watchdog:
 
 STOPPING = tuple(
     getattr(signal, name)
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU")
     if hasattr(signal, name)
 )
-"""The signals that ask a run to save and end: of terminals, launchers, schedulers and cloud machines."""
+"""The signals that ask a run to save and end: of terminals, launchers, schedulers, cloud machines and time limits."""
 
 
 Handler = Callable[[int, FrameType | None], object] | int | signal.Handlers | None

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from rlinf_core.errors import PluginError
 from rlinf_core.optimizers.parameters import TrainedParameter, on_shards
 from rlinf_core.torch_names import shard_like
-from rlinf_core.training.fsdp import local_shard
+from rlinf_core.training.state.fsdp import local_shard
 
 
 class StepResult(NamedTuple):

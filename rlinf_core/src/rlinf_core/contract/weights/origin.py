@@ -15,7 +15,7 @@ import numpy as np
 
 from rlinf_core.data.normalize import EPSILON, KEYS, Mode, NormStats, Stats, Vector, load_norm_stats
 from rlinf_core.errors import UserError
-from rlinf_core.untrusted import path_inside, read_json
+from rlinf_core.untrusted.text import path_inside, read_json
 
 if TYPE_CHECKING:
     from rlinf_core.contract.datasets import DatasetConfig

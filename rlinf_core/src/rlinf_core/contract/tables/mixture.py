@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import Field, InstanceOf, SerializeAsAny, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from rlinf_core.contract.datasets import DatasetConfig
-from rlinf_core.contract.tables import Section
+from rlinf_core.contract.tables.runner import Section
 
 LOADER_KEYS = ("num_workers",)
 """Keys that stay in `[data]`: the same workers load every source."""

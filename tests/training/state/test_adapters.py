@@ -22,10 +22,10 @@ from rlinf_core.loggers.jsonl import read_rows
 from rlinf_core.plan.step import plan
 from rlinf_core.plugins.registry import PLUGIN_GROUP, Plugins
 from rlinf_core.testing import plugins_in_memory
-from rlinf_core.training.adapters import Merge
-from rlinf_core.training.build import build_on_meta, build_policy
 from rlinf_core.training.distributed.processes import processes
 from rlinf_core.training.run_folder import prepare_folder
+from rlinf_core.training.state.adapters import Merge
+from rlinf_core.training.state.build import build_on_meta, build_policy
 from rlinf_plugins_openpi.model.parts import unpacked
 from rlinf_plugins_openpi.weights.names import EMBEDDING_IN_FILES, published_names
 from rlinf_plugins_openpi.weights.saving import save_published

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rlinf_core.errors import UserError
-from rlinf_core.untrusted import check_file
+from rlinf_core.untrusted.text import check_file
 
 FREE = 2**26
 """Bytes in memory that any file may take."""

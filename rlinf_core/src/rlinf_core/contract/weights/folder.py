@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from rlinf_core.untrusted import read_json
+from rlinf_core.untrusted.text import read_json
 
 PICKLED = ("pytorch_model.bin", "model.pt", "pytorch_model.pt", "model.pth")
 ADAPTER = "adapter_config.json"

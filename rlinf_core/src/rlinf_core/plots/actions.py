@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rlinf_core.drawing import CHUNK, DATA, FAINT, INK, STYLE, Plot, drawn, new_figure, plain, short
+from rlinf_core.plots.figures import CHUNK, DATA, FAINT, INK, STYLE, Plot, drawn, new_figure, plain, short
 from rlinf_core.results import ActionErrors, Matrix
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from rlinf_core.training import ema as module
-from rlinf_core.training.ema import AverageElsewhere, Ema
+from rlinf_core.training.state import ema as module
+from rlinf_core.training.state.ema import AverageElsewhere, Ema
 
 STEPS, SKIPPED = 5, 2
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from rlinf_core.training.fsdp import local_shard, release
+from rlinf_core.training.state.fsdp import local_shard, release
 
 
 class AverageElsewhere:

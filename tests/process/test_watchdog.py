@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from rlinf_core import watchdog as module
 from rlinf_core.errors import Interrupted, RunError
-from rlinf_core.watchdog import Watchdog, catch_stops, stops_to_catch
+from rlinf_core.process import watchdog as module
+from rlinf_core.process.watchdog import Watchdog, catch_stops, stops_to_catch
 
 pytestmark = pytest.mark.usefixtures("own_signals")
 LIMIT = 0.4
@@ -199,7 +199,7 @@ def test_a_lost_store_is_not_a_silent_neighbour(watched, left):
 
 ORPHAN = """
 import os, signal, subprocess, sys, time
-from rlinf_core.watchdog import catch_stops, watchdog
+from rlinf_core.process.watchdog import catch_stops, watchdog
 if sys.argv[1:] == ["launcher"]:
     subprocess.Popen([sys.executable, __file__])
     time.sleep(60)

@@ -11,10 +11,10 @@ from torch.distributed.tensor import DTensor
 from rlinf_core import PluginError
 from rlinf_core.contract.optim import OptimConfig, OptimizerConfig, TrainedParameter
 from rlinf_core.training.distributed.processes import processes
-from rlinf_core.training.ema import Ema
-from rlinf_core.training.fsdp import ranks_mesh
-from rlinf_core.training.optim import Optimizer, decays
 from rlinf_core.training.recipes import MuonConfig
+from rlinf_core.training.state.ema import Ema
+from rlinf_core.training.state.fsdp import ranks_mesh
+from rlinf_core.training.state.optim import Optimizer, decays
 
 SETTINGS = OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=3, decay_steps=12)
 

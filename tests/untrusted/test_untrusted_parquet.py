@@ -9,10 +9,10 @@ import pytest
 from damaging import complaint, damaged_bytes, examples
 from hypothesis import given
 
-from rlinf_core import untrusted_parquet
 from rlinf_core.data.images.parquet import image_batches
 from rlinf_core.data.lerobot.files import read_parquet
-from rlinf_core.untrusted_parquet import open_parquet, read_batches, read_table
+from rlinf_core.untrusted import parquet as untrusted_parquet
+from rlinf_core.untrusted.parquet import open_parquet, read_batches, read_table
 
 HALF_A_GIGABYTE = 2**29
 

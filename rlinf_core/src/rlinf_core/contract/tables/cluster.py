@@ -12,8 +12,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from rlinf_core.contract.slurm import SlurmConfig
-from rlinf_core.contract.tables import Section
+from rlinf_core.contract.tables.runner import Section
+from rlinf_core.contract.tables.slurm import SlurmConfig
 from rlinf_core.errors import UserError
 
 TORCHRUN, SLURM = "torchrun", "slurm"

@@ -15,7 +15,7 @@ from torch import nn
 
 from rlinf_core.contract.adapter import Adapter, BufferedAdapter, MergeableAdapter
 from rlinf_core.errors import UserError
-from rlinf_core.training.fsdp import derived_seed, unused_parameters
+from rlinf_core.training.state.fsdp import derived_seed, unused_parameters
 
 LISTED = 4
 """Maximum number of names that a message lists."""
@@ -161,9 +161,11 @@ def find_adapters(before: Original, policy: nn.Module, plugins: Callable[[], str
             f"rlinf_policy_built of {plugins()} freezes every parameter of the policy: nothing is left to train"
         )
     if narrow := [n for n in now if now[n].requires_grad and now[n].dtype != torch.float32]:
+        by = f"rlinf_policy_built of {named}" if (named := plugins()) else "the policy"
+        dtypes = ", ".join(sorted({str(now[name].dtype).removeprefix("torch.") for name in narrow}))
         raise UserError(
-            f"rlinf_policy_built of {plugins()} trains parameters in less than float32: {_listed(narrow)}. Small "
-            "updates would be rounded away: only frozen parameters may have another dtype"
+            f"{by} trains parameters in {dtypes}: {_listed(narrow)}. Only frozen parameters may have another dtype "
+            "than float32: in a narrower one, small updates would be rounded away"
         )
     modules = {name: policy.get_submodule(name) for name in dict.fromkeys(owners.values())}
     return Adapters(
