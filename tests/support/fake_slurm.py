@@ -66,7 +66,8 @@ def scontrol(*words):
         last = int(re.fullmatch(r"fake\[1-(\d+)\]", words[2])[1])
         print("\n".join(f"127.0.0.{node}" for node in range(1, last + 1)))
     else:
-        Path(os.environ["FAKE_SLURM"]).open("a").write(json.dumps(words) + "\n")
+        with Path(os.environ["FAKE_SLURM"]).open("a") as file:
+            file.write(json.dumps(words) + "\n")
 
 
 def srun(*words):

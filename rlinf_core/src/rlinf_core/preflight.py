@@ -21,7 +21,7 @@ from rlinf_core.contract.datasets import (
     SampleSource,
 )
 from rlinf_core.contract.run import RunConfig, RunSource
-from rlinf_core.contract.tables.cluster import check_world_size
+from rlinf_core.contract.tables.cluster import LAUNCHERS, SLURM, check_world_size
 from rlinf_core.data.loading.chunked_sampling import check_streams, chunks_of
 from rlinf_core.data.loading.sampling import check_batch, sample_generator, steps_per_epoch
 from rlinf_core.data.normalize import load_norm_stats
@@ -252,9 +252,10 @@ def check_launcher(run: RunConfig, plugins: Plugins) -> None:
 def nobody_launches(run: RunConfig, plugins: Plugins) -> UserError:
     """The error for a `cluster.launcher` that no plugin provides."""
     name = run.cluster.launcher
+    core = " and ".join(map(repr, LAUNCHERS))
     lines = [
         f"no installed plugin launches with cluster.launcher = {name!r}{did_you_mean(name, LAUNCHERS)}",
-        f"install the package that provides it, or leave cluster.launcher out: core provides {' and '.join(map(repr, LAUNCHERS))}",
+        f"install the package that provides it, or leave cluster.launcher out: core provides {core}",
         *(f"failed: {failure}" for failure in plugins.failures),
         *(f"left out by RLINF_DISABLE_PLUGINS: {distribution}" for distribution in plugins.blocked),
     ]

@@ -15,11 +15,11 @@ from pathlib import Path
 from textwrap import dedent
 
 from rlinf_core.contract.run import RunConfig
-from rlinf_core.contract.slurm import GPU_OPTIONS
+from rlinf_core.contract.tables.slurm import GPU_OPTIONS
 from rlinf_core.data.loading.sampling import check_batch
-from rlinf_core.ending import EXIT_FILE
 from rlinf_core.errors import UserError
 from rlinf_core.files import write_text, writing
+from rlinf_core.process.ending import EXIT_FILE
 from rlinf_core.torchrun import share_of_machine
 from rlinf_core.training.run_folder import check_folder
 
@@ -48,8 +48,8 @@ def processes_per_node(run: RunConfig) -> int:
     share = share_of_machine(cluster, gpus)
     if share.devices:
         raise UserError(
-            f"cluster.component_placement selects GPUs {list(share.devices)} of the {gpus} on each node, and the others "
-            f'would be idle: set cluster.slurm.gpus_per_node = {len(share.devices)} and the placement to "all"'
+            f"cluster.component_placement selects GPUs {list(share.devices)} of the {gpus} on each node, and the "
+            f'others would be idle: set cluster.slurm.gpus_per_node = {len(share.devices)} and the placement to "all"'
         )
     ranks = share.processes * cluster.num_nodes
     run.trainer.check_ranks(ranks)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from rlinf_core.contract.tables import Section
+from rlinf_core.contract.tables.runner import Section
 
 OWN_OPTIONS = {
     "nodes": "cluster.num_nodes",
@@ -36,9 +36,7 @@ GPU_OPTIONS = ("gres", "gpus", "gpus-per-node")
 def _check_time(time: str) -> str:
     """Accept what `sbatch --time` does."""
     if time and not re.fullmatch(r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}", time):
-        raise ValueError(
-            f'invalid time limit {time!r}: write hours:minutes:seconds ("12:00:00") or days-hours ("2-12")'
-        )
+        raise ValueError(f'invalid time limit {time!r}: write hours:minutes:seconds ("12:00:00") or days-hours ("2-4")')
     return time
 
 
