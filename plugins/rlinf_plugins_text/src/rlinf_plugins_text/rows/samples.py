@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,7 @@ SHOWN_TEXTS = 3
 
 
 class TextSample(TypedDict):
-    """A sequence of one text, or of several in a pack. Axes: T tokens, M texts."""
+    """A sequence of one text, or of several in a pack. Axes: T tokens, M texts, I images."""
 
     tokens: NDArray[np.int32]
     """[T]"""
@@ -39,6 +39,10 @@ class TextSample(TypedDict):
     """[M], tokens in each text before it was cut or split."""
     left_out: str
     """How many texts of the split are in no sample, their share, and why; empty: none are left out."""
+    image_documents: NotRequired[NDArray[np.int32]]
+    """[I], the text of each image, in the order of the tokens; missing in a dataset without images."""
+    images: NotRequired[dict[str, NDArray[np.uint8]]]
+    """`image 1`, ... -> uint8 [height, width, 3], RGB; missing in rows that are read without images."""
 
 
 def describe(
