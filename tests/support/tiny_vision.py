@@ -34,7 +34,8 @@ QWEN_TEMPLATE = """\
 {%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' }}
 {%- if message.content is string %}{{- message.content }}{%- else %}
 {%- for part in message.content %}
-{%- if part.type == 'image' %}{{- '<|vision_start|><|image_pad|><|vision_end|>' }}{%- else %}{{- part.text }}{%- endif %}
+{%- if part.type == 'image' %}{{- '<|vision_start|><|image_pad|><|vision_end|>' }}{%- endif %}
+{%- if part.type == 'text' %}{{- part.text }}{%- endif %}
 {%- endfor %}{%- endif %}{{- '<|im_end|>\\n' }}{%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
 GEMMA_TEMPLATE = """\
@@ -54,7 +55,12 @@ PIXELS = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
 
 def _qwen(vision, processor, **more):
-    processor = {"image_processor_type": "Qwen2VLImageProcessor", "merge_size": 2, "temporal_patch_size": 2, **processor}
+    processor = {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "merge_size": 2,
+        "temporal_patch_size": 2,
+        **processor,
+    }
     return {
         "config": {"text_config": TEXT | {"rope_parameters": M_ROPE} | more, "vision_config": vision, **QWEN_IDS},
         "tokens": (*QWEN_TOKENS, "<|video_pad|>"),
@@ -142,8 +148,10 @@ FAMILIES = {
             "image_token_id": 259,
             "scale_factor": 2,
         },
-        "tokens": ("<s>", "<end>", "<fake_token_around_image>", "<image>", "<global-img>", "<end_of_utterance>")
-        + tuple(f"<row_{row}_col_{column}>" for row in (1, 2, 3, 4) for column in (1, 2, 3, 4)),
+        "tokens": (
+            *("<s>", "<end>", "<fake_token_around_image>", "<image>", "<global-img>", "<end_of_utterance>"),
+            *(f"<row_{row}_col_{column}>" for row in (1, 2, 3, 4) for column in (1, 2, 3, 4)),
+        ),
         "bos": "<s>",
         "eos": "<end>",
         "special": {

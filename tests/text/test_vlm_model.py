@@ -163,6 +163,9 @@ def test_freeze_names_the_parts_that_are_not_trained(tmp_path, parts, kept):
 def test_freeze_and_image_processor_need_a_model_that_sees(tmp_path):
     folder = model_folder(tmp_path / "model", "qwen2_5_vl")
     (folder / "config.json").write_text(json.dumps({"model_type": "qwen3"}))
-    for setting in ({"freeze": ["vision_tower"], "weights": str(folder), "config_from": ""}, {"image_processor": {"size": 1}}):
+    for setting in (
+        {"freeze": ["vision_tower"], "weights": str(folder), "config_from": ""},
+        {"image_processor": {"size": 1}},
+    ):
         with pytest.raises(UserError, match=f"policy.{next(iter(setting))}: the model \\(qwen3\\) sees no images"):
             vision_policy(folder, **setting).vision()

@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from rlinf_core.illustration import Illustration
 
 
-NOT_LINEAR = re.compile(r"\.(experts\.|router$|gate$|(\w+_)?norm$|(\w+_)?layernorm$)|conv1d$|pos_embed$|position_embedding$")
+NOT_LINEAR = re.compile(
+    r"\.(experts\.|router$|gate$|(\w+_)?norm$|(\w+_)?layernorm$)|conv1d$|pos_embed$|position_embedding$"
+)
 """Names of modules with matrices that are no linear layers."""
 
 
@@ -141,7 +143,9 @@ class TextPolicyConfig(TextPolicySettings):
 
     def exported(self) -> TextPolicyConfig:
         """Without the keys that the exported folder answers itself: `config.json`, tokenizer, chat template."""
-        return self.model_copy(update={"config": {}, "config_from": "", "tokenizer": "", "chat_template": "", "image_processor": {}})
+        return self.model_copy(
+            update={"config": {}, "config_from": "", "tokenizer": "", "chat_template": "", "image_processor": {}}
+        )
 
     def save_weights(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
         """Write a folder that `from_pretrained` loads: weights, config, tokenizer."""

@@ -130,7 +130,9 @@ class TextPolicySettings(PolicyConfig):
         kind = str(table.get("model_type"))
         folder = self.text_tokenizer().folder
         family = FAMILIES.get(kind)
-        if (self.image_processor or self.freeze) and (family is None or (self.image_processor and not has_processor(folder))):
+        if (self.image_processor or self.freeze) and (
+            family is None or (self.image_processor and not has_processor(folder))
+        ):
             setting = "image_processor" if self.image_processor else "freeze"
             why = f"the model ({kind}) sees no images" if family is None else f"{folder} has no {IMAGES}"
             raise UserError(f"policy.{setting}: {why}; vision-language models are {', '.join(sorted(FAMILIES))}")

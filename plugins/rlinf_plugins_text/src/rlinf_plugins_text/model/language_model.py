@@ -32,6 +32,10 @@ LINEAR_HEADS = frozenset(
 their loss is computed in chunks. Other architectures compute all their logits at once, by their own code."""
 
 
+OF_IMAGES = ("entries", "documents", "ends")
+"""What a batch says of its images besides the model's inputs."""
+
+
 class LanguageModel(nn.Module):
     """The model and its loss in one module, so that a head tied to the embedding is gathered once.
 
@@ -131,7 +135,7 @@ class LanguageModel(nn.Module):
         """
         tokens, predicting, lengths = batch["tokens"], batch["packing"]["predicting"], batch["document_lengths"]
         images = batch["packing"].get("images", {})
-        seen = {key: value for key, value in images.items() if key not in ("entries", "documents")}
+        seen = {key: value for key, value in images.items() if key not in OF_IMAGES}
         if self._one_axis_more and seen:  # They have an axis for the samples of a batch, over which images are joined.
             seen = {key: value[None] for key, value in seen.items()}
         grids = batch["positions"].ndim == 3

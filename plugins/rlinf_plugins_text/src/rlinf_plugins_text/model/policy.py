@@ -81,11 +81,14 @@ class TextPolicy(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
             initialise = self._initialiser(owner)._init_weights
-            try:
-                initialise(twin)
-            except AttributeError:  # CLIP's embeddings initialise the layers inside of them.
-                twin._modules = {key: _without_values(module) for key, module in self.get_submodule(owner).named_children()}
-                initialise(twin)
+            if self.lm.sees:  # Parts of vision towers initialise the layers inside of them.
+                twin._modules = _inner_without_values(self.get_submodule(owner))
+            initialise(twin)
+            around, _, place = owner.rpartition(".")
+            if self.lm.sees and place and around:
+                outer = copy.copy(self.get_submodule(around))
+                outer._modules = {**_inner_without_values(outer), place: twin}
+                initialise(outer)
         return value.detach()
 
     def _initialiser(self, name: str) -> Any:
@@ -120,15 +123,17 @@ class TextPolicy(nn.Module):
             )
 
 
-def _without_values(module: nn.Module) -> nn.Module:
-    """A copy of a module on the meta device, without those inside of it."""
-    twin = copy.copy(module)
-    twin._parameters = {
-        key: None if p is None else nn.Parameter(torch.empty(p.shape, device="meta"))
-        for key, p in module._parameters.items()
-    }
-    twin._modules = {}
-    return twin
+def _inner_without_values(module: nn.Module) -> dict[str, nn.Module | None]:
+    """Copies of the modules in a module, on the meta device."""
+    inner: dict[str, nn.Module | None] = {}
+    for name, one in module.named_children():
+        twin = inner[name] = copy.copy(one)
+        twin._parameters = {
+            key: None if p is None else nn.Parameter(torch.empty(p.shape, device="meta"))
+            for key, p in one._parameters.items()
+        }
+        twin._modules = _inner_without_values(one)
+    return inner
 
 
 def _is_unset(buffer: Tensor) -> bool:

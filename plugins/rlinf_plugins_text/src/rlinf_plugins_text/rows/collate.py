@@ -59,9 +59,7 @@ def stack(samples: Sequence[TextSample], *, max_length: int, fixed: bool) -> dic
     }
 
 
-def stack_with_images(
-    samples: Sequence[TextSample], vision: Vision, *, max_length: int, fixed: bool
-) -> dict[str, Any]:
+def stack_with_images(samples: Sequence[TextSample], vision: Vision, *, max_length: int, fixed: bool) -> dict[str, Any]:
     """Stack samples of a model that sees images; see `stack` and `vision.batch.add_images`.
 
     A batch without images gets one more sample: a blank image, of which nothing is trained.

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 from rlinf_core import UserError
-from rlinf_plugins_text.rows.dataset import CALLS, ROLES, Format, TextDatasetConfig
 from rlinf_plugins_text.rows.choices import asked
+from rlinf_plugins_text.rows.dataset import CALLS, ROLES, Format, TextDatasetConfig
 from rlinf_plugins_text.rows.row_images import RowImages
 from rlinf_plugins_text.rows.shapes import IMAGE, calls, decoded, joined, transposed, without_nulls
 from rlinf_plugins_text.rows.tokenizer import TemplateReader
@@ -125,7 +125,13 @@ def _chat_example(
         spans = _counted(spans, read, len(chat.text) if config.loss_on == "all" else None)
     trained = ((0, len(chat.text)),) if config.loss_on == "all" and all(read.counts) else tuple(spans)
     unused = (
-        *_unused_columns(row, config, (*read.columns, "system", "chat_template_kwargs"), _tools_column(row, config), *_image_columns(row, images)),
+        *_unused_columns(
+            row,
+            config,
+            (*read.columns, "system", "chat_template_kwargs"),
+            _tools_column(row, config),
+            *_image_columns(row, images),
+        ),
         *(f"key {key!r} of {column!r}" for key in arguments.keys() - accepted.keys()),
         *_unused_keys(read.messages, template, chat.text),
         *chat.dropped,
@@ -233,9 +239,7 @@ def _tools(row: Mapping[str, Any], config: TextDatasetConfig) -> Sequence[Any] |
     return [decoded(tool, f"a tool of {column!r}") for tool in tools] if tools else None
 
 
-def _message(
-    one: Any, number: int, config: TextDatasetConfig, images: RowImages | None
-) -> tuple[Message, bool]:
+def _message(one: Any, number: int, config: TextDatasetConfig, images: RowImages | None) -> tuple[Message, bool]:
     """A message for chat templates: `role`, `content`, and other keys of the data such as `tool_calls`.
 
     Also returns whether it counts in the loss if it is the assistant's.

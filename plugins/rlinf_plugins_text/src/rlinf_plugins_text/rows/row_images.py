@@ -16,6 +16,8 @@ from rlinf_plugins_text.vision.images import ImageFolders, Reference
 
 PLACEHOLDER = "<image>"
 """What stands in a text for the next image of the column, as LLaMA-Factory, ms-swift and LLaVA have it."""
+BESIDE_IMAGES = ("type", "detail", "text", "min_pixels", "max_pixels")
+"""Keys of content parts that do not hold the image itself."""
 COLUMN, OTHER_COLUMN = "images", "image"
 """The column, and its name in many datasets with one image per row."""
 
@@ -50,8 +52,7 @@ class RowImages:
 
     def of_part(self, part: Mapping[str, Any], name: str) -> str:
         """What stands for the image of a content part, which may be the column's next one."""
-        held = {key: value for key, value in part.items() if key not in ("type", "detail", "text") and value is not None}
-        held = {key: value for key, value in held.items() if key not in ("min_pixels", "max_pixels")}
+        held = {key: value for key, value in part.items() if key not in BESIDE_IMAGES and value is not None}
         if not held:
             return self._next(name)
         self.found.append(self.folders.find(held, name))

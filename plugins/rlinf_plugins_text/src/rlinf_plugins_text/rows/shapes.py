@@ -85,7 +85,9 @@ def joined(content: Any, name: str, image: Callable[[Mapping[str, Any], str], st
         if kind not in TEXT_PARTS or not isinstance(text, str):
             read = "text" if image is None else "text and images"
             hint = "" if kind not in IMAGE_PARTS else "; images need a vision-language model: docs/vlm.md"
-            raise UserError(f"{name} has a part of type {kind!r}: only {read} is read; remove the part, or the row{hint}")
+            raise UserError(
+                f"{name} has a part of type {kind!r}: only {read} is read; remove the part, or the row{hint}"
+            )
         texts.append(text)
     return "".join(texts)
 

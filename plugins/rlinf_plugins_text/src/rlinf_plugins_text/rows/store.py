@@ -22,8 +22,8 @@ from rlinf_core.cache import CacheEntry, cache_folder, cache_key, find_entry, st
 from rlinf_plugins_text.rows.dataset import TextDatasetConfig
 from rlinf_plugins_text.rows.files import TextRow, content_tag, read_rows
 from rlinf_plugins_text.rows.formats import Example, to_example
-from rlinf_plugins_text.rows.tokenizer import TextTokenizer
 from rlinf_plugins_text.rows.seen_images import SeenImages
+from rlinf_plugins_text.rows.tokenizer import TextTokenizer
 from rlinf_plugins_text.rows.tokens import Tokens, control_pieces, tokenize
 from rlinf_plugins_text.vision.processor import Vision
 from rlinf_plugins_text.vision.store import ImageStore
@@ -138,9 +138,7 @@ def _tokenizer_tag(tokenizer: TextTokenizer) -> str:
     return hashlib.blake2b(file + rest, digest_size=12).hexdigest()
 
 
-def _write(
-    config: TextDatasetConfig, tokenizer: TextTokenizer, vision: Vision | None, folder: Path
-) -> dict[str, Any]:
+def _write(config: TextDatasetConfig, tokenizer: TextTokenizer, vision: Vision | None, folder: Path) -> dict[str, Any]:
     """Write the files of `TokenStore`, and those of its images; returns its digest and notes."""
     lengths: list[int] = []
     held_out: list[bool] = []

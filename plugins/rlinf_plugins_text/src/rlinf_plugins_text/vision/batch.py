@@ -67,8 +67,9 @@ def add_images(
 
     Returns:
         The batch with `packing.images`: the processor's outputs [E, ...] or [I, ...]; `entries` int64 [I]; `documents`
-        int64 [I, 2]. `positions` become int64 [B, 3, T] for models with positions in time, height and width;
-        `token_types` int64 [B, T] says which tokens see one another, for models that need it.
+        int64 [I, 2]; `ends` int64 [I], the index after an image's last token in its sample. `positions` become int64
+        [B, 3, T] for models with positions in time, height and width; `token_types` int64 [B, T] says which tokens see
+        one another, for models that need it.
 
     Raises:
         UserError: A text has another number of tokens for an image than the processor makes.
@@ -84,7 +85,9 @@ def add_images(
         )
     result = dict(batch)
     placed = torch.tensor(list(documents), dtype=torch.int64).reshape(-1, 2)
-    result["packing"] = {**batch["packing"], KEY: {**inputs, "documents": placed}}
+    # Images are in the order of their tokens, so that the n-th ends where that many tokens of images have passed.
+    ends = is_image.nonzero()[found.cumsum(0) - 1, 1] + 1
+    result["packing"] = {**batch["packing"], KEY: {**inputs, "documents": placed, "ends": ends}}
     if vision.family.grid_positions:
         result["positions"] = _grid_positions(batch, vision, inputs["image_grid_thw"], placed, is_image)
     if vision.family.attention == "image_blocks":
@@ -100,14 +103,15 @@ def _after_prefix(batch: Mapping[str, Any]) -> Tensor:
     types = (trained.long().cumsum(1) > 0).long()
     # A text without a trained token is a blank image, all of it prefix; its padding is not.
     real = torch.arange(trained.shape[1]) < trained.shape[1] - batch["document_lengths"][:, -1:]
-    return torch.where(real, types, 1)
+    after: Tensor = torch.where(real, types, 1)
+    return after
 
 
 def _grid_positions(
     batch: Mapping[str, Any], vision: Vision, grids: Tensor, documents: Tensor, is_image: Tensor
 ) -> Tensor:
     """Positions in time, height and width, int64 [B, 3, T], by the model's own rule, counted from 0 in each text."""
-    positions = batch["positions"][:, None].repeat(1, 3, 1)
+    positions: Tensor = batch["positions"][:, None].repeat(1, 3, 1)
     model = _rule(vision.table)
     for row, number in dict.fromkeys(map(tuple, documents.tolist())):
         lengths = batch["document_lengths"][row]
@@ -127,7 +131,8 @@ def _rule(table: str) -> Any:
     from transformers import AutoModel
 
     config = _config(json.loads(table))
-    cls: Any = AutoModel._model_mapping[type(config)]  # type: ignore[attr-defined]
+    mapping: Any = AutoModel._model_mapping
+    cls: Any = mapping[type(config)]
     model = cls.__new__(cls)
     model.__dict__["config"] = config
     return model

@@ -46,13 +46,14 @@ def _gemma(table: Mapping[str, Any]) -> int:
 
 def _patches(table: Mapping[str, Any]) -> int:
     vision = table.get("vision_config") or {}
-    return int((int(vision.get("image_size", 224)) // int(vision.get("patch_size", 14))) ** 2)
+    side: int = int(vision.get("image_size", 224)) // int(vision.get("patch_size", 14))
+    return side * side
 
 
 def _llava(table: Mapping[str, Any]) -> int:
     vision = table.get("vision_config") or {}
-    side = int(vision.get("image_size", 336)) // int(vision.get("patch_size", 14))
-    return side**2 + (table.get("vision_feature_select_strategy", "default") == "full")
+    side: int = int(vision.get("image_size", 336)) // int(vision.get("patch_size", 14))
+    return side * side + (table.get("vision_feature_select_strategy", "default") == "full")
 
 
 def _shuffled(table: Mapping[str, Any]) -> int:
@@ -129,9 +130,7 @@ def token_of(table: Mapping[str, Any], *keys: str) -> int | None:
 
 def part_of(name: str, family: Family) -> Part | None:
     """The part that a parameter of the module belongs to, by the longest beginning of its name."""
-    found = [
-        (len(begin), part) for part, begins in family.parts.items() for begin in begins if name.startswith(begin)
-    ]
+    found = [(len(begin), part) for part, begins in family.parts.items() for begin in begins if name.startswith(begin)]
     return max(found)[1] if found else None
 
 

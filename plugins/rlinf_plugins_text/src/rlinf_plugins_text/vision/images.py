@@ -1,7 +1,7 @@
 """Images as data have them: found by name or by bytes, measured, decoded. Imports no torch.
 
-Files are read only inside the dataset's folder (`data.image_folder`), and nothing is fetched from addresses. Decoding is
-bounded: an image that claims more than `MOST_PIXELS` is refused before its pixels are unpacked.
+Files are read only inside the dataset's folder (`data.image_folder`), and nothing is fetched from addresses. Decoding
+is bounded: an image that claims more than `MOST_PIXELS` is refused before its pixels are unpacked.
 """
 
 from __future__ import annotations

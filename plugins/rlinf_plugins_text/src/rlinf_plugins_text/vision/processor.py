@@ -128,11 +128,10 @@ def load_image_processor(folder: str, changes: str) -> Any:
     from transformers import AutoImageProcessor
 
     check_torchvision()
+    auto: Any = AutoImageProcessor
     changed: dict[str, Any] = json.loads(changes)
     try:
-        processor: Any = AutoImageProcessor.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, **changed
-        )
+        processor = auto.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **changed)
     except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
         raise UserError(f"{folder}: the image processor cannot be loaded: {' '.join(str(error).split())}") from error
     known = set(processor.to_dict()) - {"image_processor_type"}
@@ -148,9 +147,7 @@ def load_image_processor(folder: str, changes: str) -> Any:
     return processor
 
 
-def expansions(
-    folder: str, changes: str, placeholder: str, sizes: Sequence[tuple[int, int]]
-) -> list[tuple[str, str]]:
+def expansions(folder: str, changes: str, placeholder: str, sizes: Sequence[tuple[int, int]]) -> list[tuple[str, str]]:
     """What the model's processor writes into a text for an image of each size.
 
     The processor expands a text with one placeholder and a blank image of that size; the text that it then gives to its
@@ -162,7 +159,8 @@ def expansions(
     from transformers import AutoProcessor
 
     check_torchvision()
-    processor: Any = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    auto: Any = AutoProcessor
+    processor = auto.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     processor.image_processor = load_image_processor(folder, changes)
     recorder = processor.tokenizer = _Recorder(processor.tokenizer)
     found = []

@@ -1,7 +1,7 @@
 """The images of a dataset's texts, in the cache beside their tokens. Imports no torch.
 
-Files stay where they are and are read when a sample needs them. Images that the data hold themselves are copied into one
-file of the cache, each once, because rows of parquet and JSON files cannot be read one by one.
+Files stay where they are and are read when a sample needs them. Images that the data hold themselves are copied into
+one file of the cache, each once, because rows of parquet and JSON files cannot be read one by one.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from rlinf_core.cache import CacheEntry
 from rlinf_plugins_text.vision.images import Reference, pixels_of
 
 USES, FILES, BYTES, NAMES = "image_uses", "image_files", "image_bytes", "image_names"
-"""Arrays: for each image of a text its number, first token and end, int64 [uses, 3]; for each image height, width, place
-in `image_bytes` or -1, and bytes, int64 [images, 4]. Then the bytes, and a JSON list of the files' names."""
+"""Arrays: for each image of a text its number, first token and end, int64 [uses, 3]; for each image height, width,
+place in `image_bytes` or -1, and bytes, int64 [images, 4]. Then the bytes, and a JSON list of the files' names."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,9 @@ class ImageStore:
         try:
             mapped: NDArray[np.int64] = np.load(path, mmap_mode="r")
         except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{path}, which lists images in the cache, was removed or damaged ({error}): start again") from error
+            raise UserError(
+                f"{path}, which lists images in the cache, was removed or damaged ({error}): start again"
+            ) from error
         return mapped
 
     def __getstate__(self) -> dict[str, Any]:

@@ -75,7 +75,8 @@ def model_class(config: Any) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     if config.model_type in FAMILIES:
-        return AutoModelForImageTextToText._model_mapping[type(config)]  # type: ignore[attr-defined]
+        seeing: Any = AutoModelForImageTextToText._model_mapping
+        return seeing[type(config)]
     mapping: Any = AutoModelForCausalLM._model_mapping
     if type(config) not in mapping:
         parts = " (it is a multimodal model: use its language model alone)" if hasattr(config, "text_config") else ""
