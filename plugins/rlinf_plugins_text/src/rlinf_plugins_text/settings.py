@@ -213,6 +213,9 @@ class TextPolicySettings(PolicyConfig):
             return config_table(find_folder(source, setting), setting) | self.config
         tokenizer = self.text_tokenizer()
         ids = {f"{name}_token_id": tokenizer.id_of(f"{name}_token") for name in ("bos", "eos", "pad")}
+        if self.config["model_type"] in FAMILIES:
+            inner = self.config.get("text_config") or {}
+            return {**ids, **self.config, "text_config": {"vocab_size": tokenizer.size, **ids, **inner}}
         return {"vocab_size": tokenizer.size, **ids, **self.config}
 
     def check_vocabulary(self) -> None:

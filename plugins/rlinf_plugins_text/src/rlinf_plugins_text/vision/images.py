@@ -170,6 +170,8 @@ def _opened(data: bytes, what: object) -> Iterator[Image.Image]:
         raise
     except MemoryError:
         raise
+    except Image.DecompressionBombError as error:  # Pillow's own limit, which is higher.
+        raise UserError(f"{what} claims too many pixels: {error}; make it smaller, or remove the row") from error
     except Exception as error:  # Pillow raises different errors for each format.
         why = f"it is not one of {', '.join(FORMATS)}" if "cannot identify" in str(error) else error
         raise UserError(f"{what} is damaged: {why}. Replace it, or remove the row") from error
