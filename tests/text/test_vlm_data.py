@@ -177,7 +177,7 @@ def test_an_image_folder_is_where_files_are(folder, qwen):
         rows_of(qwen, chats(path))
     (found,) = rows_of(qwen, chats(path, image_folder=str(folder / "images")))
     assert found["images"]["image 1"].shape == (40, 60, 3)
-    with pytest.raises(UserError, match="is outside of .*images: see data.image_folder"):
+    with pytest.raises(UserError, match=r"is outside of .*images: see data.image_folder"):
         rows_of(qwen, chats(write_jsonl(path, [{**row, "images": [str(path)]}]), image_folder=str(folder / "images")))
 
 
@@ -188,7 +188,7 @@ def test_a_bomb_is_refused_before_its_pixels_exist(folder, qwen):
 
     head[29:33] = zlib.crc32(bytes(head[12:29])).to_bytes(4, "big")
     (folder / "images" / "a.png").write_bytes(bytes(head))
-    with pytest.raises(UserError, match="a.png claims too many pixels: .*make it smaller"):
+    with pytest.raises(UserError, match=r"a.png claims too many pixels: .*make it smaller"):
         rows_of(
             qwen, chats(write_jsonl(folder / "chats.jsonl", [{"messages": turns([{"image": "images/a.png"}, WHAT])}]))
         )
@@ -253,7 +253,7 @@ def test_a_model_that_reads_only_text_says_what_images_need(folder):
     from tiny_text import tiny_policy
 
     data = chats(write_jsonl(folder / "chats.jsonl", [{"messages": turns([{"image": "images/a.png"}, WHAT])}]))
-    with pytest.raises(UserError, match="only text is read; .*images need a vision-language model: docs/vlm.md"):
+    with pytest.raises(UserError, match=r"only text is read; .*images need a vision-language model: docs/vlm.md"):
         rows_of(tiny_policy(), data)
 
 

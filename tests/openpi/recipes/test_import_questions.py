@@ -1,4 +1,4 @@
-"""Recipes of RLinf for vision-language models: written here in its schema, translated, and valid for the policy `text`."""
+"""Recipes of RLinf for vision-language models, written here in its schema: translated, and valid for our policy."""
 
 import tomllib
 

@@ -1,8 +1,8 @@
 """RLinf's recipes for vision-language models: `[data]` and `[policy]` of a run on questions with images.
 
-RLinf trains Qwen2.5-VL and Qwen3-VL on Robo2VLM: multiple-choice questions, each with an image, through the model's chat
-template (`rlinf/data/datasets/vlm.py`, `rlinf/workers/sft/fsdp_vlm_sft_worker.py`). Here that is the policy `text` of
-rlinf-plugins-text, of which nothing is imported: this writes its keys.
+RLinf trains Qwen2.5-VL and Qwen3-VL on Robo2VLM: multiple-choice questions, each with an image, through the model's
+chat template (`rlinf/data/datasets/vlm.py`). Here that is the policy `text` of rlinf-plugins-text, of which nothing is
+imported: this writes its keys.
 """
 
 from __future__ import annotations

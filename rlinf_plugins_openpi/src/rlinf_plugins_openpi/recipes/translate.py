@@ -145,8 +145,8 @@ def _check_model(recipe: RecipeFile, values: Values) -> None:
     because = "".join(f"\n  {', '.join(_keys_of(values, text))}: {text}" for text in telling)
     raise UserError(
         f"{recipe.path} is a recipe for {model or 'another model'}; only those for π0 and π0.5 (model_type openpi or "
-        f"openpi_rlinf), and for {' and '.join(questions.MODELS)} with training_backend fsdp, can be imported. Text models "
-        f"are fine-tuned with rlinf-plugins-text{because}"
+        f"openpi_rlinf), and for {' and '.join(questions.MODELS)} with training_backend fsdp, can be imported. Text "
+        f"models are fine-tuned with rlinf-plugins-text{because}"
     )
 
 

@@ -36,6 +36,10 @@ class Family:
     """How files name parameters; empty: as the module does."""
 
 
+DEFAULT_SIDE = {"llava": 336}
+"""Height and width of images in pixels, if `config.json` leaves them out."""
+
+
 def _grid(_: Mapping[str, Any]) -> int:
     return 0
 
@@ -46,14 +50,13 @@ def _gemma(table: Mapping[str, Any]) -> int:
 
 def _patches(table: Mapping[str, Any]) -> int:
     vision = table.get("vision_config") or {}
-    side: int = int(vision.get("image_size", 224)) // int(vision.get("patch_size", 14))
-    return side * side
+    side = int(vision.get("image_size", DEFAULT_SIDE.get(str(table.get("model_type")), 224)))
+    count: int = (side // int(vision.get("patch_size", 14))) ** 2
+    return count
 
 
 def _llava(table: Mapping[str, Any]) -> int:
-    vision = table.get("vision_config") or {}
-    side: int = int(vision.get("image_size", 336)) // int(vision.get("patch_size", 14))
-    return side * side + (table.get("vision_feature_select_strategy", "default") == "full")
+    return _patches(table) + (table.get("vision_feature_select_strategy", "default") == "full")
 
 
 def _shuffled(table: Mapping[str, Any]) -> int:

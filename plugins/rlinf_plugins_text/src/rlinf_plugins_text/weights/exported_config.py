@@ -30,8 +30,8 @@ def exported_config(
     result = kept | dict(written) | _older_rope(written, kept)
     for name, part in written.items():  # The parts of a vision-language model: `text_config`, `vision_config`.
         if isinstance(part, Mapping) and "model_type" in part:
-            own = kept.get(name) if isinstance(kept.get(name), Mapping) else {}
-            own = {key: value for key, value in own.items() if key not in LEFT_OUT}
+            given = kept.get(name)
+            own = {k: v for k, v in given.items() if k not in LEFT_OUT} if isinstance(given, Mapping) else {}
             result[name] = own | {k: v for k, v in part.items() if k not in LEFT_OUT} | _older_rope(part, own)
     result["tie_word_embeddings"] = bool(written.get("tie_word_embeddings", kept.get("tie_word_embeddings", False)))
     return result | {"architectures": [class_name], "dtype": dtype, "torch_dtype": dtype}
