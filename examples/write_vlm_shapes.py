@@ -1,4 +1,4 @@
-"""Write examples/data/vlm_shapes: pictures of shapes, questions about them, and the tokenizer and processor of a tiny
+"""Write examples/data/vlm_shapes: images of shapes, questions about them, and the tokenizer and processor of a tiny
 Qwen2.5-VL.
 
     python examples/write_vlm_shapes.py

@@ -30,7 +30,14 @@ def messages(chat):
     ]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+QUICK = ("qwen2_5_vl", "paligemma")
+"""Families that are compared in every run of the tests; the others take five seconds each."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(one, marks=() if one in QUICK else pytest.mark.slow) for one in FAMILIES],
+)
 def case(request, tmp_path_factory):
     """Folder, policy and rows of a family."""
     folder = tmp_path_factory.mktemp(request.param)

@@ -1,4 +1,4 @@
-"""`rlinf import-rlinf`: turn a recipe of RLinf for π0, π0.5 or a vision-language model into a config of this project."""
+"""`rlinf import-rlinf`: turn a recipe of RLinf into a config of this project."""
 
 from __future__ import annotations
 

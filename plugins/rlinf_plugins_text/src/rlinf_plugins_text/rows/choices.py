@@ -36,7 +36,7 @@ def asked(row: Mapping[str, Any], config: TextDatasetConfig) -> tuple[str, str]:
     place = _place(answer, choices)
     if place is None:
         raise UserError(
-            f"{columns['answer']!r} is {answer!r}, which is none of the {len(choices)} choices: it must be a letter "
+            f"{columns['answer']!r} is {answer!r}, which is not one of the {len(choices)} choices: it must be a letter "
             f"(A to {LETTERS[len(choices) - 1]}), an index from 0, or the words of a choice"
         )
     lines = [f"{letter}. {choice}\n" for letter, choice in zip(LETTERS, choices, strict=False)]

@@ -15,7 +15,7 @@ from rlinf_plugins_text.rows.shapes import IMAGE, decoded, transposed, without_n
 from rlinf_plugins_text.vision.images import ImageFolders, Reference
 
 PLACEHOLDER = "<image>"
-"""What stands in a text for the next image of the column, as LLaMA-Factory, ms-swift and LLaVA have it."""
+"""What a text has in place of the next image of the column, as LLaMA-Factory, ms-swift and LLaVA have it."""
 BESIDE_IMAGES = ("type", "detail", "text", "min_pixels", "max_pixels")
 """Keys of content parts that do not hold the image itself."""
 COLUMN, OTHER_COLUMN = "images", "image"

@@ -49,10 +49,10 @@ def _gemma(table: Mapping[str, Any]) -> int:
 
 
 def _patches(table: Mapping[str, Any]) -> int:
-    vision = table.get("vision_config") or {}
-    side = int(vision.get("image_size", DEFAULT_SIDE.get(str(table.get("model_type")), 224)))
-    count: int = (side // int(vision.get("patch_size", 14))) ** 2
-    return count
+    vision: Mapping[str, int] = table.get("vision_config") or {}
+    side = vision.get("image_size", DEFAULT_SIDE.get(str(table.get("model_type")), 224))
+    patches = side // vision.get("patch_size", 14)
+    return patches * patches
 
 
 def _llava(table: Mapping[str, Any]) -> int:

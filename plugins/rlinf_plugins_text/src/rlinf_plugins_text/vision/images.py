@@ -81,7 +81,7 @@ class ImageFolders:
             name: What holds it, for messages.
 
         Raises:
-            UserError: It is none of these, is elsewhere on the network, or is a file outside of the folders or missing.
+            UserError: It is something else, an address on the network, or a file that is missing or elsewhere.
         """
         if isinstance(value, bytes | bytearray | memoryview):
             return Reference(None, bytes(value))
