@@ -56,7 +56,7 @@ def _patches(table: Mapping[str, Any]) -> int:
 
 
 def _llava(table: Mapping[str, Any]) -> int:
-    return _patches(table) + (table.get("vision_feature_select_strategy", "default") == "full")
+    return _patches(table) + bool(table.get("vision_feature_select_strategy", "default") == "full")
 
 
 def _shuffled(table: Mapping[str, Any]) -> int:

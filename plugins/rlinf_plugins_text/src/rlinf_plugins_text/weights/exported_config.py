@@ -33,7 +33,11 @@ def exported_config(
             given = kept.get(name)
             own = {k: v for k, v in given.items() if k not in LEFT_OUT} if isinstance(given, Mapping) else {}
             result[name] = own | {k: v for k, v in part.items() if k not in LEFT_OUT} | _older_rope(part, own)
-    result["tie_word_embeddings"] = bool(written.get("tie_word_embeddings", kept.get("tie_word_embeddings", False)))
+    tied = result["tie_word_embeddings"] = bool(
+        written.get("tie_word_embeddings", kept.get("tie_word_embeddings", False))
+    )
+    if isinstance(result.get("text_config"), dict):  # Where transformers 4 looks.
+        result["text_config"]["tie_word_embeddings"] = tied
     return result | {"architectures": [class_name], "dtype": dtype, "torch_dtype": dtype}
 
 
