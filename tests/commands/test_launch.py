@@ -115,7 +115,6 @@ def ended(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("how", "code"),
     [
-        ({}, 0),
         ({"code": 0}, 0),
         ({"exitcode": 1, "code": 2}, 2),
         ({"exitcode": 2}, 2),
@@ -136,8 +135,13 @@ def test_the_exit_code_is_the_runs(ended, how, code):
 
 def test_an_exit_file_of_an_earlier_run_does_not_count(ended):
     assert ended(code=2, exitcode=1) == 2
-    assert ended() == 0
     assert ended(exitcode=1) == 1
+
+
+def test_processes_that_end_without_a_word_are_no_success(ended, tmp_path, capsys):
+    """As after os._exit(0) in a plugin."""
+    assert ended() == 1
+    assert f"rank 0 has not written {tmp_path / 'quickstart' / 'exit.json'}" in capsys.readouterr().err
 
 
 def test_a_killed_process_is_named(ended, capsys):
@@ -190,7 +194,7 @@ def test_placed_accelerators_are_the_visible_ones(monkeypatch, tmp_path):
         [f"runner.output_dir={tmp_path}", "trainer.device=auto", "cluster.component_placement.actor=1,3"],
         repository_plugins(),
     )
-    assert torchrun.launch(run, []) == 0
+    torchrun.launch(run, [])
     assert seen == {"processes": 2, "devices": "5,7"}
 
 

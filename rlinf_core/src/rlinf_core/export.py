@@ -23,7 +23,7 @@ import torch
 from rlinf_core.config.load import load_config
 from rlinf_core.contract.policy import TrainedOn
 from rlinf_core.contract.run import RunConfig
-from rlinf_core.contract.weight_origin import DESCRIPTION, STATISTICS
+from rlinf_core.contract.weights.origin import DESCRIPTION, STATISTICS
 from rlinf_core.data.coverage import FILE as COVERAGE
 from rlinf_core.data.coverage import parse_coverage
 from rlinf_core.data.normalize import Stats
@@ -36,8 +36,6 @@ from rlinf_core.lora.files import write_adapters
 from rlinf_core.lora.layers import LowRank, LowRankAdapter
 from rlinf_core.plugins.registry import Plugins
 from rlinf_core.torch_names import read_shards
-from rlinf_core.training.adapters import Merge
-from rlinf_core.training.build import DTYPES, build_on_meta
 from rlinf_core.training.checkpoint.load import layout_difference
 from rlinf_core.training.checkpoint.shards import ShardReader
 from rlinf_core.training.checkpoint.state import (
@@ -50,13 +48,17 @@ from rlinf_core.training.checkpoint.state import (
     statistics_copy,
     step_name,
 )
-from rlinf_core.training.fsdp import layout
-from rlinf_core.untrusted import read_json
+from rlinf_core.training.state.adapters import Merge
+from rlinf_core.training.state.build import DTYPES, build_on_meta
+from rlinf_core.training.state.fsdp import layout
+from rlinf_core.untrusted.text import read_json
 
 FORMAT = 1
 NUMBERS_AT_A_TIME = 2**28
 NATIVE = "rlinf"
 """This project's own format; a policy may provide others."""
+SIMULATOR = "simulator"
+"""The evaluator whose environment an exported folder remembers, and its key in the description."""
 ADAPTERS = "adapters"
 """Key of the description of adapters that were exported alone."""
 NAME_OUTPUT = "Name another folder with --output"
@@ -451,12 +453,21 @@ def _describe(
         "files": files,
         "coverage": coverage,
         **belonging,
+        **_simulator(run),
         "versions": dict(sorted(versions.items())),
         "sha256": {
             path.relative_to(output).as_posix(): _sha256(path) for path in sorted(output.rglob("*")) if path.is_file()
         },
     }
     (output / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
+
+
+def _simulator(run: RunConfig) -> dict[str, Any]:
+    """The simulator in which the run was evaluated, so that `rlinf eval --env` plays by the same settings."""
+    config = run.evaluators.get(SIMULATOR)
+    if config is None or SIMULATOR not in run.runner.evaluators:
+        return {}
+    return {SIMULATOR: config.model_dump(mode="json", include={"env", "tasks"}, exclude_none=True)}
 
 
 def _coverage(folder: Path, source: str) -> dict[str, Any]:

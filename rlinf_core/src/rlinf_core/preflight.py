@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 
 from rlinf_core.config.load import with_begun
-from rlinf_core.contract.cluster import TORCHRUN, check_world_size
 from rlinf_core.contract.datasets import (
     DatasetConfig,
     DecodingSource,
@@ -22,6 +21,7 @@ from rlinf_core.contract.datasets import (
     SampleSource,
 )
 from rlinf_core.contract.run import RunConfig, RunSource
+from rlinf_core.contract.tables.cluster import TORCHRUN, check_world_size
 from rlinf_core.data.loading.chunked_sampling import check_streams, chunks_of
 from rlinf_core.data.loading.sampling import check_batch, sample_generator, steps_per_epoch
 from rlinf_core.data.normalize import load_norm_stats

@@ -1,5 +1,5 @@
 """Core's own plugin, found through its own entry point: the FSDP2 trainer, two optimizers, four schedules, the LeRobot
-reader, an augmentation, two loggers, an evaluator, the commands, and torchrun as launcher.
+reader, an augmentation, two loggers, two evaluators, the commands, and torchrun as launcher.
 
 Configs and readers are imported when a hook is called, so that loading the plugins is cheap.
 """
@@ -67,10 +67,11 @@ def rlinf_register_loggers() -> list[type[LoggerConfig]]:
 
 @hookimpl
 def rlinf_register_evaluators() -> list[type[EvaluatorConfig]]:
-    """The evaluator `held_out`."""
+    """The evaluators `held_out` and `simulator`."""
     from rlinf_core.evaluators.held_out import HeldOutConfig
+    from rlinf_core.evaluators.simulator import SimulatorConfig
 
-    return [HeldOutConfig]
+    return [HeldOutConfig, SimulatorConfig]
 
 
 @hookimpl
@@ -114,7 +115,7 @@ def rlinf_open_dataset(dataset: DatasetConfig, policy: PolicyConfig, split: Spli
 @hookimpl(trylast=True)
 def rlinf_launch(run: RunConfig, arguments: Sequence[str]) -> int | None:
     """Start the processes with torchrun, if `cluster.launcher` selects it."""
-    from rlinf_core.contract.cluster import TORCHRUN
+    from rlinf_core.contract.tables.cluster import TORCHRUN
 
     if run.cluster.launcher != TORCHRUN:
         return None

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rlinf_core import UserError
-from rlinf_core.untrusted import parse_json
+from rlinf_core.untrusted.text import parse_json
 
 IMAGE = "\ue0f2"
 """Stands for an image in a text until a chat template or a processor writes something in its place."""

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 
 from rlinf_core import UserError
-from rlinf_core.untrusted import check_file
+from rlinf_core.untrusted.text import check_file
 
 MOST_PIXELS = 100_000_000
 """The largest image that is decoded."""

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from rlinf_core import UserError
 from rlinf_core.errors import did_you_mean
-from rlinf_core.untrusted import read_json
+from rlinf_core.untrusted.text import read_json
 from rlinf_plugins_text.vision.families import FAMILIES, Family
 
 if TYPE_CHECKING:
