@@ -71,7 +71,7 @@ class TextPolicyConfig(TextPolicySettings):
 
         given = cast("Sequence[TextSample]", samples)
         # Packs are full anyway, and compiled code then sees a single shape.
-        if (vision := self._seen()) is not None:
+        if (vision := self.known_vision()) is not None:
             return stack_with_images(given, vision, max_length=self.max_length, fixed=self.packing)
         return stack(given, max_length=self.max_length, fixed=self.packing)
 
@@ -95,8 +95,8 @@ class TextPolicyConfig(TextPolicySettings):
                 parameter.requires_grad_(part not in self.freeze and id(parameter) not in unread)
         return policy
 
-    def _seen(self) -> Vision | None:
-        """`vision`, found once per process."""
+    def known_vision(self) -> Vision | None:
+        """`vision`, found once per process: loader workers inherit it, and ask no hub."""
         return _vision_of(type(self), self.model_dump_json())
 
     def largest_sample(self, cameras: Sequence[str]) -> Sample:

@@ -34,7 +34,7 @@ def rlinf_open_dataset(dataset: DatasetConfig, policy: PolicyConfig, split: Spli
         raise UserError(f"the dataset {dataset.config_name!r} is for the policy 'text', not {policy.type!r}")
     from rlinf_plugins_text.rows.source import open_text
 
-    vision = policy.vision()
+    vision = policy.known_vision()
     source = open_text(
         dataset,
         policy.text_tokenizer(),
