@@ -36,7 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--source", default="", metavar="NAME", help="the dataset of a mixture")
     parser.add_argument(
-        "--execute-steps", type=_positive, metavar="N", help="actions of a chunk that the robot executes before replanning"
+        "--execute-steps",
+        type=_positive,
+        metavar="N",
+        help="actions of a chunk that the robot executes before replanning",
     )
     parser.add_argument("--rate", type=_rate, metavar="HZ", help="actions per second of the robot")
     which = parser.add_mutually_exclusive_group()

@@ -37,9 +37,7 @@ class Triage:
     def ranked(self) -> list[Finding]:
         """Causes and suspicions, the most likely first."""
         found = [one for one in self.findings if one.outcome.verdict in ("cause", "suspicious")]
-        return sorted(
-            found, key=lambda one: (RANKS[one.outcome.verdict], one.outcome.symptom, -one.outcome.strength)
-        )
+        return sorted(found, key=lambda one: (RANKS[one.outcome.verdict], one.outcome.symptom, -one.outcome.strength))
 
     @property
     def cause(self) -> Finding | None:

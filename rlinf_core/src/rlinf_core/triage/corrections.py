@@ -121,9 +121,7 @@ class Correction:
             images=images,
             state=state,
             actions=actions,
-            prompts={key: other.prompts.get(value, value) for key, value in self.prompts.items()} | other.prompts
-            if self.prompts
-            else dict(other.prompts),
+            prompts={**other.prompts, **{key: other.prompts.get(value, value) for key, value in self.prompts.items()}},
             image_lag=self.image_lag + other.image_lag,
             state_lag=self.state_lag + other.state_lag,
             complexity=self.complexity + other.complexity,

@@ -100,7 +100,7 @@ def image_corrections(reference: Rows, site: Rows) -> Iterator[Correction]:
     cameras = [camera for camera in reference.images if camera in site.images]
     for camera in cameras:
         yield from _turned(camera)
-        yield from _stretched(camera)
+        yield from _stretched([camera])
         yield from _brightness(camera, reference.images[camera], site.images[camera])
     if len(cameras) > 1:
         yield from _all_cameras(cameras)
@@ -138,19 +138,20 @@ def _all_cameras(cameras: Sequence[str]) -> Iterator[Correction]:
     # One mistake in code that handles all cameras is as simple as one in the code of a single camera.
     for mistake, (doing, change) in TURNS.items():
         yield _correct(cameras, mistake, doing, change)
+    yield from _stretched(cameras)
     yield _correct(
         cameras, "have red and blue swapped (BGR, as OpenCV reads them)", "swapping red and blue of {}", swap_channels
     )
 
 
-def _stretched(camera: str) -> Iterator[Correction]:
+def _stretched(cameras: Sequence[str]) -> Iterator[Correction]:
     for vertical in ZOOMS:
         for horizontal in ZOOMS:
             if vertical == horizontal == 1 or (vertical != horizontal and 1 not in (vertical, horizontal)):
                 continue
             mistake, doing = _stretch_in_words(vertical, horizontal)
             yield _correct(
-                [camera],
+                cameras,
                 mistake,
                 doing,
                 partial(zoom, vertical=vertical, horizontal=horizontal),
@@ -184,9 +185,13 @@ def _brightness(camera: str, there: Images, here: Images) -> Iterator[Correction
     if spread > 1e-6:
         gain = wide / spread
         change = partial(match_brightness, gain=gain, offset=wanted - gain * mean)
-        how = f"mean brightness is {mean:.3g} of the range, in training {wanted:.3g}; contrast {spread:.3g} and {wide:.3g}"
+        how = f"mean is {mean:.3g} of the range, in training {wanted:.3g}; the deviation {spread:.3g} and {wide:.3g}"
         yield _correct(
-            [camera], f"have another brightness or contrast: their {how}", "adjusting the brightness of {}", change, 3.0,
+            [camera],
+            f"have another brightness or contrast: their {how}",
+            "adjusting the brightness of {}",
+            change,
+            3.0,
             "Set the camera's exposure and gain as in training, and give the policy values from 0 to 255",
         )
     for power, name in ((2.2, "brighter"), (1 / 2.2, "darker")):
@@ -207,9 +212,9 @@ def _swapped(cameras: Sequence[str]) -> Iterator[Correction]:
         orders = []
         for i in range(len(cameras)):
             for j in range(i):
-                order = list(cameras)
-                order[i], order[j] = order[j], order[i]
-                orders.append(tuple(order))
+                changed = list(cameras)
+                changed[i], changed[j] = changed[j], changed[i]
+                orders.append(tuple(changed))
     for order in orders:
         moved = [(camera, other) for camera, other in zip(cameras, order, strict=True) if camera != other]
         names = " and ".join(f"{camera!r}" for camera, _ in moved)

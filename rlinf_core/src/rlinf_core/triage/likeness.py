@@ -86,19 +86,20 @@ class Likeness:
         moves = spread > 1e-6 * np.maximum(np.abs(mean), 1e-3)
         spread = np.where(moves, spread, np.maximum(0.05 * np.abs(mean), 1e-3))
         x = (reference - mean) / spread
-        usual = [
-            max(self._nearest(np.square(x[:, None, d] - x[None, :, d])), VECTOR_FLOOR) for d in range(x.shape[1])
-        ]
+        usual = [max(self._nearest(np.square(x[:, None, d] - x[None, :, d])), VECTOR_FLOOR) for d in range(x.shape[1])]
         # The nearest row in one number is much nearer than the nearest in all: the whole vector sets the scale.
         joint = self._nearest(np.square(x[:, None] - x[None]).mean(-1))
         return Scale(mean, spread, np.maximum(np.array(usual), max(joint, VECTOR_FLOOR)), moves)
 
     def _fit(self, wide: Rows) -> Motion | None:
         assert self.state is not None
-        pairs = wide.take(~np.isnan(wide.after).any(1)) if wide.after is not None else wide
-        if wide.after is None or len(pairs) < 4 * (1 + pairs.state.shape[1] + pairs.actions.shape[2]):  # type: ignore[union-attr]
+        if wide.after is None:
             return None
+        pairs = wide.take(np.asarray(~np.isnan(wide.after).any(1)))
         assert pairs.after is not None
+        assert pairs.state is not None
+        if len(pairs) < 4 * (1 + pairs.state.shape[1] + pairs.actions.shape[2]):
+            return None
         change = pairs.after - pairs.state
         size = np.maximum(change.std(0), 1e-9)
         target = change / size
@@ -117,8 +118,12 @@ class Likeness:
         assert self.state is not None
         assert rows.state is not None
         state = np.clip(self.state.standard(rows.state), -30, 30)
-        action = np.clip((rows.actions[:, 0] - self.action.mean[: rows.actions.shape[2]]) /
-                         self.action.spread[: rows.actions.shape[2]], -30, 30)
+        action = np.clip(
+            (rows.actions[:, 0] - self.action.mean[: rows.actions.shape[2]])
+            / self.action.spread[: rows.actions.shape[2]],
+            -30,
+            30,
+        )
         return np.concatenate([np.ones((len(rows), 1)), state, action], 1)
 
     def motion_cost(self, rows: Rows) -> Vectors:
@@ -127,7 +132,7 @@ class Likeness:
             return np.zeros(len(rows))
         known = ~np.isnan(rows.after).any(1)
         cost = np.zeros(len(rows))
-        pairs = rows.take(known)
+        pairs = rows.take(np.asarray(known))
         if not len(pairs):
             return cost
         assert pairs.after is not None
@@ -144,7 +149,7 @@ class Likeness:
         flat = _flat(images)
         known = ~np.isnan(flat[0])  # Pixels outside of a zoomed image are unknown in all of them.
         distance = _squares(flat[:, known], there[:, known])
-        return np.log1p(np.minimum(distance / usual, FAR))
+        return np.asarray(np.log1p(np.minimum(distance / usual, FAR)))
 
     def vector_cost(self, scale: Scale, x: Vectors, reference: Vectors) -> Vectors:
         """[M, N], the cost of vectors beside those of each reference row: the mean over their numbers."""
@@ -162,9 +167,9 @@ class Likeness:
             for camera, images in rows.images.items()
             if camera in self._pixels
         }
-        if self.state is not None and rows.state is not None and self.reference.state is not None:
-            if rows.state.shape[1] == self.reference.state.shape[1]:
-                found["state"] = self.vector_cost(self.state, rows.state, self.reference.state)
+        there = self.reference.state
+        if self.state and rows.state is not None and there is not None and rows.state.shape[1] == there.shape[1]:
+            found["state"] = self.vector_cost(self.state, rows.state, there)
         if rows.actions.shape[2] == self.reference.actions.shape[2]:
             found["action"] = self.vector_cost(self.action, _ends(rows), _ends(self.reference))
         return found
@@ -204,7 +209,7 @@ def _flat(images: NDArray[np.float32]) -> NDArray[np.float32]:
 def _squares(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float64]:
     """[M, N], mean squared differences."""
     square = np.square(a).sum(1)[:, None] + np.square(b).sum(1)[None] - 2 * (a @ b.T)
-    return np.maximum(square.astype(np.float64), 0.0) / max(a.shape[1], 1)
+    return np.asarray(np.maximum(square.astype(np.float64), 0.0) / max(a.shape[1], 1))
 
 
 def _ridge(x: Vectors, y: Vectors) -> Vectors:

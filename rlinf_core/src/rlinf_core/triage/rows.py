@@ -19,7 +19,7 @@ SIDE = 32
 AT_A_TIME = 32
 """Rows that are read together: their images are in memory at full size."""
 
-Vectors = NDArray[np.float64]
+Vectors = NDArray[np.floating]
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,13 +18,15 @@ from rlinf_core.data.loading.encoding import read_rows
 from rlinf_core.data.loading.sampling import validation_generator
 from rlinf_core.data.pipeline import Pipeline
 from rlinf_core.data.statistics.names import name_dimensions
+from rlinf_core.data.transforms import Transform
 from rlinf_core.errors import UserError
 from rlinf_core.inference import CheckTrainingState, LoadedPolicy
 from rlinf_core.training.distributed.processes import to_device
 from rlinf_core.triage.corrections import NOTHING, Correction
+from rlinf_core.triage.families import explain_site
 from rlinf_core.triage.likeness import Likeness
 from rlinf_core.triage.rows import Rows, Vectors, choose_runs, read, spread
-from rlinf_core.triage.search import Comparison
+from rlinf_core.triage.search import Comparison, Explanation
 
 REFERENCE = 320
 """Training rows with images that others are compared with."""
@@ -78,8 +80,6 @@ class Scene:
     execution: Execution = Execution()
     plugins: Any = None
     progress: Callable[[int, int], object] = lambda done, all: None
-    correction: Correction = NOTHING
-    """What tests have found about the site so far: later tests see corrected rows."""
 
     @property
     def trained(self) -> SampleSource:
@@ -140,9 +140,13 @@ class Scene:
 
     @property
     def comparison(self) -> Comparison:
-        """The site beside training, with the corrections that were found so far."""
-        plain = Comparison(self.likeness, self.at_site, self.stand_in, self.seed)
-        return plain if self.correction is NOTHING else plain.corrected(self.correction)
+        """The site beside training."""
+        return Comparison(self.likeness, self.at_site, self.stand_in, self.seed)
+
+    @cached_property
+    def explanation(self) -> Explanation:
+        """How the site differs from training; the tests of the site share the search."""
+        return explain_site(self.comparison, self.names)
 
     def step_seconds(self, source: SampleSource | None) -> float | None:
         """Seconds between the actions of a chunk; None if they are not known."""
@@ -192,7 +196,7 @@ class Scene:
 
     def spread_rows(self, source: SampleSource, most: int = ACTED) -> list[int]:
         """Evenly spread rows to act on."""
-        return spread(len(source), most).tolist()
+        return [int(i) for i in spread(len(source), most)]
 
     @cached_property
     def baseline(self) -> Vectors:
@@ -284,13 +288,11 @@ def _encoded(
 
 
 @dataclass(frozen=True)
-class _Given:
+class _Given(Transform):
     """A repacking transform whose result is there already."""
 
     sample: Any
 
-    def __call__(self, row: Any) -> Any:
+    def __call__(self, sample: Any) -> Any:
+        """Return it."""
         return dict(self.sample)
-
-    def inverse(self, sample: Any) -> Any:
-        return sample

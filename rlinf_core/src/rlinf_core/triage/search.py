@@ -1,17 +1,18 @@
-"""Find the correction that makes rows look like training rows, if there is one.
+"""Find the corrections that make rows look like training rows, if there are any.
 
-Every correction is tried on rows of the site, and on rows of training that play the site: what a correction gains there
-is what it gains by chance, and the largest of those gains is the bar for the site (a correction for the number of
-hypotheses). The gain must also hold when whole episodes are drawn again (the cluster bootstrap). Of corrections that
-gain about the same, the simplest is chosen.
+Every correction is tried on rows of the site. The best one must gain more than any correction gains on training rows
+that play the site, which is what corrections gain by chance (a correction for the number of hypotheses), and the gain
+must hold when whole episodes are drawn again (the cluster bootstrap). Of corrections that gain about the same, the
+simplest is chosen. As long as the corrected rows are unlike those of training, the search goes on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rlinf_core.triage.corrections import NOTHING, Correction
 from rlinf_core.triage.likeness import Likeness
@@ -26,10 +27,14 @@ MARGIN = 1.25
 """The gain must be this many times the largest that the corrections have on training rows."""
 PRICE = 0.02
 """What a unit of complexity costs, relative to the usual cost of a row."""
+SHOWN = 6
+"""Corrections of a family that are kept for the page."""
 HALF = 0.5
 """A cause explains at least this share of what the rows cost more than training rows."""
-MOST_STEPS = 2
-"""Corrections that are combined."""
+MOST_STEPS = 3
+"""Corrections that are found one after another."""
+ALIKE = 3.0
+"""Rows whose cost is within so many standard deviations of training's are like those of training."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,33 +48,10 @@ class Tried:
     """Fall of the mean cost."""
     low: float
     """Lower end of the gain's interval."""
-    by_chance: float
-    """What the correction gains on training rows."""
 
-
-@dataclass(frozen=True, eq=False)
-class Search:
-    """What a search found."""
-
-    before: float
-    """Mean cost of the rows as they are."""
-    usual: float
-    """Mean cost of training rows."""
-    spread: float
-    """Standard deviation of the mean cost of as many training rows, over episodes."""
-    bar: float
-    """The largest gain by chance."""
-    tried: tuple[Tried, ...]
-    """The best corrections, the best first."""
-    best: Correction | None
-    """The correction that explains the difference; None if none does."""
-    explained: float = 0.0
-    """The share of the difference that it explains."""
-
-    @property
-    def unlike(self) -> float:
-        """How far the rows are from training, in standard deviations of the mean over episodes."""
-        return (self.before - self.usual) / max(self.spread, 1e-9)
+    def price(self, usual: float) -> float:
+        """The cost with that of the correction's complexity."""
+        return self.cost + PRICE * usual * self.correction.complexity
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,41 +69,110 @@ class Comparison:
         return replace(self, site=correction.apply(self.site))
 
 
-def search(comparison: Comparison, corrections: Iterable[Correction], *, steps: int = MOST_STEPS) -> Search:
-    """Search for the correction that explains how the site differs from training.
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One round of a search."""
+
+    before: float
+    """Mean cost of the rows as they were."""
+    bar: float
+    """The largest gain by chance."""
+    tried: Mapping[str, tuple[Tried, ...]]
+    """Family of corrections -> the best of them, the best first."""
+    family: str = ""
+    """The family of the accepted correction; empty if none was."""
+    explained: float = 0.0
+    """The share of the difference from training that it explains."""
+
+    @property
+    def best(self) -> Tried:
+        """The accepted correction."""
+        return self.tried[self.family][0]
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """How a site differs from training."""
+
+    steps: tuple[Step, ...]
+    """Rounds, the last of which accepted nothing unless it explained everything."""
+    site: Rows
+    """The rows after all corrections."""
+    correction: Correction
+    """All corrections together."""
+    usual: float
+    """Mean cost of training rows."""
+    left: Mapping[str, float]
+    """Part of a row (`image front`, `state`, `action`) -> how far it is from training after all corrections, in
+    standard deviations over episodes."""
+
+    def of(self, family: str) -> list[Step]:
+        """The rounds that accepted a correction of a family."""
+        return [one for one in self.steps if one.family == family]
+
+
+def explain(comparison: Comparison, families: Mapping[str, Callable[[Rows], Iterable[Correction]]]) -> Explanation:
+    """Search for the corrections that explain how the site differs from training.
 
     Args:
         comparison: The rows.
-        corrections: What to try.
-        steps: Corrections that may be combined.
+        families: Name -> a function that lists the corrections to try on rows.
     """
-    candidates = list(corrections)
-    costs, stand_in = _Costs(comparison, comparison.site), _Costs(comparison, comparison.stand_in)
-    usual = stand_in.mean(NOTHING)
-    tried = [_try(one, costs, stand_in, usual, comparison.seed) for one in candidates]
-    bar = max((one.by_chance for one in tried), default=0.0)
-    tried.sort(key=lambda one: one.cost + PRICE * usual * one.correction.complexity)
-    before, spread = costs.mean(NOTHING), stand_in.spread(comparison.seed)
-    found = Search(before, usual, spread, bar, tuple(tried[:8]), None)
-    if not tried or not _convinces(tried[0], bar, usual):
-        return found
-    best = tried[0]
-    for _ in range(steps - 1):
-        rest = [replace(one, complexity=one.complexity + 1) for one in candidates]
-        together = [_combined(best.correction, one) for one in rest]
-        more = [_try(one, costs, stand_in, usual, comparison.seed) for one in together]
-        better = min(more, key=lambda one: one.cost + PRICE * usual * one.correction.complexity)
-        again = replace(better, gain=best.cost - better.cost, low=better.low - best.gain)
-        if not _convinces(again, bar, usual) or again.gain < 0.3 * best.gain:
+    stand_in = _Costs(comparison, comparison.stand_in)
+    usual, spread = float(stand_in.plain.mean()), stand_in.spread(comparison.seed)
+    steps: list[Step] = []
+    total = NOTHING
+    for _ in range(MOST_STEPS):
+        costs = _Costs(comparison, comparison.site)
+        candidates = {name: list(made(comparison.site)) for name, made in families.items()}
+        step = _step(candidates, costs, stand_in, usual, comparison.seed)
+        steps.append(step)
+        if not step.family:
             break
-        best = better
-    floor = min(usual, best.cost)
-    explained = float(np.clip(best.gain / max(before - floor, 1e-9), 0, 1))
-    return replace(found, best=best.correction if explained >= HALF else None, explained=explained)
+        best = step.best.correction
+        total = total.then(best)
+        comparison = comparison.corrected(best)
+        if _Costs(comparison, comparison.site).plain.mean() < usual + ALIKE * spread:
+            break
+    left = _left(comparison)
+    return Explanation(tuple(steps), comparison.site, total, usual, left)
 
 
-def _combined(first: Correction, second: Correction) -> Correction:
-    return first.then(second)
+def _step(
+    candidates: Mapping[str, Sequence[Correction]], costs: _Costs, stand_in: _Costs, usual: float, seed: int
+) -> Step:
+    """One round: the best correction of all families, if it convinces."""
+    before = float(costs.plain.mean())
+    tried = {
+        name: tuple(sorted((_try(one, costs, usual, seed) for one in listed), key=lambda one: one.price(usual)))
+        for name, listed in candidates.items()
+    }
+    shown = {name: found[:SHOWN] for name, found in tried.items()}
+    best = min((name for name in tried if tried[name]), key=lambda name: tried[name][0].price(usual), default="")
+    if not best or not _convinces(tried[best][0], 0.0, usual):
+        return Step(before, 0.0, shown)
+    first = tried[best][0]
+    bar = usual  # No correction can gain more on training rows than they cost.
+    if first.gain <= MARGIN * usual:
+        bar = max(_by_chance(one, stand_in) for listed in candidates.values() for one in listed)
+    explained = float(np.clip(first.gain / max(before - min(usual, first.cost), 1e-9), 0, 1))
+    # Half of a difference may be explained by something that only resembles the mistake.
+    convinces = _convinces(first, bar, usual) and explained >= HALF
+    return Step(before, bar, shown, best if convinces else "", explained)
+
+
+def _left(comparison: Comparison) -> dict[str, float]:
+    """How far each part of the rows is from training."""
+    here, there = comparison.likeness.blocks(comparison.site), comparison.likeness.blocks(comparison.stand_in)
+    apart = comparison.stand_in.episodes[:, None] != comparison.likeness.reference.episodes[None]
+    found = {}
+    for name in here.keys() & there.keys():
+        usual = np.where(apart, there[name], np.inf).min(1)
+        spread = float(resampled(usual, comparison.stand_in.episodes, comparison.seed).std())
+        own = here[name].min(1)
+        both = np.hypot(spread, float(resampled(own, comparison.site.episodes, comparison.seed).std()))
+        found[name] = float((own.mean() - usual.mean()) / max(both, 1e-9))
+    return found
 
 
 def _convinces(one: Tried, bar: float, usual: float) -> bool:
@@ -163,7 +214,7 @@ class _Costs:
             blocks |= {key: fresh[key] for key in changed if key in fresh}
         return blocks
 
-    def paired(self, correction: Correction) -> tuple[Vectors, Vectors, Vectors]:
+    def paired(self, correction: Correction) -> tuple[NDArray[np.int64], Vectors, Vectors]:
         """Episode, and costs before and after, of the rows that a correction keeps."""
         rows, after = self.of(correction)
         if len(rows) == len(self.rows):
@@ -172,29 +223,29 @@ class _Costs:
         at = [places[int(index)] for index in rows.indices.tolist()]
         return rows.episodes, self.plain[at], after
 
-    def mean(self, correction: Correction) -> float:
-        """Mean cost of the corrected rows."""
-        return float(self.of(correction)[1].mean())
-
     def spread(self, seed: int) -> float:
         """Standard deviation of the mean cost, over draws of episodes."""
-        return float(_resampled(self.plain, self.rows.episodes, seed).std())
+        return float(resampled(self.plain, self.rows.episodes, seed).std())
 
 
-def _try(correction: Correction, costs: _Costs, stand_in: _Costs, usual: float, seed: int) -> Tried:
+def _try(correction: Correction, costs: _Costs, usual: float, seed: int) -> Tried:
     episodes, before, after = costs.paired(correction)
     if not len(after):
-        return Tried(correction, np.inf, -np.inf, -np.inf, 0.0)
+        return Tried(correction, np.inf, -np.inf, -np.inf)
     gained = before - after
     gain = float(gained.mean())
-    _, usual_before, usual_after = stand_in.paired(correction)
-    by_chance = float((usual_before - usual_after).mean()) if len(usual_after) else 0.0
-    low = float(np.quantile(_resampled(gained, episodes, seed), SURE)) if gain > LEAST_GAIN * usual else -np.inf
+    low = float(np.quantile(resampled(gained, episodes, seed), SURE)) if gain > LEAST_GAIN * usual else -np.inf
     # A correction that leaves rows out is compared on the rows that it keeps.
-    return Tried(correction, float(costs.plain.mean()) - gain, gain, low, by_chance)
+    return Tried(correction, float(costs.plain.mean()) - gain, gain, low)
 
 
-def _resampled(values: Vectors, episodes: Vectors, seed: int) -> Vectors:
+def _by_chance(correction: Correction, stand_in: _Costs) -> float:
+    """What a correction gains on training rows."""
+    _, before, after = stand_in.paired(correction)
+    return float((before - after).mean()) if len(after) else 0.0
+
+
+def resampled(values: Vectors, episodes: NDArray[np.int64], seed: int) -> Vectors:
     """[RESAMPLES], means of the values when whole episodes are drawn again; rows, if there are few episodes."""
     numbers, group = np.unique(episodes, return_inverse=True)
     if len(numbers) < 4:
@@ -204,8 +255,3 @@ def _resampled(values: Vectors, episodes: Vectors, seed: int) -> Vectors:
     generator = np.random.Generator(np.random.Philox(key=seed))
     draws = generator.multinomial(len(numbers), np.full(len(numbers), 1 / len(numbers)), RESAMPLES)
     return np.asarray((draws @ sums) / np.maximum(draws @ counts, 1e-9))
-
-
-def named_gain(search: Search) -> Sequence[tuple[str, float]]:
-    """The best corrections in words, with the cost that they leave."""
-    return [(one.correction.doing, one.cost) for one in search.tried]

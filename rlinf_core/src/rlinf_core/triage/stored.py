@@ -45,14 +45,17 @@ class DataTest(TriageTest):
         wide = scene.wide
         if flips := list(_flips(scene, wide)):
             return Outcome(
-                "suspicious", flips[0],
-                "Choose one sign per rotation, for example w >= 0 or that of the frame before, and record or convert again",
+                "suspicious",
+                flips[0],
+                "Choose one sign per rotation, for example w >= 0 or that of the frame before, and convert again",
                 strength=0.5,
             )
         if early := _acts_after(scene):
             return Outcome(
-                "suspicious", early,
-                "Pair each observation with the action that was taken on it, and convert the data again", strength=0.5,
+                "suspicious",
+                early,
+                "Pair each observation with the action that was taken on it, and convert the data again",
+                strength=0.5,
             )
         findings = diagnose_actions(scene.trained, [scene.policy.data.repack(), *scene.policy.data.transforms()])
         relative = [one for one in findings if one.id == "actions-look-relative"]
@@ -93,7 +96,9 @@ class StatisticsTest(TriageTest):
         changed = _changed_files(scene, only="norm_stats")
         proof = falls > BETTER or changed or (used is not None and _differ(normalize, used))
         where = " and ".join(
-            Named(key, scene.names.get(key, ()), len(apart[key]))(one.tolist()) for key, one in wrong.items() if len(one)
+            Named(key, scene.names.get(key, ()), len(apart[key]))(one.tolist())
+            for key, one in wrong.items()
+            if len(one)
         )
         sentence = f"the statistics of {where} are not those of the training data"
         if kind := _recognized(scene, normalize, own, wrong):
@@ -104,7 +109,9 @@ class StatisticsTest(TriageTest):
             sentence += f" ({changed[0]} was changed after the export)"
         way_out = "Use the norm_stats.json that the run was trained with (it is in its folder), or export again"
         if intended or not proof:
-            way_out = "That may be intended, for statistics of pretrained weights; otherwise leave data.norm_stats empty"
+            way_out = (
+                "That may be intended, for statistics of pretrained weights; otherwise leave data.norm_stats empty"
+            )
         return Outcome(
             "cause" if proof and not intended else "suspicious",
             sentence,
@@ -182,12 +189,14 @@ def _candidates(scene: Scene, normalize: Normalize, own: Stats) -> Iterator[tupl
         every = outputs(scene.trained, transforms, range(len(scene.trained)))
         flat = {key: one.reshape(-1, one.shape[-1]) for key, one in every.items()}
         yield (
-            "minimum and maximum, not the quantiles of 1 % and 99 %" if normalize.mode == "quantile"
+            "minimum and maximum, not the quantiles of 1 % and 99 %"
+            if normalize.mode == "quantile"
             else "minimum and maximum, not mean and standard deviation",
             {key: _between(one.min(0), one.max(0)) for key, one in flat.items()},
         )
-        yield "of actions before the dataset's transforms (absolute, where relative ones are trained)", compute_norm_stats(
-            scene.trained, transforms[:1]
+        yield (
+            "of actions before the dataset's transforms (absolute, where relative ones are trained)",
+            compute_norm_stats(scene.trained, transforms[:1]),
         )
         for low, high in ((0.05, 0.95), (0.02, 0.98), (0.1, 0.9), (0.25, 0.75)):
             yield (
@@ -284,8 +293,11 @@ class WeightsTest(TriageTest):
             )
         if initial:
             return Outcome(
-                "cause", f"the weights were loaded in part: {initial}",
-                "Load all weights (strict=True), and look for names that were not found", strength=0.9, tables=tables,
+                "cause",
+                f"the weights were loaded in part: {initial}",
+                "Load all weights (strict=True), and look for names that were not found",
+                strength=0.9,
+                tables=tables,
             )
         if better := _average_is_better(scene):
             return Outcome(
@@ -295,7 +307,9 @@ class WeightsTest(TriageTest):
                 strength=0.6,
                 tables=tables,
             )
-        return Outcome("fine", "the weights are whole" + (", and those of the run" if subject.run else ""), tables=tables)
+        return Outcome(
+            "fine", "the weights are whole" + (", and those of the run" if subject.run else ""), tables=tables
+        )
 
 
 def _changed_files(scene: Scene, *, only: str) -> list[str]:
@@ -326,9 +340,7 @@ def _compare_with_run(scene: Scene) -> Outcome | None:
         run = load_config(subject.run / "config.toml", plugins=scene.plugins)
         choice = Choice(subject.step, ema=subject.ema)
         checkpoint = find_checkpoint(subject.run, run.runner.checkpoints_of(subject.run), choice, lambda text: None)
-        run = run.model_copy(
-            update={"policy": run.policy.with_data_layout(read_position(checkpoint).data_layout)}
-        )
+        run = run.model_copy(update={"policy": run.policy.with_data_layout(read_position(checkpoint).data_layout)})
         tensors, _ = read_weights(run, checkpoint, choice, scene.plugins)
     except UserError:
         return None  # The checkpoint may be deleted: then there is nothing to compare with.
@@ -351,19 +363,26 @@ def _compare_with_run(scene: Scene) -> Outcome | None:
 def _relative(a: Any, b: Any) -> float:
     if tuple(a.shape) != tuple(b.shape):
         return float("inf")
-    difference = float((a.float() - b.float()).norm())
-    return difference / max(float(b.float().norm()), 1e-12)
+    first, second = a.detach().float().cpu(), b.detach().float().cpu()
+    return float((first - second).norm()) / max(float(second.norm()), 1e-12)
 
 
 def _tensor_table(here: Mapping[str, Any], there: Mapping[str, Any], other: Mapping[str, Any]) -> ResultTable:
     rows = tuple(
-        (name, "x".join(map(str, one.shape)), float(here[name].float().std()), float(there[name].float().std()),
-         _relative(here[name], one))
+        (
+            name,
+            "x".join(map(str, one.shape)),
+            float(here[name].detach().float().std()),
+            float(there[name].float().std()),
+            _relative(here[name], one),
+        )
         for name, one in list(other.items())[:20]
         if one.numel() > 1
     )
     return ResultTable(
-        title="Tensors that differ", columns=("tensor", "shape", "std", "std in the checkpoint", "difference"), rows=rows
+        title="Tensors that differ",
+        columns=("tensor", "shape", "std", "std in the checkpoint", "difference"),
+        rows=rows,
     )
 
 
@@ -373,14 +392,17 @@ def _metrics(scene: Scene) -> tuple[Mapping[str, float], Mapping[str, Any]]:
     if not isinstance(recorded, Mapping):
         return {}, {}
     metrics = recorded.get("metrics", {})
-    good = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)} if isinstance(metrics, Mapping) else {}
+    good = (
+        {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)} if isinstance(metrics, Mapping) else {}
+    )
     return good, recorded
 
 
 def _validated_table(scene: Scene) -> ResultTable:
     metrics, _ = _metrics(scene)
     return ResultTable(
-        title="What the run's validation measured", columns=("metric", "value"),
+        title="What the run's validation measured",
+        columns=("metric", "value"),
         rows=tuple((name, value) for name, value in metrics.items()),
     )
 
@@ -393,8 +415,8 @@ def _average_is_better(scene: Scene) -> str:
             continue
         if average < (1 - EMA_GAIN) * live:
             return (
-                f"the weights are the live ones, and the run's averaged weights (EMA) are better: {name} {average:.3g}, "
-                f"not {live:.3g}"
+                f"the weights are the live ones, and the run's averaged weights (EMA) are better: {name} "
+                f"{average:.3g}, not {live:.3g}"
             )
         return ""
     return ""
@@ -402,7 +424,7 @@ def _average_is_better(scene: Scene) -> str:
 
 def _worse_than_validated(scene: Scene) -> str:
     """How much larger the error is than what the run's validation measured, in words."""
-    metrics, recorded = _metrics(scene)
+    metrics, _ = _metrics(scene)
     validated = metrics.get(("ema_" if scene.subject.ema else "") + "val_action_mse")
     acted = scene.on_held_out
     if validated is None or acted is None or not validated > 0:
@@ -428,7 +450,9 @@ def _lower(values: Vectors, acted: Acted) -> float:
     """The lower end of the interval of a mean, from resampling episodes."""
     numbers, group = np.unique(acted.episodes, return_inverse=True)
     sums, counts = np.bincount(group, values), np.bincount(group)
-    draws = np.random.Generator(np.random.Philox(key=0)).multinomial(len(numbers), np.full(len(numbers), 1 / len(numbers)), 500)
+    draws = np.random.Generator(np.random.Philox(key=0)).multinomial(
+        len(numbers), np.full(len(numbers), 1 / len(numbers)), 500
+    )
     return float(np.quantile((draws @ sums) / np.maximum(draws @ counts, 1), 0.01))
 
 
@@ -506,5 +530,3 @@ def _explained(x: Vectors, y: Vectors) -> float:
     y = (y - y.mean(0)) / np.maximum(y.std(0), 1e-12)
     left = y - x @ np.linalg.lstsq(x, y, rcond=None)[0]
     return float(1 - np.median(np.square(left).mean(0)))
-
-

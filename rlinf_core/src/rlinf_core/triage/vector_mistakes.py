@@ -50,7 +50,9 @@ class Named:
         return f"{self.key} [{where}{shown}]"
 
 
-def vector_corrections(named: Named, scale: Scale, site: Vectors, training: Vectors) -> Iterator[tuple[Correction, Change]]:
+def vector_corrections(
+    named: Named, scale: Scale, site: Vectors, training: Vectors
+) -> Iterator[tuple[Correction, Change]]:
     """Corrections of a vector, states or the steps of action chunks, without those that only one of them has.
 
     Args:
@@ -72,7 +74,10 @@ def vector_corrections(named: Named, scale: Scale, site: Vectors, training: Vect
 
 def _said(mistake: str, doing: str, complexity: float = 1.0, way_out: str = "") -> Correction:
     return Correction(
-        mistake=mistake, doing=doing, way_out=way_out or f"Correct it in what the policy gets: {doing}", complexity=complexity
+        mistake=mistake,
+        doing=doing,
+        way_out=way_out or f"Correct it in what the policy gets: {doing}",
+        complexity=complexity,
     )
 
 
@@ -84,6 +89,16 @@ def _signs(named: Named, scale: Scale, width: int) -> Iterator[tuple[Correction,
     singles = [(i,) for i in range(width)]
     pairs = [(i, j) for i, j in combinations(range(width), 2) if width <= MOST and j - i < 3]
     triples = [(i, i + 1, i + 2) for i in range(width - 2)]
+    for i, j in [(i, i + 1) for i in range(width - 1)]:
+        for first, second in ((1.0, -1.0), (-1.0, 1.0)):
+            yield (
+                _said(
+                    f"{named([i, j])} are turned by 90°: swapped, and one has the opposite sign",
+                    f"turning {named([i, j])} by 90°",
+                    1.3,
+                ),
+                _turned(i, j, first, second),
+            )
     for numbers in (*singles, *pairs, *triples):
         if not scale.moves[list(numbers)].all():
             continue
@@ -100,6 +115,15 @@ def _signs(named: Named, scale: Scale, width: int) -> Iterator[tuple[Correction,
         )
 
 
+def _turned(i: int, j: int, first: float, second: float) -> Change:
+    def change(x: Vectors) -> Vectors:
+        out = np.array(x, np.float64)
+        out[..., i], out[..., j] = first * x[..., j], second * x[..., i]
+        return out
+
+    return change
+
+
 def _units(named: Named, scale: Scale, site: Vectors) -> Iterator[tuple[Correction, Change]]:
     """Factors that the ratio of spreads suggests, for the numbers that share one."""
     width = site.shape[1]
@@ -113,13 +137,14 @@ def _units(named: Named, scale: Scale, site: Vectors) -> Iterator[tuple[Correcti
             numbers = np.flatnonzero(near).tolist()
             if not numbers:
                 continue
-            for chosen in _groups(numbers):
+            for chosen in _groups(numbers, width):
                 factors = np.ones(width)
                 factors[chosen] = factor
                 have = "is in" if len(chosen) == 1 else "are in"
                 yield (
                     _said(
-                        f"{named(chosen)} {have} {words}", f"multiplying {named(chosen)} by {factor:.4g}",
+                        f"{named(chosen)} {have} {words}",
+                        f"multiplying {named(chosen)} by {factor:.4g}",
                         1.0 + 0.1 * (len(numbers) != len(chosen)),
                     ),
                     _times(factors),
@@ -139,17 +164,21 @@ def _units(named: Named, scale: Scale, site: Vectors) -> Iterator[tuple[Correcti
             )
 
 
-def _groups(numbers: list[int]) -> Iterator[list[int]]:
-    """All numbers, and each run of neighbours if there are several."""
-    yield numbers
+def _groups(numbers: list[int], width: int) -> Iterator[list[int]]:
+    """All numbers, each run of neighbours, and blocks of neighbours most of which are among them."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:
             runs[-1].append(number)
         else:
             runs.append([number])
-    if len(runs) > 1:
-        yield from runs
+    groups = [numbers, *runs]
+    for size in (3, 6, 7, width):
+        for start in range(width - size + 1):
+            block = list(range(start, start + size))
+            if 2 * len(set(block) & set(numbers)) > size:
+                groups.append(block)
+    yield from {tuple(group): group for group in groups}.values()
 
 
 def _ordered(order: Sequence[int]) -> Change:
@@ -197,13 +226,18 @@ def _orders(named: Named, width: int) -> Iterator[tuple[Correction, Change]]:
     for order_found, (text, complexity) in found.items():
         listed = ", ".join(map(str, order_found)) if width <= 16 else "the order of training"
         yield (
-            _said(text, f"reordering the {named.key} as [{listed}]", complexity, "Order the numbers as in the training data"),
+            _said(
+                text,
+                f"reordering the {named.key} as [{listed}]",
+                complexity,
+                "Order the numbers as in the training data",
+            ),
             _ordered(order_found),
         )
 
 
 def _grippers(named: Named, scale: Scale, site: Vectors, training: Vectors) -> Iterator[tuple[Correction, Change]]:
-    """Numbers with another range or polarity, as those of grippers: mapped from their range here to that of training."""
+    """Numbers with another range or polarity, as those of grippers: mapped to the range of training."""
     width = training.shape[1]
     for i in range(width):
         if not scale.moves[i]:
@@ -279,7 +313,8 @@ def _quaternions(named: Named, numbers: list[int], there: Vectors) -> Iterator[t
         yield (
             _said(
                 f"the quaternion {named(numbers)} has another order of numbers ({order})",
-                f"rolling the quaternion {named(numbers)} by {-shift}", 0.9,
+                f"rolling the quaternion {named(numbers)} by {-shift}",
+                0.9,
             ),
             _within(start, 4, lambda x, shift=shift: np.roll(x, -shift, axis=-1)),  # type: ignore[misc]
         )
@@ -294,7 +329,8 @@ def _quaternions(named: Named, numbers: list[int], there: Vectors) -> Iterator[t
             _said(
                 f"the quaternion {named(numbers)} has the opposite sign in some or all rows (q and -q are the same "
                 "rotation, but not the same numbers)",
-                f"choosing the sign of the quaternion {named(numbers)} as in training", 0.9,
+                f"choosing the sign of the quaternion {named(numbers)} as in training",
+                0.9,
             ),
             _within(start, 4, canonical),
         )
@@ -302,15 +338,19 @@ def _quaternions(named: Named, numbers: list[int], there: Vectors) -> Iterator[t
         factors = np.ones(4)
         factors[[a, b]] = -1
         yield (
-            _said(f"{named([start + a, start + b])} of a quaternion have the opposite sign",
-                  f"negating {named([start + a, start + b])}", 1.4),
+            _said(
+                f"{named([start + a, start + b])} of a quaternion have the opposite sign",
+                f"negating {named([start + a, start + b])}",
+                1.4,
+            ),
             _within(start, 4, _times(factors)),
         )
-    vector = np.array([-1.0, -1, -1, 1])
-    for factors in (vector, vector[::-1]):
+    for signs in ((-1.0, -1.0, -1.0, 1.0), (1.0, -1.0, -1.0, -1.0)):
         yield (
-            _said(f"the quaternion {named(numbers)} is inverted (conjugate)", f"inverting the quaternion {named(numbers)}"),
-            _within(start, 4, _times(factors)),
+            _said(
+                f"the quaternion {named(numbers)} is inverted (conjugate)", f"inverting the quaternion {named(numbers)}"
+            ),
+            _within(start, 4, _times(np.array(signs))),
         )
 
 
@@ -329,7 +369,8 @@ def _three_numbers(named: Named, numbers: list[int], there: Vectors) -> Iterator
             _said(
                 f"the rotation {named(numbers)} is on the other branch in some or all rows (an angle of 360° minus it "
                 "about the opposite axis)",
-                f"choosing the branch of {named(numbers)} as in training", 1.2,
+                f"choosing the branch of {named(numbers)} as in training",
+                1.2,
             ),
             _within(start, 3, near),
         )
@@ -339,7 +380,8 @@ def _three_numbers(named: Named, numbers: list[int], there: Vectors) -> Iterator
                 yield (
                     _said(
                         f"the rotation {named(numbers)} is in another form ({form} where training has {other})",
-                        f"converting {named(numbers)} from {form} to {other}", 1.8,
+                        f"converting {named(numbers)} from {form} to {other}",
+                        1.8,
                     ),
                     _within(start, 3, _converting(form, other)),
                 )
@@ -361,18 +403,20 @@ def action_corrections(named: Named, scale: Scale, site: Rows, reference: Rows) 
     """Corrections of the actions."""
     here, there = site.actions[:, 0], reference.actions[:, 0]
     for said, change in vector_corrections(named, scale, here, there):
-        yield _with(said, actions=lambda a, s, change=change: change(a))  # type: ignore[misc]
+        yield _with(said, actions=lambda a, s, change=change: change(a))
     if site.state is None:
         return
     width = min(here.shape[1], site.state.shape[1])
-    for part in {tuple(range(width)), tuple(range(width - 1)), tuple(range(min(3, width))), tuple(range(min(6, width)))}:
-        if not part:
-            continue
-        which = "" if len(part) == here.shape[1] else f" ({named(part)})"
-        for sign, mistake, doing in (
-            (-1.0, "absolute, where training has displacements from the state", "subtracting the state from"),
-            (1.0, "displacements from the state, where training has absolute positions", "adding the state to"),
-        ):
+    usual = [tuple(range(size)) for size in (width, width - 1, 6, 3) if 0 < size <= width]
+    for sign, mistake, doing in (
+        (-1.0, "absolute, where training has displacements from the state", "subtracting the state from"),
+        (1.0, "displacements from the state, where training has absolute positions", "adding the state to"),
+    ):
+        closer = _closer(here[:, :width], here[:, :width] + sign * site.state[:, :width], there[:, :width])
+        for part in dict.fromkeys((*usual, closer)):
+            if not part:
+                continue
+            which = "" if len(part) == here.shape[1] else f" ({named(part)})"
             yield Correction(
                 mistake=f"actions are {mistake}{which}",
                 doing=f"{doing} the actions{which}",
@@ -380,6 +424,14 @@ def action_corrections(named: Named, scale: Scale, site: Rows, reference: Rows) 
                 actions=_relative(part, sign),
                 complexity=1.0 + 0.05 * (len(part) != width),
             )
+
+
+def _closer(before: Vectors, after: Vectors, there: Vectors) -> tuple[int, ...]:
+    """The numbers that a change brings much closer to their distribution in training."""
+    levels = np.linspace(0.05, 0.95, 10)
+    wanted = np.quantile(there, levels, axis=0)
+    apart = [np.abs(np.quantile(one, levels, axis=0) - wanted).mean(0) for one in (before, after)]
+    return tuple(np.flatnonzero(apart[1] < 0.5 * apart[0]).tolist())
 
 
 def _relative(part: Sequence[int], sign: float) -> Callable[[Vectors, Vectors | None], Vectors]:
