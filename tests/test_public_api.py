@@ -8,11 +8,16 @@ import pytest
 import rlinf_core
 
 PUBLIC = [
+    "ActionSpace",
     "AugmentationConfig",
     "Adapter",
     "BufferedAdapter",
     "Command",
     "DatasetConfig",
+    "Environment",
+    "EnvironmentConfig",
+    "EnvironmentTask",
+    "EpisodeError",
     "Evaluation",
     "Fsdp2Settings",
     "Evaluator",
@@ -23,6 +28,7 @@ PUBLIC = [
     "MergeableAdapter",
     "Metric",
     "OptimizerConfig",
+    "Outcome",
     "PluginError",
     "Policy",
     "PolicyConfig",
@@ -32,6 +38,7 @@ PUBLIC = [
     "SampleSource",
     "ScheduleConfig",
     "ShardUnit",
+    "Start",
     "TrainedParameter",
     "Trainer",
     "TrainerConfig",

@@ -58,6 +58,8 @@ FORMAT = 1
 NUMBERS_AT_A_TIME = 2**28
 NATIVE = "rlinf"
 """This project's own format; a policy may provide others."""
+SIMULATOR = "simulator"
+"""The evaluator whose environment an exported folder remembers, and its key in the description."""
 ADAPTERS = "adapters"
 """Key of the description of adapters that were exported alone."""
 NAME_OUTPUT = "Name another folder with --output"
@@ -455,12 +457,21 @@ def _describe(
         "coverage": coverage,
         "validation": measured,
         **belonging,
+        **_simulator(run),
         "versions": dict(sorted(versions.items())),
         "sha256": {
             path.relative_to(output).as_posix(): _sha256(path) for path in sorted(output.rglob("*")) if path.is_file()
         },
     }
     (output / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
+
+
+def _simulator(run: RunConfig) -> dict[str, Any]:
+    """The simulator in which the run was evaluated, so that `rlinf eval --env` plays by the same settings."""
+    config = run.evaluators.get(SIMULATOR)
+    if config is None or SIMULATOR not in run.runner.evaluators:
+        return {}
+    return {SIMULATOR: config.model_dump(mode="json", include={"env", "tasks"}, exclude_none=True)}
 
 
 def _coverage(folder: Path, source: str) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 """Core's own plugin, found through its own entry point: the FSDP2 trainer, two optimizers, four schedules, the LeRobot
-reader, an augmentation, two loggers, an evaluator, the commands, and torchrun as launcher.
+reader, an augmentation, two loggers, two evaluators, the commands, and torchrun as launcher.
 
 Configs and readers are imported when a hook is called, so that loading the plugins is cheap.
 """
@@ -68,10 +68,11 @@ def rlinf_register_loggers() -> list[type[LoggerConfig]]:
 
 @hookimpl
 def rlinf_register_evaluators() -> list[type[EvaluatorConfig]]:
-    """The evaluator `held_out`."""
+    """The evaluators `held_out` and `simulator`."""
     from rlinf_core.evaluators.held_out import HeldOutConfig
+    from rlinf_core.evaluators.simulator import SimulatorConfig
 
-    return [HeldOutConfig]
+    return [HeldOutConfig, SimulatorConfig]
 
 
 @hookimpl

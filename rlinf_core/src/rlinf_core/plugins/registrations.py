@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from rlinf_core.contract.augmentation import AugmentationConfig
 from rlinf_core.contract.command import Command
+from rlinf_core.contract.environment import EnvironmentConfig
 from rlinf_core.contract.evaluation import EvaluatorConfig
 from rlinf_core.contract.optim import OptimizerConfig, ScheduleConfig
 from rlinf_core.contract.policy import PolicyConfig
@@ -23,7 +24,17 @@ from rlinf_core.errors import PluginError
 from rlinf_core.plugins.owners import Owner
 
 RegistrationKind = Literal[
-    "policy", "augmentation", "trainer", "optimizer", "schedule", "logger", "evaluator", "triage", "options", "command"
+    "policy",
+    "augmentation",
+    "trainer",
+    "optimizer",
+    "schedule",
+    "logger",
+    "evaluator",
+    "environment",
+    "triage",
+    "options",
+    "command",
 ]
 
 
@@ -146,6 +157,7 @@ HOOKS: Mapping[RegistrationKind, RegistrationHook] = {
     "logger": RegistrationHook("rlinf_register_loggers", "logger", _configs(LoggerConfig)),
     "evaluator": RegistrationHook("rlinf_register_evaluators", "evaluator", _configs(EvaluatorConfig)),
     "triage": RegistrationHook("rlinf_register_triage", "triage test", _triage_tests),
+    "environment": RegistrationHook("rlinf_register_environments", "environment", _configs(EnvironmentConfig)),
     "options": RegistrationHook("rlinf_register_options", "plugin table", _options),
     "command": RegistrationHook("rlinf_register_commands", "command", _commands),
 }
