@@ -6,11 +6,13 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlinf_core.commands.eval_simulator import add_simulator_arguments, check_no_simulator, read_settings
 from rlinf_core.commands.output import print_json, print_text
 from rlinf_core.errors import UserError
 
 if TYPE_CHECKING:
     from rlinf_core.triage.chain import Finding
+    from rlinf_core.triage.scene import Execution
 
 EPILOG = """\
 A chain of tests goes from the data over statistics and weights to the place where the policy acts, and ends with one
@@ -51,6 +53,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of a run: the moving average of the weights, or not; default: as `rlinf export`",
     )
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
+    parser.add_argument(
+        "--episodes",
+        type=_positive,
+        metavar="N",
+        help="with --env: episodes per task that the policy plays; default: none",
+    )
+    parser.set_defaults(seed=None)
+    add_simulator_arguments(parser)
     parser.add_argument("--output", metavar="FILE", help=f"write the page; default: {FILE} in the policy's folder")
     parser.add_argument("--json", action="store_true", help="print one JSON object, and write no page without --output")
 
@@ -78,6 +88,11 @@ def run(options: argparse.Namespace) -> None:
     from rlinf_core.triage.page import check_libraries, check_output, page_of, write
 
     path = _page(options)
+    options.episodes = (options.episodes,) if options.episodes else ()  # As `rlinf eval` has them.
+    if not options.env:
+        check_no_simulator(options)
+        if options.episodes:
+            raise UserError("--episodes is for a simulator: add --env NAME")
     if path is not None:
         check_libraries()
         check_output(path)
@@ -86,8 +101,12 @@ def run(options: argparse.Namespace) -> None:
     from rlinf_core.export import Choice  # Loads torch, which takes seconds.
     from rlinf_core.triage.chain import run_tests
     from rlinf_core.triage.opening import open_scene
-    from rlinf_core.triage.scene import Execution
 
+    simulator = None
+    if options.env:
+        plugins.environment(options.env)
+        simulator, _ = read_settings(options, plugins)
+        simulator.chosen_tasks()
     scene = open_scene(
         Path(options.policy),
         plugins=plugins,
@@ -95,7 +114,9 @@ def run(options: argparse.Namespace) -> None:
         run=Path(options.run) if options.run else None,
         choice=Choice(options.step, options.best, options.ema),
         source=options.source,
-        execution=Execution(options.execute_steps, options.rate),
+        execution=_execution(options),
+        simulator=simulator,
+        closed_loop=bool(options.episodes),
         device=_device(options.device),
     )
     if not options.json:
@@ -110,6 +131,12 @@ def run(options: argparse.Namespace) -> None:
     if path is not None:
         print_text(f"{path}: written")
     print_text(f"\n{triage.sentence}")
+
+
+def _execution(options: argparse.Namespace) -> Execution | None:
+    from rlinf_core.triage.scene import Execution
+
+    return Execution(options.execute_steps, options.rate) if options.execute_steps or options.rate else None
 
 
 def _device(name: str) -> str:

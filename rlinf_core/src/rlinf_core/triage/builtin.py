@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rlinf_core.contract.triage import TriageTest
 from rlinf_core.triage.learned import ExecutionTest, LearnedTest, PathsTest
+from rlinf_core.triage.simulated import ClosedLoopTest
 from rlinf_core.triage.site import ActionTest, CameraTest, PromptTest, StateTest, TimingTest
 from rlinf_core.triage.stored import DataTest, StatisticsTest, WeightsTest
 
@@ -19,5 +20,6 @@ TESTS: tuple[type[TriageTest], ...] = (
     TimingTest,
     PromptTest,
     ExecutionTest,
+    ClosedLoopTest,
 )
 """The tests."""

@@ -16,8 +16,10 @@ from rlinf_core.export import Choice, check_run, validated
 from rlinf_core.inference import LoadedPolicy, load_policy, load_run
 from rlinf_core.offline_eval import other_dataset
 from rlinf_core.plugins.registry import Plugins
+from rlinf_core.rollout.config import RolloutSettings
 from rlinf_core.terminal import warn
-from rlinf_core.triage.scene import Execution, Scene, Subject
+from rlinf_core.triage.scene import Execution, Scene, Simulator, Subject
+from rlinf_core.triage.simulated import record_site
 from rlinf_core.untrusted import read_json
 
 SEED = 42
@@ -32,6 +34,8 @@ def open_scene(
     choice: Choice | None = None,
     source: str = "",
     execution: Execution | None = None,
+    simulator: RolloutSettings | None = None,
+    closed_loop: bool = False,
     device: str = "cpu",
     progress: Callable[[int, int], object] = lambda done, all: None,
 ) -> Scene:
@@ -45,6 +49,8 @@ def open_scene(
         choice: Of a run, which checkpoint and weights.
         source: For a mixture, the dataset whose observations the policy gets.
         execution: How the robot executes chunks.
+        simulator: The simulator in which the policy acts, of which rows are recorded if there is no `dataset`.
+        closed_loop: Whether the policy plays episodes in it.
         device: Where the policy computes.
         progress: Called while actions are sampled.
 
@@ -70,9 +76,12 @@ def open_scene(
     if not policy.config.chunk_length():
         raise UserError(f"the policy {policy.config.type!r} has no actions: rlinf triage is for policies that act")
     training, held_out = _own_rows(policy, plugins)
-    site = None
+    site: SampleSource | None = None
     if dataset:
         site = open_rows_of(_site(policy.data, dataset), policy.config, plugins, "train")
+    rate_note = ""
+    if simulator is not None and site is None:
+        site, rate_note = record_site(simulator, policy, training)
     recorded = subject.description.get("validation", {})
     seed = recorded.get("seed", SEED) if isinstance(recorded, dict) else SEED
     return Scene(
@@ -82,10 +91,15 @@ def open_scene(
         held_out,
         site,
         seed=seed if isinstance(seed, int) else SEED,
-        execution=execution or Execution(),
+        execution=execution or _executed(simulator),
+        simulator=Simulator(simulator, closed_loop, rate_note) if simulator else None,
         plugins=plugins,
         progress=progress,
     )
+
+
+def _executed(simulator: RolloutSettings | None) -> Execution:
+    return Execution(simulator.env.replan or None if simulator else None)
 
 
 def _exported(folder: Path, run: Path | None) -> Subject:

@@ -21,6 +21,7 @@ from rlinf_core.data.statistics.names import name_dimensions
 from rlinf_core.data.transforms import Transform
 from rlinf_core.errors import UserError
 from rlinf_core.inference import CheckTrainingState, LoadedPolicy
+from rlinf_core.rollout.config import RolloutSettings
 from rlinf_core.training.distributed.processes import to_device
 from rlinf_core.triage.corrections import NOTHING, Correction
 from rlinf_core.triage.families import explain_site
@@ -67,6 +68,18 @@ class Execution:
     """Actions per second."""
 
 
+@dataclass(frozen=True)
+class Simulator:
+    """A simulator in which the policy acts."""
+
+    settings: RolloutSettings
+    """How it is played; `episodes` per task and setting."""
+    closed_loop: bool
+    """Whether the policy plays episodes."""
+    rate_note: str = ""
+    """How the simulator's rate differs from that of the data; empty if it does not."""
+
+
 @dataclass(eq=False)
 class Scene:
     """Implements `contract.triage.TriageScene`; rows and actions are read once, when a test asks for them."""
@@ -78,6 +91,8 @@ class Scene:
     site: SampleSource | None
     seed: int = 42
     execution: Execution = Execution()
+    simulator: Simulator | None = None
+    """The simulator in which the policy acts."""
     plugins: Any = None
     progress: Callable[[int, int], object] = lambda done, all: None
 

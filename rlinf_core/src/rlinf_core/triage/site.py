@@ -79,6 +79,8 @@ class TimingTest(TriageTest):
 
     def run(self, scene: Scene) -> Outcome:
         """Compare lags, and how fast the state changes."""
+        if scene.simulator is not None and scene.simulator.rate_note:
+            return Outcome("cause", *_sentence_and_way_out(scene.simulator.rate_note), strength=1.0)
         if outcome := _recorded_rate(scene):
             return outcome
         if outcome := _speed(scene):
@@ -203,6 +205,12 @@ def _search_table(found: Explanation, family: str) -> ResultTable:
         note=f"Training rows have a distance of {found.usual:.3g}. A gain must exceed {max(step.bar, 0):.2g}, the "
         "largest by chance.",
     )
+
+
+def _sentence_and_way_out(text: str) -> tuple[str, str]:
+    """A note in two parts: `what is wrong: what to do`."""
+    sentence, _, way_out = text.rpartition(": ")
+    return (sentence, way_out[:1].upper() + way_out[1:]) if sentence else (text, "")
 
 
 def _recorded_rate(scene: Scene) -> Outcome | None:
