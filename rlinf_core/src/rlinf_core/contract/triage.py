@@ -20,7 +20,7 @@ Verdict = Literal["fine", "suspicious", "cause", "skipped"]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TriageOutcome:
     """What a test found."""
 
     verdict: Verdict
@@ -83,7 +83,7 @@ class TriageTest:
     needs_site: ClassVar[bool] = False
     """Whether it needs rows from the place where the policy acts: without them, it is skipped."""
 
-    def run(self, scene: Any) -> Outcome:
+    def run(self, scene: Any) -> TriageOutcome:
         """Answer the question. Called once, in the order of registration, core's tests first.
 
         Args:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
-from rlinf_core.contract.triage import Outcome, TriageTest, Verdict
+from rlinf_core.contract.triage import TriageOutcome, TriageTest, Verdict
 from rlinf_core.errors import UserError
 from rlinf_core.plugins.owners import CORE, Owner
 from rlinf_core.plugins.registry import Plugins
@@ -22,7 +22,7 @@ class Finding:
 
     test: type[TriageTest]
     owner: Owner
-    outcome: Outcome
+    outcome: TriageOutcome
     seconds: float
 
 
@@ -111,13 +111,13 @@ def registered_tests(plugins: Plugins) -> Sequence[tuple[type[TriageTest], Owner
     return [(one.item, one.owner) for one in known]
 
 
-def _run(test: type[TriageTest], owner: Owner, scene: Scene) -> Outcome:
+def _run(test: type[TriageTest], owner: Owner, scene: Scene) -> TriageOutcome:
     if test.needs_site and scene.site is None:
-        return Outcome("skipped", "no rows of the site were given (--dataset)")
+        return TriageOutcome("skipped", "no rows of the site were given (--dataset)")
     try:
         return test().run(scene)
     except UserError as error:
-        return Outcome("skipped", str(error))
+        return TriageOutcome("skipped", str(error))
     except Exception as error:
         error.add_note(f"in the triage test {test.name!r} of {owner}")
         raise

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from rlinf_core.contract.datasets import SampleSource
-from rlinf_core.contract.triage import Outcome, TriageTest
+from rlinf_core.contract.triage import TriageOutcome, TriageTest
 from rlinf_core.data.loading.sampling import validation_generator
 from rlinf_core.data.pipeline import encode_observation
 from rlinf_core.errors import UserError
@@ -27,7 +27,9 @@ AGREE = 0.01
 COMPARED = 8
 """Rows on which ways to the policy are compared."""
 GROWS = 1.15
-"""An action of a chunk is good if its error is at most this many times that of the first."""
+"""Looking again helps if the error without it is at least so many times as large."""
+LOOKED = 160
+"""Rows on which it is measured."""
 
 
 class LearnedTest(TriageTest):
@@ -36,7 +38,7 @@ class LearnedTest(TriageTest):
     name = "learned"
     question = "Has the policy learned its own data?"
 
-    def run(self, scene: Scene) -> Outcome:
+    def run(self, scene: Scene) -> TriageOutcome:
         """Compare with the baselines."""
         found = {"training rows": (scene.on_training, scene.trained)}
         if scene.on_held_out is not None and scene.held_out is not None:
@@ -45,7 +47,7 @@ class LearnedTest(TriageTest):
         tables = [_error_table(scene, found, relative), _number_table(scene, scene.on_training), _unused(scene)]
         trained = relative["training rows"]
         if trained.value > USELESS:
-            return Outcome(
+            return TriageOutcome(
                 "cause",
                 "the policy is no better than always the mean action or repeating the last one, on its own training "
                 f"rows: its squared error is {trained.value:.2f} times theirs",
@@ -56,7 +58,7 @@ class LearnedTest(TriageTest):
             )
         held_out = relative.get("held-out rows")
         if held_out is not None and held_out.low > USELESS and trained.value < 0.5:
-            return Outcome(
+            return TriageOutcome(
                 "cause",
                 f"the policy has memorised its episodes: its squared error relative to the better baseline is "
                 f"{trained.value:.2f} on training rows and {held_out.value:.2f} on held-out ones",
@@ -67,7 +69,7 @@ class LearnedTest(TriageTest):
             )
         worst = max(relative.values(), key=lambda one: one.value)
         if worst.value > POOR:
-            return Outcome(
+            return TriageOutcome(
                 "suspicious",
                 f"the policy is hardly better than the baselines: its squared error is {worst.value:.2f} times theirs",
                 "Train longer, or on more demonstrations",
@@ -76,7 +78,9 @@ class LearnedTest(TriageTest):
                 tables=tables,
             )
         text = " and ".join(f"{one.value:.2f} on {name}" for name, one in relative.items())
-        return Outcome("fine", f"its squared action error is, relative to the better baseline, {text}", tables=tables)
+        return TriageOutcome(
+            "fine", f"its squared action error is, relative to the better baseline, {text}", tables=tables
+        )
 
 
 def _relative(scene: Scene, acted: Acted, source: SampleSource) -> Estimate:
@@ -199,14 +203,14 @@ class PathsTest(TriageTest):
     name = "paths"
     question = "Do training, load_policy and the run compute the same actions?"
 
-    def run(self, scene: Scene) -> Outcome:
+    def run(self, scene: Scene) -> TriageOutcome:
         """Compare actions on the same rows with the same noise."""
         rows = scene.spread_rows(scene.trained, COMPARED)
         trained = scene.act(scene.trained, rows)
         try:
             inferred = _infer(scene, rows)
         except UserError as error:
-            return Outcome(
+            return TriageOutcome(
                 "cause",
                 f"a training row is refused as an observation: {error}",
                 "Correct what the message names; the robot's observations would be refused as well",
@@ -215,7 +219,7 @@ class PathsTest(TriageTest):
         apart = float(np.abs((inferred - trained.predicted) / scene.action_spread).max())
         if apart > AGREE:
             where = _parted(scene, rows)
-            return Outcome(
+            return TriageOutcome(
                 "cause",
                 f"an observation gives other actions than the training row that it is, by up to {apart:.2g} standard "
                 f"deviations: {where}",
@@ -223,11 +227,11 @@ class PathsTest(TriageTest):
                 strength=0.7,
                 symptom=True,
             )
-        return self._beside_run(scene, rows, trained) or Outcome(
+        return self._beside_run(scene, rows, trained) or TriageOutcome(
             "fine", f"training's path and infer agree to {apart:.1g} standard deviations of the actions"
         )
 
-    def _beside_run(self, scene: Scene, rows: list[int], trained: Acted) -> Outcome | None:
+    def _beside_run(self, scene: Scene, rows: list[int], trained: Acted) -> TriageOutcome | None:
         subject = scene.subject
         if not subject.exported or subject.run is None:
             return None
@@ -248,8 +252,10 @@ class PathsTest(TriageTest):
         apart = float(np.abs((other.predicted - trained.predicted) / scene.action_spread).max())
         tolerance = 0.2 if scene.subject.description.get("dtype") == "bf16" else 2 * AGREE
         if apart < tolerance:
-            return Outcome("fine", f"run, folder and infer agree to {apart:.1g} standard deviations of the actions")
-        return Outcome(
+            return TriageOutcome(
+                "fine", f"run, folder and infer agree to {apart:.1g} standard deviations of the actions"
+            )
+        return TriageOutcome(
             "cause",
             f"the folder acts differently from the run that it is from, by up to {apart:.2g} standard deviations: "
             f"{_compared(scene, scene.pipeline, policy, rows)}",
@@ -300,57 +306,66 @@ def _equal(a: Any, b: Any, key: str) -> bool:
 
 
 class ExecutionTest(TriageTest):
-    """How the error grows along a chunk, beside how much of it the robot executes."""
+    """Whether looking again would help: each action late in a chunk beside the first of the chunk that begins there."""
 
     name = "execution"
     question = "How many actions of a chunk may be executed?"
 
-    def run(self, scene: Scene) -> Outcome:
+    def run(self, scene: Scene) -> TriageOutcome:
         """Compare the steps of the chunk."""
-        acted = scene.on_held_out or scene.on_training
-        growth = acted.by_step(scene.action_spread)
-        first = float(growth[0])
-        good = int(np.sum(np.cumprod(growth <= GROWS * first)))
+        steps, executed = scene.policy.config.chunk_length(), scene.execution.steps
+        if executed is not None and executed > steps:
+            raise UserError(f"a chunk has {steps} actions: {executed} of them cannot be executed")
+        source = scene.held_out or scene.trained
+        looked = {step: _looking_again(scene, source, step) for step in _steps_to_compare(steps, executed)}
+        good = max([1, *(step for step, ratio in looked.items() if ratio.low <= 1 or ratio.value < GROWS)])
         seconds = scene.step_seconds(scene.training)
+        advice = f"execute up to {good} of {steps} actions" + (f" ({good * seconds:.2g} s)" if seconds else "")
         table = ResultTable(
-            title="Error per step of the chunk, in standard deviations of training",
-            columns=("step", "RMSE", "relative to the first"),
-            rows=tuple((i, float(one), float(one / max(first, 1e-9))) for i, one in enumerate(growth)),
+            title="Squared error of an action of the chunk, relative to that of looking again just before it",
+            columns=("action of the chunk", "relative error"),
+            rows=tuple(looked.items()),
+            note=f"In parentheses: 95 % intervals from resampling episodes. Above {GROWS:g}, looking again would help.",
         )
-        advice = f"execute up to {good} of {len(growth)} actions" + (f" ({good * seconds:.2g} s)" if seconds else "")
-        executed = scene.execution.steps
-        if executed is None:
-            return Outcome("fine", f"the error hardly grows up to step {good}: {advice}", tables=[table])
-        if executed > len(growth):
-            raise UserError(f"a chunk has {len(growth)} actions: {executed} of them cannot be executed")
-        if executed <= max(good, 1):
-            return Outcome("fine", f"the {executed} executed actions of a chunk are all good", tables=[table])
-        ratio = _growth(acted, scene.action_spread, executed)
-        return Outcome(
-            "cause" if ratio.low > 1 else "suspicious",
+        ratio = looked.get(executed or 0)
+        if executed is None or ratio is None or (ratio.low <= 1 or ratio.value < GROWS):
+            text = f"the {executed} executed actions of a chunk are all good" if executed else advice
+            return TriageOutcome("fine", text, tables=[table])
+        return TriageOutcome(
+            "cause",
             f"{executed} actions of a chunk are executed before the policy looks again, and the squared error of the "
-            f"last is {cell_text(ratio)} times that of the first",
+            f"last is {cell_text(ratio)} times what it would be after looking again",
             advice[0].upper() + advice[1:] + " before the policy looks again",
-            strength=float(np.clip(1 - 1 / max(ratio.value, 1e-9), 0, 1)),
+            strength=float(np.clip(1 - 1 / ratio.value, 0, 1)),
             tables=[table],
         )
 
 
-def _growth(acted: Acted, scale: Vectors, executed: int) -> Estimate:
-    """The squared error of the last executed action relative to the first, with an interval over episodes."""
-    squared = np.square((acted.predicted - acted.recorded) / scale).mean(-1) * acted.within
-    numbers, group = np.unique(acted.episodes, return_inverse=True)
-    sums = [
-        (np.bincount(group, squared[:, step]), np.bincount(group, acted.within[:, step].astype(float)))
-        for step in (0, executed - 1)
+def _steps_to_compare(steps: int, executed: int | None) -> list[int]:
+    """A few numbers of executed actions, from 2."""
+    found = {2, steps // 4, steps // 2, 3 * steps // 4, steps, executed or 2}
+    return sorted(step for step in found if 2 <= step <= steps)
+
+
+def _looking_again(scene: Scene, source: SampleSource, step: int) -> Estimate:
+    """The squared error of the step-th action of a chunk relative to that of looking again just before it.
+
+    Raises:
+        UserError: No episode is so long.
+    """
+    episodes, lag = source.episodes, step - 1
+    rows = [i for i in scene.spread_rows(source, LOOKED) if i + lag < len(source) and episodes[i] == episodes[i + lag]]
+    if len(rows) < COMPARED:
+        raise UserError(f"too few episodes are {step} actions long to compare the actions of a chunk")
+    blind, looking = scene.act(source, rows), scene.act(source, [i + lag for i in rows])
+    errors = [
+        np.square((acted.predicted[:, at] - acted.recorded[:, at]) / scene.action_spread).mean(-1)
+        for acted, at in ((blind, lag), (looking, 0))
     ]
-    draws = np.random.Generator(np.random.Philox(key=0)).multinomial(
+    numbers, group = np.unique(blind.episodes, return_inverse=True)
+    sums = [np.bincount(group, one) for one in errors]
+    draws = np.random.Generator(np.random.Philox(key=scene.seed)).multinomial(
         len(numbers), np.full(len(numbers), 1 / len(numbers)), RESAMPLES
     )
-
-    def ratio(weights: Any) -> Any:
-        first, last = ((weights @ error) / np.maximum(weights @ count, 1e-9) for error, count in sums)
-        return last / np.maximum(first, 1e-12)
-
-    low, high = np.quantile(ratio(draws), [0.025, 0.975])
-    return Estimate(value=float(ratio(np.ones(len(numbers)))), low=float(low), high=float(high))
+    low, high = np.quantile((draws @ sums[0]) / np.maximum(draws @ sums[1], 1e-12), [0.025, 0.975])
+    return Estimate(value=float(sums[0].sum() / max(sums[1].sum(), 1e-12)), low=float(low), high=float(high))

@@ -14,12 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlinf_core.contract.datasets import SampleSource
-from rlinf_core.contract.triage import Outcome
+from rlinf_core.contract.triage import TriageOutcome
 from rlinf_core.results import ResultTable
 from rlinf_core.triage.corrections import Correction
 from rlinf_core.triage.rows import Rows, Vectors
 from rlinf_core.triage.scene import Scene
-from rlinf_core.triage.search import SURE, resampled
+from rlinf_core.triage.search import resampled
 
 RELIABLE = 0.75
 """Share of training episodes whose prompts a witness must know."""
@@ -27,11 +27,16 @@ NEAREST = 5
 """Similar training rows that vote."""
 MOST_TASKS = 10
 """Prompts that the policy tries."""
-BETTER = 0.08
+BETTER = 0.05
 """Share by which the squared error must fall with another prompt."""
+ROWS = 160
+"""Rows of the site on which the policy tries prompts."""
+SURE = 0.02
+"""Probability that the error falls only because of which episodes were drawn. Few prompts are tried, each for all rows
+with the same prompt, so that it need not be smaller."""
 
 
-def other_tasks(scene: Scene, table: ResultTable) -> Outcome | None:
+def other_tasks(scene: Scene, table: ResultTable) -> TriageOutcome | None:
     """A cause if the prompts are those of other tasks.
 
     Args:
@@ -41,12 +46,13 @@ def other_tasks(scene: Scene, table: ResultTable) -> Outcome | None:
     trained = Counter(scene.wide.prompts)
     if len(trained) < 2:
         return None
-    for witness in (_by_likeness, _by_policy):
+    # In a simulator, actions of demonstrations are replayed in other scenes: the policy's need not resemble them.
+    for witness in (_by_likeness, *((_by_policy,) if scene.simulator is None else ())):
         mapping, share, said = witness(scene, trained)
         if mapping:
             own, guess = next(iter(mapping.items()))
             what = "the prompt of another task" if own in trained else "a prompt that was not trained"
-            return Outcome(
+            return TriageOutcome(
                 "cause",
                 f"{share:.0%} of the site's episodes have {what}: those with {own!r} are of {guess!r}{said}",
                 f"Give the policy the prompt of its task: {guess!r}",
@@ -110,11 +116,11 @@ def _by_policy(scene: Scene, trained: Counter[str]) -> tuple[dict[str, str], flo
     """Prompt -> the prompt with which the policy's actions fit the recorded ones best, where they differ."""
     assert scene.site is not None
     tasks = [prompt for prompt, _ in trained.most_common(MOST_TASKS)]
-    own_rows = _tried(scene, scene.trained, Correction(), tasks)
+    own_rows = _tried(scene, scene.trained, Correction(), tasks, ROWS // 2)
     for prompt in set(own_rows.prompts) & set(tasks):  # The policy must know its own tasks apart.
         if tasks[int(own_rows.mean_of(prompt).argmin())] != prompt:
             return {}, 0.0, ""
-    found = _tried(scene, scene.site, scene.explanation.correction, tasks)
+    found = _tried(scene, scene.site, scene.explanation.correction, tasks, ROWS)
     mapping: dict[str, str] = {}
     gained = np.zeros(len(found.prompts))
     for prompt in dict.fromkeys(found.prompts):
@@ -149,8 +155,8 @@ class _Tried:
         return np.asarray(self.errors[[own == prompt for own in self.prompts]].mean(0))
 
 
-def _tried(scene: Scene, source: SampleSource, correction: Correction, tasks: Sequence[str]) -> _Tried:
-    rows, scale = scene.spread_rows(source), scene.action_spread
+def _tried(scene: Scene, source: SampleSource, correction: Correction, tasks: Sequence[str], most: int) -> _Tried:
+    rows, scale = scene.spread_rows(source, most), scene.action_spread
     plain = scene.act(source, rows, correction)
     targets = [scene.pipeline.target(row) for row in source.without_images(plain.indices.tolist())]
     prompts = tuple(str(one.get("prompt", "")) for one in targets)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlinf_core.contract.datasets import LeRobotDatasetConfig, SampleSource
-from rlinf_core.contract.triage import Outcome, TriageTest
+from rlinf_core.contract.triage import TriageOutcome, TriageTest
 from rlinf_core.data.sample import Row
 from rlinf_core.errors import UserError
 from rlinf_core.inference import LoadedPolicy
@@ -164,11 +164,11 @@ class ClosedLoopTest(TriageTest):
     name = "closed loop"
     question = "Does the policy succeed in the simulator, and with which settings?"
 
-    def run(self, scene: Scene) -> Outcome:
+    def run(self, scene: Scene) -> TriageOutcome:
         """Play episodes."""
         simulator = scene.simulator
         if simulator is None or not simulator.closed_loop:
-            return Outcome("skipped", "no episodes were played (--env with --episodes)")
+            return TriageOutcome("skipped", "no episodes were played (--env with --episodes)")
         settings, chunk = simulator.settings, scene.policy.config.chunk_length()
         configured = min(settings.env.replan or chunk, chunk)
         rates: dict[int, list[Result]] = {}
@@ -182,7 +182,7 @@ class ClosedLoopTest(TriageTest):
         best = max(found, key=lambda replan: found[replan].value)
         text = f"it succeeds in {cell_text(own)} of the episodes with {configured} executed actions"
         if best != configured and found[best].low > own.high:
-            return Outcome(
+            return TriageOutcome(
                 "cause",
                 f"{text}, and in {cell_text(found[best])} with {best}: too much of a chunk is executed",
                 f"Set env.replan = {best}",
@@ -191,7 +191,7 @@ class ClosedLoopTest(TriageTest):
             )
         lost = [one.ever and not one.success for one in rates[configured]]
         if sum(lost) > 0.25 * len(lost):
-            return Outcome(
+            return TriageOutcome(
                 "suspicious",
                 f"{text}, but {sum(lost)} of {len(lost)} successes are lost until the end",
                 "Compare success at the end with success ever: env.after_success",
@@ -199,8 +199,8 @@ class ClosedLoopTest(TriageTest):
                 tables=[table],
             )
         if own.high < 0.5:
-            return Outcome("suspicious", text, "Look at the other tests", 0.3, symptom=True, tables=[table])
-        return Outcome("fine", text, tables=[table])
+            return TriageOutcome("suspicious", text, "Look at the other tests", 0.3, symptom=True, tables=[table])
+        return TriageOutcome("fine", text, tables=[table])
 
     def _play(self, scene: Scene, settings: RolloutSettings, replan: int) -> list[Result]:
         results: list[Result] = []

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from rlinf_core.contract.triage import Outcome, TriageTest
+from rlinf_core.contract.triage import TriageOutcome, TriageTest
 from rlinf_core.results import ResultTable
 from rlinf_core.triage.corrections import Correction
 from rlinf_core.triage.image_mistakes import stuck_cameras
@@ -28,13 +28,13 @@ class CameraTest(TriageTest):
     question = "Do the cameras show at the site what they showed in training?"
     needs_site: ClassVar[bool] = True
 
-    def run(self, scene: Scene) -> Outcome:
+    def run(self, scene: Scene) -> TriageOutcome:
         """Compare the images."""
         site, reference = scene.at_site, scene.likeness.reference
         if not reference.images:
-            return Outcome("skipped", "the policy has no cameras")
+            return TriageOutcome("skipped", "the policy has no cameras")
         if stuck := list(stuck_cameras(site, reference)):
-            return Outcome(
+            return TriageOutcome(
                 "cause",
                 " and ".join(text for _, text in stuck),
                 "Give the policy images of all cameras that it was trained with, uint8 from 0 to 255",
@@ -51,10 +51,10 @@ class StateTest(TriageTest):
     question = "Are the numbers of the state at the site those of training?"
     needs_site: ClassVar[bool] = True
 
-    def run(self, scene: Scene) -> Outcome:
+    def run(self, scene: Scene) -> TriageOutcome:
         """Compare the states."""
         if scene.likeness.state is None or scene.at_site.state is None:
-            return Outcome("skipped", "the data have no state")
+            return TriageOutcome("skipped", "the data have no state")
         return _judged(scene, "state", "states", "state")
 
 
@@ -65,7 +65,7 @@ class ActionTest(TriageTest):
     question = "Do actions at the site mean what they meant in training?"
     needs_site: ClassVar[bool] = True
 
-    def run(self, scene: Scene) -> Outcome:
+    def run(self, scene: Scene) -> TriageOutcome:
         """Compare the actions."""
         return _judged(scene, "actions", "actions", "action")
 
@@ -77,10 +77,10 @@ class TimingTest(TriageTest):
     question = "Do observations and actions belong together, at the rate of training?"
     needs_site: ClassVar[bool] = True
 
-    def run(self, scene: Scene) -> Outcome:
+    def run(self, scene: Scene) -> TriageOutcome:
         """Compare lags, and how fast the state changes."""
         if scene.simulator is not None and scene.simulator.rate_note:
-            return Outcome("cause", *_sentence_and_way_out(scene.simulator.rate_note), strength=1.0)
+            return TriageOutcome("cause", *_sentence_and_way_out(scene.simulator.rate_note), strength=1.0)
         if outcome := _recorded_rate(scene):
             return outcome
         if outcome := _speed(scene):
@@ -95,7 +95,7 @@ class PromptTest(TriageTest):
     question = "Does the policy get the prompts that it was trained on?"
     needs_site: ClassVar[bool] = True
 
-    def run(self, scene: Scene) -> Outcome:
+    def run(self, scene: Scene) -> TriageOutcome:
         """Compare the prompts."""
         assert scene.site is not None
         trained = Counter(scene.wide.prompts)
@@ -112,7 +112,7 @@ class PromptTest(TriageTest):
         )
         empty = sum(count for prompt, count in here.items() if not prompt.strip())
         if empty and all(prompt.strip() for prompt in trained):
-            return Outcome(
+            return TriageOutcome(
                 "cause",
                 f"the prompt is empty in {empty / here.total():.0%} of the site's rows, and never was in training",
                 f"Give the policy the task in words, for example {trained.most_common(1)[0][0]!r}",
@@ -125,17 +125,17 @@ class PromptTest(TriageTest):
         if unknown and len(trained) <= 200:
             share = sum(here[prompt] for prompt in unknown) / here.total()
             example = max(unknown, key=lambda prompt: here[prompt])
-            return Outcome(
+            return TriageOutcome(
                 "suspicious",
                 f"{share:.0%} of the site's rows have a prompt that training never had, for example {example!r}",
                 f"Use the words of training: {_nearest(example, trained)!r}",
                 strength=share,
                 tables=[table],
             )
-        return Outcome("fine", f"all {len(here)} prompts of the site were trained", tables=[table])
+        return TriageOutcome("fine", f"all {len(here)} prompts of the site were trained", tables=[table])
 
 
-def _judged(scene: Scene, family: str, what: str, part: str | None) -> Outcome:
+def _judged(scene: Scene, family: str, what: str, part: str | None) -> TriageOutcome:
     """What the explanation says about a family of corrections."""
     found = scene.explanation
     reference, site = scene.likeness.reference, scene.at_site
@@ -155,7 +155,7 @@ def _judged(scene: Scene, family: str, what: str, part: str | None) -> Outcome:
         explained = sum(step.before - step.best.cost for step in steps) / max(
             found.steps[0].before - min(found.usual, found.steps[-1].before), 1e-9
         )
-        return Outcome(
+        return TriageOutcome(
             "cause",
             sentence + gain,
             together.way_out,
@@ -168,7 +168,7 @@ def _judged(scene: Scene, family: str, what: str, part: str | None) -> Outcome:
     if parts and (far := max(parts.values())) > FAR:
         name = max(parts, key=lambda one: parts[one])
         named = f"images of camera {name.removeprefix('image ')!r}" if family == "cameras" else what
-        return Outcome(
+        return TriageOutcome(
             "suspicious",
             f"{named} are unlike those of training, by {far:.0f} standard deviations, and no known mistake explains it",
             "Look at the images and numbers of both on this page; other scenes or robots need data of their own",
@@ -176,7 +176,9 @@ def _judged(scene: Scene, family: str, what: str, part: str | None) -> Outcome:
             images=camera_images(reference, site, None) if family == "cameras" else {},
             tables=[table],
         )
-    return Outcome("fine", f"{what} look as in training, and no known mistake makes them more alike", tables=[table])
+    return TriageOutcome(
+        "fine", f"{what} look as in training, and no known mistake makes them more alike", tables=[table]
+    )
 
 
 def _effect(scene: Scene, correction: Correction) -> tuple[str, list[ResultTable]]:
@@ -213,14 +215,14 @@ def _sentence_and_way_out(text: str) -> tuple[str, str]:
     return (sentence, way_out[:1].upper() + way_out[1:]) if sentence else (text, "")
 
 
-def _recorded_rate(scene: Scene) -> Outcome | None:
+def _recorded_rate(scene: Scene) -> TriageOutcome | None:
     """A cause if site and training have other rates by their own metadata, or as the robot was said to run."""
     trained, here = scene.step_seconds(scene.training), scene.step_seconds(scene.site)
     if scene.execution.rate:
         here = 1 / scene.execution.rate
     if not trained or not here or abs(here / trained - 1) < 0.05:
         return None
-    return Outcome(
+    return TriageOutcome(
         "cause",
         f"the site runs at {1 / here:.4g} actions per second, training at {1 / trained:.4g}: every motion is "
         f"{max(here / trained, trained / here):.3g} times as {'slow' if here > trained else 'fast'}",
@@ -229,7 +231,7 @@ def _recorded_rate(scene: Scene) -> Outcome | None:
     )
 
 
-def _speed(scene: Scene) -> Outcome | None:
+def _speed(scene: Scene) -> TriageOutcome | None:
     """A cause if the state changes faster or slower per step by a common factor, over the range of training."""
     assert scene.site is not None
     wide, at = scene.wide, spread(len(scene.site), 1500)
@@ -249,7 +251,7 @@ def _speed(scene: Scene) -> Outcome | None:
     if agree.mean() < 0.6 or abs(np.log(ratio)) < np.log(1.35):
         return None
     way = "fast" if ratio > 1 else "slow"
-    return Outcome(
+    return TriageOutcome(
         "cause" if abs(np.log(ratio)) > np.log(1.45) else "suspicious",
         f"the state changes {max(ratio, 1 / ratio):.2g} times as {way} per step as in training, over the same range: "
         "the control rate is another one, or frames were left out or repeated",

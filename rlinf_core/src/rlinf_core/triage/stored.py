@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rlinf_core.contract.triage import Outcome, TriageTest
+from rlinf_core.contract.triage import TriageOutcome, TriageTest
 from rlinf_core.data.normalize import KEYS, Normalize, NormStats, Stats, load_norm_stats
 from rlinf_core.data.statistics.action_kind import diagnose_actions
 from rlinf_core.data.statistics.compute import ROWS_WITH_IMAGES, compute_norm_stats, outputs
@@ -40,18 +40,18 @@ class DataTest(TriageTest):
     name = "data"
     question = "Are the training data sound?"
 
-    def run(self, scene: Scene) -> Outcome:
+    def run(self, scene: Scene) -> TriageOutcome:
         """Check the numbers."""
         wide = scene.wide
         if flips := list(_flips(scene, wide)):
-            return Outcome(
+            return TriageOutcome(
                 "suspicious",
                 flips[0],
                 "Choose one sign per rotation, for example w >= 0 or that of the frame before, and convert again",
                 strength=0.5,
             )
         if early := _acts_after(scene):
-            return Outcome(
+            return TriageOutcome(
                 "suspicious",
                 early,
                 "Pair each observation with the action that was taken on it, and convert the data again",
@@ -60,9 +60,11 @@ class DataTest(TriageTest):
         findings = diagnose_actions(scene.trained, [scene.policy.data.repack(), *scene.policy.data.transforms()])
         relative = [one for one in findings if one.id == "actions-look-relative"]
         if relative:
-            return Outcome("suspicious", str(relative[0]).partition(". ")[0], relative[0].way_out, strength=0.5)
+            return TriageOutcome("suspicious", str(relative[0]).partition(". ")[0], relative[0].way_out, strength=0.5)
         episodes = len(np.unique(scene.trained.episodes))
-        return Outcome("fine", f"{len(scene.trained)} rows of {episodes} episodes: no contradiction in their numbers")
+        return TriageOutcome(
+            "fine", f"{len(scene.trained)} rows of {episodes} episodes: no contradiction in their numbers"
+        )
 
 
 class StatisticsTest(TriageTest):
@@ -71,11 +73,11 @@ class StatisticsTest(TriageTest):
     name = "statistics"
     question = "Are the statistics those that the policy was trained with?"
 
-    def run(self, scene: Scene) -> Outcome:
+    def run(self, scene: Scene) -> TriageOutcome:
         """Compare them, and what they do to the error on training rows."""
         normalize = scene.policy.pipeline.normalize
         if normalize is None:
-            return Outcome("skipped", "the policy does not normalise")
+            return TriageOutcome("skipped", "the policy does not normalise")
         data = scene.policy.data
         transforms = [data.repack(), *data.transforms()]
         images = data.stats_need_images
@@ -88,7 +90,7 @@ class StatisticsTest(TriageTest):
         apart = {key: _apart(normalize, key, own[key]) for key in KEYS if key in own and key in normalize.stats}
         wrong = {key: np.flatnonzero(one > OTHER) for key, one in apart.items()}
         if not any(len(one) for one in wrong.values()):
-            return Outcome("fine", "the statistics are those of the training data", tables=[table])
+            return TriageOutcome("fine", "the statistics are those of the training data", tables=[table])
         used = _run_statistics(scene)
         intended = bool(data.given_statistics()) and (used is None or not _differ(normalize, used))
         before, after = _errors_with(scene, normalize, own)
@@ -112,7 +114,7 @@ class StatisticsTest(TriageTest):
             way_out = (
                 "That may be intended, for statistics of pretrained weights; otherwise leave data.norm_stats empty"
             )
-        return Outcome(
+        return TriageOutcome(
             "cause" if proof and not intended else "suspicious",
             sentence,
             way_out,
@@ -271,7 +273,7 @@ class WeightsTest(TriageTest):
     name = "weights"
     question = "Are the weights those that the run validated?"
 
-    def run(self, scene: Scene) -> Outcome:
+    def run(self, scene: Scene) -> TriageOutcome:
         """Compare files, tensors and validated errors."""
         subject, table = scene.subject, _validated_table(scene)
         tables = [table] if table.rows else []
@@ -284,7 +286,7 @@ class WeightsTest(TriageTest):
             parts = [f"{changed[0]} is not the file that rlinf export wrote"] if changed else []
             parts += [worse] if worse else []
             parts += [initial] if initial else []
-            return Outcome(
+            return TriageOutcome(
                 "cause",
                 "the weights are not those that the run validated: " + "; ".join(parts),
                 "Export the run again, and load its file completely (strict=True, no missing or unexpected names)",
@@ -292,7 +294,7 @@ class WeightsTest(TriageTest):
                 tables=tables,
             )
         if initial:
-            return Outcome(
+            return TriageOutcome(
                 "cause",
                 f"the weights were loaded in part: {initial}",
                 "Load all weights (strict=True), and look for names that were not found",
@@ -300,14 +302,14 @@ class WeightsTest(TriageTest):
                 tables=tables,
             )
         if better := _average_is_better(scene):
-            return Outcome(
+            return TriageOutcome(
                 "cause" if subject.exported else "suspicious",
                 better,
                 "Export the run with --ema" + " again" * subject.exported,
                 strength=0.6,
                 tables=tables,
             )
-        return Outcome(
+        return TriageOutcome(
             "fine", "the weights are whole" + (", and those of the run" if subject.run else ""), tables=tables
         )
 
@@ -328,7 +330,7 @@ def _changed_files(scene: Scene, *, only: str) -> list[str]:
     return changed
 
 
-def _compare_with_run(scene: Scene) -> Outcome | None:
+def _compare_with_run(scene: Scene) -> TriageOutcome | None:
     """A cause if the folder's tensors are not those of its run's checkpoint; None if they are, or it is not here."""
     subject = scene.subject
     if not subject.exported or subject.run is None or subject.step is None:
@@ -350,7 +352,7 @@ def _compare_with_run(scene: Scene) -> Outcome | None:
         return None
     share = len(other) / max(len(tensors), 1)
     listed = ", ".join(list(other)[:3])
-    return Outcome(
+    return TriageOutcome(
         "cause",
         f"{len(other)} of {len(tensors)} tensors ({share:.0%}) are not those of the run's checkpoint at step "
         f"{subject.step}, for example {listed}: the weights were loaded in part, or are of another training",
