@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from rlinf_core.triage.corrections import Correction
 from rlinf_core.triage.image_mistakes import image_corrections
+from rlinf_core.triage.likeness import Likeness
 from rlinf_core.triage.rows import Rows
 from rlinf_core.triage.search import Comparison, Explanation, explain
 from rlinf_core.triage.vector_mistakes import Named, action_corrections, state_corrections
 
 LAGS = (-3, -2, -1, 1, 2, 3)
 """Steps by which observations may be late (above 0) or early."""
+
+
+Family = Callable[[Rows], Iterable[Correction]]
+"""Lists the corrections to try on rows of the site."""
 
 
 def explain_site(comparison: Comparison, names: Mapping[str, Sequence[str]]) -> Explanation:
@@ -21,7 +26,11 @@ def explain_site(comparison: Comparison, names: Mapping[str, Sequence[str]]) -> 
         comparison: The site beside training.
         names: `state` and `actions` -> the dataset's names of their numbers.
     """
-    likeness = comparison.likeness
+    return explain(comparison, all_families(comparison.likeness, names))
+
+
+def all_families(likeness: Likeness, names: Mapping[str, Sequence[str]]) -> dict[str, Family]:
+    """The name of the test that names a mistake -> its corrections."""
     reference = likeness.reference
 
     def states(site: Rows) -> Iterable[Correction]:
@@ -34,15 +43,12 @@ def explain_site(comparison: Comparison, names: Mapping[str, Sequence[str]]) -> 
         named = Named("action", names.get("actions", ()), site.actions.shape[2])
         return action_corrections(named, likeness.action, site, reference)
 
-    return explain(
-        comparison,
-        {
-            "cameras": lambda site: image_corrections(reference, site),
-            "state": states,
-            "actions": actions,
-            "timing": _lags,
-        },
-    )
+    return {
+        "cameras": lambda site: image_corrections(reference, site),
+        "state": states,
+        "actions": actions,
+        "timing": _lags,
+    }
 
 
 def _lags(site: Rows) -> Iterator[Correction]:

@@ -84,6 +84,7 @@ def page_of(folder: Path, dataset: str, triage: Triage) -> str:
         dataset=dataset,
         triage=triage,
         found=triage.cause is not None,
+        shown=[*triage.ranked, *(one for one in triage.findings if one not in triage.ranked)],
         images={one.test.name: _urls(one.outcome.images) for one in triage.findings},
         most_rows=MOST_ROWS,
     )
