@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import sys
@@ -256,6 +257,13 @@ def rlinf_launch(run, arguments):
     if run.cluster.launcher != "one-process":
         return None
     return subprocess.call([sys.executable, "-m", "rlinf_core.train", *arguments])
+
+
+@hookimpl
+def rlinf_describe_launch(run, arguments):
+    if run.cluster.launcher != "one-process":
+        return None
+    return shlex.join([sys.executable, "-m", "rlinf_core.train", *arguments])
 
 
 @hookimpl

@@ -1,6 +1,9 @@
 """The MetaWorld environment beside the script that recorded the repository's data, and with MetaWorld's own experts."""
 
+import importlib
 import json
+import os
+import sys
 from importlib import util
 from pathlib import Path
 
@@ -39,6 +42,23 @@ def test_the_settings_need_no_simulator(monkeypatch):
         MetaworldConfig().tasks()
     with pytest.raises(ValueError, match="MetaWorld has no task 'reach-v2'"):
         MetaworldConfig(prompts={"reach-v2": "Reach"})
+
+
+@pytest.mark.parametrize(
+    ("platform", "given", "used"), [("linux", "", "egl"), ("linux", "osmesa", "osmesa"), ("darwin", "", None)]
+)
+def test_the_renderer_needs_no_display_and_is_the_user_s_choice(monkeypatch, platform, given, used):
+    """On macOS MuJoCo's own default is right, and EGL does not exist."""
+    pytest.importorskip("metaworld")
+    monkeypatch.setenv("MUJOCO_GL", given)
+    if not given:
+        monkeypatch.delenv("MUJOCO_GL")
+    from rlinf_plugins_metaworld import environment
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "platform", platform)
+        importlib.reload(environment)
+    assert os.environ.get("MUJOCO_GL") == used
 
 
 def test_instructions_are_those_of_lerobot():
@@ -96,6 +116,13 @@ def test_experts_succeed_and_doing_nothing_does_not(record):
         environment.close()
 
 
+def walk(environment):
+    """The hand's path under ten actions, and the rewards, which depend on objects and goal."""
+    actions = np.random.default_rng(0).uniform(-1, 1, (10, 4)).astype(np.float32)
+    rewards = [environment.step(action).reward for action in actions]
+    return [*environment.observe()["observation.state"].tolist(), *rewards]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PROMPTS)
 def test_every_task_can_be_built_reset_rendered_and_stepped(name):
@@ -103,11 +130,15 @@ def test_every_task_can_be_built_reset_rendered_and_stepped(name):
     environment = build(name, image_size=64, shadows=True)
     environment.reset(Start(1))
     first = environment.observe()
-    environment.step(np.float32([1, 1, -1, 1]))
+    path = walk(environment)
     environment.reset(Start(2))
+    other = environment.observe()
     environment.reset(Start(1))
     again = environment.observe()
     assert np.array_equal(first["observation.image"], again["observation.image"])
+    # Nothing is left of the episodes before: Farama-Foundation/Metaworld#385, huggingface/lerobot#3727.
+    assert np.array_equal(walk(environment), path)
+    assert not np.array_equal(first["observation.image"], other["observation.image"])
     assert first["observation.image"].std() > 5
     assert first["observation.state"].shape == (4,)
     environment.close()

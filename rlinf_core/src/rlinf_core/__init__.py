@@ -1,7 +1,7 @@
 """Supervised fine-tuning of robot and text policies; plugins bring the policies and the datasets.
 
 The names in `__all__` are the public surface, with the modules `data.transforms`, `data.rotations`, `data.normalize`,
-`data.pipeline`, `data.sample`, `hub`, `illustration`, `results`, `action_plots` and, for the tests of plugins,
+`data.pipeline`, `data.sample`, `hub`, `illustration`, `results`, `plots.actions` and, for the tests of plugins,
 `testing`. They load on first use, so that importing the package costs nothing and leaves torch unloaded.
 """
 

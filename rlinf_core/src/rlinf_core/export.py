@@ -23,7 +23,7 @@ import torch
 from rlinf_core.config.load import load_config
 from rlinf_core.contract.policy import TrainedOn
 from rlinf_core.contract.run import RunConfig
-from rlinf_core.contract.weight_origin import DESCRIPTION, STATISTICS
+from rlinf_core.contract.weights.origin import DESCRIPTION, STATISTICS
 from rlinf_core.data.coverage import FILE as COVERAGE
 from rlinf_core.data.coverage import parse_coverage
 from rlinf_core.data.normalize import Stats
@@ -37,8 +37,6 @@ from rlinf_core.lora.files import write_adapters
 from rlinf_core.lora.layers import LowRank, LowRankAdapter
 from rlinf_core.plugins.registry import Plugins
 from rlinf_core.torch_names import read_shards
-from rlinf_core.training.adapters import Merge
-from rlinf_core.training.build import DTYPES, build_on_meta
 from rlinf_core.training.checkpoint.load import layout_difference
 from rlinf_core.training.checkpoint.shards import ShardReader
 from rlinf_core.training.checkpoint.state import (
@@ -51,8 +49,10 @@ from rlinf_core.training.checkpoint.state import (
     statistics_copy,
     step_name,
 )
-from rlinf_core.training.fsdp import layout
-from rlinf_core.untrusted import read_json
+from rlinf_core.training.state.adapters import Merge
+from rlinf_core.training.state.build import DTYPES, build_on_meta
+from rlinf_core.training.state.fsdp import layout
+from rlinf_core.untrusted.text import read_json
 
 FORMAT = 1
 NUMBERS_AT_A_TIME = 2**28

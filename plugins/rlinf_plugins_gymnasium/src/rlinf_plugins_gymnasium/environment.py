@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 
-os.environ.setdefault("MUJOCO_GL", "egl")  # Read by MuJoCo on import; a window needs a display.
+if sys.platform == "linux":  # MuJoCo reads it on import; its default needs a display, and macOS has no EGL.
+    os.environ.setdefault("MUJOCO_GL", "egl")
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # Read by pygame, which draws PushT.
 
 from collections.abc import Mapping

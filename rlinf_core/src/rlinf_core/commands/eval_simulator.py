@@ -124,8 +124,8 @@ def read_settings(options: argparse.Namespace, plugins: Plugins) -> tuple[Rollou
 
 def _remembered(options: argparse.Namespace, plugins: Plugins) -> tuple[dict[str, Any], list[str]]:
     """The environment of the run's own evaluator, if it is this one."""
-    from rlinf_core.contract.weight_origin import DESCRIPTION
-    from rlinf_core.untrusted import read_json
+    from rlinf_core.contract.weights.origin import DESCRIPTION
+    from rlinf_core.untrusted.text import read_json
 
     folder = Path(options.policy)
     found: Any = None

@@ -41,11 +41,11 @@ def load_evaluated(options: argparse.Namespace, plugins: Plugins) -> tuple[Loade
     """
     import torch
 
-    from rlinf_core.contract.weight_origin import DESCRIPTION
+    from rlinf_core.contract.weights.origin import DESCRIPTION
     from rlinf_core.export import Choice
     from rlinf_core.inference import load_policy, load_run
     from rlinf_core.training.checkpoint.state import STATE
-    from rlinf_core.untrusted import read_json
+    from rlinf_core.untrusted.text import read_json
 
     folder = Path(options.policy)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device

@@ -188,6 +188,21 @@ def rlinf_launch(run: RunConfig, arguments: Sequence[str]) -> int | None:
 
 
 @hookspec(firstresult=True)
+def rlinf_describe_launch(run: RunConfig, arguments: Sequence[str]) -> str | None:
+    """Describe what `rlinf_launch` would do, for `rlinf launch --dry-run`: the command to start by hand, a batch file.
+
+    Args:
+        run: The frozen config; `run.cluster.launcher` names the launcher to use.
+        arguments: Command line of `rlinf_core.train` for each process.
+
+    Returns:
+        What to print, or None if the config names another launcher. The first result counts.
+
+    Called on: the single process of `rlinf launch --dry-run`. Since 0.1.
+    """
+
+
+@hookspec(firstresult=True)
 def rlinf_open_dataset(dataset: DatasetConfig, policy: PolicyConfig, split: Split) -> SampleSource | None:
     """Open the rows of a dataset.
 

@@ -22,7 +22,7 @@ class SimulatorConfig(RolloutSettings, EvaluatorConfig):
     """Which weights to evaluate if the run averages them: the current ones, the average, or both, which takes twice
     the time."""
     source: str = ""
-    """Of a mixture: the dataset in whose format the policy observes and acts."""
+    """The dataset of a mixture in whose format the policy observes and acts."""
     episodes: int = Field(default=10, ge=1)
     """Episodes per task. Episode i starts from seed `seed + i`, and from the recorded initial state i if there are any,
     beginning again after the last."""

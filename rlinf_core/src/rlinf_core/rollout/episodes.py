@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from rlinf_core.contract.environment import EnvironmentTask, Start
 from rlinf_core.errors import UserError
 from rlinf_core.files import write_text
-from rlinf_core.untrusted import parse_json
+from rlinf_core.untrusted.text import parse_json
 
 FILE = "episodes.jsonl"
 LARGEST = 256 * 2**20

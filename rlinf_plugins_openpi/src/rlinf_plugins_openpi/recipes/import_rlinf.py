@@ -11,7 +11,7 @@ from typing import Any
 
 from rlinf_core import UserError
 from rlinf_core.files import check_writable, write_text, writing
-from rlinf_core.untrusted import printable
+from rlinf_core.untrusted.text import printable
 from rlinf_plugins_openpi.recipes.hydra_files import RecipeFile, read_recipe
 from rlinf_plugins_openpi.recipes.toml_text import comment, toml_tables
 from rlinf_plugins_openpi.recipes.translate import Imported, translate

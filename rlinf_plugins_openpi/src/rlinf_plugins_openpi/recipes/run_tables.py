@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from rlinf_core.contract.cluster import COMPONENT, parse_ranks
+from rlinf_core.contract.tables.cluster import COMPONENT, parse_ranks
 from rlinf_plugins_openpi.recipes.values import Values
 
 _FSDP = "actor.fsdp_config"

@@ -12,8 +12,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from rlinf_core import UserError
-from rlinf_core.contract.cluster import ClusterConfig
-from rlinf_core.contract.tables import RunnerConfig
+from rlinf_core.contract.tables.cluster import ClusterConfig
+from rlinf_core.contract.tables.runner import RunnerConfig
 from rlinf_plugins_openpi.datasets.config import OpenpiDatasetConfig
 from rlinf_plugins_openpi.recipes.formats import find_format
 from rlinf_plugins_openpi.recipes.hydra_files import RecipeFile

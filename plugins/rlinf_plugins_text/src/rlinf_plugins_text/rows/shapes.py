@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rlinf_core import UserError
-from rlinf_core.untrusted import parse_json
+from rlinf_core.untrusted.text import parse_json
 
 TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
 """Types of content parts whose `text` is joined: those of chat templates and of OpenAI's two APIs."""

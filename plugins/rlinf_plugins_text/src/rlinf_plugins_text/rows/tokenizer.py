@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rlinf_core import UserError
-from rlinf_core.untrusted import read_json
+from rlinf_core.untrusted.text import read_json
 from rlinf_plugins_text.rows.chat import CHATML, OWN, Chat, RejectedError
 from rlinf_plugins_text.rows.confined import CONFINED, GIB, Limits
 from rlinf_plugins_text.rows.turns import Message

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from rlinf_core import UserError
-from rlinf_core.contract.weight_folder import CONVERT, hint_for_folder
+from rlinf_core.contract.weights.folder import CONVERT, hint_for_folder
 from rlinf_core.hub import NotInRepositoryError, Snapshot, full_name, local_path, open_snapshot, parse_hub_id
-from rlinf_core.untrusted import path_inside, read_json
+from rlinf_core.untrusted.text import path_inside, read_json
 from rlinf_plugins_text.rows.tokenizer import FILES
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
