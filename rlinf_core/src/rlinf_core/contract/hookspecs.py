@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rlinf_core.contract.optim import OptimizerConfig, ScheduleConfig
     from rlinf_core.contract.policy import PolicyConfig
     from rlinf_core.contract.run import LoggerConfig, RunConfig, Trainer, TrainerConfig
+    from rlinf_core.contract.triage import TriageTest
 
 PROJECT = "rlinf"
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -107,6 +108,18 @@ def rlinf_register_evaluators() -> Iterable[type[EvaluatorConfig]]:  # type: ign
         Config classes. All plugins' results are collected; the same `type` from two plugins is an error naming both.
 
     Called on: every rank, while the config is loaded; every rank builds those of the run. Since 0.1.
+    """
+
+
+@hookspec
+def rlinf_register_triage() -> Iterable[type[TriageTest]]:  # type: ignore[empty-body]
+    """Offer tests of `rlinf triage`, which run after core's.
+
+    Returns:
+        Subclasses of `TriageTest`. All plugins' results are collected; the same `name` from two plugins is an error
+        naming both.
+
+    Called on: the process of `rlinf triage`. Since 0.1.
     """
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rlinf_core.contract.optim import OptimizerConfig, ScheduleConfig
     from rlinf_core.contract.policy import PolicyConfig
     from rlinf_core.contract.run import LoggerConfig, RunConfig, TrainerConfig
+    from rlinf_core.contract.triage import TriageTest
 
 
 @hookimpl
@@ -75,6 +76,14 @@ def rlinf_register_evaluators() -> list[type[EvaluatorConfig]]:
 
 
 @hookimpl
+def rlinf_register_triage() -> list[type[TriageTest]]:
+    """The tests of `rlinf_core.triage`."""
+    from rlinf_core.triage.builtin import TESTS
+
+    return [*TESTS]
+
+
+@hookimpl
 def rlinf_register_commands() -> list[Command]:
     """Core's subcommands, in the order of `rlinf --help`; `cli.py` also calls this directly."""
     helps = {
@@ -88,6 +97,7 @@ def rlinf_register_commands() -> list[Command]:
         "cache": "decode a run's images once, into files that need no decoding",
         "eval": "measure the error of a policy's actions on recorded episodes",
         "report": "write a page that shows how one or several runs went",
+        "triage": "find out why a policy with a low loss does not act well",
         "export": "export a run's policy for inference or further training",
         "datasets": "list the dataset formats of installed packages",
         "plugins": "list plugins, what they registered, and what failed",
