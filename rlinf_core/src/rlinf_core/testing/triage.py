@@ -18,7 +18,7 @@ from typing import Any
 
 from rlinf_core.commands.output import print_error, print_table, print_text
 from rlinf_core.contract.datasets import LeRobotDatasetConfig, SampleSource
-from rlinf_core.contract.weight_origin import DESCRIPTION, STATISTICS
+from rlinf_core.contract.weights.origin import DESCRIPTION, STATISTICS
 from rlinf_core.data.normalize import save_norm_stats
 from rlinf_core.data.splits import open_rows_of
 from rlinf_core.data.statistics.compute import outputs

@@ -9,7 +9,7 @@ from typing import Any
 from rlinf_core.config.load import load_config
 from rlinf_core.contract.datasets import DatasetConfig, SampleSource
 from rlinf_core.contract.policy import PolicyConfig
-from rlinf_core.contract.weight_origin import DESCRIPTION
+from rlinf_core.contract.weights.origin import DESCRIPTION
 from rlinf_core.data.splits import open_rows_of
 from rlinf_core.errors import UserError
 from rlinf_core.export import Choice, check_run, validated
@@ -20,7 +20,7 @@ from rlinf_core.rollout.config import RolloutSettings
 from rlinf_core.terminal import warn
 from rlinf_core.triage.scene import Execution, Scene, Simulator, Subject
 from rlinf_core.triage.simulated import record_site
-from rlinf_core.untrusted import read_json
+from rlinf_core.untrusted.text import read_json
 
 SEED = 42
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from rlinf_core.errors import UserError
 from rlinf_core.files import check_writable, write_text, writing
 from rlinf_core.results import Cell, Estimate, cell_text
-from rlinf_core.untrusted import without_controls
+from rlinf_core.untrusted.text import without_controls
 
 if TYPE_CHECKING:
     from rlinf_core.triage.chain import Triage

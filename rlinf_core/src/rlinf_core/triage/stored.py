@@ -461,7 +461,7 @@ def _lower(values: Vectors, acted: Acted) -> float:
 def _at_initial_values(scene: Scene) -> str:
     """Parameters that have exactly the values they were initialised with, in words; empty if there are none."""
     seed = _metrics(scene)[1].get("seed", scene.seed)
-    from rlinf_core.training.build import initial_value
+    from rlinf_core.training.state.build import initial_value
 
     module, config = scene.policy.module, scene.policy.config
     if config.weights not in ("", "random") and not scene.subject.exported:
