@@ -28,6 +28,7 @@ from rlinf_core.plugins.owners import CORE
 from rlinf_core.plugins.registry import PLUGIN_GROUP, Plugins
 from rlinf_core.rollout.config import RolloutSettings
 from rlinf_core.testing import plugins_in_memory
+from rlinf_core.triage.chain import registered_tests
 
 DOCS = Path(__file__).parents[2] / "docs"
 OWNER = "in-memory 0 (entry point 'plugin0 = hook_examples')"
@@ -134,6 +135,21 @@ def test_rlinf_register_environments(plugins, examples):
         if solved := environment.step(np.clip(20 * (seen[3:] - seen[:3]), -1, 1)).success:
             break
     assert solved
+
+
+def test_rlinf_register_triage(plugins, examples):
+    *core, (last, owner) = registered_tests(plugins)
+    assert last is examples.TemperatureTest
+    assert owner.distribution != CORE
+    assert {owner.distribution for _, owner in core} == {CORE}
+
+    class Rows(list):
+        def without_images(self, indices):
+            return [self[index] for index in indices]
+
+    warm, cold = (Rows([{"temperature": degrees}] * 3) for degrees in (45.0, 20.0))
+    assert last().run(SimpleNamespace(site=warm, training=warm)).verdict == "fine"
+    assert "20 °C, in training 45" in last().run(SimpleNamespace(site=cold, training=warm)).sentence
 
 
 def test_rlinf_register_commands(plugins):

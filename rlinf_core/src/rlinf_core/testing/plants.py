@@ -29,7 +29,7 @@ class Settings:
     numbers: Sequence[int] = ()
     """Numbers of the state or the action; empty: those that the mistake usually concerns."""
     factor: float | None = None
-    """Of units, sizes and rates; None: the usual one."""
+    """The factor of units, sizes and rates; None: the usual one."""
 
 
 @dataclass(frozen=True)
