@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import sys
@@ -26,6 +27,8 @@ from rlinf_core import (
     PolicyConfig,
     ScheduleConfig,
     TrainerConfig,
+    TriageOutcome,
+    TriageTest,
     UserError,
     hookimpl,
 )
@@ -169,6 +172,25 @@ class TableConfig(EnvironmentConfig):
         return TableEnvironment()
 
 
+class TemperatureTest(TriageTest):
+    """Whether the motors were cold at the site."""
+
+    name = "temperature"
+    question = "Were the motors as warm at the site as in training?"
+    needs_site = True
+
+    def run(self, scene):
+        here, there = (
+            np.mean([row["temperature"] for row in rows.without_images(range(len(rows)))])
+            for rows in (scene.site, scene.training)
+        )
+        if abs(here - there) < 10:
+            return TriageOutcome("fine", f"{here:.0f} and {there:.0f} °C")
+        return TriageOutcome(
+            "cause", f"the motors had {here:.0f} °C, in training {there:.0f}", "Warm them up", strength=0.5
+        )
+
+
 @hookimpl
 def rlinf_register_policies():
     return [ArmPolicy]
@@ -205,6 +227,11 @@ def rlinf_register_evaluators():
 
 
 @hookimpl
+def rlinf_register_triage():
+    return [TemperatureTest]
+
+
+@hookimpl
 def rlinf_register_environments():
     return [TableConfig]
 
@@ -230,6 +257,13 @@ def rlinf_launch(run, arguments):
     if run.cluster.launcher != "one-process":
         return None
     return subprocess.call([sys.executable, "-m", "rlinf_core.train", *arguments])
+
+
+@hookimpl
+def rlinf_describe_launch(run, arguments):
+    if run.cluster.launcher != "one-process":
+        return None
+    return shlex.join([sys.executable, "-m", "rlinf_core.train", *arguments])
 
 
 @hookimpl

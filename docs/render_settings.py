@@ -37,6 +37,7 @@ from rlinf_core.contract.optim import (
 from rlinf_core.contract.tables.cluster import ClusterConfig
 from rlinf_core.contract.tables.mixture import MixtureShare
 from rlinf_core.contract.tables.runner import RunnerConfig
+from rlinf_core.contract.tables.slurm import SlurmConfig
 from rlinf_core.evaluators.held_out import HeldOutConfig
 from rlinf_core.evaluators.simulator import SimulatorConfig
 from rlinf_core.loggers.console import ConsoleLoggerConfig
@@ -97,6 +98,7 @@ def _choices(key: str, choices: Sequence[Sequence[type[BaseModel]]]) -> Iterator
 PARTS = (
     Part("The run", "Above the first table of the file.", [RunConfig]),
     Part("`[cluster]`", "Read by `rlinf launch`; a run that torchrun starts is held to it.", [ClusterConfig]),
+    Part("`[cluster.slurm]`", 'Read by `rlinf launch` with `cluster.launcher = "slurm"`.', [SlurmConfig]),
     Part("`[runner]`", "How long to run, what to write and when.", [RunnerConfig]),
     Part(
         "`[data]`",
@@ -257,6 +259,8 @@ def _plural(annotation: Any) -> str:
         return _plural(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
         return " or ".join(map(_plural, get_args(annotation)))
+    if get_origin(annotation) is Literal:
+        return _type(annotation)
     if annotation in _PLAIN:
         return _PLAIN[annotation].plural
     if get_origin(annotation) is Literal:

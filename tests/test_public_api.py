@@ -42,6 +42,8 @@ PUBLIC = [
     "TrainedParameter",
     "Trainer",
     "TrainerConfig",
+    "TriageOutcome",
+    "TriageTest",
     "UserError",
     "hookimpl",
     "load_policy",

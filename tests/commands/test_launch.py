@@ -244,6 +244,14 @@ def test_ctrl_c_reaches_the_workers_which_save(toy, tmp_path):
     assert "Traceback" not in error
 
 
+def test_a_launcher_that_describes_nothing_is_named_and_not_started(launch, starter):
+    toy, plugins = starter
+    code, error = launch("--dry-run", "cluster.launcher=toy", plugins=plugins)
+    assert code == 2
+    assert "the launcher 'toy' does not describe what it starts (hook rlinf_describe_launch)" in error
+    assert not hasattr(toy, "run")
+
+
 def test_a_dry_run_prints_a_command_for_the_shell_and_starts_nothing(launch, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     printed = []
@@ -262,5 +270,5 @@ def test_a_dry_run_prints_a_command_for_the_shell_and_starts_nothing(launch, cap
         "--max-restarts 3 -m rlinf_core.train"
     )
     assert launch("--dry-run", "cluster.launcher=toy")[0] == 2
-    assert "starts the processes itself: there is no command to print" in printed[-1]
+    assert "no installed plugin launches with cluster.launcher = 'toy'" in printed[-1]
     assert not (tmp_path / "runs").exists()

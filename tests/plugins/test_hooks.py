@@ -171,6 +171,13 @@ def test_rlinf_launch(plugins, configure, examples, monkeypatch):
     assert plugins.hook.rlinf_launch(run=configure("cluster.launcher=ray"), arguments=["run.toml"]) is None
 
 
+def test_rlinf_describe_launch(plugins, configure):
+    run = configure("cluster.launcher=one-process")
+    text = plugins.hook.rlinf_describe_launch(run=run, arguments=["my run.toml", "seed=3"])
+    assert text == f"{sys.executable} -m rlinf_core.train 'my run.toml' seed=3"
+    assert plugins.hook.rlinf_describe_launch(run=configure("cluster.launcher=ray"), arguments=["run.toml"]) is None
+
+
 def test_rlinf_open_dataset(plugins, configure):
     run = configure("data.rows=5")
     rows = plugins.hook.rlinf_open_dataset(dataset=run.data, policy=run.policy, split="train")

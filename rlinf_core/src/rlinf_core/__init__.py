@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from rlinf_core.contract.run import RunConfig as RunConfig
     from rlinf_core.contract.run import Trainer as Trainer
     from rlinf_core.contract.run import TrainerConfig as TrainerConfig
+    from rlinf_core.contract.triage import TriageOutcome as TriageOutcome
+    from rlinf_core.contract.triage import TriageTest as TriageTest
     from rlinf_core.data.sample import Sample as Sample
     from rlinf_core.errors import PluginError as PluginError
     from rlinf_core.errors import UserError as UserError
@@ -80,6 +82,8 @@ _HOME = {
     "Start": "contract.environment",
     "Outcome": "contract.environment",
     "EpisodeError": "contract.environment",
+    "TriageTest": "contract.triage",
+    "TriageOutcome": "contract.triage",
     "Command": "contract.command",
     "Sample": "data.sample",
     "RunConfig": "contract.run",

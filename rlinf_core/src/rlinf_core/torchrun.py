@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlinf_core.contract.run import RunConfig
-from rlinf_core.contract.tables.cluster import COMPONENT, TORCHRUN, ClusterConfig
+from rlinf_core.contract.tables.cluster import COMPONENT, ClusterConfig
 from rlinf_core.data.loading.sampling import check_batch
 from rlinf_core.errors import Exit, UserError
 from rlinf_core.process.ending import EXIT_FILE
@@ -97,16 +97,11 @@ def describe_launch(run: RunConfig, arguments: Sequence[str]) -> str:
         arguments: Arguments of `rlinf_core.train`.
 
     Raises:
-        UserError: Another launcher starts the run, or the placement or the batch does not fit.
+        UserError: The placement or the batch does not fit.
     """
     import torch
 
     cluster = run.cluster
-    if cluster.launcher != TORCHRUN:
-        raise UserError(
-            f"cluster.launcher = {cluster.launcher!r} starts the processes itself: there is no command to print. Set "
-            f'it to "{TORCHRUN}" for a command to start by hand'
-        )
     share = share_of_machine(cluster, 0 if run.trainer.device == "cpu" else torch.cuda.device_count())
     check_batch(run.trainer.global_batch_size, run.trainer.micro_batch_size, share.processes * cluster.num_nodes)
     words = [f"CUDA_VISIBLE_DEVICES={visible_devices(share.devices, os.environ)}"] if share.devices else []

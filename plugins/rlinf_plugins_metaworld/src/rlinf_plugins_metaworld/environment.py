@@ -32,7 +32,8 @@ class MetaworldEnvironment:
 
     def __init__(self, config: MetaworldConfig, task: EnvironmentTask) -> None:
         self._camera, size = config.camera, config.image_size
-        benchmark: Any = metaworld.MT1(task.name, seed=42)  # type: ignore[no-untyped-call]  # The seed selects a list of goals, which is not used.
+        one_task: Any = metaworld.MT1
+        benchmark = one_task(task.name, seed=42)  # The seed selects a list of goals, which is not used.
         self._env: Any = benchmark.train_classes[task.name]()
         self._env.set_task(benchmark.train_tasks[0])
         self._env._freeze_rand_vec = False  # Otherwise each reset repeats the goal of `set_task`.

@@ -1,7 +1,7 @@
 """The `[cluster]` table: on which machines and accelerators a run's processes are started, and by which launcher.
 
 The keys and their meaning are RLinf's. `rlinf launch` starts processes accordingly; a run that was started otherwise
-(torchrun by hand, Slurm) must match the table too (`check_world_size`).
+(torchrun by hand) must match the table too (`check_world_size`).
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from rlinf_core.contract.tables.runner import Section
+from rlinf_core.contract.tables.slurm import SlurmConfig
 from rlinf_core.errors import UserError
 
-TORCHRUN = "torchrun"
-"""The launcher that core brings."""
+TORCHRUN, SLURM = "torchrun", "slurm"
+LAUNCHERS = (TORCHRUN, SLURM)
+"""The launchers that core brings."""
 COMPONENT = "actor"
 """RLinf's name for the processes that train, the only ones in supervised fine-tuning."""
 
@@ -93,7 +95,10 @@ class ClusterConfig(Section):
     """Accelerators to train on, with one process each: `{ actor = "0-3" }`, ranks counted over the cluster, or `"all"`.
     Without accelerators the ranks only set the number of processes, and `"all"` means one per machine."""
     launcher: str = Field(default=TORCHRUN, min_length=1)
-    """What starts the processes of `rlinf launch`: core's `torchrun`, or a launcher that a plugin provides."""
+    """What starts the processes of `rlinf launch`: core's `torchrun` or `slurm`, or a launcher that a plugin
+    provides."""
+    slurm: SlurmConfig = SlurmConfig()
+    """What the launcher `slurm` asks for: the table `[cluster.slurm]`."""
     rdzv_endpoint: Annotated[str, AfterValidator(_check_endpoint)] = ""
     """`host:port` of one of the machines, for torchrun's rendezvous; required for several machines."""
     max_restarts: int = Field(default=0, ge=0)
@@ -119,7 +124,7 @@ class ClusterConfig(Section):
 
 
 def check_world_size(cluster: ClusterConfig, world_size: int) -> None:
-    """Check a run that was started without `rlinf launch` (torchrun by hand, Slurm) against its `[cluster]` table.
+    """Check a run that was started without `rlinf launch`, for example by hand, against its `[cluster]` table.
 
     Args:
         cluster: The table.
