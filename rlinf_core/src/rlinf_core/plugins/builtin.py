@@ -88,6 +88,7 @@ def rlinf_register_commands() -> list[Command]:
         "eval": "measure the error of a policy's actions on recorded episodes",
         "report": "write a page that shows how one or several runs went",
         "export": "export a run's policy for inference or further training",
+        "serve": "answer observations of robots and simulators with a policy's actions",
         "datasets": "list the dataset formats of installed packages",
         "plugins": "list plugins, what they registered, and what failed",
     }
