@@ -5,12 +5,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from saved_run import save_run
+from websockets.sync.client import connect
 
+from rlinf_client import PolicyClient
 from rlinf_core import cli
 from rlinf_core.config.load import load_config
 from rlinf_core.data.normalize import NormStats
@@ -91,6 +96,7 @@ def serve(folder, monkeypatch):
         lines = iter(running[0].stdout.readline, "")
         return next(match[1] for line in lines if (match := re.search(r"serving on ws://127.0.0.1:(\d+)", line)))
 
+    serve.running = running
     yield serve
     running[0].send_signal(signal.SIGTERM)
     assert running[0].wait(60) == 0
@@ -111,3 +117,42 @@ def test_openpis_client_and_its_broker_work_unchanged(serve, tmp_path):
 
 def test_vla_evals_connection_works_unchanged(serve, tmp_path):
     run_with(tmp_path, ["vla-eval==0.8.0"], VLA_EVAL, serve())
+
+
+def test_of_a_thousand_requests_among_garbage_none_is_lost_and_memory_is_flat(serve, capsys):
+    address = f"ws://127.0.0.1:{serve()}"
+    seen = {"observation/image": np.zeros((224, 224, 3), np.uint8), "state": np.zeros(4), "prompt": "push"}
+    clients = [PolicyClient(address) for _ in range(2)]
+    server = Path(f"/proc/{serve.running[0].pid}/status")
+    answered, overheads, sizes = [0, 0], [], []
+
+    def ask(number):
+        for index in range(500):
+            reply = clients[number].infer(seen)
+            assert np.isfinite(reply["actions"]).all()
+            answered[number] += 1
+            if number == 0 and index % 100 == 0:
+                sizes.append(int(re.search(r"VmRSS:\s+(\d+)", server.read_text())[1]) / 1024)
+
+    def disturb():
+        while sum(answered) < 1000:
+            with connect(address, proxy=None) as connection:
+                connection.recv()
+                for message in (b"\xc1", "text", b"\x91" * 2000):
+                    connection.send(message)
+                    assert isinstance(connection.recv(timeout=30), str)
+            time.sleep(0.05)
+
+    with ThreadPoolExecutor(3) as threads:
+        for one in [threads.submit(ask, 0), threads.submit(ask, 1), threads.submit(disturb)]:
+            one.result()
+    for _ in range(100):  # Alone: what the server adds to computing.
+        start = time.perf_counter()
+        reply = clients[0].infer(seen)
+        overheads.append((time.perf_counter() - start) * 1e3 - reply["server_timing"]["infer_ms"])
+    assert answered == [500, 500]
+    assert max(sizes[1:]) - sizes[1] < 40, sizes  # MB; the first requests fill caches.
+    with capsys.disabled():
+        print(f"\noverhead p50 {np.median(overheads):.2f} ms, memory {sizes} MB")
+    for client in clients:
+        client.close()

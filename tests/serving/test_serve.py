@@ -15,6 +15,7 @@ import websockets.sync.client as ws
 
 from rlinf_client import ChunkBroker, OverlappedBroker, PolicyClient, ServerError
 from rlinf_client.wire import WireError, pack, unpack
+from rlinf_core import cli
 from rlinf_core.config.load import load_config
 from rlinf_core.data.normalize import NormStats
 from rlinf_core.data.pipeline import build_pipeline
@@ -365,3 +366,8 @@ def test_a_server_without_real_time_chunking_is_switched_between(start):
         assert OverlappedBroker(client, execute=2).way == "switch"
         with pytest.raises(ValueError, match="does not offer 'guided'"):
             OverlappedBroker(client, execute=2, way="guided")
+
+
+def test_other_machines_need_a_key(tmp_path, capsys):
+    assert cli.main(["serve", str(tmp_path), "--host", "0.0.0.0"]) == 2
+    assert "lets other machines move the robot: set RLINF_API_KEY" in capsys.readouterr().err
