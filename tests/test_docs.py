@@ -150,9 +150,7 @@ def test_toml_blocks_are_configs_that_load(page, tmp_path):
         path.write_text(block, encoding="utf-8")
         try:
             load_config(path, completion_of(tables), plugins)
-        except (
-            UserError
-        ) as error:  # Simulators are in groups of their own; `tests/simulators`.
+        except UserError as error:  # Simulators are in groups of their own; `tests/simulators`.
             if "is not installed: pip install 'rlinf-plugins-" not in str(error):
                 raise
 

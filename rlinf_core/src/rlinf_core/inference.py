@@ -142,13 +142,7 @@ class LoadedPolicy:
             OutsideTraining: The observation is outside of what training saw; once for each camera, for the state and
                 for the task.
         """
-        sample = self._encode(observation)
-        drawn = self.config.draw(self._noise)["noise"]
-        start = drawn if noise is None else _checked_noise(noise, drawn.shape)
-        batch = to_device(self.config.collate([sample]), self.device)
-        with torch.inference_mode():
-            actions = self.module.sample_actions(batch, torch.from_numpy(start).to(self.device)[None])
-        return self.pipeline.decode(actions[0].float().cpu().numpy(), sample)
+        return self.infer_batch([observation], [noise])[0]
 
     def act(
         self, observations: Sequence[Mapping[str, Any]], generators: Sequence[np.random.Generator]
@@ -165,15 +159,41 @@ class LoadedPolicy:
         Raises:
             UserError: As `infer`.
         """
-        samples = [self._encode(one) for one in observations]
-        noise = np.stack([self.config.draw(generator)["noise"] for generator in generators])
-        batch = to_device(self.config.collate(samples), self.device)
-        with torch.inference_mode():
-            actions = self.module.sample_actions(batch, torch.from_numpy(noise).to(self.device))
-        decoded = zip(actions.float().cpu().numpy(), samples, strict=True)
-        return [self.pipeline.decode(chunk, sample) for chunk, sample in decoded]
+        return self.infer_batch(observations, [self.config.draw(generator)["noise"] for generator in generators])
 
-    def _encode(self, observation: Mapping[str, Any]) -> Any:
+    def infer_batch(
+        self, observations: Sequence[Mapping[str, Any]], noises: Sequence[NDArray[np.float32] | None] | None = None
+    ) -> list[NDArray[np.floating]]:
+        """Compute a chunk of actions for each of several observations, in one pass of the policy.
+
+        Args:
+            observations: As `infer` takes them.
+            noises: The noise of each, as `infer` takes it; None: all are drawn.
+
+        Returns:
+            For each observation [H, D], equal up to rounding to what `infer` returns for the same noise.
+
+        Raises:
+            UserError: As `infer`, for any of them.
+        """
+        return self.act_on([self.encode(one) for one in observations], noises)
+
+    def act_on(
+        self, samples: Sequence[Any], noises: Sequence[NDArray[np.float32] | None] | None = None
+    ) -> list[NDArray[np.floating]]:
+        """`infer_batch` for observations that `encode` has prepared and checked."""
+        starts = []
+        for noise in noises or [None] * len(samples):
+            drawn = self.config.draw(self._noise)["noise"]
+            starts.append(drawn if noise is None else _checked_noise(noise, drawn.shape))
+        batch = to_device(self.config.collate(list(samples)), self.device)
+        with torch.inference_mode():
+            actions = self.module.sample_actions(batch, torch.from_numpy(np.stack(starts)).to(self.device))
+        chunks = actions.float().cpu().numpy()
+        return [self.pipeline.decode(chunk, sample) for chunk, sample in zip(chunks, samples, strict=True)]
+
+    def encode(self, observation: Mapping[str, Any]) -> Any:
+        """Prepare an observation for the policy, and compare it with training; raises and warns as `infer`."""
         sample = encode_observation(self.pipeline, self.data, dict(observation))
         trained = self.coverage.measured if self.coverage else {}
         for what, text in self.config.compare_with_training(sample, trained).items():

@@ -273,6 +273,13 @@ class DatasetConfig(BaseModel):
         """The columns that inference needs from a row; empty if only `repack` knows."""
         return ()
 
+    def observation_names(self) -> Mapping[str, str]:
+        """Other names under which robots and simulators send the columns -> the column, for `rlinf serve`.
+
+        Maps within an observation are joined with `/`: `images/cam_high`. The columns' own names are always accepted.
+        """
+        return {"prompt": "task", "task_description": "task"}
+
     def transforms(self) -> Sequence[Transform]:
         """Transforms between repacking and normalisation; their inverses run in reverse on the policy's actions."""
         return ()

@@ -37,6 +37,11 @@ from rlinf_plugins_openpi.model.dimensions import CAMERAS
 Number = Annotated[int, Field(ge=0)]
 """Index of a number in the state or the action, counted from 0."""
 
+ROLES: Mapping[str, tuple[str, ...]] = {
+    "base_0_rgb": ("observation/image", "images/agentview"),
+    "left_wrist_0_rgb": ("observation/wrist_image", "images/wrist"),
+}
+"""Camera of the policy -> its names in openpi's LIBERO client and in vla-eval, which name it by its role."""
 WAYS = ("raw_action_is_delta", "relative")
 """The two ways to specify what the policy is trained on; exactly one is in effect."""
 HOW = (
@@ -138,6 +143,23 @@ class OpenpiDatasetConfig(LeRobotDatasetConfig):
             repack = OrderState(repack, self.state_order)
         turn = self._rotations
         return NormalForm(repack, turn.form, turn.state, turn.actions) if turn else repack
+
+    def observation_names(self) -> Mapping[str, str]:
+        """The names of openpi's clients and of vla-eval's simulators.
+
+        `observation/<column>` is openpi's for LIBERO and DROID, `images/cam_high` and `state` are those for ALOHA.
+        Others have the camera's role: `observation/image`, `observation/wrist_image`.
+        """
+        names = dict(super().observation_names())
+        for camera, column in self.images.items():
+            short = column.rpartition(".")[2]
+            for name in (*ROLES.get(camera, ()), f"images/{short}", f"observation/{short}"):
+                names[name] = column
+        for column in self.state:
+            names[f"observation/{column.rpartition('.')[2]}"] = column
+        if len(self.state) == 1:
+            names |= dict.fromkeys(("state", "states", "observation/state"), self.state[0])
+        return names
 
     def transforms(self) -> Sequence[Transform]:
         """Six-number rotations, relative actions and padding, each if it is set.
