@@ -4,7 +4,9 @@
 
 The policy looks every second action and computes nothing, so that the processes are what is measured. One and two
 processes take turns; the result is the median of the rounds' ratios. Starting a process, building its environment and
-the first reset are not counted: a round's clock starts once all processes ask for their first actions.
+the first reset are not counted: a round's clock starts once all processes ask for their first actions. `serial_share`
+limits any number of processes, whatever else the machine does: the CPU time of the process that hands out actions and
+receives images, per second, beside one process of the environment.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ CHUNK = np.array([[0.1, 0.05, 0.0, 0.0], [-0.1, -0.05, 0.0, 0.0]], np.float32)
 """Stays where it is, and never solves the task."""
 
 
-def steps_per_second(settings: RolloutSettings, processes: int) -> float:
-    """Control steps per second of all processes together."""
+def steps_per_second(settings: RolloutSettings, processes: int) -> tuple[float, float]:
+    """Control steps per second of all processes together, and of that time the share of this process's CPU time."""
     settings = settings.model_copy(update={"processes": processes})
     episodes = plan_episodes(["policy"], settings.chosen_tasks(), settings.episodes * processes, settings.seed)
     steps = 0
@@ -39,12 +41,13 @@ def steps_per_second(settings: RolloutSettings, processes: int) -> float:
         asking = []
         while len(asking) < processes:
             asking += pool.asking()
-        started = time.perf_counter()
+        started, computed = time.perf_counter(), time.process_time()
         while pool.unfinished:
             for one in asking:
                 pool.act(one, CHUNK)
             asking = pool.asking()
-        return steps / (time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        return steps / seconds, (time.process_time() - computed) / seconds
 
 
 def main() -> None:
@@ -61,16 +64,18 @@ def main() -> None:
     line = ResultLine("rollouts", wanted=options.json)
     env = MetaworldConfig(image_size=options.image_size, shadows=False, action_repeat=4, horizon=options.horizon)
     settings = RolloutSettings(env=env, tasks=("reach-v3",), episodes=options.episodes, videos=0)
-    rounds = []
+    rounds, shares = [], []
     for number in range(options.rounds):
         order = (1, 2) if number % 2 == 0 else (2, 1)
         found = {count: steps_per_second(settings, count) for count in order}
-        rounds.append((found[1], found[2]))
+        rounds.append((found[1][0], found[2][0]))
+        shares.append(found[1][1])
     ratio = statistics.median(two / one for one, two in rounds)
     results = {
         "steps_per_second_1": statistics.median(one for one, _ in rounds),
         "steps_per_second_2": statistics.median(two for _, two in rounds),
         "two_over_one": ratio,
+        "serial_share": statistics.median(shares),
     }
     text = (
         f"{results['steps_per_second_1']:.0f} control steps per second in one process, "

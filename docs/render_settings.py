@@ -259,6 +259,8 @@ def _plural(annotation: Any) -> str:
         return _plural(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
         return " or ".join(map(_plural, get_args(annotation)))
+    if get_origin(annotation) is Literal:
+        return _type(annotation)
     if annotation in _PLAIN:
         return _PLAIN[annotation].plural
     if get_origin(annotation) is Literal:

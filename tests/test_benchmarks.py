@@ -29,7 +29,7 @@ EXPECTED = {
     "data_loading": {"image_h10"},
     "gpu_probe": {"failed", "vision default forward_ms", "step, micro batch 2, not compiled samples_per_second"},
     "norm_stats": {"vs_openpi_loader", "frames_per_second"},
-    "rollouts": {"steps_per_second_1", "steps_per_second_2", "two_over_one"},
+    "rollouts": {"steps_per_second_1", "steps_per_second_2", "two_over_one", "serial_share"},
     "text_step": {"tokens_per_second_vs_transformers", "packed_vs_transformers_packed"},
     "training_step": {"flops_over_useful"},
 }

@@ -148,7 +148,13 @@ def test_toml_blocks_are_configs_that_load(page, tmp_path):
             continue
         path = tmp_path / "config.toml"
         path.write_text(block, encoding="utf-8")
-        load_config(path, completion_of(tables), plugins)
+        try:
+            load_config(path, completion_of(tables), plugins)
+        except (
+            UserError
+        ) as error:  # Simulators are in groups of their own; `tests/simulators`.
+            if "is not installed: pip install 'rlinf-plugins-" not in str(error):
+                raise
 
 
 @pages

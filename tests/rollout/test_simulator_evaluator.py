@@ -5,6 +5,7 @@ import os
 import signal
 
 import pytest
+import torch
 import toy_policy
 import toy_simulator
 from distributions import entry_point, repository_entry_points
@@ -14,6 +15,7 @@ from rlinf_core.evaluators import rollouts
 from rlinf_core.loggers.jsonl import read_rows
 from rlinf_core.plugins.registry import DATASET_GROUP, PLUGIN_GROUP, Plugins
 from rlinf_core.results import evaluations_of, read_table
+from rlinf_core.rollout import pool
 from rlinf_core.rollout.episodes import Result
 
 COLUMNS = '"columns" = {"point" = "state", "image" = "camera"}'
@@ -76,6 +78,23 @@ def test_baselines_are_played_once_per_run_also_if_it_resumes(train_toy, monkeyp
     train_toy(*simulated(), luck, "runner.max_steps=2")
     train_toy(*simulated(), luck, "runner.max_steps=4")
     assert played == [["idle"], ["policy"], ["policy"]]
+
+
+def test_an_evaluation_leaves_no_process_and_no_trace_in_training(train_toy, monkeypatch):
+    """It costs a run its own time and nothing else: the same weights to the bit, and nothing that still computes."""
+    started = []
+    start = pool._start_process
+    monkeypatch.setattr(pool, "_start_process", lambda: started.append(start()) or started[-1])
+
+    def weights(*overrides):
+        trainer = train_toy(*overrides)
+        assert all(one.process.poll() is not None for one in started)
+        return [parameter.detach().to_local().clone() for parameter in trainer.policy.parameters()]
+
+    plain = weights("runner.max_steps=4", "runner.name=plain", "runner.val_check_interval=2")
+    simulated_too = weights(*simulated(), "evaluators.simulator.baselines=[]", "runner.name=simulated")
+    assert len(started) == 4  # Two evaluations with two processes.
+    assert all(torch.equal(one, other) for one, other in zip(plain, simulated_too, strict=True))
 
 
 def test_a_fault_in_the_simulator_ends_the_run_with_its_name(train_toy):

@@ -174,7 +174,8 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> Estimat
     middle = (rate + z * z / (2 * trials)) * scale
     reach = z * scale * math.sqrt(rate * (1 - rate) / trials + z * z / (4 * trials * trials))
     # Exactly 0 and 1 at the ends, where rounding would leave 3e-17.
-    low, high = (middle - reach) * (successes > 0), 1 - (1 - middle - reach) * (successes < trials)
+    low = middle - reach if successes else 0.0
+    high = middle + reach if successes < trials else 1.0
     return Estimate(value=rate, low=low, high=high)
 
 

@@ -126,6 +126,7 @@ class LiberoEnvironment:
 
     def close(self) -> None:
         """Release the renderer."""
+        self._use_own_context()  # Else it deletes the buffers of whichever context rendered last.
         self._control.close()
 
     def _reset(self) -> None:
@@ -140,8 +141,11 @@ class LiberoEnvironment:
         raise EpisodeError(f"the objects found no place in {_ATTEMPTS} attempts: start from a recorded initial state")
 
     def _render(self, camera: str) -> NDArray[np.uint8]:
-        self.sim._render_context_offscreen.gl_ctx.make_current()  # Else the context made last renders, of any scene.
+        self._use_own_context()  # Else the context made last renders, of any scene.
         return upright(self.sim.render(camera_name=camera, width=self._size, height=self._size))
+
+    def _use_own_context(self) -> None:
+        self.sim._render_context_offscreen.gl_ctx.make_current()
 
 
 def _import_simulator() -> Any:

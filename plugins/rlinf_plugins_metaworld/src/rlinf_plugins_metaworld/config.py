@@ -25,8 +25,9 @@ class MetaworldConfig(EnvironmentConfig):
     """Height and width of the images in pixels: those of the data, so that the policy's resizing does the same."""
     camera: Literal["corner2", "corner", "corner3", "corner4", "topview", "behindGripper", "gripperPOV"] = "corner2"
     """The camera. Images of `corner2`, which is mounted upside down, are turned by 180 degrees, as in the data."""
-    camera_position: tuple[float, float, float] | None = (0.75, 0.075, 0.7)
-    """Where `corner2` is, in metres; the default is that of lerobot's data. Other cameras stay where they are."""
+    camera_position: tuple[float, float, float] = (0.75, 0.075, 0.7)
+    """Where `corner2` is, in metres; the default is that of lerobot's data, MetaWorld's own is (1.3, -0.2, 1.1). Other
+    cameras stay where they are."""
     shadows: bool = True
     """Render shadows and reflections, which takes longer; the data say which."""
     antialiasing: int = Field(default=0, ge=0, le=16)

@@ -38,8 +38,7 @@ class MetaworldEnvironment:
         self._env.set_task(benchmark.train_tasks[0])
         self._env._freeze_rand_vec = False  # Otherwise each reset repeats the goal of `set_task`.
         self._env.seeded_rand_vec = True  # Draw from the generator that `seed` seeds, not from NumPy's global one.
-        if config.camera_position is not None:
-            self._env.model.cam_pos[UPSIDE_DOWN_INDEX] = config.camera_position
+        self._env.model.cam_pos[UPSIDE_DOWN_INDEX] = config.camera_position
         if config.antialiasing:
             self._env.model.vis.quality.offsamples = config.antialiasing
         self._env.model.vis.global_.offwidth = max(size, self._env.model.vis.global_.offwidth)
