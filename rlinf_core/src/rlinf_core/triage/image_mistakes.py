@@ -31,6 +31,8 @@ TURNS: Mapping[str, tuple[str, ImageChange]] = {
 """Mistake -> its correction in words, and as a function."""
 ZOOMS = (0.5, 0.5625, 0.6667, 0.75, 0.8, 0.9, 1.0, 1.1111, 1.25, 1.3333, 1.5, 1.7778, 2.0)
 """Factors by which an image may be stretched: those of common aspect ratios and crops."""
+OTHER_CONTRAST, OTHER_MEAN = 0.3, 0.1
+"""Least difference of a logarithm of the contrast, or of the mean brightness, that is a mistake."""
 MOST_CAMERAS = 4
 """Cameras of which all permutations are tried; of more, swaps of two."""
 
@@ -182,7 +184,8 @@ def _stretch_in_words(vertical: float, horizontal: float) -> tuple[str, str]:
 def _brightness(camera: str, there: Images, here: Images) -> Iterator[Correction]:
     mean, spread = float(here.mean()), float(here.std())
     wanted, wide = float(there.mean()), float(there.std())
-    if spread > 1e-6:
+    # Renderers, codecs and daylight differ by less.
+    if spread > 1e-6 and (abs(np.log(wide / spread)) > OTHER_CONTRAST or abs(mean - wanted) > OTHER_MEAN):
         gain = wide / spread
         change = partial(match_brightness, gain=gain, offset=wanted - gain * mean)
         how = f"mean is {mean:.3g} of the range, in training {wanted:.3g}; the deviation {spread:.3g} and {wide:.3g}"

@@ -50,9 +50,16 @@ class Recorder:
             key = one.episode.task.name, one.episode.number
             rows = self.episodes.setdefault(key, [])
             self.prompts[key] = one.episode.task.prompt
-            if len(rows) < MOST_STEPS:
+            if len(rows) < self._length(one):
                 rows.append((one.observation or {}, np.asarray(chunk[0])))
         return chunks
+
+    def _length(self, one: Asking) -> int:
+        """Actions to record: a demonstration that has ended is followed by idle actions, which are of no use."""
+        if not isinstance(self.agent, Replay):
+            return MOST_STEPS
+        found = self.agent.demonstrations[one.episode.task.prompt]
+        return min(MOST_STEPS, len(found[one.episode.number % len(found)]))
 
 
 class RecordedRows:
