@@ -40,9 +40,9 @@ def measure(folder: Path, rounds: int, width: int, *, ema: bool) -> None:
     from rlinf_core.training.checkpoint.state import Position
     from rlinf_core.training.checkpoint.writer import CheckpointFolder, Retention
     from rlinf_core.training.distributed.processes import processes
-    from rlinf_core.training.ema import Ema
-    from rlinf_core.training.fsdp import ranks_mesh
-    from rlinf_core.training.optim import Optimizer
+    from rlinf_core.training.state.ema import Ema
+    from rlinf_core.training.state.fsdp import ranks_mesh
+    from rlinf_core.training.state.optim import Optimizer
 
     def build() -> nn.Module:
         torch.manual_seed(0)

@@ -21,7 +21,7 @@ import pytest
 from distributions import ROOT, install
 from ranks import Ranks
 
-from rlinf_core import watchdog
+from rlinf_core.process import watchdog
 
 pytest_plugins = ["rlinf_core.testing", "distances"]
 

@@ -13,7 +13,7 @@ import rlinf_plugins_openpi
 PAGES = [path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "api").glob("*.md")]
 LISTED = {name for page in PAGES for name in re.findall(r"^::: (\S+)$", page, re.MULTILINE)}
 DATA = ("sample", "transforms", "rotations", "normalize", "pipeline", "batch_memory")
-PLAIN = ("hub", "illustration", "results", "action_plots", "contract.hookspecs", "contract.policy_options")
+PLAIN = ("hub", "illustration", "results", "plots.actions", "contract.hookspecs", "contract.policy_options")
 MODULES = [*(f"data.{name}" for name in DATA), *PLAIN]
 
 

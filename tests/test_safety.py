@@ -37,7 +37,7 @@ from rlinf_core.errors import Exit, UserError
 from rlinf_core.inference import load_policy
 from rlinf_core.testing.lerobot import CAMERAS
 from rlinf_core.training.checkpoint.shards import INDEX, ShardReader
-from rlinf_core.untrusted import is_secret, path_inside, printable
+from rlinf_core.untrusted.text import is_secret, path_inside, printable
 from rlinf_plugins_openpi.weights.files import open_files, shards
 from rlinf_plugins_text.rows.chat import ChatTemplate
 from rlinf_plugins_text.rows.confined import LimitError

@@ -178,7 +178,7 @@ def test_attention_can_be_replaced_for_a_while():
 
 
 def test_a_fused_optimizer_divides_gradients_and_skips_steps():
-    """By the attributes that torch.amp.GradScaler sets, which `training.optim` sets, too."""
+    """By the attributes that torch.amp.GradScaler sets, which `training.state.optim` sets, too."""
 
     def stepped(scale, skip):
         parameter = nn.Parameter(torch.ones(1))

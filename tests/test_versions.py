@@ -15,7 +15,13 @@ from distributions import ROOT
 
 UV = os.environ.get("UV") or shutil.which("uv")
 TESTS = (
-    *("test_torch_names.py", "numerics", "training/test_optim.py", "training/test_trainer.py", "training/checkpoint"),
+    *(
+        "test_torch_names.py",
+        "numerics",
+        "training/state/test_optim.py",
+        "training/test_trainer.py",
+        "training/checkpoint",
+    ),
     *("costs", "openpi/model/test_packing.py", "data/lerobot/test_lerobot_reader.py", "data/images"),
     "text/test_text_model.py",
 )

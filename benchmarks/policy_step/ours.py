@@ -18,11 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from rlinf_core.optimizers.adamw import AdamW
 from rlinf_core.optimizers.parameters import TrainedParameter
 from rlinf_core.optimizers.schedules import openpi_cosine
-from rlinf_core.training.blocks import prepare_block
 from rlinf_core.training.distributed.processes import to_device
-from rlinf_core.training.ema import Ema
-from rlinf_core.training.fsdp import materialize, set_gradient_sync, shard, unused_parameters
-from rlinf_core.training.optim import Optimizer, decays
+from rlinf_core.training.state.blocks import prepare_block
+from rlinf_core.training.state.ema import Ema
+from rlinf_core.training.state.fsdp import materialize, set_gradient_sync, shard, unused_parameters
+from rlinf_core.training.state.optim import Optimizer, decays
 from rlinf_plugins_openpi.inputs.collate import stack
 from rlinf_plugins_openpi.model.packing import pack
 from rlinf_plugins_openpi.model.pi0 import Pi0

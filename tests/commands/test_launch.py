@@ -115,7 +115,6 @@ def ended(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("how", "code"),
     [
-        ({}, 0),
         ({"code": 0}, 0),
         ({"exitcode": 1, "code": 2}, 2),
         ({"exitcode": 2}, 2),
@@ -136,8 +135,13 @@ def test_the_exit_code_is_the_runs(ended, how, code):
 
 def test_an_exit_file_of_an_earlier_run_does_not_count(ended):
     assert ended(code=2, exitcode=1) == 2
-    assert ended() == 0
     assert ended(exitcode=1) == 1
+
+
+def test_processes_that_end_without_a_word_are_no_success(ended, tmp_path, capsys):
+    """As after os._exit(0) in a plugin."""
+    assert ended() == 1
+    assert f"rank 0 has not written {tmp_path / 'quickstart' / 'exit.json'}" in capsys.readouterr().err
 
 
 def test_a_killed_process_is_named(ended, capsys):
@@ -190,7 +194,7 @@ def test_placed_accelerators_are_the_visible_ones(monkeypatch, tmp_path):
         [f"runner.output_dir={tmp_path}", "trainer.device=auto", "cluster.component_placement.actor=1,3"],
         repository_plugins(),
     )
-    assert torchrun.launch(run, []) == 0
+    torchrun.launch(run, [])
     assert seen == {"processes": 2, "devices": "5,7"}
 
 
@@ -240,6 +244,14 @@ def test_ctrl_c_reaches_the_workers_which_save(toy, tmp_path):
     assert "Traceback" not in error
 
 
+def test_a_launcher_that_describes_nothing_is_named_and_not_started(launch, starter):
+    toy, plugins = starter
+    code, error = launch("--dry-run", "cluster.launcher=toy", plugins=plugins)
+    assert code == 2
+    assert "the launcher 'toy' does not describe what it starts (hook rlinf_describe_launch)" in error
+    assert not hasattr(toy, "run")
+
+
 def test_a_dry_run_prints_a_command_for_the_shell_and_starts_nothing(launch, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     printed = []
@@ -258,5 +270,5 @@ def test_a_dry_run_prints_a_command_for_the_shell_and_starts_nothing(launch, cap
         "--max-restarts 3 -m rlinf_core.train"
     )
     assert launch("--dry-run", "cluster.launcher=toy")[0] == 2
-    assert "starts the processes itself: there is no command to print" in printed[-1]
+    assert "no installed plugin launches with cluster.launcher = 'toy'" in printed[-1]
     assert not (tmp_path / "runs").exists()

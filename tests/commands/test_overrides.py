@@ -69,7 +69,7 @@ def test_keys_are_kept_until_the_config_the_packages_or_a_source_file_change(mon
     assert len(calls) == 1
     (kept,) = cache.iterdir()
     known = json.loads(kept.read_text(encoding="utf-8"))
-    assert str(ROOT / "rlinf_core/src/rlinf_core/contract/tables.py") in known["sources"]
+    assert str(ROOT / "rlinf_core/src/rlinf_core/contract/tables/runner.py") in known["sources"]
     known["sources"][next(iter(known["sources"]))] += 1
     for damaged in (json.dumps(known), "{", "[]", '{"version": 1, "sources": {}, "keys": {"a": 3}}'):
         kept.write_text(damaged, encoding="utf-8")

@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from rlinf_core.contract.cluster import ClusterConfig, check_world_size
+from rlinf_core.contract.tables.cluster import ClusterConfig, check_world_size
 from rlinf_core.errors import UserError
 from rlinf_core.torchrun import Share, share_of_machine, visible_devices
 

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from varlen_on_cpu import packed_attention
 
 from rlinf_core.costs.flops import count
-from rlinf_core.training.blocks import prepare_block
-from rlinf_core.training.fsdp import gathered_together, materialize
+from rlinf_core.training.state.blocks import prepare_block
+from rlinf_core.training.state.fsdp import gathered_together, materialize
 from rlinf_plugins_openpi import Pi0Config, Pi05Config
 
 SAMPLES = 3

@@ -12,8 +12,8 @@ import torch._dynamo
 from torch import nn
 from varlen_on_cpu import packed_attention
 
-from rlinf_core.training import blocks
-from rlinf_core.training.blocks import Compilation, prepare_block
+from rlinf_core.training.state import blocks
+from rlinf_core.training.state.blocks import Compilation, prepare_block
 from rlinf_plugins_openpi.model.dimensions import GemmaDimensions, Pi0Dimensions, VisionDimensions
 from rlinf_plugins_openpi.model.packing import pack
 from rlinf_plugins_openpi.model.pi0 import Pi0

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
 from rlinf_core.training.distributed.processes import ALLOCATOR, set_cuda_defaults
-from rlinf_core.training.fsdp import shard
+from rlinf_core.training.state.fsdp import shard
 
 DEPTH, VISION_DEPTH, STEPS = 3, 2, 4
 

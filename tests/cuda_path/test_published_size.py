@@ -12,7 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rlinf_core.training.distributed.processes import to_device
-from rlinf_core.training.fsdp import gathered_together
+from rlinf_core.training.state.fsdp import gathered_together
 from rlinf_plugins_openpi import Pi0Config, Pi05Config
 from rlinf_plugins_openpi.model import pi0
 

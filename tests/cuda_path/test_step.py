@@ -18,10 +18,10 @@ from varlen_on_cpu import packed_attention
 from rlinf_core.optimizers.adamw import AdamW
 from rlinf_core.optimizers.parameters import TrainedParameter
 from rlinf_core.optimizers.schedules import openpi_cosine
-from rlinf_core.training.blocks import prepare_block
-from rlinf_core.training.ema import Ema
-from rlinf_core.training.fsdp import set_gradient_sync, shard
-from rlinf_core.training.optim import Optimizer
+from rlinf_core.training.state.blocks import prepare_block
+from rlinf_core.training.state.ema import Ema
+from rlinf_core.training.state.fsdp import set_gradient_sync, shard
+from rlinf_core.training.state.optim import Optimizer
 
 ADAMW = AdamW(1e-3, (0.9, 0.95), 1e-8, 1e-10)
 SCHEDULE = partial(openpi_cosine, lr=1e-3, min_lr=1e-4, warmup_steps=0, decay_steps=100)

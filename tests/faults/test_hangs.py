@@ -11,7 +11,8 @@ import pytest
 PLUGIN = """
 import multiprocessing, os, signal, time
 from pathlib import Path
-from rlinf_core import hookimpl, watchdog
+from rlinf_core import hookimpl
+from rlinf_core.process import watchdog
 from rlinf_core.training import stopping
 from rlinf_core.training.checkpoint import shards
 

@@ -10,7 +10,7 @@ ALLOWED = 2 * 2**20
 """Bytes that a process may grow by in 4,000 steps."""
 
 
-@pytest.mark.slow  # tests/training/test_optim.py counts what a bare optimizer leaves behind.
+@pytest.mark.slow  # tests/training/state/test_optim.py counts what a bare optimizer leaves behind.
 def test_no_process_grows_with_the_steps(start_ranks, tmp_path):
     install(tmp_path, "toy", plugins={"toy": "toy_policy"}, datasets={"toy": "toy_policy:TrainableToyDataset"})
     install(tmp_path, "memory", plugins={"memory": "memory_plugin"})

@@ -17,8 +17,8 @@ import pytest
 import surroundings
 from damaging import LONG
 
-from rlinf_core.errors import Exit, beyond_environment
-from rlinf_core.process_start import name_user
+from rlinf_core.errors import Exit, UserError, beyond_environment
+from rlinf_core.process.start import check_launcher, launched_rank, name_user
 
 ROOT = Path(__file__).parents[2]
 STARTS, TRAINS = range(LONG or 2), range(LONG) if LONG else (4, 8, 13)
@@ -134,7 +134,7 @@ def test_an_error_of_the_environment_names_the_path_and_the_way_out(number):
 def test_streams_that_are_closed_go_nowhere(tmp_path):
     """Otherwise what is printed goes into the next file that is opened."""
     code = (
-        "import os; os.close(1); from rlinf_core.process_start import open_streams; open_streams();"
+        "import os; os.close(1); from rlinf_core.process.start import open_streams; open_streams();"
         "file = open('data', 'w'); os.write(1, b'printed'); file.write('data')"
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
@@ -148,3 +148,43 @@ def test_a_user_without_a_name_gets_one(monkeypatch):
     monkeypatch.setattr("os.getuid", lambda: 54_321_987)
     name_user()
     assert getpass.getuser() == "54321987"
+
+
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "node0", "MASTER_PORT": "29500", "LOCAL_RANK": "1"}
+
+
+@pytest.mark.parametrize(
+    ("left", "said"),
+    [
+        ({"RANK": "0"}, "do not fit: no WORLD_SIZE, no MASTER_ADDR, no MASTER_PORT"),
+        (TORCHRUN | {"RANK": "2"}, "do not fit: RANK=2, WORLD_SIZE=2"),
+        (TORCHRUN | {"RANK": "one"}, "do not fit: RANK=one"),
+        (TORCHRUN | {"LOCAL_RANK": "", "MASTER_ADDR": ""}, "do not fit: MASTER_ADDR=, LOCAL_RANK="),
+    ],
+)
+def test_what_another_launcher_left_is_one_message(monkeypatch, left, said):
+    for name in (*TORCHRUN, "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=said):
+        check_launcher()
+
+
+def test_a_process_without_a_rank_is_alone(monkeypatch):
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    check_launcher()
+    assert launched_rank() == 1
+    monkeypatch.delenv("RANK")
+    check_launcher()
+    assert not {"WORLD_SIZE", "LOCAL_RANK"} & os.environ.keys()
+    assert launched_rank() == 0
+
+
+def test_commands_work_without_docstrings():
+    """As with `python -OO` or PYTHONOPTIMIZE=2."""
+    for module in ("rlinf_core.train", "rlinf_core.cli"):
+        command = [sys.executable, "-OO", "-m", module, "--help"]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert ended.returncode == 0, ended.stderr

@@ -26,14 +26,14 @@ from rlinf_core.optimizers.orthogonal import Iterations
 from rlinf_core.optimizers.parameters import TrainedParameter
 from rlinf_core.optimizers.schedules import openpi_cosine
 from rlinf_core.plugins.owners import Implementation, Owner
-from rlinf_core.training.adapters import Original, find_adapters
 from rlinf_core.training.distributed.processes import Processes
-from rlinf_core.training.ema import Ema
-from rlinf_core.training.fsdp import materialize, shard
 from rlinf_core.training.gradients import GradientHooks
 from rlinf_core.training.monitor.flight_recorder import FlightRecorder
 from rlinf_core.training.monitor.metrics import PHASES
-from rlinf_core.training.optim import Optimizer
+from rlinf_core.training.state.adapters import Original, find_adapters
+from rlinf_core.training.state.ema import Ema
+from rlinf_core.training.state.fsdp import materialize, shard
+from rlinf_core.training.state.optim import Optimizer
 from rlinf_core.training.step import TrainStep
 
 DEVICE = torch.device(os.environ.get("RLINF_CHECK_DEVICE", "cuda"))

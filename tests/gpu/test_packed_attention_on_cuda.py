@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rlinf_core.training.blocks import prepare_block
+from rlinf_core.training.state.blocks import prepare_block
 from rlinf_plugins_openpi.model.attention import (
     KeysValues,
     Sequences,

@@ -15,10 +15,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from rlinf_core.optimizers.adamw import AdamW
 from rlinf_core.optimizers.parameters import TrainedParameter
 from rlinf_core.optimizers.schedules import openpi_cosine
-from rlinf_core.training.blocks import prepare_block
-from rlinf_core.training.ema import Ema
-from rlinf_core.training.fsdp import materialize, set_gradient_sync, shard
-from rlinf_core.training.optim import Optimizer
+from rlinf_core.training.state.blocks import prepare_block
+from rlinf_core.training.state.ema import Ema
+from rlinf_core.training.state.fsdp import materialize, set_gradient_sync, shard
+from rlinf_core.training.state.optim import Optimizer
 from rlinf_plugins_openpi.model.dimensions import Pi0Dimensions
 from rlinf_plugins_openpi.model.parts import unpacked
 from rlinf_plugins_openpi.model.pi0 import Pi0

@@ -25,9 +25,9 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from rlinf_core import UserError, cli
 from rlinf_core.contract.optim import OptimConfig, TrainedParameter
-from rlinf_core.training.adapters import Original, find_adapters
-from rlinf_core.training.fsdp import shard
-from rlinf_core.training.optim import Optimizer
+from rlinf_core.training.state.adapters import Original, find_adapters
+from rlinf_core.training.state.fsdp import shard
+from rlinf_core.training.state.optim import Optimizer
 from rlinf_plugins_openpi.lora.apply import add_openpi_lora
 from rlinf_plugins_openpi.lora.config import OpenpiLoraConfig
 from rlinf_plugins_openpi.model.dimensions import VARIANTS as VARIANTS_OF_MODELS

@@ -9,7 +9,7 @@ from pi0_case import read_batch, read_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import register_fsdp_forward_method
 
-from rlinf_core.training.fsdp import shard
+from rlinf_core.training.state.fsdp import shard
 from rlinf_plugins_openpi.model.dimensions import CAMERAS
 
 FLOOR = 0.019

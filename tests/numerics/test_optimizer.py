@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from rlinf_core.contract.optim import OptimConfig, TrainedParameter
-from rlinf_core.training.ema import Ema
-from rlinf_core.training.optim import Optimizer
+from rlinf_core.training.state.ema import Ema
+from rlinf_core.training.state.optim import Optimizer
 
 
 def test_learning_rate_is_optax_in_float32(optim_case, report):

@@ -9,8 +9,8 @@ from golden import name_of
 from pi0_case import read_batch, read_model
 
 from rlinf_core.contract.optim import OptimConfig, TrainedParameter
-from rlinf_core.training.ema import Ema
-from rlinf_core.training.optim import Optimizer
+from rlinf_core.training.state.ema import Ema
+from rlinf_core.training.state.optim import Optimizer
 from rlinf_plugins_openpi.model.parts import unpacked
 from rlinf_plugins_openpi.weights.layouts import JAX
 from rlinf_plugins_openpi.weights.source import PublishedWeights

@@ -17,9 +17,9 @@ from rlinf_core.loggers.jsonl import read_rows
 from rlinf_core.lora.files import write_adapters
 from rlinf_core.plan.step import plan
 from rlinf_core.plugins.registry import get_plugins
-from rlinf_core.training.build import build_on_meta
 from rlinf_core.training.distributed.processes import processes
 from rlinf_core.training.run_folder import prepare_folder
+from rlinf_core.training.state.build import build_on_meta
 from rlinf_plugins_openpi.model import pi0
 from rlinf_plugins_openpi.weights.saving import save_published
 

@@ -61,7 +61,7 @@ def test_operations_are_those_of_the_data():
     run = load_config(QUICKSTART, STEP, plugins)
     made = plan(run, plugins)
     from rlinf_core.plan.samples import sample_sources
-    from rlinf_core.training.build import build_on_meta
+    from rlinf_core.training.state.build import build_on_meta
 
     (source,) = sample_sources(run, plugins)
     (policy, _), batch = build_on_meta(run, plugins), run.policy.collate(source.samples[::64])

@@ -9,9 +9,9 @@ from distributions import install
 
 from rlinf_core import PluginError, UserError, cli
 from rlinf_core.config.load import dump_config, load_config
-from rlinf_core.ending import Ending
 from rlinf_core.plugins.observers import Observer
 from rlinf_core.plugins.registry import Plugins
+from rlinf_core.process.ending import Ending
 
 SOUND = """
     from typing import Literal
@@ -245,7 +245,7 @@ def test_ctrl_c_in_a_plugin_stays_ctrl_c(sound):
 
 def test_a_run_never_ends_well_because_its_code_exits(tmp_path, monkeypatch, own_signals):
     """In code that is no hook, such as a policy's."""
-    monkeypatch.setattr("rlinf_core.ending.SIGNALS_APART", 0.0)
+    monkeypatch.setattr("rlinf_core.process.ending.SIGNALS_APART", 0.0)
 
     def main(ending):
         ending.belongs_to(tmp_path, 3)

@@ -12,7 +12,7 @@ from toy_policy import TrainableToyDataset
 from rlinf_core import PluginError
 from rlinf_core.plan.step import plan
 from rlinf_core.plugins.registry import DATASET_GROUP, PLUGIN_GROUP, Plugins
-from rlinf_core.training.fsdp import local_shard
+from rlinf_core.training.state.fsdp import local_shard
 
 PAGE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 [SOURCE] = [block for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "class LionConfig" in block]

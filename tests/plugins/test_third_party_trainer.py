@@ -11,7 +11,7 @@ from toy_policy import TrainableToyDataset
 from rlinf_core import UserError
 from rlinf_core.plugins.registry import DATASET_GROUP, PLUGIN_GROUP, Plugins
 from rlinf_core.training.distributed.processes import to_device
-from rlinf_core.training.fsdp import local_shard
+from rlinf_core.training.state.fsdp import local_shard
 
 PAGE = (ROOT / "docs" / "trainers.md").read_text(encoding="utf-8")
 SOURCES = dict(re.findall(r"`(acme_\w+)\.py`[^`]*?:\n\n```python\n(.*?)```", PAGE, re.DOTALL))

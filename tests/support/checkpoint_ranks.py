@@ -18,7 +18,7 @@ from rlinf_core.training.checkpoint.manager import Checkpoints
 from rlinf_core.training.checkpoint.state import Position, find_damage
 from rlinf_core.training.checkpoint.writer import CheckpointFolder, Retention
 from rlinf_core.training.distributed.processes import processes
-from rlinf_core.training.fsdp import ranks_mesh
+from rlinf_core.training.state.fsdp import ranks_mesh
 
 
 def at(step):

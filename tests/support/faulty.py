@@ -19,7 +19,8 @@ import torch
 from toy_data import ToyPolicy
 from toy_policy import ToyModule
 
-from rlinf_core import LeRobotDatasetConfig, ending, hookimpl
+from rlinf_core import LeRobotDatasetConfig, hookimpl
+from rlinf_core.process import ending
 from rlinf_core.training.checkpoint import manager as checkpoint
 from rlinf_core.training.checkpoint import shards
 

@@ -12,9 +12,9 @@ from torch.distributed.fsdp import fully_shard
 
 from rlinf_core.contract.optim import TrainedParameter
 from rlinf_core.training.distributed.processes import processes
-from rlinf_core.training.fsdp import ranks_mesh
-from rlinf_core.training.optim import Optimizer
 from rlinf_core.training.recipes import MuonConfig
+from rlinf_core.training.state.fsdp import ranks_mesh
+from rlinf_core.training.state.optim import Optimizer
 
 SHAPES = {
     "packed": (7 + 12, 6),

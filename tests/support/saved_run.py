@@ -5,8 +5,8 @@ from rlinf_core.data.normalize import save_norm_stats
 from rlinf_core.files import write_text
 from rlinf_core.training.checkpoint.manager import Checkpoints
 from rlinf_core.training.checkpoint.state import FileDigest, Position, State, dump_state
-from rlinf_core.training.fsdp import layout
 from rlinf_core.training.resume import Start
+from rlinf_core.training.state.fsdp import layout
 
 
 def save_run(run, parameters, stats, group):

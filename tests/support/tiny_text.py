@@ -26,7 +26,7 @@ def tiny_policy(**settings):
 
 def with_values(policy, seed=0):
     """The built module on the CPU with initial values larger than usual, so that words matter."""
-    from rlinf_core.training.fsdp import derived_seed, materialize
+    from rlinf_core.training.state.fsdp import derived_seed, materialize
 
     with torch.device("meta"):
         module = policy.build()

@@ -20,11 +20,11 @@ from rlinf_core.loggers.jsonl import read_rows
 from rlinf_core.lora.layers import LoraLinear
 from rlinf_core.plugins.registry import get_plugins
 from rlinf_core.preflight import check_run
-from rlinf_core.training.adapters import Original, find_adapters
-from rlinf_core.training.build import opened_weights
 from rlinf_core.training.distributed.processes import processes
-from rlinf_core.training.fsdp import materialize
 from rlinf_core.training.run_folder import prepare_folder
+from rlinf_core.training.state.adapters import Original, find_adapters
+from rlinf_core.training.state.build import opened_weights
+from rlinf_core.training.state.fsdp import materialize
 from rlinf_plugins_text.weights import model_config
 
 TOKENS = torch.tensor([some_tokens(24)])

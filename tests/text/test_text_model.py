@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from rlinf_core import UserError
 from rlinf_core.testing import check_policy
-from rlinf_core.training.build import initial_value
+from rlinf_core.training.state.build import initial_value
 from rlinf_plugins_text.model.cross_entropy import HeadShape, linear_cross_entropy
 from rlinf_plugins_text.weights import model_config
 

@@ -9,11 +9,11 @@ from rlinf_core import TrainedParameter, UserError
 from rlinf_core.loggers.jsonl import read_rows
 from rlinf_core.optimizers.orthogonal import newton_schulz
 from rlinf_core.training.distributed.processes import processes
-from rlinf_core.training.fsdp import local_shard
-from rlinf_core.training.optim import Optimizer
 from rlinf_core.training.recipes import MuonConfig
 from rlinf_core.training.resume import Flags, decide_start
 from rlinf_core.training.run_folder import read_folder
+from rlinf_core.training.state.fsdp import local_shard
+from rlinf_core.training.state.optim import Optimizer
 
 ORIGINAL = {"adjust_lr": "original", "nesterov": False, "momentum": 0.9, "ns_steps": 3}
 MATRICES = [name for name, shape in SHAPES.items() if len(shape) == 2 and name not in OUTSIDE]

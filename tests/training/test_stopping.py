@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from distributions import install
 
-from rlinf_core.ending import Ending
 from rlinf_core.errors import Exit, Interrupted, UserError
+from rlinf_core.process.ending import Ending
 from rlinf_core.training.stopping import AGAIN, StopSignal, stop_signals
 
 ROOT = Path(__file__).parents[2]
@@ -240,3 +240,14 @@ def test_another_ranks_defect_is_not_taken_for_a_preemption(follow, tmp_path, mo
     Ending().follow(rank(0, Interrupted(signal.SIGTERM, 3)))
     end = json.loads((tmp_path / "exit.json").read_text())
     assert (end["code"], end["reason"]) == (1, "defect")
+
+
+def test_a_start_of_a_finished_run_records_that_it_is_finished(toy_site, tmp_path, start_ranks):
+    settings = (toy_site / "toy.toml", f"runner.output_dir={tmp_path}", "runner.max_steps=1")
+    for begun in (True, False):
+        ended = start_ranks("rlinf_core.train:main", 1, *settings, paths=(toy_site,))
+        assert ended.returncode == 0, ended.stderr
+        assert ("run is finished: its 1 steps are in" in ended.stdout) != begun
+        end = tmp_path / "run" / "exit.json"
+        assert (ending(tmp_path)["reason"], ending(tmp_path)["step"]) == ("finished", 1)
+        end.unlink()  # As `rlinf launch` does before it starts the processes.

@@ -14,10 +14,10 @@ from rlinf_core import Metric
 from rlinf_core.config.load import load_config
 from rlinf_core.errors import UserError
 from rlinf_core.loggers.jsonl import read_rows
-from rlinf_core.training.blocks import Compilation
-from rlinf_core.training.build import prepare_blocks
 from rlinf_core.training.config import Fsdp2TrainerConfig
 from rlinf_core.training.distributed.processes import processes
+from rlinf_core.training.state.blocks import Compilation
+from rlinf_core.training.state.build import prepare_blocks
 from rlinf_core.training.stopping import Best
 from rlinf_core.training.trainer import Fsdp2Trainer
 

@@ -20,7 +20,7 @@ from rlinf_core.commands.output import print_error
 from rlinf_core.contract.command import Command
 from rlinf_core.errors import Exit, PluginError, UserError, beyond_environment, did_you_mean
 from rlinf_core.plugins import builtin
-from rlinf_core.process_start import prepare_process
+from rlinf_core.process.start import prepare_process
 
 COMMANDS = tuple(builtin.rlinf_register_commands())
 """Core's own commands, in the order of `rlinf --help`; from core's plugin directly, which loads no other plugin."""

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from enum import IntEnum
 from signal import Signals
 
-from rlinf_core.untrusted import printable
+from rlinf_core.untrusted.text import printable
 
 
 class Exit(IntEnum):
@@ -29,7 +29,7 @@ class Exit(IntEnum):
 class UserError(Exception):
     """Something the user provided is wrong: a config, a file, a dataset. The message says what, and how to fix it.
 
-    It may quote untrusted text; `str` makes it safe for terminals and logs (`untrusted.printable`).
+    It may quote untrusted text; `str` makes it safe for terminals and logs (`untrusted.text.printable`).
     """
 
     def __str__(self) -> str:

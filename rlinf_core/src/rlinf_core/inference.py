@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
 from rlinf_core.config.load import load_config
-from rlinf_core.contract.augmentation import PLUGINS
 from rlinf_core.contract.datasets import DatasetConfig
-from rlinf_core.contract.mixture import MixtureShare
 from rlinf_core.contract.module import Policy
 from rlinf_core.contract.policy import PolicyConfig
+from rlinf_core.contract.registered import PLUGINS
 from rlinf_core.contract.run import no_source
-from rlinf_core.contract.weight_origin import DESCRIPTION, STATISTICS
+from rlinf_core.contract.tables.mixture import MixtureShare
+from rlinf_core.contract.weights.origin import DESCRIPTION, STATISTICS
 from rlinf_core.data.coverage import CompareObservation, CompareState, Coverage, parse_coverage
 from rlinf_core.data.normalize import load_norm_stats
 from rlinf_core.data.pipeline import Pipeline, build_pipeline, encode_observation
@@ -40,12 +40,12 @@ from rlinf_core.export import (
 from rlinf_core.lora.apply import published_rows
 from rlinf_core.lora.digest import Digest
 from rlinf_core.plugins.registry import Plugins, get_plugins
-from rlinf_core.training.adapters import Original, find_adapters
-from rlinf_core.training.build import DTYPES, finite_tensor, opened_weights
 from rlinf_core.training.checkpoint.state import read_position
 from rlinf_core.training.distributed.processes import to_device
-from rlinf_core.training.fsdp import materialize
-from rlinf_core.untrusted import path_inside, read_json
+from rlinf_core.training.state.adapters import Original, find_adapters
+from rlinf_core.training.state.build import DTYPES, finite_tensor, opened_weights
+from rlinf_core.training.state.fsdp import materialize
+from rlinf_core.untrusted.text import path_inside, read_json
 
 ELSEWHERE = {
     "a policy in lerobot's format": "policy_preprocessor.json",
@@ -174,6 +174,23 @@ class LoadedPolicy:
             actions = self.module.sample_actions(batch, torch.from_numpy(np.stack(starts)).to(self.device))
         chunks = actions.float().cpu().numpy()
         return [self.pipeline.decode(chunk, sample) for chunk, sample in zip(chunks, samples, strict=True)]
+
+    def act(
+        self, observations: Sequence[Mapping[str, Any]], generators: Sequence[np.random.Generator]
+    ) -> list[NDArray[np.floating]]:
+        """Compute chunks of actions for several observations as one batch.
+
+        Args:
+            observations: At least one, each as for `infer`.
+            generators: Draw the noise of each observation's actions.
+
+        Returns:
+            For each, [H, D] actions in the data's units.
+
+        Raises:
+            UserError: As `infer`.
+        """
+        return self.infer_batch(observations, [self.config.draw(generator)["noise"] for generator in generators])
 
     def encode(self, observation: Mapping[str, Any]) -> Any:
         """Prepare an observation for the policy, and compare it with training; raises and warns as `infer`."""

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 
 from rlinf_core.config.load import with_begun
-from rlinf_core.contract.cluster import TORCHRUN, check_world_size
 from rlinf_core.contract.datasets import (
     DatasetConfig,
     DecodingSource,
@@ -22,6 +21,7 @@ from rlinf_core.contract.datasets import (
     SampleSource,
 )
 from rlinf_core.contract.run import RunConfig, RunSource
+from rlinf_core.contract.tables.cluster import LAUNCHERS, SLURM, check_world_size
 from rlinf_core.data.loading.chunked_sampling import check_streams, chunks_of
 from rlinf_core.data.loading.sampling import check_batch, sample_generator, steps_per_epoch
 from rlinf_core.data.normalize import load_norm_stats
@@ -33,6 +33,7 @@ from rlinf_core.errors import UserError, did_you_mean
 from rlinf_core.plugins.evaluators import evaluator_names
 from rlinf_core.plugins.owners import CORE
 from rlinf_core.plugins.registry import Plugins
+from rlinf_core.slurm import processes_per_node
 from rlinf_core.training.checkpoint.image_files import compare_images, record_images
 from rlinf_core.training.resume import Flags, Start, decide_start
 from rlinf_core.training.run_folder import read_folder
@@ -129,7 +130,8 @@ def check_run(run: RunConfig, plugins: Plugins, ranks: int | None = None, *, all
             if changes := compare_images(start.checkpoint, images, allow_change=allow_change):
                 report.warnings.append(f"the run continues with other image files: {changes}")
     with report.checking():
-        _check_launcher(run, plugins, report)
+        report.facts["launcher"] = run.cluster.launcher
+        check_launcher(run, plugins)
     if plugins.failures:
         report.facts["plugins_left_out"] = "; ".join(map(str, plugins.failures))
     if run.runner.val_check_interval:
@@ -237,20 +239,23 @@ def _check_folder(run: RunConfig, report: Report, *, allow_change: bool) -> Star
     return start
 
 
-def _check_launcher(run: RunConfig, plugins: Plugins, report: Report) -> None:
-    report.facts["launcher"] = run.cluster.launcher
+def check_launcher(run: RunConfig, plugins: Plugins) -> None:
+    """Raise `UserError` if no installed plugin can provide `cluster.launcher`."""
     owners = [implementation.owner for implementation in plugins.implementations("rlinf_launch")]
     others = [owner for owner in owners if owner.distribution != CORE]
-    if run.cluster.launcher != TORCHRUN and not others:
+    if run.cluster.launcher not in LAUNCHERS and not others:
         raise nobody_launches(run, plugins)
+    if run.cluster.launcher == SLURM:
+        processes_per_node(run)
 
 
 def nobody_launches(run: RunConfig, plugins: Plugins) -> UserError:
     """The error for a `cluster.launcher` that no plugin provides."""
     name = run.cluster.launcher
+    core = " and ".join(map(repr, LAUNCHERS))
     lines = [
-        f"no installed plugin launches with cluster.launcher = {name!r}{did_you_mean(name, [TORCHRUN])}",
-        f"install the package that provides it, or leave cluster.launcher out: core provides {TORCHRUN!r}",
+        f"no installed plugin launches with cluster.launcher = {name!r}{did_you_mean(name, LAUNCHERS)}",
+        f"install the package that provides it, or leave cluster.launcher out: core provides {core}",
         *(f"failed: {failure}" for failure in plugins.failures),
         *(f"left out by RLINF_DISABLE_PLUGINS: {distribution}" for distribution in plugins.blocked),
     ]

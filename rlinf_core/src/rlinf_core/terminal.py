@@ -16,7 +16,7 @@ from datetime import timedelta
 from io import TextIOWrapper
 from typing import TextIO
 
-from rlinf_core.untrusted import printable
+from rlinf_core.untrusted.text import printable
 
 NARROWEST = 40
 """Columns below which words are not kept together any more."""

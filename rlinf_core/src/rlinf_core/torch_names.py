@@ -56,13 +56,13 @@ __all__ = [
     "set_plan_key",
     "shard_like",
     "write_shards",
-    # `torch.compile`: `training.blocks`.
+    # `torch.compile`: `training.state.blocks`.
     "compiled_graphs",
     "compiler_errors",
     "graph_break_errors",
     "raise_recompile_limit",
     "recompile_limit_errors",
-    # Operations as torch dispatches them: `costs.flops`, `training.blocks`.
+    # Operations as torch dispatches them: `costs.flops`, `training.state.blocks`.
     "ATTENTION",
     "EXPENSIVE",
     "FLASH",

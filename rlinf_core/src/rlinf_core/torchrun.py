@@ -21,13 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlinf_core.contract.cluster import COMPONENT, TORCHRUN, ClusterConfig
 from rlinf_core.contract.run import RunConfig
+from rlinf_core.contract.tables.cluster import COMPONENT, ClusterConfig
 from rlinf_core.data.loading.sampling import check_batch
-from rlinf_core.ending import EXIT_FILE
 from rlinf_core.errors import Exit, UserError
+from rlinf_core.process.ending import EXIT_FILE
+from rlinf_core.process.watchdog import FOLDER, stops_to_catch
 from rlinf_core.training.run_folder import check_folder
-from rlinf_core.watchdog import FOLDER, stops_to_catch
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -97,16 +97,11 @@ def describe_launch(run: RunConfig, arguments: Sequence[str]) -> str:
         arguments: Arguments of `rlinf_core.train`.
 
     Raises:
-        UserError: Another launcher starts the run, or the placement or the batch does not fit.
+        UserError: The placement or the batch does not fit.
     """
     import torch
 
     cluster = run.cluster
-    if cluster.launcher != TORCHRUN:
-        raise UserError(
-            f"cluster.launcher = {cluster.launcher!r} starts the processes itself: there is no command to print. Set "
-            f'it to "{TORCHRUN}" for a command to start by hand'
-        )
     share = share_of_machine(cluster, 0 if run.trainer.device == "cpu" else torch.cuda.device_count())
     check_batch(run.trainer.global_batch_size, run.trainer.micro_batch_size, share.processes * cluster.num_nodes)
     words = [f"CUDA_VISIBLE_DEVICES={visible_devices(share.devices, os.environ)}"] if share.devices else []
@@ -170,7 +165,13 @@ def launch(run: RunConfig, arguments: Sequence[str]) -> int:
     if ended is not None:
         return ended
     if failed is None:
-        return Exit.OK
+        print(
+            f"error: the run's processes ended with code 0, but rank 0 has not written {run.folder / EXIT_FILE}, as at "
+            "the end of every run: other code has ended the process, such as os._exit() in a plugin. The same command "
+            "continues from the last checkpoint",
+            file=sys.stderr,
+        )
+        return Exit.DEFECT
     return Exit.INTERRUPTED if failed.sigval == signal.SIGINT else Exit.DEFECT
 
 

@@ -14,11 +14,11 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, TextIO
 
-from rlinf_core.ending import Ending
 from rlinf_core.errors import Interrupted
-from rlinf_core.process_start import prepare_process
+from rlinf_core.process.ending import Ending
+from rlinf_core.process.start import check_launcher, prepare_process
+from rlinf_core.process.watchdog import enter, kill_children, watchdog
 from rlinf_core.terminal import wrap
-from rlinf_core.watchdog import enter, kill_children, watchdog
 
 if TYPE_CHECKING:
     from rlinf_core.contract.process_group import ProcessGroup
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     prepare_process()
-    parser = argparse.ArgumentParser(prog="torchrun ... -m rlinf_core.train", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="torchrun ... -m rlinf_core.train", description="Train a policy.")
     parser.add_argument("config", help="the run's TOML file")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="override settings of the file: runner.max_steps=100"
@@ -81,7 +81,8 @@ def train(
         UserError: For everything that the user can fix.
         Interrupted: A signal ended the run early, after saving.
     """
-    rank = int(os.environ.get("RANK", "0"))
+    check_launcher()
+    rank = ending.rank
     enter("loading plugins and the config", rank)
     from rlinf_core.config.load import load_config
     from rlinf_core.plugins.registry import get_plugins
@@ -92,7 +93,7 @@ def train(
 
     watchdog.allow(run.trainer.timeout_seconds)
     enter("loading torch and joining the ranks", rank)
-    from rlinf_core.contract.cluster import check_world_size
+    from rlinf_core.contract.tables.cluster import check_world_size
     from rlinf_core.training.distributed.processes import processes
     from rlinf_core.training.distributed.same_inputs import check_same_program
     from rlinf_core.training.resume import say_finished
@@ -108,6 +109,7 @@ def train(
         _report(group, start.notes)
         if start.finished:
             _report(group, [say_finished(run, start)])
+            ending.belongs_to(run.folder, start.step)
             return
         with folder.transaction(start):
             ending.belongs_to(run.folder, start.step)

@@ -5,12 +5,12 @@ Importing this module loads torch. A trainer's config class, which is loaded bef
 data, what a step changes, where it continues, what is reported, a step, and how it stops.
 """
 
-from rlinf_core.training.build import TrainState, build_state, open_weights
 from rlinf_core.training.checkpoint.load import load as load_checkpoint
 from rlinf_core.training.checkpoint.manager import Checkpoints
 from rlinf_core.training.data import RunData
-from rlinf_core.training.fsdp import local_shard, release
 from rlinf_core.training.monitor.monitor import Monitor
+from rlinf_core.training.state.build import TrainState, build_state, open_weights
+from rlinf_core.training.state.fsdp import local_shard, release
 from rlinf_core.training.step import TrainStep
 from rlinf_core.training.stopping import StopSignal, stop_signals
 from rlinf_core.training.trainer import Fsdp2Trainer

@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import Field
 
 from rlinf_core import Sample, UserError
-from rlinf_core.contract.weight_origin import Contradiction, compare_with_export, folder_of
+from rlinf_core.contract.weights.origin import Contradiction, compare_with_export, folder_of
 from rlinf_core.data.sample import PACKING, Batch
 from rlinf_core.data.transforms import Transform
 from rlinf_core.hub import is_offline

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlinf_core import LeRobotDatasetConfig, UserError
-from rlinf_core.contract.weight_origin import Contradiction, compare_statistics, listed, table
+from rlinf_core.contract.weights.origin import Contradiction, compare_statistics, listed, table
 from rlinf_core.data.statistics.importers import LEROBOT_COLUMNS, read_lerobot, read_openpi
 from rlinf_core.data.transforms import RelativeActions, RelativeUnless
-from rlinf_core.untrusted import path_inside, read_json
+from rlinf_core.untrusted.text import path_inside, read_json
 from rlinf_plugins_openpi.datasets.config import asset_name
 
 if TYPE_CHECKING:

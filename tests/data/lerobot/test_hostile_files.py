@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 from damaging import complaint
 
-from rlinf_core import untrusted_parquet
 from rlinf_core.contract.datasets import LeRobotDatasetConfig
 from rlinf_core.data.check.files import check_files, number_columns
 from rlinf_core.data.lerobot.metadata import read_metadata
@@ -19,6 +18,7 @@ from rlinf_core.data.loading.encoding import read_rows
 from rlinf_core.errors import UserError
 from rlinf_core.testing.lerobot import CAMERAS
 from rlinf_core.testing.lerobot_v2 import write_v2
+from rlinf_core.untrusted import parquet as untrusted_parquet
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,9 @@ from rlinf_core.inference import load_policy
 from rlinf_core.plan.step import plan
 from rlinf_core.plugins.registry import get_plugins
 from rlinf_core.testing import check_policy
-from rlinf_core.training.build import initial_value
 from rlinf_core.training.distributed.processes import processes
 from rlinf_core.training.run_folder import prepare_folder
+from rlinf_core.training.state.build import initial_value
 from rlinf_plugins_openpi import Pi05Config
 from rlinf_plugins_openpi.config import ROWS
 from rlinf_plugins_openpi.inputs.tokenizer import SMALL_MODEL, PromptTokenizer, possible_tokens

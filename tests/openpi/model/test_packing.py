@@ -10,7 +10,7 @@ from padded_pi0 import padded_losses
 from small_pi0 import VISION, batch_of, build, with_packing
 from varlen_on_cpu import packed_attention
 
-from rlinf_core.training.blocks import prepare_block
+from rlinf_core.training.state.blocks import prepare_block
 from rlinf_plugins_openpi.model.dimensions import GemmaDimensions, Pi0Dimensions
 from rlinf_plugins_openpi.model.packing import Packing, multiple_for, pack, pack_suffix, rearrange
 from rlinf_plugins_openpi.model.pi0 import Pi0

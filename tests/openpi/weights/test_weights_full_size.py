@@ -21,9 +21,9 @@ from rlinf_core import cli
 from rlinf_core.config.load import load_config
 from rlinf_core.data.normalize import NormStats
 from rlinf_core.plugins.registry import get_plugins
-from rlinf_core.training.build import build_policy
 from rlinf_core.training.distributed.processes import processes
-from rlinf_core.training.fsdp import materialize, ranks_mesh, shard
+from rlinf_core.training.state.build import build_policy
+from rlinf_core.training.state.fsdp import materialize, ranks_mesh, shard
 from rlinf_plugins_openpi.inputs.tokenizer import SMALL_MODEL
 from rlinf_plugins_openpi.model.dimensions import Pi0Dimensions
 from rlinf_plugins_openpi.model.pi0 import Pi0

@@ -35,7 +35,7 @@ from rlinf_core.results import (
     read_action_errors,
     read_table,
 )
-from rlinf_core.untrusted import parse_json
+from rlinf_core.untrusted.text import parse_json
 from rlinf_plugins_trackers.config import TRACKERS, TrackerConfig
 from rlinf_plugins_trackers.memory import FOLDER, Job, Mark, Memory
 
@@ -178,7 +178,7 @@ def log_file(sink: Sink, step: int, evaluation: EvaluationFiles, name: str, path
 
 
 def _log_actions(sink: Sink, step: int, name: str, path: Path) -> None:
-    from rlinf_core.action_plots import plot_error_map, plot_predictions
+    from rlinf_core.plots.actions import plot_error_map, plot_predictions
 
     errors = read_action_errors(path)
     if errors.chunks:

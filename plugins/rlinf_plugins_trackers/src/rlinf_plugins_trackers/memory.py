@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from rlinf_core import UserError
-from rlinf_core.untrusted import parse_json, read_json
+from rlinf_core.untrusted.text import parse_json, read_json
 
 FOLDER = "trackers"
 """The folder of what trackers remember, in that of the run."""

@@ -11,7 +11,7 @@ from rlinf_core.errors import UserError
 
 if TYPE_CHECKING:
     from rlinf_core.contract.run import RunConfig
-    from rlinf_core.data_speed import Speed
+    from rlinf_core.data.speed import Speed
     from rlinf_core.plugins.registry import Plugins
 
 MFU, GPU = 0.4, "H100"
@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> None:
     plugins = get_plugins()
     config = with_begun(load_config(options.config, options.overrides, plugins))
     print_phase(f"loading torch and measuring for {options.seconds:g} seconds")
-    from rlinf_core.data_speed import measure  # Loads torch, which takes seconds: report config mistakes first.
+    from rlinf_core.data.speed import measure  # Loads torch, which takes seconds: report config mistakes first.
 
     speed = measure(config, plugins, ranks=options.ranks, seconds=options.seconds)
     given = options.samples_per_second_per_gpu

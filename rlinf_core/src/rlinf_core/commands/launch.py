@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rlinf_core.errors import UserError
+
+if TYPE_CHECKING:
+    from rlinf_core.contract.run import RunConfig
+    from rlinf_core.plugins.registry import Plugins
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--allow-change", action="store_true", help="resume a run although its config or its images have changed"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="start nothing: print torchrun's command for this machine"
+        "--dry-run",
+        action="store_true",
+        help="start nothing: print torchrun's command for this machine, or the launcher's batch file",
     )
     parser.add_argument(
         "--debug", action="store_true", help="also show the traceback of user errors, in the run's processes"
@@ -38,10 +48,7 @@ def run(options: argparse.Namespace) -> int:
     arguments = [options.config, *options.overrides, *["--overwrite"] * options.overwrite]
     arguments += ["--allow-change"] * options.allow_change + ["--debug"] * options.debug
     if options.dry_run:
-        from rlinf_core.torchrun import describe_launch
-
-        print(describe_launch(config, arguments))
-        return 0
+        return _describe(config, arguments, plugins)
     plugins.hook.rlinf_configure(run=config)
     if not options.overwrite:
         start = decide_start(config, read_folder(config), Flags(allow_change=options.allow_change))
@@ -53,3 +60,17 @@ def run(options: argparse.Namespace) -> int:
     if code is None:
         raise nobody_launches(config, plugins)
     return code
+
+
+def _describe(config: RunConfig, arguments: Sequence[str], plugins: Plugins) -> int:
+    from rlinf_core.preflight import check_launcher
+
+    check_launcher(config, plugins)
+    text: str | None = plugins.hook.rlinf_describe_launch(run=config, arguments=arguments)
+    if text is None:
+        raise UserError(
+            f"the launcher {config.cluster.launcher!r} does not describe what it starts (hook rlinf_describe_launch): "
+            'launch without --dry-run, or set cluster.launcher = "torchrun"'
+        )
+    print(text)
+    return 0

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlinf_core.terminal import wrap
-from rlinf_core.untrusted import printable
+from rlinf_core.untrusted.text import printable
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

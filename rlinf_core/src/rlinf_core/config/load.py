@@ -33,18 +33,18 @@ from rlinf_core.config.toml import (
     typed_values,
     write_toml,
 )
-from rlinf_core.contract.augmentation import PLUGINS
 from rlinf_core.contract.datasets import DatasetConfig
-from rlinf_core.contract.mixture import LOADER_KEYS, MixtureConfig, MixtureEntry, MixtureShare
 from rlinf_core.contract.optim import compose, shared_names
+from rlinf_core.contract.registered import PLUGINS
 from rlinf_core.contract.run import NOTHING_HELD_OUT, RunConfig
-from rlinf_core.contract.tables import Section
+from rlinf_core.contract.tables.mixture import LOADER_KEYS, MixtureConfig, MixtureEntry, MixtureShare
+from rlinf_core.contract.tables.runner import Section
 from rlinf_core.errors import PluginError, UserError
 from rlinf_core.plugins.evaluators import ALWAYS_ON as HELD_OUT
 from rlinf_core.plugins.owners import Owner, exited
 from rlinf_core.plugins.registrations import RegistrationKind
 from rlinf_core.plugins.registry import ALWAYS_ON, Plugins, get_plugins
-from rlinf_core.untrusted import is_secret, without_secrets
+from rlinf_core.untrusted.text import is_secret, without_secrets
 
 __all__ = ["diff_tables", "dump_config", "load_config", "read_toml", "with_begun"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from rlinf_core.config.mistakes import value_at
 from rlinf_core.config.toml import Table, leaves, merge
-from rlinf_core.contract.mixture import LOADER_KEYS
+from rlinf_core.contract.tables.mixture import LOADER_KEYS
 
 NOT_CHUNKED = (
     "is for a run of one dataset; mixtures support random order only: leave it out, and if seeking in the videos is "

@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     from rlinf_core.contract.augmentation import AugmentationConfig
     from rlinf_core.contract.command import Command
     from rlinf_core.contract.datasets import DatasetConfig, SampleSource, Split
+    from rlinf_core.contract.environment import EnvironmentConfig
     from rlinf_core.contract.evaluation import EvaluatorConfig
     from rlinf_core.contract.optim import OptimizerConfig, ScheduleConfig
     from rlinf_core.contract.policy import PolicyConfig
     from rlinf_core.contract.run import LoggerConfig, RunConfig, Trainer, TrainerConfig
+    from rlinf_core.contract.triage import TriageTest
 
 PROJECT = "rlinf"
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -110,6 +112,29 @@ def rlinf_register_evaluators() -> Iterable[type[EvaluatorConfig]]:  # type: ign
 
 
 @hookspec
+def rlinf_register_triage() -> Iterable[type[TriageTest]]:  # type: ignore[empty-body]
+    """Offer tests of `rlinf triage`, which run after core's.
+
+    Returns:
+        Subclasses of `TriageTest`. All plugins' results are collected; the same `name` from two plugins is an error
+        naming both.
+
+    Called on: the process of `rlinf triage`. Since 0.1.
+    """
+
+
+@hookspec
+def rlinf_register_environments() -> Iterable[type[EnvironmentConfig]]:  # type: ignore[empty-body]
+    """Offer simulators; `rlinf eval --env` and the table `[evaluators.simulator]` select among them by `type`.
+
+    Returns:
+        Config classes. All plugins' results are collected; the same `type` from two plugins is an error naming both.
+
+    Called on: every rank, while a config that names an environment is loaded, and by `rlinf eval --env`. Since 0.1.
+    """
+
+
+@hookspec
 def rlinf_register_commands() -> Iterable[Command]:  # type: ignore[empty-body]
     """Offer subcommands of `rlinf`.
 
@@ -159,6 +184,21 @@ def rlinf_launch(run: RunConfig, arguments: Sequence[str]) -> int | None:
         The exit code of the run, or None if the config names another launcher. The first result counts.
 
     Called on: the single process of `rlinf launch`, never under torchrun. Since 0.1.
+    """
+
+
+@hookspec(firstresult=True)
+def rlinf_describe_launch(run: RunConfig, arguments: Sequence[str]) -> str | None:
+    """Describe what `rlinf_launch` would do, for `rlinf launch --dry-run`: the command to start by hand, a batch file.
+
+    Args:
+        run: The frozen config; `run.cluster.launcher` names the launcher to use.
+        arguments: Command line of `rlinf_core.train` for each process.
+
+    Returns:
+        What to print, or None if the config names another launcher. The first result counts.
+
+    Called on: the single process of `rlinf launch --dry-run`. Since 0.1.
     """
 
 

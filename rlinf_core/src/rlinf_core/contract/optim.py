@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from rlinf_core.contract.tables import Section
+from rlinf_core.contract.tables.runner import Section
 from rlinf_core.errors import PluginError
 from rlinf_core.optimizers.parameters import TrainedParameter
 

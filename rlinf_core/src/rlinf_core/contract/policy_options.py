@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self, cast
 
-from rlinf_core.contract.weight_origin import Contradiction, compare_with_export, folder_of
+from rlinf_core.contract.weights.origin import Contradiction, compare_with_export, folder_of
 from rlinf_core.data.sample import Batch, Sample
 from rlinf_core.errors import UserError
 from rlinf_core.illustration import Illustration
@@ -243,7 +243,7 @@ class Checked:
         """What the files beside `weights` say that contradicts the run; a run reports it with its statistics.
 
         Default: the files that `rlinf export` wrote. Override it if weights come with files of other projects, or if
-        they depend on keys of `[policy]`: see `contract.weight_origin`. Leaves torch unloaded.
+        they depend on keys of `[policy]`: see `contract.weights.origin`. Leaves torch unloaded.
 
         Args:
             data: The run's dataset; of a mixture, each in turn.

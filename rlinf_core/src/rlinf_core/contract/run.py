@@ -11,13 +11,13 @@ from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf, SerializeAsAny, model_validator
 
-from rlinf_core.contract.cluster import ClusterConfig
 from rlinf_core.contract.datasets import DatasetConfig
-from rlinf_core.contract.mixture import MixtureConfig
 from rlinf_core.contract.optim import OptimConfig, OptimTable
 from rlinf_core.contract.policy import PolicyConfig
 from rlinf_core.contract.process_group import ProcessGroup
-from rlinf_core.contract.tables import RunnerConfig, Section
+from rlinf_core.contract.tables.cluster import ClusterConfig
+from rlinf_core.contract.tables.mixture import MixtureConfig
+from rlinf_core.contract.tables.runner import RunnerConfig, Section
 from rlinf_core.errors import UserError, did_you_mean
 from rlinf_core.plugins.owners import Implementation
 

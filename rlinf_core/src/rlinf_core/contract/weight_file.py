@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlinf_core.contract.policy_options import Published
-from rlinf_core.contract.weight_folder import hint_for_folder
+from rlinf_core.contract.weights.folder import hint_for_folder
 from rlinf_core.errors import UserError
 
 if TYPE_CHECKING:

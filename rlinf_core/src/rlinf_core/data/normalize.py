@@ -19,7 +19,7 @@ from rlinf_core.data.sample import Sample
 from rlinf_core.data.transforms import Transform
 from rlinf_core.errors import UserError
 from rlinf_core.files import write_text
-from rlinf_core.untrusted import read_json
+from rlinf_core.untrusted.text import read_json
 
 KEYS = ("state", "actions")
 CORRECT_SETTING = "Correct data.norm_stats, or leave it empty"

@@ -18,14 +18,14 @@ import numpy as np
 
 from rlinf_core.config.load import dump_config
 from rlinf_core.data.statistics.diagnose import normalized_extremes, share_beyond
-from rlinf_core.drawing import Plot
 from rlinf_core.errors import UserError
 from rlinf_core.files import check_writable, writing
 from rlinf_core.illustration import Camera, Grid, Illustration, Picture
 from rlinf_core.inspect.plots import MOST_PANELS, plot_chunk, plot_distribution, plot_lengths
 from rlinf_core.inspect.samples import SampleView
 from rlinf_core.inspect.views import RunView, SourceView
-from rlinf_core.untrusted import read_json, shortened, without_controls
+from rlinf_core.plots.figures import Plot
+from rlinf_core.untrusted.text import read_json, shortened, without_controls
 
 PAGE, MARKER = "index.html", ".rlinf_inspect.json"
 NAME_OUTPUT = "Name another folder with --output"

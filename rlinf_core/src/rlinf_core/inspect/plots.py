@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from rlinf_core.data.normalize import Mode, Normalize, NormStats
 from rlinf_core.data.statistics.compute import Distribution
-from rlinf_core.drawing import BAND, CHUNK, DATA, FAINT, FAR, INK, STYLE, Plot, drawn, new_figure, plain, short
 from rlinf_core.inspect.samples import Chunk
+from rlinf_core.plots.figures import BAND, CHUNK, DATA, FAINT, FAR, INK, STYLE, Plot, drawn, new_figure, plain, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

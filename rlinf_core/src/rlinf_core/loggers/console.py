@@ -20,7 +20,7 @@ from rich.text import Text
 from rlinf_core.contract.run import Logger, LoggerConfig, RunConfig
 from rlinf_core.loggers.jsonl import METRICS_FILE, read_metrics
 from rlinf_core.loggers.live import LiveDisplay
-from rlinf_core.untrusted import printable
+from rlinf_core.untrusted.text import printable
 
 SECONDS_BETWEEN_LINES = 10.0
 SHOWN = {

@@ -21,7 +21,7 @@ from rich.segment import ControlType
 from rich.table import Table
 from rich.text import Text
 
-from rlinf_core.untrusted import printable
+from rlinf_core.untrusted.text import printable
 
 SECONDS_BETWEEN_PAINTS = 0.25
 NARROW = 60

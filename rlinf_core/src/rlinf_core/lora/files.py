@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rlinf_core.errors import UserError
 from rlinf_core.lora.config import LoraConfig
 from rlinf_core.lora.selection import LISTED, Change, Named, Selection, select
-from rlinf_core.untrusted import read_json
+from rlinf_core.untrusted.text import read_json
 
 if TYPE_CHECKING:
     import torch

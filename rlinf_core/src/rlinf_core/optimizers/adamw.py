@@ -11,7 +11,7 @@ from rlinf_core.optimizers.parameters import TrainedParameter
 
 
 class AdamW(NamedTuple):
-    """AdamW's settings, and what `training.optim.Optimizer` asks of an optimizer."""
+    """AdamW's settings, and what `training.state.optim.Optimizer` asks of an optimizer."""
 
     lr: float
     """Peak learning rate."""

@@ -20,11 +20,11 @@ from rlinf_core.data.sample import Batch, Sample
 from rlinf_core.errors import UserError
 from rlinf_core.plan.samples import SampledSource, bind_policy_at_hand, sample_sources
 from rlinf_core.plugins.registry import Plugins
-from rlinf_core.training.blocks import Checkpointing
-from rlinf_core.training.build import DTYPES, build_on_meta, described_parameters, prepare_blocks
 from rlinf_core.training.config import Fsdp2TrainerConfig
-from rlinf_core.training.fsdp import gathered_together, unused_parameters
-from rlinf_core.training.optim import decays
+from rlinf_core.training.state.blocks import Checkpointing
+from rlinf_core.training.state.build import DTYPES, build_on_meta, described_parameters, prepare_blocks
+from rlinf_core.training.state.fsdp import gathered_together, unused_parameters
+from rlinf_core.training.state.optim import decays
 
 Keeping = Checkpointing | Literal["compiled"]
 COUNTED_SAMPLES = 8

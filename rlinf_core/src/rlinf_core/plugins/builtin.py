@@ -1,5 +1,5 @@
 """Core's own plugin, found through its own entry point: the FSDP2 trainer, two optimizers, four schedules, the LeRobot
-reader, an augmentation, two loggers, an evaluator, the commands, and torchrun as launcher.
+reader, an augmentation, two loggers, two evaluators, the commands, and the launchers torchrun and slurm.
 
 Configs and readers are imported when a hook is called, so that loading the plugins is cheap.
 """
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rlinf_core.contract.optim import OptimizerConfig, ScheduleConfig
     from rlinf_core.contract.policy import PolicyConfig
     from rlinf_core.contract.run import LoggerConfig, RunConfig, TrainerConfig
+    from rlinf_core.contract.triage import TriageTest
 
 
 @hookimpl
@@ -67,10 +68,19 @@ def rlinf_register_loggers() -> list[type[LoggerConfig]]:
 
 @hookimpl
 def rlinf_register_evaluators() -> list[type[EvaluatorConfig]]:
-    """The evaluator `held_out`."""
+    """The evaluators `held_out` and `simulator`."""
     from rlinf_core.evaluators.held_out import HeldOutConfig
+    from rlinf_core.evaluators.simulator import SimulatorConfig
 
-    return [HeldOutConfig]
+    return [HeldOutConfig, SimulatorConfig]
+
+
+@hookimpl
+def rlinf_register_triage() -> list[type[TriageTest]]:
+    """The tests of `rlinf_core.triage`."""
+    from rlinf_core.triage.builtin import TESTS
+
+    return [*TESTS]
 
 
 @hookimpl
@@ -87,6 +97,7 @@ def rlinf_register_commands() -> list[Command]:
         "cache": "decode a run's images once, into files that need no decoding",
         "eval": "measure the error of a policy's actions on recorded episodes",
         "report": "write a page that shows how one or several runs went",
+        "triage": "find out why a policy with a low loss does not act well",
         "export": "export a run's policy for inference or further training",
         "serve": "answer observations of robots and simulators with a policy's actions",
         "datasets": "list the dataset formats of installed packages",
@@ -114,11 +125,31 @@ def rlinf_open_dataset(dataset: DatasetConfig, policy: PolicyConfig, split: Spli
 
 @hookimpl(trylast=True)
 def rlinf_launch(run: RunConfig, arguments: Sequence[str]) -> int | None:
-    """Start the processes with torchrun, if `cluster.launcher` selects it."""
-    from rlinf_core.contract.cluster import TORCHRUN
+    """Start the processes with torchrun, or submit a job to Slurm, as `cluster.launcher` selects."""
+    from rlinf_core.contract.tables.cluster import SLURM, TORCHRUN
 
-    if run.cluster.launcher != TORCHRUN:
-        return None
-    from rlinf_core.torchrun import launch
+    if run.cluster.launcher == TORCHRUN:
+        from rlinf_core.torchrun import launch
 
-    return launch(run, arguments)
+        return launch(run, arguments)
+    if run.cluster.launcher == SLURM:
+        from rlinf_core.slurm import submit
+
+        return submit(run, arguments)
+    return None
+
+
+@hookimpl(trylast=True)
+def rlinf_describe_launch(run: RunConfig, arguments: Sequence[str]) -> str | None:
+    """The command of torchrun, or Slurm's batch file."""
+    from rlinf_core.contract.tables.cluster import SLURM, TORCHRUN
+
+    if run.cluster.launcher == TORCHRUN:
+        from rlinf_core.torchrun import describe_launch
+
+        return describe_launch(run, arguments)
+    if run.cluster.launcher == SLURM:
+        from rlinf_core.slurm import batch_file
+
+        return batch_file(run, arguments)
+    return None

@@ -15,6 +15,7 @@ import pluggy
 from rlinf_core.contract import hookspecs
 from rlinf_core.errors import PluginError, UserError, did_you_mean
 from rlinf_core.plugins.owners import CORE, Owner, exited
+from rlinf_core.plugins.process_state import kept
 
 
 class OwnedPlugin:
@@ -46,7 +47,7 @@ def naming(what: str, owner: Owner, function: Callable[..., Any]) -> Callable[..
 
     A `UserError` becomes a `PluginError`, except one of core's: those are about the user's input. One of a registration
     hook stays as it is, too: it is recorded as a `Failure`, which names both. A `SystemExit` becomes a `PluginError`
-    too: it would end the run with whatever code it has, even 0.
+    too: it would end the run with whatever code it has, even 0. Settings of the process are put back.
 
     Args:
         what: The hook, or what else the function is.
@@ -58,7 +59,8 @@ def naming(what: str, owner: Owner, function: Callable[..., Any]) -> Callable[..
     @functools.wraps(function)
     def named(*arguments: Any, **options: Any) -> Any:
         try:
-            return function(*arguments, **options)
+            with kept(lambda: f"{what} of {owner}"):
+                return function(*arguments, **options)
         except UserError as error:
             if keep:
                 raise

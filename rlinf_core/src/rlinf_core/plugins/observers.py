@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from rlinf_core.errors import PluginError
 from rlinf_core.plugins.owners import FAULTS
-from rlinf_core.untrusted import printable
+from rlinf_core.untrusted.text import printable
 
 if TYPE_CHECKING:
     from rlinf_core.contract.run import Logger

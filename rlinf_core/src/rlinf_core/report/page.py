@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from rlinf_core.action_plots import dimension_name, plot_error_map, plot_predictions
 from rlinf_core.errors import UserError
 from rlinf_core.files import check_writable, write_text, writing
+from rlinf_core.plots.actions import dimension_name, plot_error_map, plot_predictions
 from rlinf_core.report.plots import Kind, Line, Panel, plot_panels, plot_time
 from rlinf_core.report.runs import PHASES, RunRecord, config_differences, time_shares
 from rlinf_core.results import (
@@ -33,7 +33,7 @@ from rlinf_core.results import (
     read_action_errors,
     read_table,
 )
-from rlinf_core.untrusted import without_controls
+from rlinf_core.untrusted.text import without_controls
 
 NAME_OUTPUT = "Name another file with --output"
 MARK = "<!-- written by rlinf report -->"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from rlinf_core.drawing import CHUNK, DATA, FAINT, STYLE, Plot, drawn, new_figure, plain, short
+from rlinf_core.plots.figures import CHUNK, DATA, FAINT, STYLE, Plot, drawn, new_figure, plain, short
 from rlinf_core.report.runs import Curve, Numbers
 
 if TYPE_CHECKING:

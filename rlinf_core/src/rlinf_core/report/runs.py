@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rlinf_core.ending import EXIT_FILE
 from rlinf_core.errors import UserError
 from rlinf_core.loggers.jsonl import METRICS_FILE, read_metrics, read_rows
+from rlinf_core.process.ending import EXIT_FILE
 from rlinf_core.results import EvaluationFiles, evaluations_of, first_batch_of
-from rlinf_core.untrusted import read_json
+from rlinf_core.untrusted.text import read_json
 
 ANOMALIES = "anomalies.jsonl"
 PHASES = ("data_wait", "forward", "backward", "optimizer")

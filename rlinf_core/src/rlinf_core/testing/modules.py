@@ -14,8 +14,8 @@ from rlinf_core.contract.policy import PolicyConfig
 from rlinf_core.data.sample import PACKING, Sample
 from rlinf_core.testing.findings import Findings
 from rlinf_core.testing.weights import check_weights
-from rlinf_core.training.build import initial_value
-from rlinf_core.training.fsdp import allocate
+from rlinf_core.training.state.build import initial_value
+from rlinf_core.training.state.fsdp import allocate
 
 SEED = 0
 RTOL = 1e-4

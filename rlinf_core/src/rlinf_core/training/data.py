@@ -50,7 +50,7 @@ from rlinf_core.training.distributed.same_inputs import check_same_files
 from rlinf_core.training.stopping import Best
 
 if TYPE_CHECKING:
-    from rlinf_core.training.build import TrainState
+    from rlinf_core.training.state.build import TrainState
 
 ROWS_WITH_IMAGES = 4
 """Rows of each dataset whose image sizes are looked at when a run begins."""

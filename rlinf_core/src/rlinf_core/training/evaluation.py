@@ -24,10 +24,10 @@ from rlinf_core.errors import UserError, did_you_mean
 from rlinf_core.files import write_bytes
 from rlinf_core.results import FOLDER
 from rlinf_core.training.checkpoint.state import step_name
-from rlinf_core.training.ema import Ema
-from rlinf_core.training.fsdp import derived_seed, release
+from rlinf_core.training.state.ema import Ema
+from rlinf_core.training.state.fsdp import derived_seed, release
 from rlinf_core.training.stopping import EMA, prefixed, weights_of
-from rlinf_core.untrusted import path_inside
+from rlinf_core.untrusted.text import path_inside
 
 HELD_OUT = "held_out"
 

@@ -26,6 +26,7 @@ from rlinf_core.contract.process_group import ProcessGroup
 from rlinf_core.contract.run import RunConfig
 from rlinf_core.errors import UserError
 from rlinf_core.files import find_obstacle, lock_file, write_text, writing
+from rlinf_core.process.watchdog import is_orphan, launcher
 from rlinf_core.terminal import announce
 from rlinf_core.training.checkpoint.state import (
     NAMES,
@@ -47,7 +48,6 @@ from rlinf_core.training.resume import (
     explain,
     refuse_other_owner,
 )
-from rlinf_core.watchdog import is_orphan, launcher
 
 OWNER = "owner"
 """One line: a random number, and the path of the run's folder at the time of writing."""

@@ -18,21 +18,21 @@ from torch import nn
 from rlinf_core.contract.process_group import ProcessGroup
 from rlinf_core.data.sample import REPLACED, SOURCE, Batch, ReplacedRow
 from rlinf_core.errors import UserError
-from rlinf_core.training.adapters import UNUSED
 from rlinf_core.training.distributed.processes import to_device
-from rlinf_core.training.fsdp import derived_seed, set_gradient_sync
 from rlinf_core.training.gradients import GradientHooks
 from rlinf_core.training.monitor.flight_recorder import FlightRecorder
 from rlinf_core.training.monitor.metrics import StepClock, StepRecord, record_event
+from rlinf_core.training.state.adapters import UNUSED
+from rlinf_core.training.state.fsdp import derived_seed, set_gradient_sync
 
 if TYPE_CHECKING:
     from rlinf_core.contract.module import PolicyOutput
     from rlinf_core.contract.run import LoadedPlugins, Trainer
     from rlinf_core.data.loading.micro_batches import MicroBatches
-    from rlinf_core.training.build import TrainState
     from rlinf_core.training.monitor.metrics import Throughput
     from rlinf_core.training.monitor.monitor import Monitor
     from rlinf_core.training.settings import Fsdp2Settings
+    from rlinf_core.training.state.build import TrainState
 
 
 class TrainStep:

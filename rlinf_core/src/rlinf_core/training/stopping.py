@@ -13,7 +13,7 @@ from types import FrameType
 from rlinf_core.contract.evaluation import EvaluatorConfig, Metric
 from rlinf_core.contract.run import LoadedPlugins, RunConfig
 from rlinf_core.errors import UserError, did_you_mean
-from rlinf_core.watchdog import GRACE, catch_stops, release_stops
+from rlinf_core.process.watchdog import GRACE, catch_stops, release_stops
 
 AGAIN = 2.0
 """Seconds after which a second signal means that the user does not want to wait. Until then it is a repetition: Ctrl-C

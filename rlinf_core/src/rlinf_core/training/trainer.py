@@ -1,7 +1,7 @@
 """Core's trainer: a run from opening the data to the last checkpoint, in order of execution.
 
-The optimizer step is the reference's (`training.optim`), sharding is applied from outside (`training.fsdp`), and
-policies and datasets are known only through their protocols.
+The optimizer step is the reference's (`training.state.optim`), sharding is applied from outside
+(`training.state.fsdp`), and policies and datasets are known only through their protocols.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from rlinf_core.contract.process_group import ProcessGroup
 from rlinf_core.contract.run import LoadedPlugins, RunConfig, Start
 from rlinf_core.data.storage import reopen
 from rlinf_core.errors import Interrupted
-from rlinf_core.training.build import build_state, open_weights
+from rlinf_core.process.watchdog import GRACE, enter, watchdog
 from rlinf_core.training.checkpoint.load import load
 from rlinf_core.training.checkpoint.manager import Checkpoints
 from rlinf_core.training.checkpoint.state import Position, step_name
@@ -24,9 +24,9 @@ from rlinf_core.training.first_batch import save_first_batch
 from rlinf_core.training.monitor.errors import explain
 from rlinf_core.training.monitor.monitor import Monitor
 from rlinf_core.training.settings import Fsdp2Settings
+from rlinf_core.training.state.build import build_state, open_weights
 from rlinf_core.training.step import TrainStep
 from rlinf_core.training.stopping import Best, StopSignal, compared_metric, seconds_from_now, stop_signals
-from rlinf_core.watchdog import GRACE, enter, watchdog
 
 
 class Fsdp2Trainer:

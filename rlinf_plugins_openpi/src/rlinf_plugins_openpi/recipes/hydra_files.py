@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rlinf_core import UserError
-from rlinf_core.untrusted import is_secret
+from rlinf_core.untrusted.text import is_secret
 
 INSTALL = (
     "reading RLinf's recipes needs Hydra: pip install 'rlinf-plugins-openpi[rlinf]' (or: uv pip install hydra-core)"

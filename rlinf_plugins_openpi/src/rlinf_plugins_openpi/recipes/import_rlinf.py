@@ -1,4 +1,4 @@
-"""`rlinf import-rlinf`: turn a recipe of RLinf for π0 or π0.5 into a config of this project."""
+"""`rlinf import-rlinf`: turn a recipe of RLinf into a config of this project."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from rlinf_core import UserError
 from rlinf_core.files import check_writable, write_text, writing
-from rlinf_core.untrusted import printable
+from rlinf_core.untrusted.text import printable
 from rlinf_plugins_openpi.recipes.hydra_files import RecipeFile, read_recipe
 from rlinf_plugins_openpi.recipes.toml_text import comment, toml_tables
 from rlinf_plugins_openpi.recipes.translate import Imported, translate

@@ -8,7 +8,7 @@ from typing import Any
 
 import tomli_w
 
-from rlinf_core.untrusted import without_controls
+from rlinf_core.untrusted.text import without_controls
 
 COLUMNS = 118
 

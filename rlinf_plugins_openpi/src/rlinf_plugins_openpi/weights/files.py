@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Protocol
 from safetensors import SafetensorError, safe_open
 
 from rlinf_core import UserError
-from rlinf_core.untrusted import path_inside, read_json
-from rlinf_core.untrusted_pickles import check_pickle
+from rlinf_core.untrusted.pickles import check_pickle
+from rlinf_core.untrusted.text import path_inside, read_json
 from rlinf_plugins_openpi.weights.hints import hint_for_folder
 
 if TYPE_CHECKING:

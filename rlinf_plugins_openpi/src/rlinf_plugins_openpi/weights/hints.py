@@ -6,8 +6,8 @@ import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from rlinf_core.contract.weight_folder import folders_with
-from rlinf_core.contract.weight_folder import hint_for_folder as hint_for_any_folder
+from rlinf_core.contract.weights.folder import folders_with
+from rlinf_core.contract.weights.folder import hint_for_folder as hint_for_any_folder
 
 MARKS = ("model.safetensors", "model.safetensors.index.json", "full_weights.pt")
 """Files by which a folder with weights is recognised."""

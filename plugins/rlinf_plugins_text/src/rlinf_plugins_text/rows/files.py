@@ -13,7 +13,7 @@ from typing import Any
 
 from rlinf_core import UserError
 from rlinf_core.hub import local_path, parse_hub_id
-from rlinf_core.untrusted import NotAFileError, check_file, not_a_file, parse_json, path_inside, read_json
+from rlinf_core.untrusted.text import NotAFileError, check_file, not_a_file, parse_json, path_inside, read_json
 from rlinf_plugins_text.rows.dataset import TextDatasetConfig
 
 SPLITS, STATE = "dataset_dict.json", "state.json"
@@ -167,7 +167,7 @@ def _from_csv(path: Path) -> Iterator[TextRow]:
 def _from_parquet(path: Path) -> Iterator[TextRow]:
     import pyarrow
 
-    from rlinf_core.untrusted_parquet import open_parquet, read_batches
+    from rlinf_core.untrusted.parquet import open_parquet, read_batches
 
     try:
         with open_parquet(path) as file:

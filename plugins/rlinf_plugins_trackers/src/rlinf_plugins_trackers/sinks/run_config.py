@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from rlinf_core.untrusted import read_json
+from rlinf_core.untrusted.text import read_json
 
 
 def run_config(folder: str) -> dict[str, Any]:

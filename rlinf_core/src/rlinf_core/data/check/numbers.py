@@ -19,8 +19,8 @@ from rlinf_core.data.lerobot.files import INFO
 from rlinf_core.data.lerobot.metadata import Metadata
 from rlinf_core.data.lerobot.rows import DERIVED, Rows
 from rlinf_core.errors import UserError
-from rlinf_core.untrusted import not_a_file
-from rlinf_core.untrusted_parquet import open_parquet, read_table
+from rlinf_core.untrusted.parquet import open_parquet, read_table
+from rlinf_core.untrusted.text import not_a_file
 
 Numbers = dict[str, NDArray[np.float64]]
 """Index column -> [rows of a file]; exact to 2^53."""

@@ -26,7 +26,7 @@ from rlinf_core.data.lerobot.columns import image_size, not_rgb
 from rlinf_core.data.lerobot.frame_match import FrameMatch
 from rlinf_core.data.lerobot.metadata import Metadata
 from rlinf_core.errors import UserError
-from rlinf_core.untrusted_parquet import open_parquet
+from rlinf_core.untrusted.parquet import open_parquet
 
 MOST_FRAMES = 2**24
 """Frames of an episode whose times are computed at most."""

@@ -24,7 +24,7 @@ from rlinf_core.data.lerobot.files import INFO, data_files_below, read_json, rea
 from rlinf_core.data.lerobot.frame_match import read_grid, video_files
 from rlinf_core.data.lerobot.metadata import Metadata
 from rlinf_core.errors import UserError
-from rlinf_core.untrusted import read_text
+from rlinf_core.untrusted.text import read_text
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import batched, chain
 from pathlib import Path
 
-from rlinf_core.untrusted import not_a_file
+from rlinf_core.untrusted.text import not_a_file
 
 HEAD, MIDDLE, TAIL = 2**12, 2**12, 2**14
 """Bytes that are read at the beginning, in the middle and at the end."""

@@ -23,8 +23,8 @@ from rlinf_core.cache import cache_folder, cache_key, remove_abandoned, replacin
 from rlinf_core.data.images.pictures import decode
 from rlinf_core.errors import UserError
 from rlinf_core.terminal import warn
-from rlinf_core.untrusted import check_file, path_inside
-from rlinf_core.untrusted_parquet import open_parquet, read_batches
+from rlinf_core.untrusted.parquet import open_parquet, read_batches
+from rlinf_core.untrusted.text import check_file, path_inside
 
 LAYOUT = 2
 """Version of the unpacked files; part of their names. 2: with checksums."""

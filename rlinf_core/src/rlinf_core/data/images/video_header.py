@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlinf_core.errors import UserError
-from rlinf_core.untrusted import NotAFileError, check_file
+from rlinf_core.untrusted.text import NotAFileError, check_file
 
 MOST_PIXELS = 2**25
 """Upper bound on the size of an image: a few bytes of a header can claim any size."""

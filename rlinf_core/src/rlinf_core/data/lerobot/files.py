@@ -16,9 +16,9 @@ import pyarrow as pa
 
 from rlinf_core.errors import UserError
 from rlinf_core.hub import NotInRepositoryError, Snapshot, local_path, open_snapshot, parse_hub_id
-from rlinf_core.untrusted import NotAFileError, check_file, parse_json, read_text
-from rlinf_core.untrusted import read_json as read_any_json
-from rlinf_core.untrusted_parquet import open_parquet, read_table
+from rlinf_core.untrusted.parquet import open_parquet, read_table
+from rlinf_core.untrusted.text import NotAFileError, check_file, parse_json, read_text
+from rlinf_core.untrusted.text import read_json as read_any_json
 
 SETTING = "data.repo_id"
 INFO = "meta/info.json"
@@ -150,7 +150,7 @@ def read_parquet(path: Path, columns: list[str] | None = None, optional: Collect
         optional: Those of them that may be missing.
 
     Raises:
-        UserError: The file is missing or damaged, takes too much memory (`untrusted_parquet`), or lacks a column that
+        UserError: The file is missing or damaged, takes too much memory (`untrusted.parquet`), or lacks a column that
             is not optional.
     """
     try:

@@ -25,7 +25,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from rlinf_core.data.lerobot.files import INFO, data_files_below, read_json, read_json_lines, read_parquet
 from rlinf_core.errors import UserError
-from rlinf_core.untrusted import path_inside
+from rlinf_core.untrusted.text import path_inside
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 """The supported formats."""

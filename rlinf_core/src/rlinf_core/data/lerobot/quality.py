@@ -13,8 +13,8 @@ from rlinf_core.data.lerobot.files import data_files_below, read_json_lines, rea
 from rlinf_core.data.lerobot.metadata import NUMBERS, Metadata, nearest_first
 from rlinf_core.data.lerobot.rows import read_rows
 from rlinf_core.errors import UserError
-from rlinf_core.untrusted import parse_json, read_text
-from rlinf_core.untrusted_parquet import open_parquet
+from rlinf_core.untrusted.parquet import open_parquet
+from rlinf_core.untrusted.text import parse_json, read_text
 
 
 def episode_quality(

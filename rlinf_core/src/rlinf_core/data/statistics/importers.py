@@ -10,7 +10,7 @@ import numpy as np
 
 from rlinf_core.data.normalize import KEYS, NormStats, parse_norm_stats
 from rlinf_core.errors import UserError, did_you_mean
-from rlinf_core.untrusted import read_json
+from rlinf_core.untrusted.text import read_json
 
 LEROBOT_COLUMNS = {"state": ("observation.state",), "actions": ("action",)}
 """Their columns in lerobot's own datasets."""

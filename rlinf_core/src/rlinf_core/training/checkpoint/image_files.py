@@ -15,7 +15,7 @@ from rlinf_core.data.images.evidence import differing, evidence_of_files
 from rlinf_core.errors import UserError
 from rlinf_core.files import write_text
 from rlinf_core.training.checkpoint.state import read_state
-from rlinf_core.untrusted import read_json
+from rlinf_core.untrusted.text import read_json
 
 FILE = "image_files.json"
 """The record, in the run's folder and in its checkpoints."""

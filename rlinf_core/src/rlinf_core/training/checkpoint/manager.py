@@ -20,6 +20,7 @@ import torch
 from rlinf_core.contract.process_group import ProcessGroup
 from rlinf_core.contract.run import RunConfig, Start
 from rlinf_core.errors import UserError
+from rlinf_core.process.watchdog import watchdog
 from rlinf_core.training.checkpoint.image_files import FILE as IMAGE_FILES
 from rlinf_core.training.checkpoint.staging import Staging
 from rlinf_core.training.checkpoint.state import Position, statistics_name
@@ -33,7 +34,6 @@ from rlinf_core.training.checkpoint.writer import (
     restate,
     write_checkpoint,
 )
-from rlinf_core.watchdog import watchdog
 
 ASK_AGAIN = 0.2
 """Seconds between two calls of `left`, which says how long to wait."""

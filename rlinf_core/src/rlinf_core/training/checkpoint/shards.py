@@ -21,6 +21,7 @@ from typing import IO, Any
 from torch.futures import Future
 
 from rlinf_core.errors import UserError
+from rlinf_core.process.watchdog import watchdog
 from rlinf_core.torch_names import (
     DefaultSavePlanner,
     FileSystem,
@@ -34,8 +35,7 @@ from rlinf_core.torch_names import (
     set_plan_key,
 )
 from rlinf_core.training.checkpoint.state import FileDigest
-from rlinf_core.untrusted_pickles import check_pickle
-from rlinf_core.watchdog import watchdog
+from rlinf_core.untrusted.pickles import check_pickle
 
 INDEX = ".metadata"
 INDEX_NAMES: Mapping[str, frozenset[str]] = {

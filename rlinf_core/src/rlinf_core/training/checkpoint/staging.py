@@ -15,7 +15,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from rlinf_core.torch_names import shard_like
-from rlinf_core.training.fsdp import local_shard
+from rlinf_core.training.state.fsdp import local_shard
 
 ALIGNMENT = 64
 """Bytes: a cache line."""

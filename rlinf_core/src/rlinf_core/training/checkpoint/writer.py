@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from rlinf_core.files import sync_folder, write_text
+from rlinf_core.process.watchdog import watchdog
 from rlinf_core.shared_files import has_sizes, lag, name_process, wait_until_seen
 from rlinf_core.terminal import warn
 from rlinf_core.torch_names import CheckpointException, write_shards
@@ -36,7 +37,6 @@ from rlinf_core.training.checkpoint.state import (
     read_state,
     step_name,
 )
-from rlinf_core.watchdog import watchdog
 
 THREAD = "save "
 """Prefix of the names of threads that write checkpoints."""

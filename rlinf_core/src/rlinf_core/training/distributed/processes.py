@@ -16,15 +16,15 @@ import torch
 import torch.distributed as dist
 
 from rlinf_core.errors import UserError
+from rlinf_core.process.watchdog import watchdog
 from rlinf_core.torch_names import HashStore, PrefixStore
 from rlinf_core.training.distributed.rendezvous import rendezvous
 from rlinf_core.training.monitor.flight_recorder import remember_collectives
-from rlinf_core.watchdog import watchdog
 
 T = TypeVar("T")
 
 SETUP_TIMEOUT = timedelta(hours=12)
-"""How long ranks wait for one that prepares data, as long as its watchdog (`rlinf_core.watchdog`) sees it work."""
+"""How long ranks wait for one that prepares data, as long as its watchdog (`process.watchdog`) sees it work."""
 TIMEOUT = 600.0
 """The default of `trainer.timeout_seconds`."""
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from rlinf_core.contract.run import RunConfig
-from rlinf_core.contract.tables import RunnerConfig
+from rlinf_core.contract.tables.runner import RunnerConfig
 from rlinf_core.data.loading.mixture import Source
 from rlinf_core.data.sample import ReplacedRow
 from rlinf_core.errors import UserError

@@ -15,9 +15,9 @@ import torch
 from rlinf_core.contract.process_group import ProcessGroup
 from rlinf_core.costs.memory import GAPS, States
 from rlinf_core.errors import UserError
-from rlinf_core.training.build import TrainState
 from rlinf_core.training.monitor.flight_recorder import FlightRecorder
 from rlinf_core.training.settings import Fsdp2Settings
+from rlinf_core.training.state.build import TrainState
 
 if TYPE_CHECKING:
     import torch

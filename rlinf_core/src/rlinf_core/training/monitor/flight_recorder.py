@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rlinf_core.errors import RunError
+from rlinf_core.process.watchdog import FOLDER, record_file, watchdog, write_record
 from rlinf_core.terminal import warn
-from rlinf_core.watchdog import FOLDER, record_file, watchdog, write_record
 
 EARLIER = 0.9
 """Fraction of the timeout after which a rank writes its record: no collective has failed yet."""

@@ -22,7 +22,7 @@ from rlinf_core.costs.flops import count
 from rlinf_core.costs.gpus import peak_tflops
 from rlinf_core.data.sample import ReplacedRow
 from rlinf_core.errors import UserError
-from rlinf_core.training.build import build_on_meta
+from rlinf_core.training.state.build import build_on_meta
 
 if TYPE_CHECKING:
     from rlinf_core.contract.process_group import ProcessGroup

@@ -21,7 +21,7 @@ from rlinf_core.data.loading.micro_batches import MicroBatches
 from rlinf_core.data.loading.mixture import Source
 from rlinf_core.plugins.observers import Observer
 from rlinf_core.plugins.owners import Implementation
-from rlinf_core.training.build import TrainState
+from rlinf_core.process.watchdog import watchdog
 from rlinf_core.training.checkpoint.manager import Saved
 from rlinf_core.training.monitor.anomalies import (
     AnomalyFile,
@@ -45,7 +45,7 @@ from rlinf_core.training.monitor.metrics import (
 )
 from rlinf_core.training.monitor.profiling import Profile
 from rlinf_core.training.monitor.stragglers import Stragglers
-from rlinf_core.watchdog import watchdog
+from rlinf_core.training.state.build import TrainState
 
 LAG = {"cuda": 1}
 """How many steps later a step is read, by device type; 0 for others. While the host waits for a step's numbers, the

@@ -1,0 +1,1 @@
+"""Core's own tables of the config: `[runner]`, `[cluster]` and mixtures in `[data]`."""

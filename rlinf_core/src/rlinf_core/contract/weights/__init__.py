@@ -1,0 +1,1 @@
+"""What is beside published weights, and in a folder that has none: where a run's weights come from."""

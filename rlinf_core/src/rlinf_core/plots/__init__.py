@@ -1,0 +1,1 @@
+"""Figures for pages, drawn with matplotlib."""

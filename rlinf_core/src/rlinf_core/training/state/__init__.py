@@ -1,0 +1,1 @@
+"""The training state: the sharded module with its weights and adapters, its optimizer and moving average."""
