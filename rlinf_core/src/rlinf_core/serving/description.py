@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from rlinf_core.contract.datasets import LeRobotDatasetConfig
-from rlinf_core.contract.weight_origin import DESCRIPTION
+from rlinf_core.contract.weights.origin import DESCRIPTION
 from rlinf_core.inference import LoadedPolicy
-from rlinf_core.untrusted import read_json
+from rlinf_core.untrusted.text import read_json
 
 
 def describe_policy(policy: LoadedPolicy, folder: Path) -> dict[str, Any]:
