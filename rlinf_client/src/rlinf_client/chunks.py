@@ -140,7 +140,7 @@ class OverlappedBroker:
 
     @property
     def expected_delay(self) -> int:
-        """Ticks until the next chunk is used, as the server is told."""
+        """Ticks until the next chunk is used, which the server gets."""
         return max(self._delays)
 
     def _clear(self) -> None:

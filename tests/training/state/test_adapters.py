@@ -192,7 +192,7 @@ def test_an_export_is_merged_and_acts_the_same_without_the_plugin(trained, tmp_p
 
     policy = load_policy(tmp_path / "policy", plugins=WITHOUT)
     row = open_rows(trainer.run, split="validation", plugins=WITH)[0]
-    batch = policy.config.collate([policy._encode(row)])
+    batch = policy.config.collate([policy.encode(row)])
     noise = torch.randn(1, policy.config.chunk_length(), 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         plain = policy.module.sample_actions(batch, noise)

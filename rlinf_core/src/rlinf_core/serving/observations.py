@@ -23,7 +23,7 @@ def to_row(data: DatasetConfig, sent: Any) -> dict[str, Any]:
     openpi's policies do.
 
     Raises:
-        UserError: It is not a map, lacks columns, gives one twice, or an image is none; all mistakes at once.
+        UserError: It is not a map, lacks columns, gives one twice, or something else is no image; all mistakes at once.
     """
     if not isinstance(sent, Mapping):
         raise UserError(f"an observation is a map of names to values, not {type(sent).__name__}")
