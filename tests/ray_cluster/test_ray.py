@@ -46,7 +46,7 @@ def test_workers_are_those_of_the_placement(configure_toy, overrides, resources,
     ("overrides", "complaint"),
     [
         (["cluster.component_placement.actor=2-3"], r'Ray chooses them: write a range from 0, such as "0-1"'),
-        (["cluster.component_placement.actor=0-3"], r"needs 4 CPUs, but the Ray cluster has 2: add nodes"),
+        (["cluster.component_placement.actor=0-3"], r"needs 4 CPUs, the Ray cluster has 2: add nodes"),
         (["cluster.component_placement.actor=0-1", "trainer.micro_batch_size=20"], "is not a multiple of 2 ranks x"),
     ],
 )
@@ -155,6 +155,8 @@ def test_a_run_survives_a_killed_rank(launch, tmp_path):
 
 @pytest.mark.slow
 def test_a_mistake_is_said_and_not_tried_again(launch, tmp_path):
-    process = launch("runner.max_steps=2", "cluster.max_restarts=3", "trainer.compile=false", "data.num_workers=0")
+    process = launch("runner.max_steps=2", "cluster.max_restarts=3", "policy.weights=nowhere")
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 2, out
+    assert "policy.weights: there is no file nowhere" in out  # Only the ranks look for it.
+    assert out.count("loading plugins and the config") == 2  # `rlinf launch` and rank 0, once.

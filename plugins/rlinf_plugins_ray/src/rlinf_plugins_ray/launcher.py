@@ -100,8 +100,8 @@ def place(run: RunConfig, resources: dict[str, float]) -> tuple[int, bool]:
     if workers > have:
         kind = "GPUs" if there else "CPUs"
         raise UserError(
-            f"the run needs {workers} {kind}, but the Ray cluster has {have}: add nodes with `ray start --address=...`, or "
-            "place fewer processes with cluster.component_placement"
+            f"the run needs {workers} {kind}, the Ray cluster has {have}: add nodes with `ray start --address=...`, "
+            "or place fewer processes with cluster.component_placement"
         )
     run.trainer.check_ranks(workers)
     micro = workers * run.trainer.micro_batch_size

@@ -60,9 +60,11 @@ def work(job: Job) -> None:
         **{"LOCAL_RANK": str(context.get_local_rank()), "LOCAL_WORLD_SIZE": str(context.get_local_world_size())},
         **{"MASTER_ADDR": host, "MASTER_PORT": str(port), "PYTHONUNBUFFERED": "1"},
     }
-    code = _run(arguments, Path(job["cwd"]), os.environ | job["environment"] | variables)
+    codes = _gather(_run(arguments, Path(job["cwd"]), os.environ | job["environment"] | variables))
+    # A mistake that one rank finds breaks the connections of the others, which then end as if by a fault.
+    code = MISTAKE if MISTAKE in codes else next(filter(None, codes), FINISHED)
     if code not in (FINISHED, MISTAKE):
-        raise RuntimeError(f"rank {rank} ended with code {code}")
+        raise RuntimeError(f"rank {codes.index(code)} ended with code {code}")
     train.report({"code": code, **_last_metrics(Path(job["folder"]))})
 
 
@@ -82,6 +84,15 @@ def _agree(job: Job, host: str) -> tuple[str, int, bool, int]:
             box = [(host, free.getsockname()[1], again)]
     dist.broadcast_object_list(box, src=0)
     return (*box[0], len(set(hosts)))
+
+
+def _gather(code: int) -> list[int]:
+    """The exit codes of all ranks, once all have ended."""
+    import torch.distributed as dist
+
+    codes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(codes, code)
+    return codes
 
 
 def _run(arguments: list[str], cwd: Path, environment: dict[str, str]) -> int:
