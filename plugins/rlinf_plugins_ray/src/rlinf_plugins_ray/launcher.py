@@ -18,7 +18,7 @@ from rlinf_plugins_ray.worker import Job, work
 
 PASSED = re.compile(r"(RLINF|HF|NCCL|GLOO|TORCH|OMP|TP)_\w+|PYTHONPATH")
 SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSWORD")
-"""Of the driver's variables, workers get those that match the first and not the second."""
+"""Workers get those of the driver's variables that match the first and not the second."""
 
 
 def launch(run: RunConfig, arguments: Sequence[str]) -> int:
