@@ -13,16 +13,22 @@ import numpy as np
 from pydantic import BaseModel
 
 from rlinf_core import (
+    ActionSpace,
     AugmentationConfig,
     Command,
     DatasetConfig,
+    EnvironmentConfig,
+    EnvironmentTask,
     EvaluatorConfig,
     LoggerConfig,
     Metric,
     OptimizerConfig,
+    Outcome,
     PolicyConfig,
     ScheduleConfig,
     TrainerConfig,
+    TriageOutcome,
+    TriageTest,
     UserError,
     hookimpl,
 )
@@ -130,6 +136,61 @@ class MemoryRows:
         return f"synthetic, {len(self)} rows"
 
 
+class TableEnvironment:
+    """A simulator in which an arm reaches a point; [simulators.md](simulators.md) explains the methods."""
+
+    control_hz = 20.0
+    actions = ActionSpace(low=-np.ones(3, np.float32), high=np.ones(3, np.float32), idle=np.zeros(3, np.float32))
+
+    def reset(self, start):
+        random = np.random.default_rng(start.seed)
+        self.hand, self.goal = random.uniform(-1, 1, 3), random.uniform(-1, 1, 3)
+
+    def observe(self):
+        return {"observation.state": np.float32([*self.hand, *self.goal])}
+
+    def step(self, action):
+        self.hand = self.hand + 0.05 * action
+        return Outcome(success=bool(np.abs(self.hand - self.goal).max() < 0.05))
+
+    def frame(self):
+        return np.zeros((64, 64, 3), np.uint8)  # A renderer's image.
+
+    def close(self):
+        pass
+
+
+class TableConfig(EnvironmentConfig):
+    """A custom simulator."""
+
+    type: Literal["table"] = "table"
+
+    def tasks(self):
+        return [EnvironmentTask("reach", "reach the point", horizon=200)]
+
+    def build(self, task):
+        return TableEnvironment()
+
+
+class TemperatureTest(TriageTest):
+    """Whether the motors were cold at the site."""
+
+    name = "temperature"
+    question = "Were the motors as warm at the site as in training?"
+    needs_site = True
+
+    def run(self, scene):
+        here, there = (
+            np.mean([row["temperature"] for row in rows.without_images(range(len(rows)))])
+            for rows in (scene.site, scene.training)
+        )
+        if abs(here - there) < 10:
+            return TriageOutcome("fine", f"{here:.0f} and {there:.0f} °C")
+        return TriageOutcome(
+            "cause", f"the motors had {here:.0f} °C, in training {there:.0f}", "Warm them up", strength=0.5
+        )
+
+
 @hookimpl
 def rlinf_register_policies():
     return [ArmPolicy]
@@ -163,6 +224,16 @@ def rlinf_register_loggers():
 @hookimpl
 def rlinf_register_evaluators():
     return [ReachEvaluator]
+
+
+@hookimpl
+def rlinf_register_triage():
+    return [TemperatureTest]
+
+
+@hookimpl
+def rlinf_register_environments():
+    return [TableConfig]
 
 
 @hookimpl

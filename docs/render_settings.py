@@ -24,6 +24,7 @@ from rlinf_core import (
 )
 from rlinf_core.augmentations.random_erasing import RandomErasingConfig
 from rlinf_core.config.toml import dotted, write_toml
+from rlinf_core.contract.environment import EnvironmentConfig
 from rlinf_core.contract.optim import (
     AdamWConfig,
     CosineConfig,
@@ -38,10 +39,14 @@ from rlinf_core.contract.tables.mixture import MixtureShare
 from rlinf_core.contract.tables.runner import RunnerConfig
 from rlinf_core.contract.tables.slurm import SlurmConfig
 from rlinf_core.evaluators.held_out import HeldOutConfig
+from rlinf_core.evaluators.simulator import SimulatorConfig
 from rlinf_core.loggers.console import ConsoleLoggerConfig
 from rlinf_core.lora.config import LoraConfig
+from rlinf_core.rollout.config import RolloutSettings
 from rlinf_core.training.recipes import ConstantConfig, HfCosineConfig, MuonConfig, WsdConfig
 from rlinf_core.training.settings import Fsdp2Settings
+from rlinf_plugins_gymnasium.config import GymnasiumConfig
+from rlinf_plugins_metaworld.config import MetaworldConfig
 from rlinf_plugins_openpi import Pi0Config, Pi05Config
 from rlinf_plugins_openpi.datasets.aloha import AlohaRobotwinConfig
 from rlinf_plugins_openpi.datasets.config import OpenpiDatasetConfig
@@ -143,6 +148,19 @@ PARTS = (
         without=[HeldOutConfig],
     ),
     Part(
+        "`[evaluators.simulator]`",
+        "Of the evaluator that plays the policy in a [simulator](simulators.md), and of `rlinf eval --set`.",
+        [RolloutSettings, SimulatorConfig],
+    ),
+    Part(
+        "`env` in `[evaluators.simulator]`",
+        "Of every environment; `type` chooses it. [MetaWorld](simulators.md#metaworld) and "
+        "[Gymnasium](simulators.md#gymnasium) have keys of their own.",
+        [EnvironmentConfig],
+    ),
+    Part("`env` of `metaworld`", "Of the [50 tasks of MetaWorld](simulators.md#metaworld).", [MetaworldConfig]),
+    Part("`env` of `gymnasium`", "Of [environments of Gymnasium](simulators.md#gymnasium).", [GymnasiumConfig]),
+    Part(
         "`[optim]`",
         "Of every optimizer and every schedule; `type` and `schedule` choose one of each, which bring the keys below. "
         "[training.md](training.md#optimizers-and-schedules) compares them.",
@@ -203,7 +221,8 @@ def _run_defaults(model: type[BaseModel]) -> Iterator[tuple[str, str]]:
 
 def _is_table(info: FieldInfo) -> bool:
     """Whether a field of the run is a table of its own, with a part of its own here."""
-    return isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel)
+    is_model = isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel)
+    return is_model and info.annotation is not EnvironmentConfig  # A key that chooses the class of its table.
 
 
 def _type(annotation: Any, metadata: Sequence[Any] = ()) -> str:
@@ -221,6 +240,8 @@ def _type(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     if origin is dict:
         plural = _plural(arguments[1])
         return plural if plural.startswith("tables") else f"table of {plural}"
+    if annotation is EnvironmentConfig:
+        return "name or table"
     if issubclass(annotation, BaseModel):
         return f"table of {_keys(annotation)}"
     limits = [
@@ -238,8 +259,12 @@ def _plural(annotation: Any) -> str:
         return _plural(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
         return " or ".join(map(_plural, get_args(annotation)))
+    if get_origin(annotation) is Literal:
+        return _type(annotation)
     if annotation in _PLAIN:
         return _PLAIN[annotation].plural
+    if get_origin(annotation) is Literal:
+        return _type(annotation)
     if annotation is Any:
         return "any values"
     if annotation is AugmentationConfig:

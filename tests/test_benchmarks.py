@@ -19,6 +19,7 @@ COMMANDS = {
     "data_loading": ("--cases=image_h10", "--rounds=1", "--seconds=0.1", "--frames=12"),
     "gpu_probe": ("--tiny", "--device=cpu"),
     "norm_stats": ("--frames=32",),
+    "rollouts": ("--rounds=1", "--episodes=1", "--horizon=16", "--image-size=32"),
     "text_step": ("--rounds=1", "--steps=1", "--batch=2", "--vocabulary=512", "--sides=transformers"),
     "training_step": ("--size=minimal", "--batch=1", "--rounds=1", "--without-peers"),
 }
@@ -28,12 +29,19 @@ EXPECTED = {
     "data_loading": {"image_h10"},
     "gpu_probe": {"failed", "vision default forward_ms", "step, micro batch 2, not compiled samples_per_second"},
     "norm_stats": {"vs_openpi_loader", "frames_per_second"},
+    "rollouts": {"steps_per_second_1", "steps_per_second_2", "two_over_one", "serial_share"},
     "text_step": {"tokens_per_second_vs_transformers", "packed_vs_transformers_packed"},
     "training_step": {"flops_over_useful"},
 }
 QUICK = ("gpu_probe",)
 """The others take up to a minute also at their smallest: `pytest -m slow tests/test_benchmarks.py`."""
-NEEDED = {"adapters": "peft", "text_step": "accelerate", "norm_stats": "lerobot", "data_loading": "lerobot"}
+NEEDED = {
+    "adapters": "peft",
+    "text_step": "accelerate",
+    "rollouts": "metaworld",
+    "norm_stats": "lerobot",
+    "data_loading": "lerobot",
+}
 
 
 def run(name, arguments, folder):

@@ -16,15 +16,19 @@ import pluggy
 import pytest
 import torch
 from distributions import entry_point
+from pydantic import ValidationError
 from torch import nn
 
-from rlinf_core import LeRobotDatasetConfig, PluginError, PolicyConfig, TrainedParameter, UserError, hookimpl
+from rlinf_core import LeRobotDatasetConfig, PluginError, PolicyConfig, Start, TrainedParameter, UserError, hookimpl
 from rlinf_core.config.load import load_config
 from rlinf_core.contract import hookspecs
+from rlinf_core.contract.registered import PLUGINS
 from rlinf_core.plugins.calls import check_plugin, specified_hooks
 from rlinf_core.plugins.owners import CORE
 from rlinf_core.plugins.registry import PLUGIN_GROUP, Plugins
+from rlinf_core.rollout.config import RolloutSettings
 from rlinf_core.testing import plugins_in_memory
+from rlinf_core.triage.chain import registered_tests
 
 DOCS = Path(__file__).parents[2] / "docs"
 OWNER = "in-memory 0 (entry point 'plugin0 = hook_examples')"
@@ -116,6 +120,36 @@ def test_rlinf_register_evaluators(plugins, examples, configure):
     [chosen] = plugins.evaluators(run)
     assert (type(chosen.config), chosen.config.every) == (examples.ReachEvaluator, 3)
     assert str(chosen) == f"evaluator 'reach', rlinf_register_evaluators of {OWNER}"
+
+
+def test_rlinf_register_environments(plugins, examples):
+    assert plugins.environment("table") is examples.TableConfig
+    config = RolloutSettings.model_validate({"env": {"type": "table", "replan": 2}}, context={PLUGINS: plugins})
+    assert config.env == examples.TableConfig(replan=2)
+    with pytest.raises(ValidationError, match=r"(?s)unknown environment 'tabel'; did you mean 'table'"):
+        RolloutSettings.model_validate({"env": "tabel"}, context={PLUGINS: plugins})
+    environment = config.env.build(config.env.tasks()[0])
+    environment.reset(Start(seed=1))
+    for _ in range(200):
+        seen = environment.observe()["observation.state"]
+        if solved := environment.step(np.clip(20 * (seen[3:] - seen[:3]), -1, 1)).success:
+            break
+    assert solved
+
+
+def test_rlinf_register_triage(plugins, examples):
+    *core, (last, owner) = registered_tests(plugins)
+    assert last is examples.TemperatureTest
+    assert owner.distribution != CORE
+    assert {owner.distribution for _, owner in core} == {CORE}
+
+    class Rows(list):
+        def without_images(self, indices):
+            return [self[index] for index in indices]
+
+    warm, cold = (Rows([{"temperature": degrees}] * 3) for degrees in (45.0, 20.0))
+    assert last().run(SimpleNamespace(site=warm, training=warm)).verdict == "fine"
+    assert "20 °C, in training 45" in last().run(SimpleNamespace(site=cold, training=warm)).sentence
 
 
 def test_rlinf_register_commands(plugins):

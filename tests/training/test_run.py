@@ -159,7 +159,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(by_ranks, launch, tmp_p
 
 def test_a_mistake_is_said_once_and_names_the_way_out(start_ranks, tmp_path):
     # However slow this machine is: rank 1 waits with its message until rank 0 has ended, and it is ended, too.
-    patient = "import rlinf_core.process.ending\n\nrlinf_core.ending.OTHER_RANKS_WAIT = 120.0\n"
+    patient = "import rlinf_core.process.ending\n\nrlinf_core.process.ending.OTHER_RANKS_WAIT = 120.0\n"
     distributions.install(tmp_path / "site", "patient", plugins={"patient": "patient"}, patient=patient)
     settings = ["examples/quickstart.toml", f"runner.output_dir={tmp_path}", *SETTINGS, "trainer.global_batch_size=7"]
     result = start_ranks("rlinf_core.train:main", 2, *settings, paths=[tmp_path / "site"])

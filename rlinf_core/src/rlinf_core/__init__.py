@@ -17,6 +17,13 @@ if TYPE_CHECKING:
     from rlinf_core.contract.datasets import DatasetConfig as DatasetConfig
     from rlinf_core.contract.datasets import LeRobotDatasetConfig as LeRobotDatasetConfig
     from rlinf_core.contract.datasets import SampleSource as SampleSource
+    from rlinf_core.contract.environment import ActionSpace as ActionSpace
+    from rlinf_core.contract.environment import Environment as Environment
+    from rlinf_core.contract.environment import EnvironmentConfig as EnvironmentConfig
+    from rlinf_core.contract.environment import EnvironmentTask as EnvironmentTask
+    from rlinf_core.contract.environment import EpisodeError as EpisodeError
+    from rlinf_core.contract.environment import Outcome as Outcome
+    from rlinf_core.contract.environment import Start as Start
     from rlinf_core.contract.evaluation import Evaluation as Evaluation
     from rlinf_core.contract.evaluation import Evaluator as Evaluator
     from rlinf_core.contract.evaluation import EvaluatorConfig as EvaluatorConfig
@@ -34,6 +41,8 @@ if TYPE_CHECKING:
     from rlinf_core.contract.run import RunConfig as RunConfig
     from rlinf_core.contract.run import Trainer as Trainer
     from rlinf_core.contract.run import TrainerConfig as TrainerConfig
+    from rlinf_core.contract.triage import TriageOutcome as TriageOutcome
+    from rlinf_core.contract.triage import TriageTest as TriageTest
     from rlinf_core.data.sample import Sample as Sample
     from rlinf_core.errors import PluginError as PluginError
     from rlinf_core.errors import UserError as UserError
@@ -66,6 +75,15 @@ _HOME = {
     "Evaluator": "contract.evaluation",
     "Evaluation": "contract.evaluation",
     "Metric": "contract.evaluation",
+    "EnvironmentConfig": "contract.environment",
+    "Environment": "contract.environment",
+    "EnvironmentTask": "contract.environment",
+    "ActionSpace": "contract.environment",
+    "Start": "contract.environment",
+    "Outcome": "contract.environment",
+    "EpisodeError": "contract.environment",
+    "TriageTest": "contract.triage",
+    "TriageOutcome": "contract.triage",
     "Command": "contract.command",
     "Sample": "data.sample",
     "RunConfig": "contract.run",

@@ -30,6 +30,7 @@ from rlinf_core.data.normalize import Stats
 from rlinf_core.data.statistics.run import trained_statistics
 from rlinf_core.errors import UserError, did_you_mean
 from rlinf_core.files import check_writable, writing
+from rlinf_core.loggers.jsonl import METRICS_FILE, read_metrics
 from rlinf_core.lora.apply import published_rows
 from rlinf_core.lora.digest import Digest
 from rlinf_core.lora.files import write_adapters
@@ -57,6 +58,8 @@ FORMAT = 1
 NUMBERS_AT_A_TIME = 2**28
 NATIVE = "rlinf"
 """This project's own format; a policy may provide others."""
+SIMULATOR = "simulator"
+"""The evaluator whose environment an exported folder remembers, and its key in the description."""
 ADAPTERS = "adapters"
 """Key of the description of adapters that were exported alone."""
 NAME_OUTPUT = "Name another folder with --output"
@@ -141,7 +144,8 @@ def export_run(
                     adapters.write(aside, base_of(run), choice.dtype)
                 else:
                     run.policy.save_weights(tensors, aside)
-                _describe(run, files, _coverage(folder, choice.source), aside, checkpoint, choice, adapters)
+                measured = validated(folder, run, read_position(checkpoint).step)
+                _describe(run, files, _coverage(folder, choice.source), measured, aside, checkpoint, choice, adapters)
             else:
                 trained_on = [TrainedOn(s.name, s.run.data, known[s.statistics]) for s in sources]
                 run.policy.export(choice.format, tensors, aside, trained_on)
@@ -415,6 +419,7 @@ def _describe(
     run: RunConfig,
     trained_on: Mapping[str, Path],
     coverage: Mapping[str, Any],
+    measured: Mapping[str, Any],
     output: Path,
     checkpoint: Path,
     choice: Choice,
@@ -450,13 +455,23 @@ def _describe(
         "data": config["data"],
         "files": files,
         "coverage": coverage,
+        "validation": measured,
         **belonging,
+        **_simulator(run),
         "versions": dict(sorted(versions.items())),
         "sha256": {
             path.relative_to(output).as_posix(): _sha256(path) for path in sorted(output.rglob("*")) if path.is_file()
         },
     }
     (output / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
+
+
+def _simulator(run: RunConfig) -> dict[str, Any]:
+    """The simulator in which the run was evaluated, so that `rlinf eval --env` plays by the same settings."""
+    config = run.evaluators.get(SIMULATOR)
+    if config is None or SIMULATOR not in run.runner.evaluators:
+        return {}
+    return {SIMULATOR: config.model_dump(mode="json", include={"env", "tasks"}, exclude_none=True)}
 
 
 def _coverage(folder: Path, source: str) -> dict[str, Any]:
@@ -471,6 +486,25 @@ def _coverage(folder: Path, source: str) -> dict[str, Any]:
     names = [source] if source else list(tables) if isinstance(tables, dict) else []
     found = {name: parse_coverage({name: tables.get(name)}, name, str(path)) for name in names}
     return {name: one.model_dump(mode="json") for name, one in found.items() if one is not None}
+
+
+def validated(folder: Path, run: RunConfig, step: int) -> dict[str, Any]:
+    """What a run's validation measured at a checkpoint, with which `rlinf triage` compares an exported policy.
+
+    Args:
+        folder: The run's folder.
+        run: The run.
+        step: Finished steps.
+
+    Returns:
+        `metrics`, and the `seed` and number of `samples` with which they were measured.
+    """
+    path = folder / METRICS_FILE
+    metrics: dict[str, float] = {}
+    for row in read_metrics(path):
+        if row["step"] == step and "loss" not in row:
+            metrics |= {name: value for name, value in row.items() if name != "step" and value is not None}
+    return {"seed": run.seed, "samples": run.runner.val_samples, "metrics": metrics}
 
 
 def _sha256(path: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
 from rlinf_core.config.load import load_config
-from rlinf_core.contract.augmentation import PLUGINS
 from rlinf_core.contract.datasets import DatasetConfig
 from rlinf_core.contract.module import Policy
 from rlinf_core.contract.policy import PolicyConfig
+from rlinf_core.contract.registered import PLUGINS
 from rlinf_core.contract.run import no_source
 from rlinf_core.contract.tables.mixture import MixtureShare
 from rlinf_core.contract.weights.origin import DESCRIPTION, STATISTICS
@@ -149,6 +149,29 @@ class LoadedPolicy:
         with torch.inference_mode():
             actions = self.module.sample_actions(batch, torch.from_numpy(start).to(self.device)[None])
         return self.pipeline.decode(actions[0].float().cpu().numpy(), sample)
+
+    def act(
+        self, observations: Sequence[Mapping[str, Any]], generators: Sequence[np.random.Generator]
+    ) -> list[NDArray[np.floating]]:
+        """Compute chunks of actions for several observations as one batch.
+
+        Args:
+            observations: At least one, each as for `infer`.
+            generators: Draw the noise of each observation's actions.
+
+        Returns:
+            For each, [H, D] actions in the data's units.
+
+        Raises:
+            UserError: As `infer`.
+        """
+        samples = [self._encode(one) for one in observations]
+        noise = np.stack([self.config.draw(generator)["noise"] for generator in generators])
+        batch = to_device(self.config.collate(samples), self.device)
+        with torch.inference_mode():
+            actions = self.module.sample_actions(batch, torch.from_numpy(noise).to(self.device))
+        decoded = zip(actions.float().cpu().numpy(), samples, strict=True)
+        return [self.pipeline.decode(chunk, sample) for chunk, sample in decoded]
 
     def _encode(self, observation: Mapping[str, Any]) -> Any:
         sample = encode_observation(self.pipeline, self.data, dict(observation))

@@ -173,7 +173,10 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> Estimat
     scale = 1 / (1 + z * z / trials)
     middle = (rate + z * z / (2 * trials)) * scale
     reach = z * scale * math.sqrt(rate * (1 - rate) / trials + z * z / (4 * trials * trials))
-    return Estimate(value=rate, low=max(0.0, middle - reach), high=min(1.0, middle + reach))
+    # Exactly 0 and 1 at the ends, where rounding would leave 3e-17.
+    low = middle - reach if successes else 0.0
+    high = middle + reach if successes < trials else 1.0
+    return Estimate(value=rate, low=low, high=high)
 
 
 def cell_text(cell: Cell) -> str:

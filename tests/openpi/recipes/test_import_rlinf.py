@@ -304,8 +304,8 @@ def test_all_mistakes_are_reported_together(config):
 
 def test_a_recipe_of_another_model_names_the_keys_without_counterpart(config):
     path = write_recipe(config, "vlm", "custom")
-    said = refused(path, "actor.model.model_type=qwen2.5_vl", "+data.image_keys=[image]", "+actor.mcore_gpt=True")
-    assert "is a recipe for qwen2.5_vl; only those for π0 and π0.5" in said
+    said = refused(path, "actor.model.model_type=qwen3_vl_moe", "+data.image_keys=[image]", "+actor.mcore_gpt=True")
+    assert "is a recipe for qwen3_vl_moe; only those for π0 and π0.5" in said
     assert "data.image_keys: for vision-language models" in said
     assert "actor.mcore_gpt: for Megatron-LM" in said
 

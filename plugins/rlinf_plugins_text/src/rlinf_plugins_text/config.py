@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -16,6 +17,9 @@ from rlinf_core.data.sample import Batch
 from rlinf_plugins_text.rows.samples import TextSample, describe, illustrate
 from rlinf_plugins_text.rows.tokenizer import FILES, template_source
 from rlinf_plugins_text.settings import RANDOM, TextPolicySettings
+from rlinf_plugins_text.vision.families import FAMILIES, Family, names_in_files, part_of
+from rlinf_plugins_text.vision.processor import FILES as PROCESSOR_FILES
+from rlinf_plugins_text.vision.processor import Vision, check_torchvision
 from rlinf_plugins_text.weights.folder import CONFIG, check_head, find_folder, find_weights, weight_files
 from rlinf_plugins_text.weights.headers import Headers, check_headers
 
@@ -27,7 +31,9 @@ if TYPE_CHECKING:
     from rlinf_core.illustration import Illustration
 
 
-NOT_LINEAR = re.compile(r"\.(experts\.|router$|gate$|(\w+_)?norm$|(\w+_)?layernorm$)|conv1d$")
+NOT_LINEAR = re.compile(
+    r"\.(experts\.|router$|gate$|(\w+_)?norm$|(\w+_)?layernorm$)|conv1d$|pos_embed$|position_embedding$"
+)
 """Names of modules with matrices that are no linear layers."""
 
 
@@ -61,22 +67,37 @@ class TextPolicyConfig(TextPolicySettings):
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """Stack samples into CPU tensors; see `rows.collate.stack`."""
-        from rlinf_plugins_text.rows.collate import stack
+        from rlinf_plugins_text.rows.collate import stack, stack_with_images
 
+        given = cast("Sequence[TextSample]", samples)
         # Packs are full anyway, and compiled code then sees a single shape.
-        return stack(cast("Sequence[TextSample]", samples), max_length=self.max_length, fixed=self.packing)
+        if (vision := self.known_vision()) is not None:
+            return stack_with_images(given, vision, max_length=self.max_length, fixed=self.packing)
+        return stack(given, max_length=self.max_length, fixed=self.packing)
 
     def build(self) -> Policy:
         """Build the model. Raises `UserError` if the tokenizer has more entries than its embedding has rows."""
-        from rlinf_plugins_text.model.policy import TextPolicy
-
-        return TextPolicy(self)
+        return self._built(to_count=False)
 
     def build_to_count(self) -> Policy:
         """Build the model without reading the tokenizer; it computes padding wherever CUDA would."""
+        return self._built(to_count=True)
+
+    def _built(self, *, to_count: bool) -> Policy:
         from rlinf_plugins_text.model.policy import TextPolicy
 
-        return TextPolicy(self, to_count=True)
+        policy = TextPolicy(self, to_count=to_count)
+        if policy.lm.sees:
+            family = FAMILIES[str(self.model_table()["model_type"])]
+            unread = policy.lm.unread()
+            for name, parameter in policy.named_parameters():
+                part = part_of(name.removeprefix("lm.model."), family)
+                parameter.requires_grad_(part not in self.freeze and id(parameter) not in unread)
+        return policy
+
+    def known_vision(self) -> Vision | None:
+        """`vision`, found once per process: loader workers inherit it, and ask no hub."""
+        return _vision_of(type(self), self.model_dump_json())
 
     def largest_sample(self, cameras: Sequence[str]) -> Sample:
         """One text of `max_length` tokens, all of them trained."""
@@ -97,8 +118,14 @@ class TextPolicyConfig(TextPolicySettings):
         return None if cost is None else training_flops(cost, batch)
 
     def published_name(self, name: str) -> str:
-        """The parameter's name in files written by transformers."""
-        return name.removeprefix("lm.model.")
+        """The parameter's name in files written by transformers, and on the hub."""
+        return self._names_in_files(name)[0]
+
+    def _names_in_files(self, name: str) -> list[str]:
+        """The names that a parameter may have in files, that of files on the hub first."""
+        own = name.removeprefix("lm.model.")
+        family = _family_of(type(self), self.model_dump_json())
+        return [own] if family is None or own == name else names_in_files(own, family)
 
     def lora_shapes(self) -> Mapping[str, tuple[int, ...]] | None:
         """The parameters in the files of `weights`, if they are here."""
@@ -116,21 +143,25 @@ class TextPolicyConfig(TextPolicySettings):
 
     def exported(self) -> TextPolicyConfig:
         """Without the keys that the exported folder answers itself: `config.json`, tokenizer, chat template."""
-        return self.model_copy(update={"config": {}, "config_from": "", "tokenizer": "", "chat_template": ""})
+        return self.model_copy(
+            update={"config": {}, "config_from": "", "tokenizer": "", "chat_template": "", "image_processor": {}}
+        )
 
     def save_weights(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
         """Write a folder that `from_pretrained` loads: weights, config, tokenizer."""
-        from rlinf_plugins_text.weights.tensors import save_folder
+        from rlinf_plugins_text.weights.tensors import save_folder, save_processor
 
         published = {self.published_name(name): tensor for name, tensor in tensors.items()}
         source, stops = self._weights_folder(), self.stop_ids()
         save_folder(folder, published, self.model_table(), self.text_tokenizer(), source, stops)
+        if self.vision() is not None:
+            save_processor(folder, self.text_tokenizer(), self.image_processor)
 
     def open_weights(self) -> WeightSource:
         """Open the safetensors files of `weights`; a model on the hub is downloaded first."""
         from rlinf_plugins_text.weights.tensors import PublishedWeights
 
-        return PublishedWeights(find_weights(self.weights), self.published_name, self.model_table())
+        return PublishedWeights(find_weights(self.weights), self._names_in_files, self.model_table())
 
     def check_files(self) -> None:
         """Raise `UserError` if weights, config or tokenizer are missing or do not fit together.
@@ -147,6 +178,8 @@ class TextPolicyConfig(TextPolicySettings):
             _ = self.text_tokenizer().chat
         self.stop_ids()
         self.check_vocabulary()
+        if self.vision() is not None:
+            check_torchvision()
 
     def local_files(self) -> Mapping[str, Sequence[Path]]:
         """Weights, the model's config, the tokenizer and a chat template in a file."""
@@ -157,7 +190,8 @@ class TextPolicyConfig(TextPolicySettings):
         if model is not None:
             found["policy.config_from" if self.config_from else "the model's config"] = [model / CONFIG]
         tokenizer = self.text_tokenizer().folder
-        found["policy.tokenizer"] = [tokenizer / name for name in FILES if (tokenizer / name).is_file()]
+        names = [*FILES, *PROCESSOR_FILES]
+        found["policy.tokenizer"] = [tokenizer / name for name in names if (tokenizer / name).is_file()]
         if (template := Path(self.chat_template).expanduser()).name.endswith(".jinja") and template.is_file():
             found["policy.chat_template"] = [template]
         return found
@@ -170,3 +204,13 @@ class TextPolicyConfig(TextPolicySettings):
     def _weights_folder(self) -> Path | None:
         """The folder of the pretrained weights; for a model on the hub, without the weight files themselves."""
         return None if self.weights == RANDOM else find_folder(self.weights, "policy.weights")
+
+
+@functools.lru_cache(maxsize=8)
+def _vision_of(cls: type[TextPolicyConfig], dumped: str) -> Vision | None:
+    return cls.model_validate_json(dumped).vision()
+
+
+@functools.lru_cache(maxsize=8)
+def _family_of(cls: type[TextPolicyConfig], dumped: str) -> Family | None:
+    return FAMILIES.get(str(cls.model_validate_json(dumped).model_table().get("model_type")))

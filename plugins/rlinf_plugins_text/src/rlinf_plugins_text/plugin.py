@@ -34,7 +34,8 @@ def rlinf_open_dataset(dataset: DatasetConfig, policy: PolicyConfig, split: Spli
         raise UserError(f"the dataset {dataset.config_name!r} is for the policy 'text', not {policy.type!r}")
     from rlinf_plugins_text.rows.source import open_text
 
-    return open_text(
+    vision = policy.known_vision()
+    source = open_text(
         dataset,
         policy.text_tokenizer(),
         split,
@@ -42,4 +43,13 @@ def rlinf_open_dataset(dataset: DatasetConfig, policy: PolicyConfig, split: Spli
         overlong=policy.overlong,
         packing=policy.packing,
         stops=policy.stops(),
+        vision=vision,
     )
+    ahead = vision is not None and source.images is not None and vision.family.attention != "causal"
+    if ahead and policy.attention == "documents":
+        assert vision is not None
+        raise UserError(
+            f"{vision.model_type} lets tokens see later ones, within an image or its prompt, so that texts cannot be "
+            'concatenated: set policy.attention = "padded"'
+        )
+    return source

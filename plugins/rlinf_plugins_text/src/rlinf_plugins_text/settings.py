@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from datetime import date
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -13,6 +15,8 @@ from rlinf_core import PolicyConfig, UserError
 from rlinf_plugins_text.rows.source import Stops
 from rlinf_plugins_text.rows.tokenizer import TextTokenizer, load_tokenizer
 from rlinf_plugins_text.rows.tokens import turn_ends
+from rlinf_plugins_text.vision.families import FAMILIES, Family, Part, text_table, token_of
+from rlinf_plugins_text.vision.processor import IMAGES, Vision, has_processor
 from rlinf_plugins_text.weights.folder import config_table, find_folder, generation_table
 
 RANDOM = "random"
@@ -40,6 +44,11 @@ class TextPolicySettings(PolicyConfig):
     template_date: str = ""
     """The date that a chat template writes (`strftime_now`), as `YYYY-MM-DD`. Empty: the day on which the run began,
     also when it continues on another day."""
+    image_processor: dict[str, Any] = {}
+    """Settings of the model's image processor to override, such as `{ max_pixels = 200704 }` for Qwen's, which limits
+    the area of an image and so its tokens. An exported policy has them, too."""
+    freeze: tuple[Part, ...] = ()
+    """Parts of a vision-language model that are not trained: `vision_tower`, `projector`, `language_model`."""
     stop_tokens: tuple[str, ...] = ()
     """Tokens that end an answer, for `eos_token_id` of the exported folder, besides those of the model, the tokenizer
     and the chat template."""
@@ -101,6 +110,59 @@ class TextPolicySettings(PolicyConfig):
             )
         return self
 
+    @model_validator(mode="after")
+    def _something_is_trained(self) -> TextPolicySettings:
+        if self.freeze and self.lora is not None:
+            raise ValueError("freeze has no effect with [policy.lora], which freezes all but adapters: leave it out")
+        if self.freeze and self.weights == RANDOM:
+            raise ValueError("freeze would keep random weights untrained: set policy.weights")
+        if set(self.freeze) == {"vision_tower", "projector", "language_model"}:
+            raise ValueError("freeze names every part of the model: nothing is left to train")
+        return self
+
+    def vision(self) -> Vision | None:
+        """What rows and batches need of a model that sees images; None if the model, or its folder, has no processor.
+
+        Raises:
+            UserError: `image_processor` or `freeze` is set for a model that reads only text.
+        """
+        table = self.model_table()
+        kind = str(table.get("model_type"))
+        folder = self.text_tokenizer().folder
+        family = FAMILIES.get(kind)
+        if (self.image_processor or self.freeze) and (
+            family is None or (self.image_processor and not has_processor(folder))
+        ):
+            setting = "image_processor" if self.image_processor else "freeze"
+            why = f"the model ({kind}) sees no images" if family is None else f"{folder} has no {IMAGES}"
+            raise UserError(f"policy.{setting}: {why}; vision-language models are {', '.join(sorted(FAMILIES))}")
+        if family is None or not has_processor(folder):
+            return None
+        return self._vision(family, kind, table, folder)
+
+    def _vision(self, family: Family, kind: str, table: Mapping[str, Any], folder: Path) -> Vision:
+        tokenizer = self.text_tokenizer()
+
+        def text(*keys: str) -> str:
+            token = token_of(table, *keys)
+            if token is None or token >= tokenizer.size:
+                raise UserError(
+                    f"policy.tokenizer: {tokenizer.folder} has no token {token}, which {kind} uses for images "
+                    f"({keys[0]}): it belongs to another model, or policy.config sets another"
+                )
+            return tokenizer.decode([token])
+
+        around = family.around
+        return Vision(
+            model_type=kind,
+            folder=folder,
+            changes=json.dumps(self.image_processor, sort_keys=True),
+            table=json.dumps(dict(table), sort_keys=True, default=str),
+            token=token_of(table, "image_token_id", "image_token_index") or 0,
+            placeholder=text(*family.placeholder),
+            around=(text(around[0]), text(around[1])) if around is not None else ("", ""),
+        )
+
     def text_tokenizer(self) -> TextTokenizer:
         """The tokenizer with the chat template. Raises `UserError` if it cannot be found or read."""
         setting = "policy.tokenizer" if self.tokenizer else "policy.weights"
@@ -151,11 +213,14 @@ class TextPolicySettings(PolicyConfig):
             return config_table(find_folder(source, setting), setting) | self.config
         tokenizer = self.text_tokenizer()
         ids = {f"{name}_token_id": tokenizer.id_of(f"{name}_token") for name in ("bos", "eos", "pad")}
+        if self.config["model_type"] in FAMILIES:
+            inner = self.config.get("text_config") or {}
+            return {**ids, **self.config, "text_config": {"vocab_size": tokenizer.size, **ids, **inner}}
         return {"vocab_size": tokenizer.size, **ids, **self.config}
 
     def check_vocabulary(self) -> None:
         """Raise `UserError` if the tokenizer has more entries than the model's embedding has rows."""
-        entries, embedded = self.text_tokenizer().size, self.model_table().get("vocab_size")
+        entries, embedded = self.text_tokenizer().size, text_table(self.model_table()).get("vocab_size")
         if isinstance(embedded, int) and entries > embedded:
             raise UserError(
                 f"policy.tokenizer: {self.text_tokenizer().folder} has {entries} entries, but the model embeds only "

@@ -1,4 +1,4 @@
-"""`rlinf eval`: measure the error of a policy's actions on recorded episodes, without a robot or a simulator."""
+"""`rlinf eval`: measure the error of a policy's actions on recorded episodes, or its success in a simulator."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlinf_core.commands.eval_simulator import add_simulator_arguments, check_no_simulator, play_episodes
+from rlinf_core.commands.evaluated import add_policy_arguments, load_evaluated
 from rlinf_core.commands.output import print_json, print_table, print_text
 from rlinf_core.errors import UserError
 
@@ -24,6 +26,10 @@ the steps within the episode, beside two baselines that ignore the observation: 
 the last action. Intervals are 95 %, from resampling whole episodes. With the same rows and seed, the mean squared error
 is the run's val_action_mse.
 
+With --env, the policy acts in a simulator instead, and the result is how often it succeeds, with 95 % Wilson intervals,
+beside the idle action, random actions and, if there is a dataset, demonstrations that are replayed blindly. Finished
+episodes are kept: the same command continues after an interruption.
+
 A run's results are also written to <run>/evaluations/offline, where `rlinf report` finds them. Exit codes: 0; 2 for
 something the user can fix.
 """
@@ -36,28 +42,24 @@ MOST_LISTED = 12
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.epilog = EPILOG
-    parser.add_argument("policy", help="a run's folder, runs/<name>, or a folder that `rlinf export` wrote")
     parser.add_argument("--dataset", metavar="DATASET", help="another dataset of the same format: a folder or a hub id")
     parser.add_argument(
         "--split", choices=["validation", "train"], help="episodes of the run's own dataset; default: validation"
     )
-    parser.add_argument("--episodes", type=_episodes, default=(), metavar="0,3-5", help="use these episodes only")
-    parser.add_argument("--samples", type=_count, default=512, help="rows to use, evenly spread; 0: all; default: 512")
-    parser.add_argument("--source", default="", metavar="NAME", help="the dataset of a mixture")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--step", type=int, help="of a run: the checkpoint after this step; default: the newest")
-    which.add_argument("--best", action="store_true", help="of a run: the checkpoint with the best validation result")
     parser.add_argument(
-        "--ema",
-        action=argparse.BooleanOptionalAction,
-        help="of a run: the moving average of the weights, or not; default: as `rlinf export`",
+        "--episodes",
+        type=_episodes,
+        default=(),
+        metavar="0,3-5",
+        help="use these episodes only; with --env: how many per task, default: 20",
     )
-    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of matrix products; default: fp32")
+    parser.add_argument("--samples", type=_count, default=512, help="rows to use, evenly spread; 0: all; default: 512")
+    add_policy_arguments(parser)
     parser.add_argument("--batch-size", type=_positive, default=16, metavar="N", help="rows per batch; default: 16")
     parser.add_argument("--seed", type=_count, help="of the noise; default: the run's, 42 for an exported folder")
     parser.add_argument("--output", metavar="FILE", help="write the results to this file, as JSON")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_simulator_arguments(parser)
 
 
 def _count(text: str) -> int:
@@ -84,6 +86,10 @@ def _episodes(text: str) -> tuple[int, ...]:
 
 def run(options: argparse.Namespace) -> None:
     """Evaluate, print the tables, and write the files."""
+    if options.env:
+        play_episodes(options)
+        return
+    check_no_simulator(options)
     from rlinf_core.files import check_writable
     from rlinf_core.plugins.registry import get_plugins
     from rlinf_core.terminal import print_phase, print_progress
@@ -96,7 +102,7 @@ def run(options: argparse.Namespace) -> None:
     print_phase(f"loading {options.policy}")
     from rlinf_core.offline_eval import judge  # Loads torch, which takes seconds.
 
-    policy, facts = _load(options, plugins)
+    policy, facts = load_evaluated(options, plugins)
     print_phase("opening the data")
     rows, mean_from = _open(options, policy, plugins)
     with print_progress("evaluating", "rows") as progress:
@@ -120,36 +126,6 @@ def run(options: argparse.Namespace) -> None:
     _print(options, judged)
     for path in written:
         print_text(f"{path}: written")
-
-
-def _load(options: argparse.Namespace, plugins: Plugins) -> tuple[LoadedPolicy, dict[str, Any]]:
-    """The policy, and facts about it: seed, step, whether its weights are averaged, notes."""
-    import torch
-
-    from rlinf_core.contract.weights.origin import DESCRIPTION
-    from rlinf_core.export import Choice
-    from rlinf_core.inference import load_policy, load_run
-    from rlinf_core.untrusted.text import read_json
-
-    folder = Path(options.policy)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
-    if (folder / DESCRIPTION).is_file():
-        if options.step is not None or options.best or options.ema is not None:
-            raise UserError(f"{folder} is an exported policy, of one checkpoint: --step, --best and --ema are of a run")
-        policy = load_policy(folder, device=device, dtype=options.dtype, plugins=plugins, source=options.source)
-        described = read_json(folder / DESCRIPTION)
-        facts = {"step": described.get("step"), "ema": described.get("weights") == "ema", "notes": [], "run": None}
-        return policy, facts | {"seed": 42 if options.seed is None else options.seed}
-    choice = Choice(options.step, options.best, options.ema)
-    policy, checkpoint, notes = load_run(
-        folder, choice, device=device, dtype=options.dtype, plugins=plugins, source=options.source
-    )
-    from rlinf_core.config.load import load_config
-
-    seed = load_config(folder / "config.toml", plugins=plugins).seed if options.seed is None else options.seed
-    ema = any(note.startswith("weights: the moving average") for note in notes)
-    step = int(checkpoint.name.removeprefix("step_"))
-    return policy, {"step": step, "ema": ema, "notes": [f"{checkpoint}", *notes], "run": folder, "seed": seed}
 
 
 def _open(options: argparse.Namespace, policy: LoadedPolicy, plugins: Plugins) -> tuple[SampleSource, SampleSource]:

@@ -33,9 +33,9 @@ from rlinf_core.config.toml import (
     typed_values,
     write_toml,
 )
-from rlinf_core.contract.augmentation import PLUGINS
 from rlinf_core.contract.datasets import DatasetConfig
 from rlinf_core.contract.optim import compose, shared_names
+from rlinf_core.contract.registered import PLUGINS
 from rlinf_core.contract.run import NOTHING_HELD_OUT, RunConfig
 from rlinf_core.contract.tables.mixture import LOADER_KEYS, MixtureConfig, MixtureEntry, MixtureShare
 from rlinf_core.contract.tables.runner import Section

@@ -99,7 +99,7 @@ def explain(error: ErrorDetails, layers: Sequence[Layer], tables: Tables, owner:
             what = f"unknown key{_near(place, given, tables)}"
         case "missing":
             return mistake(place, "is required", layers, owner=owner)
-        case "registered_class":  # `contract.augmentation.REGISTERED_CLASS`; its owner is that class's.
+        case "registered_class":  # `contract.registered.REGISTERED_CLASS`; its owner is that class's.
             return mistake(place, error["msg"], layers, given, owner=error["ctx"]["owner"])
         case _:
             what = _in_words_of_toml(error["msg"].removeprefix("Value error, "))

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, ValidationError, ValidationInfo
-from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, ValidationInfo
 
-from rlinf_core.errors import UserError, did_you_mean
+from rlinf_core.contract.registered import resolve
 
 if TYPE_CHECKING:
     import torch
@@ -71,55 +70,10 @@ class AugmentationConfig(BaseModel):
         return ""
 
 
-PLUGINS = "plugins"
-"""Key of the plugins in the context in which a config is validated: what finds the class of a name."""
-REGISTERED_CLASS = "registered_class"
-"""Type of the errors in an entry whose class a plugin registered. They are complete sentences."""
-
-
 def _resolve(entry: object, info: ValidationInfo) -> AugmentationConfig:
-    """The augmentation of an entry: a name, a table with `type`, or an instance."""
-    if isinstance(entry, AugmentationConfig):
-        return entry
-    table = {"type": entry} if isinstance(entry, str) else entry
-    name = table.get("type") if isinstance(table, Mapping) else None
-    if not isinstance(name, str):
-        raise _mistake(f"must be the name of an augmentation, or a table with its name as `type`{_got(entry)}")
-    plugins = (info.context or {}).get(PLUGINS)
-    if plugins is None:
-        raise _mistake(f"{name!r} is a name, which only a config file can use: pass an instance of the class")
-    try:
-        found = plugins.find("augmentation", name)
-    except UserError as error:
-        raise _mistake(str(error)) from error
-    try:
-        resolved: AugmentationConfig = found.item.model_validate(table)
-    except ValidationError as error:
-        details = [_explain(one, found.item, found.owner) for one in error.errors(include_url=False)]
-        raise ValidationError.from_exception_data(found.item.__name__, details) from error
-    return resolved
+    found: AugmentationConfig = resolve(entry, info, "augmentation", AugmentationConfig, "an augmentation")
+    return found
 
 
 Augmentations = tuple[Annotated[SerializeAsAny[AugmentationConfig], BeforeValidator(_resolve)], ...]
 """Type of a config's list of augmentations, applied in order: names, tables with `type`, or instances."""
-
-
-def _explain(error: ErrorDetails, model: type[AugmentationConfig], owner: object) -> InitErrorDetails:
-    """An error in an augmentation's table, in words that need no knowledge of its class."""
-    if error["type"] == "extra_forbidden":
-        keys = [name for name in model.model_fields if name != "type"]
-        known = f"its keys are {', '.join(keys)}" if keys else "it has no keys"
-        said = f"unknown key{did_you_mean(str(error['loc'][-1]), keys)} ({known})"
-    elif error["type"] == "missing":
-        said = "is required"
-    else:
-        said = f"{error['msg'].removeprefix('Value error, ')}{_got(error['input'])}"
-    return InitErrorDetails(type=_mistake(said, owner), loc=error["loc"], input=error["input"])
-
-
-def _mistake(message: str, owner: object = None) -> PydanticCustomError:
-    return PydanticCustomError(REGISTERED_CLASS, "{message}", {"message": message, "owner": owner})
-
-
-def _got(value: object) -> str:
-    return "" if isinstance(value, Mapping) else f" (got {value!r:.80})"

@@ -161,6 +161,16 @@ class FileSource(SampleSource, Protocol):
         ...
 
 
+@runtime_checkable
+class VariedSource(SampleSource, Protocol):
+    """A source whose rows have images of their own, in number and size, unlike the cameras of a robot."""
+
+    @property
+    def images_differ(self) -> bool:
+        """Whether no row's images can stand for those of another."""
+        ...
+
+
 class DatasetConfig(BaseModel):
     """The `[data]` table. Subclasses add fields; every field can be set in TOML."""
 

@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     from rlinf_core.contract.augmentation import AugmentationConfig
     from rlinf_core.contract.command import Command
     from rlinf_core.contract.datasets import DatasetConfig, SampleSource, Split
+    from rlinf_core.contract.environment import EnvironmentConfig
     from rlinf_core.contract.evaluation import EvaluatorConfig
     from rlinf_core.contract.optim import OptimizerConfig, ScheduleConfig
     from rlinf_core.contract.policy import PolicyConfig
     from rlinf_core.contract.run import LoggerConfig, RunConfig, Trainer, TrainerConfig
+    from rlinf_core.contract.triage import TriageTest
 
 PROJECT = "rlinf"
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -106,6 +108,29 @@ def rlinf_register_evaluators() -> Iterable[type[EvaluatorConfig]]:  # type: ign
         Config classes. All plugins' results are collected; the same `type` from two plugins is an error naming both.
 
     Called on: every rank, while the config is loaded; every rank builds those of the run. Since 0.1.
+    """
+
+
+@hookspec
+def rlinf_register_triage() -> Iterable[type[TriageTest]]:  # type: ignore[empty-body]
+    """Offer tests of `rlinf triage`, which run after core's.
+
+    Returns:
+        Subclasses of `TriageTest`. All plugins' results are collected; the same `name` from two plugins is an error
+        naming both.
+
+    Called on: the process of `rlinf triage`. Since 0.1.
+    """
+
+
+@hookspec
+def rlinf_register_environments() -> Iterable[type[EnvironmentConfig]]:  # type: ignore[empty-body]
+    """Offer simulators; `rlinf eval --env` and the table `[evaluators.simulator]` select among them by `type`.
+
+    Returns:
+        Config classes. All plugins' results are collected; the same `type` from two plugins is an error naming both.
+
+    Called on: every rank, while a config that names an environment is loaded, and by `rlinf eval --env`. Since 0.1.
     """
 
 

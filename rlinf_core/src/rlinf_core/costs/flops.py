@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from rlinf_core.torch_names import (
     EXPENSIVE,
@@ -84,7 +85,8 @@ def count(policy: Any, batch: Mapping[str, Any], *, compiled: Sequence[torch.nn.
     policy.train()
     try:
         blocks = _as_if_compiled(compiled, meter)
-        with implemented("scaled_dot_product_attention", _as_on_cuda, "AutogradMeta"), blocks, meter:
+        attention = implemented("scaled_dot_product_attention", _as_on_cuda, "AutogradMeta")
+        with attention, blocks, _KeptIntegers(), meter:
             loss = policy(batch).loss_sum
             forward, saved = meter.flops, meter.alive
             peaks = [meter.take_peak()]
@@ -112,6 +114,24 @@ def _without_values(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     return value.to(_META) if value.is_floating_point() or value.dtype == torch.uint8 else value
+
+
+class _KeptIntegers(TorchFunctionMode):
+    """Keeps the values of integers and booleans that code makes on, or moves to, the device of what it computes.
+
+    The lengths of an image's windows are such numbers, and the mask of the tokens that stand for images.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.tensor and torch.device(kwargs.get("device") or "cpu").type == "meta":
+            made = torch.tensor(*args, **(kwargs | {"device": "cpu"}))
+            return made.to(_META) if made.is_floating_point() else made
+        if func is torch.Tensor.to and not args[0].is_meta and not args[0].is_floating_point():
+            kwargs.pop("device", None)
+            rest = [one for one in args[1:] if not isinstance(one, torch.device | str)]
+            return func(args[0], *rest, **kwargs) if rest or kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 class _Form(NamedTuple):

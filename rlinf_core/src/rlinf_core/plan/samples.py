@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from rlinf_core.contract.datasets import LeRobotDatasetConfig
+from rlinf_core.contract.datasets import LeRobotDatasetConfig, VariedSource
 from rlinf_core.contract.run import RunConfig, RunSource
 from rlinf_core.data.loading.sampling import sample_generator
 from rlinf_core.data.sample import Sample
@@ -72,9 +72,12 @@ def _of_data(source: RunSource, plugins: Plugins) -> SampledSource:
     indices = np.unique(np.linspace(0, len(rows) - 1, SAMPLED_ROWS).astype(np.int64)).tolist()
     (seen,) = rows.__getitems__(indices[:1])
     images = {key: value for key, value in pipeline.encode(seen).items() if key == "images"}
+    encoded: Iterable[Any] = encode_without_images(rows, pipeline, indices)
+    if isinstance(rows, VariedSource) and rows.images_differ:
+        encoded, images = (pipeline.encode(row) for at in indices for row in rows.__getitems__([at])), {}
     samples: list[Any] = [
         {**sample, **run.policy.draw(sample_generator(run.seed, 0, position)), **images}
-        for position, sample in enumerate(encode_without_images(rows, pipeline, indices))
+        for position, sample in enumerate(encoded)
     ]
     where = f"{source.name}: " if source.name else ""
     return SampledSource(

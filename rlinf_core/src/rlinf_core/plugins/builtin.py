@@ -1,5 +1,5 @@
 """Core's own plugin, found through its own entry point: the FSDP2 trainer, two optimizers, four schedules, the LeRobot
-reader, an augmentation, two loggers, an evaluator, the commands, and the launchers torchrun and slurm.
+reader, an augmentation, two loggers, two evaluators, the commands, and the launchers torchrun and slurm.
 
 Configs and readers are imported when a hook is called, so that loading the plugins is cheap.
 """
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rlinf_core.contract.optim import OptimizerConfig, ScheduleConfig
     from rlinf_core.contract.policy import PolicyConfig
     from rlinf_core.contract.run import LoggerConfig, RunConfig, TrainerConfig
+    from rlinf_core.contract.triage import TriageTest
 
 
 @hookimpl
@@ -67,10 +68,19 @@ def rlinf_register_loggers() -> list[type[LoggerConfig]]:
 
 @hookimpl
 def rlinf_register_evaluators() -> list[type[EvaluatorConfig]]:
-    """The evaluator `held_out`."""
+    """The evaluators `held_out` and `simulator`."""
     from rlinf_core.evaluators.held_out import HeldOutConfig
+    from rlinf_core.evaluators.simulator import SimulatorConfig
 
-    return [HeldOutConfig]
+    return [HeldOutConfig, SimulatorConfig]
+
+
+@hookimpl
+def rlinf_register_triage() -> list[type[TriageTest]]:
+    """The tests of `rlinf_core.triage`."""
+    from rlinf_core.triage.builtin import TESTS
+
+    return [*TESTS]
 
 
 @hookimpl
@@ -87,6 +97,7 @@ def rlinf_register_commands() -> list[Command]:
         "cache": "decode a run's images once, into files that need no decoding",
         "eval": "measure the error of a policy's actions on recorded episodes",
         "report": "write a page that shows how one or several runs went",
+        "triage": "find out why a policy with a low loss does not act well",
         "export": "export a run's policy for inference or further training",
         "datasets": "list the dataset formats of installed packages",
         "plugins": "list plugins, what they registered, and what failed",

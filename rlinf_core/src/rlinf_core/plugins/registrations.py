@@ -14,15 +14,27 @@ from pydantic import BaseModel
 
 from rlinf_core.contract.augmentation import AugmentationConfig
 from rlinf_core.contract.command import Command
+from rlinf_core.contract.environment import EnvironmentConfig
 from rlinf_core.contract.evaluation import EvaluatorConfig
 from rlinf_core.contract.optim import OptimizerConfig, ScheduleConfig
 from rlinf_core.contract.policy import PolicyConfig
 from rlinf_core.contract.run import LoggerConfig, TrainerConfig
+from rlinf_core.contract.triage import TriageTest
 from rlinf_core.errors import PluginError
 from rlinf_core.plugins.owners import Owner
 
 RegistrationKind = Literal[
-    "policy", "augmentation", "trainer", "optimizer", "schedule", "logger", "evaluator", "options", "command"
+    "policy",
+    "augmentation",
+    "trainer",
+    "optimizer",
+    "schedule",
+    "logger",
+    "evaluator",
+    "environment",
+    "triage",
+    "options",
+    "command",
 ]
 
 
@@ -33,7 +45,7 @@ class Registered[T]:
     kind: RegistrationKind
     name: str
     item: T
-    """A config class (any pydantic class for `options`), or the `Command` of kind `command`."""
+    """A config class (any pydantic class for `options`), the `Command` of kind `command`, or a `TriageTest` class."""
     owner: Owner
 
 
@@ -77,6 +89,20 @@ def _configs(base: type[BaseModel], field: str = "type") -> Callable[[Any], Iter
             yield _reading(config, type_of, config, base, field)
 
     return read
+
+
+def _triage_tests(result: Any) -> Iterator[Reading]:
+    for test in result:
+        yield _reading(test, _name_of_test, test)
+
+
+def _name_of_test(test: object) -> str:
+    if not (isinstance(test, type) and issubclass(test, TriageTest)):
+        raise PluginError(f"expected a subclass of TriageTest, found {test!r}")
+    for key in ("name", "question"):
+        if not isinstance(getattr(test, key, None), str):
+            raise PluginError(f"{test.__qualname__} must set the class variable `{key}` to a text")
+    return test.name
 
 
 def _commands(result: Any) -> Iterator[Reading]:
@@ -130,6 +156,8 @@ HOOKS: Mapping[RegistrationKind, RegistrationHook] = {
     "schedule": RegistrationHook("rlinf_register_schedules", "schedule", _configs(ScheduleConfig, "schedule")),
     "logger": RegistrationHook("rlinf_register_loggers", "logger", _configs(LoggerConfig)),
     "evaluator": RegistrationHook("rlinf_register_evaluators", "evaluator", _configs(EvaluatorConfig)),
+    "triage": RegistrationHook("rlinf_register_triage", "triage test", _triage_tests),
+    "environment": RegistrationHook("rlinf_register_environments", "environment", _configs(EnvironmentConfig)),
     "options": RegistrationHook("rlinf_register_options", "plugin table", _options),
     "command": RegistrationHook("rlinf_register_commands", "command", _commands),
 }

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from rlinf_core.contract.command import Command
     from rlinf_core.contract.datasets import DatasetConfig
+    from rlinf_core.contract.environment import EnvironmentConfig
     from rlinf_core.contract.evaluation import EvaluatorConfig
     from rlinf_core.contract.optim import OptimizerConfig, ScheduleConfig
     from rlinf_core.contract.policy import PolicyConfig
@@ -283,6 +284,11 @@ class Plugins:
             config: Any = run.evaluators.get(name) or found.item(type=name)
             chosen.append(Chosen(config, found.owner))
         return chosen
+
+    def environment(self, name: str) -> type[EnvironmentConfig]:
+        """The environment config of this `type`. Raises as `find` does."""
+        found: type[EnvironmentConfig] = self.find("environment", name).item
+        return found
 
     def options(self, name: str) -> type[BaseModel]:
         """The class of the table `[plugins.<name>]`. Raises as `find` does."""

@@ -10,7 +10,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 
 from rlinf_core.config.toml import write_toml
-from rlinf_core.contract.augmentation import PLUGINS
+from rlinf_core.contract.registered import PLUGINS
 from rlinf_core.contract.run import RunConfig
 from rlinf_core.plugins.registry import get_plugins
 from rlinf_core.testing.findings import Findings

@@ -1,4 +1,4 @@
-"""`rlinf import-rlinf`: turn a recipe of RLinf for π0 or π0.5 into a config of this project."""
+"""`rlinf import-rlinf`: turn a recipe of RLinf into a config of this project."""
 
 from __future__ import annotations
 

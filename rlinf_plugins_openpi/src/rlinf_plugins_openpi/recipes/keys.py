@@ -16,7 +16,7 @@ _NOWHERE = "RLinf's code reads it nowhere"
 _FSDP1 = "for FSDP1; FSDP2 has nothing to set there"
 _MEGATRON = "for Megatron-LM, which is not here"
 _RLT = "for RLT, whose first stage adds a loss of its own"
-_VLM = "for vision-language models on questions with images, which cannot be imported"
+_VLM = "for vision-language models on questions with images"
 _BEHAVIOR = "for BEHAVIOR's streaming reader, which is not here"
 
 MAPPED: Mapping[str, str] = {

@@ -63,12 +63,15 @@ def _check_batches(values: Values, ranks: str) -> None:
         )
 
 
-def read_runner(values: Values, loggers: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_runner(
+    values: Values, loggers: Mapping[str, Any], *, validates: bool = False
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """`[runner]` and `[loggers]`.
 
     Args:
         values: The recipe.
         loggers: The loggers of the installed packages: type -> its fields.
+        validates: Whether RLinf validates the model, so that the keys for that are read elsewhere.
     """
     if (task := values.text("runner.task_type")) != "sft":
         values.refuse("runner.task_type", f"{task!r}: only supervised fine-tuning, sft, is imported")
@@ -83,7 +86,8 @@ def read_runner(values: Values, loggers: Mapping[str, Any]) -> tuple[dict[str, A
             "RLinf keeps every checkpoint; here the newest two are kept, to which runner.keep_every = "
             f"{interval} adds all others"
         )
-    _validation(values)
+    if not validates:
+        _validation(values)
     _resumed(values)
     chosen, tables = _loggers(values, loggers)
     return runner | ({"loggers": chosen} if chosen else {}), tables

@@ -15,6 +15,7 @@ from rlinf_core import UserError
 from rlinf_core.contract.tables.cluster import ClusterConfig
 from rlinf_core.contract.tables.runner import RunnerConfig
 from rlinf_plugins_openpi.datasets.config import OpenpiDatasetConfig
+from rlinf_plugins_openpi.recipes import questions
 from rlinf_plugins_openpi.recipes.formats import find_format
 from rlinf_plugins_openpi.recipes.hydra_files import RecipeFile
 from rlinf_plugins_openpi.recipes.keys import NOT_HERE, reason
@@ -65,6 +66,8 @@ def translate(recipe: RecipeFile, loggers: Mapping[str, Any], *, as_intended: bo
         UserError: One message that names everything with which the recipe cannot be imported.
     """
     values = Values(recipe.leaves)
+    if questions.is_about_questions(values):
+        return _translate_questions(recipe, values, loggers, as_intended=as_intended)
     _check_model(recipe, values)
     values.required(*REQUIRED)
     name = values.text("actor.model.openpi.config_name") or ""
@@ -86,10 +89,36 @@ def translate(recipe: RecipeFile, loggers: Mapping[str, Any], *, as_intended: bo
         values.finish()
     if not values.problems and cls is not None:
         _check_tables(values, tables, cls)
+    _refuse_problems(recipe, values)
+    return Imported(tables, (*values.warnings, *ALWAYS), values.unused)
+
+
+def _translate_questions(
+    recipe: RecipeFile, values: Values, loggers: Mapping[str, Any], *, as_intended: bool
+) -> Imported:
+    """A recipe for a vision-language model on questions with images."""
+    values.required(*questions.REQUIRED)
+    tables: dict[str, Any] = {"seed": values.integer("actor.seed", 42, least=0), "cluster": read_cluster(values)}
+    tables["runner"], loggers_tables = read_runner(values, loggers, validates=True)
+    tables["runner"] |= questions.read_validation(values)
+    tables["data"] = questions.read_questions(values)
+    tables["policy"] = questions.read_model(values)
+    tables["optim"] = read_optim(values, tables["runner"].get("max_steps"), as_intended=as_intended)
+    tables["trainer"] = read_trainer(values, port=True, as_intended=as_intended)
+    if loggers_tables:
+        tables["loggers"] = loggers_tables
+    if tables["runner"]["val_check_interval"] and "validation_files" not in tables["data"]:
+        tables["runner"]["val_check_interval"] = 0
+        values.warn("the recipe names no data.val_data_paths: set data.validation_fraction to validate")
+    values.finish(questions.NOT_NEEDED, "a vision-language model")
+    _refuse_problems(recipe, values)
+    return Imported(tables, (*values.warnings, *questions.ALWAYS), values.unused)
+
+
+def _refuse_problems(recipe: RecipeFile, values: Values) -> None:
     if values.problems:
         listed = "\n".join(f"  {problem}" for problem in dict.fromkeys(values.problems))
         raise UserError(f"{recipe.path} cannot be imported:\n{listed}")
-    return Imported(tables, (*values.warnings, *ALWAYS), values.unused)
 
 
 def _check_tables(values: Values, tables: Mapping[str, Any], cls: type[OpenpiDatasetConfig]) -> None:
@@ -116,7 +145,8 @@ def _check_model(recipe: RecipeFile, values: Values) -> None:
     because = "".join(f"\n  {', '.join(_keys_of(values, text))}: {text}" for text in telling)
     raise UserError(
         f"{recipe.path} is a recipe for {model or 'another model'}; only those for π0 and π0.5 (model_type openpi or "
-        f"openpi_rlinf) can be imported. Text models are fine-tuned with rlinf-plugins-text{because}"
+        f"openpi_rlinf), and for {' and '.join(questions.MODELS)} with training_backend fsdp, can be imported. Text "
+        f"models are fine-tuned with rlinf-plugins-text{because}"
     )
 
 

@@ -124,13 +124,18 @@ class Values:
         """Note that a key has no counterpart."""
         self.unused[key] = why
 
-    def finish(self) -> None:
-        """Explain all keys that nothing has read; those that RLinf does not have are problems."""
+    def finish(self, own: Mapping[str, str] | None = None, kind: str = "π0 or π0.5") -> None:
+        """Explain all keys that nothing has read; those that RLinf does not have are problems.
+
+        Args:
+            own: Further keys that recipes of this kind may have -> why they change nothing.
+            kind: The models of such recipes, for messages.
+        """
         for key, value in self._left.items():
-            if why := reason(key, NOT_NEEDED):
+            if why := reason(key, own or {}) or reason(key, NOT_NEEDED):
                 self.drop(key, why)
             elif why := reason(key, NOT_HERE):
-                self.refuse(key, f"{why}; a recipe for π0 or π0.5 does not have it. Leave it out: ~{key}")
+                self.refuse(key, f"{why}; a recipe for {kind} does not have it. Leave it out: ~{key}")
             elif value is None and any(known.startswith(f"{key}.") for known in self._names()):
                 continue  # A table without keys.
             else:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from rlinf_core.data.sample import Batch
+from rlinf_plugins_text.model.language_model import OF_IMAGES
 
 if TYPE_CHECKING:
     from rlinf_plugins_text.model.language_model import LanguageModel
@@ -30,13 +33,16 @@ def answers(model: LanguageModel, batch: Batch, settings: TextPolicySettings) ->
     """
     tokenizer = settings.text_tokenizer()
     device = batch["tokens"].device
-    prompts, wanted = zip(*(_prompt(batch, row) for row in range(len(batch["tokens"]))), strict=True)
+    # The row of a blank image, which a batch without images has, is no sample.
+    rows = torch.nonzero(batch["trained"].any(1))[:, 0].tolist()
+    prompts, wanted = zip(*(_prompt(batch, row) for row in rows), strict=True)
     texts = [prompt.tolist() for prompt in prompts]
     begins = [len(text) for text in texts]
+    seen = _Seen.of(batch, dict(zip(rows, begins, strict=True)))
     generator = torch.Generator().manual_seed(SEED)
     # Always `shown_tokens` steps, even past the end of a text: ranks must call the sharded model equally often.
     for _ in range(settings.shown_tokens):
-        logits = _next_logits(model, texts, device)
+        logits = _next_logits(model, texts, device, seen)
         for text, token in zip(texts, _choose(logits.cpu(), settings.temperature, generator), strict=True):
             text.append(token)
     end = tokenizer.id_of("eos_token")
@@ -50,7 +56,60 @@ def answers(model: LanguageModel, batch: Batch, settings: TextPolicySettings) ->
     return lines
 
 
-def _next_logits(model: LanguageModel, texts: list[list[int]], device: torch.device) -> Tensor:
+@dataclass(frozen=True)
+class _Seen:
+    """What of a batch belongs to the images of its prompts."""
+
+    prompts: list[int]
+    """[B], tokens of each prompt."""
+    images: dict[str, Tensor]
+    """The model's inputs for the images of the prompts."""
+    positions: Tensor | None
+    """[B, 3, T]; None: positions count tokens."""
+    types: Tensor | None
+    """[B, T]; None: a token sees all earlier ones."""
+
+    @classmethod
+    def of(cls, batch: Batch, prompts: Mapping[int, int]) -> _Seen | None:
+        """Those of some rows of a batch, each with the length of its prompt; None if the model reads only text."""
+        given = batch["packing"].get("images")
+        if given is None:
+            return None
+        places = zip(given["documents"].tolist(), given["ends"].tolist(), strict=True)
+        chosen = [i for i, ((row, _), end) in enumerate(places) if row in prompts and end <= prompts[row]]
+        entries: list[int] = given["entries"].tolist()
+        images: dict[str, Tensor] = {}
+        for name, tensor in given.items():
+            if name not in OF_IMAGES and chosen:
+                parts = tensor.split(entries) if len(tensor) == sum(entries) else tensor.split(1)
+                images[name] = torch.cat([parts[number] for number in chosen])
+        rows = list(prompts)
+        positions = batch["positions"][rows].cpu() if batch["positions"].ndim == 3 else None
+        types = batch["token_types"][rows].cpu() if "token_types" in batch else None
+        return cls(list(prompts.values()), images, positions, types)
+
+    def inputs(self, length: int) -> dict[str, Tensor]:
+        """Positions and types of texts of this length, which begin with the prompts and go on with words."""
+        found: dict[str, Tensor] = {}
+        if self.positions is not None:
+            rows = zip(self.positions, self.prompts, strict=True)
+            found["positions"] = torch.stack([_continued(row[:, :size], length) for row, size in rows])
+        if self.types is not None:  # Words have the type of what ends a sample.
+            found["token_types"] = self.types[:, -1:].amax(0).expand(len(self.prompts), length).clone()
+            for row, (types, size) in enumerate(zip(self.types, self.prompts, strict=True)):
+                found["token_types"][row, :size] = types[:size]
+        return found
+
+
+def _continued(positions: Tensor, length: int) -> Tensor:
+    """Positions [3, T] of a prompt, continued by those of a text."""
+    more = torch.arange(1, length - positions.shape[1] + 1)
+    return torch.cat([positions, (positions.max() + more).expand(3, -1)], dim=1)
+
+
+def _next_logits(
+    model: LanguageModel, texts: list[list[int]], device: torch.device, seen: _Seen | None = None
+) -> Tensor:
     """Logits [B, V] of the token after each text."""
     length = -(-max(map(len, texts)) // STEP) * STEP
     tokens = torch.zeros(len(texts), length, dtype=torch.int64)
@@ -60,9 +119,13 @@ def _next_logits(model: LanguageModel, texts: list[list[int]], device: torch.dev
     positions = torch.arange(length).expand(len(texts), -1)
     lengths = torch.stack([sizes, length - sizes], dim=1).to(torch.int32)
     # The positions of padding simply continue; nothing uses them.
-    batch = {"tokens": tokens, "positions": positions, "document_lengths": lengths}
+    batch: dict[str, Any] = {"tokens": tokens, "positions": positions, "document_lengths": lengths}
+    packing: dict[str, Any] = {"predicting": sizes[:0]}  # There is no loss.
+    if seen is not None:
+        batch |= seen.inputs(length)
+        packing["images"] = seen.images
     on_device: dict[str, Any] = {name: tensor.to(device) for name, tensor in batch.items()}
-    on_device["packing"] = {"predicting": sizes[:0]}  # There is no loss.
+    on_device["packing"] = packing
     logits: Tensor = model(on_device, (sizes - 1).to(device))[0]
     return logits
 

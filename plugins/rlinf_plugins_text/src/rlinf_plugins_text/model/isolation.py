@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from rlinf_core import UserError
 from rlinf_plugins_text.model.attention import NAME
 from rlinf_plugins_text.model.miniature import SPECIAL, WORDS, miniature
+from rlinf_plugins_text.vision.families import FAMILIES
 from rlinf_plugins_text.weights.architecture import model_class, model_config
 
 KNOWN = frozenset(
@@ -28,6 +29,11 @@ KNOWN = frozenset(
     | {"mistral", "mixtral", "olmo2", "olmo3", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3"}
 )
 """Architectures whose layers mix tokens by full or sliding-window attention only, which `attention` computes."""
+VISION_TEXTS = frozenset(
+    {"qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "gemma", "gemma2", "gemma3_text"}
+    | {"llama", "mistral", "qwen2", "vicuna"}
+)
+"""The same of language models inside of vision-language models."""
 KINDS = frozenset({"full_attention", "sliding_attention"})
 """Kinds of layers (`layer_types`) for which that holds."""
 FIRST, SECOND = 17, 14
@@ -51,9 +57,15 @@ def check_isolation(table: Mapping[str, Any], *, documents: bool, max_length: in
     _check_rope(config, max_length)
     if documents:
         _check_interface(config)
+    if config.model_type in FAMILIES:  # Which tokens see which is known: `Family.attention`.
+        config = config.get_text_config()
+        if config.model_type in VISION_TEXTS:
+            return
     known = config.model_type in KNOWN and set(getattr(config, "layer_types", None) or ()) <= KINDS
     if known and not getattr(config, "use_bidirectional_attention", None):
         return
+    if config.model_type != table.get("model_type"):
+        table = config.to_dict()
     finding = _tried(json.dumps(table, sort_keys=True, default=str), documents, max_length)
     if finding:
         raise UserError(finding)

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+from rlinf_core import UserError
 from rlinf_core.data.sample import Batch
 from rlinf_plugins_text.model.attention import NAME
 from rlinf_plugins_text.model.cross_entropy import HeadShape, liger_cross_entropy, linear_cross_entropy
 from rlinf_plugins_text.model.isolation import check_isolation
+from rlinf_plugins_text.vision.families import FAMILIES
 from rlinf_plugins_text.weights.architecture import check_keys, model_config, refused_values
 
 if TYPE_CHECKING:
@@ -28,6 +30,10 @@ LINEAR_HEADS = frozenset(
 )
 """Architectures whose logits are a linear function of the last hidden state, scaled or capped as in `_head_shape`;
 their loss is computed in chunks. Other architectures compute all their logits at once, by their own code."""
+
+
+OF_IMAGES = ("entries", "documents", "ends")
+"""What a batch says of its images besides the model's inputs."""
 
 
 class LanguageModel(nn.Module):
@@ -42,24 +48,52 @@ class LanguageModel(nn.Module):
         super().__init__()
         self._keeps_padding = keeps_padding
         self._documents = settings.attention == "documents"
+        self._one_axis_more = settings.model_table().get("model_type") in ("smolvlm", "idefics3")
         self._max_length, self._liger = settings.max_length, settings.liger == "auto"
         table = {key: value for key, value in settings.model_table().items() if key not in ("torch_dtype", "dtype")}
         config = model_config(table)
         check_keys(settings.config, config)
         check_isolation(table, documents=self._documents, max_length=settings.max_length)
+        attention: Any = NAME if self._documents else "sdpa"
+        self.sees = config.model_type in FAMILIES
+        if self.sees:
+            attention = {"": attention, "text_config": attention, "vision_config": "sdpa"}
+        auto: Any = AutoModelForImageTextToText if self.sees else AutoModelForCausalLM
         try:
-            self.model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, dtype=torch.float32, attn_implementation=NAME if self._documents else "sdpa"
-            )
+            self.model: Any = auto.from_config(config, dtype=torch.float32, attn_implementation=attention)
         except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
             raise refused_values(error) from error
-        self.shape = _head_shape(config) if config.model_type in LINEAR_HEADS else None
+        self.shape = _head_shape(config) if self.sees or config.model_type in LINEAR_HEADS else None
 
     @property
     def layers(self) -> list[nn.Module]:
         """The decoder's layers, in order."""
-        lists = [list(m) for m in self.model.modules() if isinstance(m, nn.ModuleList)]
-        return max(lists, key=len, default=[])
+        return _longest_list(self._language_model if self.sees else self.model)
+
+    @property
+    def vision_blocks(self) -> list[nn.Module]:
+        """The blocks of the vision tower, in order; empty for a model that reads only text."""
+        if not self.sees:
+            return []
+        language = self._language_model
+        towers = [part for part in self.model.base_model.children() if part is not language]
+        return max(map(_longest_list, towers), key=len, default=[])
+
+    def unread(self) -> set[int]:
+        """The parameters on which no loss depends, by `id`: LLaVA's last vision layers, whose outputs are not read."""
+        layer = getattr(self.model.config, "vision_feature_layer", None)
+        if not self.sees or not isinstance(layer, int):
+            return set()
+        blocks = self.vision_blocks
+        read = layer if layer >= 0 else len(blocks) + 1 + layer
+        modules = [*blocks[read:], *(m for n, m in self.model.named_modules() if n.endswith("post_layernorm"))]
+        return {id(parameter) for module in modules for parameter in module.parameters()}
+
+    @property
+    def _language_model(self) -> nn.Module:
+        base = self.model.base_model
+        found: nn.Module = base.text_model if hasattr(base, "text_model") else base.language_model
+        return found
 
     def forward(self, batch: Batch, last: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Summed loss of the trained tokens, and how many of them the model ranks first: float32 scalars.
@@ -100,20 +134,41 @@ class LanguageModel(nn.Module):
         B·T or N that predict a trained token.
         """
         tokens, predicting, lengths = batch["tokens"], batch["packing"]["predicting"], batch["document_lengths"]
+        images = batch["packing"].get("images", {})
+        seen = {key: value for key, value in images.items() if key not in OF_IMAGES}
+        if self._one_axis_more and seen:  # They have an axis for the samples of a batch, over which images are joined.
+            seen = {key: value[None] for key, value in seen.items()}
+        grids = batch["positions"].ndim == 3
         if not self._documents:  # Padding comes last, where a causal model does not see it.
-            return {"input_ids": tokens}, tokens, predicting
-        flat = [tokens.flatten(), batch["positions"].flatten()]
+            if grids:
+                seen["position_ids"] = batch["positions"].transpose(0, 1)
+            if "token_types" in batch:
+                seen["token_type_ids"] = batch["token_types"]
+            return {"input_ids": tokens, **seen}, tokens, predicting
+        if "token_types" in batch:
+            raise UserError(
+                f"{type(self.model).__name__} lets tokens see later ones, as it does within an image: set "
+                'policy.attention = "padded" and policy.packing = false'
+            )
+        flat = [tokens.flatten()]
+        flat += [batch["positions"].transpose(0, 1).flatten(1) if grids else batch["positions"].flatten()]
         if tokens.device.type == "cpu" and not (keep_padding or self._keeps_padding):
             # Not on CUDA: the host would wait for the device, and every batch would have a shape of its own.
             real = (torch.arange(tokens.shape[1]) < tokens.shape[1] - lengths[:, -1:]).flatten()
-            flat = [one[real] for one in flat]
+            flat = [one[..., real] for one in flat]
             lengths, predicting = lengths[:, :-1], (real.cumsum(0) - 1)[predicting]
         ends = nn.functional.pad(lengths.flatten().cumsum(0, dtype=torch.int32), (1, 0))
-        tokens, positions = (one[None] for one in flat)
+        tokens, positions = (one.unsqueeze(-2) for one in flat)
         # The same bound for all batches of a run: compiled code would treat another number as another shape.
         longest = max(self._max_length, batch["tokens"].shape[1])
-        inputs = {"input_ids": tokens, "position_ids": positions, "documents": ends, "longest": longest}
+        inputs = {"input_ids": tokens, "position_ids": positions, "documents": ends, "longest": longest, **seen}
         return inputs, tokens, predicting
+
+
+def _longest_list(module: nn.Module) -> list[nn.Module]:
+    """The longest list of modules in a module: its layers."""
+    lists = [list(m) for m in module.modules() if isinstance(m, nn.ModuleList)]
+    return max(lists, key=len, default=[])
 
 
 def _head_shape(config: Any) -> HeadShape:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from rlinf_core import PolicyOutput, ShardUnit, UserError
 from rlinf_core.data.sample import Batch
@@ -21,6 +22,10 @@ from rlinf_plugins_text.model.language_model import LanguageModel
 
 if TYPE_CHECKING:
     from rlinf_plugins_text.settings import TextPolicySettings
+
+
+UNSET = -(2**31)
+"""Value of integer buffers until they are initialised."""
 
 
 class TextPolicy(nn.Module):
@@ -51,11 +56,12 @@ class TextPolicy(nn.Module):
         return answers(self.lm, batch, self._settings)
 
     def shard_units(self) -> Iterator[ShardUnit]:
-        """The embedding (unless tied to the head), each layer, and the rest: final norm and head."""
+        """The embedding (unless tied to the head), each block of a vision tower, each layer, and the rest."""
         model = self.lm.model
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         if head is None or head.weight is not embedding.weight:
             yield ShardUnit(embedding, read_in_backward=False)
+        yield from (ShardUnit(block, block=True) for block in self.lm.vision_blocks)
         yield from (ShardUnit(layer, block=True) for layer in self.lm.layers)
         yield ShardUnit(self.lm)
 
@@ -74,8 +80,24 @@ class TextPolicy(nn.Module):
         }
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
-            self.lm.model._init_weights(twin)
+            initialise = self._initialiser(owner)._init_weights
+            if self.lm.sees:  # Parts of vision towers initialise the layers inside of them.
+                twin._modules = _inner_without_values(self.get_submodule(owner))
+            initialise(twin)
+            around, _, place = owner.rpartition(".")
+            if self.lm.sees and place and around:
+                outer = copy.copy(self.get_submodule(around))
+                outer._modules = {**_inner_without_values(outer), place: twin}
+                initialise(outer)
         return value.detach()
+
+    def _initialiser(self, name: str) -> Any:
+        """The model that initialises a module: the nearest one around it, as a vision tower is a model by itself."""
+        while name:
+            if isinstance(module := self.get_submodule(name), PreTrainedModel):
+                return module
+            name = name.rpartition(".")[0]
+        return self.lm.model
 
     @torch.no_grad()
     def rebuild_buffers(self) -> None:
@@ -84,16 +106,35 @@ class TextPolicy(nn.Module):
         Raises:
             UserError: The code of the architecture leaves a buffer uninitialised.
         """
-        buffers = {name: b for name, b in self.named_buffers() if b.is_floating_point()}
+        # Vision towers keep the numbers of their positions in integers.
+        wanted = (torch.float32, torch.bfloat16, torch.float16, *([torch.int64] if self.lm.sees else []))
+        buffers = {name: buffer for name, buffer in self.named_buffers() if buffer.dtype in wanted}
         for buffer in buffers.values():
-            buffer.fill_(math.nan)
+            buffer.fill_(math.nan if buffer.is_floating_point() else UNSET)
         for parameter in self.parameters():
             parameter._is_hf_initialized = True  # type: ignore[attr-defined]
-        for module in self.lm.model.modules():
+        for name, module in self.named_modules():
             if any(True for _ in module.named_buffers(recurse=False)):
-                self.lm.model._init_weights(module)
-        if left := [name for name in buffers if self.get_buffer(name).isnan().any()]:
+                self._initialiser(name)._init_weights(module)
+        if left := [name for name in buffers if _is_unset(self.get_buffer(name))]:
             raise UserError(
                 f"policy.weights: {type(self.lm.model).__name__} does not initialise "
                 f"{left[0].removeprefix('lm.model.')}, which is no parameter; this architecture cannot be trained"
             )
+
+
+def _inner_without_values(module: nn.Module) -> dict[str, nn.Module | None]:
+    """Copies of the modules in a module, on the meta device."""
+    inner: dict[str, nn.Module | None] = {}
+    for name, one in module.named_children():
+        twin = inner[name] = copy.copy(one)
+        twin._parameters = {
+            key: None if p is None else nn.Parameter(torch.empty(p.shape, device="meta"))
+            for key, p in one._parameters.items()
+        }
+        twin._modules = _inner_without_values(one)
+    return inner
+
+
+def _is_unset(buffer: Tensor) -> bool:
+    return bool((buffer.isnan() if buffer.is_floating_point() else buffer == UNSET).any())

@@ -24,7 +24,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rlinf_core import UserError
 from rlinf_core.errors import did_you_mean
-from rlinf_plugins_text.rows.shapes import arguments_of
+from rlinf_plugins_text.rows.shapes import IMAGE, arguments_of, as_parts
 from rlinf_plugins_text.rows.turns import REASONING, Message, Span, find_lost, find_turns, way_out
 
 CHATML = """\
@@ -122,7 +122,8 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[Message], *, ask: bool = False) -> str:
         """The text of messages; with `ask`, followed by the prompt for the assistant's next turn."""
-        return self._render(messages, ask, None, {}).replace(OPEN, "").replace(CLOSE, "")
+        every = self._forms(messages)[0]
+        return self._render(as_parts(messages, every=every), ask, None, {}).replace(OPEN, "").replace(CLOSE, "")
 
     def spans(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> tuple[str, list[Span]]:
         """The text of messages and the assistant's parts; see `read`."""
@@ -147,17 +148,29 @@ class ChatTemplate:
                 out words of a message, a call, or a tool.
         """
         errors = []
-        for form in arguments_of(messages):
-            try:
-                return self._read(form, tools, dict(arguments or {}))
-            except UserError as error:
-                errors.append(error)
+        for every in self._forms(messages):
+            for form in arguments_of(messages):
+                try:
+                    return self._read(form, tools, dict(arguments or {}), every)
+                except UserError as error:
+                    errors.append(error)
         # What is left out says more than that a form is rejected.
         raise next((error for error in errors if not isinstance(error, RejectedError)), errors[0])
 
-    def _read(self, messages: Sequence[Message], tools: Sequence[Any] | None, arguments: Mapping[str, Any]) -> Chat:
+    def _forms(self, messages: Sequence[Message]) -> Sequence[bool]:
+        """Whether the content of every message is a list of parts: which forms to try, the usual one first.
+
+        Templates of vision-language models take parts; some of them (SmolVLM's) take nothing else.
+        """
+        if any(isinstance(one["content"], str) and IMAGE in one["content"] for one in messages):
+            return (True, False)
+        return (False, True) if re.search(r"""["']type["']|\.type\b""", self.source) else (False,)
+
+    def _read(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None, arguments: Mapping[str, Any], every: bool
+    ) -> Chat:
         def marked(some: Sequence[Message], ask: bool, its: Sequence[Any] | None = tools) -> str:
-            return self._render(some, ask, its, arguments)
+            return self._render(as_parts(some, every=every), ask, its, arguments)
 
         if self._marks:
             text, spans = self._marked(marked(messages, False))

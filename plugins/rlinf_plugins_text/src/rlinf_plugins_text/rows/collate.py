@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from rlinf_plugins_text.rows.samples import TextSample
+from rlinf_plugins_text.vision.processor import Vision
 
 TOKEN_STEP, TEXT_STEP = 64, 8
 """T and M are rounded up to multiples of these, so that compiled code sees few shapes."""
@@ -55,6 +57,34 @@ def stack(samples: Sequence[TextSample], *, max_length: int, fixed: bool) -> dic
         "document_lengths": torch.from_numpy(documents),
         "packing": {"predicting": torch.from_numpy(predicting)},
     }
+
+
+def stack_with_images(samples: Sequence[TextSample], vision: Vision, *, max_length: int, fixed: bool) -> dict[str, Any]:
+    """Stack samples of a model that sees images; see `stack` and `vision.batch.add_images`.
+
+    A batch without images gets one more sample: a blank image, of which nothing is trained.
+    """
+    from rlinf_plugins_text.vision.batch import add_images, blank_image, blank_tokens
+
+    images = [image for sample in samples for image in sample.get("images", {}).values()]
+    documents = [
+        (row, int(document)) for row, sample in enumerate(samples) for document in sample.get("image_documents", ())
+    ]
+    if not images:
+        samples = [*samples, _untrained(blank_tokens(vision))]
+        images, documents = [blank_image()], [(len(samples) - 1, 0)]
+        max_length = max(max_length, len(samples[-1]["tokens"]))
+    return add_images(stack(samples, max_length=max_length, fixed=fixed), vision, images, documents)
+
+
+def _untrained(tokens: NDArray[np.int32]) -> TextSample:
+    return TextSample(
+        tokens=tokens,
+        trained=np.zeros(len(tokens), np.bool_),
+        document_lengths=np.array([len(tokens)], np.int32),
+        full_lengths=np.array([len(tokens)], np.int64),
+        left_out="",
+    )
 
 
 def _rounded(number: int, step: int) -> int:

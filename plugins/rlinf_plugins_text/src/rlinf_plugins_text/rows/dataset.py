@@ -12,15 +12,16 @@ from rlinf_core import DatasetConfig, Sample
 from rlinf_core.data.sample import Row
 from rlinf_core.data.transforms import Transform
 
-Format = Literal["text", "prompt_completion", "messages", "sharegpt"]
+Format = Literal["text", "prompt_completion", "messages", "sharegpt", "multiple_choice"]
 
-BESIDE = ("tools", "system", "chat_template_kwargs", "reasoning_content", "thinking")
+BESIDE = ("tools", "system", "chat_template_kwargs", "reasoning_content", "thinking", "images")
 """Names that any chat may have: columns beside its messages, and keys of its messages."""
 KEYS: Mapping[str, Sequence[str]] = {
     "text": ("text",),
     "prompt_completion": ("prompt", "completion", "role", "content", *BESIDE),
     "messages": ("messages", "role", "content", *BESIDE),
     "sharegpt": ("conversations", "from", "value", *BESIDE),
+    "multiple_choice": ("question", "choices", "answer", "system", "chat_template_kwargs", "images"),
 }
 """Format -> the names in a row that `data.keys` can map to other columns."""
 CALLS = "function_call"
@@ -58,11 +59,13 @@ class TextDatasetConfig(DatasetConfig):
     """A file (`.jsonl`, `.json`, `.parquet`, `.csv`, `.txt`), a folder of such files, or a dataset id on the hub."""
     format: Format = "messages"
     """Format of a row: `text`, plain text, all of it trained; `prompt_completion`; `messages`, a chat in the format of
-    OpenAI and transformers; `sharegpt`, a chat of `from` and `value`."""
+    OpenAI and transformers; `sharegpt`, a chat of `from` and `value`; `multiple_choice`, a question with answers to
+    choose from, of which one is right."""
     keys: dict[str, str] = {}
     """Renamed columns: the format's name -> the column in the data. The formats' names: `text`; `prompt`,
     `completion`; `messages`, `role`, `content`; `conversations`, `from`, `value`; in every chat also `tools`, `system`,
-    `chat_template_kwargs`, and `reasoning_content` and `thinking`, keys of messages."""
+    `chat_template_kwargs`, `images`, and `reasoning_content` and `thinking`, keys of messages; in `multiple_choice`
+    `question`, `choices`, `answer`, `system`, `chat_template_kwargs`, `images`."""
     roles: dict[str, str] = {}
     """Speakers in the data -> `system`, `user`, `assistant` or another role that the chat template knows, in addition
     to the usual names of ShareGPT."""
@@ -71,6 +74,8 @@ class TextDatasetConfig(DatasetConfig):
     concatenated, with the end-of-text token at the end."""
     loss_on: Literal["completion", "all"] = "completion"
     """Which tokens are trained: those of completions and of the assistant, or all. In plain text, all are."""
+    image_folder: str = ""
+    """Folder of the images that rows name: files are read only inside it. Empty: the folder of the data."""
     files: tuple[str, ...] = ()
     """Patterns of file names in the folder or the hub dataset; empty: every readable file."""
     subset: str = ""
@@ -113,7 +118,7 @@ class TextDatasetConfig(DatasetConfig):
     @property
     def is_chat(self) -> bool:
         """Whether rows go through the chat template."""
-        return self.as_chat or self.format in ("messages", "sharegpt")
+        return self.as_chat or self.format in ("messages", "sharegpt", "multiple_choice")
 
     def column(self, name: str) -> str:
         """The column in the data for a name of the format."""

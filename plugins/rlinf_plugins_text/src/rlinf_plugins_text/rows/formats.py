@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 from rlinf_core import UserError
+from rlinf_plugins_text.rows.choices import asked
 from rlinf_plugins_text.rows.dataset import CALLS, ROLES, Format, TextDatasetConfig
-from rlinf_plugins_text.rows.shapes import calls, decoded, joined, transposed, without_nulls
+from rlinf_plugins_text.rows.row_images import RowImages
+from rlinf_plugins_text.rows.shapes import IMAGE, calls, decoded, joined, transposed, without_nulls
 from rlinf_plugins_text.rows.tokenizer import TemplateReader
 from rlinf_plugins_text.rows.turns import REASONING, Message, Span
+from rlinf_plugins_text.vision.images import Reference
 
 COUNTS = ("weight", "train", "training", "loss")
 """Keys of a message that say whether it counts in the loss: those of OpenAI and Mistral, axolotl, and ms-swift."""
@@ -34,6 +37,12 @@ class Example:
     """The assistant's trained parts in a chat template, each of which has to end in a token that the model stops at."""
     unused: tuple[str, ...] = ()
     """What of the row is not in the text: columns, keys of messages, thoughts of earlier turns."""
+    images: tuple[Reference, ...] = ()
+    """The images of the text, in order; `expansion` replaces what stands for them."""
+    image_spans: tuple[Span, ...] = ()
+    """The parts of the expanded text that stand for images."""
+    prefix: bool = False
+    """Whether the text begins as the processor of a prefix model writes it, and its prompt is tokenized by itself."""
 
     def check_unicode(self) -> None:
         """Raise `UserError` for lone surrogates, which JSON can encode but no tokenizer accepts."""
@@ -43,13 +52,22 @@ class Example:
             raise UserError(f"the text is not valid Unicode: {error}") from error
 
 
-def to_example(row: Mapping[str, Any], config: TextDatasetConfig, chat: Callable[[], TemplateReader]) -> Example:
+def to_example(
+    row: Mapping[str, Any],
+    config: TextDatasetConfig,
+    chat: Callable[[], TemplateReader],
+    images: RowImages | None = None,
+    *,
+    prefix: str | None = None,
+) -> Example:
     """Convert a row.
 
     Args:
         row: Columns of the data.
         config: The format, and which columns it uses.
         chat: Returns the chat template; called only for chats.
+        images: The images of the row; None: the model reads only text.
+        prefix: For models whose prompt follows its images as a prefix: the text that begins the prompt.
 
     Raises:
         UserError: The row lacks a column, or has a value that does not match its format.
@@ -58,17 +76,45 @@ def to_example(row: Mapping[str, Any], config: TextDatasetConfig, chat: Callable
         text = _text(row, config.column("text"))
         return Example(text, ((0, len(text)),), whole=True, unused=_unused_columns(row, config, ("text",)))
     if config.format == "prompt_completion" and not config.as_chat and not _is_conversational(row, config):
-        names = ("prompt", "completion")
-        prompt, completion = (_text(row, config.column(name)) for name in names)
-        text = prompt + completion
-        first = 0 if config.loss_on == "all" else len(prompt)
-        unused = _unused_columns(row, config, names)
-        return Example(text, ((first, len(text)),), whole=True, prompt=len(prompt), unused=unused)
-    return _chat_example(row, config, chat())
+        return _pair_example(row, config, images, prefix)
+    return _chat_example(row, config, chat(), images)
 
 
-def _chat_example(row: Mapping[str, Any], config: TextDatasetConfig, template: TemplateReader) -> Example:
-    read = _read_messages(row, config)
+def _pair_example(
+    row: Mapping[str, Any], config: TextDatasetConfig, images: RowImages | None, prefix: str | None
+) -> Example:
+    """A prompt and its completion, without a chat template."""
+    names = ("prompt", "completion")
+    prompt, completion = (_text(row, config.column(name)) for name in names)
+    if images is not None:
+        prompt = images.placed(prompt, repr(config.column("prompt")))
+        prompt = images.before() + prompt
+    if prefix is not None:  # As PaliGemma's processor does: images, beginning of the text, prompt, line break.
+        last = prompt.rfind(IMAGE) + 1
+        prompt = f"{prompt[:last]}{prefix}{prompt[last:]}\n"
+    text = prompt + completion
+    first = 0 if config.loss_on == "all" else len(prompt)
+    unused = _unused_columns(row, config, names if images is None else (*names, "images"), *_image_columns(row, images))
+    return Example(
+        text,
+        ((first, len(text)),),
+        whole=True,
+        prompt=len(prompt),
+        unused=unused,
+        images=tuple(images.found) if images is not None else (),
+        prefix=prefix is not None,
+    )
+
+
+def _image_columns(row: Mapping[str, Any], images: RowImages | None) -> tuple[str, ...]:
+    """The column with images, if they are read."""
+    return () if images is None else (images.column,)
+
+
+def _chat_example(
+    row: Mapping[str, Any], config: TextDatasetConfig, template: TemplateReader, images: RowImages | None
+) -> Example:
+    read = _read_messages(row, config, images)
     arguments = decoded(row.get(column := config.column("chat_template_kwargs")), repr(column)) or {}
     if not isinstance(arguments, Mapping):
         raise UserError(f"{column!r} must be an object of variables for the chat template, not {_shown(arguments)}")
@@ -79,12 +125,19 @@ def _chat_example(row: Mapping[str, Any], config: TextDatasetConfig, template: T
         spans = _counted(spans, read, len(chat.text) if config.loss_on == "all" else None)
     trained = ((0, len(chat.text)),) if config.loss_on == "all" and all(read.counts) else tuple(spans)
     unused = (
-        *_unused_columns(row, config, (*read.columns, "system", "chat_template_kwargs"), _tools_column(row, config)),
+        *_unused_columns(
+            row,
+            config,
+            (*read.columns, "system", "chat_template_kwargs"),
+            _tools_column(row, config),
+            *_image_columns(row, images),
+        ),
         *(f"key {key!r} of {column!r}" for key in arguments.keys() - accepted.keys()),
         *_unused_keys(read.messages, template, chat.text),
         *chat.dropped,
     )
-    return Example(chat.text, trained, whole=False, turns=tuple(spans), unused=unused)
+    found = tuple(images.found) if images is not None else ()
+    return Example(chat.text, trained, whole=False, turns=tuple(spans), unused=unused, images=found)
 
 
 @dataclass
@@ -98,18 +151,27 @@ class _Messages:
     """The names of the format that were read."""
 
 
-def _read_messages(row: Mapping[str, Any], config: TextDatasetConfig) -> _Messages:
-    if config.format == "prompt_completion":
+def _read_messages(row: Mapping[str, Any], config: TextDatasetConfig, images: RowImages | None) -> _Messages:
+    if config.format == "multiple_choice":
+        question, answer = asked(row, config)
+        if images is not None:
+            question = images.placed(question, repr(config.column("question")))
+        said = ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
+        read = _Messages(list(said), [True, True], ("question", "choices", "answer"))
+    elif config.format == "prompt_completion":
         read = _Messages(columns=("prompt", "completion"))
         for name, role in (("prompt", "user"), ("completion", "assistant")):
-            some = _listed(row, config.column(name), config, role)
+            some = _listed(row, config.column(name), config, role, images)
             read.messages += [message for message, _ in some]
             # As in TRL, the assistant's turns in a prompt are read, but not trained.
             read.counts += [counts and name == "completion" for _, counts in some]
     else:
         name = "conversations" if config.format == "sharegpt" else "messages"
-        some = _listed(row, config.column(name), config, "")
+        some = _listed(row, config.column(name), config, "", images)
         read = _Messages([message for message, _ in some], [counts for _, counts in some], (name,))
+    if images is not None and (before := images.before()):
+        first = next((i for i, message in enumerate(read.messages) if message["role"] == "user"), 0)
+        read.messages[first] = {**read.messages[first], "content": before + read.messages[first]["content"]}
     system = row.get(column := config.column("system"))
     if system and not isinstance(system, str):
         raise UserError(f"{column!r} must be text, not {_shown(system)}")
@@ -143,11 +205,14 @@ def _conversation(said: Any, config: TextDatasetConfig) -> Any:
     return found if found and all(isinstance(one, Mapping) and role in one for one in found) else said
 
 
-def _listed(row: Mapping[str, Any], column: str, config: TextDatasetConfig, role: str) -> list[tuple[Message, bool]]:
+def _listed(
+    row: Mapping[str, Any], column: str, config: TextDatasetConfig, role: str, images: RowImages | None
+) -> list[tuple[Message, bool]]:
     """The messages in a column, and whether each counts; `role` is that of a text which stands for a message."""
     said = _value(row, column)
     said = _conversation(said, config) if role else said
     if role and isinstance(said, str):
+        said = said if images is None else images.placed(said, repr(column))
         return [({"role": role, "content": said}, True)]
     if isinstance(said, str) and said.lstrip()[:1] in ("[", "{"):
         said = decoded(said, repr(column))
@@ -156,7 +221,7 @@ def _listed(row: Mapping[str, Any], column: str, config: TextDatasetConfig, role
         said = [said]
     if not isinstance(said, Sequence) or isinstance(said, str) or not said:
         raise UserError(f"{column!r} must be a non-empty list of messages, not {_shown(said)}")
-    return [_message(without_nulls(one), number, config) for number, one in enumerate(said)]
+    return [_message(without_nulls(one), number, config, images) for number, one in enumerate(said)]
 
 
 def _tools_column(row: Mapping[str, Any], config: TextDatasetConfig) -> str:
@@ -174,7 +239,7 @@ def _tools(row: Mapping[str, Any], config: TextDatasetConfig) -> Sequence[Any] |
     return [decoded(tool, f"a tool of {column!r}") for tool in tools] if tools else None
 
 
-def _message(one: Any, number: int, config: TextDatasetConfig) -> tuple[Message, bool]:
+def _message(one: Any, number: int, config: TextDatasetConfig, images: RowImages | None) -> tuple[Message, bool]:
     """A message for chat templates: `role`, `content`, and other keys of the data such as `tool_calls`.
 
     Also returns whether it counts in the loss if it is the assistant's.
@@ -206,7 +271,9 @@ def _message(one: Any, number: int, config: TextDatasetConfig) -> tuple[Message,
         ]
     if content is None and not rest.get("tool_calls"):
         content = _value(one, content_key, f" (message {number})")
-    content = joined(content, f"{content_key!r} of message {number}")
+    content = joined(content, name := f"{content_key!r} of message {number}", images.of_part if images else None)
+    if images is not None and isinstance(content, str) and isinstance(one.get(content_key), str):
+        content = images.placed(content, name)
     if not isinstance(content, str) and not (content is None and rest.get("tool_calls")):
         raise UserError(f"{content_key!r} of message {number} must be text, not {_shown(content)}")
     message = {**rest, "role": role, "content": content or ""}

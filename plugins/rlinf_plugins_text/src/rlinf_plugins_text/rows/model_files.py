@@ -24,7 +24,7 @@ Answer = tuple[Any, bytes]
 
 def main() -> None:
     """Answer the parent."""
-    serve({one.__name__: one for one in (vocabulary, find, encode, decode, template, read, render)})
+    serve({one.__name__: one for one in (vocabulary, find, encode, decode, template, read, render, expand)})
 
 
 def vocabulary(tokenizer: Sequence[Any]) -> Answer:
@@ -86,6 +86,18 @@ def render(chat: Sequence[Any], messages: Any, ask: bool, date: str) -> Answer:
     compiled = _template(json.dumps(chat))
     compiled.date = date
     return _short((compiled.render(messages, ask=ask),))[0], b""
+
+
+def expand(folder: str, changes: str, placeholder: str, sizes: Sequence[Sequence[int]]) -> Answer:
+    """What a processor writes for images of some sizes; see `vision.processor.expansions`. Imports torch."""
+    from rlinf_plugins_text.vision.processor import expansions
+
+    try:
+        return expansions(folder, changes, placeholder, [(height, width) for height, width in sizes]), b""
+    except (MemoryError, UserError):
+        raise
+    except Exception as error:  # Files from outside decide what the library does.
+        raise UserError(f"{folder}: the processor cannot be used: {type(error).__name__}: {error}") from error
 
 
 def _short(written: tuple[Any, ...]) -> tuple[Any, ...]:

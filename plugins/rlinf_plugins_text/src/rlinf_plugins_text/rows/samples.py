@@ -6,9 +6,9 @@ Imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import pairwise
-from typing import TypedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby, pairwise
+from typing import NotRequired, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,12 +22,14 @@ SHOWN = 160
 """Tokens shown of a sample, around the first trained one."""
 TRAINED, READ = "trained", "only read"
 """Kinds of tokens on the page."""
+REPEATED = 4
+"""A token is shown once if it is there so many times in a row."""
 SHOWN_TEXTS = 3
 """Maximum number of texts shown of a pack."""
 
 
 class TextSample(TypedDict):
-    """A sequence of one text, or of several in a pack. Axes: T tokens, M texts."""
+    """A sequence of one text, or of several in a pack. Axes: T tokens, M texts, I images."""
 
     tokens: NDArray[np.int32]
     """[T]"""
@@ -39,6 +41,10 @@ class TextSample(TypedDict):
     """[M], tokens in each text before it was cut or split."""
     left_out: str
     """How many texts of the split are in no sample, their share, and why; empty: none are left out."""
+    image_documents: NotRequired[NDArray[np.int32]]
+    """[I], the text of each image, in the order of the tokens; missing in a dataset without images."""
+    images: NotRequired[dict[str, NDArray[np.uint8]]]
+    """`image 1`, ... -> uint8 [height, width, 3], RGB; missing in rows that are read without images."""
 
 
 def describe(
@@ -48,7 +54,9 @@ def describe(
     rows, tokens, trained = 0, 0, 0
     lengths: list[int] = []
     first: TextSample | None = None
+    images = 0
     for sample in samples:
+        images += len(sample.get("image_documents", ()))
         first = first or sample
         rows += 1
         tokens += len(sample["tokens"])
@@ -68,6 +76,8 @@ def describe(
         facts["left out"] = f"warning: {first['left_out']}"
     if packing:
         facts["packs"] = f"{len(lengths) / rows:.1f} texts per sample, {tokens / (rows * max_length):.1%} full"
+    if "image_documents" in first:
+        facts["images"] = f"{images} in these samples"
     facts["a sample"] = f"{OPEN}trained{CLOSE}: {marked(first, tokenizer)}"
     return facts
 
@@ -81,9 +91,20 @@ def marked(sample: TextSample, tokenizer: TextTokenizer) -> str:
     edges = [start, *(np.flatnonzero(np.diff(trained[start:stop])) + start + 1).tolist(), stop]
     text = "… " * (start > 0)
     for begin, end in pairwise(edges):
-        part = tokenizer.decode(tokens[begin:end].tolist())
+        part = _text(tokens[begin:end].tolist(), tokenizer)
         text += f"{OPEN}{part}{CLOSE}" if trained[begin] else part
     return (text + " …" * (stop < length)).replace("\n", "↵")
+
+
+def _text(ids: Sequence[int], tokenizer: TextTokenizer) -> str:
+    """The text of tokens, those of an image written once with their number."""
+    text, plain = "", list[int]()
+    for id, _, count in _runs(ids, [False] * len(ids)):
+        plain += [id] * (count == 1)
+        if count > 1:
+            text += f"{tokenizer.decode(plain)}{tokenizer.decode([id])} x{count} "
+            plain = []
+    return text + tokenizer.decode(plain)
 
 
 def illustrate(sample: TextSample, tokenizer: TextTokenizer, max_length: int, *, cuts: bool) -> Illustration:
@@ -105,8 +126,8 @@ def _texts(sample: TextSample, tokenizer: TextTokenizer, *, cuts: bool) -> Itera
         ids = sample["tokens"][start : start + length].tolist()
         trained = sample["trained"][start : start + length].tolist()
         tokens = tuple(
-            Token(id, _visible(tokenizer.decode([id])), TRAINED if counts else READ)
-            for id, counts in zip(ids, trained, strict=True)
+            Token(id, _visible(tokenizer.decode([id])) + f" x{count}" * (count > 1), TRAINED if counts else READ)
+            for id, counts, count in _runs(ids, trained)
         )
         full = int(sample["full_lengths"][number - 1])
         note = f"{sum(trained)} tokens count in the loss."
@@ -115,6 +136,13 @@ def _texts(sample: TextSample, tokenizer: TextTokenizer, *, cuts: bool) -> Itera
         title = "Text" if len(lengths) == 1 else f"Text {number} of {len(lengths)} in this sample"
         yield TokenText(title, tokens, full - length if cuts else 0, note)
         start += length
+
+
+def _runs(ids: Sequence[int], trained: Sequence[bool]) -> Iterator[tuple[int, bool, int]]:
+    """Tokens with how often they follow one another where that is often, as the tokens of an image do."""
+    for (id, counts), run in groupby(zip(ids, trained, strict=True)):
+        number = len(list(run))
+        yield from [(id, counts, number)] if number >= REPEATED else [(id, counts, 1)] * number
 
 
 def _grid(sample: TextSample, max_length: int) -> Grid:

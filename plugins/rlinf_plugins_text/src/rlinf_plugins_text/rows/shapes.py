@@ -7,12 +7,17 @@ list of messages. What has no such form is refused by the caller, which knows th
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rlinf_core import UserError
 from rlinf_core.untrusted.text import parse_json
 
+IMAGE = "\ue0f2"
+"""Stands for an image in a text until a chat template or a processor writes something in its place."""
+IMAGE_PARTS = frozenset({"image", "image_url", "input_image"})
+"""Types of content parts that hold an image: those of transformers and of OpenAI's two APIs."""
 TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
 """Types of content parts whose `text` is joined: those of chat templates and of OpenAI's two APIs."""
 
@@ -57,22 +62,60 @@ def transposed(value: Any) -> Any:
     return [without_nulls(dict(zip(value, row, strict=True))) for row in zip(*value.values(), strict=True)]
 
 
-def joined(content: Any, name: str) -> Any:
+def joined(content: Any, name: str, image: Callable[[Mapping[str, Any], str], str] | None = None) -> Any:
     """The text of a list of parts, one after the other without anything between, as chat templates write them.
 
+    Args:
+        content: A text, or a list of parts.
+        name: What it is, for messages.
+        image: Returns what stands for an image in the text; None: images are not read.
+
     Raises:
-        UserError: A part is not text.
+        UserError: A part is neither text nor an image.
     """
     if not isinstance(content, list | tuple):
         return content
     texts = []
     for part in content:
+        kind = _kind(part)
+        if kind in IMAGE_PARTS and image is not None:
+            texts.append(image(part, f"an image of {name}"))
+            continue
         text = part.get("text") if isinstance(part, Mapping) else part
-        kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
         if kind not in TEXT_PARTS or not isinstance(text, str):
-            raise UserError(f"{name} has a part of type {kind!r}: only text is read; remove the part, or the row")
+            read = "text" if image is None else "text and images"
+            hint = "" if kind not in IMAGE_PARTS else "; images need a vision-language model: docs/vlm.md"
+            raise UserError(
+                f"{name} has a part of type {kind!r}: only {read} is read; remove the part, or the row{hint}"
+            )
         texts.append(text)
     return "".join(texts)
+
+
+def _kind(part: Any) -> Any:
+    """The type of a content part; one without a type is what its key says."""
+    if not isinstance(part, Mapping):
+        return "text"
+    return part.get("type") or next((key for key in ("image", "image_url", "video") if part.get(key)), "text")
+
+
+def as_parts(messages: Sequence[Mapping[str, Any]], *, every: bool) -> list[Mapping[str, Any]]:
+    """Messages whose content is a list of parts, of text and images, where they have images.
+
+    Args:
+        messages: Messages with texts, in which `IMAGE` stands for an image.
+        every: Also messages without images, for templates that take nothing else.
+    """
+    changed: list[Mapping[str, Any]] = []
+    for one in messages:
+        content = one["content"]
+        if not isinstance(content, str) or not (IMAGE in content or (every and content)):
+            changed.append(one)
+            continue
+        pieces = re.split(f"({IMAGE})", content)
+        parts = [{"type": "image"} if piece == IMAGE else {"type": "text", "text": piece} for piece in pieces if piece]
+        changed.append({**one, "content": parts})
+    return changed
 
 
 def calls(value: Any, name: str) -> list[Any]:

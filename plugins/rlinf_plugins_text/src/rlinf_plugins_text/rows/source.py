@@ -23,6 +23,8 @@ from rlinf_plugins_text.rows.dataset import TextDatasetConfig
 from rlinf_plugins_text.rows.files import all_files
 from rlinf_plugins_text.rows.store import Notes, TokenStore, open_store
 from rlinf_plugins_text.rows.tokenizer import TextTokenizer
+from rlinf_plugins_text.vision.processor import Vision
+from rlinf_plugins_text.vision.store import ImageStore
 
 if TYPE_CHECKING:
     from rlinf_core.contract.datasets import Split
@@ -62,15 +64,24 @@ class TextSource:
     """How many texts are in no row, their share, and why: too long, or without a trained token; empty: none are."""
     files: tuple[Path, ...] = ()
     """The local files that the texts come from, for messages."""
+    images: ImageStore | None = None
+    """The images of the texts; None: there are none."""
 
     def __len__(self) -> int:
         return len(self.ends) - 1
 
     def __getitems__(self, indices: Sequence[int]) -> list[Row]:
-        """Rows with the keys of `samples.TextSample`."""
+        """Rows with the keys of `samples.TextSample`. Raises `UserError` if an image cannot be read."""
+        return [self._row(index) | self._images_of(index) for index in indices]
+
+    def without_images(self, indices: Sequence[int]) -> list[Row]:
+        """The same rows; no image is read."""
         return [self._row(index) for index in indices]
 
-    without_images = __getitems__
+    @property
+    def images_differ(self) -> bool:
+        """Whether the images of a row belong to it alone, in number and size."""
+        return self.images is not None
 
     @property
     def episodes(self) -> NDArray[np.int64]:
@@ -116,8 +127,12 @@ class TextSource:
         return {path.absolute().relative_to(folder).as_posix(): path for path in self.files}
 
     def image_files_by_name(self) -> dict[str, Path]:
-        """Nothing: texts have no images."""
-        return {}
+        """The files of all images; those that the data hold themselves are part of the fingerprint."""
+        if self.images is None:
+            return {}
+        files = self.images.files()
+        folder = os.path.commonpath([path.parent for path in files.values()]) if files else ""
+        return {Path(name).relative_to(folder).as_posix(): path for name, path in files.items()}
 
     def _row(self, index: int) -> Row:
         pieces = self.pieces[self.ends[index] : self.ends[index + 1]]
@@ -126,6 +141,7 @@ class TextSource:
         for part in trained:
             part[0] = False  # Nothing predicts the first token of a piece.
         text_ends = self._arrays["ends"]
+        images = {} if self.images is None else {"image_documents": self._image_documents(pieces)}
         return {
             "index": index,
             "tokens": np.concatenate([self._arrays["tokens"][place] for place in places]),
@@ -133,7 +149,25 @@ class TextSource:
             "document_lengths": self.lengths[pieces].astype(np.int32),
             "left_out": self.left_out,
             "full_lengths": text_ends[self.texts[pieces] + 1] - text_ends[self.texts[pieces]],
+            **images,
         }
+
+    def _uses(self, piece: int) -> NDArray[np.int64]:
+        assert self.images is not None
+        begin = int(self.begins[piece])
+        return self.images.uses(begin, begin + int(self.lengths[piece]))
+
+    def _image_documents(self, pieces: NDArray[np.int64]) -> NDArray[np.int32]:
+        counts = [len(self._uses(int(piece))) for piece in pieces]
+        return np.repeat(np.arange(len(pieces), dtype=np.int32), counts)
+
+    def _images_of(self, index: int) -> Row:
+        """The decoded images of a row, in the order of its tokens."""
+        if self.images is None:
+            return {}
+        pieces = self.pieces[self.ends[index] : self.ends[index + 1]].tolist()
+        numbers = [number for piece in pieces for number in self._uses(piece)[:, 0].tolist()]
+        return {"images": {f"image {place}": self.images.pixels(number) for place, number in enumerate(numbers, 1)}}
 
     @functools.cached_property
     def _arrays(self) -> dict[str, NDArray[Any]]:
@@ -152,6 +186,7 @@ def open_text(
     overlong: str,
     packing: bool,
     stops: Stops,
+    vision: Vision | None = None,
 ) -> TextSource:
     """Open the rows of a split.
 
@@ -163,11 +198,12 @@ def open_text(
         overlong: What to do with longer texts: `"cut"`, `"split"` or `"drop"`.
         packing: Whether a row may hold several texts.
         stops: The tokens that an exported policy stops at.
+        vision: What a model that sees images needs; None: it reads only text.
 
     Raises:
         UserError: A row is invalid, the tokenizer lacks something, or no token would be trained.
     """
-    store = open_store(dataset, tokenizer)
+    store = open_store(dataset, tokenizer, vision)
     if not len(store.array("held_out")):
         raise UserError(f"data.repo_id: {dataset.repo_id} is empty: it has no rows")
     given = _texts_of(dataset, store, split)
@@ -194,6 +230,7 @@ def open_text(
         date=tokenizer.date if store.notes().of("chats") else "",
         left_out=left_out,
         files=tuple(all_files(dataset)),
+        images=store.images,
     )
 
 
@@ -300,11 +337,53 @@ def _pieces(
     first, full = np.asarray(ends[texts]), np.asarray(ends[texts + 1] - ends[texts])
     if overlong == "drop":
         first, texts, full = first[full <= max_length], texts[full <= max_length], full[full <= max_length]
+    spans = store.images.spans if store.images is not None else np.zeros((0, 2), np.int64)
+    if overlong == "split" and len(spans):
+        begins, lengths, texts = _split_around(first, full, texts, spans, max_length)
+        return _with_trained(begins, lengths, texts, trained)
     counts = -(-full // max_length) if overlong == "split" else np.ones_like(full)
     number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)  # Within its text.
     texts, first, full = np.repeat(texts, counts), np.repeat(first, counts), np.repeat(full, counts)
     begins = first + number * max_length
     lengths = np.minimum(full - number * max_length, max_length)
+    if len(spans):
+        lengths = _ends_before(begins + lengths, spans) - begins
+    return _with_trained(begins, lengths, texts, trained)
+
+
+def _ends_before(ends: NDArray[np.int64], spans: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The ends of pieces, moved before an image that they would cut: an image is seen whole or not at all."""
+    place = np.searchsorted(spans[:, 0], ends) - 1  # The last image that begins before the end.
+    begin, end = spans[np.maximum(place, 0)].T
+    return np.where((place >= 0) & (begin < ends) & (ends < end), begin, ends)
+
+
+def _split_around(
+    first: NDArray[np.int64],
+    full: NDArray[np.int64],
+    texts: NDArray[np.int64],
+    spans: NDArray[np.int64],
+    max_length: int,
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Pieces of texts that end before an image which does not fit; one that fits in no piece is left out."""
+    pieces: list[tuple[int, int, int]] = []
+    for begin, length, text in zip(first.tolist(), full.tolist(), texts.tolist(), strict=True):
+        stop = begin + length
+        while begin < stop:
+            end = int(_ends_before(np.array([min(begin + max_length, stop)]), spans)[0])
+            if end > begin:
+                pieces.append((begin, end - begin, text))
+                begin = end
+            else:
+                begin = int(spans[np.searchsorted(spans[:, 0], begin), 1])
+    begins, lengths, numbers = np.array(pieces, np.int64).reshape(-1, 3).T
+    return begins, lengths, numbers
+
+
+def _with_trained(
+    begins: NDArray[np.int64], lengths: NDArray[np.int64], texts: NDArray[np.int64], trained: NDArray[np.bool_]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """The pieces that have a trained token."""
     so_far = np.concatenate([[0], np.cumsum(trained, dtype=np.int64)])
     # The first token of a piece does not count: nothing predicts it.
     last = begins + lengths

@@ -22,11 +22,16 @@ from rlinf_core.cache import CacheEntry, cache_folder, cache_key, find_entry, st
 from rlinf_plugins_text.rows.dataset import TextDatasetConfig
 from rlinf_plugins_text.rows.files import TextRow, content_tag, read_rows
 from rlinf_plugins_text.rows.formats import Example, to_example
+from rlinf_plugins_text.rows.seen_images import SeenImages
 from rlinf_plugins_text.rows.tokenizer import TextTokenizer
 from rlinf_plugins_text.rows.tokens import Tokens, control_pieces, tokenize
+from rlinf_plugins_text.vision.processor import Vision
+from rlinf_plugins_text.vision.store import ImageStore
 
 VERSION = 4
 """Version of tokenization; part of the key."""
+IMAGES_VERSION = 1
+"""The same of texts with images."""
 KIND = "text"
 """The folder in the cache."""
 AT_ONCE = 1000
@@ -71,6 +76,11 @@ class TokenStore:
             raise _removed(path, error) from error
         return mapped
 
+    @property
+    def images(self) -> ImageStore | None:
+        """The images of the texts; None: there are none."""
+        return ImageStore(self.entry) if self.entry.facts.get("images") else None
+
     def digest(self) -> str:
         """A hash of the tokens and of which are trained and held out; it does not depend on the folder's path."""
         return str(self.entry.facts["digest"])
@@ -95,19 +105,26 @@ def _removed(path: Path, error: Exception) -> UserError:
     )
 
 
-def open_store(config: TextDatasetConfig, tokenizer: TextTokenizer) -> TokenStore:
+def open_store(config: TextDatasetConfig, tokenizer: TextTokenizer, vision: Vision | None = None) -> TokenStore:
     """The tokens of a dataset, written first if they are not on disk yet.
+
+    Args:
+        config: The `[data]` table.
+        tokenizer: The policy's.
+        vision: What a model that sees images needs; None: it reads only text.
 
     Raises:
         UserError: A row cannot be read (names its file and line), or the tokens cannot be written.
     """
     said = config.model_dump(include={"format", "keys", "roles", "as_chat", "loss_on", "repo_id", "subset", "split"})
     parts = [VERSION, said, config.validation_split, content_tag(config), _tokenizer_tag(tokenizer)]
+    if vision is not None:
+        parts += [IMAGES_VERSION, config.image_folder, vision.tag()]
     key = cache_key(json.dumps(parts, sort_keys=True))
     if (entry := find_entry(KIND, key)) is not None:
         return TokenStore(entry)
     try:
-        return TokenStore(store_entry(KIND, key, lambda folder: _write(config, tokenizer, folder)))
+        return TokenStore(store_entry(KIND, key, lambda folder: _write(config, tokenizer, vision, folder)))
     except OSError as error:
         raise UserError(
             f"the tokens of {config.repo_id} cannot be written to {cache_folder() / KIND}: {error}. Set RLINF_CACHE to "
@@ -121,20 +138,25 @@ def _tokenizer_tag(tokenizer: TextTokenizer) -> str:
     return hashlib.blake2b(file + rest, digest_size=12).hexdigest()
 
 
-def _write(config: TextDatasetConfig, tokenizer: TextTokenizer, folder: Path) -> dict[str, Any]:
-    """Write the files of `TokenStore`; returns its digest and notes."""
+def _write(config: TextDatasetConfig, tokenizer: TextTokenizer, vision: Vision | None, folder: Path) -> dict[str, Any]:
+    """Write the files of `TokenStore`, and those of its images; returns its digest and notes."""
     lengths: list[int] = []
     held_out: list[bool] = []
+    sum_of_lengths = 0
     notes = Notes()
     digest = hashlib.blake2b(digest_size=12)
+    seen = None if vision is None else SeenImages(config, vision, folder)
     with (
         (folder / "tokens").open("wb") as tokens,
         (folder / "trained").open("wb") as trained,
         (folder / "where.txt").open("w", encoding="utf-8") as where,
     ):
         for part in (False, True) if config.validation_files or config.validation_split else (False,):
-            for places, examples in _batches(read_rows(config, held_out=part), config, tokenizer):
+            for places, examples in _batches(read_rows(config, held_out=part), config, tokenizer, seen):
                 for place, example, one in zip(places, examples, tokenize(examples, tokenizer), strict=True):
+                    if seen is not None:
+                        seen.place(example, one, sum_of_lengths)
+                        sum_of_lengths += len(one.ids)
                     tokens.write(one.ids.tobytes())
                     trained.write(one.trained.tobytes())
                     digest.update(one.ids.tobytes() + one.trained.tobytes())
@@ -150,7 +172,10 @@ def _write(config: TextDatasetConfig, tokenizer: TextTokenizer, folder: Path) ->
     np.save(folder / "held_out.npy", np.array(held_out, np.bool_))
     digest.update(np.array(held_out, np.bool_).tobytes())
     np.save(folder / "ends.npy", np.cumsum([0, *lengths], dtype=np.int64))
-    return {"digest": digest.hexdigest(), "notes": notes.found}
+    if seen is not None:
+        digest.update(seen.save())
+    images = 0 if seen is None else seen.count
+    return {"digest": digest.hexdigest(), "notes": notes.found} | ({"images": images} if images else {})
 
 
 def _note(notes: Notes, place: str, example: Example, tokens: Tokens, tokenizer: TextTokenizer) -> None:
@@ -171,15 +196,20 @@ def _note(notes: Notes, place: str, example: Example, tokens: Tokens, tokenizer:
 
 
 def _batches(
-    rows: Iterable[TextRow], config: TextDatasetConfig, tokenizer: TextTokenizer
+    rows: Iterable[TextRow], config: TextDatasetConfig, tokenizer: TextTokenizer, seen: SeenImages | None
 ) -> Iterator[tuple[list[str], list[Example]]]:
     rows = iter(rows)
-    while some := list(islice(rows, AT_ONCE)):
+    while some := list(islice(rows, AT_ONCE if seen is None else AT_ONCE // 10)):
         examples = []
         for place, row in some:
             try:
-                examples.append(to_example(row, config, lambda: tokenizer.chat))
+                images = None if seen is None else seen.of_row(row)
+                prefix = None if seen is None else seen.prefix(tokenizer)
+                examples.append(to_example(row, config, lambda: tokenizer.chat, images, prefix=prefix))
                 examples[-1].check_unicode()
+                if seen is not None:
+                    seen.add(examples[-1])
             except UserError as error:
                 raise UserError(f"{place}: {error}") from error
-        yield [place for place, _ in some], examples
+        places = [place for place, _ in some]
+        yield places, examples if seen is None else seen.expand(places, examples)

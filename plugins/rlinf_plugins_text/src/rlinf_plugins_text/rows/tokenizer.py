@@ -230,6 +230,8 @@ class TextTokenizer:
         if path.is_file():
             return _read_text(path)
         template = self._config.get("chat_template") or ""
+        if not template:  # Where processors of transformers 4 have it.
+            template = _read_json(self.folder / "chat_template.json").get("chat_template") or ""
         if isinstance(template, list):  # Several named templates.
             named = [one.get("template") for one in template if isinstance(one, dict) and one.get("name") == "default"]
             template = named[-1] if named else ""

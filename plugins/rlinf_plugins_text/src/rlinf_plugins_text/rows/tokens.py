@@ -51,6 +51,10 @@ class Tokens:
     """Tokens that the text already had at its beginning or end, so that they were not added."""
     doubled: tuple[str, ...] = ()
     """Tokens that begin or end texts and stand twice in a row."""
+    added: int = 0
+    """Number of tokens put before the text."""
+    images: tuple[tuple[int, int], ...] = ()
+    """For each image, the index of its first token and of the one after the last."""
 
 
 def tokenize(examples: list[Example], tokenizer: TextTokenizer) -> Iterator[Tokens]:
@@ -62,7 +66,11 @@ def tokenize(examples: list[Example], tokenizer: TextTokenizer) -> Iterator[Toke
     whole = tokenizer.encode([one.text for one in examples])
     prompts = tokenizer.encode([one.text[: one.prompt] for one in examples])
     before = [one.ids for one in prompts]
-    apart = [i for i, one in enumerate(examples) if one.prompt and whole[i].ids[: len(before[i])] != before[i]]
+    apart = [
+        i
+        for i, one in enumerate(examples)
+        if one.prompt and (one.prefix or whole[i].ids[: len(before[i])] != before[i])
+    ]
     completions = dict(
         zip(apart, tokenizer.encode([examples[i].text[examples[i].prompt :] for i in apart]), strict=True)
     )
@@ -75,15 +83,20 @@ def tokenize(examples: list[Example], tokenizer: TextTokenizer) -> Iterator[Toke
         mask: NDArray[np.bool_] = np.zeros(len(ids), np.bool_)
         for first, last in example.trained:
             mask |= (begins >= first) & (begins < last)
+        images = [tuple(np.searchsorted(begins, span).tolist()) for span in example.image_spans]
+        for first, last in images:
+            mask[first:last] = False
         finish = _complete if example.whole else _close_turns
-        yield _with_doubled(finish(example, ids, begins, mask, tokenizer), tokenizer)
+        done = finish(example, ids, begins, mask, tokenizer)
+        placed = tuple((first + done.added, last + done.added) for first, last in images)
+        yield replace(_with_doubled(done, tokenizer), images=placed)
 
 
 def _complete(
     example: Example, ids: list[int], begins: NDArray[np.int64], mask: NDArray[np.bool_], tokenizer: TextTokenizer
 ) -> Tokens:
     """Add the tokens that begin and end a text, unless it was written with them."""
-    start, end, given = list(tokenizer.start), tokenizer.end, []
+    start, end, given = [] if example.prefix else list(tokenizer.start), tokenizer.end, []
     if start and ids[: len(start)] == start:
         given.append(tokenizer.decode(start))
         start = []
@@ -93,7 +106,7 @@ def _complete(
     else:
         ids, mask = [*ids, end], np.append(mask, True)
     ids, mask = [*start, *ids], np.pad(mask, (len(start), 0))
-    return Tokens(np.array(ids, np.int32), mask, given=tuple(given))
+    return Tokens(np.array(ids, np.int32), mask, given=tuple(given), added=len(start))
 
 
 def _close_turns(

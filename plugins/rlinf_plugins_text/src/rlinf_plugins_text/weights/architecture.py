@@ -14,6 +14,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 
 from rlinf_core import UserError
+from rlinf_plugins_text.vision.families import FAMILIES
 from rlinf_plugins_text.weights.folder import CONFIG
 
 OLDER = frozenset({"torch_dtype", "rope_theta", "rope_scaling", "partial_rotary_factor"})
@@ -66,9 +67,16 @@ def check_keys(changes: Mapping[str, Any], config: Any) -> None:
 
 
 def model_class(config: Any) -> Any:
-    """The model class of transformers for a config object. Raises `UserError` if it is not a causal language model."""
-    from transformers import AutoModelForCausalLM
+    """The model class of transformers for a config object.
 
+    Raises:
+        UserError: It is neither a causal language model nor a vision-language model of a known family.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    if config.model_type in FAMILIES:
+        seeing: Any = AutoModelForImageTextToText._model_mapping
+        return seeing[type(config)]
     mapping: Any = AutoModelForCausalLM._model_mapping
     if type(config) not in mapping:
         parts = " (it is a multimodal model: use its language model alone)" if hasattr(config, "text_config") else ""

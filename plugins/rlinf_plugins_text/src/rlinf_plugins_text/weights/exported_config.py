@@ -28,7 +28,16 @@ def exported_config(
     kept = {key: value for key, value in table.items() if key not in LEFT_OUT}
     # The older keys follow from the new ones, which policy.config may have changed.
     result = kept | dict(written) | _older_rope(written, kept)
-    result["tie_word_embeddings"] = bool(written.get("tie_word_embeddings", kept.get("tie_word_embeddings", False)))
+    for name, part in written.items():  # The parts of a vision-language model: `text_config`, `vision_config`.
+        if isinstance(part, Mapping) and "model_type" in part:
+            given = kept.get(name)
+            own = {k: v for k, v in given.items() if k not in LEFT_OUT} if isinstance(given, Mapping) else {}
+            result[name] = own | {k: v for k, v in part.items() if k not in LEFT_OUT} | _older_rope(part, own)
+    tied = result["tie_word_embeddings"] = bool(
+        written.get("tie_word_embeddings", kept.get("tie_word_embeddings", False))
+    )
+    if isinstance(result.get("text_config"), dict):  # Where transformers 4 looks.
+        result["text_config"]["tie_word_embeddings"] = tied
     return result | {"architectures": [class_name], "dtype": dtype, "torch_dtype": dtype}
 
 
@@ -56,7 +65,7 @@ def _older(rope: Mapping[str, Any]) -> dict[str, Any]:
     if "partial_rotary_factor" in rope:
         result["partial_rotary_factor"] = rope["partial_rotary_factor"]
     scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
-    scaled = scaling.get("rope_type", "default") != "default"
+    scaled = scaling.get("rope_type", "default") != "default" or "mrope_section" in scaling
     # Readers before transformers 4.43 know `type` instead of `rope_type`.
     result["rope_scaling"] = scaling | {"type": scaling["rope_type"]} if scaled else None
     return result

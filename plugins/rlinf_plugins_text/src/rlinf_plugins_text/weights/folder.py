@@ -14,6 +14,7 @@ from rlinf_core.contract.weights.folder import CONVERT, hint_for_folder
 from rlinf_core.hub import NotInRepositoryError, Snapshot, full_name, local_path, open_snapshot, parse_hub_id
 from rlinf_core.untrusted.text import path_inside, read_json
 from rlinf_plugins_text.rows.tokenizer import FILES
+from rlinf_plugins_text.vision.processor import FILES as PROCESSOR_FILES
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 LISTED = 6
@@ -37,7 +38,7 @@ def find_folder(text: str, setting: str) -> Path:
             raise UserError(f"{setting}: {path} is a file; name the folder that holds {CONFIG}")
         return path
     snapshot = _snapshot(text, setting)
-    _fetch(snapshot, (CONFIG, GENERATION, *FILES))
+    _fetch(snapshot, (CONFIG, GENERATION, *FILES, *PROCESSOR_FILES))
     return snapshot.folder
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from rlinf_core import UserError
 from rlinf_plugins_text.rows.tokenizer import FILES, TextTokenizer
+from rlinf_plugins_text.vision.processor import exported_files
 from rlinf_plugins_text.weights.architecture import model_class, model_config
 from rlinf_plugins_text.weights.exported_config import exported_config, exported_tokenizer_config
 from rlinf_plugins_text.weights.folder import CONFIG, GENERATION, HEAD, INDEX, SINGLE, generation_table, weight_files
@@ -33,14 +34,14 @@ class PublishedWeights:
 
     Args:
         folder: The folder with the files.
-        published_name: Maps a parameter's name in the module to its name in the files.
+        names: Maps a parameter's name in the module to the names that it may have in the files, the usual one first.
         table: The model's `config.json`, for messages.
     """
 
     def __init__(
-        self, folder: Path, published_name: Callable[[str], str], table: Mapping[str, Any] | None = None
+        self, folder: Path, names: Callable[[str], Sequence[str]], table: Mapping[str, Any] | None = None
     ) -> None:
-        self._folder, self._published_name, self._table = folder, published_name, table or {}
+        self._folder, self._names, self._table = folder, names, table or {}
         self._open = ExitStack()
         self._files: dict[str, Any] = {}
         self._paths: dict[str, Path] = {}
@@ -92,11 +93,12 @@ class PublishedWeights:
             )
 
     def _key(self, name: str) -> str:
-        published = self._published_name(name)
-        return published if published in self._files else published.removeprefix(self._prefix or "\0")
+        published, *others = self._names(name)
+        known = next((one for one in (published, *others) if one in self._files), None)
+        return known if known is not None else published.removeprefix(self._prefix or "\0")
 
     def _is_tied_head(self, name: str, wanted: Mapping[str, Any]) -> bool:
-        if name != HEAD:
+        if not name.endswith(HEAD):
             return False
         embedding = next((one for one in wanted if one.endswith(("embed_tokens.weight", "wte.weight"))), None)
         if embedding not in self._files:
@@ -142,6 +144,20 @@ def save_folder(
         path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if tokenizer.template_source:
         (folder / "chat_template.jinja").write_text(tokenizer.template_source, encoding="utf-8")
+
+
+def save_processor(folder: Path, tokenizer: TextTokenizer, changes: Mapping[str, Any]) -> None:
+    """Write the files of a processor, with `policy.image_processor`, so that `AutoProcessor` loads the folder.
+
+    Args:
+        folder: The exported folder.
+        tokenizer: Its folder has the processor's files, too.
+        changes: `policy.image_processor`.
+    """
+    for name, table in exported_files(tokenizer.folder, changes).items():
+        if name == "chat_template.json":  # `chat_template.jinja` has the template of the training.
+            table = {"chat_template": tokenizer.template_source}
+        (folder / name).write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _with_stops(table: Mapping[str, Any], stops: Sequence[int]) -> dict[str, Any]:

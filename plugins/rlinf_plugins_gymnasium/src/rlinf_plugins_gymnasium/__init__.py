@@ -1,0 +1,1 @@
+"""Environments of Gymnasium for rlinf-core."""

@@ -1,0 +1,1 @@
+"""LIBERO and LIBERO-PRO for rlinf-core: how often a policy succeeds in simulation."""

@@ -1,0 +1,1 @@
+"""Images of chats: where they are, what a processor makes of them, and what sets families of models apart."""

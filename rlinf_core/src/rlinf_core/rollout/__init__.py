@@ -1,0 +1,1 @@
+"""Let policies act in simulators: processes, episodes, success rates."""

@@ -1,0 +1,142 @@
+"""Open what is triaged: the policy of a run or an exported folder, its data, and the rows of the site."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rlinf_core.config.load import load_config
+from rlinf_core.contract.datasets import DatasetConfig, SampleSource
+from rlinf_core.contract.policy import PolicyConfig
+from rlinf_core.contract.weights.origin import DESCRIPTION
+from rlinf_core.data.splits import open_rows_of
+from rlinf_core.errors import UserError
+from rlinf_core.export import Choice, check_run, validated
+from rlinf_core.inference import LoadedPolicy, load_policy, load_run
+from rlinf_core.offline_eval import other_dataset
+from rlinf_core.plugins.registry import Plugins
+from rlinf_core.rollout.config import RolloutSettings
+from rlinf_core.terminal import warn
+from rlinf_core.triage.scene import Execution, Scene, Simulator, Subject
+from rlinf_core.triage.simulated import record_site
+from rlinf_core.untrusted.text import read_json
+
+SEED = 42
+
+
+def open_scene(
+    folder: Path,
+    *,
+    plugins: Plugins,
+    dataset: str = "",
+    run: Path | None = None,
+    choice: Choice | None = None,
+    source: str = "",
+    execution: Execution | None = None,
+    simulator: RolloutSettings | None = None,
+    closed_loop: bool = False,
+    device: str = "cpu",
+    progress: Callable[[int, int], object] = lambda done, all: None,
+) -> Scene:
+    """Open everything that the tests look at.
+
+    Args:
+        folder: A run's folder, or one that `rlinf export` wrote.
+        plugins: Plugins that provide the classes.
+        dataset: Rows from the place where the policy acts, in the format of the training data: a folder or a hub id.
+        run: The run that an exported folder is from; default: `runs/<name>`, if it is there.
+        choice: Of a run, which checkpoint and weights.
+        source: For a mixture, the dataset whose observations the policy gets.
+        execution: How the robot executes chunks.
+        simulator: The simulator in which the policy acts, of which rows are recorded if there is no `dataset`.
+        closed_loop: Whether the policy plays episodes in it.
+        device: Where the policy computes.
+        progress: Called while actions are sampled.
+
+    Raises:
+        UserError: The policy cannot be loaded, has no actions, or the rows of the site cannot be opened.
+    """
+    exported = (folder / DESCRIPTION).is_file()
+    if exported and choice is not None and choice != Choice():
+        raise UserError(f"{folder} is an exported policy, of one checkpoint: --step, --best and --ema are of a run")
+    if exported:
+        policy = load_policy(folder, device=device, plugins=plugins, source=source)
+        subject = _exported(folder, run)
+    else:
+        check_run(folder)
+        policy, checkpoint, notes = load_run(
+            folder, choice or Choice(), device=device, dtype="fp32", plugins=plugins, source=source
+        )
+        config = load_config(folder / "config.toml", plugins=plugins)
+        step = int(checkpoint.name.removeprefix("step_"))
+        ema = any(note.startswith("weights: the moving average") for note in notes)
+        facts = {"validation": validated(folder, config, step)}
+        subject = Subject(folder, False, ema, step, facts, None, (str(checkpoint), *notes))
+    if not policy.config.chunk_length():
+        raise UserError(f"the policy {policy.config.type!r} has no actions: rlinf triage is for policies that act")
+    training, held_out = _own_rows(policy, plugins)
+    site: SampleSource | None = None
+    if dataset:
+        site = open_rows_of(_site(policy.data, dataset), policy.config, plugins, "train")
+    rate_note = ""
+    if simulator is not None and site is None:
+        site, rate_note = record_site(simulator, policy, training)
+    recorded = subject.description.get("validation", {})
+    seed = recorded.get("seed", SEED) if isinstance(recorded, dict) else SEED
+    return Scene(
+        policy,
+        subject,
+        training,
+        held_out,
+        site,
+        seed=seed if isinstance(seed, int) else SEED,
+        execution=execution or _executed(simulator),
+        simulator=Simulator(simulator, closed_loop, rate_note) if simulator else None,
+        plugins=plugins,
+        progress=progress,
+    )
+
+
+def _executed(simulator: RolloutSettings | None) -> Execution:
+    return Execution(simulator.env.replan or None if simulator else None)
+
+
+def _exported(folder: Path, run: Path | None) -> Subject:
+    description: dict[str, Any] = read_json(folder / DESCRIPTION)
+    if run is not None:
+        check_run(run)
+    else:
+        name = description.get("run")
+        guess = Path("runs") / str(name)
+        run = guess if name and (guess / "config.toml").is_file() else None
+    step = description.get("step")
+    return Subject(
+        folder,
+        True,
+        description.get("weights") == "ema",
+        step if isinstance(step, int) else None,
+        description,
+        run,
+        (f"run: {run}" if run else "its run is not here (--run names it)",),
+    )
+
+
+def _own_rows(policy: LoadedPolicy, plugins: Plugins) -> tuple[SampleSource | None, SampleSource | None]:
+    """Training and held-out rows; None, with a warning, if they are not on this machine."""
+    try:
+        training = _open(policy.data, policy.config, plugins, "train")
+        held_out = _open(policy.data, policy.config, plugins, "validation") if policy.data.has_validation else None
+    except UserError as error:
+        warn(f"the training data cannot be opened, and tests that need them are skipped: {error}")
+        return None, None
+    return training, held_out
+
+
+def _open(data: DatasetConfig, config: PolicyConfig, plugins: Plugins, split: Any) -> SampleSource:
+    return open_rows_of(data, config, plugins, split)
+
+
+def _site(data: DatasetConfig, dataset: str) -> DatasetConfig:
+    """The config of the site's rows. Names of files and the order of cameras are those of the training data."""
+    return other_dataset(data, dataset)

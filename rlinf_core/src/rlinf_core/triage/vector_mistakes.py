@@ -1,0 +1,452 @@
+"""Mistakes that are made with states and actions: signs, units, orders, rotations, grippers, relative actions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from rlinf_core.data.rotations import from_matrix, to_matrix
+from rlinf_core.triage.corrections import Correction
+from rlinf_core.triage.likeness import Scale
+from rlinf_core.triage.rows import Rows, Vectors
+
+UNITS = {
+    1000.0: "meters where training has millimeters",
+    1 / 1000.0: "millimeters where training has meters",
+    100.0: "meters where training has centimeters, or fractions where it has percent",
+    1 / 100.0: "centimeters where training has meters, or percent where it has fractions",
+    180 / np.pi: "radians where training has degrees",
+    np.pi / 180: "degrees where training has radians",
+    10.0: "a tenth of training's numbers",
+    1 / 10.0: "ten times training's numbers",
+}
+"""Factor that corrects the numbers -> what they are."""
+CLOSE = 0.35
+"""Largest difference of the logarithms of two spreads' ratio and a unit's factor."""
+MOST = 40
+"""Width of vectors of which all pairs are tried; of wider ones, neighbours only."""
+FORMS = ("euler_xyz", "euler_XYZ", "euler_zyx", "euler_ZYX", "axis_angle")
+
+Change = Callable[[Vectors], Vectors]
+
+
+class Named:
+    """Names the numbers of a vector in sentences."""
+
+    def __init__(self, key: str, names: Sequence[str], width: int) -> None:
+        self.key, self.width = key, width
+        self._names = [*names, *[""] * width][:width]
+
+    def __call__(self, numbers: Sequence[int]) -> str:
+        """`state [0, 1]`, with the dataset's names where it has them."""
+        if len(numbers) == self.width and self.width > 1:
+            return f"all numbers of the {self.key}"
+        called = [self._names[i] for i in numbers]
+        where = ", ".join(map(str, numbers)) if len(numbers) < 4 else f"{numbers[0]}-{numbers[-1]}"
+        shown = f": {', '.join(called)}" if all(called) and len(called) <= 4 else ""
+        return f"{self.key} [{where}{shown}]"
+
+
+def vector_corrections(
+    named: Named, scale: Scale, site: Vectors, training: Vectors
+) -> Iterator[tuple[Correction, Change]]:
+    """Corrections of a vector, states or the steps of action chunks, without those that only one of them has.
+
+    Args:
+        named: Names its numbers.
+        scale: What is usual in training.
+        site: [M, D].
+        training: [N, D].
+
+    Yields:
+        A correction whose change is not set yet, and the change of arrays [..., D].
+    """
+    width = training.shape[1]
+    yield from _signs(named, scale, width)
+    yield from _units(named, scale, site)
+    yield from _orders(named, width)
+    yield from _grippers(named, scale, site, training)
+    yield from _rotations(named, site, training)
+
+
+def _said(mistake: str, doing: str, complexity: float = 1.0, way_out: str = "") -> Correction:
+    return Correction(
+        mistake=mistake,
+        doing=doing,
+        way_out=way_out or f"Correct it in what the policy gets: {doing}",
+        complexity=complexity,
+    )
+
+
+def _times(factors: Vectors) -> Change:
+    return lambda x: x * factors
+
+
+def _signs(named: Named, scale: Scale, width: int) -> Iterator[tuple[Correction, Change]]:
+    singles = [(i,) for i in range(width)]
+    pairs = [(i, j) for i, j in combinations(range(width), 2) if width <= MOST and j - i < 3]
+    triples = [(i, i + 1, i + 2) for i in range(width - 2)]
+    for i, j in [(i, i + 1) for i in range(width - 1)]:
+        for first, second in ((1.0, -1.0), (-1.0, 1.0)):
+            yield (
+                _said(
+                    f"{named([i, j])} are turned by 90°: swapped, and one has the opposite sign",
+                    f"turning {named([i, j])} by 90°",
+                    1.3,
+                ),
+                _turned(i, j, first, second),
+            )
+    for numbers in (*singles, *pairs, *triples):
+        if not scale.moves[list(numbers)].all():
+            continue
+        factors = np.ones(width)
+        factors[list(numbers)] = -1
+        one = len(numbers) == 1
+        yield (
+            _said(
+                f"{named(numbers)} {'has' if one else 'have'} the opposite sign",
+                f"negating {named(numbers)}",
+                1.0 + 0.2 * (len(numbers) - 1),
+            ),
+            _times(factors),
+        )
+
+
+def _turned(i: int, j: int, first: float, second: float) -> Change:
+    def change(x: Vectors) -> Vectors:
+        out = np.array(x, np.float64)
+        out[..., i], out[..., j] = first * x[..., j], second * x[..., i]
+        return out
+
+    return change
+
+
+def _units(named: Named, scale: Scale, site: Vectors) -> Iterator[tuple[Correction, Change]]:
+    """Factors that the ratio of spreads suggests, for the numbers that share one."""
+    width = site.shape[1]
+    here = np.maximum(site.std(0), 1e-12)
+    # The root mean square also knows of numbers that hardly vary in a few rows.
+    size = np.sqrt(np.square(site).mean(0)), np.sqrt(np.square(scale.mean[:width]) + np.square(scale.spread[:width]))
+    ratios = np.log(scale.spread[:width] / here), np.log(size[1] / np.maximum(size[0], 1e-12))
+    for factor, words in UNITS.items():
+        for ratio in ratios:
+            near = (np.abs(ratio - np.log(factor)) < CLOSE) & scale.moves[:width]
+            numbers = np.flatnonzero(near).tolist()
+            if not numbers:
+                continue
+            for chosen in _groups(numbers, width):
+                factors = np.ones(width)
+                factors[chosen] = factor
+                have = "is in" if len(chosen) == 1 else "are in"
+                yield (
+                    _said(
+                        f"{named(chosen)} {have} {words}",
+                        f"multiplying {named(chosen)} by {factor:.4g}",
+                        1.0 + 0.1 * (len(numbers) != len(chosen)),
+                    ),
+                    _times(factors),
+                )
+    if len(here) and (moving := scale.moves[:width]).any():
+        common = float(np.median(ratios[0][moving]))
+        if abs(common) > 0.4 and np.abs(ratios[0][moving] - common).max() < CLOSE:
+            factor = float(np.exp(common))
+            numbers = np.flatnonzero(moving).tolist()
+            yield (
+                _said(
+                    f"{named(numbers)} {'is' if len(numbers) == 1 else 'are'} scaled by {1 / factor:.3g}",
+                    f"multiplying {named(numbers)} by {factor:.3g}",
+                    1.5,
+                ),
+                _times(np.where(moving, factor, 1.0)),
+            )
+
+
+def _groups(numbers: list[int], width: int) -> Iterator[list[int]]:
+    """All numbers, each run of neighbours, and blocks of neighbours most of which are among them."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    groups = [numbers, *runs]
+    for size in (3, 6, 7, width):
+        for start in range(width - size + 1):
+            block = list(range(start, start + size))
+            if 2 * len(set(block) & set(numbers)) > size:
+                groups.append(block)
+    yield from {tuple(group): group for group in groups}.values()
+
+
+def _ordered(order: Sequence[int]) -> Change:
+    at = list(order)
+    return lambda x: x[..., at]
+
+
+def _orders(named: Named, width: int) -> Iterator[tuple[Correction, Change]]:
+    """Orders of the numbers: shifted, swapped, reversed, in other blocks."""
+    found: dict[tuple[int, ...], tuple[str, float]] = {}
+
+    def add(order: Sequence[int], text: str, complexity: float = 1.0) -> None:
+        if tuple(order) != tuple(range(width)):
+            found.setdefault(tuple(order), (text, complexity))
+
+    every = list(range(width))
+    for shift in (1, -1):
+        add([(i + shift) % width for i in every], f"{named.key}: all numbers are shifted by one")
+    for i, j in combinations(every, 2):
+        if width <= MOST or j - i < 3:
+            order = list(every)
+            order[i], order[j] = j, i
+            add(order, f"{named([i, j])} are swapped", 1.0 + 0.2 * (j - i > 1))
+    for start in range(width - 2):
+        for shift in (1, 2):
+            order = list(every)
+            order[start : start + 3] = [start + (k + shift) % 3 for k in range(3)]
+            add(order, f"{named([start, start + 1, start + 2])} are in another order")
+        order = list(every)
+        order[start : start + 3] = order[start : start + 3][::-1]
+        add(order, f"{named([start, start + 1, start + 2])} are in reverse order")
+    for shift in range(2, width - 1):
+        add([(i + shift) % width for i in every], f"{named.key}: its parts are in another order", 1.2)
+    for start, size in ((s, n) for n in (3, 4, 6, 7) for s in range(width - n)):
+        # A number beside a block has moved to its other side, as a gripper before or after the joints.
+        block = list(range(start, start + size + 1))
+        for moved in ([block[-1], *block[:-1]], [*block[1:], block[0]]):
+            order = list(every)
+            order[start : start + size + 1] = moved
+            add(order, f"{named(block)} are in another order", 1.3)
+    add(every[::-1], f"{named.key}: the numbers are in reverse order", 1.2)
+    half = width // 2
+    if width % 2 == 0 and width > 3:
+        add([*every[half:], *every[:half]], f"{named.key}: its halves are swapped, as those of two arms")
+    for order_found, (text, complexity) in found.items():
+        listed = ", ".join(map(str, order_found)) if width <= 16 else "the order of training"
+        yield (
+            _said(
+                text,
+                f"reordering the {named.key} as [{listed}]",
+                complexity,
+                "Order the numbers as in the training data",
+            ),
+            _ordered(order_found),
+        )
+
+
+def _grippers(named: Named, scale: Scale, site: Vectors, training: Vectors) -> Iterator[tuple[Correction, Change]]:
+    """Numbers with another range or polarity, as those of grippers: mapped to the range of training."""
+    width = training.shape[1]
+    for i in range(width):
+        if not scale.moves[i]:
+            continue
+        low, high = np.quantile(training[:, i], [0.01, 0.99])
+        here = np.quantile(site[:, i], [0.01, 0.99])
+        if high - low < 1e-9:
+            continue
+        middle = float(low + high)
+        if abs(middle) > 0.15 * (high - low):  # Otherwise it is a sign.
+            yield (
+                _said(
+                    f"{named([i])} is inverted: {low:.3g} and {high:.3g} are exchanged, as a gripper's open and closed",
+                    f"inverting {named([i])} ({middle:.3g} minus the number)",
+                    1.05,
+                ),
+                _affine(i, -1.0, middle),
+            )
+        if here[1] - here[0] < 1e-9:
+            continue
+        gain = float((high - low) / (here[1] - here[0]))
+        if abs(gain - 1) < 0.25 and abs(here[0] - low) < 0.25 * (high - low):
+            continue
+        ranges = f"from {here[0]:.3g} to {here[1]:.3g}, in training from {low:.3g} to {high:.3g}"
+        for sign, text in ((1.0, "has another range"), (-1.0, "has another range and is inverted")):
+            offset = float(low - gain * here[0] if sign > 0 else high + gain * here[0])
+            yield (
+                _said(f"{named([i])} {text}: {ranges}", f"mapping {named([i])} to the range of training", 1.6),
+                _affine(i, sign * gain, offset),
+            )
+
+
+def _affine(number: int, gain: float, offset: float) -> Change:
+    def change(x: Vectors) -> Vectors:
+        out = np.array(x, np.float64)
+        out[..., number] = gain * out[..., number] + offset
+        return out
+
+    return change
+
+
+def _within(start: int, size: int, of: Change) -> Change:
+    def change(x: Vectors) -> Vectors:
+        out = np.array(x, np.float64)
+        out[..., start : start + size] = of(out[..., start : start + size])
+        return out
+
+    return change
+
+
+def _rotations(named: Named, site: Vectors, training: Vectors) -> Iterator[tuple[Correction, Change]]:
+    width = training.shape[1]
+    for start in range(width - 3):
+        there = training[:, start : start + 4]
+        if np.abs(np.linalg.norm(there, axis=1) - 1).max() < 0.02:
+            yield from _quaternions(named, list(range(start, start + 4)), there)
+    for start in range(width - 2):
+        there, here = training[:, start : start + 3], site[:, start : start + 3]
+        if np.abs(there).max() < 2 * np.pi + 0.01 and np.abs(here).max() < 2 * np.pi + 0.01:
+            yield from _three_numbers(named, list(range(start, start + 3)), there)
+    for i in range(width):
+        if np.ptp(site[:, i]) > np.pi or np.abs(site[:, i].mean() - training[:, i].mean()) > np.pi:
+            middle = float(np.median(training[:, i]))
+            yield (
+                _said(f"{named([i])} is wrapped: an angle that differs by 360°", f"unwrapping {named([i])}", 1.5),
+                _within(i, 1, lambda x, middle=middle: x - 2 * np.pi * np.round((x - middle) / (2 * np.pi))),  # type: ignore[misc]
+            )
+
+
+def _quaternions(named: Named, numbers: list[int], there: Vectors) -> Iterator[tuple[Correction, Change]]:
+    start = numbers[0]
+    for shift, order in ((1, "w first where training has w last"), (-1, "w last where training has w first")):
+        yield (
+            _said(
+                f"the quaternion {named(numbers)} has another order of numbers ({order})",
+                f"rolling the quaternion {named(numbers)} by {-shift}",
+                0.9,
+            ),
+            _within(start, 4, lambda x, shift=shift: np.roll(x, -shift, axis=-1)),  # type: ignore[misc]
+        )
+    axis = np.linalg.eigh(there.T @ there)[1][:, -1]
+    axis = axis if (there @ axis).mean() > 0 else -axis
+    if ((there @ axis) < 0).mean() < 0.05:
+
+        def canonical(x: Vectors) -> Vectors:
+            return np.where((x @ axis)[..., None] < 0, -x, x)
+
+        yield (
+            _said(
+                f"the quaternion {named(numbers)} has the opposite sign in some or all rows (q and -q are the same "
+                "rotation, but not the same numbers)",
+                f"choosing the sign of the quaternion {named(numbers)} as in training",
+                0.9,
+            ),
+            _within(start, 4, canonical),
+        )
+    for a, b in combinations(range(3), 2):
+        factors = np.ones(4)
+        factors[[a, b]] = -1
+        yield (
+            _said(
+                f"{named([start + a, start + b])} of a quaternion have the opposite sign",
+                f"negating {named([start + a, start + b])}",
+                1.4,
+            ),
+            _within(start, 4, _times(factors)),
+        )
+    for signs in ((-1.0, -1.0, -1.0, 1.0), (1.0, -1.0, -1.0, -1.0)):
+        yield (
+            _said(
+                f"the quaternion {named(numbers)} is inverted (conjugate)", f"inverting the quaternion {named(numbers)}"
+            ),
+            _within(start, 4, _times(np.array(signs))),
+        )
+
+
+def _three_numbers(named: Named, numbers: list[int], there: Vectors) -> Iterator[tuple[Correction, Change]]:
+    """Axis-angle vectors of the other branch, and rotations in another form."""
+    start, mean = numbers[0], there.mean(0)
+    if np.linalg.norm(there, axis=1).max() > 1.0:
+
+        def near(x: Vectors) -> Vectors:
+            length = np.linalg.norm(x, axis=-1, keepdims=True)
+            other = x * (1 - 2 * np.pi / np.maximum(length, 1e-6))
+            closer = np.linalg.norm(other - mean, axis=-1) < np.linalg.norm(x - mean, axis=-1)
+            return np.where(closer[..., None], other, x)
+
+        yield (
+            _said(
+                f"the rotation {named(numbers)} is on the other branch in some or all rows (an angle of 360° minus it "
+                "about the opposite axis)",
+                f"choosing the branch of {named(numbers)} as in training",
+                1.2,
+            ),
+            _within(start, 3, near),
+        )
+    for form in FORMS:
+        for other in FORMS:
+            if form != other:
+                yield (
+                    _said(
+                        f"the rotation {named(numbers)} is in another form ({form} where training has {other})",
+                        f"converting {named(numbers)} from {form} to {other}",
+                        1.8,
+                    ),
+                    _within(start, 3, _converting(form, other)),
+                )
+
+
+def _converting(form: Any, other: Any) -> Change:
+    return lambda x: from_matrix(to_matrix(x, form), other)
+
+
+def state_corrections(named: Named, scale: Scale, site: Rows, reference: Rows) -> Iterator[Correction]:
+    """Corrections of the state."""
+    if site.state is None or reference.state is None:
+        return
+    for said, change in vector_corrections(named, scale, site.state, reference.state):
+        yield _with(said, state=change)
+
+
+def action_corrections(named: Named, scale: Scale, site: Rows, reference: Rows) -> Iterator[Correction]:
+    """Corrections of the actions."""
+    here, there = site.actions[:, 0], reference.actions[:, 0]
+    for said, change in vector_corrections(named, scale, here, there):
+        yield _with(said, actions=lambda a, s, change=change: change(a))
+    if site.state is None:
+        return
+    width = min(here.shape[1], site.state.shape[1])
+    usual = [tuple(range(size)) for size in (width, width - 1, 6, 3) if 0 < size <= width]
+    for sign, mistake, doing in (
+        (-1.0, "absolute, where training has displacements from the state", "subtracting the state from"),
+        (1.0, "displacements from the state, where training has absolute positions", "adding the state to"),
+    ):
+        closer = _closer(here[:, :width], here[:, :width] + sign * site.state[:, :width], there[:, :width])
+        for part in dict.fromkeys((*usual, closer)):
+            if not part:
+                continue
+            which = "" if len(part) == here.shape[1] else f" ({named(part)})"
+            yield Correction(
+                mistake=f"actions are {mistake}{which}",
+                doing=f"{doing} the actions{which}",
+                way_out="Make actions relative or absolute in one place only, as the training data are",
+                actions=_relative(part, sign),
+                complexity=1.0 + 0.05 * (len(part) != width),
+            )
+
+
+def _closer(before: Vectors, after: Vectors, there: Vectors) -> tuple[int, ...]:
+    """The numbers that a change brings much closer to their distribution in training."""
+    levels = np.linspace(0.05, 0.95, 10)
+    wanted = np.quantile(there, levels, axis=0)
+    apart = [np.abs(np.quantile(one, levels, axis=0) - wanted).mean(0) for one in (before, after)]
+    return tuple(np.flatnonzero(apart[1] < 0.5 * apart[0]).tolist())
+
+
+def _relative(part: Sequence[int], sign: float) -> Callable[[Vectors, Vectors | None], Vectors]:
+    at = list(part)
+
+    def change(actions: Vectors, state: Vectors | None) -> Vectors:
+        assert state is not None
+        out = np.array(actions, np.float64)
+        out[..., at] += sign * np.asarray(state, np.float64)[..., None, at]
+        return out
+
+    return change
+
+
+def _with(said: Correction, **changes: Any) -> Correction:
+    from dataclasses import replace
+
+    return replace(said, **changes)
