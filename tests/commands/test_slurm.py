@@ -92,7 +92,7 @@ def test_what_does_not_fit_the_nodes_is_refused(configure, overrides, complaint)
         ("options.p=gpu", "'p' is not the long name of an option"),
         ("options.exclusive=false", "exclusive = false does nothing"),
         ("options.comment='''a\nb'''", "contains characters that a line"),
-        ("time=tomorrow", "invalid time 'tomorrow'"),
+        ("time=tomorrow", "invalid time limit 'tomorrow'"),
         ("setup=['#SBATCH --mem=0']", "would come too late"),
         ("signal_seconds=10", "greater than or equal to 60"),
     ],

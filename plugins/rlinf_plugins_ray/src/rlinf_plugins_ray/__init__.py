@@ -1,0 +1,1 @@
+"""Starts runs of rlinf-core on an existing Ray cluster."""
