@@ -136,7 +136,7 @@ ACME = """
     @hookimpl
     def rlinf_register_commands():
         return [
-            Command("serve", "serve a policy", "acme_serve"),
+            Command("polish", "polish a policy", "acme_serve"),
             Command("fold", "fold laundry", "acme_fold"),
             Command("plugins", "list something else", "acme_serve"),
             Command("arm", "move the arm", "acme_move"),
@@ -178,7 +178,7 @@ def test_help_names_every_command_with_its_owner_and_every_exit_code(rlinf, acme
     code, out, _ = rlinf(acme, "--help")
     lines = [" ".join(line.split()) for line in out.splitlines()]
     assert code == 0
-    assert "serve serve a policy (acme)" in lines
+    assert "polish polish a policy (acme)" in lines
     assert "plugins list plugins, what they registered, and what failed" in lines
     assert "list something else" not in out
     assert "acme_serve" not in sys.modules
@@ -189,11 +189,11 @@ def test_help_names_every_command_with_its_owner_and_every_exit_code(rlinf, acme
 
 
 def test_a_plugins_command_runs_and_its_options_stand_anywhere(rlinf, acme):
-    assert rlinf(acme, "serve", "a", "--end", "none", "b")[:2] == (0, "serving a b\n")
-    assert rlinf(acme, "serve", "--end=code")[0] == 7
+    assert rlinf(acme, "polish", "a", "--end", "none", "b")[:2] == (0, "serving a b\n")
+    assert rlinf(acme, "polish", "--end=code")[0] == 7
     assert rlinf(acme, "arm", "up", "--by", "3")[1] == "up 3\n"
     with pytest.raises(SystemExit) as caught:
-        rlinf(acme, "serve", "--unknown")
+        rlinf(acme, "polish", "--unknown")
     assert caught.value.code == Exit.USER_ERROR
 
 
@@ -287,12 +287,12 @@ def test_user_errors_are_one_message_and_exit_code_2(tmp_path):
 
 
 def test_ctrl_c_ends_quietly(rlinf, acme):
-    assert rlinf(acme, "serve", "--end=ctrl-c") == (130, "", "")
+    assert rlinf(acme, "polish", "--end=ctrl-c") == (130, "", "")
 
 
 def test_a_defect_keeps_its_traceback_and_exits_with_1(tmp_path):
     install(tmp_path, "acme", plugins={"acme": "acme_plugin"}, acme_plugin=ACME, acme_serve=SERVE)
-    result = run_installed(tmp_path, "serve", "--end=defect")
+    result = run_installed(tmp_path, "polish", "--end=defect")
     assert result.returncode == 1
     assert "Traceback" in result.stderr
     assert "ValueError: defect" in result.stderr
