@@ -47,12 +47,17 @@ def entry_points_of(project):
     ]
 
 
+APART = ("rlinf_plugins_ray",)
+"""Distributions that are installed with a dependency group of their own; `tests/ray_cluster` tests this one."""
+
+
 def repository_entry_points():
-    """The entry points of all distributions of this repository."""
-    projects = ["rlinf_core", "rlinf_plugins_openpi", *(path.parent for path in ROOT.glob("plugins/*/pyproject.toml"))]
+    """The entry points of the distributions of this repository, except those `APART`."""
+    plugins = [path.parent for path in ROOT.glob("plugins/*/pyproject.toml") if path.parent.name not in APART]
+    projects = ["rlinf_core", "rlinf_plugins_openpi", *plugins]
     return [entry for project in projects for entry in entry_points_of(project)]
 
 
 def repository_plugins():
-    """The plugins of this repository, whether or not they are installed."""
+    """The plugins of this repository, but for those `APART`."""
     return Plugins(repository_entry_points())
