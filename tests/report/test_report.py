@@ -12,7 +12,7 @@ from PIL import Image
 from video_files import write_video
 
 from rlinf_core import cli
-from rlinf_core.report.page import check_output
+from rlinf_core.report.page import PAGE
 from rlinf_core.report.plots import thin
 from rlinf_core.report.runs import Curve, config_differences, read_run, time_shares
 from rlinf_core.results import ActionErrors, PredictedChunk, ResultTable, wilson_interval
@@ -111,8 +111,8 @@ def test_runs_are_compared_with_the_settings_that_differ(tmp_path, monkeypatch, 
     assert re.search(r'<th class="mono">optim.lr</th><td>0.0001</td><td>0.0002</td>', text)
     (tmp_path / "mine.html").write_text("<p>notes")
     assert cli.main(["report", str(runs[0]), "--output", "mine.html"]) == 2
-    assert "mine.html is not an earlier report" in capsys.readouterr().err
-    check_output(tmp_path / "both.html")  # An earlier report is replaced.
+    assert "mine.html is not an earlier page of rlinf report" in capsys.readouterr().err
+    PAGE.check_output(tmp_path / "both.html")  # An earlier report is replaced.
     assert cli.main(["report", str(tmp_path)]) == 2
     assert "name the folder of a run" in capsys.readouterr().err
 

@@ -29,6 +29,14 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of matrix products; default: fp32")
 
 
+def chosen_device(options: argparse.Namespace) -> str:
+    """The device that `--device` names; of `auto`, a GPU if there is one."""
+    import torch
+
+    device: str = options.device
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
 def load_evaluated(options: argparse.Namespace, plugins: Plugins) -> tuple[LoadedPolicy, dict[str, Any]]:
     """Load the policy.
 
@@ -39,16 +47,13 @@ def load_evaluated(options: argparse.Namespace, plugins: Plugins) -> tuple[Loade
     Raises:
         UserError: There is no such policy, or an option does not apply to it.
     """
-    import torch
-
     from rlinf_core.contract.weights.origin import DESCRIPTION
     from rlinf_core.export import Choice
     from rlinf_core.inference import load_policy, load_run
     from rlinf_core.training.checkpoint.state import STATE
     from rlinf_core.untrusted.text import read_json
 
-    folder = Path(options.policy)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
+    folder, device = Path(options.policy), chosen_device(options)
     if (folder / DESCRIPTION).is_file():
         if options.step is not None or options.best or options.ema is not None:
             raise UserError(f"{folder} is an exported policy, of one checkpoint: --step, --best and --ema are of a run")

@@ -48,11 +48,12 @@ def run(options: argparse.Namespace) -> int:
     """Inspect the run, write the page, and print its path."""
     from rlinf_core.commands.output import print_error, print_text
     from rlinf_core.config.load import load_config
-    from rlinf_core.inspect.page import check_folder, check_libraries, render, write
+    from rlinf_core.inspect.page import check_folder, render, write
+    from rlinf_core.pages.one_file import check_libraries
     from rlinf_core.plugins.registry import get_plugins
     from rlinf_core.terminal import print_phase
 
-    check_libraries()
+    check_libraries("rlinf inspect", "matplotlib", "jinja2")
     print_phase("loading plugins and the config")
     plugins = get_plugins()
     config = load_config(options.config, options.overrides, plugins)

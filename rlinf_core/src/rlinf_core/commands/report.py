@@ -27,17 +27,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Read the runs, write the page, and print its path."""
-    from rlinf_core.report.page import check_libraries, check_output, render, write
+    from rlinf_core.pages.one_file import check_libraries
+    from rlinf_core.report.page import PAGE, render
     from rlinf_core.report.runs import read_run
     from rlinf_core.terminal import print_phase
 
-    check_libraries()
+    check_libraries("rlinf report", "matplotlib", "jinja2")
     folders = [Path(name) for name in dict.fromkeys(options.runs)]
     default = folders[0] / FILE if len(folders) == 1 else Path(FILE)
     path = Path(options.output) if options.output else default
     print_phase("reading the metrics")
     runs = [read_run(folder) for folder in folders]
-    check_output(path)
+    PAGE.check_output(path)
     print_phase("drawing the page")
-    write(path, render(runs))
+    PAGE.write(path, render(runs))
     print_text(f"{path}: written")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlinf_core.commands.eval_simulator import add_simulator_arguments, check_no_simulator, read_settings
+from rlinf_core.commands.evaluated import add_policy_arguments, chosen_device
 from rlinf_core.commands.output import print_json, print_text
 from rlinf_core.errors import UserError
 
@@ -29,14 +30,13 @@ FILE = "triage.html"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.epilog = EPILOG
-    parser.add_argument("policy", help="a run's folder, runs/<name>, or a folder that `rlinf export` wrote")
+    add_policy_arguments(parser)
     parser.add_argument(
         "--dataset", default="", metavar="DATASET", help="rows from where the policy acts: a folder or a hub id"
     )
     parser.add_argument(
         "--run", metavar="RUN", help="of an exported folder: the run it is from; default: runs/<name>, if it is there"
     )
-    parser.add_argument("--source", default="", metavar="NAME", help="the dataset of a mixture")
     parser.add_argument(
         "--execute-steps",
         type=_positive,
@@ -44,15 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="actions of a chunk that the robot executes before replanning",
     )
     parser.add_argument("--rate", type=_rate, metavar="HZ", help="actions per second of the robot")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--step", type=int, help="of a run: the checkpoint after this step; default: the newest")
-    which.add_argument("--best", action="store_true", help="of a run: the checkpoint with the best validation result")
-    parser.add_argument(
-        "--ema",
-        action=argparse.BooleanOptionalAction,
-        help="of a run: the moving average of the weights, or not; default: as `rlinf export`",
-    )
-    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
     parser.add_argument(
         "--episodes",
         type=_positive,
@@ -83,9 +74,10 @@ def _rate(text: str) -> float:
 
 def run(options: argparse.Namespace) -> None:
     """Run the tests, print a line for each, write the page, and end with the sentence."""
+    from rlinf_core.pages.one_file import check_libraries
     from rlinf_core.plugins.registry import get_plugins
     from rlinf_core.terminal import print_phase
-    from rlinf_core.triage.page import check_libraries, check_output, page_of, write
+    from rlinf_core.triage.page import PAGE, page_of
 
     path = _page(options)
     options.episodes = (options.episodes,) if options.episodes else ()  # As `rlinf eval` has them.
@@ -94,8 +86,8 @@ def run(options: argparse.Namespace) -> None:
         if options.episodes:
             raise UserError("--episodes is for a simulator: add --env NAME")
     if path is not None:
-        check_libraries()
-        check_output(path)
+        check_libraries("the page of rlinf triage, which --json leaves out,", "jinja2")
+        PAGE.check_output(path)
     plugins = get_plugins()
     print_phase(f"loading {options.policy}")
     from rlinf_core.export import Choice  # Loads torch, which takes seconds.
@@ -117,14 +109,15 @@ def run(options: argparse.Namespace) -> None:
         execution=_execution(options),
         simulator=simulator,
         closed_loop=bool(options.episodes),
-        device=_device(options.device),
+        device=chosen_device(options),
+        dtype=options.dtype,
     )
     if not options.json:
         for note in scene.subject.notes:
             print_text(note)
     triage = run_tests(scene, plugins, report=(lambda one: None) if options.json else _print)
     if path is not None:
-        write(path, page_of(scene.subject.folder, options.dataset, triage))
+        PAGE.write(path, page_of(scene.subject.folder, options.dataset, triage))
     if options.json:
         print_json({"policy": options.policy, "dataset": options.dataset, **triage.to_json()})
         return
@@ -137,14 +130,6 @@ def _execution(options: argparse.Namespace) -> Execution | None:
     from rlinf_core.triage.scene import Execution
 
     return Execution(options.execute_steps, options.rate) if options.execute_steps or options.rate else None
-
-
-def _device(name: str) -> str:
-    if name != "auto":
-        return name
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _page(options: argparse.Namespace) -> Path | None:

@@ -24,6 +24,7 @@ from rlinf_core.illustration import Camera, Grid, Illustration, Picture
 from rlinf_core.inspect.plots import MOST_PANELS, plot_chunk, plot_distribution, plot_lengths
 from rlinf_core.inspect.samples import SampleView
 from rlinf_core.inspect.views import RunView, SourceView
+from rlinf_core.pages.one_file import templates
 from rlinf_core.plots.figures import Plot
 from rlinf_core.untrusted.text import read_json, shortened, without_controls
 
@@ -61,18 +62,6 @@ class Files:
         return Markup(plot.svg)
 
 
-def check_libraries() -> None:
-    """Raise `UserError` if a library that the page needs is not installed."""
-    try:
-        import jinja2  # noqa: F401
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"rlinf inspect needs matplotlib and jinja2, but {error.name} is not installed: "
-            "pip install 'rlinf-core[inspect]'"
-        ) from error
-
-
 def render(view: RunView, config: str) -> tuple[str, Mapping[str, bytes]]:
     """The page, and the files beside it.
 
@@ -80,18 +69,10 @@ def render(view: RunView, config: str) -> tuple[str, Mapping[str, bytes]]:
         view: The contents of the page.
         config: The config's path and overrides, as given.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import escape
 
     files = Files()
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=_finalize,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates(Path(__file__).parent, finalize=_finalize)
     environment.filters |= {"number": _number, "grid": _grid, "indexed": enumerate}
     html = environment.get_template("page.html").render(
         view=view,

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from rlinf_core.errors import UserError
-from rlinf_core.files import check_writable, write_text, writing
+from rlinf_core.pages.one_file import OneFile
 from rlinf_core.plots.actions import dimension_name, plot_error_map, plot_predictions
 from rlinf_core.report.plots import Kind, Line, Panel, plot_panels, plot_time
 from rlinf_core.report.runs import PHASES, RunRecord, config_differences, time_shares
@@ -25,18 +25,13 @@ from rlinf_core.results import (
     TEXTS,
     VIDEOS,
     ActionErrors,
-    Cell,
-    Estimate,
     EvaluationFiles,
     ResultTable,
-    cell_text,
     read_action_errors,
     read_table,
 )
-from rlinf_core.untrusted.text import without_controls
 
-NAME_OUTPUT = "Name another file with --output"
-MARK = "<!-- written by rlinf report -->"
+PAGE = OneFile("rlinf report")
 MOST_ROWS = 200
 """Rows of a table on the page."""
 MOST_ANOMALIES = 50
@@ -75,58 +70,15 @@ class Shown:
     """Files that the page does not hold, and why."""
 
 
-def check_libraries() -> None:
-    """Raise `UserError` if a library that the page needs is not installed."""
-    try:
-        import jinja2  # noqa: F401
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"rlinf report needs matplotlib and jinja2, but {error.name} is not installed: "
-            "pip install 'rlinf-core[inspect]'"
-        ) from error
-
-
-def check_output(path: Path) -> None:
-    """Raise `UserError` unless the file can be written, and is missing or an earlier report."""
-    check_writable(path, NAME_OUTPUT, file=True)
-    if path.is_dir():
-        raise UserError(f"{path} is a folder. {NAME_OUTPUT}")
-    if path.exists():
-        with path.open("rb") as file:
-            if MARK.encode() not in file.read(200):
-                raise UserError(
-                    f"{path} is not an earlier report, and would be replaced: name another file with --output"
-                )
-
-
-def write(path: Path, html: str) -> None:
-    """Write the page; an earlier report is replaced."""
-    check_output(path)
-    with writing(path, NAME_OUTPUT):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, html)
-
-
 def render(runs: Sequence[RunRecord]) -> str:
     """The page of one run, or of several beside one another."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    here = Path(__file__).parent
-    environment = Environment(
-        loader=FileSystemLoader([here, here.parent / "inspect"]),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["cell"] = _cell
-    environment.filters["svg"] = lambda plot: Markup(plot.svg)
     names = _names(runs)
     single = len(runs) == 1
-    html = environment.get_template("report.html").render(
-        mark=Markup(MARK),
+    return PAGE.render(
+        Path(__file__).with_name("report.html"),
+        {"svg": lambda plot: Markup(plot.svg)},
         runs=list(zip(names, runs, strict=True)),
         single=single,
         facts=_facts(runs),
@@ -143,7 +95,6 @@ def render(runs: Sequence[RunRecord]) -> str:
         most_anomalies=MOST_ANOMALIES,
         most_rows=MOST_ROWS,
     )
-    return without_controls(html)
 
 
 def _names(runs: Sequence[RunRecord]) -> list[str]:
@@ -419,9 +370,3 @@ def _video(path: Path, room: Room) -> str:
         raise ValueError(f"{size / 1e6:.1f} MB, for which the page has no room")
     room.videos -= size
     return f"data:{MIME[path.suffix.lower()]};base64," + base64.b64encode(path.read_bytes()).decode()
-
-
-def _cell(value: Cell) -> str:
-    if isinstance(value, float | Estimate):
-        return cell_text(value).replace("-", "\N{MINUS SIGN}")
-    return cell_text(value)

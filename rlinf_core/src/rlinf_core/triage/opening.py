@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rlinf_core.config.load import load_config
-from rlinf_core.contract.datasets import DatasetConfig, SampleSource
-from rlinf_core.contract.policy import PolicyConfig
+from rlinf_core.contract.datasets import SampleSource
 from rlinf_core.contract.weights.origin import DESCRIPTION
 from rlinf_core.data.splits import open_rows_of
 from rlinf_core.errors import UserError
@@ -37,6 +36,7 @@ def open_scene(
     simulator: RolloutSettings | None = None,
     closed_loop: bool = False,
     device: str = "cpu",
+    dtype: Literal["fp32", "bf16"] = "fp32",
     progress: Callable[[int, int], object] = lambda done, all: None,
 ) -> Scene:
     """Open everything that the tests look at.
@@ -52,6 +52,7 @@ def open_scene(
         simulator: The simulator in which the policy acts, of which rows are recorded if there is no `dataset`.
         closed_loop: Whether the policy plays episodes in it.
         device: Where the policy computes.
+        dtype: Dtype of its matrix products.
         progress: Called while actions are sampled.
 
     Raises:
@@ -61,12 +62,12 @@ def open_scene(
     if exported and choice is not None and choice != Choice():
         raise UserError(f"{folder} is an exported policy, of one checkpoint: --step, --best and --ema are of a run")
     if exported:
-        policy = load_policy(folder, device=device, plugins=plugins, source=source)
+        policy = load_policy(folder, device=device, dtype=dtype, plugins=plugins, source=source)
         subject = _exported(folder, run)
     else:
         check_run(folder)
         policy, checkpoint, notes = load_run(
-            folder, choice or Choice(), device=device, dtype="fp32", plugins=plugins, source=source
+            folder, choice or Choice(), device=device, dtype=dtype, plugins=plugins, source=source
         )
         config = load_config(folder / "config.toml", plugins=plugins)
         step = int(checkpoint.name.removeprefix("step_"))
@@ -76,9 +77,8 @@ def open_scene(
     if not policy.config.chunk_length():
         raise UserError(f"the policy {policy.config.type!r} has no actions: rlinf triage is for policies that act")
     training, held_out = _own_rows(policy, plugins)
-    site: SampleSource | None = None
-    if dataset:
-        site = open_rows_of(_site(policy.data, dataset), policy.config, plugins, "train")
+    # Names of files and the order of cameras are those of the training data.
+    site = open_rows_of(other_dataset(policy.data, dataset), policy.config, plugins, "train") if dataset else None
     rate_note = ""
     if simulator is not None and site is None:
         site, rate_note = record_site(simulator, policy, training)
@@ -125,18 +125,11 @@ def _exported(folder: Path, run: Path | None) -> Subject:
 def _own_rows(policy: LoadedPolicy, plugins: Plugins) -> tuple[SampleSource | None, SampleSource | None]:
     """Training and held-out rows; None, with a warning, if they are not on this machine."""
     try:
-        training = _open(policy.data, policy.config, plugins, "train")
-        held_out = _open(policy.data, policy.config, plugins, "validation") if policy.data.has_validation else None
+        training = open_rows_of(policy.data, policy.config, plugins, "train")
+        held_out = None
+        if policy.data.has_validation:
+            held_out = open_rows_of(policy.data, policy.config, plugins, "validation")
     except UserError as error:
         warn(f"the training data cannot be opened, and tests that need them are skipped: {error}")
         return None, None
     return training, held_out
-
-
-def _open(data: DatasetConfig, config: PolicyConfig, plugins: Plugins, split: Any) -> SampleSource:
-    return open_rows_of(data, config, plugins, split)
-
-
-def _site(data: DatasetConfig, dataset: str) -> DatasetConfig:
-    """The config of the site's rows. Names of files and the order of cameras are those of the training data."""
-    return other_dataset(data, dataset)

@@ -1,0 +1,1 @@
+"""What the pages of `rlinf inspect`, `rlinf report` and `rlinf triage` share."""
