@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from rlinf_core.triage.corrections import NOTHING, Correction
-from rlinf_core.triage.families import all_families
-from rlinf_core.triage.image_mistakes import zoom
-from rlinf_core.triage.likeness import Likeness
-from rlinf_core.triage.rows import SIDE, Rows, choose_runs, shrink
-from rlinf_core.triage.search import Comparison, explain
+from rlinf_core.triage.mistakes.corrections import NOTHING, Correction
+from rlinf_core.triage.mistakes.families import all_families
+from rlinf_core.triage.mistakes.images import zoom
+from rlinf_core.triage.mistakes.likeness import Likeness
+from rlinf_core.triage.mistakes.rows import SIDE, Rows, choose_runs, shrink
+from rlinf_core.triage.mistakes.search import Comparison, explain
 
 NAMES = {"state": ("x", "y", "qx", "qy", "qz", "qw", "gripper"), "actions": ("dx", "dy", "dturn", "gripper")}
 

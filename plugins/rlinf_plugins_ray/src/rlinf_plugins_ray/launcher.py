@@ -114,6 +114,8 @@ def place(run: RunConfig, resources: dict[str, float]) -> tuple[int, bool]:
 
 
 def _connect() -> None:
+    # Ray remembers the address of a cluster that has ended, and by default tries it for more than five minutes.
+    os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")
     import ray
 
     try:
@@ -150,7 +152,7 @@ def _fit(trainer: Any, run: RunConfig, began: float) -> int:
         return code or 1
     code = _recorded(run.folder / "exit.json", began)
     # A mistake that is found before the run has its folder leaves no record there.
-    return int((result.metrics or {}).get("code", 0)) if code is None else code
+    return int((result.metrics or {}).get("code", 1)) if code is None else code
 
 
 def _recorded(path: Path, began: float) -> int | None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from rlinf_core.contract.triage import TriageTest
-from rlinf_core.triage.learned import ExecutionTest, LearnedTest, PathsTest
 from rlinf_core.triage.simulated import ClosedLoopTest
-from rlinf_core.triage.site import ActionTest, CameraTest, PromptTest, StateTest, TimingTest
-from rlinf_core.triage.stored import DataTest, StatisticsTest, WeightsTest
+from rlinf_core.triage.tests.data import DataTest
+from rlinf_core.triage.tests.learned import ExecutionTest, LearnedTest, PathsTest
+from rlinf_core.triage.tests.site import ActionTest, CameraTest, PromptTest, StateTest, TimingTest
+from rlinf_core.triage.tests.statistics import StatisticsTest
+from rlinf_core.triage.tests.weights import WeightsTest
 
 TESTS: tuple[type[TriageTest], ...] = (
     DataTest,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,10 +58,9 @@ def open_scene(
     Raises:
         UserError: The policy cannot be loaded, has no actions, or the rows of the site cannot be opened.
     """
-    exported = (folder / DESCRIPTION).is_file()
-    if exported and choice is not None and choice != Choice():
-        raise UserError(f"{folder} is an exported policy, of one checkpoint: --step, --best and --ema are of a run")
-    if exported:
+    if (folder / DESCRIPTION).is_file():
+        if choice is not None and choice != Choice():
+            raise UserError(f"{folder} is an exported policy, of one checkpoint: --step, --best and --ema are of a run")
         policy = load_policy(folder, device=device, dtype=dtype, plugins=plugins, source=source)
         subject = _exported(folder, run)
     else:
@@ -69,11 +68,7 @@ def open_scene(
         policy, checkpoint, notes = load_run(
             folder, choice or Choice(), device=device, dtype=dtype, plugins=plugins, source=source
         )
-        config = load_config(folder / "config.toml", plugins=plugins)
-        step = int(checkpoint.name.removeprefix("step_"))
-        ema = any(note.startswith("weights: the moving average") for note in notes)
-        facts = {"validation": validated(folder, config, step)}
-        subject = Subject(folder, False, ema, step, facts, None, (str(checkpoint), *notes))
+        subject = _of_run(folder, checkpoint, notes, plugins)
     if not policy.config.chunk_length():
         raise UserError(f"the policy {policy.config.type!r} has no actions: rlinf triage is for policies that act")
     training, held_out = _own_rows(policy, plugins)
@@ -100,6 +95,14 @@ def open_scene(
 
 def _executed(simulator: RolloutSettings | None) -> Execution:
     return Execution(simulator.env.replan or None if simulator else None)
+
+
+def _of_run(folder: Path, checkpoint: Path, notes: Sequence[str], plugins: Plugins) -> Subject:
+    config = load_config(folder / "config.toml", plugins=plugins)
+    step = int(checkpoint.name.removeprefix("step_"))
+    averaged = any(note.startswith("weights: the moving average") for note in notes)
+    facts = {"validation": validated(folder, config, step)}
+    return Subject(folder, False, averaged, step, facts, None, (str(checkpoint), *notes))
 
 
 def _exported(folder: Path, run: Path | None) -> Subject:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from rlinf_core.triage.corrections import Correction
-from rlinf_core.triage.rows import Rows
+from rlinf_core.triage.mistakes.corrections import Correction
+from rlinf_core.triage.mistakes.rows import Rows
 
 SHOWN = 3
 """Images of a kind."""

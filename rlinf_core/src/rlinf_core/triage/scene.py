@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,11 +25,12 @@ from rlinf_core.errors import UserError
 from rlinf_core.inference import CheckTrainingState, LoadedPolicy
 from rlinf_core.rollout.config import RolloutSettings
 from rlinf_core.training.distributed.processes import to_device
-from rlinf_core.triage.corrections import NOTHING, Correction
-from rlinf_core.triage.families import explain_site
-from rlinf_core.triage.likeness import Likeness
-from rlinf_core.triage.rows import Rows, Vectors, choose_runs, read, spread
-from rlinf_core.triage.search import Comparison, Explanation
+from rlinf_core.triage.mistakes.corrections import NOTHING, Correction
+from rlinf_core.triage.mistakes.families import explain_site
+from rlinf_core.triage.mistakes.likeness import Likeness
+from rlinf_core.triage.mistakes.rows import Rows, Vectors, choose_runs, read, spread
+from rlinf_core.triage.mistakes.search import Comparison, Explanation
+from rlinf_core.untrusted.text import path_inside
 
 REFERENCE = 320
 """Training rows with images that others are compared with."""
@@ -56,6 +59,22 @@ class Subject:
     run: Path | None = None
     """The folder of the run that it is from, if it is on this machine."""
     notes: tuple[str, ...] = ()
+
+    def changed_files(self, kind: str) -> list[str]:
+        """Files of an exported folder, with `kind` in their name, whose hash is not the recorded one."""
+        recorded = self.description.get("sha256", {})
+        changed = []
+        for name, digest in recorded.items() if isinstance(recorded, Mapping) else ():
+            with suppress(ValueError):  # A name that leads out of the folder is not one of its files.
+                path = path_inside(self.folder, name)
+                if kind in name and path.is_file() and _sha256(path) != digest:
+                    changed.append(name)
+        return changed
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from rlinf_core.contract.datasets import SampleSource
 from rlinf_core.contract.triage import TriageOutcome
 from rlinf_core.results import ResultTable
-from rlinf_core.triage.corrections import Correction
-from rlinf_core.triage.rows import Rows, Vectors
+from rlinf_core.triage.mistakes.corrections import Correction
+from rlinf_core.triage.mistakes.rows import Rows, Vectors
+from rlinf_core.triage.mistakes.search import resampled
 from rlinf_core.triage.scene import Scene
-from rlinf_core.triage.search import resampled
 
 RELIABLE = 0.75
 """Share of training episodes whose prompts a witness must know."""

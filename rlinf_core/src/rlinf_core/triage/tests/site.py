@@ -9,13 +9,13 @@ import numpy as np
 
 from rlinf_core.contract.triage import TriageOutcome, TriageTest
 from rlinf_core.results import ResultTable
-from rlinf_core.triage.corrections import Correction
-from rlinf_core.triage.image_mistakes import stuck_cameras
+from rlinf_core.triage.mistakes.corrections import Correction
+from rlinf_core.triage.mistakes.images import stuck_cameras
+from rlinf_core.triage.mistakes.rows import Rows, Vectors, read, spread
+from rlinf_core.triage.mistakes.search import Explanation
 from rlinf_core.triage.pictures import camera_images
-from rlinf_core.triage.prompts import other_tasks
-from rlinf_core.triage.rows import Rows, Vectors, read, spread
 from rlinf_core.triage.scene import Scene
-from rlinf_core.triage.search import Explanation
+from rlinf_core.triage.tests.prompts import other_tasks
 
 FAR = 6.0
 """Standard deviations from training beyond which rows without an explanation are suspicious."""

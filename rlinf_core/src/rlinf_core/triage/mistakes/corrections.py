@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from rlinf_core.triage.rows import Rows, Vectors
+from rlinf_core.triage.mistakes.rows import Rows, Vectors
 
 
 class ImageChange(Protocol):

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from rlinf_core.data.rotations import from_matrix, to_matrix
-from rlinf_core.triage.corrections import Correction
-from rlinf_core.triage.likeness import Scale
-from rlinf_core.triage.rows import Rows, Vectors
+from rlinf_core.triage.mistakes.corrections import Correction
+from rlinf_core.triage.mistakes.likeness import Scale
+from rlinf_core.triage.mistakes.rows import Rows, Vectors
 
 UNITS = {
     1000.0: "meters where training has millimeters",

@@ -16,7 +16,7 @@ from rlinf_core.errors import UserError
 from rlinf_core.evaluators.action_error import last_action
 from rlinf_core.inference import LoadedPolicy
 from rlinf_core.results import Cell, Estimate, ResultTable, cell_text
-from rlinf_core.triage.rows import Vectors
+from rlinf_core.triage.mistakes.rows import Vectors
 from rlinf_core.triage.scene import Acted, Scene
 
 USELESS, POOR = 0.95, 0.8

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from rlinf_core.triage.corrections import NOTHING, Correction
-from rlinf_core.triage.likeness import Likeness
-from rlinf_core.triage.rows import Rows, Vectors
+from rlinf_core.triage.mistakes.corrections import NOTHING, Correction
+from rlinf_core.triage.mistakes.likeness import Likeness
+from rlinf_core.triage.mistakes.rows import Rows, Vectors
 
 RESAMPLES = 1000
 SURE = 0.002

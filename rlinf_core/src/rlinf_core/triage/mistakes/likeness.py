@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rlinf_core.triage.rows import Rows, Vectors
+from rlinf_core.triage.mistakes.rows import Rows, Vectors
 
 IMAGE_FLOOR = 1e-4
 """Least squared distance of images (from 0 to 1) that counts as different: noise and compression."""

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from rlinf_core.triage.corrections import Correction, ImageChange
-from rlinf_core.triage.rows import Rows
+from rlinf_core.triage.mistakes.corrections import Correction, ImageChange
+from rlinf_core.triage.mistakes.rows import Rows
 
 Images = NDArray[Any]
 

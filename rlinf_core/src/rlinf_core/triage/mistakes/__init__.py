@@ -1,0 +1,1 @@
+"""Known mistakes: what corrects them, and the search for the correction that makes a site look like training."""

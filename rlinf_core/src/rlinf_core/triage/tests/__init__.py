@@ -1,0 +1,1 @@
+"""Core's tests of `rlinf triage`."""
