@@ -61,13 +61,13 @@ def test_a_bad_config_starts_nothing(launch, starter):
 
 
 def test_a_launcher_that_nobody_brings_is_named(launch):
-    code, error = launch("cluster.launcher=ray")
+    code, error = launch("cluster.launcher=sky")
     assert code == 2
-    assert error.startswith("error: no installed plugin launches with cluster.launcher = 'ray'\n  install the package")
+    assert error.startswith("error: no installed plugin launches with cluster.launcher = 'sky'\n  install the package")
     broken = Plugins(
-        [*repository_entry_points(), entry_point(PLUGIN_GROUP, "ray", "a_module_that_nobody_has", "acme-ray")]
+        [*repository_entry_points(), entry_point(PLUGIN_GROUP, "sky", "a_module_that_nobody_has", "acme-sky")]
     )
-    assert "failed: acme-ray 1.0 (entry point 'ray =" in launch("cluster.launcher=ray", plugins=broken)[1]
+    assert "failed: acme-sky 1.0 (entry point 'sky =" in launch("cluster.launcher=sky", plugins=broken)[1]
 
 
 def test_what_does_not_fit_this_machine_starts_nothing(launch, monkeypatch):
