@@ -330,20 +330,18 @@ def test_what_is_not_numbers_or_text_is_not_sent(value):
 class Counting:
     """Chunks [10, 1] whose numbers are the tick that they belong to, plus 1000 for every chunk."""
 
-    metadata = {"real_time_chunking": ["guided"]}
-
     def __init__(self):
         self.asked = []
 
-    def infer(self, seen, **options):
-        self.asked.append((seen["tick"], options))
+    def infer(self, seen):
+        self.asked.append(seen["tick"])
         return {"actions": 1000.0 * (len(self.asked) - 1) + seen["tick"] + np.arange(10.0)[:, None]}
 
 
 def test_a_chunk_broker_gives_the_first_actions_of_each_chunk():
     broker = ChunkBroker(Counting(), execute=4)
     assert [broker.act({"tick": t})[0] % 1000 for t in range(12)] == list(range(12))
-    assert [tick for tick, _ in broker.policy.asked] == [0, 4, 8]
+    assert broker.policy.asked == [0, 4, 8]
 
 
 @pytest.mark.parametrize("delay", [0, 1, 3, 5])
@@ -352,20 +350,10 @@ def test_actions_are_those_of_their_tick_whatever_the_delay(delay):
     given = [broker.act({"tick": t})[0] for t in range(40)]
     assert [one % 1000 for one in given] == list(range(40))
     switches = [t for t in range(1, 40) if given[t] // 1000 != given[t - 1] // 1000]
-    asked = [tick for tick, _ in broker.policy.asked[1:]]
-    assert switches == [tick + delay for tick in asked][: len(switches)]
-    for tick, options in broker.policy.asked[1:]:
-        assert options["inference_delay"] == delay
-        assert options["prev_chunk_left_over"][0, 0] % 1000 == tick
+    assert len(switches) > 3
+    assert switches == [tick + delay for tick in broker.policy.asked[1:]][: len(switches)]
     assert broker.stalls == 0
     broker.close()
-
-
-def test_a_server_without_real_time_chunking_is_switched_between(start):
-    with PolicyClient(start().address) as client:
-        assert OverlappedBroker(client, execute=2).way == "switch"
-        with pytest.raises(ValueError, match="does not offer 'guided'"):
-            OverlappedBroker(client, execute=2, way="guided")
 
 
 def test_other_machines_need_a_key(tmp_path, capsys):

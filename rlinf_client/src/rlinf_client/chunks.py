@@ -2,25 +2,19 @@
 
 A tick is one control step: one call of `act`, one action. `ChunkBroker` stands still while the server computes.
 `OverlappedBroker` asks for the next chunk while the robot executes the current one. When it arrives, some of its
-actions are already in the past; the robot continues with the one that is due. The server continues the current chunk
-smoothly if it is asked to (real-time chunking, arXiv 2506.07339 and 2512.05964).
+actions are already in the past; the robot continues with the one that is due, and jumps from one chunk to the other.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-Way = Literal["auto", "guided", "prefix", "switch"]
 Actions = NDArray[np.floating[Any]]
-
-DELAYS = 5
-"""The expected delay is the longest of this many latest ones: too long costs reactivity, too short smoothness."""
 
 
 class ChunkPolicy(Protocol):
@@ -67,16 +61,11 @@ class OverlappedBroker:
     Args:
         policy: Where chunks come from.
         execute: Actions of a chunk to execute before the next one is asked for; more are executed until it arrives.
-        way: How chunks are joined. `guided`: the server denoises the next chunk so that it continues the actions that
-            will be executed meanwhile; `prefix`: likewise, by a policy that was trained for it
-            (`policy.action_prefix_delay`); `switch`: chunks are unrelated, and the robot jumps from one to the next.
-            `auto`: the first of `prefix`, `guided` and `switch` that the server offers.
-        expected_delay: Ticks between an observation and the first use of its actions, until one was measured.
         simulated_delay: Take exactly this many ticks for every chunk, for experiments in a simulator, which waits; the
             server then works between two ticks. None: real time.
 
     Raises:
-        ValueError: An argument is out of range, or the server does not offer `way`.
+        ValueError: An argument is out of range.
     """
 
     def __init__(
@@ -84,16 +73,12 @@ class OverlappedBroker:
         policy: ChunkPolicy,
         *,
         execute: int,
-        way: Way = "auto",
-        expected_delay: int = 1,
         simulated_delay: int | None = None,
     ) -> None:
-        if execute < 1 or expected_delay < 0 or (simulated_delay or 0) < 0:
-            raise ValueError("execute must be at least 1, delays at least 0")
+        if execute < 1 or (simulated_delay or 0) < 0:
+            raise ValueError("execute must be at least 1, simulated_delay at least 0")
         self.policy, self.execute = policy, execute
-        self.way = _offered(policy, way)
         self.simulated_delay = simulated_delay
-        self._delays = deque([expected_delay if simulated_delay is None else simulated_delay], maxlen=DELAYS)
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rlinf-client")
         self.ticks = self.chunks = self.stalls = 0
         """Actions given; chunks used; ticks for which the robot had to wait for a chunk."""
@@ -138,11 +123,6 @@ class OverlappedBroker:
         """Wait for what is being computed, and end the thread."""
         self._threads.shutdown()
 
-    @property
-    def expected_delay(self) -> int:
-        """Ticks until the next chunk is used, which the server gets."""
-        return max(self._delays)
-
     def _clear(self) -> None:
         self._chunk: Actions | None = None
         self._pending: Future[Mapping[str, Any]] | None = None
@@ -150,13 +130,8 @@ class OverlappedBroker:
         self._next = self._asked_ago = 0
 
     def _ask(self, observation: Mapping[str, Any]) -> None:
-        options: dict[str, Any] = {}
-        left = None if self._chunk is None else self._chunk[self._next :]
-        if left is not None and len(left) and self.way != "switch":
-            delay = min(self.expected_delay, len(left))
-            options = {"prev_chunk_left_over": left, "inference_delay": delay, "real_time_chunking": self.way}
         self._asked_ago = 0
-        self._pending = self._submit(lambda: self.policy.infer(observation, **options))
+        self._pending = self._submit(lambda: self.policy.infer(observation))
         if self.simulated_delay == 0:
             self._install()
 
@@ -177,8 +152,6 @@ class OverlappedBroker:
         assert self._pending is not None
         pending, self._pending = self._pending, None
         chunk = _actions(pending.result())
-        if self._chunk is not None:
-            self._delays.append(self._asked_ago)
         self._chunk, self._next = chunk, min(self._asked_ago if self._last is not None else 0, len(chunk) - 1)
         self.chunks += 1
         if self._last is not None:
@@ -190,14 +163,3 @@ def _actions(result: Mapping[str, Any]) -> Actions:
     if actions.ndim != 2 or not len(actions):
         raise ValueError(f"the policy's actions have shape {list(actions.shape)}, but a chunk is [H, D]")
     return actions
-
-
-def _offered(policy: ChunkPolicy, way: Way) -> Way:
-    """The way that the server offers; `switch` needs nothing of it."""
-    offers = getattr(policy, "metadata", {}).get("real_time_chunking", ())
-    if way == "auto":
-        return "prefix" if "prefix" in offers else "guided" if "guided" in offers else "switch"
-    if way != "switch" and way not in offers:
-        there = ", ".join([*map(str, offers), "switch"])
-        raise ValueError(f"the server does not offer {way!r} real-time chunking; possible: {there}")
-    return way

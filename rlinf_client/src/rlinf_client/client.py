@@ -56,8 +56,7 @@ class PolicyClient:
         Args:
             observation: Images uint8 [height, width, 3], state vectors, and the text `prompt`, under the names that the
                 server's `metadata` lists.
-            options: More keys of the request; servers of `rlinf serve` know `num_steps` (Euler steps), `noise` [H, A],
-                and for real-time chunking `prev_chunk_left_over` [T, D], `inference_delay` and `execution_horizon`.
+            options: More keys of the request; servers of `rlinf serve` know `noise` [H, A], standard normal numbers.
 
         Returns:
             `actions` [H, D] in the robot's units, `state`, a list of S numbers as they were sent, and timings.

@@ -32,8 +32,7 @@ def control(
         broker: Gives one action per observation.
         observe: The robot's observation, as `PolicyClient.infer` takes it.
         execute: Sends an action [D] to the robot.
-        rate_hz: Ticks per second: the rate at which the policy's data were recorded, which servers of `rlinf serve`
-            report as `metadata["rate_hz"]`.
+        rate_hz: Ticks per second: the rate at which the policy's data were recorded.
         ticks: How many; None: until `stop`.
         stop: Called before every tick.
 

@@ -28,7 +28,6 @@ def describe_policy(policy: LoadedPolicy, folder: Path) -> dict[str, Any]:
         "observation_columns": list(data.observation_columns()),
         "observation_names": dict(names),
         "sha256": {str(k): str(v) for k, v in dict(description.get("sha256", {})).items()},
-        "real_time_chunking": [],
     }
     sizes = coverage.images if coverage else {}
     if isinstance(data, LeRobotDatasetConfig):
