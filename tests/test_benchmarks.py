@@ -33,8 +33,6 @@ EXPECTED = {
     "text_step": {"tokens_per_second_vs_transformers", "packed_vs_transformers_packed"},
     "training_step": {"flops_over_useful"},
 }
-QUICK = ("gpu_probe",)
-"""The others take up to a minute also at their smallest: `pytest -m slow tests/test_benchmarks.py`."""
 NEEDED = {
     "adapters": "peft",
     "text_step": "accelerate",
@@ -77,9 +75,8 @@ def test_every_command_prints_through_the_same_line():
 
 
 @pytest.mark.timeout(900)  # Several processes each, which a busy machine starts slowly.
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in COMMANDS]
-)
+@pytest.mark.slow  # Up to a minute each, also at their smallest.
+@pytest.mark.parametrize("name", COMMANDS)
 def test_json_is_one_line_and_the_last(name, tmp_path):
     if name in NEEDED:
         pytest.importorskip(NEEDED[name], reason="the peer needs it: uv sync --all-groups")

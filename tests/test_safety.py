@@ -501,6 +501,7 @@ def test_plugins_come_from_installed_packages_alone(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow  # 11 s: it starts torchrun.
 def test_launch_does_not_import_modules_of_the_folder_where_it_starts(tmp_path):
     for name in ("tomli_w", "pydantic", "torch"):
         (tmp_path / f"{name}.py").write_text("open('ran', 'w').close()\nraise SystemExit(1)\n")

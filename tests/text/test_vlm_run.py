@@ -39,6 +39,7 @@ def runs(tmp_path_factory, start_ranks):
     return folder
 
 
+@pytest.mark.slow  # Two runs take 20 s.
 def test_two_ranks_train_what_one_does(runs):
     """The vision tower included, also in micro batches that have text alone on one rank."""
     one, two = (read_rows(runs / name / "metrics.jsonl") for name in ("one", "two"))

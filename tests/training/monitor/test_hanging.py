@@ -34,6 +34,7 @@ def wait_in_vain(end):
 """
 
 
+@pytest.mark.slow  # 10 s; `tests/faults/test_hangs.py` has shorter ones.
 def test_a_rank_that_stops_joining_is_shown_with_its_stack(toy_site, tmp_path, start_ranks):
     distributions.install(tmp_path / "site", "hangs", plugins={"hangs": "hangs"}, hangs=HANGS)
     settings = (toy_site / "toy.toml", f"runner.output_dir={tmp_path}", "runner.max_steps=4")
