@@ -16,7 +16,8 @@ import sys
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,10 +28,17 @@ from rlinf_core.data.loading.sampling import check_batch
 from rlinf_core.errors import Exit, UserError
 from rlinf_core.process.ending import EXIT_FILE
 from rlinf_core.process.watchdog import FOLDER, stops_to_catch
+from rlinf_core.terminal import announce
+from rlinf_core.training.distributed.network import answers, is_here, place_towards
 from rlinf_core.training.run_folder import check_folder
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    from rlinf_core.training.distributed.attendance import Attendance
+
+PATIENT = 10.0
+"""Seconds after which a machine reports that it waits for the one of the rendezvous."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +141,8 @@ def launch(run: RunConfig, arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.launcher.api import elastic_launch
 
+    from rlinf_core.torch_names import DistError
+
     share = share_of_machine(run.cluster, 0 if run.trainer.device == "cpu" else torch.cuda.device_count())
     check_batch(run.trainer.global_batch_size, run.trainer.micro_batch_size, share.processes * run.cluster.num_nodes)
     check_folder(run)
@@ -143,22 +153,22 @@ def launch(run: RunConfig, arguments: Sequence[str]) -> int:
     if run.cluster.num_nodes > 1 and run.cluster.max_restarts:
         # torch 2.11's agents share the store of the first rendezvous, whose address a returning machine does not learn.
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    meeting = _find_rendezvous(run)
     _quieten()
     # That of an earlier process, which must not be mistaken for this one's.
     (run.folder / EXIT_FILE).unlink(missing_ok=True)
     before, started = _stamp(run.folder / EXIT_FILE), time.time()
     failed: ChildFailedError | SignalException | None = None
     try:
-        # -P: modules of the current folder are not imported by accident.
-        elastic_launch(_launch_config(run, share), sys.executable)("-P", "-u", "-m", "rlinf_core.train", *arguments)
+        with meeting.attending(run) as attendance:
+            try:
+                # -P: modules of the current folder are not imported by accident.
+                command = ("-P", "-u", "-m", "rlinf_core.train", *arguments)
+                elastic_launch(_launch_config(run, share, meeting), sys.executable)(*command)
+            except (RendezvousError, DistError) as error:
+                raise _lost(run, attendance, error) from error
     except (ChildFailedError, SignalException) as error:
         failed = error
-    except RendezvousError as error:
-        raise UserError(
-            f"the {run.cluster.num_nodes} machines did not meet at cluster.rdzv_endpoint = "
-            f"{run.cluster.rdzv_endpoint!r} ({error}): run the same command on each, and check that the port of that "
-            "machine can be reached"
-        ) from error
     ended = _read_end(run.folder / EXIT_FILE) if _stamp(run.folder / EXIT_FILE) != before else None
     if isinstance(failed, ChildFailedError):
         return _explain(failed, ended, _records(run.folder / FOLDER, started))
@@ -175,17 +185,91 @@ def launch(run: RunConfig, arguments: Sequence[str]) -> int:
     return Exit.INTERRUPTED if failed.sigval == signal.SIGINT else Exit.DEFECT
 
 
-def _launch_config(run: RunConfig, share: Share) -> Any:
+@dataclass(frozen=True)
+class Rendezvous:
+    """Where the machines of a run find one another, as this machine reaches it."""
+
+    host: str = "localhost"
+    port: int = 0
+    """0: any, for one machine."""
+    is_here: bool = True
+    address: str | None = None
+    """Where the others reach this machine; None: torchrun's default."""
+
+    @contextmanager
+    def attending(self, run: RunConfig) -> Iterator[Attendance | None]:
+        """Let the other machines know that this one is there, while the body runs."""
+        if run.cluster.num_nodes == 1:
+            yield None
+            return
+        from rlinf_core.training.distributed.attendance import Attendance
+
+        with Attendance(
+            self.host,
+            self.port,
+            run=run.runner.name,
+            address=self.address or "address unknown",
+            machines=run.cluster.num_nodes,
+            report=announce,
+        ) as attendance:
+            yield attendance
+
+
+def _find_rendezvous(run: RunConfig) -> Rendezvous:
+    """Find out which machine this one is, and wait for that of the rendezvous.
+
+    torchrun recognises the machine of the endpoint by names that need not be those of its addresses, and gives the
+    others only a minute to find it.
+
+    Raises:
+        UserError: It does not answer within `cluster.join_timeout_seconds`.
+    """
+    cluster = run.cluster
+    if cluster.num_nodes == 1:
+        return Rendezvous()
+    host, _, port = cluster.rdzv_endpoint.rpartition(":")
+    place = place_towards(host.strip("[]"))
+    address = place.address if place else None
+    if is_here(host.strip("[]")):
+        return Rendezvous(port=int(port), address=address)
+    for seconds in (PATIENT, max(cluster.join_timeout_seconds - PATIENT, 0.0)):
+        if answers(host.strip("[]"), int(port), seconds):
+            return Rendezvous(host, int(port), is_here=False, address=address)
+        announce(f"waiting for the rendezvous at {cluster.rdzv_endpoint}, which rlinf launch opens on that machine")
+    raise UserError(
+        f"cluster.rdzv_endpoint = {cluster.rdzv_endpoint!r} has not answered for {cluster.join_timeout_seconds} s "
+        "(cluster.join_timeout_seconds): run the same command on that machine, and check that its name means the same "
+        "here as there, and that no firewall closes the port"
+    )
+
+
+def _lost(run: RunConfig, attendance: Attendance | None, error: Exception) -> Exception:
+    """The error for a rendezvous that failed."""
+    there = f". {attendance.present()[0].upper()}{attendance.present()[1:]}" if attendance else ""
+    return UserError(
+        f"the {run.cluster.num_nodes} machines did not find one another at cluster.rdzv_endpoint = "
+        f"{run.cluster.rdzv_endpoint!r} ({str(error).splitlines()[0] if str(error) else type(error).__name__}){there}. "
+        "Run the same command on the missing machines, and on all again if that of the rendezvous has ended; the run "
+        "continues from its last checkpoint"
+    )
+
+
+def _launch_config(run: RunConfig, share: Share, meeting: Rendezvous) -> Any:
     from torch.distributed.launcher.api import LaunchConfig
 
     alone = run.cluster.num_nodes == 1
+    configs: dict[str, Any] = {} if alone else {"join_timeout": run.cluster.join_timeout_seconds}
+    if not meeting.is_here:
+        configs["is_host"] = False
     return LaunchConfig(
         min_nodes=run.cluster.num_nodes,
         max_nodes=run.cluster.num_nodes,
         nproc_per_node=share.processes,
         run_id=uuid.uuid4().hex if alone else run.runner.name,
         rdzv_backend="c10d",
-        rdzv_endpoint=run.cluster.rdzv_endpoint or "localhost:0",
+        rdzv_endpoint=f"{meeting.host}:{meeting.port}",
+        rdzv_configs=configs,
+        local_addr=meeting.address,
         max_restarts=run.cluster.max_restarts,
         signals_to_handle=",".join(signal.Signals(number).name for number in stops_to_catch()),
     )
