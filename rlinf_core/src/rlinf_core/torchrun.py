@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rlinf_core.contract.run import RunConfig
 from rlinf_core.contract.tables.cluster import COMPONENT, ClusterConfig
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from rlinf_core.training.distributed.attendance import Attendance
 
+CPP_LEVEL = "TORCH_CPP_LOG_LEVEL"
 PATIENT = 10.0
 """Seconds after which a machine reports that it waits for the one of the rendezvous."""
 
@@ -135,10 +136,11 @@ def launch(run: RunConfig, arguments: Sequence[str]) -> int:
         UserError: The placement does not fit this machine, the batch cannot be divided among the processes, the run's
             folder cannot be written to, or the rendezvous of the machines failed.
     """
-    import torch
+    with _quiet_import():
+        import torch
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous.api import RendezvousError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError, RendezvousTimeoutError
     from torch.distributed.launcher.api import elastic_launch
 
     from rlinf_core.torch_names import DistError
@@ -165,8 +167,10 @@ def launch(run: RunConfig, arguments: Sequence[str]) -> int:
                 # -P: modules of the current folder are not imported by accident.
                 command = ("-P", "-u", "-m", "rlinf_core.train", *arguments)
                 elastic_launch(_launch_config(run, share, meeting), sys.executable)(*command)
-            except (RendezvousError, DistError) as error:
-                raise _lost(run, attendance, error) from error
+            except RendezvousTimeoutError as error:
+                raise _incomplete(run, attendance) from error
+            except (RendezvousError, DistError):  # The agent could not even ask how its own processes have ended.
+                return _say_lost(run)
     except (ChildFailedError, SignalException) as error:
         failed = error
     ended = _read_end(run.folder / EXIT_FILE) if _stamp(run.folder / EXIT_FILE) != before else None
@@ -211,6 +215,10 @@ class Rendezvous:
             address=self.address or "address unknown",
             machines=run.cluster.num_nodes,
             report=announce,
+            # With restarts, an agent that is cut off joins the others again if it can in time.
+            patience=run.trainer.timeout_seconds
+            + (run.cluster.join_timeout_seconds if run.cluster.max_restarts else PATIENT),
+            lost=lambda: _leave_lost(run),
         ) as attendance:
             yield attendance
 
@@ -232,10 +240,12 @@ def _find_rendezvous(run: RunConfig) -> Rendezvous:
     address = place.address if place else None
     if is_here(host.strip("[]")):
         return Rendezvous(port=int(port), address=address)
-    for seconds in (PATIENT, max(cluster.join_timeout_seconds - PATIENT, 0.0)):
-        if answers(host.strip("[]"), int(port), seconds):
-            return Rendezvous(host, int(port), is_here=False, address=address)
-        announce(f"waiting for the rendezvous at {cluster.rdzv_endpoint}, which rlinf launch opens on that machine")
+    there = Rendezvous(host, int(port), is_here=False, address=address)
+    if answers(host.strip("[]"), int(port), min(PATIENT, cluster.join_timeout_seconds)):
+        return there
+    announce(f"waiting for the rendezvous at {cluster.rdzv_endpoint}, which rlinf launch opens on that machine")
+    if answers(host.strip("[]"), int(port), cluster.join_timeout_seconds - PATIENT):
+        return there
     raise UserError(
         f"cluster.rdzv_endpoint = {cluster.rdzv_endpoint!r} has not answered for {cluster.join_timeout_seconds} s "
         "(cluster.join_timeout_seconds): run the same command on that machine, and check that its name means the same "
@@ -243,15 +253,31 @@ def _find_rendezvous(run: RunConfig) -> Rendezvous:
     )
 
 
-def _lost(run: RunConfig, attendance: Attendance | None, error: Exception) -> Exception:
-    """The error for a rendezvous that failed."""
-    there = f". {attendance.present()[0].upper()}{attendance.present()[1:]}" if attendance else ""
+def _incomplete(run: RunConfig, attendance: Attendance | None) -> UserError:
+    """The error for machines that have not come in time."""
+    there = attendance.present() if attendance else "their launchers do not answer"
     return UserError(
-        f"the {run.cluster.num_nodes} machines did not find one another at cluster.rdzv_endpoint = "
-        f"{run.cluster.rdzv_endpoint!r} ({str(error).splitlines()[0] if str(error) else type(error).__name__}){there}. "
-        "Run the same command on the missing machines, and on all again if that of the rendezvous has ended; the run "
-        "continues from its last checkpoint"
+        f"the {run.cluster.num_nodes} machines have not met at cluster.rdzv_endpoint = {run.cluster.rdzv_endpoint!r} "
+        f"within {run.cluster.join_timeout_seconds} s (cluster.join_timeout_seconds): {there}. Run the same command on "
+        "each; a run that has begun continues from its last checkpoint"
     )
+
+
+def _say_lost(run: RunConfig) -> int:
+    """Report that this machine cannot reach the others any more; returns the exit code."""
+    print(
+        f"error: the launcher at cluster.rdzv_endpoint = {run.cluster.rdzv_endpoint!r} has ended or cannot be reached. "
+        "If another machine has reported an error, that is the cause. The same command, on each machine, continues "
+        "from the last checkpoint",
+        file=sys.stderr,
+        flush=True,
+    )
+    return Exit.DEFECT
+
+
+def _leave_lost(run: RunConfig) -> NoReturn:
+    """As `_say_lost`, while the agent waits for an answer that does not come. Its processes notice and end."""
+    os._exit(_say_lost(run))
 
 
 def _launch_config(run: RunConfig, share: Share, meeting: Rendezvous) -> Any:
@@ -273,6 +299,22 @@ def _launch_config(run: RunConfig, share: Share, meeting: Rendezvous) -> Any:
         max_restarts=run.cluster.max_restarts,
         signals_to_handle=",".join(signal.Signals(number).name for number in stops_to_catch()),
     )
+
+
+@contextmanager
+def _quiet_import() -> Iterator[None]:
+    """Import torch without the warnings of its C++ code, which have stack traces: this module reports what failed.
+
+    The processes of the run inherit the environment from this one and keep theirs.
+    """
+    if "LOGLEVEL" in os.environ or CPP_LEVEL in os.environ:
+        yield
+        return
+    os.environ[CPP_LEVEL] = "FATAL"
+    try:
+        yield
+    finally:
+        del os.environ[CPP_LEVEL]
 
 
 def _quieten() -> None:

@@ -19,6 +19,8 @@ from pathlib import Path
 
 INTERFACE = "GLOO_SOCKET_IFNAME"
 """Variable with which a user names gloo's interface."""
+CONNECT = 5.0
+"""Seconds that a connection may take."""
 NOWHERE = ("198.51.100.1", "2001:db8::1")
 """Addresses of documentation, which nobody has: the way to them is the default route. Nothing is sent there."""
 _GET_ADDRESS = 0x8915
@@ -71,7 +73,7 @@ def answers(host: str, port: int, seconds: float) -> bool:
     """Whether something accepts connections at a port, within a time."""
     end = time.monotonic() + seconds
     while True:
-        with suppress(OSError), socket.create_connection((host, port), timeout=min(max(seconds, 0.1), 5.0)):
+        with suppress(OSError), socket.create_connection((host, port), timeout=CONNECT):
             return True
         if time.monotonic() >= end:
             return False
