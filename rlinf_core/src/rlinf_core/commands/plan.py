@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--gpu-memory", type=_positive, default=80.0, metavar="GB", help="of each GPU; default: 80")
     parser.add_argument("--mfu", type=_fraction, default=0.4, help="MFU to predict samples/s with; default: 0.4")
-    parser.add_argument("--ranks", type=_count, help="number of processes, if [cluster] does not set it")
+    parser.add_argument("--ranks", type=positive_count, help="number of processes, if [cluster] does not set it")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -56,9 +56,10 @@ def _fraction(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is not a fraction: above 0, at most 1")
 
 
-def _count(text: str) -> int:
+def positive_count(text: str) -> int:
+    """A number of processes or machines, for argparse."""
     if not text.isdigit() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of processes")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
 
 
@@ -132,13 +133,13 @@ def _print(made: Plan, changes: list[Change], options: argparse.Namespace) -> No
         fitting = made.largest_micro_batch(gb)
         needs = made.memory(fitting or 1).total
         largest = f"micro batch {fitting} of {made.share}" if fitting else "does not fit"
-        rows.append([f"{gb:g} GB", largest, _size(needs)])
+        rows.append([f"{gb:g} GB", largest, size_in_words(needs)])
     print_table(["GPU memory", "largest that fits", "takes"], rows)
     if changes:
         print(f"\nmicro batch {size} does not fit {options.gpu_memory:g} GB. Options:")
         print_table(
             ["change", "largest micro batch", "takes", "cost"],
-            [[c.settings, str(c.micro_batch or "none"), _size(c.peak), c.costs] for c in changes],
+            [[c.settings, str(c.micro_batch or "none"), size_in_words(c.peak), c.costs] for c in changes],
         )
     for assumption in made.assumptions:
         print(f"assumed: {assumption}")
@@ -158,9 +159,9 @@ def _facts(made: Plan, options: argparse.Namespace) -> list[list[str]]:
             f"{speeds[gpu]:,.3g} samples/s on {gpu}" if speeds[gpu] < 1000 else f"{speeds[gpu]:,.0f} samples/s on {gpu}"
             for gpu in SHOWN
         ),
-        "received per step": f"{_size(traffic.total)} per rank: {_size(traffic.all_gather)} weights, "
-        f"{_size(traffic.reduce_scatter)} gradients"
-        + (f", {_size(traffic.all_reduce)} between replicas" if traffic.all_reduce else "")
+        "received per step": f"{size_in_words(traffic.total)} per rank: {size_in_words(traffic.all_gather)} weights, "
+        f"{size_in_words(traffic.reduce_scatter)} gradients"
+        + (f", {size_in_words(traffic.all_reduce)} between replicas" if traffic.all_reduce else "")
         if traffic.total
         else "nothing: one rank",
     }
@@ -172,14 +173,14 @@ def _memory_rows(made: Plan, peak: Any) -> list[list[str]]:
     rows = []
     for name in ("weights", "optimizer", "ema", "gradients", "gathered", "reducing", "activations"):
         text = {"ema": "EMA", "gathered": "gathered weights", "reducing": "gradients being reduced"}.get(name, name)
-        rows.append([text, _size(persistent[name]) if name in persistent else "", _size(getattr(peak, name))])
-    rows.append(["total", _size(made.states.total), _size(peak.total)])
+        rows.append([text, size_in_words(persistent[name]) if name in persistent else "", size_in_words(getattr(peak, name))])
+    rows.append(["total", size_in_words(made.states.total), size_in_words(peak.total)])
     if peak.on_host:
-        rows.append(["in CPU memory", "", _size(peak.on_host)])
+        rows.append(["in CPU memory", "", size_in_words(peak.on_host)])
     return rows
 
 
-def _size(size: float) -> str:
+def size_in_words(size: float) -> str:
     """Three significant digits: sizes are not known more exactly."""
     unit, factor = ("GB", 1e9) if size >= 1e8 else ("MB", 1e6)
     return f"{size / factor:.3g} {unit}" if size else "-"
