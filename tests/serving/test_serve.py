@@ -55,7 +55,8 @@ class Running:
         assert self.ready.wait(30)
 
     async def serve(self, policy, settings):
-        self.server, self.loop = PolicyServer(policy, {"policy": "pi05"}, **settings), asyncio.get_running_loop()
+        metadata = settings.pop("metadata", {"policy": "pi05"})
+        self.server, self.loop = PolicyServer(policy, metadata, **settings), asyncio.get_running_loop()
         await self.server.run("127.0.0.1", 0, self.note)
 
     def note(self, port):
@@ -126,7 +127,7 @@ WRONG = [
     ({"observation/image": IMAGE[..., 0]}, "height, width, 3"),
     ({"observation/image": IMAGE.astype(np.float32)}, "0 to 1"),
     ({"noise": np.zeros((2, 2), np.float32)}, r"\[5, 8\]"),
-    ({"inference_delay": 3}, "does not offer 'inference_delay'"),
+    ({"num_steps": 3}, "does not offer 'num_steps'"),
 ]
 
 
@@ -224,11 +225,11 @@ class Slow:
     def encode(self, row):
         return self.policy.encode(row)
 
-    def act_on(self, samples, noises=None):
+    def act_on(self, samples, noises=None, previous=None):
         self.begun.set()
         assert self.go.wait(30)
         self.batches.append(len(samples))
-        return self.policy.act_on(samples, noises)
+        return self.policy.act_on(samples, noises, previous)
 
 
 def in_thread(work):

@@ -56,7 +56,8 @@ class PolicyClient:
         Args:
             observation: Images uint8 [height, width, 3], state vectors, and the text `prompt`, under the names that the
                 server's `metadata` lists.
-            options: More keys of the request; servers of `rlinf serve` know `noise` [H, A], standard normal numbers.
+            options: More keys of the request; servers of `rlinf serve` know `noise` [H, A], standard normal numbers,
+                and for real-time chunking `prev_chunk_left_over` [T, D], `inference_delay` and others.
 
         Returns:
             `actions` [H, D] in the robot's units, `state`, a list of S numbers as they were sent, and timings.

@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from rlinf_core.results import ResultTable
     from rlinf_core.rollout.agents import Agent
     from rlinf_core.rollout.config import RolloutSettings
+    from rlinf_core.rollout.delay import Latency
     from rlinf_core.rollout.episodes import Episode, EpisodesFile, Result
 
-ONLY_WITH_ENV = ("tasks", "replan", "processes", "videos", "baselines", "set")
+ONLY_WITH_ENV = ("tasks", "replan", "processes", "videos", "baselines", "set", "delay", "chunks")
 RECORDED = {"split": None, "samples": 512, "batch_size": 16}
 """Options of recorded episodes, and their defaults."""
 
@@ -39,6 +40,15 @@ def add_simulator_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--videos", type=int, metavar="N", help="successes and failures per task to film; default: 1")
     group.add_argument(
         "--baselines", metavar="A,B", help="of idle, random and replay, or none; default: those that can be played"
+    )
+    group.add_argument(
+        "--delay", type=int, metavar="N", help="actions from an observation to the first use of its chunk; default: 0"
+    )
+    group.add_argument(
+        "--chunks",
+        choices=["wait", "switch", "guided", "trained"],
+        help="what the robot does under --delay: idle, go on with the last chunk and switch to the next, or real-time "
+        "chunking; default: wait",
     )
     group.add_argument(
         "--set",
@@ -57,6 +67,8 @@ def check_no_simulator(options: argparse.Namespace) -> None:
 def play_episodes(options: argparse.Namespace) -> None:
     """Play, print the table, and write the files."""
     from rlinf_core.plugins.registry import get_plugins
+    from rlinf_core.rollout.agents import POLICY
+    from rlinf_core.rollout.delay import DelayedAgent
     from rlinf_core.rollout.tables import success_table
     from rlinf_core.terminal import print_phase
 
@@ -71,13 +83,23 @@ def play_episodes(options: argparse.Namespace) -> None:
     if not policy.config.chunk_length():
         raise UserError(f"the policy {policy.config.type!r} has no actions: it cannot act in a simulator")
     notes = [*facts["notes"], *remembered]
+    latency = read_latency(options, policy)
     agents, step_seconds = build_agents(options, policy, plugins, settings, notes)
+    if latency is not None:
+        agents[POLICY] = DelayedAgent(
+            policy.act, latency, latency.executed(settings.env.replan, policy.config.chunk_length())
+        )
+        if step_seconds:
+            notes.append(f"the policy's actions come {latency.delay * step_seconds * 1e3:.0f} ms late")
     with ExitStack() as ending:
-        folder = _folder(options, facts, settings)
+        identity = _identity(options, facts, settings, latency)
+        folder = _folder(options, facts, settings, identity)
         kept = folder or Path(ending.enter_context(tempfile.TemporaryDirectory(prefix="rollouts-")))
-        results = _play(settings, agents, kept, _identity(options, facts, settings), step_seconds)
-        table = success_table(settings, results)
+        results = _play(settings, agents, kept, identity, step_seconds)
+        table = success_table(settings, results, latency)
         result = _result(options, facts, settings, results, table)
+        if latency is not None:
+            result["latency"] = latency.model_dump(mode="json")
         _write(options, folder, result, table)
     if options.json:
         print_json(result)
@@ -194,18 +216,48 @@ def _rows(options: argparse.Namespace, policy: LoadedPolicy, plugins: Plugins, n
         return None
 
 
-def _identity(options: argparse.Namespace, facts: Mapping[str, Any], settings: RolloutSettings) -> dict[str, Any]:
+def read_latency(options: argparse.Namespace, policy: LoadedPolicy) -> Latency | None:
+    """The delay of the policy; None without `--delay` and `--chunks`.
+
+    Raises:
+        UserError: The policy cannot continue chunks in this way or with this delay.
+    """
+    from rlinf_core.rollout.delay import Latency
+
+    if options.delay is None and options.chunks is None:
+        return None
+    if (delay := options.delay or 0) < 0:
+        raise UserError(f"--delay is {delay}, but must be 0 or more")
+    latency = Latency(delay=delay, chunks=options.chunks or "wait")
+    ways = {"wait": delay, "switch": delay, **policy.config.continuation_ways()}
+    if latency.chunks not in ways:
+        why = ": it was not trained with policy.rtc_training_max_delay" if latency.chunks == "trained" else ""
+        raise UserError(f"--chunks {latency.chunks}: the policy {policy.config.type!r} does not offer it{why}")
+    if delay > ways[latency.chunks]:
+        raise UserError(
+            f"--delay {delay}: --chunks {latency.chunks} of this policy takes at most {ways[latency.chunks]}"
+        )
+    return latency
+
+
+def _identity(
+    options: argparse.Namespace, facts: Mapping[str, Any], settings: RolloutSettings, latency: Latency | None
+) -> dict[str, Any]:
     """What results depend on: a second start continues if it is the same."""
     digest = hashlib.sha256(Path(facts["identity"]).read_bytes()).hexdigest()[:16]
+    delayed = {} if latency is None else {"latency": latency.model_dump(mode="json")}
     return {
         "policy": digest,
         "ema": facts["ema"],
         "dtype": options.dtype,
         "source": options.source,
+        **delayed,
     } | settings.identity()
 
 
-def _folder(options: argparse.Namespace, facts: Mapping[str, Any], settings: RolloutSettings) -> Path | None:
+def _folder(
+    options: argparse.Namespace, facts: Mapping[str, Any], settings: RolloutSettings, identity: Mapping[str, Any]
+) -> Path | None:
     """Where the episodes file and videos are kept; None: nowhere."""
     from rlinf_core.files import check_writable
     from rlinf_core.results import EMA, FOLDER
@@ -216,9 +268,9 @@ def _folder(options: argparse.Namespace, facts: Mapping[str, Any], settings: Rol
         return path.with_name(f"{path.stem}_episodes")
     if facts["run"] is None:
         return None
-    identity = json.dumps(_identity(options, facts, settings), sort_keys=True)
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
     step = f"{EMA * facts['ema']}step_{facts['step']:09d}"
-    folder: Path = facts["run"] / FOLDER / settings.env.type / step / hashlib.sha256(identity.encode()).hexdigest()[:8]
+    folder: Path = facts["run"] / FOLDER / settings.env.type / step / digest
     return folder
 
 

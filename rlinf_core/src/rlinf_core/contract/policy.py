@@ -18,6 +18,7 @@ from rlinf_core.contract.policy_options import (
     BoundToData,
     Checked,
     Compared,
+    Continued,
     Counted,
     Described,
     Exported,
@@ -38,7 +39,18 @@ if TYPE_CHECKING:
 
 
 class PolicyConfig(
-    Described, Measured, BoundToData, Begun, Counted, Compared, Published, Checked, Exported, Adapted, BaseModel
+    Described,
+    Measured,
+    BoundToData,
+    Begun,
+    Counted,
+    Compared,
+    Published,
+    Checked,
+    Exported,
+    Adapted,
+    Continued,
+    BaseModel,
 ):
     """The `[policy]` table. A subclass narrows `type` to a `Literal` of its own and adds fields.
 

@@ -366,6 +366,21 @@ class Adapted:
         add_lora(policy, cast("Any", self), self.lora)
 
 
+class Continued:
+    """Chunks that continue the one that the robot executes while they are computed: real-time chunking.
+
+    Wanted by a policy that is slower than a control step. Without it, robots jump from one chunk to the next.
+    """
+
+    def continuation_ways(self) -> Mapping[str, int]:
+        """How the module's `continue_actions` can continue a chunk -> the longest delay, in actions.
+
+        `guided`: without training for it; `trained`: with the actions given that are executed meanwhile. Empty: it has
+        no such method. See `contract.module.ContinuingPolicy`.
+        """
+        return {}
+
+
 class TrainedOn(NamedTuple):
     """A dataset that a policy was trained on."""
 
@@ -376,5 +391,5 @@ class TrainedOn(NamedTuple):
     """Its normalisation statistics; None for policies that do not normalise."""
 
 
-OPTIONS = (Described, Measured, BoundToData, Begun, Counted, Compared, Published, Checked, Exported, Adapted)
+OPTIONS = (Described, Measured, BoundToData, Begun, Counted, Compared, Published, Checked, Exported, Adapted, Continued)
 """All of them, in the order of the page docs/contract.md."""

@@ -25,6 +25,7 @@ def describe_policy(policy: LoadedPolicy, folder: Path) -> dict[str, Any]:
         "weights": str(description.get("weights", "")),
         "dataset": data.config_name or data.repo_id,
         "action_horizon": policy.config.chunk_length(),
+        "real_time_chunking": dict(policy.config.continuation_ways()),
         "observation_columns": list(data.observation_columns()),
         "observation_names": dict(names),
         "sha256": {str(k): str(v) for k, v in dict(description.get("sha256", {})).items()},

@@ -15,6 +15,8 @@ import numpy as np
 
 from rlinf_core.errors import UserError
 from rlinf_core.inference import LoadedPolicy
+from rlinf_core.real_time import Encoded
+from rlinf_core.serving.continuation import to_continuation
 from rlinf_core.serving.observations import NOISE, to_row
 
 
@@ -107,27 +109,35 @@ class Engine:
         for request in batch:
             try:
                 request.row = to_row(self.policy.data, request.observation)
-                encoded.append((request, self.policy.encode(request.row)))
+                encoded.append((request, *self._encode(request)))
             except Exception as error:
                 self._fail(request, error)
         if not encoded:
             return
         try:
-            chunks = self.policy.act_on([sample for _, sample in encoded], [r.row.get(NOISE) for r, _ in encoded])
+            requests, samples, previous = zip(*encoded, strict=True)
+            chunks = self.policy.act_on(samples, [one.row.get(NOISE) for one in requests], previous)
         except Exception as error:
             if len(encoded) > 1:  # One of them may be to blame: the others get their actions.
-                for request, _ in encoded:
+                for request, *_ in encoded:
                     self._compute([request])
             else:
                 self._fail(encoded[0][0], error)
             return
         seconds = time.perf_counter() - start
-        for (request, _), actions in zip(encoded, chunks, strict=True):
+        for (request, *_), actions in zip(encoded, chunks, strict=True):
             if np.isfinite(actions).all():
                 found = Computed(actions, _state(self.policy, request.row), seconds, len(encoded))
                 _hand_over(request, partial(_give, found=found))
             else:
                 self._fail(request, UserError("the policy's actions contain NaN or infinity: a robot must not execute"))
+
+    def _encode(self, request: _Request) -> tuple[Any, Encoded | None]:
+        """The sample of an observation, and the actions that its chunk is to continue."""
+        sample, continuing = self.policy.encode(request.row), to_continuation(request.observation)
+        if continuing is None:
+            return sample, None
+        return sample, self.policy.encode_continuation(request.row, sample, continuing)
 
     def _fail(self, request: _Request, error: Exception) -> None:
         if not isinstance(error, UserError):
