@@ -21,6 +21,8 @@ VECTOR_FLOOR = 1e-3
 """Least squared distance of a number, in standard deviations of training."""
 FAR = 1e3
 """Largest distance of a block or a number, relative to what is usual."""
+SEEN = 0.2
+"""Least share of an image that must be known to compare it."""
 PREDICTABLE = 0.2
 """Least share of the variance of a state's change that state and action must explain, for the change to count."""
 RIDGE = 1e-3
@@ -143,11 +145,28 @@ class Likeness:
         cost[known] = (np.log1p(far) * self.motion.explained)[:, counted].sum(1)
         return cost
 
+    def speed(self, rows: Rows) -> float | None:
+        """How many times the change is what state and action predict; None if training allows no prediction."""
+        if self.motion is None or rows.after is None or rows.state is None:
+            return None
+        pairs = rows.take(np.asarray(~np.isnan(rows.after).any(1)))
+        counted = self.motion.explained > PREDICTABLE
+        if len(pairs) < 4 or pairs.after is None or pairs.state is None:
+            return None
+        change = (pairs.after - pairs.state) / self.motion.change
+        predicted = self._features(pairs) @ self.motion.weights
+        change, predicted = change[:, counted], predicted[:, counted]
+        size = np.square(predicted).sum(0)
+        slopes = (change * predicted).sum(0)[size > 1e-9] / size[size > 1e-9]
+        return float(np.median(slopes)) if len(slopes) and np.median(slopes) > 0.05 else None
+
     def image_cost(self, camera: str, images: NDArray[np.float32]) -> Vectors:
         """[M, N], the cost of images of one camera beside each reference image."""
         there, usual = self._pixels[camera], self._usual[camera]
         flat = _flat(images)
         known = ~np.isnan(flat[0])  # Pixels outside of a zoomed image are unknown in all of them.
+        if known.mean() < SEEN:
+            return np.full((len(flat), len(there)), np.log1p(FAR))
         distance = _squares(flat[:, known], there[:, known])
         return np.asarray(np.log1p(np.minimum(distance / usual, FAR)))
 
