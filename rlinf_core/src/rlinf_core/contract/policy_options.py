@@ -294,6 +294,15 @@ class Exported:
         """
         raise NotImplementedError(f"{type(self).__name__} must define export() for its export_formats")
 
+    def card(self, format: str, sources: Sequence[TrainedOn]) -> CardNotes:
+        """What the model card of an exported folder says that only the policy knows: see `CardNotes`.
+
+        Args:
+            format: `rlinf`, or one of `export_formats`.
+            sources: The datasets the policy was trained on, as `export` gets them.
+        """
+        return CardNotes()
+
 
 class Adapted:
     """Low-rank adapters (LoRA), by the table `[policy.lora]`: which layers get them if the table does not say.
@@ -389,6 +398,24 @@ class TrainedOn(NamedTuple):
     data: DatasetConfig
     stats: Stats | None
     """Its normalisation statistics; None for policies that do not normalise."""
+
+
+class CardNotes(NamedTuple):
+    """A policy's part of the model card in an exported folder; empty values leave it to core."""
+
+    title: str = ""
+    """The model's name for people, such as `π0.5`."""
+    library: str = ""
+    """The hub's `library_name`: the project that loads the folder; empty: `rlinf`."""
+    pipeline_tag: str = ""
+    """The hub's `pipeline_tag`; empty: `robotics` for a policy with actions."""
+    tags: tuple[str, ...] = ()
+    """Tags besides those of core."""
+    use: str = ""
+    """How to run the folder, as Markdown; `FOLDER` stands for it. Empty: `load_policy` and `rlinf serve`, for a policy
+    with actions."""
+    limits: tuple[str, ...] = ()
+    """What someone who runs the policy must know, one sentence each, as Markdown."""
 
 
 OPTIONS = (Described, Measured, BoundToData, Begun, Counted, Compared, Published, Checked, Exported, Adapted, Continued)
