@@ -171,7 +171,8 @@ def _memory_rows(made: Plan, peak: Any) -> list[list[str]]:
     rows = []
     for name in ("weights", "optimizer", "ema", "gradients", "gathered", "reducing", "activations"):
         text = {"ema": "EMA", "gathered": "gathered weights", "reducing": "gradients being reduced"}.get(name, name)
-        rows.append([text, size_in_words(persistent[name]) if name in persistent else "", size_in_words(getattr(peak, name))])
+        kept = size_in_words(persistent[name]) if name in persistent else ""
+        rows.append([text, kept, size_in_words(getattr(peak, name))])
     rows.append(["total", size_in_words(made.states.total), size_in_words(peak.total)])
     if peak.on_host:
         rows.append(["in CPU memory", "", size_in_words(peak.on_host)])

@@ -18,7 +18,7 @@ NETWORK = "ndr-8x400"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    group = parser.add_argument_group("several machines", "predict step time and efficiency from one GPU to all of them")
+    group = parser.add_argument_group("several machines", "predict the step from one GPU to all of them")
     group.add_argument("--nodes", type=positive_count, metavar="N", help="machines; takes the place of --ranks")
     group.add_argument("--gpus", type=positive_count, metavar="M", help="GPUs of each machine; default: 8")
     group.add_argument(

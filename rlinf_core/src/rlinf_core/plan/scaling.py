@@ -2,8 +2,8 @@
 
 Nothing here is measured. Bytes are those of `costs.memory.traffic`, which `rlinf rehearse` counts on the run's own
 collectives; latencies are those that NCCL assumes when it chooses an algorithm (`src/graph/tuning.cc`: rings with the
-protocol Simple); bandwidths are data sheets' times `ACHIEVED`. Each GPU computes the same number of samples per step, so
-the global batch grows with the GPUs. Imports no torch.
+protocol Simple); bandwidths are data sheets' times `ACHIEVED`. Each GPU computes the same number of samples per
+step, so the global batch grows with the GPUs. Imports no torch.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ INTERCONNECTS: dict[str, float] = {
     "25g": 3.125,
     "10g": 1.25,
 }
-"""Networks between machines -> 10⁹ bytes per second of a machine in one direction, the line rate: eight InfiniBand ports
-of 400 or 200 Gb/s, AWS's p5 and p4d, or one port of so many Gb/s."""
+"""Networks between machines -> 10⁹ bytes per second of a machine in one direction, the line rate: eight InfiniBand
+ports of 400 or 200 Gb/s, AWS's p5 and p4d, or one port of so many Gb/s."""
 ACHIEVED = 0.8
 """Fraction of a line rate that large messages reach."""
 BASE, NVLINK_HOP, PCIE_HOP, NETWORK_HOP = 8.4e-6, 3.4e-6, 5.7e-6, 14.0e-6
