@@ -3,10 +3,12 @@
     python benchmarks/scaling.py [--ranks 4] [--steps 5] [--json]
 
 The quickstart's policy on CPU ranks with gloo, with one global batch however many ranks share it. On every rank the
-trainer's own steps are heard. `bytes_over_formula`: bytes that a rank receives for weights and gradients in a step,
-over those of `rlinf plan`. `same_order`: 1 if every step calls the collectives that `rlinf rehearse` calls, in its order
-and sizes. `loss_difference`: the largest relative difference between a loss and that of one process. Step times are rough:
-the ranks share the machine's cores.
+trainer's own steps are heard.
+
+- `bytes_over_formula`: bytes that a rank receives for weights and gradients in a step, over those of `rlinf plan`.
+- `same_order`: 1 if every step calls the collectives that `rlinf rehearse` calls, in its order and sizes.
+- `loss_difference`: the largest relative difference between a loss and that of one process.
+- `step_seconds_N`: rough, as the ranks share the machine's cores.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def test_torch_believes_in_a_cuda_device_and_then_no_longer():
 
 
 def test_a_rehearsal_agrees_with_the_plan(capsys):
-    """Bytes to the last one. Memory nearly: the plan counts the whole gradient of the one unit at the activations' peak."""
+    """Bytes to the last; memory nearly, as the plan counts all gradients of a single unit at the activations' peak."""
     arguments = [QUICKSTART, *NOT_HERE, "--nodes", "2", "--gpus", "1", "--json"]
     assert main(["rehearse", *arguments]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -64,6 +64,7 @@ def run(options: argparse.Namespace) -> None:
     from rlinf_core.plugins.registry import get_plugins
     from rlinf_core.terminal import print_phase
 
+    ranks = scaling_table.ranks(options) or options.ranks
     print_phase("loading plugins and the config")
     plugins = get_plugins()
     config = load_config(options.config, options.overrides, plugins)
@@ -71,7 +72,7 @@ def run(options: argparse.Namespace) -> None:
     from rlinf_core.plan.advice import advise  # Loads torch, which takes seconds: report config mistakes first.
     from rlinf_core.plan.step import plan
 
-    made = plan(config, plugins, scaling_table.ranks(options) or options.ranks)
+    made = plan(config, plugins, ranks)
     changes = advise(made, plugins, options.gpu_memory)
     if options.json:
         print_json(_object(made, changes, options))

@@ -48,22 +48,33 @@ def ranks(options: argparse.Namespace) -> int | None:
         return None
     if options.ranks is not None:
         raise UserError("--ranks and --nodes both set the number of processes: leave out --ranks")
-    if options.data_rate is not None and not options.data_rate > 0:
-        raise UserError(f"--data-rate: {options.data_rate:g} is not a number above 0")
-    return int(options.nodes * (options.gpus or 8))
+    machines = machines_of(options)
+    return int(options.nodes * machines.gpus)
 
 
-def predict(made: Plan, options: argparse.Namespace) -> tuple[Machines, list[ScaledStep]]:
-    """The machines, and the step on 1, 2, 4, ... of their GPUs."""
+def machines_of(options: argparse.Namespace) -> Machines:
+    """What the options describe.
+
+    Raises:
+        UserError: A GPU or a network that is not known, or a rate that is not above 0.
+    """
     from rlinf_core.costs.gpus import PEAKS
-    from rlinf_core.plan.scaling import Load, Machines, interconnect, scale
+    from rlinf_core.plan.scaling import Machines, interconnect
 
     gpu = options.gpu or "H100"
     if gpu not in PEAKS:
         raise UserError(f"--gpu: {gpu!r} is not one of {', '.join(PEAKS)}{did_you_mean(gpu, PEAKS)}")
-    machines = Machines(
-        gpu, options.gpus or 8, interconnect(options.interconnect or NETWORK), options.mfu, options.data_rate
-    )
+    if options.data_rate is not None and not options.data_rate > 0:
+        raise UserError(f"--data-rate: {options.data_rate:g} is not a number above 0")
+    network = interconnect(options.interconnect or NETWORK)
+    return Machines(gpu, options.gpus or 8, network, options.mfu, options.data_rate)
+
+
+def predict(made: Plan, options: argparse.Namespace) -> tuple[Machines, list[ScaledStep]]:
+    """The machines, and the step on 1, 2, 4, ... of their GPUs."""
+    from rlinf_core.plan.scaling import Load, scale
+
+    machines = machines_of(options)
     load = Load(
         made.units,
         made.sharding,

@@ -9,6 +9,8 @@ collective returns at once.
 
 from __future__ import annotations
 
+import sys
+import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -37,8 +39,9 @@ CUDA = torch.device("cuda", 0)
 _CPU = torch.device("cpu")
 _TRUTH = "truth_of_zeros"
 _READ = torch.ops.aten._local_scalar_dense.default
-_FRAMEWORK = ("torch", "rehearsal", "contextlib.py", "functools.py", "unittest")
-"""Parts of paths that are not named as the place of a mistake."""
+_FRAMEWORK = (Path(torch.__file__).parent, Path(__file__).parent)
+_STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))
+"""Code that is not named as the place of a mistake."""
 
 
 @contextmanager
@@ -110,8 +113,6 @@ def _of_zeros(func: Any, args: Any, kwargs: Any) -> bool:
 
 def place(start: FrameType | None = None) -> str:
     """The innermost line of code below here that is neither torch's nor the rehearsal's: `pi0.py:120`."""
-    import sys
-
     frame = start or sys._getframe(1)
     while frame.f_back is not None and _is_framework(frame.f_code.co_filename):
         frame = frame.f_back
@@ -134,7 +135,9 @@ def named_line(file: str, line: int) -> str:
 
 
 def _is_framework(file: str) -> bool:
-    return file.startswith("<") or not {*_FRAMEWORK}.isdisjoint(Path(file).parts)
+    path = Path(file)
+    standard = path.is_relative_to(_STANDARD_LIBRARY) and "site-packages" not in path.parts
+    return file.startswith("<") or standard or any(path.is_relative_to(folder) for folder in _FRAMEWORK)
 
 
 def _patches() -> Iterator[Any]:
