@@ -20,6 +20,7 @@ COMMANDS = {
     "gpu_probe": ("--tiny", "--device=cpu"),
     "norm_stats": ("--frames=32",),
     "rollouts": ("--rounds=1", "--episodes=1", "--horizon=16", "--image-size=32"),
+    "scaling": ("--ranks=2", "--steps=1"),
     "text_step": ("--rounds=1", "--steps=1", "--batch=2", "--vocabulary=512", "--sides=transformers"),
     "training_step": ("--size=minimal", "--batch=1", "--rounds=1", "--without-peers"),
 }
@@ -30,6 +31,7 @@ EXPECTED = {
     "gpu_probe": {"failed", "vision default forward_ms", "step, micro batch 2, not compiled samples_per_second"},
     "norm_stats": {"vs_openpi_loader", "frames_per_second"},
     "rollouts": {"steps_per_second_1", "steps_per_second_2", "two_over_one", "serial_share"},
+    "scaling": {"bytes_over_formula", "same_order", "loss_difference", "step_seconds_1", "step_seconds_2"},
     "text_step": {"tokens_per_second_vs_transformers", "packed_vs_transformers_packed"},
     "training_step": {"flops_over_useful"},
 }

@@ -80,6 +80,14 @@ __all__ = [
     "storage_address",
     "tree_leaves",
     "tree_map",
+    # Fake devices and process groups: `rehearsal`.
+    "fake_store",
+    "fake_tensors",
+    "forget_meshes",
+    "group_size_of",
+    "in_backward",
+    "memory_tracker",
+    "outside_fake_tensors",
 ]
 
 _aten = torch.ops.aten
@@ -215,7 +223,7 @@ def plan_caches() -> tuple[dict[str, Any], ...]:
 
 
 def fake_tensors() -> Any:
-    """torch's module of fake tensors, which have a shape, a dtype and a device: `rehearsal.fake_cuda` changes parts."""
+    """Torch's module of fake tensors, which have a shape, a dtype and a device: `rehearsal.fake_cuda` changes parts."""
     from torch._subclasses import fake_tensor  # Imported late, as all of what a rehearsal needs.
 
     return fake_tensor
@@ -233,8 +241,15 @@ def fake_store() -> Any:
     return FakeStore()  # type: ignore[no-untyped-call]
 
 
+def forget_meshes() -> None:
+    """Drop results of DTensor operations that the process remembers, with the device meshes that they are on."""
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+    _clear_sharding_prop_cache()
+
+
 def memory_tracker() -> Any:
-    """torch's class that follows the memory of tensors, fake ones too."""
+    """Torch's class that follows the memory of tensors, fake ones too."""
     from torch.distributed._tools.mem_tracker import MemTracker
 
     return MemTracker

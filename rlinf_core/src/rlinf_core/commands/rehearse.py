@@ -6,8 +6,7 @@ import argparse
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from rlinf_core.commands.output import print_json, print_table
-from rlinf_core.commands.plan import positive_count, size_in_words
+from rlinf_core.commands.output import positive_count, print_json, print_table, size_in_words
 
 if TYPE_CHECKING:
     from rlinf_core.rehearsal.collectives import Collective

@@ -116,8 +116,9 @@ class Difference:
 
     def __str__(self) -> str:
         return (
-            f"collective {self.number} differs between ranks, which would wait for each other forever: rank {self.rank} "
-            f"calls {self.collective or 'nothing more'}, rank {self.other_rank} {self.other or 'nothing more'}"
+            f"collective {self.number} differs between ranks, which would wait for each other forever: "
+            f"rank {self.rank} calls {self.collective or 'nothing more'}, "
+            f"rank {self.other_rank} {self.other or 'nothing more'}"
         )
 
 

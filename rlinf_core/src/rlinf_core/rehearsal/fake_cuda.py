@@ -9,6 +9,8 @@ collective returns at once.
 
 from __future__ import annotations
 
+import sys
+import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -26,16 +28,20 @@ from rlinf_core.torch_names import (
     TorchDispatchMode,
     fake_store,
     fake_tensors,
+    forget_meshes,
     in_backward,
     outside_fake_tensors,
+    tree_map,
 )
 from rlinf_core.training.state import build
 
 CUDA = torch.device("cuda", 0)
 _CPU = torch.device("cpu")
+_TRUTH = "truth_of_zeros"
 _READ = torch.ops.aten._local_scalar_dense.default
-_FRAMEWORK = ("torch", "rehearsal", "contextlib.py", "functools.py", "unittest")
-"""Parts of paths that are not named as the place of a mistake."""
+_FRAMEWORK = (Path(torch.__file__).parent, Path(__file__).parent)
+_STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))
+"""Code that is not named as the place of a mistake."""
 
 
 @contextmanager
@@ -51,21 +57,21 @@ def fake_cuda(rank: int, ranks: int) -> Iterator[Values]:
         for patch in _patches():
             stack.enter_context(patch)
         dist.init_process_group("fake", store=fake_store(), rank=rank, world_size=ranks)
+        stack.callback(forget_meshes)  # An equal mesh of another rank has other groups.
         stack.callback(dist.destroy_process_group)
         stack.enter_context(fake_tensors().FakeTensorMode(allow_non_fake_inputs=True))
         yield stack.enter_context(Values())
 
 
 class Values(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Answers when code reads a number on the host, and counts on which lines it does: there, a device would be waited for.
+    """Answers when code reads a number on the host, and counts the lines that do: there, it would wait for a device.
 
-    A floating-point number is 0. A truth value is `truth`: while the state is built, when checks ask whether a value is
-    valid, true; in steps false. Integers have no answer, as sizes would follow from them.
+    As no tensor has values, every floating-point number is 0, and a truth value is what follows from that: 0 is finite,
+    not NaN and not below 0. Integers have no answer, as sizes would follow from them.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.truth = True
         self.waits: Counter[str] = Counter()
         """`.item()` and the like on CUDA tensors, by the line that asks."""
 
@@ -75,20 +81,38 @@ class Values(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if args[0].device.type == "cuda":
                 self.waits[place()] += 1
             if args[0].dtype == torch.bool:
-                return self.truth
+                return getattr(args[0], _TRUTH, False)
             if args[0].is_floating_point():
                 return 0.0
         if func.name().startswith("aten::_fused_"):  # Optimizers in one kernel, which change in place what they get.
             return None
         if in_backward() and kwargs.get("device") == _CPU:
             kwargs = {**kwargs, "device": CUDA}  # Formulas of gradients, which ask for the device in C++.
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if isinstance(out, torch.Tensor) and out.dtype == torch.bool:
+            setattr(out, _TRUTH, _of_zeros(func, args, kwargs))
+        return out
+
+
+def _of_zeros(func: Any, args: Any, kwargs: Any) -> bool:
+    """The truth value of an operation, if every number were 0; False if that cannot be said."""
+
+    def zero(one: Any) -> Any:
+        if not isinstance(one, torch.Tensor):
+            return one
+        return torch.full((), getattr(one, _TRUTH, 0), dtype=one.dtype, device="cpu")
+
+    if "device" in kwargs:
+        kwargs = {**kwargs, "device": _CPU}
+    try:
+        with outside_fake_tensors():
+            return bool(func(*tree_map(zero, args), **tree_map(zero, kwargs)))
+    except Exception:
+        return False
 
 
 def place(start: FrameType | None = None) -> str:
     """The innermost line of code below here that is neither torch's nor the rehearsal's: `pi0.py:120`."""
-    import sys
-
     frame = start or sys._getframe(1)
     while frame.f_back is not None and _is_framework(frame.f_code.co_filename):
         frame = frame.f_back
@@ -111,7 +135,9 @@ def named_line(file: str, line: int) -> str:
 
 
 def _is_framework(file: str) -> bool:
-    return file.startswith("<") or not {*_FRAMEWORK}.isdisjoint(Path(file).parts)
+    path = Path(file)
+    standard = path.is_relative_to(_STANDARD_LIBRARY) and "site-packages" not in path.parts
+    return file.startswith("<") or standard or any(path.is_relative_to(folder) for folder in _FRAMEWORK)
 
 
 def _patches() -> Iterator[Any]:

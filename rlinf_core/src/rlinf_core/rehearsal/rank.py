@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +17,8 @@ from rlinf_core.errors import UserError
 from rlinf_core.rehearsal.collectives import Collective, Listening
 from rlinf_core.rehearsal.fake_cuda import CUDA, Values, fake_cuda, place_of
 from rlinf_core.torch_names import fake_tensors, memory_tracker
-from rlinf_core.training.settings import Fsdp2Settings
 from rlinf_core.training.gradients import GradientHooks
+from rlinf_core.training.settings import Fsdp2Settings
 from rlinf_core.training.state.build import TrainState, build_state
 from rlinf_core.training.step import TrainStep
 
@@ -166,7 +166,6 @@ def _step(run: RunConfig, config: Fsdp2Settings, group: Any, plugins: LoadedPlug
 
 def _heard(compute: TrainStep, number: int, batch: Mapping[str, Any], values: Values) -> tuple[Collective, ...]:
     """Compute a step; returns its collectives."""
-    values.truth = False
     values.waits.clear()
 
     def batches() -> Iterator[dict[str, Any]]:
