@@ -209,11 +209,13 @@ class _Costs:
         self.likeness, self.rows = comparison.likeness, rows
         self.other = rows is comparison.stand_in
         self.blocks = self.likeness.blocks(rows)
-        self.plain = self._of(rows, self.blocks)
+        self.motion = self.likeness.motion_cost(rows)
+        self.plain = self._of(rows, self.blocks, self.motion)
+        self._numbers: dict[tuple[str, int], NDArray[np.float32]] = {}
         self._known: dict[int, tuple[Rows, Vectors]] = {}
 
-    def _of(self, rows: Rows, blocks: dict[str, Vectors]) -> Vectors:
-        return self.likeness.cost(rows, blocks, other_episodes=self.other)
+    def _of(self, rows: Rows, blocks: dict[str, Vectors], motion: Vectors | None) -> Vectors:
+        return self.likeness.cost(rows, blocks, motion, other_episodes=self.other)
 
     def of(self, correction: Correction) -> tuple[Rows, Vectors]:
         """The corrected rows, and their costs."""
@@ -221,7 +223,10 @@ class _Costs:
             return self.rows, self.plain
         if id(correction) not in self._known:
             rows = correction.apply(self.rows)
-            self._known = {id(correction): (rows, self._of(rows, self._blocks(correction, rows)))}
+            vectors = correction.state is not None or correction.actions is not None
+            lag = bool(correction.image_lag or correction.state_lag)
+            costs = self._of(rows, self._blocks(correction, rows), None if vectors or lag else self.motion)
+            self._known = {id(correction): (rows, costs)}
         return self._known[id(correction)]
 
     def _blocks(self, correction: Correction, rows: Rows) -> dict[str, Vectors]:
@@ -231,11 +236,25 @@ class _Costs:
         for camera in correction.images:
             if f"image {camera}" in blocks:
                 blocks[f"image {camera}"] = likeness.image_cost(camera, rows.images[camera])
-        changed = [key for key, one in (("state", correction.state), ("action", correction.actions)) if one is not None]
-        if changed:
-            fresh = likeness.blocks(replace(rows, images={}))
-            blocks |= {key: fresh[key] for key in changed if key in fresh}
+        for key, change in (("state", correction.state), ("action", correction.actions)):
+            if change is not None and key in blocks:
+                blocks[key] = self._vector_block(key, rows)
         return blocks
+
+    def _vector_block(self, key: str, rows: Rows) -> Vectors:
+        """[M, N], the cost of changed vectors: only numbers that have changed are compared again."""
+        before, after = self.likeness.vectors(self.rows, key), self.likeness.vectors(rows, key)
+        if before is None or after is None:
+            return self.blocks[key]
+        scale, changed, reference = after
+        numbers = np.flatnonzero((before[1] != changed).any(0)).tolist()
+        block = self.blocks[key].copy()
+        for number in numbers:
+            if (key, number) not in self._numbers:
+                self._numbers[key, number] = self.likeness.number_cost(*before, number)
+            fresh = self.likeness.number_cost(scale, changed, reference, number)
+            block += (fresh - self._numbers[key, number]) / changed.shape[1]
+        return block
 
     def paired(self, correction: Correction) -> tuple[NDArray[np.int64], Vectors, Vectors]:
         """Episode, and costs before and after, of the rows that a correction keeps."""
