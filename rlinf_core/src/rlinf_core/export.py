@@ -2,8 +2,8 @@
 
 The folder contains the weights in the layout that the policy's `open_weights` reads, `norm_stats.json` (for a mixture
 `norm_stats/<source>.json`), copies of the policy's files (a tokenizer), and `rlinf.json`, which describes how to encode
-observations and lists the files' hashes. `inference.load_policy` reads it; `policy.weights` may name it. Every folder has
-a model card, `README.md`.
+observations and lists the files' hashes. `inference.load_policy` reads it; `policy.weights` may name it. Every folder
+has a model card, `README.md`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The model card of an exported folder: `README.md` with the hub's metadata, from what the run knows.
 
-Nothing is invented: what is not known is said to be unknown. Paths of this machine, its name, users and secrets stay out
-of it. The last line holds a digest of the rest, by which a card that somebody has edited is recognised.
+Nothing is invented: what is not known is said to be unknown. Paths of this machine, accounts and secrets stay out of
+it. The last line holds a digest of the rest, by which a card that somebody has edited is recognised.
 """
 
 from __future__ import annotations
@@ -18,18 +18,16 @@ from rlinf_core.files import write_text
 from rlinf_core.publish.exported import NATIVE, Exported
 from rlinf_core.publish.measured import Measured
 from rlinf_core.publish.origins import README, UNKNOWN, Origin, origin_of
+from rlinf_core.publish.privacy import private
 from rlinf_core.publish.recipe import config_text, packages_of, recipe_rows
 from rlinf_core.publish.training_data import DataFacts, data_facts
 from rlinf_core.results import as_markdown, cell_text
-from rlinf_core.untrusted.text import without_controls, without_secrets
 
 BASELINES = ("_mse_mean", "_mse_repeat")
 """Ends of the names of baselines' metrics."""
 MOST_TASKS = 20
 """Instructions that a card lists."""
 MARK = re.compile(r"<!-- written by rlinf export, sha256 of the text above: ([0-9a-f]{64}) -->\n?\Z")
-_ABSOLUTE = re.compile(r"(?<![\w/.:~])(?:~|/(?:[\w.@+-]+/)+)[\w.@+-]*(?:/[\w.@+-]+)*")
-"""A path of a machine: from the root, at least two parts; or from a home folder."""
 
 
 def write_card(folder: Path, exported: Exported) -> None:
@@ -68,12 +66,6 @@ def render(exported: Exported) -> str:
     body += [f"## {title}\n\n{text.strip()}" for title, text in sections.items() if text.strip()]
     head = _metadata(exported, notes, base, data)
     return f"---\n{head.strip()}\n---\n\n" + private("\n\n".join(body)) + "\n\n"
-
-
-def private(text: str) -> str:
-    """Text without secrets, control characters, and paths of this machine, of which the last part stays."""
-    text = without_controls(without_secrets(text))
-    return _ABSOLUTE.sub(lambda found: "…/" + found[0].rstrip("/").rpartition("/")[2], text)
 
 
 def _base(run: RunConfig) -> Origin | None:

@@ -60,7 +60,7 @@ def packages_of(exported: Exported) -> list[str]:
     owners = packages_distributions()
     classes = [type(exported.run.policy), *(type(source.data) for source in exported.sources)]
     modules = [cls.__module__.partition(".")[0] for cls in classes]
-    return list(dict.fromkeys(["rlinf-core", *(owners.get(name, [name])[0] for name in modules)]))
+    return list(dict.fromkeys(["rlinf-core", *(owners.get(name, [name.replace("_", "-")])[0] for name in modules)]))
 
 
 def config_text(run: RunConfig) -> str:
