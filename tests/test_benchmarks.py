@@ -18,6 +18,7 @@ COMMANDS = {
     "checkpoint": ("--rounds=1", "--width=16"),
     "data_loading": ("--cases=image_h10", "--rounds=1", "--seconds=0.1", "--frames=12"),
     "gpu_probe": ("--tiny", "--device=cpu"),
+    "infer": ("--size=minimal", "--rounds=1", "--requests=3"),
     "norm_stats": ("--frames=32",),
     "rollouts": ("--rounds=1", "--episodes=1", "--horizon=16", "--image-size=32"),
     "text_step": ("--rounds=1", "--steps=1", "--batch=2", "--vocabulary=512", "--sides=transformers"),
@@ -28,6 +29,7 @@ EXPECTED = {
     "checkpoint": {"stall_vs_rank0_save", "sync_stall_vs_rank0_save"},
     "data_loading": {"image_h10"},
     "gpu_probe": {"failed", "vision default forward_ms", "step, micro batch 2, not compiled samples_per_second"},
+    "infer": {"infer_vs_lerobot", "pi0", "pi05", "server_overhead_ms", "server_processor_ms"},
     "norm_stats": {"vs_openpi_loader", "frames_per_second"},
     "rollouts": {"steps_per_second_1", "steps_per_second_2", "two_over_one", "serial_share"},
     "text_step": {"tokens_per_second_vs_transformers", "packed_vs_transformers_packed"},
@@ -36,6 +38,7 @@ EXPECTED = {
 NEEDED = {
     "adapters": "peft",
     "text_step": "accelerate",
+    "infer": "lerobot",
     "rollouts": "metaworld",
     "norm_stats": "lerobot",
     "data_loading": "lerobot",

@@ -40,6 +40,7 @@ from rlinf_core.export import (
 from rlinf_core.lora.apply import published_rows
 from rlinf_core.lora.digest import Digest
 from rlinf_core.plugins.registry import Plugins, get_plugins
+from rlinf_core.sampling import Sampler
 from rlinf_core.training.checkpoint.state import read_position
 from rlinf_core.training.distributed.processes import to_device
 from rlinf_core.training.state.adapters import Original, find_adapters
@@ -93,9 +94,14 @@ class LoadedPolicy:
         module: Any,
         coverage: Coverage | None = None,
         base: frozenset[str] = frozenset(),
+        *,
+        steps: int | None = None,
+        compiled: bool = False,
     ) -> None:
         self.config, self.data = config, data
         self.module = module
+        self.sample = Sampler(config, module, steps=steps, compiled=compiled)
+        """Draws action chunks, in as many denoising steps as `load_policy` was asked for."""
         self.base = base
         """Names of the parameters that other adapters may share: those that adapters have not trained."""
         self.coverage = coverage
@@ -179,16 +185,18 @@ class LoadedPolicy:
         return self.act_on([self.encode(one) for one in observations], noises)
 
     def act_on(
-        self, samples: Sequence[Any], noises: Sequence[NDArray[np.float32] | None] | None = None
+        self,
+        samples: Sequence[Any],
+        noises: Sequence[NDArray[np.float32] | None] | None = None,
+        steps: int | None = None,
     ) -> list[NDArray[np.floating]]:
-        """`infer_batch` for observations that `encode` has prepared and checked."""
+        """`infer_batch` for observations that `encode` has prepared and checked, in this many denoising steps."""
         starts = []
         for noise in noises or [None] * len(samples):
             drawn = self.config.draw(self._noise)["noise"]
             starts.append(drawn if noise is None else _checked_noise(noise, drawn.shape))
         batch = to_device(self.config.collate(list(samples)), self.device)
-        with torch.inference_mode():
-            actions = self.module.sample_actions(batch, torch.from_numpy(np.stack(starts)).to(self.device))
+        actions = self.sample(batch, torch.from_numpy(np.stack(starts)).to(self.device), steps)
         chunks = actions.float().cpu().numpy()
         return [self.pipeline.decode(chunk, sample) for chunk, sample in zip(chunks, samples, strict=True)]
 
@@ -220,6 +228,8 @@ def load_policy(
     plugins: Plugins | None = None,
     source: str = "",
     base: str | Path | LoadedPolicy = "",
+    steps: int | None = None,
+    compile: bool = False,
 ) -> LoadedPolicy:
     """Load a policy that `rlinf export` wrote, or adapters that it wrote with the weights that they belong to.
 
@@ -235,10 +245,14 @@ def load_policy(
         base: For adapters, the weights that they belong to, if they are not where the run had them: a folder, file or
             hub id as in `policy.weights`. Or a policy that is loaded already, also one with other adapters: the
             weights are then in memory once, on its device and in its dtype.
+        steps: Denoising steps of a chunk; None: as in training. Fewer are faster and less exact; see
+            [fewer steps](../serving.md#faster).
+        compile: Compile a denoising step when it is first used, which takes a minute or more; the same actions up to
+            rounding. Without a C++ compiler (on a CPU) or Triton (on a GPU), one warning and no compilation.
 
     Raises:
         UserError: The folder is not an exported policy, its files are inconsistent, its weights contain NaN or
-            infinity, or there is no such device or dtype.
+            infinity, there is no such device or dtype, or the policy has no steps or cannot be compiled.
     """
     folder, device, dtype = Path(folder), _known_device(device), _known_dtype(dtype)
     plugins = plugins or get_plugins()
@@ -264,7 +278,7 @@ def load_policy(
     if adapters is not None:
         _check_base(module, config, own, str(adapters["digest"]), folder)
     coverage = parse_coverage(description.get("coverage"), source, str(folder / DESCRIPTION))
-    return LoadedPolicy(config, data, pipeline, module.eval(), coverage, own)
+    return LoadedPolicy(config, data, pipeline, module.eval(), coverage, own, steps=steps, compiled=compile)
 
 
 def _described_adapters(description: dict[str, Any], folder: Path, *, given: bool) -> dict[str, Any] | None:
@@ -356,7 +370,14 @@ def _check_base(module: Any, config: PolicyConfig, own: frozenset[str], expected
 
 
 def load_run(
-    folder: Path, choice: Choice, *, device: str | torch.device, dtype: str, plugins: Plugins, source: str = ""
+    folder: Path,
+    choice: Choice,
+    *,
+    device: str | torch.device,
+    dtype: str,
+    plugins: Plugins,
+    source: str = "",
+    steps: int | None = None,
 ) -> tuple[LoadedPolicy, Path, list[str]]:
     """Load a policy from a checkpoint of a run, as if it had been exported.
 
@@ -367,6 +388,7 @@ def load_run(
         dtype: Dtype of matrix products.
         plugins: Plugins that provide the run's classes.
         source: For a mixture, the dataset whose observations the policy gets.
+        steps: Denoising steps of a chunk; None: as in training.
 
     Returns:
         The policy, its checkpoint, and sentences about what was chosen.
@@ -390,7 +412,8 @@ def load_run(
     materialize(module, device, lambda name, _: tensors.pop(name))
     _compute_in(module, DTYPES[known])
     pipeline = build_pipeline(given.run.data, policy, statistics[1] if statistics else None)
-    return LoadedPolicy(policy, given.run.data, pipeline, module.eval()), checkpoint, [*notes, *said, which]
+    loaded = LoadedPolicy(policy, given.run.data, pipeline, module.eval(), steps=steps)
+    return loaded, checkpoint, [*notes, *said, which]
 
 
 def _known_device(device: str | torch.device) -> torch.device:
