@@ -42,6 +42,7 @@ from rlinf_core.lora.apply import published_rows
 from rlinf_core.lora.digest import Digest
 from rlinf_core.plugins.registry import Plugins, get_plugins
 from rlinf_core.real_time import Encoded, continue_actions, encode_continuation
+from rlinf_core.sampling import Sampler
 from rlinf_core.training.checkpoint.state import read_position
 from rlinf_core.training.distributed.processes import to_device
 from rlinf_core.training.state.adapters import Original, find_adapters
@@ -95,9 +96,14 @@ class LoadedPolicy:
         module: Any,
         coverage: Coverage | None = None,
         base: frozenset[str] = frozenset(),
+        *,
+        steps: int | None = None,
+        compiled: bool = False,
     ) -> None:
         self.config, self.data = config, data
         self.module = module
+        self.sample = Sampler(config, module, steps=steps, compiled=compiled)
+        """Draws action chunks, in as many denoising steps as `load_policy` was asked for."""
         self.base = base
         """Names of the parameters that other adapters may share: those that adapters have not trained."""
         self.coverage = coverage
@@ -207,10 +213,12 @@ class LoadedPolicy:
         samples: Sequence[Any],
         noises: Sequence[NDArray[np.float32] | None] | None = None,
         previous: Sequence[Encoded | None] | None = None,
+        steps: int | None = None,
     ) -> list[NDArray[np.floating]]:
         """`infer_batch` for observations that `encode` has prepared and checked, and actions of `encode_continuation`.
 
-        Observations that continue chunks in different ways, or none, are computed one way after another.
+        Observations that continue chunks in different ways, or none, are computed one way after another; all of them
+        in this many denoising steps.
         """
         starts = []
         for noise in noises or [None] * len(samples):
@@ -222,21 +230,22 @@ class LoadedPolicy:
         for way in dict.fromkeys(ways):
             own = [number for number, its in enumerate(ways) if its == way]
             noise = np.stack([starts[number] for number in own])
-            found = self._chunks([samples[i] for i in own], noise, [one for i in own if (one := previous[i])])
+            continued = [one for i in own if (one := previous[i])]
+            found = self._chunks([samples[i] for i in own], noise, continued, steps)
             chunks |= dict(zip(own, found, strict=True))
         return [self.pipeline.decode(chunks[number], sample) for number, sample in enumerate(samples)]
 
     def _chunks(
-        self, samples: Sequence[Any], starts: NDArray[np.float32], previous: Sequence[Encoded]
+        self, samples: Sequence[Any], starts: NDArray[np.float32], previous: Sequence[Encoded], steps: int | None
     ) -> NDArray[np.floating]:
         """The policy's own actions [B, H, A] for a batch of which all or none continue a chunk."""
         batch = to_device(self.config.collate(list(samples)), self.device)
         noise = torch.from_numpy(starts).to(self.device)
         if previous:
-            actions = continue_actions(self.module, batch, noise, previous)
+            number = self.sample.steps if steps is None else steps
+            actions = continue_actions(self.module, batch, noise, previous, number)
         else:
-            with torch.inference_mode():
-                actions = self.module.sample_actions(batch, noise)
+            actions = self.sample(batch, noise, steps)
         chunks: NDArray[np.floating] = actions.float().cpu().numpy()
         return chunks
 
@@ -272,6 +281,8 @@ def load_policy(
     plugins: Plugins | None = None,
     source: str = "",
     base: str | Path | LoadedPolicy = "",
+    steps: int | None = None,
+    compile: bool = False,
 ) -> LoadedPolicy:
     """Load a policy that `rlinf export` wrote, or adapters that it wrote with the weights that they belong to.
 
@@ -287,10 +298,14 @@ def load_policy(
         base: For adapters, the weights that they belong to, if they are not where the run had them: a folder, file or
             hub id as in `policy.weights`. Or a policy that is loaded already, also one with other adapters: the
             weights are then in memory once, on its device and in its dtype.
+        steps: Denoising steps of a chunk; None: as in training. Fewer are faster and less exact; see
+            [fewer steps](../serving.md#faster).
+        compile: Compile a denoising step when it is first used, which takes a minute or more; the same actions up to
+            rounding. Without a C++ compiler (on a CPU) or Triton (on a GPU), one warning and no compilation.
 
     Raises:
         UserError: The folder is not an exported policy, its files are inconsistent, its weights contain NaN or
-            infinity, or there is no such device or dtype.
+            infinity, there is no such device or dtype, or the policy has no steps or cannot be compiled.
     """
     folder, device, dtype = Path(folder), _known_device(device), _known_dtype(dtype)
     plugins = plugins or get_plugins()
@@ -316,7 +331,7 @@ def load_policy(
     if adapters is not None:
         _check_base(module, config, own, str(adapters["digest"]), folder)
     coverage = parse_coverage(description.get("coverage"), source, str(folder / DESCRIPTION))
-    return LoadedPolicy(config, data, pipeline, module.eval(), coverage, own)
+    return LoadedPolicy(config, data, pipeline, module.eval(), coverage, own, steps=steps, compiled=compile)
 
 
 def _described_adapters(description: dict[str, Any], folder: Path, *, given: bool) -> dict[str, Any] | None:
@@ -408,7 +423,14 @@ def _check_base(module: Any, config: PolicyConfig, own: frozenset[str], expected
 
 
 def load_run(
-    folder: Path, choice: Choice, *, device: str | torch.device, dtype: str, plugins: Plugins, source: str = ""
+    folder: Path,
+    choice: Choice,
+    *,
+    device: str | torch.device,
+    dtype: str,
+    plugins: Plugins,
+    source: str = "",
+    steps: int | None = None,
 ) -> tuple[LoadedPolicy, Path, list[str]]:
     """Load a policy from a checkpoint of a run, as if it had been exported.
 
@@ -419,6 +441,7 @@ def load_run(
         dtype: Dtype of matrix products.
         plugins: Plugins that provide the run's classes.
         source: For a mixture, the dataset whose observations the policy gets.
+        steps: Denoising steps of a chunk; None: as in training.
 
     Returns:
         The policy, its checkpoint, and sentences about what was chosen.
@@ -442,7 +465,8 @@ def load_run(
     materialize(module, device, lambda name, _: tensors.pop(name))
     _compute_in(module, DTYPES[known])
     pipeline = build_pipeline(given.run.data, policy, statistics[1] if statistics else None)
-    return LoadedPolicy(policy, given.run.data, pipeline, module.eval()), checkpoint, [*notes, *said, which]
+    loaded = LoadedPolicy(policy, given.run.data, pipeline, module.eval(), steps=steps)
+    return loaded, checkpoint, [*notes, *said, which]
 
 
 def _known_device(device: str | torch.device) -> torch.device:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from rlinf_core.contract.datasets import DatasetConfig, SampleSource
@@ -274,7 +273,6 @@ def _act(
     generators = (validation_generator(seed, index) for index in indices)
     samples = add_draws(encode_rows(source, indices, rows, pipeline), policy.config, generators)
     batch: Mapping[str, Any] = to_device(policy.config.collate(samples), policy.device)
-    with torch.inference_mode():
-        actions = policy.module.sample_actions(batch, batch["noise"]).float().cpu().numpy()
+    actions = policy.sample(batch, batch["noise"]).float().cpu().numpy()
     for index, row, sample, chunk in zip(indices, rows, samples, actions, strict=True):
         yield ValidationRow(index, sample, pipeline.target(row)), chunk, str(row.get("task", ""))

@@ -194,6 +194,15 @@ class OpenpiPolicyConfig(OpenpiSettings):
         )
         return cast("Sample", sample)
 
+    def sampling_steps(self) -> int:
+        """Euler steps from noise to actions."""
+        return self.num_sampling_steps
+
+    def compile_sampling(self, policy: Any, *, on: bool) -> bool:
+        """Compile a denoising step; see `model.sampling`."""
+        policy.compile_sampling(on=on)
+        return True
+
     def useful_flops(self, batch: Batch) -> float | None:
         """Operations for the images and tokens present. None with frozen parts: what they save is not counted."""
         if self.freeze != "nothing":

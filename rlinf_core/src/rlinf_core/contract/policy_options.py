@@ -160,6 +160,28 @@ class Counted:
         return None
 
 
+class Sampled:
+    """How a policy draws its actions when it acts.
+
+    Wanted by a policy that draws them in denoising steps. Without these methods, `rlinf serve --steps` and `--compile`
+    say that the policy cannot do that.
+    """
+
+    def sampling_steps(self) -> int:
+        """Denoising steps of a chunk, whose number may change: `sample_actions` takes `num_steps`. 0: it does not."""
+        return 0
+
+    def compile_sampling(self, policy: nn.Module, *, on: bool) -> bool:
+        """Let `sample_actions` compute with `torch.compile` from its next call on, or as written again.
+
+        It may then see few shapes: each batch size may be compiled once, but no length of a prompt.
+
+        Returns:
+            Whether the policy can be compiled.
+        """
+        return False
+
+
 class Compared:
     """What a policy compares of an observation with its training data, before it acts on it.
 
@@ -418,5 +440,18 @@ class CardNotes(NamedTuple):
     """What someone who runs the policy must know, one sentence each, as Markdown."""
 
 
-OPTIONS = (Described, Measured, BoundToData, Begun, Counted, Compared, Published, Checked, Exported, Adapted, Continued)
+OPTIONS = (
+    Described,
+    Measured,
+    BoundToData,
+    Begun,
+    Counted,
+    Sampled,
+    Compared,
+    Published,
+    Checked,
+    Exported,
+    Adapted,
+    Continued,
+)
 """All of them, in the order of the page docs/contract.md."""

@@ -215,8 +215,7 @@ class Scene:
             samples, targets = _encoded(source, part, correction, pipeline)
             noise = np.stack([policy.config.draw(validation_generator(self.seed, i))["noise"] for i in part])
             batch: Mapping[str, Any] = to_device(policy.config.collate(samples), policy.device)
-            with torch.inference_mode():
-                actions = policy.module.sample_actions(batch, torch.from_numpy(noise).to(policy.device))
+            actions = policy.sample(batch, torch.from_numpy(noise).to(policy.device))
             for sample, target, chunk in zip(samples, targets, actions.float().cpu().numpy(), strict=True):
                 decoded = pipeline.decode(chunk, sample)
                 predicted.append(decoded[:, : target["actions"].shape[-1]])
