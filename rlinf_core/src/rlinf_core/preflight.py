@@ -35,6 +35,7 @@ from rlinf_core.plugins.owners import CORE
 from rlinf_core.plugins.registry import Plugins
 from rlinf_core.slurm import processes_per_node
 from rlinf_core.training.checkpoint.image_files import compare_images, record_images
+from rlinf_core.training.distributed.open_files import count_open_files, find_limit, too_few
 from rlinf_core.training.resume import Flags, Start, decide_start
 from rlinf_core.training.run_folder import read_folder
 from rlinf_core.training.settings import Fsdp2Settings
@@ -137,6 +138,7 @@ def check_run(run: RunConfig, plugins: Plugins, ranks: int | None = None, *, all
     if run.runner.val_check_interval:
         report.facts["evaluators"] = ", ".join(evaluator_names(run))
     if isinstance(run.trainer, Fsdp2Settings):
+        _check_machines(run, run.trainer, report)
         report.facts["compiled_blocks"] = run.trainer.compile_fact
     report.facts["loggers"] = ", ".join(dict.fromkeys(("console", "jsonl", *run.runner.loggers)))
     return report
@@ -190,6 +192,18 @@ def _check_batch(run: RunConfig, ranks: int | None, report: Report) -> None:
             most = check_batch(whole, micro, nodes) * nodes
             fitting = [n for n in range(nodes, most + 1, nodes) if most % n == 0]
             report.facts["ranks_that_fit"] = ", ".join(map(str, fitting))
+
+
+def _check_machines(run: RunConfig, trainer: Fsdp2Settings, report: Report) -> None:
+    """Report how the model is sharded over several machines, and how many files the ranks open."""
+    known, nodes = report.facts.get("ranks"), run.cluster.num_nodes
+    ranks = known if isinstance(known, int) else 0
+    if nodes > 1:
+        report.facts["sharding"] = trainer.describe_replicas(ranks, nodes)
+    if ranks > 1 and ranks % nodes == 0:
+        needed = count_open_files(ranks, trainer.replicas(ranks, nodes), run.data.num_workers)
+        report.facts["open_files"] = f"up to {needed} per process; {find_limit()} are allowed here"
+        report.warnings += filter(None, [too_few(needed, ranks)])
 
 
 def _check_length(run: RunConfig, rows: int, report: Report) -> None:

@@ -30,6 +30,7 @@ from rlinf_core.process.ending import EXIT_FILE
 from rlinf_core.process.watchdog import FOLDER, stops_to_catch
 from rlinf_core.terminal import announce
 from rlinf_core.training.distributed.network import answers, is_here, place_towards
+from rlinf_core.training.distributed.open_files import allow_open_files, count_open_files
 from rlinf_core.training.run_folder import check_folder
 
 if TYPE_CHECKING:
@@ -148,6 +149,9 @@ def launch(run: RunConfig, arguments: Sequence[str]) -> int:
     share = share_of_machine(run.cluster, 0 if run.trainer.device == "cpu" else torch.cuda.device_count())
     check_batch(run.trainer.global_batch_size, run.trainer.micro_batch_size, share.processes * run.cluster.num_nodes)
     check_folder(run)
+    # The machine of the rendezvous has the store's connections to all ranks and agents.
+    ranks = share.processes * run.cluster.num_nodes
+    allow_open_files(count_open_files(ranks), ranks)
     if share.devices:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices(share.devices, os.environ)
     if share.processes > 1:
