@@ -161,7 +161,7 @@ def test_the_others_end_when_the_machine_of_the_rendezvous_is_lost_and_all_start
     machines.machines.lose(0)
     assert launchers[1].wait(LONG) == 1, machines.said()
     assert machines.said()[1].count(f"the launcher at cluster.rdzv_endpoint = 'node0:{PORT}' has ended or cannot be") == 1
-    assert "Exception raised" not in machines.said()[1].rpartition("[c10d]")[0]
+    assert "Exception raised" not in machines.said()[1]
     machines.finish([machines.launch(node) for node in range(2)])
     assert_equal(machines, alone)
 
@@ -171,7 +171,7 @@ def test_a_machine_that_never_comes_is_reported_with_those_that_are_there(cluste
     launchers = [machines.launch(node, "cluster.join_timeout_seconds=40") for node in (0, 1)]
     assert [launcher.wait(LONG) for launcher in launchers] == [2, 2], machines.said()
     for said in machines.said()[:2]:
-        assert "waiting for the other machines; 2 of 3 machines are there: " in said
+        assert "waiting for the other machines; " in said
         assert "2 of 3 machines are there: node0 (10.83.0.1), node1 (10.83.0.2). Run the same command" in (
             said.replace("node1 (10.83.0.2), node0 (10.83.0.1)", "node0 (10.83.0.1), node1 (10.83.0.2)")
         )

@@ -31,7 +31,6 @@ from rlinf_core.data.statistics.rates import compare_rates, describe_chunk
 from rlinf_core.data.statistics.run import diagnosed_pipeline
 from rlinf_core.errors import UserError, did_you_mean
 from rlinf_core.plugins.evaluators import evaluator_names
-from rlinf_core.plugins.owners import CORE
 from rlinf_core.plugins.registry import Plugins
 from rlinf_core.slurm import processes_per_node
 from rlinf_core.training.checkpoint.image_files import compare_images, record_images
@@ -255,9 +254,12 @@ def _check_folder(run: RunConfig, report: Report, *, allow_change: bool) -> Star
 
 def check_launcher(run: RunConfig, plugins: Plugins) -> None:
     """Raise `UserError` if no installed plugin can provide `cluster.launcher`."""
-    owners = [implementation.owner for implementation in plugins.implementations("rlinf_launch")]
-    others = [owner for owner in owners if owner.distribution != CORE]
-    if run.cluster.launcher not in LAUNCHERS and not others:
+    launching, naming = (
+        {implementation.owner for implementation in plugins.implementations(hook)}
+        for hook in ("rlinf_launch", "rlinf_launcher_names")
+    )
+    # One that does not name its launchers may provide any.
+    if run.cluster.launcher not in _launchers(plugins) and launching <= naming:
         raise nobody_launches(run, plugins)
     if run.cluster.launcher == SLURM:
         processes_per_node(run)
@@ -265,12 +267,19 @@ def check_launcher(run: RunConfig, plugins: Plugins) -> None:
 
 def nobody_launches(run: RunConfig, plugins: Plugins) -> UserError:
     """The error for a `cluster.launcher` that no plugin provides."""
-    name = run.cluster.launcher
+    name, there = run.cluster.launcher, _launchers(plugins)
+    others = "".join(f", {owner} {launcher!r}" for launcher, owner in there.items() if launcher not in LAUNCHERS)
     core = " and ".join(map(repr, LAUNCHERS))
     lines = [
-        f"no installed plugin launches with cluster.launcher = {name!r}{did_you_mean(name, LAUNCHERS)}",
-        f"install the package that provides it, or leave cluster.launcher out: core provides {core}",
+        f"no installed plugin launches with cluster.launcher = {name!r}{did_you_mean(name, there)}",
+        f"install the package that provides it, or leave cluster.launcher out: core provides {core}{others}",
         *(f"failed: {failure}" for failure in plugins.failures),
         *(f"left out by RLINF_DISABLE_PLUGINS: {distribution}" for distribution in plugins.blocked),
     ]
     return UserError("\n  ".join(lines))
+
+
+def _launchers(plugins: Plugins) -> dict[str, str]:
+    """Values of `cluster.launcher` -> the distribution that provides it."""
+    named = plugins.implementations("rlinf_launcher_names")
+    return {name: one.owner.distribution for one in reversed(named) for name in one.call()}

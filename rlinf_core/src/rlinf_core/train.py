@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from rlinf_core.errors import Exit, Interrupted
 from rlinf_core.process.ending import Ending
-from rlinf_core.process.start import check_launcher, prepare_process
+from rlinf_core.process.start import check_launcher, prepare_process, quiet_torch
 from rlinf_core.process.watchdog import enter, kill_children, watchdog
 from rlinf_core.terminal import wrap
 
@@ -89,14 +89,16 @@ def train(
     from rlinf_core.config.load import load_config
     from rlinf_core.plugins.registry import get_plugins
 
-    plugins = get_plugins()
-    run = load_config(config, overrides, plugins)
+    with quiet_torch("ERROR"):
+        plugins = get_plugins()
+        run = load_config(config, overrides, plugins)
     plugins.hook.rlinf_configure(run=run)
 
     watchdog.allow(run.trainer.timeout_seconds)
     enter("loading torch and joining the ranks", rank)
     from rlinf_core.contract.tables.cluster import check_world_size
-    from rlinf_core.training.distributed.processes import processes
+    with quiet_torch("ERROR"):
+        from rlinf_core.training.distributed.processes import processes
     from rlinf_core.training.distributed.same_inputs import check_same_program
     from rlinf_core.training.resume import say_finished
     from rlinf_core.training.run_folder import RunFolder
