@@ -182,7 +182,9 @@ def test_machines_that_do_not_come_are_a_message(unreachable, tmp_path):
     from torch.distributed.elastic.rendezvous.api import RendezvousTimeoutError
 
     unreachable(RendezvousTimeoutError())
-    with pytest.raises(UserError, match=r"2 machines have not met at cluster\.rdzv_endpoint = 'node0:29500' within 600"):
+    with pytest.raises(
+        UserError, match=r"2 machines have not met at cluster\.rdzv_endpoint = 'node0:29500' within 600"
+    ):
         torchrun.launch(meeting_at("node0:29500", tmp_path), [])
 
 

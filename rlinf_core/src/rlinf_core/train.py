@@ -97,8 +97,10 @@ def train(
     watchdog.allow(run.trainer.timeout_seconds)
     enter("loading torch and joining the ranks", rank)
     from rlinf_core.contract.tables.cluster import check_world_size
+
     with quiet_torch("ERROR"):
         from rlinf_core.training.distributed.processes import processes
+    from rlinf_core.training.distributed.machine_table import make_table
     from rlinf_core.training.distributed.same_inputs import check_same_program
     from rlinf_core.training.resume import say_finished
     from rlinf_core.training.run_folder import RunFolder
@@ -120,6 +122,8 @@ def train(
             watchdog.folder = run.folder
             if group.rank == 0:
                 record_environment(run, group, plugins)
+            if table := make_table(run, group):
+                _report(group, table.lines())
             trainer = ending.trainer = run.trainer.build(run, start=start, group=group, plugins=plugins)
         received = trainer.train()
     if received:

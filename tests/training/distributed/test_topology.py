@@ -103,5 +103,3 @@ def test_a_limit_that_is_too_low_is_a_warning_of_validate(configure_toy, toy_plu
     assert "2 copies of the model, each sharded over the 2 ranks of a machine" in report.facts["sharding"]
     assert any("each of the 4 processes opens up to 270 files" in warning for warning in report.warnings)
     assert "sharding" not in check_run(configure_toy(), toy_plugins, 1).facts
-
-

@@ -87,7 +87,11 @@ class Fsdp2Settings(TrainerConfig):
         copies = self.replicas(ranks, machines)
         over = "a machine" if copies == machines else "a copy" if copies > 1 else "all machines"
         shards = f"sharded over the {ranks // copies} ranks of {over}" if ranks > copies else "whole on one rank"
-        what = f"{copies} copies of the model" + f", each {shards}" * bool(ranks) if copies > 1 else f"one copy of the model, {shards}"
+        what = (
+            f"{copies} copies of the model" + f", each {shards}" * bool(ranks)
+            if copies > 1
+            else f"one copy of the model, {shards}"
+        )
         auto = ' = "auto"' if self.num_replicas == "auto" else f" = {copies}"
         return f"{what} (trainer.num_replicas{auto})"
 
