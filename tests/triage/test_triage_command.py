@@ -165,6 +165,18 @@ def test_a_folder_without_its_run_shows_what_was_changed_after_the_export(run, p
     assert "model.safetensors is not the file that rlinf export wrote" in found.sentence
 
 
+def test_weights_that_were_trained_in_bf16_are_recognised(run, plugins):
+    scene = open_scene(run, plugins=plugins)
+    tests = {test.name: test for test, _ in registered_tests(plugins)}
+    assert "bfloat16" not in tests["weights"]().run(scene).sentence
+    with torch.no_grad():
+        for parameter in scene.policy.module.parameters():
+            parameter.copy_(parameter.bfloat16())
+    found = tests["weights"]().run(scene)
+    assert found.verdict == "cause"
+    assert "100% of the trained weights are numbers of bfloat16" in found.sentence
+
+
 class Hostile(TriageTest):
     name = "hostile"
     question = HOSTILE
