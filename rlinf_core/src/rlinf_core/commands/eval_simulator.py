@@ -11,12 +11,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlinf_core.commands.eval_served import served
 from rlinf_core.commands.evaluated import load_evaluated
 from rlinf_core.commands.output import print_json, print_table, print_text
 from rlinf_core.errors import UserError
 
 if TYPE_CHECKING:
     from rlinf_core.contract.datasets import SampleSource
+    from rlinf_core.exported import Exported
     from rlinf_core.inference import LoadedPolicy
     from rlinf_core.plugins.registry import Plugins
     from rlinf_core.results import ResultTable
@@ -58,7 +60,6 @@ def play_episodes(options: argparse.Namespace) -> None:
     """Play, print the table, and write the files."""
     from rlinf_core.plugins.registry import get_plugins
     from rlinf_core.rollout.tables import success_table
-    from rlinf_core.terminal import print_phase
 
     if given := [name for name, default in RECORDED.items() if getattr(options, name) != default]:
         raise UserError(f"--{given[0].replace('_', '-')} is for recorded episodes: leave it out with --env")
@@ -66,13 +67,10 @@ def play_episodes(options: argparse.Namespace) -> None:
     plugins.environment(options.env)  # Before what takes seconds.
     settings, remembered = read_settings(options, plugins)
     settings.chosen_tasks()
-    print_phase(f"loading {options.policy}")
-    policy, facts = load_evaluated(options, plugins)
-    if not policy.config.chunk_length():
-        raise UserError(f"the policy {policy.config.type!r} has no actions: it cannot act in a simulator")
-    notes = [*facts["notes"], *remembered]
-    agents, step_seconds = build_agents(options, policy, plugins, settings, notes)
     with ExitStack() as ending:
+        acting, described, facts = _open_policy(options, plugins, settings, ending)
+        notes = [*facts["notes"], *remembered]
+        agents, step_seconds = build_agents(options, acting, described, plugins, settings, notes)
         folder = _folder(options, facts, settings)
         kept = folder or Path(ending.enter_context(tempfile.TemporaryDirectory(prefix="rollouts-")))
         results = _play(settings, agents, kept, _identity(options, facts, settings), step_seconds)
@@ -127,7 +125,7 @@ def _remembered(options: argparse.Namespace, plugins: Plugins) -> tuple[dict[str
     from rlinf_core.contract.weights.origin import DESCRIPTION
     from rlinf_core.untrusted.text import read_json
 
-    folder = Path(options.policy)
+    folder = Path(options.policy or "")
     found: Any = None
     if (folder / DESCRIPTION).is_file():
         found = read_json(folder / DESCRIPTION).get("simulator")
@@ -151,32 +149,56 @@ def _count(episodes: Sequence[int]) -> int | None:
 
 
 def build_agents(
-    options: argparse.Namespace, policy: LoadedPolicy, plugins: Plugins, settings: RolloutSettings, notes: list[str]
+    options: argparse.Namespace,
+    acting: Agent,
+    described: LoadedPolicy | Exported | None,
+    plugins: Plugins,
+    settings: RolloutSettings,
+    notes: list[str],
 ) -> tuple[dict[str, Agent], float]:
     """The policy and the baselines that can be played, and the seconds between actions in the data (0: unknown)."""
-    from rlinf_core.rollout.agents import (
-        POLICY,
-        PolicyAgent,
-        build_baselines,
-        demonstrations_of,
-        seconds_per_action,
-    )
+    from rlinf_core.rollout.agents import POLICY, build_baselines, demonstrations_of, seconds_per_action
 
-    rows = _rows(options, policy, plugins, notes)
+    rows = _rows(options, described, plugins, notes)
     prompts = [task.prompt for task in settings.chosen_tasks()]
     found = {}
-    if rows is not None and "replay" in settings.baselines:
-        found = demonstrations_of(rows, policy.pipeline, prompts)
+    if described is not None and rows is not None and "replay" in settings.baselines:
+        found = demonstrations_of(rows, described.pipeline, prompts)
         if missing := [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]:
             notes.append(f"no blind replay of {missing[0]!r}: the dataset has no episode with this instruction")
-    policies: dict[str, Agent] = {POLICY: PolicyAgent(policy.act, settings.env.replan)}
+    policies: dict[str, Agent] = {POLICY: acting}
     return policies | build_baselines(settings.baselines, settings.env, found), seconds_per_action(
         rows
     ) if rows else 0.0
 
 
-def _rows(options: argparse.Namespace, policy: LoadedPolicy, plugins: Plugins, notes: list[str]) -> SampleSource | None:
+def _open_policy(
+    options: argparse.Namespace, plugins: Plugins, settings: RolloutSettings, ending: ExitStack
+) -> tuple[Agent, LoadedPolicy | Exported | None, dict[str, Any]]:
+    """Who acts, what is known here of its data, and facts about it."""
+    from rlinf_core.rollout.agents import PolicyAgent
+    from rlinf_core.terminal import print_phase
+
+    if options.server:
+        print_phase(f"connecting to {options.server}")
+        from rlinf_core.serving.remote import ServedAgent
+
+        remote, opened, facts = ending.enter_context(served(options, plugins))
+        return ServedAgent(remote, settings.env.replan), opened, facts
+    print_phase(f"loading {options.policy}")
+    policy, facts = load_evaluated(options, plugins)
+    if not policy.config.chunk_length():
+        raise UserError(f"the policy {policy.config.type!r} has no actions: it cannot act in a simulator")
+    return PolicyAgent(policy.act, settings.env.replan), policy, facts
+
+
+def _rows(
+    options: argparse.Namespace, policy: LoadedPolicy | Exported | None, plugins: Plugins, notes: list[str]
+) -> SampleSource | None:
     """The demonstrations: of --dataset, or those that the policy was trained on if they are a folder here."""
+    if policy is None:
+        notes.append("no blind replay: without the exported folder that the server serves, no demonstrations are known")
+        return None
     from rlinf_core.data.splits import open_rows_of
     from rlinf_core.offline_eval import other_dataset
 
@@ -196,12 +218,14 @@ def _rows(options: argparse.Namespace, policy: LoadedPolicy, plugins: Plugins, n
 
 def _identity(options: argparse.Namespace, facts: Mapping[str, Any], settings: RolloutSettings) -> dict[str, Any]:
     """What results depend on: a second start continues if it is the same."""
-    digest = hashlib.sha256(Path(facts["identity"]).read_bytes()).hexdigest()[:16]
+    digest = hashlib.sha256(facts["identity"]).hexdigest()[:16]
     return {
         "policy": digest,
         "ema": facts["ema"],
         "dtype": options.dtype,
         "source": options.source,
+        **({} if options.num_steps is None else {"num_steps": options.num_steps}),
+        **({"server": True} if options.server else {}),
     } | settings.identity()
 
 
