@@ -57,7 +57,8 @@ class Running:
         assert self.ready.wait(30)
 
     async def serve(self, policy, settings):
-        self.server, self.loop = PolicyServer(policy, {"policy": "pi05"}, **settings), asyncio.get_running_loop()
+        metadata = settings.pop("metadata", {"policy": "pi05"})
+        self.server, self.loop = PolicyServer(policy, metadata, **settings), asyncio.get_running_loop()
         await self.server.run("127.0.0.1", 0, self.note)
 
     def note(self, port):
@@ -128,7 +129,6 @@ WRONG = [
     ({"observation/image": IMAGE[..., 0]}, "height, width, 3"),
     ({"observation/image": IMAGE.astype(np.float32)}, "0 to 1"),
     ({"noise": np.zeros((2, 2), np.float32)}, r"\[5, 8\]"),
-    ({"inference_delay": 3}, "does not offer 'inference_delay'"),
     ({"num_steps": 0}, "num_steps is '0', but must be a whole number from 1 to 100"),
     ({"num_steps": 10**6}, "from 1 to 100"),
     ({"num_steps": np.array([1, 2])}, "from 1 to 100"),
@@ -272,11 +272,11 @@ class Slow:
     def encode(self, row):
         return self.policy.encode(row)
 
-    def act_on(self, samples, noises=None, steps=None):
+    def act_on(self, samples, noises=None, previous=None, steps=None):
         self.begun.set()
         assert self.go.wait(30)
         self.batches.append(len(samples))
-        return self.policy.act_on(samples, noises, steps)
+        return self.policy.act_on(samples, noises, previous, steps)
 
 
 def in_thread(work):

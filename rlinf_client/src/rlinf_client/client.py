@@ -59,7 +59,8 @@ class PolicyClient:
                 server's `metadata` lists.
             options: More keys of the request. Servers of `rlinf serve` know `num_steps`, denoising steps; `noise`
                 [H, A], standard normal numbers; or `seed`, whole numbers, and `draw`, the number of the chunk since
-                then: the same chunk gets the same noise.
+                then: the same chunk gets the same noise. For real-time chunking `prev_chunk_left_over` [T, D],
+                `inference_delay` and others.
 
         Returns:
             `actions` [H, D] in the robot's units, `state`, a list of S numbers as they were sent, and timings.

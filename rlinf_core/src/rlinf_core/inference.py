@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from rlinf_core.config.load import load_config
+from rlinf_core.contract.continuation import Continuation
 from rlinf_core.contract.datasets import DatasetConfig
 from rlinf_core.contract.module import Policy
 from rlinf_core.contract.policy import PolicyConfig
@@ -32,6 +33,7 @@ from rlinf_core.exported import open_exported
 from rlinf_core.lora.apply import published_rows
 from rlinf_core.lora.digest import Digest
 from rlinf_core.plugins.registry import Plugins, get_plugins
+from rlinf_core.real_time import Encoded, continue_actions, encode_continuation
 from rlinf_core.sampling import Sampler
 from rlinf_core.training.checkpoint.state import read_position
 from rlinf_core.training.distributed.processes import to_device
@@ -70,7 +72,7 @@ class LoadedPolicy:
         """Names of the parameters that other adapters may share: those that adapters have not trained."""
         self.coverage = coverage
         """What training saw; None if the folder was exported before that was recorded: nothing is compared."""
-        self.pipeline = self._comparing(pipeline)
+        self.pipeline, self._plain = self._comparing(pipeline), pipeline
         self.device = next(module.parameters()).device
         self.dtype = _dtype_of(module)
         """Dtype of matrix products."""
@@ -92,36 +94,48 @@ class LoadedPolicy:
             self._reported.add(what)
             warnings.warn(f"{text} (reported once)", OutsideTraining, skip_file_prefixes=(HERE,))
 
-    def infer(self, observation: Mapping[str, Any], noise: NDArray[np.float32] | None = None) -> NDArray[np.floating]:
+    def infer(
+        self,
+        observation: Mapping[str, Any],
+        noise: NDArray[np.float32] | None = None,
+        *,
+        continuing: Continuation | None = None,
+    ) -> NDArray[np.floating]:
         """Compute a chunk of actions.
 
         Args:
             observation: A row in the dataset's format: images uint8 [height, width, 3] RGB and vectors [D] under the
                 dataset's column names, and the text `task`. Actions and other columns are ignored.
             noise: [H, A] standard normal, the start of sampling; None: drawn for this call.
+            continuing: The actions that the robot executes meanwhile, which the chunk is to continue (real-time
+                chunking); None: the chunk depends on the observation alone.
 
         Returns:
             [H, D] actions in the data's units.
 
         Raises:
             UserError: The observation lacks columns (the message names them all), its state or task is invalid, the
-                policy has not learned to act on it (an empty task, a prompt too long for the state in it), or `noise`
-                has another shape.
+                policy has not learned to act on it (an empty task, a prompt too long for the state in it), `noise`
+                has another shape, or the policy cannot continue these actions.
 
         Warns:
             OutsideTraining: The observation is outside of what training saw; once for each camera, for the state and
                 for the task.
         """
-        return self.infer_batch([observation], [noise])[0]
+        return self.infer_batch([observation], [noise], [continuing])[0]
 
     def act(
-        self, observations: Sequence[Mapping[str, Any]], generators: Sequence[np.random.Generator]
+        self,
+        observations: Sequence[Mapping[str, Any]],
+        generators: Sequence[np.random.Generator],
+        continuing: Sequence[Continuation | None] | None = None,
     ) -> list[NDArray[np.floating]]:
         """Compute chunks of actions for several observations as one batch.
 
         Args:
             observations: At least one, each as for `infer`.
             generators: Draw the noise of each observation's actions.
+            continuing: What each chunk continues, as for `infer`; None: nothing.
 
         Returns:
             For each, [H, D] actions in the data's units.
@@ -129,16 +143,21 @@ class LoadedPolicy:
         Raises:
             UserError: As `infer`.
         """
-        return self.infer_batch(observations, [self.config.draw(generator)["noise"] for generator in generators])
+        noises = [self.config.draw(generator)["noise"] for generator in generators]
+        return self.infer_batch(observations, noises, continuing)
 
     def infer_batch(
-        self, observations: Sequence[Mapping[str, Any]], noises: Sequence[NDArray[np.float32] | None] | None = None
+        self,
+        observations: Sequence[Mapping[str, Any]],
+        noises: Sequence[NDArray[np.float32] | None] | None = None,
+        continuing: Sequence[Continuation | None] | None = None,
     ) -> list[NDArray[np.floating]]:
         """Compute a chunk of actions for each of several observations, in one pass of the policy.
 
         Args:
             observations: As `infer` takes them.
             noises: The noise of each, as `infer` takes it; None: all are drawn.
+            continuing: What each chunk continues, as `infer` takes it; None: nothing.
 
         Returns:
             For each observation [H, D], equal up to rounding to what `infer` returns for the same noise.
@@ -146,23 +165,57 @@ class LoadedPolicy:
         Raises:
             UserError: As `infer`, for any of them.
         """
-        return self.act_on([self.encode(one) for one in observations], noises)
+        samples = [self.encode(one) for one in observations]
+        previous = [
+            None if one is None else self.encode_continuation(observation, sample, one)
+            for observation, sample, one in zip(observations, samples, continuing or [None] * len(samples), strict=True)
+        ]
+        return self.act_on(samples, noises, previous)
 
     def act_on(
         self,
         samples: Sequence[Any],
         noises: Sequence[NDArray[np.float32] | None] | None = None,
+        previous: Sequence[Encoded | None] | None = None,
         steps: int | None = None,
     ) -> list[NDArray[np.floating]]:
-        """`infer_batch` for observations that `encode` has prepared and checked, in this many denoising steps."""
+        """`infer_batch` for observations that `encode` has prepared and checked, and actions of `encode_continuation`.
+
+        Observations that continue chunks in different ways, or none, are computed one way after another; all of them
+        in this many denoising steps.
+        """
         starts = []
         for noise in noises or [None] * len(samples):
             drawn = self.config.draw(self._noise)["noise"]
             starts.append(drawn if noise is None else _checked_noise(noise, drawn.shape))
+        previous = previous or [None] * len(samples)
+        ways = [one and one.trained for one in previous]
+        chunks: dict[int, NDArray[np.floating]] = {}
+        for way in dict.fromkeys(ways):
+            own = [number for number, its in enumerate(ways) if its == way]
+            noise = np.stack([starts[number] for number in own])
+            continued = [one for i in own if (one := previous[i])]
+            found = self._chunks([samples[i] for i in own], noise, continued, steps)
+            chunks |= dict(zip(own, found, strict=True))
+        return [self.pipeline.decode(chunks[number], sample) for number, sample in enumerate(samples)]
+
+    def _chunks(
+        self, samples: Sequence[Any], starts: NDArray[np.float32], previous: Sequence[Encoded], steps: int | None
+    ) -> NDArray[np.floating]:
+        """The policy's own actions [B, H, A] for a batch of which all or none continue a chunk."""
         batch = to_device(self.config.collate(list(samples)), self.device)
-        actions = self.sample(batch, torch.from_numpy(np.stack(starts)).to(self.device), steps)
-        chunks = actions.float().cpu().numpy()
-        return [self.pipeline.decode(chunk, sample) for chunk, sample in zip(chunks, samples, strict=True)]
+        noise = torch.from_numpy(starts).to(self.device)
+        if previous:
+            number = self.sample.steps if steps is None else steps
+            actions = continue_actions(self.module, batch, noise, previous, number)
+        else:
+            actions = self.sample(batch, noise, steps)
+        chunks: NDArray[np.floating] = actions.float().cpu().numpy()
+        return chunks
+
+    def encode_continuation(self, observation: Mapping[str, Any], sample: Any, continuing: Continuation) -> Encoded:
+        """Prepare the actions that a chunk continues; `sample` is what `encode` made of the observation."""
+        return encode_continuation(self.config, self.data, self._plain, observation, sample, continuing)
 
     def encode(self, observation: Mapping[str, Any]) -> Any:
         """Prepare an observation for the policy, and compare it with training; raises and warns as `infer`."""

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, TextIO
 
-from rlinf_core.errors import Interrupted
+from rlinf_core.errors import Exit, Interrupted
 from rlinf_core.process.ending import Ending
 from rlinf_core.process.start import check_launcher, prepare_process
 from rlinf_core.process.watchdog import enter, kill_children, watchdog
@@ -52,14 +52,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _leave_writers(code: int) -> None:
-    """Exit the process at once if a thread is still writing a checkpoint.
+    """Exit the process at once if threads of torch may still be at work.
 
-    A normal exit of Python would destroy torch's process groups while the thread uses them, which may crash or hang.
+    A normal exit of Python would destroy torch's process groups while a thread uses them, which may crash or hang: one
+    that writes a checkpoint, or gloo's, which wait for a rank that was lost.
     """
     if "torch" in sys.modules:
         from rlinf_core.training.checkpoint.writer import THREAD
 
-        if any(thread.name.startswith(THREAD) for thread in threading.enumerate()):
+        lost = code == Exit.DEFECT  # Not a bug, which keeps its traceback: another rank or a machine is gone.
+        if lost or any(thread.name.startswith(THREAD) for thread in threading.enumerate()):
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)

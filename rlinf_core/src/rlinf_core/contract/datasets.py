@@ -162,6 +162,18 @@ class FileSource(SampleSource, Protocol):
 
 
 @runtime_checkable
+class FileStreamSource(SampleSource, Protocol):
+    """A source whose rows are in files one after another, so that the streams of the chunked order can have own files."""
+
+    def file_starts(self) -> NDArray[np.int64]:
+        """[F], ascending: the first row, and those whose images are in another file than the images of the row before.
+
+        With several files per row, such as those of several cameras, the rows that share the largest of them.
+        """
+        ...
+
+
+@runtime_checkable
 class VariedSource(SampleSource, Protocol):
     """A source whose rows have images of their own, in number and size, unlike the cameras of a robot."""
 
@@ -195,6 +207,9 @@ class DatasetConfig(BaseModel):
     streams: int = Field(default=64, ge=1)
     """Chunked: virtual streams over all ranks, each with its own runs of frames and its own buffer. A multiple of the
     number of ranks, and of every number of ranks on which the run is to resume."""
+    stream_of: Literal["runs", "files"] = "runs"
+    """Chunked: what streams are made of. `runs`: any runs of frames, so every node reads every file. `files`: each
+    stream has files of its own, the same ones in every epoch, and a node reads only those of its streams."""
     chunk_frames: int = Field(default=16, ge=1)
     """Chunked: consecutive frames that are read together."""
     shuffle_buffer: int = Field(default=8192, ge=1)
@@ -232,7 +247,7 @@ class DatasetConfig(BaseModel):
 
     @model_validator(mode="after")
     def _buffers_hold_runs(self) -> DatasetConfig:
-        changed = [key for key in ("streams", "chunk_frames", "shuffle_buffer") if self._differs(key)]
+        changed = [key for key in ("streams", "stream_of", "chunk_frames", "shuffle_buffer") if self._differs(key)]
         if self.shuffle == "random" and changed:
             raise ValueError(f'{changed[0]} has no effect without shuffle = "chunked"')
         if self.shuffle_buffer < self.streams * self.chunk_frames:
@@ -392,6 +407,11 @@ class LeRobotDatasetConfig(DatasetConfig):
             *(
                 ["prompt_column has no effect with prompt_from_task = false: leave one out"]
                 if self.prompt_column and not self.prompt_from_task
+                else []
+            ),
+            *(
+                ['stream_of = "files" is for reading the dataset\'s own files: leave it out, or cache']
+                if self.cache and self.stream_of == "files"
                 else []
             ),
             *(

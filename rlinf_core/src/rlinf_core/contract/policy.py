@@ -18,6 +18,7 @@ from rlinf_core.contract.policy_options import (
     BoundToData,
     Checked,
     Compared,
+    Continued,
     Counted,
     Described,
     Exported,
@@ -50,6 +51,7 @@ class PolicyConfig(
     Checked,
     Exported,
     Adapted,
+    Continued,
     BaseModel,
 ):
     """The `[policy]` table. A subclass narrows `type` to a `Literal` of its own and adds fields.

@@ -316,6 +316,15 @@ class Exported:
         """
         raise NotImplementedError(f"{type(self).__name__} must define export() for its export_formats")
 
+    def card(self, format: str, sources: Sequence[TrainedOn]) -> CardNotes:
+        """What the model card of an exported folder says that only the policy knows: see `CardNotes`.
+
+        Args:
+            format: `rlinf`, or one of `export_formats`.
+            sources: The datasets the policy was trained on, as `export` gets them.
+        """
+        return CardNotes()
+
 
 class Adapted:
     """Low-rank adapters (LoRA), by the table `[policy.lora]`: which layers get them if the table does not say.
@@ -388,6 +397,21 @@ class Adapted:
         add_lora(policy, cast("Any", self), self.lora)
 
 
+class Continued:
+    """Chunks that continue the one that the robot executes while they are computed: real-time chunking.
+
+    Wanted by a policy that is slower than a control step. Without it, robots jump from one chunk to the next.
+    """
+
+    def continuation_ways(self) -> Mapping[str, int]:
+        """How the module's `continue_actions` can continue a chunk -> the longest delay, in actions.
+
+        `guided`: without training for it; `trained`: with the actions given that are executed meanwhile. Empty: it has
+        no such method. See `contract.module.ContinuingPolicy`.
+        """
+        return {}
+
+
 class TrainedOn(NamedTuple):
     """A dataset that a policy was trained on."""
 
@@ -396,6 +420,24 @@ class TrainedOn(NamedTuple):
     data: DatasetConfig
     stats: Stats | None
     """Its normalisation statistics; None for policies that do not normalise."""
+
+
+class CardNotes(NamedTuple):
+    """A policy's part of the model card in an exported folder; empty values leave it to core."""
+
+    title: str = ""
+    """The model's name for people, such as `π0.5`."""
+    library: str = ""
+    """The hub's `library_name`: the project that loads the folder; empty: `rlinf`."""
+    pipeline_tag: str = ""
+    """The hub's `pipeline_tag`; empty: `robotics` for a policy with actions."""
+    tags: tuple[str, ...] = ()
+    """Tags besides those of core."""
+    use: str = ""
+    """How to run the folder, as Markdown; `FOLDER` stands for it. Empty: `load_policy` and `rlinf serve`, for a policy
+    with actions."""
+    limits: tuple[str, ...] = ()
+    """What someone who runs the policy must know, one sentence each, as Markdown."""
 
 
 OPTIONS = (
@@ -410,5 +452,6 @@ OPTIONS = (
     Checked,
     Exported,
     Adapted,
+    Continued,
 )
 """All of them, in the order of the page docs/contract.md."""

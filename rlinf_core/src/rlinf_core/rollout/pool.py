@@ -251,6 +251,7 @@ class Pool:
             steps=ended.steps,
             first_success=ended.first_success,
             best_reward=ended.best_reward,
+            jerk=ended.jerk,
             failure=ended.failure,
             seconds=round(time.monotonic() - one.started, 3),
             video=self._keep_video(one, episode, ended),

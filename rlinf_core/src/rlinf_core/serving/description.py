@@ -31,6 +31,7 @@ def describe_policy(policy: LoadedPolicy, folder: Path) -> dict[str, Any]:
         "dtype": next((name for name, dtype in DTYPES.items() if dtype == policy.dtype), str(policy.dtype)),
         "num_steps": policy.sample.steps or policy.config.sampling_steps(),
         "action_horizon": policy.config.chunk_length(),
+        "real_time_chunking": dict(policy.config.continuation_ways()),
         "observation_columns": list(data.observation_columns()),
         "observation_names": dict(names),
         "sha256": {str(k): str(v) for k, v in dict(description.get("sha256", {})).items()},

@@ -16,7 +16,9 @@ import numpy as np
 
 from rlinf_core.errors import UserError
 from rlinf_core.inference import LoadedPolicy
+from rlinf_core.real_time import Encoded
 from rlinf_core.sampling import check_steps
+from rlinf_core.serving.continuation import to_continuation
 from rlinf_core.serving.draws import Draws
 from rlinf_core.serving.observations import DRAW, NOISE, SEED, STEPS, to_row
 
@@ -127,25 +129,29 @@ class Engine:
         encoded = []
         for request in batch:
             try:
-                encoded.append((request, self._encode(request)))
+                encoded.append((request, *self._encode(request)))
             except Exception as error:
                 self._fail(request, error)
-        for steps in dict.fromkeys(request.steps for request, _ in encoded):
+        for steps in dict.fromkeys(request.steps for request, *_ in encoded):
             self._act([one for one in encoded if one[0].steps == steps], steps, start)
 
-    def _encode(self, request: _Request) -> Any:
-        """The request's sample; its row, noise and steps become known."""
+    def _encode(self, request: _Request) -> tuple[Any, Encoded | None]:
+        """The request's sample and the actions that its chunk continues; its row, noise and steps become known."""
         row = request.row = to_row(self.policy.data, request.observation)
         request.steps = check_steps(self.policy.config, row.get(STEPS), STEPS)
         if (NOISE in row) + (SEED in row) > 1 or (DRAW in row and SEED not in row):
             raise UserError("send noise, or a seed, of which draw is the number of the chunk")
         request.noise = self._draws.noise(row[SEED], row.get(DRAW)) if SEED in row else row.get(NOISE)
-        return self.policy.encode(row)
+        sample, continuing = self.policy.encode(row), to_continuation(request.observation)
+        if continuing is None:
+            return sample, None
+        return sample, self.policy.encode_continuation(row, sample, continuing)
 
-    def _act(self, encoded: list[tuple[_Request, Any]], steps: int | None, start: float) -> None:
+    def _act(self, encoded: list[tuple[_Request, Any, Encoded | None]], steps: int | None, start: float) -> None:
         """Compute requests with the same number of steps, and hand over their actions."""
         try:
-            chunks = self.policy.act_on([sample for _, sample in encoded], [r.noise for r, _ in encoded], steps)
+            requests, samples, previous = zip(*encoded, strict=True)
+            chunks = self.policy.act_on(samples, [one.noise for one in requests], previous, steps)
         except Exception as error:
             if len(encoded) > 1:  # One of them may be to blame: the others get their actions.
                 for one in encoded:
@@ -154,7 +160,7 @@ class Engine:
                 self._fail(encoded[0][0], error)
             return
         seconds = time.perf_counter() - start
-        for (request, _), actions in zip(encoded, chunks, strict=True):
+        for (request, *_), actions in zip(encoded, chunks, strict=True):
             if np.isfinite(actions).all():
                 found = Computed(actions, _state(self.policy, request.row), seconds, len(encoded))
                 _hand_over(request, partial(_give, found=found))

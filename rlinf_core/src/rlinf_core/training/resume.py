@@ -290,7 +290,10 @@ MAY_CHANGE = frozenset(
 )
 """Keys and tables that may differ when a run continues: they change a step's result by rounding at most."""
 
-CHANGE_ORDER = ("seed", "data.shuffle", "data.streams", "data.chunk_frames", "data.shuffle_buffer", "data.mixture")
+CHANGE_ORDER = (
+    *("seed", "data.shuffle", "data.streams", "data.stream_of", "data.chunk_frames", "data.shuffle_buffer"),
+    "data.mixture",
+)
 """Keys and tables that change the order of an epoch's samples."""
 
 Change = tuple[str, object, object]

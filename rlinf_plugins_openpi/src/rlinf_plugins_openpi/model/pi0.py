@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rlinf_core.contract.module import PolicyOutput, ShardUnit
+from rlinf_core.contract.module import PolicyOutput, PreviousActions, ShardUnit
 from rlinf_plugins_openpi.model.attention import (
     KeysValues,
     PrefixContext,
@@ -48,6 +48,7 @@ from rlinf_plugins_openpi.model.gemma import (
 )
 from rlinf_plugins_openpi.model.initialization import initial_value
 from rlinf_plugins_openpi.model.packing import LONGEST_FILLER, Packing, pack_suffix, packing_of, rearrange
+from rlinf_plugins_openpi.model.real_time import continue_chunks, in_prefix
 from rlinf_plugins_openpi.model.sampling import CompiledStep, Moment, Shared, Step, filled_up, on_grid
 from rlinf_plugins_openpi.model.siglip import SigLIP
 
@@ -74,7 +75,7 @@ class Suffix(NamedTuple):
     tokens: torch.Tensor
     """[B, T, E] float32: π0's state token, then the noisy actions."""
     cond: torch.Tensor | None
-    """[B, E] float32, the condition of π0.5's adaptive norms; None for π0."""
+    """[B, E], or [B, T, E] with a time for each action, float32: the condition of π0.5's adaptive norms. π0: None."""
 
 
 class Pi0(nn.Module):
@@ -140,16 +141,20 @@ class Pi0(nn.Module):
                 `actions` [B, H, A], `noise` [B, H, A], `time` [B]. Preferably also `packing`, see `packing.pack`:
                 without it the masks are read on the host. In training mode, images are augmented if the batch has
                 `augmentation`, the random numbers of all augmentations: the C cameras in order -> `<label>.<name>` ->
-                [B, ...], see `augment`.
+                [B, ...], see `augment`. With `rtc_delay` int64 [B], the first so many actions of each chunk are given:
+                without noise, at flow time 0, and left out of the loss.
 
         Returns:
             Sum over samples and horizon of the squared error averaged over action dims, and the number of terms in the
-            sum. As in the reference these are B·H terms over all dims, unless padding is masked.
+            sum. As in the reference these are B·H terms over all dims, unless padding is masked or actions are given.
         """
         loss_BH = self.losses(batch)
         counted_BH = torch.ones_like(loss_BH)
         if self.mask_padded_steps:
             counted_BH = (~batch["actions_is_pad"]).float()
+        if "rtc_delay" in batch:
+            counted_BH = counted_BH * ~in_prefix(batch["rtc_delay"], loss_BH.shape[1])
+        if self.mask_padded_steps or "rtc_delay" in batch:
             loss_BH = loss_BH * counted_BH
         sample_losses = torch.stack((loss_BH.detach().sum(1), counted_BH.sum(1)), dim=1)
         return PolicyOutput(loss_BH.sum(), counted_BH.sum(), {}, sample_losses)
@@ -158,6 +163,9 @@ class Pi0(nn.Module):
         """The loss of every action of every chunk, [B, H]."""
         noise, actions, time = batch["noise"], batch["actions"], batch["time"]
         t = time[:, None, None]
+        if "rtc_delay" in batch:
+            time = time[:, None] * ~in_prefix(batch["rtc_delay"], actions.shape[1])
+            t = time[..., None]
         prefix = self.embed_prefix(batch, augmented=self.training)
         suffix = self.embed_suffix(batch["state"], t * noise + (1.0 - t) * actions, time)
         suffix_out = self.run(prefix, suffix)
@@ -196,6 +204,31 @@ class Pi0(nn.Module):
             x_t = step(x_t, moment, shared, size)
         return x_t[: len(noise)]
 
+    def continue_actions(
+        self, batch: Mapping[str, Any], noise: torch.Tensor, previous: PreviousActions, num_steps: int | None = None
+    ) -> torch.Tensor:
+        """Draw action chunks that continue others, see `real_time`; the rest is as in `sample_actions`.
+
+        Args:
+            batch: Observations.
+            noise: [B, H, A] float32, standard normal.
+            previous: The actions to continue.
+            num_steps: Euler steps; None: `num_sampling_steps`.
+
+        Returns:
+            [B, H, A] float32, normalised actions.
+        """
+        steps = self.num_sampling_steps if num_steps is None else num_steps
+        with torch.no_grad():
+            prefix = self.embed_prefix(batch)
+            cache = self.prefill(prefix)
+
+        def velocity(x_t: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+            suffix = self.embed_suffix(batch["state"], x_t, time)
+            return self.velocity(self.run(prefix, suffix, cache=cache))
+
+        return continue_chunks(velocity, noise, previous, euler_times(steps))
+
     def embed_prefix(self, batch: Mapping[str, Any], *, augmented: bool = False) -> Prefix:
         """Embed all images present in one call (augmented if `augmented`), and text."""
         images, vision = batch["images"], self.dimensions.vision
@@ -212,7 +245,7 @@ class Pi0(nn.Module):
         return Prefix(rearrange(pool, packing.from_pool, packing.to_pool), packing)
 
     def embed_suffix(self, state: torch.Tensor, x_t: torch.Tensor, time: torch.Tensor) -> Suffix:
-        """Embed noisy actions [B, H, A] at flow time [B] (and π0's state [B, A]) as tokens of the action expert."""
+        """Embed noisy actions [B, H, A] at flow time [B] or [B, H] (and π0's state [B, A]) for the action expert."""
         actions = _linear(self.action_in_proj, x_t)
         features = time_features(time, actions.shape[-1])
         if self.dimensions.pi05:
@@ -398,7 +431,7 @@ def _linear(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
 
 
 def time_features(time: torch.Tensor, width: int) -> torch.Tensor:
-    """Sines, then cosines, of float32 time [B] at width/2 geometrically spaced periods from 0.004 to 4: [B, width].
+    """Sines, then cosines, of float32 time [...] at width/2 geometric periods from 0.004 to 4: [..., width].
 
     Angles reach 1570 rad, where the spacing of float32 is 1e-4, so the reference's order of operations matters. XLA
     turns its division by count - 1 into a product: with a product the features agree to 6e-8, with a division only to
@@ -408,7 +441,7 @@ def time_features(time: torch.Tensor, width: int) -> torch.Tensor:
     fraction = torch.arange(count, dtype=torch.float32, device=time.device) * (1.0 / (count - 1))
     fraction[-1] = 1.0
     period = MIN_PERIOD * (MAX_PERIOD / MIN_PERIOD) ** fraction
-    angles = time[:, None] * ((1.0 / period) * 2.0 * math.pi)
+    angles = time[..., None] * ((1.0 / period) * 2.0 * math.pi)
     return torch.cat((angles.sin(), angles.cos()), dim=-1)
 
 

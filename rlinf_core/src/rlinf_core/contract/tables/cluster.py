@@ -101,6 +101,8 @@ class ClusterConfig(Section):
     """What the launcher `slurm` asks for: the table `[cluster.slurm]`."""
     rdzv_endpoint: Annotated[str, AfterValidator(_check_endpoint)] = ""
     """`host:port` of one of the machines, for torchrun's rendezvous; required for several machines."""
+    join_timeout_seconds: int = Field(default=600, ge=1)
+    """How long a machine waits for the others, at the start and after a failure, before it gives up."""
     max_restarts: int = Field(default=0, ge=0)
     """How often the processes are restarted after a failure; they continue from the last checkpoint."""
 

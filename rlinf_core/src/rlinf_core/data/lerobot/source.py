@@ -237,6 +237,18 @@ class LeRobotSource:
         segments = np.unique(np.searchsorted(self._held.segments[:, 0], at, side="right") - 1)
         return sorted({self._held.files[file] for file in self._held.segments[segments, 1].tolist()})
 
+    def file_starts(self) -> NDArray[np.int64]:
+        """See `contract.datasets.FileStreamSource`: by the files of the camera that has the fewest."""
+        at, meta = self._rows.all(), self._metadata
+        if self._video_columns:
+            by_camera = (meta.video_files[column] for column in self._video_columns)
+            files = min((np.unique([str(p) for p in paths], return_inverse=True)[1] for paths in by_camera), key=np.max)
+            file = files[self._held.places[self._held.episode_of(at)]]
+        else:
+            segment = np.searchsorted(self._held.segments[:, 0], at, side="right") - 1
+            file = self._held.segments[segment, 1]
+        return np.flatnonzero(np.diff(file, prepend=-1))
+
     def row_files(self) -> dict[str, Path]:
         """The files in `meta` and the data files of the rows that were read, by their paths in the dataset."""
         root = self._metadata.root

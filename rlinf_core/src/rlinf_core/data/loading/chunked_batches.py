@@ -53,7 +53,7 @@ class ChunkedMicroBatches(MicroBatches):
         check_streams(self.chunks, self.batching.ranks)
         if len(self.sources) > 1:
             raise UserError('data.shuffle = "chunked" supports one dataset, but this run has several: use "random"')
-        self._chunked = ChunkedOrder(self.batching.seed, self.sources[0].rows.episodes, self.epoch_samples, self.chunks)
+        self._chunked = ChunkedOrder.of(self.batching.seed, self.sources[0].rows, self.epoch_samples, self.chunks)
         self.held = HeldRuns()
         self._drawn: tuple[int, ChunkedEpoch] | None = None
 

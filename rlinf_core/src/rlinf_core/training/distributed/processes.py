@@ -18,6 +18,7 @@ import torch.distributed as dist
 from rlinf_core.errors import UserError
 from rlinf_core.process.watchdog import watchdog
 from rlinf_core.torch_names import HashStore, PrefixStore
+from rlinf_core.training.distributed.network import choose_interface
 from rlinf_core.training.distributed.rendezvous import rendezvous
 from rlinf_core.training.monitor.flight_recorder import remember_collectives
 
@@ -160,6 +161,8 @@ def processes(
     timeout = timedelta(seconds=timeout_seconds)
     backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
     if "RANK" in os.environ:
+        if os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):
+            choose_interface(os.environ, os.environ.get("MASTER_ADDR", ""))
         with watchdog.waiting():  # No longer than that.
             store, rank, size = rendezvous(timeout)
         watchdog.listen(PrefixStore("watchdog", store.clone()), rank, size)  # type: ignore[attr-defined]  # torch's stubs
