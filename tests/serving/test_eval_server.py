@@ -90,6 +90,37 @@ def test_offline_errors_are_those_of_the_process(folder, address, capsys):
     assert fewer["errors"]["rmse"] != here["errors"]["rmse"]
 
 
+def test_ways_of_sampling_are_compared_on_the_same_rows(folder, capsys):
+    rows = ("--split", "train", "--samples", "4")
+    out = json.loads(evaluated(capsys, folder, *rows, "--sampling", "fp32:2,fp32:1,bf16:2,fp32:2", "--json"))
+    table = {row[0]: row for row in out["table"]["rows"]}
+    assert list(table) == ["fp32:2", "fp32:1", "bf16:2"]
+    assert table["fp32:2"][2:4] == [0, 0]
+    for way, *options in (("fp32:2",), ("fp32:1", "--num-steps", "1"), ("bf16:2", "--dtype", "bf16")):
+        alone = json.loads(evaluated(capsys, folder, *rows, "--batch-size", "1", *options, "--json"))
+        error = alone["tables"]["overall"]["rows"][0][1]
+        assert table[way][1] == pytest.approx(error["value"] if isinstance(error, dict) else error, rel=1e-5)
+    assert table["fp32:1"][3] > table["bf16:2"][3] > 0
+    assert "times as fast" in evaluated(capsys, folder, *rows, "--sampling", "fp32:1")
+
+
+WAYS = [
+    ("fp16:5", (), "'fp16:5' is not a dtype and a number"),
+    ("fp32:0", (), "'fp32:0' is not"),
+    ("fp32:500", (), "must be a whole number from 1 to 100"),
+    ("fp32:5", ("--dtype", "bf16"), "--dtype: leave it out with --sampling"),
+    ("fp32:5", ("--batch-size", "2"), "--batch-size: leave it out with --sampling"),
+    ("fp32:5", ("--env", "sawyer"), "--sampling is for recorded episodes"),
+]
+
+
+@pytest.mark.parametrize(("ways", "options", "message"), WAYS)
+def test_other_ways_are_refused(folder, capsys, ways, options, message):
+    chosen = () if "--env" in options else ("--split", "train")
+    assert cli.main(["eval", str(folder), *chosen, "--sampling", ways, *options]) == 2
+    assert message in capsys.readouterr().err
+
+
 SIMULATOR = ("--env", "sawyer", "--tasks", "reach", "--episodes", "2", "--processes", "1", "--baselines", "none")
 FAST = ("--set", "env.horizon=12", "--set", "env.action_repeat=1", "--replan", "2", "--videos", "0", "--json")
 

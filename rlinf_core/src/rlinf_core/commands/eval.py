@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlinf_core.commands.eval_sampling import compare_sampling
 from rlinf_core.commands.eval_served import add_server_arguments, check_policy_given, served
 from rlinf_core.commands.eval_simulator import add_simulator_arguments, check_no_simulator, play_episodes
 from rlinf_core.commands.evaluated import add_policy_arguments, load_evaluated
@@ -58,6 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=_count, default=512, help="rows to use, evenly spread; 0: all; default: 512")
     add_policy_arguments(parser, may_be_served=True)
     add_server_arguments(parser)
+    parser.add_argument(
+        "--sampling", metavar="fp32:10,bf16:5", help="compare dtypes and numbers of denoising steps: errors and times"
+    )
     parser.add_argument("--num-steps", type=_positive, metavar="N", help="denoising steps; default: as in training")
     parser.add_argument("--batch-size", type=_positive, default=16, metavar="N", help="rows per batch; default: 16")
     parser.add_argument("--seed", type=_count, help="of the noise; default: the run's, 42 for an exported folder")
@@ -104,6 +108,9 @@ def run(options: argparse.Namespace) -> None:
     if options.output:
         check_writable(Path(options.output), "Name another file with --output", file=True)
     plugins = get_plugins()
+    if options.sampling:
+        compare_sampling(options, plugins, lambda policy: _open(options, policy, plugins)[0])
+        return
     print_phase(f"connecting to {options.server}" if options.server else f"loading {options.policy}")
     from rlinf_core.offline_eval import judge  # Loads torch, which takes seconds.
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from rlinf_core.rollout.episodes import Episode, EpisodesFile, Result
 
 ONLY_WITH_ENV = ("tasks", "replan", "processes", "videos", "baselines", "set", "delay", "chunks")
-RECORDED = {"split": None, "samples": 512, "batch_size": 16}
+RECORDED = {"split": None, "samples": 512, "batch_size": 16, "sampling": None}
 """Options of recorded episodes, and their defaults."""
 
 
