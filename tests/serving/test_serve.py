@@ -19,7 +19,8 @@ from rlinf_core import cli
 from rlinf_core.config.load import load_config
 from rlinf_core.data.normalize import NormStats
 from rlinf_core.data.pipeline import build_pipeline
-from rlinf_core.inference import CheckTrainingState, LoadedPolicy
+from rlinf_core.exported import CheckTrainingState
+from rlinf_core.inference import LoadedPolicy
 from rlinf_core.rollout.seeds import generator_of
 from rlinf_core.serving.server import Limits, PolicyServer
 

@@ -11,9 +11,14 @@ import torch
 from rlinf_core.contract.policy import PolicyConfig
 from rlinf_core.data.sample import Batch
 from rlinf_core.errors import UserError
+from rlinf_core.torch_names import raise_recompile_limit
 
 MOST_STEPS = 100
 """Largest number of steps: more cost time and change nothing."""
+
+
+VARIANTS = 64
+"""Graphs of a step: one per batch size and policy. Torch's default, 8, is too few for several loaded policies."""
 
 
 class EagerSampling(UserWarning):
@@ -37,6 +42,8 @@ class Sampler:
     def __init__(self, config: PolicyConfig, module: Any, *, steps: int | None = None, compiled: bool = False) -> None:
         self.config, self.module = config, module
         self.steps = check_steps(config, steps)
+        if compiled:
+            raise_recompile_limit(VARIANTS)
         if compiled and not config.compile_sampling(module, on=True):
             raise UserError(f"the policy {config.type!r} cannot be compiled for inference: leave out --compile")
         self.compiled = compiled

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-api-key", action="store_true", help="let any machine that reaches --host connect")
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of matrix products; default: fp32")
-    parser.add_argument("--steps", type=_positive, metavar="N", help="denoising steps; default: as in training")
+    parser.add_argument("--num-steps", type=_positive, metavar="N", help="denoising steps; default: as in training")
     parser.add_argument(
         "--compile",
         action="store_true",
@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> None:
         dtype=options.dtype,
         plugins=get_plugins(),
         source=options.source,
-        steps=options.steps,
+        steps=options.num_steps,
         compile=options.compile,
     )
     if not policy.config.chunk_length():
@@ -107,8 +107,8 @@ def run(options: argparse.Namespace) -> None:
         ) from error
 
 
-def _api_key(options: argparse.Namespace) -> str:
-    """The key; a server that other machines reach needs one. It is never an argument: others see those."""
+def read_key(options: argparse.Namespace) -> str:
+    """The key; empty if there is none. It is never an argument: others see those."""
     key = os.environ.get(KEY, "")
     if options.api_key_file:
         try:
@@ -119,6 +119,12 @@ def _api_key(options: argparse.Namespace) -> str:
             raise UserError(f"--api-key-file {options.api_key_file} is empty")
     if not key.isascii() or not key.isprintable():
         raise UserError("the API key must consist of printable ASCII characters")
+    return key
+
+
+def _api_key(options: argparse.Namespace) -> str:
+    """The key; a server that other machines reach needs one."""
+    key = read_key(options)
     if options.host not in ("127.0.0.1", "::1", "localhost") and not key and not options.no_api_key:
         raise UserError(
             f"--host {options.host} lets other machines move the robot: set {KEY} or --api-key-file, or allow any of "

@@ -163,8 +163,8 @@ class Counted:
 class Sampled:
     """How a policy draws its actions when it acts.
 
-    Wanted by a policy that draws them in denoising steps. Without these methods, `rlinf serve --steps` and `--compile`
-    say that the policy cannot do that.
+    Wanted by a policy that draws them in denoising steps. Without these methods, `rlinf serve` refuses `--num-steps`
+    and `--compile`.
     """
 
     def sampling_steps(self) -> int:

@@ -22,7 +22,8 @@ from rlinf_core.data.pipeline import Pipeline
 from rlinf_core.data.statistics.names import name_dimensions
 from rlinf_core.data.transforms import Transform
 from rlinf_core.errors import UserError
-from rlinf_core.inference import CheckTrainingState, LoadedPolicy
+from rlinf_core.exported import CheckTrainingState
+from rlinf_core.inference import LoadedPolicy
 from rlinf_core.rollout.config import RolloutSettings
 from rlinf_core.training.distributed.processes import to_device
 from rlinf_core.triage.mistakes.corrections import NOTHING, Correction

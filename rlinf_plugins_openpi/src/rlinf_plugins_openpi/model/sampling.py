@@ -18,12 +18,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from rlinf_core.torch_names import raise_recompile_limit
 from rlinf_plugins_openpi.model.attention import KeysValues, SuffixContext
 from rlinf_plugins_openpi.model.packing import Packing
-
-VARIANTS = 64
-"""Graphs of a step: one per batch size and policy. Torch's default, 8, is too few for several loaded policies."""
 
 
 class Shared(NamedTuple):
@@ -62,7 +58,6 @@ class CompiledStep:
     """
 
     def __init__(self, step: Step, *, backend: str | Callable[..., Any] = "inductor") -> None:
-        raise_recompile_limit(VARIANTS)
         self._step, self._backend = step, backend
         self._compiled: Callable[..., Any] | None = None
         self.slots = 0
