@@ -42,7 +42,7 @@ class Rehearsal:
     """What a rehearsal found."""
 
     plan: Plan
-    """Of the run with eager blocks, as they were rehearsed."""
+    """The run with eager blocks, as they were rehearsed."""
     ranks: tuple[Rehearsed, ...]
     difference: Difference | None
     """The first collective that differs between ranks; None: they agree."""
