@@ -20,7 +20,7 @@ from rlinf_core.untrusted.text import read_json
 RATE = "success"
 """The column of success rates in tables of `rlinf_core.rollout`."""
 MOST_ROWS = 40
-"""Rows of a table that a card shows."""
+"""Rows of a table that a model card shows."""
 MOST_METRICS = 16
 
 
@@ -40,7 +40,7 @@ class Table:
         return RATE in self.table.columns
 
     def shown(self) -> ResultTable:
-        """The table as a card shows it: with the first rows and the last one, which is over all tasks."""
+        """The table as a model card shows it: with the first rows and the last one, which is over all tasks."""
         rows = self.table.rows
         if len(rows) <= MOST_ROWS:
             return self.table
