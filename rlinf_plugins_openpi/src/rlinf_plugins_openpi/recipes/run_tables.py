@@ -37,7 +37,7 @@ def _actors_ranks(values: Values) -> str:
         elif "." in components or isinstance(ranks, bool) or not isinstance(ranks, int | str):
             values.refuse(
                 f"{table}.{components}",
-                "node groups are not translated: write all, or a range as in 0-3; a config may have [[cluster.node_groups]]",
+                "node groups are not translated: write all, or a range as in 0-3, and then the groups into the config",
             )
         else:
             try:

@@ -166,8 +166,8 @@ def check_world_size(cluster: ClusterConfig, world_size: int) -> None:
     """
     if cluster.ranks is not None and len(cluster.ranks) != world_size:
         raise UserError(
-            f"{cluster.placement_setting} asks for {len(cluster.ranks)} processes, but {world_size} were started: start as many, let "
-            '`rlinf launch` do it, or set the placement to "all"'
+            f"{cluster.placement_setting} asks for {len(cluster.ranks)} processes, but {world_size} were started: "
+            'start as many, let `rlinf launch` do it, or set the placement to "all"'
         )
     if world_size % cluster.machines:
         raise UserError(

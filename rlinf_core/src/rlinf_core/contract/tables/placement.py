@@ -1,7 +1,7 @@
 """RLinf's placement: which accelerators of the cluster, or of groups of its machines, a component's processes get.
 
-The syntax is RLinf's (`scheduler.placement`). Supervised fine-tuning has one component, whose processes train; what
-a recipe says about others is kept and named (`ClusterConfig.unused`), as one placement serves several kinds of runs there.
+The syntax is RLinf's (`scheduler.placement`). Supervised fine-tuning has one component, whose processes train. What a
+recipe says about others is kept and named (`ClusterConfig.unused`): one placement serves several kinds of runs there.
 """
 
 from __future__ import annotations
