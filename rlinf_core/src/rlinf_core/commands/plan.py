@@ -170,7 +170,7 @@ def _facts(made: Plan, options: argparse.Namespace) -> list[list[str]]:
 
 def _sharding(made: Plan) -> dict[str, str]:
     """How the model is sharded over several machines, or over several copies."""
-    machines = made.run.cluster.num_nodes
+    machines = made.run.cluster.machines
     if machines == 1 and made.sharding.num_replicas == 1:
         return {}
     return {"sharding": made.trainer.describe_replicas(made.ranks, machines)}

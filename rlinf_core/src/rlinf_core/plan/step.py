@@ -135,7 +135,7 @@ def sharding_of(run: RunConfig, trainer: Fsdp2TrainerConfig, ranks: int) -> Shar
     """How a run shards parameters over its ranks."""
     return Sharding(
         ranks=ranks,
-        num_replicas=trainer.replicas(ranks, run.cluster.num_nodes),
+        num_replicas=trainer.replicas(ranks, run.cluster.machines),
         reshard_after_forward=trainer.reshard_after_forward,
         reduce_every_micro_batch=trainer.reduce_every_micro_batch,
         cpu_offload=trainer.cpu_offload,
@@ -162,7 +162,7 @@ def plan(run: RunConfig, plugins: Plugins, ranks: int | None = None) -> Plan:
     assumptions: list[str] = []
     if ranks is None:
         placed = run.cluster.ranks
-        ranks = run.cluster.num_nodes if placed is None else len(placed)
+        ranks = run.cluster.machines if placed is None else len(placed)
         if placed is None:
             assumptions.append(f"{ranks} rank{'s' * (ranks > 1)}, because [cluster] does not set it: give --ranks")
     trainer.check_ranks(ranks)
