@@ -19,6 +19,10 @@ COMMANDS = {
     "data_loading": ("--cases=image_h10", "--rounds=1", "--seconds=0.1", "--frames=12"),
     "gpu_probe": ("--tiny", "--device=cpu"),
     "norm_stats": ("--frames=32",),
+    "real_time_chunking": (
+        *("--steps=2", "--demonstrations=8", "--episodes=1"),
+        *("--delays=2", "--processes=1"),
+    ),
     "rollouts": ("--rounds=1", "--episodes=1", "--horizon=16", "--image-size=32"),
     "text_step": ("--rounds=1", "--steps=1", "--batch=2", "--vocabulary=512", "--sides=transformers"),
     "training_step": ("--size=minimal", "--batch=1", "--rounds=1", "--without-peers"),
@@ -29,6 +33,7 @@ EXPECTED = {
     "data_loading": {"image_h10"},
     "gpu_probe": {"failed", "vision default forward_ms", "step, micro batch 2, not compiled samples_per_second"},
     "norm_stats": {"vs_openpi_loader", "frames_per_second"},
+    "real_time_chunking": {"success guided at 2", "jerk trained at 2", "success trained, switch at 2"},
     "rollouts": {"steps_per_second_1", "steps_per_second_2", "two_over_one", "serial_share"},
     "text_step": {"tokens_per_second_vs_transformers", "packed_vs_transformers_packed"},
     "training_step": {"flops_over_useful"},
