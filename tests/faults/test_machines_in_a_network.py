@@ -5,6 +5,7 @@ pytest -n 0 -m slow tests/faults/test_machines_in_a_network.py    # as root
 
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -133,6 +134,29 @@ def test_machines_with_addresses_of_their_own_train_as_one_process(cluster, alon
     assert_equal(machines, alone)
 
 
+def test_each_machine_keeps_a_copy_of_the_model_and_another_topology_continues(cluster, alone):
+    """Two machines with two ranks each, then one process."""
+    machines = cluster(2)
+    two = ["cluster.component_placement.actor=0-3", "runner.max_steps=20"]
+    machines.hurry()
+    launchers = [machines.launch(node, *two) for node in range(2)]
+    assert [launcher.wait(LONG) for launcher in launchers] == [0, 0], machines.said()
+    said = machines.said()[0]
+    assert (
+        'sharding: 2 copies of the model, each sharded over the 2 ranks of a machine (trainer.num_replicas = "auto")'
+        in said
+    )
+    assert re.search(
+        r"machines, measured in .* node0 2 ranks CPU.* node1 2 ranks CPU.*; slowest link: node\d -> node\d", said
+    )
+    found = json.loads((machines.run / "machines.json").read_text())
+    assert [machine["host"] for machine in found["machines"]] == ["node0", "node1"]
+    assert found["seconds"] < 30  # A second or two on a machine that is not busy.
+    command = [sys.executable, "-m", "rlinf_core.train", machines.folder / "toy.toml", *machines.settings]
+    machines.finish([machines.start(0, command)])
+    assert_equal(machines, alone)
+
+
 def test_torchrun_by_hand_does_the_same(cluster, alone):
     """Only the ranks choose their interface: torchrun gets neither `--local-addr` nor `is_host`."""
     machines = cluster(2)
@@ -163,7 +187,7 @@ def test_the_others_end_when_the_machine_of_the_rendezvous_is_lost_and_all_start
     assert (
         machines.said()[1].count(f"the launcher at cluster.rdzv_endpoint = 'node0:{PORT}' has ended or cannot be") == 1
     )
-    assert "Exception raised" not in machines.said()[1].rpartition("[c10d]")[0]
+    assert "Exception raised" not in machines.said()[1]
     machines.finish([machines.launch(node) for node in range(2)])
     assert_equal(machines, alone)
 
@@ -173,7 +197,7 @@ def test_a_machine_that_never_comes_is_reported_with_those_that_are_there(cluste
     launchers = [machines.launch(node, "cluster.join_timeout_seconds=40") for node in (0, 1)]
     assert [launcher.wait(LONG) for launcher in launchers] == [2, 2], machines.said()
     for said in machines.said()[:2]:
-        assert "waiting for the other machines; 2 of 3 machines are there: " in said
+        assert "waiting for the other machines; " in said
         assert "2 of 3 machines are there: node0 (10.83.0.1), node1 (10.83.0.2). Run the same command" in (
             said.replace("node1 (10.83.0.2), node0 (10.83.0.1)", "node0 (10.83.0.1), node1 (10.83.0.2)")
         )
@@ -192,12 +216,17 @@ def test_a_cut_cable_ends_both_sides_with_one_message_each(cluster, alone, resto
     launchers = [machines.launch(node) for node in range(2)]
     machines.wait_for(8)
     machines.machines.cut(1)
+    began = time.monotonic()
     if restored:
         time.sleep(30)
         machines.machines.restore(1)
     assert [launcher.wait(LONG) for launcher in launchers] == [1, 1], machines.said()
+    assert time.monotonic() - began < 150  # 20 s, twice where a launcher has to notice, and a busy machine.
     for said in machines.said():
-        assert said.count("for longer than trainer.timeout_seconds = 20") == 1
+        # Of the rank, and of the launcher if it has lost the rendezvous.
+        assert said.count("(trainer.timeout_seconds = 20)") + said.count("trainer.timeout_seconds = 20:") <= 1
+        assert 1 <= said.count("error: ") + said.count("error on rank 1: ") <= 2
+        assert "Exception raised" not in said
     if not restored:
         machines.machines.restore(1)
     machines.finish([machines.launch(node) for node in range(2)])  # Nothing is lost.

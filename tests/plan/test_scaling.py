@@ -12,12 +12,12 @@ from rlinf_core.errors import UserError
 from rlinf_core.plan.scaling import ACHIEVED, Load, Machines, interconnect, scale, scaled_step
 
 WIDTH, LAYERS = 2048, 18
-LAYER = 90_000_000 // WIDTH
+LAYER = 43 * 1024
 UNITS = (
     *(Unit((Parameter(f"layers.{n}", (LAYER, WIDTH)),), 2) for n in range(2 * LAYERS)),
     Unit((Parameter("root", (WIDTH, 32)),), 4),
 )
-"""As large as π0.5: 36 units, 3.2 billion parameters."""
+"""As large as π0.5: 36 units, 3.2 billion parameters; all numbers of GPUs divide their rows."""
 LOAD = Load(UNITS, Sharding(ranks=8, ema=True), samples=32, micro_batches=1, flops=9.6e12, save_interval=1000)
 MACHINES = Machines("H100", 8, 400.0, 0.4)
 

@@ -181,7 +181,7 @@ def test_requests_with_other_numbers_of_steps_are_computed_apart(start, policy):
     assert sorted(slow.batches) == [1, 1, 2]
     encoded = policy.encode(row)
     for got, steps in zip(results, (2, 1, 5, 1), strict=True):
-        np.testing.assert_allclose(got, policy.act_on([encoded], [NOISE], steps=steps)[0], atol=1e-5)
+        np.testing.assert_allclose(got, policy.act_on([encoded], [NOISE], None, steps)[0], atol=1e-5)
     assert np.abs(results[1] - results[2]).max() > 1e-3
     for client in clients:
         client.close()

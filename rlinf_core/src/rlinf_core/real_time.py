@@ -88,7 +88,7 @@ def encode_continuation(
             f"the actions to continue are {list(actions.shape)}, but must be at most {horizon} actions of {wanted} "
             "numbers: those of the last chunk that are not executed yet, in the units in which they were given"
         )
-    encoded = encode_observation(pipeline, data, observation, actions=actions)["actions"]
+    encoded = encode_observation(pipeline, data, dict(observation), actions)["actions"]
     padded = np.zeros((horizon, width), np.float32)
     padded[: len(encoded)] = encoded
     return Encoded(

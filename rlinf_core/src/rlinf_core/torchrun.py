@@ -27,9 +27,11 @@ from rlinf_core.contract.tables.cluster import COMPONENT, ClusterConfig
 from rlinf_core.data.loading.sampling import check_batch
 from rlinf_core.errors import Exit, UserError
 from rlinf_core.process.ending import EXIT_FILE
+from rlinf_core.process.start import quiet_torch
 from rlinf_core.process.watchdog import FOLDER, stops_to_catch
 from rlinf_core.terminal import announce
 from rlinf_core.training.distributed.network import answers, is_here, place_towards
+from rlinf_core.training.distributed.open_files import allow_open_files, count_open_files
 from rlinf_core.training.run_folder import check_folder
 
 if TYPE_CHECKING:
@@ -37,7 +39,6 @@ if TYPE_CHECKING:
 
     from rlinf_core.training.distributed.attendance import Attendance
 
-CPP_LEVEL = "TORCH_CPP_LOG_LEVEL"
 PATIENT = 10.0
 """Seconds after which a machine reports that it waits for the one of the rendezvous."""
 
@@ -120,6 +121,9 @@ def describe_launch(run: RunConfig, arguments: Sequence[str]) -> str:
     else:
         words += ["--nnodes", str(cluster.num_nodes), "--rdzv-backend", "c10d", "--rdzv-id", run.runner.name]
         words += ["--rdzv-endpoint", cluster.rdzv_endpoint]
+        host = cluster.rdzv_endpoint.rpartition(":")[0].strip("[]")
+        words += ["--rdzv-conf", f"is_host={int(is_here(host))},join_timeout={cluster.join_timeout_seconds}"]
+        words += ["--local-addr", place.address] if (place := place_towards(host)) else []
     if cluster.max_restarts:
         words += ["--max-restarts", str(cluster.max_restarts)]
     return shlex.join([*words, "-m", "rlinf_core.train", *arguments])
@@ -136,7 +140,7 @@ def launch(run: RunConfig, arguments: Sequence[str]) -> int:
         UserError: The placement does not fit this machine, the batch cannot be divided among the processes, the run's
             folder cannot be written to, or the rendezvous of the machines failed.
     """
-    with _quiet_import():
+    with quiet_torch("FATAL"):  # This module reports what failed.
         import torch
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -148,6 +152,9 @@ def launch(run: RunConfig, arguments: Sequence[str]) -> int:
     share = share_of_machine(run.cluster, 0 if run.trainer.device == "cpu" else torch.cuda.device_count())
     check_batch(run.trainer.global_batch_size, run.trainer.micro_batch_size, share.processes * run.cluster.num_nodes)
     check_folder(run)
+    # The machine of the rendezvous has the store's connections to all ranks and agents.
+    ranks = share.processes * run.cluster.num_nodes
+    allow_open_files(count_open_files(ranks), ranks)
     if share.devices:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices(share.devices, os.environ)
     if share.processes > 1:
@@ -299,22 +306,6 @@ def _launch_config(run: RunConfig, share: Share, meeting: Rendezvous) -> Any:
         max_restarts=run.cluster.max_restarts,
         signals_to_handle=",".join(signal.Signals(number).name for number in stops_to_catch()),
     )
-
-
-@contextmanager
-def _quiet_import() -> Iterator[None]:
-    """Import torch without the warnings of its C++ code, which have stack traces: this module reports what failed.
-
-    The processes of the run inherit the environment from this one and keep theirs.
-    """
-    if "LOGLEVEL" in os.environ or CPP_LEVEL in os.environ:
-        yield
-        return
-    os.environ[CPP_LEVEL] = "FATAL"
-    try:
-        yield
-    finally:
-        del os.environ[CPP_LEVEL]
 
 
 def _quieten() -> None:

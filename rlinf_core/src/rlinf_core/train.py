@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from rlinf_core.errors import Exit, Interrupted
 from rlinf_core.process.ending import Ending
-from rlinf_core.process.start import check_launcher, prepare_process
+from rlinf_core.process.start import check_launcher, prepare_process, quiet_torch
 from rlinf_core.process.watchdog import enter, kill_children, watchdog
 from rlinf_core.terminal import wrap
 
@@ -89,14 +89,18 @@ def train(
     from rlinf_core.config.load import load_config
     from rlinf_core.plugins.registry import get_plugins
 
-    plugins = get_plugins()
-    run = load_config(config, overrides, plugins)
+    with quiet_torch("ERROR"):
+        plugins = get_plugins()
+        run = load_config(config, overrides, plugins)
     plugins.hook.rlinf_configure(run=run)
 
     watchdog.allow(run.trainer.timeout_seconds)
     enter("loading torch and joining the ranks", rank)
     from rlinf_core.contract.tables.cluster import check_world_size
-    from rlinf_core.training.distributed.processes import processes
+
+    with quiet_torch("ERROR"):
+        from rlinf_core.training.distributed.processes import processes
+    from rlinf_core.training.distributed.machine_table import make_table
     from rlinf_core.training.distributed.same_inputs import check_same_program
     from rlinf_core.training.resume import say_finished
     from rlinf_core.training.run_folder import RunFolder
@@ -118,6 +122,8 @@ def train(
             watchdog.folder = run.folder
             if group.rank == 0:
                 record_environment(run, group, plugins)
+            if table := make_table(run, group):
+                _report(group, table.lines())
             trainer = ending.trainer = run.trainer.build(run, start=start, group=group, plugins=plugins)
         received = trainer.train()
     if received:

@@ -159,7 +159,7 @@ def test_settings_and_sources():
         ToyDataset(stream_of="files")
     with pytest.raises(ValueError, match='stream_of = "files" is for reading the dataset\'s own files'):
         LeRobotDatasetConfig(shuffle="chunked", stream_of="files", cache="raw")
-    with pytest.raises(UserError, match='data.stream_of = "files": Rows does not say which rows share a file'):
+    with pytest.raises(UserError, match=r'data\.stream_of = "files": Rows does not say which rows share a file'):
         build_train_loader(
             [Source(Rows(100), Pipeline(Repack()))], ToyPolicy(), Batching(4, 4, 0), (0, 1), chunks=CHUNKS
         )

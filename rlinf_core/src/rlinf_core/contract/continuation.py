@@ -91,6 +91,7 @@ def prefix_weights(start: int, end: int, horizon: int, schedule: Schedule = "exp
     """
     start = min(start, end)
     index = np.arange(horizon)
+    between: NDArray[np.float64]
     if schedule == "ones":
         between = np.ones(horizon)
     elif schedule == "zeros":

@@ -125,6 +125,14 @@ def rlinf_open_dataset(dataset: DatasetConfig, policy: PolicyConfig, split: Spli
     return open_cached(rows, dataset, policy)
 
 
+@hookimpl
+def rlinf_launcher_names() -> Sequence[str]:
+    """torchrun and Slurm."""
+    from rlinf_core.contract.tables.cluster import LAUNCHERS
+
+    return LAUNCHERS
+
+
 @hookimpl(trylast=True)
 def rlinf_launch(run: RunConfig, arguments: Sequence[str]) -> int | None:
     """Start the processes with torchrun, or submit a job to Slurm, as `cluster.launcher` selects."""

@@ -276,7 +276,8 @@ def _describe_later(later: tuple[str, ...], used: Path) -> list[str]:
 
 MAY_CHANGE = frozenset(
     {
-        *("cluster", "loggers", "data.num_workers", "data.cache_dir", "data.on_bad_sample", "data.max_bad_samples"),
+        *("cluster", "loggers", "data.num_workers", "data.cache_dir", "data.download_limit_gb"),
+        *("data.on_bad_sample", "data.max_bad_samples"),
         *("runner.max_steps", "runner.max_epochs", "runner.save_interval", "runner.keep_last", "runner.save_best"),
         *("runner.keep_every", "runner.async_save", "runner.checkpoint_dir", "runner.checkpoint_rename"),
         *("runner.val_check_interval", "runner.val_samples", "runner.val_at_start", "runner.best_metric"),

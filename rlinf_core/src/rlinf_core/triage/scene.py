@@ -31,6 +31,7 @@ from rlinf_core.triage.mistakes.families import explain_site
 from rlinf_core.triage.mistakes.likeness import Likeness
 from rlinf_core.triage.mistakes.rows import Rows, Vectors, choose_runs, read, spread
 from rlinf_core.triage.mistakes.search import Comparison, Explanation
+from rlinf_core.triage.served import Served
 from rlinf_core.untrusted.text import path_inside
 
 REFERENCE = 320
@@ -42,6 +43,8 @@ RUNS, LENGTH = 28, 6
 ACTED = 64
 """Rows for which the policy samples actions."""
 BATCH = 16
+MINUTES = 10.0
+"""How long the policy plays in a simulator, at most."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,8 @@ class Simulator:
     """Whether the policy plays episodes."""
     rate_note: str = ""
     """How the simulator's rate differs from that of the data; empty if it does not."""
+    minutes: float = MINUTES
+    """How long the policy may play."""
 
 
 @dataclass(eq=False)
@@ -113,6 +118,8 @@ class Scene:
     execution: Execution = Execution()
     simulator: Simulator | None = None
     """The simulator in which the policy acts."""
+    server: Served | None = None
+    """A server that should act as the policy does."""
     plugins: Any = None
     progress: Callable[[int, int], object] = lambda done, all: None
 

@@ -82,7 +82,7 @@ class Modulation(nn.Module):
         if cond.ndim == 2:
             all_norms = every.view(len(cond), -1, 3, 1, self.width)
         else:
-            all_norms = every.unflatten(-1, (-1, 3, self.width)).movedim(1, 3)
+            all_norms = every.view(*cond.shape[:2], -1, 3, self.width).movedim(1, 3)
         *layers, last = torch.split(all_norms, [2] * self.depth + [1], dim=1)
         return layers, last[:, 0]
 

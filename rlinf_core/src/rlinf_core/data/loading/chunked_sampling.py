@@ -24,13 +24,10 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from rlinf_core.contract.datasets import DatasetConfig, FileStreamSource, SampleSource
+from rlinf_core.contract.datasets import FILES_MIXED, DatasetConfig, FileStreamSource, SampleSource
 from rlinf_core.data.loading.mixture import Indices
 from rlinf_core.data.loading.sampling import CHUNKS, generator
 from rlinf_core.errors import UserError
-
-MIXED = 8
-"""By files, a stream mixes the runs of as many files as have this many times its buffer's rows."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +136,8 @@ class ChunkedOrder:
         else:
             dealt = spans_dealt(streams)
             spans = np.cumsum(sizes[dealt]) - sizes[dealt]
-            starts, order = _order_by_file(starts, spans, self.file_starts, rows, MIXED * self.chunks.capacity, random)
+            mixed = FILES_MIXED * self.chunks.capacity
+            starts, order = _order_by_file(starts, spans, self.file_starts, rows, mixed, random)
         lengths = np.diff(starts, append=rows)[order]
         sequence = np.repeat(starts[order] - (np.cumsum(lengths) - lengths), lengths) + np.arange(rows)
         first = np.empty(streams, np.int64)
@@ -163,10 +161,11 @@ class ChunkedOrder:
 def spans_dealt(streams: int) -> Indices:
     """[streams], the stream of each span of consecutive rows, in the order of rows.
 
-    Rank r of N takes the streams r, r + N, ...: the digits of a span's number are those of its stream, reversed, so that
-    these streams have neighbouring spans if N is a product of the first factors of their number, smallest first.
+    Rank r of N takes the streams r, r + N, ...: the digits of a span's number are those of its stream, reversed. So a
+    rank's streams have neighbouring spans if N is a product of the first factors of their number, smallest first.
     """
-    factors, rest = [], streams
+    factors: list[int] = []
+    rest = streams
     for factor in range(2, streams + 1):
         while rest % factor == 0:
             factors, rest = [*factors, factor], rest // factor

@@ -120,10 +120,11 @@ def image_corrections(reference: Rows, site: Rows) -> Iterator[Correction]:
         there, here = reference.images[camera], site.images[camera]
         yield from _turned(camera)
         yield from _stretched([camera])
-        yield from _moved([camera], there, here)
+        yield from _moved([camera], reference, site)
         yield from _brightness(camera, there, here)
     if len(cameras) > 1:
         yield from _several_cameras(cameras)
+        yield from _moved(cameras, reference, site)
         yield from _swapped(cameras)
 
 
@@ -210,9 +211,10 @@ def _stretch_in_words(vertical: float, horizontal: float) -> tuple[str, str]:
     )
 
 
-def _moved(cameras: Sequence[str], there: Images, here: Images) -> Iterator[Correction]:
+def _moved(cameras: Sequence[str], reference: Rows, site: Rows) -> Iterator[Correction]:
     """Crops about another point than the centre: those with which the mean images agree best."""
-    wanted, mean = there.mean(0), here.mean(0)
+    wanted = np.stack([reference.images[camera].mean(0) for camera in cameras])
+    mean = np.stack([site.images[camera].mean(0) for camera in cameras])
     found = []
     for factor in CROPS:
         for down in OFFSETS:

@@ -178,7 +178,7 @@ def _step(
     first = tried[best][0]
     bar = usual  # No correction can gain more on training rows than they cost.
     if first.gain <= MARGIN * usual:
-        bar = max(_by_chance(one, stand_in) for listed in candidates.values() for one in listed)
+        bar = max(stand_in.by_chance(one) for listed in candidates.values() for one in listed)
     explained = float(np.clip(first.gain / max(before - min(usual, first.cost), 1e-9), 0, 1))
     convinces = _convinces(first, bar, usual) and explained >= least
     return Step(before, bar, shown, best if convinces else "", explained)
@@ -212,6 +212,7 @@ class _Costs:
         self.motion = self.likeness.motion_cost(rows)
         self.plain = self._of(rows, self.blocks, self.motion)
         self._numbers: dict[tuple[str, int], NDArray[np.float32]] = {}
+        self._chance: dict[tuple[str, str], float] = {}
         self._known: dict[int, tuple[Rows, Vectors]] = {}
 
     def _of(self, rows: Rows, blocks: dict[str, Vectors], motion: Vectors | None) -> Vectors:
@@ -265,6 +266,14 @@ class _Costs:
         at = [places[int(index)] for index in rows.indices.tolist()]
         return rows.episodes, self.plain[at], after
 
+    def by_chance(self, correction: Correction) -> float:
+        """What a correction gains on training rows; those of later rounds are often the same."""
+        key = correction.mistake, correction.doing
+        if key not in self._chance:
+            _, before, after = self.paired(correction)
+            self._chance[key] = float((before - after).mean()) if len(after) else 0.0
+        return self._chance[key]
+
     def spread(self, seed: int) -> float:
         """Standard deviation of the mean cost, over draws of episodes."""
         return float(resampled(self.plain, self.rows.episodes, seed).std())
@@ -279,12 +288,6 @@ def _try(correction: Correction, costs: _Costs, usual: float, seed: int) -> Trie
     low = float(np.quantile(resampled(gained, episodes, seed), SURE)) if gain > LEAST_GAIN * usual else -np.inf
     # A correction that leaves rows out is compared on the rows that it keeps.
     return Tried(correction, float(costs.plain.mean()) - gain, gain, low)
-
-
-def _by_chance(correction: Correction, stand_in: _Costs) -> float:
-    """What a correction gains on training rows."""
-    _, before, after = stand_in.paired(correction)
-    return float((before - after).mean()) if len(after) else 0.0
 
 
 def resampled(values: Vectors, episodes: NDArray[np.int64], seed: int) -> Vectors:
