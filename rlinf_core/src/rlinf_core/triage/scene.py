@@ -22,7 +22,8 @@ from rlinf_core.data.pipeline import Pipeline
 from rlinf_core.data.statistics.names import name_dimensions
 from rlinf_core.data.transforms import Transform
 from rlinf_core.errors import UserError
-from rlinf_core.inference import CheckTrainingState, LoadedPolicy
+from rlinf_core.exported import CheckTrainingState
+from rlinf_core.inference import LoadedPolicy
 from rlinf_core.rollout.config import RolloutSettings
 from rlinf_core.training.distributed.processes import to_device
 from rlinf_core.triage.mistakes.corrections import NOTHING, Correction
@@ -222,8 +223,7 @@ class Scene:
             samples, targets = _encoded(source, part, correction, pipeline)
             noise = np.stack([policy.config.draw(validation_generator(self.seed, i))["noise"] for i in part])
             batch: Mapping[str, Any] = to_device(policy.config.collate(samples), policy.device)
-            with torch.inference_mode():
-                actions = policy.module.sample_actions(batch, torch.from_numpy(noise).to(policy.device))
+            actions = policy.sample(batch, torch.from_numpy(noise).to(policy.device))
             for sample, target, chunk in zip(samples, targets, actions.float().cpu().numpy(), strict=True):
                 decoded = pipeline.decode(chunk, sample)
                 predicted.append(decoded[:, : target["actions"].shape[-1]])
