@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ __all__ = [
     "PrefixStore",
     "Store",
     "rendezvous",
+    "set_gloo_timeout",
     # The files of a checkpoint: `training.checkpoint`, `export`.
     "CheckpointException",
     "DefaultSavePlanner",
@@ -110,6 +112,14 @@ FLASH_BACKWARD = "aten._scaled_dot_product_flash_attention_backward"
 VARLEN = "torch_attn._varlen_attn"
 VARLEN_BACKWARD = "torch_attn._varlen_attn_backward"
 """Names of operations, as `name_of` returns them."""
+
+
+def set_gloo_timeout(timeout: timedelta) -> None:
+    """Set how long the default process group's next collectives of CPU tensors may take."""
+    group: Any = torch.distributed.group.WORLD
+    backend = group._get_backend(torch.device("cpu"))
+    if backend.name() == "gloo":
+        backend._set_default_timeout(timeout)
 
 
 def flash_attention(

@@ -150,6 +150,7 @@ def _facts(made: Plan, options: argparse.Namespace) -> list[list[str]]:
     facts = {
         "parameters": f"{numbers.total:,}; {numbers.trainable:,} trained, {numbers.reached:,} reached by the loss",
         "ranks": str(made.ranks),
+        **_sharding(made),
         "compiled blocks": made.trainer.compile_fact if made.has_blocks else "no: the policy has none",
         "sizes from": "; ".join(made.data),
         "operations/sample": f"{_flops(made.flops_per_sample)} useful ({made.flops_from}); "
@@ -165,6 +166,14 @@ def _facts(made: Plan, options: argparse.Namespace) -> list[list[str]]:
         else "nothing: one rank",
     }
     return [[key, text] for key, text in facts.items()]
+
+
+def _sharding(made: Plan) -> dict[str, str]:
+    """How the model is sharded over several machines, or over several copies."""
+    machines = made.run.cluster.num_nodes
+    if machines == 1 and made.sharding.num_replicas == 1:
+        return {}
+    return {"sharding": made.trainer.describe_replicas(made.ranks, machines)}
 
 
 def _memory_rows(made: Plan, peak: Any) -> list[list[str]]:

@@ -135,7 +135,7 @@ def sharding_of(run: RunConfig, trainer: Fsdp2TrainerConfig, ranks: int) -> Shar
     """How a run shards parameters over its ranks."""
     return Sharding(
         ranks=ranks,
-        num_replicas=trainer.num_replicas,
+        num_replicas=trainer.replicas(ranks, run.cluster.num_nodes),
         reshard_after_forward=trainer.reshard_after_forward,
         reduce_every_micro_batch=trainer.reduce_every_micro_batch,
         cpu_offload=trainer.cpu_offload,
