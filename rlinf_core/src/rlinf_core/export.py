@@ -126,7 +126,7 @@ def export_run(
     tensors, notes = ({}, [str(adapters)]) if adapters else read_weights(run, checkpoint, choice, plugins)
     if choice.adapters == "merge" and not notes:
         raise UserError(f"{folder} has no adapters to merge: leave out --merge")
-    for note in (*notes, which):
+    for note in (*notes, which, *_left_out(run, choice)):
         log(note)
     aside = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
@@ -367,6 +367,15 @@ def _parts(groups: Iterable[Group]) -> Iterator[list[Group]]:
             part = []
     if part:
         yield part
+
+
+def _left_out(run: RunConfig, choice: Choice) -> Iterator[str]:
+    """What the policy was trained for and the format does not have."""
+    if choice.format != NATIVE and "trained" in run.policy.continuation_ways():
+        yield (
+            f"the policy was trained for real-time chunking, which the format {choice.format!r} does not have: its "
+            "loaders run it without giving it the actions that are executed meanwhile"
+        )
 
 
 def _check_adapters(run: RunConfig, choice: Choice) -> None:

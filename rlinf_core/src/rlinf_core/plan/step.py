@@ -66,6 +66,8 @@ class Plan:
     units: tuple[Unit, ...] = field(repr=False)
     longest: Sample = field(repr=False)
     """The sample with the largest batch, for which memory is computed."""
+    sampled: tuple[Sample, ...] = field(repr=False)
+    """All that sizes were taken from."""
     activations: Mapping[Keeping, Activations] = field(repr=False)
     """Counted so far: for the run's own setting, and for others on request."""
 
@@ -133,7 +135,7 @@ def sharding_of(run: RunConfig, trainer: Fsdp2TrainerConfig, ranks: int) -> Shar
     """How a run shards parameters over its ranks."""
     return Sharding(
         ranks=ranks,
-        num_replicas=trainer.num_replicas,
+        num_replicas=trainer.replicas(ranks, run.cluster.num_nodes),
         reshard_after_forward=trainer.reshard_after_forward,
         reduce_every_micro_batch=trainer.reduce_every_micro_batch,
         cpu_offload=trainer.cpu_offload,
@@ -195,6 +197,7 @@ def plan(run: RunConfig, plugins: Plugins, ranks: int | None = None) -> Plan:
         has_blocks=counted.has_blocks,
         units=units,
         longest=longest,
+        sampled=tuple(sample for source in sampled for sample in source.samples),
         activations={keep: counted.activations},
     )
 

@@ -90,6 +90,7 @@ def rlinf_register_commands() -> list[Command]:
         "launch": "start a run's processes as its config says, and wait for them",
         "validate": "validate a run's config, data and files without starting it",
         "plan": "predict a run's memory, speed and communication",
+        "rehearse": "compute two steps on as many ranks as a run will have, without a GPU",
         "inspect": "write a page that shows what a run's model will see",
         "norm-stats": "compute, diagnose, compare and import statistics",
         "check-dataset": "check the files of a LeRobot dataset for damage",
@@ -122,6 +123,14 @@ def rlinf_open_dataset(dataset: DatasetConfig, policy: PolicyConfig, split: Spli
     from rlinf_core.data.frame_cache.source import open_cached
 
     return open_cached(rows, dataset, policy)
+
+
+@hookimpl
+def rlinf_launcher_names() -> Sequence[str]:
+    """torchrun and Slurm."""
+    from rlinf_core.contract.tables.cluster import LAUNCHERS
+
+    return LAUNCHERS
 
 
 @hookimpl(trylast=True)

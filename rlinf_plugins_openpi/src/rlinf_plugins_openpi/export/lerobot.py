@@ -246,6 +246,12 @@ def notes_for_lerobot(policy: OpenpiSettings, sources: Sequence[TrainedOn]) -> t
             "Actions are relative to the state at the start of a chunk: execute whole chunks, or run it with "
             "`--inference.type=rtc`. `select_action` would add the state of each later step."
         )
+    if policy.rtc_training_max_delay:
+        notes.append(
+            f"It was trained for real-time chunking with delays of up to {policy.rtc_training_max_delay} actions. lerobot "
+            "does not give it the actions that are executed meanwhile, but can guide it, as any policy: "
+            "`--inference.type=rtc`."
+        )
     notes.append(
         "Images that are not 224 x 224 are resized by lerobot without antialiasing, unlike in training: pass "
         "224 x 224 images for equal actions. lerobot keeps underscores in `task`; in training they are spaces."

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
@@ -101,6 +101,11 @@ class ClusterConfig(Section):
     """What the launcher `slurm` asks for: the table `[cluster.slurm]`."""
     rdzv_endpoint: Annotated[str, AfterValidator(_check_endpoint)] = ""
     """`host:port` of one of the machines, for torchrun's rendezvous; required for several machines."""
+    preflight: Literal["auto", "always", "never"] = "auto"
+    """Before the first step, print a table of the machines with versions, clocks and the speed of their network, and
+    write it to `machines.json`; takes a second or two. `auto`: if there are several."""
+    join_timeout_seconds: int = Field(default=600, ge=1)
+    """How long a machine waits for the others, at the start and after a failure, before it gives up."""
     max_restarts: int = Field(default=0, ge=0)
     """How often the processes are restarted after a failure; they continue from the last checkpoint."""
 
