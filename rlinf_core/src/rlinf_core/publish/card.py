@@ -16,15 +16,13 @@ from rlinf_core.contract.policy_options import CardNotes
 from rlinf_core.contract.run import RunConfig
 from rlinf_core.files import write_text
 from rlinf_core.publish.exported import NATIVE, Exported
-from rlinf_core.publish.measured import Measured
+from rlinf_core.publish.measured import BASELINES, Measured
 from rlinf_core.publish.origins import README, UNKNOWN, Origin, origin_of
 from rlinf_core.publish.privacy import private
 from rlinf_core.publish.recipe import config_text, packages_of, recipe_rows
 from rlinf_core.publish.training_data import DataFacts, data_facts
 from rlinf_core.results import as_markdown, cell_text
 
-BASELINES = ("_mse_mean", "_mse_repeat")
-"""Ends of the names of baselines' metrics."""
 MOST_TASKS = 20
 """Instructions that a model card lists."""
 MARK = re.compile(r"<!-- written by rlinf export, sha256 of the text above: ([0-9a-f]{64}) -->\n?\Z")

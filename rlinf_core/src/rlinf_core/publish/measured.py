@@ -22,6 +22,10 @@ RATE = "success"
 MOST_ROWS = 40
 """Rows of a table that a model card shows."""
 MOST_METRICS = 16
+VALIDATION = "val_"
+"""Prefix of the metrics that a model card lists."""
+BASELINES = ("_mse_mean", "_mse_repeat")
+"""Ends of the names of baselines' metrics, which are the same for all weights."""
 
 
 @dataclass(frozen=True)
@@ -100,11 +104,14 @@ def measured_of(run: Path, step: int, ema: bool, validation: Mapping[str, Any], 
 
 
 def _own_metrics(metrics: Mapping[str, Any], ema: bool) -> dict[str, float]:
-    """The metrics of the exported weights, under the names of live ones."""
+    """The metrics of the exported weights, under the names of live ones, and those of baselines."""
     own = {
         name.removeprefix(EMA): float(value)
         for name, value in metrics.items()
-        if name.startswith(EMA) == ema and isinstance(value, int | float) and math.isfinite(value)
+        if (name.startswith(EMA) == ema or name.endswith(BASELINES))
+        and name.removeprefix(EMA).startswith(VALIDATION)  # Success rates are in tables, with their intervals.
+        and isinstance(value, int | float)
+        and math.isfinite(value)
     }
     return dict(list(own.items())[:MOST_METRICS])
 
