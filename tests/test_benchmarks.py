@@ -18,8 +18,10 @@ COMMANDS = {
     "checkpoint": ("--rounds=1", "--width=16"),
     "data_loading": ("--cases=image_h10", "--rounds=1", "--seconds=0.1", "--frames=12"),
     "gpu_probe": ("--tiny", "--device=cpu"),
+    "infer": ("--size=minimal", "--rounds=1", "--requests=3"),
     "norm_stats": ("--frames=32",),
     "rollouts": ("--rounds=1", "--episodes=1", "--horizon=16", "--image-size=32"),
+    "scaling": ("--ranks=2", "--steps=1"),
     "text_step": ("--rounds=1", "--steps=1", "--batch=2", "--vocabulary=512", "--sides=transformers"),
     "training_step": ("--size=minimal", "--batch=1", "--rounds=1", "--without-peers"),
 }
@@ -28,14 +30,17 @@ EXPECTED = {
     "checkpoint": {"stall_vs_rank0_save", "sync_stall_vs_rank0_save"},
     "data_loading": {"image_h10"},
     "gpu_probe": {"failed", "vision default forward_ms", "step, micro batch 2, not compiled samples_per_second"},
+    "infer": {"infer_vs_lerobot", "pi0", "pi05", "server_overhead_ms", "server_processor_ms"},
     "norm_stats": {"vs_openpi_loader", "frames_per_second"},
     "rollouts": {"steps_per_second_1", "steps_per_second_2", "two_over_one", "serial_share"},
+    "scaling": {"bytes_over_formula", "same_order", "loss_difference", "step_seconds_1", "step_seconds_2"},
     "text_step": {"tokens_per_second_vs_transformers", "packed_vs_transformers_packed"},
     "training_step": {"flops_over_useful"},
 }
 NEEDED = {
     "adapters": "peft",
     "text_step": "accelerate",
+    "infer": "lerobot",
     "rollouts": "metaworld",
     "norm_stats": "lerobot",
     "data_loading": "lerobot",

@@ -66,6 +66,8 @@ class Plan:
     units: tuple[Unit, ...] = field(repr=False)
     longest: Sample = field(repr=False)
     """The sample with the largest batch, for which memory is computed."""
+    sampled: tuple[Sample, ...] = field(repr=False)
+    """All that sizes were taken from."""
     activations: Mapping[Keeping, Activations] = field(repr=False)
     """Counted so far: for the run's own setting, and for others on request."""
 
@@ -142,6 +144,13 @@ def sharding_of(run: RunConfig, trainer: Fsdp2TrainerConfig, ranks: int) -> Shar
     )
 
 
+def placed_on(run: RunConfig, ranks: int, machines: int) -> RunConfig:
+    """The run with the number of copies of the model that it would have on so many machines, if that is `"auto"`."""
+    if not isinstance(run.trainer, Fsdp2TrainerConfig):
+        return run
+    return run.model_copy(update={"trainer": run.trainer.placed(ranks, machines)})
+
+
 def plan(run: RunConfig, plugins: Plugins, ranks: int | None = None) -> Plan:
     """Predict what a run takes.
 
@@ -195,6 +204,7 @@ def plan(run: RunConfig, plugins: Plugins, ranks: int | None = None) -> Plan:
         has_blocks=counted.has_blocks,
         units=units,
         longest=longest,
+        sampled=tuple(sample for source in sampled for sample in source.samples),
         activations={keep: counted.activations},
     )
 
