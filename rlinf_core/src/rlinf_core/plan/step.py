@@ -144,6 +144,13 @@ def sharding_of(run: RunConfig, trainer: Fsdp2TrainerConfig, ranks: int) -> Shar
     )
 
 
+def placed_on(run: RunConfig, ranks: int, machines: int) -> RunConfig:
+    """The run with the number of copies of the model that it would have on so many machines, if that is `"auto"`."""
+    if not isinstance(run.trainer, Fsdp2TrainerConfig):
+        return run
+    return run.model_copy(update={"trainer": run.trainer.placed(ranks, machines)})
+
+
 def plan(run: RunConfig, plugins: Plugins, ranks: int | None = None) -> Plan:
     """Predict what a run takes.
 

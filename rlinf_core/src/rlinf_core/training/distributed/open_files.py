@@ -44,7 +44,7 @@ def count_open_files(ranks: int, copies: int = 1, workers: int = 0) -> int:
 
 
 def find_limit() -> int:
-    """How many files a process may open here if it raises its limit as far as it may."""
+    """How many files a process may open here if it raises its limit to the highest that it may have."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     return 2**31 if hard == resource.RLIM_INFINITY else hard
 
