@@ -18,13 +18,13 @@ from rlinf_core.contract.run import LoadedPlugins, RunConfig
 from rlinf_core.errors import UserError
 from rlinf_core.lora.apply import WithTrainedModules
 from rlinf_core.lora.files import AdapterFiles, check_base
-from rlinf_core.training.distributed.topology import count_machines
 from rlinf_core.training.settings import Fsdp2Settings
 from rlinf_core.training.state.adapters import Adapters, Original, find_adapters
 from rlinf_core.training.state.blocks import Checkpointing, Compilation, prepare_block
 from rlinf_core.training.state.ema import Ema
 from rlinf_core.training.state.fsdp import derived_seed, layout, materialize, ranks_mesh, shard, unused_parameters
 from rlinf_core.training.state.optim import Optimizer, decays
+from rlinf_core.training.topology import count_machines
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
