@@ -256,6 +256,20 @@ def test_secrets_are_found_and_not_repeated(hub, push, exported, name, text):
     assert not hub.repos
 
 
+def test_a_vocabulary_is_no_secret_and_a_key_named_after_one_is(hub, push, exported):
+    table = json.loads((exported / "rlinf.json").read_text())
+    for name, content in (("tokenizer.json", {"vocab": {"password": 7, "api_key": 8}, "eos_token": "<|im_end|>"}),):
+        (exported / name).write_text(json.dumps(content, indent=1))
+        table["sha256"][name] = hashlib.sha256((exported / name).read_bytes()).hexdigest()
+    (exported / "rlinf.json").write_text(json.dumps(table))
+    code, said = push()
+    assert code == 0, said
+    (exported / "rlinf.json").write_text(json.dumps(table | {"logger": {"wandb_api_key": "0123456789abcdef0123"}}))
+    code, said = push()
+    assert (code, "rlinf.json has a secret, the key 'wandb_api_key'" in said) == (2, True)
+    assert "0123456789abcdef0123" not in said
+
+
 def test_what_would_be_public_of_this_machine_is_said(hub, push, exported):
     table = json.loads((exported / "rlinf.json").read_text())
     table["data"]["repo_id"] = "/home/alice/data/pick"

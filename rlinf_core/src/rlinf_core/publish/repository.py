@@ -131,8 +131,8 @@ def plan_changes(checked: Checked, there: Repository, *, public: bool, replace: 
     if others and not replace:
         listed = ", ".join(others[:LISTED]) + ", ..." * (len(others) > LISTED)
         problems.append(
-            f"{there.name} has other files, {listed}: name another repository, or delete them with --replace (git keeps "
-            "them)"
+            f"{there.name} has other files, {listed}: name another repository, or delete them by --replace; git keeps "
+            "them"
         )
     if README in replaced and there.edited_card and not replace:
         problems.append(
