@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -298,3 +300,9 @@ def test_names_are_checked_before_anything_is_sent(hub, push):
         assert (code, "is not a repository, owner/name" in said) == (2, True), said
     assert push("--yes", repository="others/arm")[0] == 2
     assert not hub.repos
+
+
+def test_the_command_leaves_torch_unloaded():
+    modules = "rlinf_core.commands.push, rlinf_core.publish.folder, rlinf_core.publish.repository"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
