@@ -165,7 +165,8 @@ VARIANTS = {
 }
 
 
-@pytest.mark.slow  # Seconds each.
+@pytest.mark.timeout(900)  # Of a busy machine; 10 s of CPU time each.
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_settings_are_planned_as_they_are_rehearsed(name):
     ranks, overrides = VARIANTS[name]

@@ -248,14 +248,14 @@ def fake_store() -> Any:
     """The store of the process group `fake`, whose collectives return at once."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    return FakeStore()  # type: ignore[no-untyped-call]
+    return FakeStore()
 
 
 def forget_meshes() -> None:
     """Drop results of DTensor operations that the process remembers, with the device meshes that they are on."""
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
-    _clear_sharding_prop_cache()
+    _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
 
 
 def memory_tracker() -> Any:
