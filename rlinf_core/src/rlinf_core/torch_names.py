@@ -20,6 +20,7 @@ from torch.distributed import (  # type: ignore[attr-defined]  # torch's stubs l
     HashStore,
     PrefixStore,
     Store,
+    TCPStore,
     rendezvous,
 )
 from torch.distributed.checkpoint.api import CheckpointException
@@ -41,6 +42,7 @@ __all__ = [
     "HashStore",
     "PrefixStore",
     "Store",
+    "TCPStore",
     "rendezvous",
     "set_gloo_timeout",
     # The files of a checkpoint: `training.checkpoint`, `export`.
