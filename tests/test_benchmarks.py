@@ -17,20 +17,28 @@ COMMANDS = {
     "adapters": ("--rounds=1", "--steps=1"),
     "checkpoint": ("--rounds=1", "--width=16"),
     "data_loading": ("--cases=image_h10", "--rounds=1", "--seconds=0.1", "--frames=12"),
+    "evaluation_cost": ("--rounds=1", "--seconds-a-step=0"),
     "gpu_probe": ("--tiny", "--device=cpu"),
+    "large_table": ("--rows=6000",),
     "norm_stats": ("--frames=32",),
+    "report_page": ("--steps=600", "--rounds=1"),
     "rollouts": ("--rounds=1", "--episodes=1", "--horizon=16", "--image-size=32"),
     "text_step": ("--rounds=1", "--steps=1", "--batch=2", "--vocabulary=512", "--sides=transformers"),
+    "tracker_cost": ("--trackers=tensorboard", "--steps=3"),
     "training_step": ("--size=minimal", "--batch=1", "--rounds=1", "--without-peers"),
 }
 EXPECTED = {
     "adapters": {"step_vs_peft", "step_vs_full", "plan_gb_pi05_24"},
     "checkpoint": {"stall_vs_rank0_save", "sync_stall_vs_rank0_save"},
     "data_loading": {"image_h10"},
+    "evaluation_cost": {"training_seconds", "other_seconds", "apart_seconds"},
     "gpu_probe": {"failed", "vision default forward_ms", "step, micro batch 2, not compiled samples_per_second"},
+    "large_table": {"cold_seconds", "warm_seconds", "pss_of_6_processes_gb"},
     "norm_stats": {"vs_openpi_loader", "frames_per_second"},
+    "report_page": {"page_mb", "elements"},
     "rollouts": {"steps_per_second_1", "steps_per_second_2", "two_over_one", "serial_share"},
     "text_step": {"tokens_per_second_vs_transformers", "packed_vs_transformers_packed"},
+    "tracker_cost": {"tensorboard_share", "tensorboard_process_share"},
     "training_step": {"flops_over_useful"},
 }
 NEEDED = {
