@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from rlinf_core.errors import UserError
 from rlinf_core.terminal import print_progress
+from rlinf_core.untrusted.text import without_secrets
 
 Kind = Literal["model", "dataset"]
 
@@ -68,6 +69,11 @@ def local_path(text: str, setting: str) -> Path | None:
     like_a_path = bool(on_hub) and bool(_LIKE_A_PATH.fullmatch(text))
     if on_hub and (on_hub["revision"] or not (in_a_folder or like_a_path)):
         return None
+    if "://" in text:
+        raise UserError(
+            f"{setting}: {without_secrets(text)} is an address, but this must be a folder, a file or a hub id: only "
+            "data.repo_id of robot data may be in object storage"
+        )
     hint = "and a hub id has the form owner/name or owner/name@revision"
     if on_hub and not in_a_folder:
         hint = f"and the name is a path's rather than a hub id's; for the repository on the hub, write {text}@main"

@@ -97,7 +97,7 @@ def encode_continuation(
 
 
 def continue_actions(
-    module: Any, batch: Mapping[str, Any], noise: torch.Tensor, encoded: Sequence[Encoded]
+    module: Any, batch: Mapping[str, Any], noise: torch.Tensor, encoded: Sequence[Encoded], steps: int | None = None
 ) -> torch.Tensor:
     """Draw chunks that continue others, which are all guided or all given.
 
@@ -106,6 +106,7 @@ def continue_actions(
         batch: The observations, on the module's device.
         noise: [B, H, A] on the module's device.
         encoded: What each chunk continues.
+        steps: Denoising steps, for a policy that has them; None: the policy's own number.
 
     Returns:
         [B, H, A] normalised actions, float32.
@@ -121,6 +122,7 @@ def continue_actions(
         max_guidance_weight=stacked([np.float32(one.max_guidance_weight) for one in encoded]),
         trained=encoded[0].trained,
     )
+    options = {} if steps is None else {"num_steps": steps}
     with torch.no_grad():  # Not inference mode: guidance computes gradients.
-        actions: torch.Tensor = module.continue_actions(batch, noise, previous)
+        actions: torch.Tensor = module.continue_actions(batch, noise, previous, **options)
     return actions

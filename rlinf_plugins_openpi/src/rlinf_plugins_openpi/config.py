@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from rlinf_core import DatasetConfig, Policy
     from rlinf_core.contract.module import WeightSource
     from rlinf_core.contract.policy import TrainedOn
+    from rlinf_core.contract.policy_options import CardNotes
     from rlinf_core.data.normalize import Stats
     from rlinf_core.illustration import Illustration
 
@@ -192,6 +193,15 @@ class OpenpiPolicyConfig(OpenpiSettings):
             action_width=width,
         )
         return cast("Sample", sample)
+
+    def sampling_steps(self) -> int:
+        """Euler steps from noise to actions."""
+        return self.num_sampling_steps
+
+    def compile_sampling(self, policy: Any, *, on: bool) -> bool:
+        """Compile a denoising step; see `model.sampling`."""
+        policy.compile_sampling(on=on)
+        return True
 
     def useful_flops(self, batch: Batch) -> float | None:
         """Operations for the images and tokens present. None with frozen parts: what they save is not counted."""
@@ -422,6 +432,12 @@ class OpenpiPolicyConfig(OpenpiSettings):
             from rlinf_plugins_openpi.export.openpi import export_openpi
 
             export_openpi(self, whole, folder, sources)
+
+    def card(self, format: str, sources: Sequence[TrainedOn]) -> CardNotes:
+        """What the model card says of the model and of the project that loads it; see `export.card`."""
+        from rlinf_plugins_openpi.export.card import card_notes
+
+        return card_notes(self, format, sources)
 
 
 class Pi0Config(OpenpiPolicyConfig):

@@ -11,12 +11,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlinf_core.commands.eval_served import served
 from rlinf_core.commands.evaluated import load_evaluated
 from rlinf_core.commands.output import print_json, print_table, print_text
 from rlinf_core.errors import UserError
 
 if TYPE_CHECKING:
     from rlinf_core.contract.datasets import SampleSource
+    from rlinf_core.exported import Exported
     from rlinf_core.inference import LoadedPolicy
     from rlinf_core.plugins.registry import Plugins
     from rlinf_core.results import ResultTable
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from rlinf_core.rollout.episodes import Episode, EpisodesFile, Result
 
 ONLY_WITH_ENV = ("tasks", "replan", "processes", "videos", "baselines", "set", "delay", "chunks")
-RECORDED = {"split": None, "samples": 512, "batch_size": 16}
+RECORDED = {"split": None, "samples": 512, "batch_size": 16, "sampling": None}
 """Options of recorded episodes, and their defaults."""
 
 
@@ -67,10 +69,7 @@ def check_no_simulator(options: argparse.Namespace) -> None:
 def play_episodes(options: argparse.Namespace) -> None:
     """Play, print the table, and write the files."""
     from rlinf_core.plugins.registry import get_plugins
-    from rlinf_core.rollout.agents import POLICY
-    from rlinf_core.rollout.delay import DelayedAgent
     from rlinf_core.rollout.tables import success_table
-    from rlinf_core.terminal import print_phase
 
     if given := [name for name, default in RECORDED.items() if getattr(options, name) != default]:
         raise UserError(f"--{given[0].replace('_', '-')} is for recorded episodes: leave it out with --env")
@@ -78,20 +77,12 @@ def play_episodes(options: argparse.Namespace) -> None:
     plugins.environment(options.env)  # Before what takes seconds.
     settings, remembered = read_settings(options, plugins)
     settings.chosen_tasks()
-    print_phase(f"loading {options.policy}")
-    policy, facts = load_evaluated(options, plugins)
-    if not policy.config.chunk_length():
-        raise UserError(f"the policy {policy.config.type!r} has no actions: it cannot act in a simulator")
-    notes = [*facts["notes"], *remembered]
-    latency = read_latency(options, policy)
-    agents, step_seconds = build_agents(options, policy, plugins, settings, notes)
-    if latency is not None:
-        agents[POLICY] = DelayedAgent(
-            policy.act, latency, latency.executed(settings.env.replan, policy.config.chunk_length())
-        )
-        if step_seconds:
-            notes.append(f"the policy's actions come {latency.delay * step_seconds * 1e3:.0f} ms late")
     with ExitStack() as ending:
+        acting, described, facts, latency = _open_policy(options, plugins, settings, ending)
+        notes = [*facts["notes"], *remembered]
+        agents, step_seconds = build_agents(options, acting, described, plugins, settings, notes)
+        if latency is not None and step_seconds:
+            notes.append(f"the policy's actions come {latency.delay * step_seconds * 1e3:.0f} ms late")
         identity = _identity(options, facts, settings, latency)
         folder = _folder(options, facts, settings, identity)
         kept = folder or Path(ending.enter_context(tempfile.TemporaryDirectory(prefix="rollouts-")))
@@ -149,7 +140,7 @@ def _remembered(options: argparse.Namespace, plugins: Plugins) -> tuple[dict[str
     from rlinf_core.contract.weights.origin import DESCRIPTION
     from rlinf_core.untrusted.text import read_json
 
-    folder = Path(options.policy)
+    folder = Path(options.policy or "")
     found: Any = None
     if (folder / DESCRIPTION).is_file():
         found = read_json(folder / DESCRIPTION).get("simulator")
@@ -173,32 +164,63 @@ def _count(episodes: Sequence[int]) -> int | None:
 
 
 def build_agents(
-    options: argparse.Namespace, policy: LoadedPolicy, plugins: Plugins, settings: RolloutSettings, notes: list[str]
+    options: argparse.Namespace,
+    acting: Agent,
+    described: LoadedPolicy | Exported | None,
+    plugins: Plugins,
+    settings: RolloutSettings,
+    notes: list[str],
 ) -> tuple[dict[str, Agent], float]:
     """The policy and the baselines that can be played, and the seconds between actions in the data (0: unknown)."""
-    from rlinf_core.rollout.agents import (
-        POLICY,
-        PolicyAgent,
-        build_baselines,
-        demonstrations_of,
-        seconds_per_action,
-    )
+    from rlinf_core.rollout.agents import POLICY, build_baselines, demonstrations_of, seconds_per_action
 
-    rows = _rows(options, policy, plugins, notes)
+    rows = _rows(options, described, plugins, notes)
     prompts = [task.prompt for task in settings.chosen_tasks()]
     found = {}
-    if rows is not None and "replay" in settings.baselines:
-        found = demonstrations_of(rows, policy.pipeline, prompts)
+    if described is not None and rows is not None and "replay" in settings.baselines:
+        found = demonstrations_of(rows, described.pipeline, prompts)
         if missing := [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]:
             notes.append(f"no blind replay of {missing[0]!r}: the dataset has no episode with this instruction")
-    policies: dict[str, Agent] = {POLICY: PolicyAgent(policy.act, settings.env.replan)}
+    policies: dict[str, Agent] = {POLICY: acting}
     return policies | build_baselines(settings.baselines, settings.env, found), seconds_per_action(
         rows
     ) if rows else 0.0
 
 
-def _rows(options: argparse.Namespace, policy: LoadedPolicy, plugins: Plugins, notes: list[str]) -> SampleSource | None:
+def _open_policy(
+    options: argparse.Namespace, plugins: Plugins, settings: RolloutSettings, ending: ExitStack
+) -> tuple[Agent, LoadedPolicy | Exported | None, dict[str, Any], Latency | None]:
+    """Who acts, what is known here of its data, facts about it, and its delay."""
+    from rlinf_core.rollout.agents import PolicyAgent
+    from rlinf_core.rollout.delay import DelayedAgent
+    from rlinf_core.terminal import print_phase
+
+    if options.server:
+        if given := [name for name in ("delay", "chunks") if getattr(options, name) is not None]:
+            raise UserError(f"--{given[0]} is for a policy in this process: leave it out with --server")
+        print_phase(f"connecting to {options.server}")
+        from rlinf_core.serving.remote import ServedAgent
+
+        remote, opened, facts = ending.enter_context(served(options, plugins))
+        return ServedAgent(remote, settings.env.replan), opened, facts, None
+    print_phase(f"loading {options.policy}")
+    policy, facts = load_evaluated(options, plugins)
+    if not policy.config.chunk_length():
+        raise UserError(f"the policy {policy.config.type!r} has no actions: it cannot act in a simulator")
+    replan, latency = settings.env.replan, read_latency(options, policy)
+    if latency is None:
+        return PolicyAgent(policy.act, replan), policy, facts, None
+    executed = latency.executed(replan, policy.config.chunk_length())
+    return DelayedAgent(policy.act, latency, executed), policy, facts, latency
+
+
+def _rows(
+    options: argparse.Namespace, policy: LoadedPolicy | Exported | None, plugins: Plugins, notes: list[str]
+) -> SampleSource | None:
     """The demonstrations: of --dataset, or those that the policy was trained on if they are a folder here."""
+    if policy is None:
+        notes.append("no blind replay: without the exported folder that the server serves, no demonstrations are known")
+        return None
     from rlinf_core.data.splits import open_rows_of
     from rlinf_core.offline_eval import other_dataset
 
@@ -244,13 +266,15 @@ def _identity(
     options: argparse.Namespace, facts: Mapping[str, Any], settings: RolloutSettings, latency: Latency | None
 ) -> dict[str, Any]:
     """What results depend on: a second start continues if it is the same."""
-    digest = hashlib.sha256(Path(facts["identity"]).read_bytes()).hexdigest()[:16]
+    digest = hashlib.sha256(facts["identity"]).hexdigest()[:16]
     delayed = {} if latency is None else {"latency": latency.model_dump(mode="json")}
     return {
         "policy": digest,
         "ema": facts["ema"],
         "dtype": options.dtype,
         "source": options.source,
+        **({} if options.num_steps is None else {"num_steps": options.num_steps}),
+        **({"server": True} if options.server else {}),
         **delayed,
     } | settings.identity()
 

@@ -21,6 +21,10 @@ from rlinf_core.data.sample import Row
 from rlinf_core.data.transforms import Box, Concatenate, Transform
 
 Split = Literal["train", "validation"]
+DOWNLOAD_LIMIT = 100.0
+"""Default of `LeRobotDatasetConfig.download_limit_gb`."""
+FILES_MIXED = 8
+"""`data.stream_of = "files"`: a stream mixes as many files at a time as have this many times the rows of its buffer."""
 EpisodeRange = Annotated[str, Field(pattern=r"^\d+-\d+$")]
 """`"10-99"`: the first and the last episode."""
 
@@ -162,6 +166,36 @@ class FileSource(SampleSource, Protocol):
 
 
 @runtime_checkable
+class FileStreamSource(SampleSource, Protocol):
+    """A source whose rows are in files one after another, so that streams of the chunked order can have their own."""
+
+    def file_starts(self) -> NDArray[np.int64]:
+        """[F], ascending: the first row, and those whose images are in another file than the images of the row before.
+
+        With several files per row, such as those of several cameras, the rows that share the largest of them.
+        """
+        ...
+
+
+@runtime_checkable
+class VersionedSource(SampleSource, Protocol):
+    """A source whose storage knows the versions of its image files, so that they are compared without being read."""
+
+    def image_versions(self) -> Mapping[str, str]:
+        """Name within the dataset -> size and version (an ETag, say) of an image file; empty for files on a disk."""
+        ...
+
+
+@runtime_checkable
+class PrefetchingSource(SampleSource, Protocol):
+    """A source whose files are not all on this machine."""
+
+    def prefetch(self, indices: Sequence[int]) -> None:
+        """Start fetching the files of rows that will be read soon, in other threads; fails silently."""
+        ...
+
+
+@runtime_checkable
 class VariedSource(SampleSource, Protocol):
     """A source whose rows have images of their own, in number and size, unlike the cameras of a robot."""
 
@@ -184,7 +218,8 @@ class DatasetConfig(BaseModel):
     config_name: str = ""
     """The registered name of this format, from `rlinf datasets`; `distribution:name` if two packages share a name."""
     repo_id: str = ""
-    """A local folder, or the id of a dataset on the hub, `owner/name` with an optional `@revision`."""
+    """A local folder; or the id of a dataset on the hub, `owner/name` with an optional `@revision`; or, for robot data,
+    an address in object storage: `s3://bucket/folder`, `gs://`, `az://`, `hf://datasets/owner/name/folder`."""
     revision: str = ""
     """Branch, tag or commit on the hub; empty: the hub's default."""
     num_workers: int = Field(default=2, ge=0)
@@ -195,6 +230,9 @@ class DatasetConfig(BaseModel):
     streams: int = Field(default=64, ge=1)
     """Chunked: virtual streams over all ranks, each with its own runs of frames and its own buffer. A multiple of the
     number of ranks, and of every number of ranks on which the run is to resume."""
+    stream_of: Literal["runs", "files"] = "runs"
+    """Chunked: what streams are made of. `runs`: any runs of frames, so every node reads every file. `files`: each
+    stream has files of its own, the same ones in every epoch, and a node reads only those of its streams."""
     chunk_frames: int = Field(default=16, ge=1)
     """Chunked: consecutive frames that are read together."""
     shuffle_buffer: int = Field(default=8192, ge=1)
@@ -232,7 +270,7 @@ class DatasetConfig(BaseModel):
 
     @model_validator(mode="after")
     def _buffers_hold_runs(self) -> DatasetConfig:
-        changed = [key for key in ("streams", "chunk_frames", "shuffle_buffer") if self._differs(key)]
+        changed = [key for key in ("streams", "stream_of", "chunk_frames", "shuffle_buffer") if self._differs(key)]
         if self.shuffle == "random" and changed:
             raise ValueError(f'{changed[0]} has no effect without shuffle = "chunked"')
         if self.shuffle_buffer < self.streams * self.chunk_frames:
@@ -353,6 +391,9 @@ class LeRobotDatasetConfig(DatasetConfig):
     or `jpeg`, smaller and lossy. Empty: decode."""
     cache_quality: int = Field(default=95, ge=1, le=100)
     """For `cache = "jpeg"`: the `--quality` of the cache. Changing it changes the samples of a run."""
+    download_limit_gb: float = Field(default=DOWNLOAD_LIMIT, gt=0.0)
+    """For datasets in object storage: most gigabytes of downloaded files on a machine, of all such datasets together.
+    The least recently used ones are removed to make room."""
     cache_dir: str = ""
     """Folder of caches; empty: `frames` in `RLINF_CACHE`, by default `~/.cache/rlinf_core`."""
     validation_tasks: tuple[int | str, ...] = ()
@@ -392,6 +433,11 @@ class LeRobotDatasetConfig(DatasetConfig):
             *(
                 ["prompt_column has no effect with prompt_from_task = false: leave one out"]
                 if self.prompt_column and not self.prompt_from_task
+                else []
+            ),
+            *(
+                ['stream_of = "files" is for reading the dataset\'s own files: leave it out, or cache']
+                if self.cache and self.stream_of == "files"
                 else []
             ),
             *(

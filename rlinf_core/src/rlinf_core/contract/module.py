@@ -135,6 +135,8 @@ class ContinuingPolicy(ActingPolicy, Protocol):
             noise: [B, H, A], standard normal, float32.
             previous: The actions to continue.
 
+        A policy whose config has `sampling_steps` also takes `num_steps`.
+
         Returns:
             [B, H, A] normalised actions, float32. If `previous.trained`, the first `delays` are the given ones.
         """

@@ -24,6 +24,7 @@ from rlinf_core.contract.policy_options import (
     Exported,
     Measured,
     Published,
+    Sampled,
 )
 from rlinf_core.contract.policy_options import TrainedOn as TrainedOn  # Its address for plugins.
 from rlinf_core.contract.weight_file import WeightFile, write_weights
@@ -44,6 +45,7 @@ class PolicyConfig(
     BoundToData,
     Begun,
     Counted,
+    Sampled,
     Compared,
     Published,
     Checked,

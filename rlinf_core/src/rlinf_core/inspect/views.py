@@ -166,7 +166,7 @@ def _order(run: RunConfig, opened: Sequence[_Opened | None]) -> tuple[Order | Ch
         return None, 0
     steps = steps_per_epoch(sum(rows), batch)
     if (chunks := chunks_of(run.data)) and opened[0]:
-        return ChunkedOrder(run.seed, opened[0].train.episodes, steps * batch, chunks), steps
+        return ChunkedOrder.of(run.seed, opened[0].train, steps * batch, chunks), steps
     return Order(run.seed, rows, tuple(source.share for source in run.sources), steps * batch), steps
 
 

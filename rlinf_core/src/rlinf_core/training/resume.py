@@ -276,7 +276,8 @@ def _describe_later(later: tuple[str, ...], used: Path) -> list[str]:
 
 MAY_CHANGE = frozenset(
     {
-        *("cluster", "loggers", "data.num_workers", "data.cache_dir", "data.on_bad_sample", "data.max_bad_samples"),
+        *("cluster", "loggers", "data.num_workers", "data.cache_dir", "data.download_limit_gb"),
+        *("data.on_bad_sample", "data.max_bad_samples"),
         *("runner.max_steps", "runner.max_epochs", "runner.save_interval", "runner.keep_last", "runner.save_best"),
         *("runner.keep_every", "runner.async_save", "runner.checkpoint_dir", "runner.checkpoint_rename"),
         *("runner.val_check_interval", "runner.val_samples", "runner.val_at_start", "runner.best_metric"),
@@ -290,7 +291,10 @@ MAY_CHANGE = frozenset(
 )
 """Keys and tables that may differ when a run continues: they change a step's result by rounding at most."""
 
-CHANGE_ORDER = ("seed", "data.shuffle", "data.streams", "data.chunk_frames", "data.shuffle_buffer", "data.mixture")
+CHANGE_ORDER = (
+    *("seed", "data.shuffle", "data.streams", "data.stream_of", "data.chunk_frames", "data.shuffle_buffer"),
+    "data.mixture",
+)
 """Keys and tables that change the order of an epoch's samples."""
 
 Change = tuple[str, object, object]

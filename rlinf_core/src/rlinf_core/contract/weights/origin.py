@@ -166,7 +166,8 @@ def _entry(described: Mapping[str, Any], data: DatasetConfig) -> Mapping[str, An
 
 UNRELATED = frozenset(
     {"config_name", "repo_id", "revision", "norm_stats", "norm_floor", "stats_need_images", "assets", "num_workers"}
-    | {"shuffle", "streams", "chunk_frames", "shuffle_buffer", "validation_fraction", "validation_episodes"}
+    | {"shuffle", "streams", "stream_of", "chunk_frames", "shuffle_buffer", "download_limit_gb"}
+    | {"validation_fraction", "validation_episodes"}
     | {"validation_tasks", "episodes", "exclude_episodes", "tasks", "min_episode_length", "max_episode_length"}
     | {"quality_column", "min_quality", "decoder", "cache", "cache_quality", "cache_dir", "state", "actions"}
     | {"prompt_from_task", "default_prompt", "images"}

@@ -78,6 +78,7 @@ class CachedSource:
         self.tasks, self.step_seconds = source.tasks, source.step_seconds
         self.named_splits, self.other_prompts = source.named_splits, source.other_prompts
         self.row_files, self.image_files_by_name = source.row_files, source.image_files_by_name
+        self.image_versions = source.image_versions
 
     def __len__(self) -> int:
         return len(self._source)

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import batched, chain
 from pathlib import Path
 
+from rlinf_core.contract.datasets import FileSource, VersionedSource
 from rlinf_core.untrusted.text import not_a_file
 
 HEAD, MIDDLE, TAIL = 2**12, 2**12, 2**14
@@ -47,6 +48,13 @@ def evidence_of_files(files: Mapping[str, Path]) -> dict[str, str]:
     with ThreadPoolExecutor(READERS) as pool:
         found = pool.map(lambda some: [evidence_of(path) for path in some], batched(files.values(), AT_ONCE))
         return dict(zip(files, chain.from_iterable(found), strict=True))
+
+
+def evidence_of_images(source: FileSource) -> dict[str, str]:
+    """Evidence of the image files of a source, by name; those in object storage are compared by their versions."""
+    versions = dict(source.image_versions()) if isinstance(source, VersionedSource) else {}
+    files = source.image_files_by_name()
+    return evidence_of_files({name: path for name, path in files.items() if name not in versions}) | versions
 
 
 def differing(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

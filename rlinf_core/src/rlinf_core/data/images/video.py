@@ -125,6 +125,13 @@ class VideoReader:
         self._pool = self._pool or ThreadPoolExecutor(threads, "rlinf-video")
         return list(self._pool.map(lambda one: self.frames(one[0], one[1], tolerance), wanted))
 
+    def close_removed(self) -> None:
+        """Close files that have been removed, whose disk is free only then."""
+        with self._lock:
+            removed = [self._open.pop(path) for path in list(self._open) if not path.exists()]
+        for decoder in removed:
+            decoder.close()
+
     def close(self) -> None:
         """Close all files and end the threads; the next call opens what it needs again."""
         with self._lock:

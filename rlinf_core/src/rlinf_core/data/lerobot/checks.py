@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Collection, Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rlinf_core.contract.datasets import Crop, LeRobotDatasetConfig
+from rlinf_core.contract.datasets import FILES_MIXED, Crop, DatasetConfig, LeRobotDatasetConfig
 from rlinf_core.data.images.video_header import read_video_header
 from rlinf_core.data.lerobot.columns import INDEX_COLUMNS, image_size, not_rgb
 from rlinf_core.data.lerobot.files import is_there
@@ -17,6 +20,8 @@ from rlinf_core.data.lerobot.frame_match import FrameMatch
 from rlinf_core.data.lerobot.metadata import NUMBERS, Metadata
 from rlinf_core.data.lerobot.prompts import PROMPT, TEXTS, check_prompt_column
 from rlinf_core.data.lerobot.rows import SEGMENTS, Rows
+from rlinf_core.data.remote.dataset import RemoteDataset
+from rlinf_core.data.remote.download_cache import FILLED
 from rlinf_core.errors import UserError
 
 RGB_ONLY = "Only RGB images are supported: name another column, or leave this camera out"
@@ -137,6 +142,52 @@ def check_finite(rows: Rows, used: NDArray[np.bool_]) -> None:
             f"{rows.describe(int(wrong[0]))}: fix these frames, or leave the episodes out with "
             f"data.exclude_episodes; `rlinf check-dataset {rows.metadata.name}` lists them"
         )
+
+
+def check_listed(remote: RemoteDataset, videos: Sequence[str]) -> None:
+    """Raise `UserError` for video files that object storage does not have."""
+    if missing := remote.missing(videos):
+        more = f" and {len(missing) - LISTED} more" if len(missing) > LISTED else ""
+        raise UserError(
+            f"{remote.address} lacks the video files {', '.join(missing[:LISTED])}{more}: complete the upload, or "
+            "leave their episodes out"
+        )
+
+
+def check_room(remote: RemoteDataset, dataset: DatasetConfig, cameras: Sequence[Sequence[str]], rows: int) -> None:
+    """Raise `UserError` if the files that streams read at a time do not fit into the download cache of a machine.
+
+    Otherwise each file would be downloaded again and again.
+
+    Args:
+        remote: The dataset.
+        dataset: Its streams and buffers.
+        cameras: The video files of each camera.
+        rows: Rows of all episodes that are used.
+    """
+    streams = math.ceil(dataset.streams * _share_of_ranks())
+    mixed = FILES_MIXED * dataset.shuffle_buffer // dataset.streams / rows
+    at_once = sum(
+        max(max(remote.bytes_of([name]) for name in names), int(mixed * remote.bytes_of(names)))
+        for names in cameras
+        if names
+    )
+    others = remote.bytes_of(name for name in remote.files if not name.startswith("videos/"))
+    whole = remote.bytes_of(chain.from_iterable(cameras))
+    needed = others + min(2 * streams * at_once, whole)
+    if needed > remote.cache.limit * FILLED:
+        raise UserError(
+            f"data.download_limit_gb = {remote.cache.limit / 1e9:.3g} is too little for {remote.address}: {streams} "
+            f"streams on this machine read {streams * at_once / 1e9:.3g} GB of videos at a time and as much ahead, and "
+            f"its numbers and metadata have {others / 1e9:.3g} GB. Set it to "
+            f"{math.ceil(needed / FILLED / 1e7) / 100:.2f} or more, or lower data.streams"
+        )
+
+
+def _share_of_ranks() -> float:
+    """The share of the run's ranks that is on this machine."""
+    ranks, here = (int(os.environ.get(name, "1") or 1) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    return min(here / ranks, 1.0) if ranks > 0 else 1.0
 
 
 LISTED = 5

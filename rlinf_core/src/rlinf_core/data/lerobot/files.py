@@ -1,7 +1,7 @@
 """Find a LeRobot dataset and read its files.
 
-A dataset is a local folder or a snapshot on the hub. From the hub, only the files that are used are downloaded,
-metadata first.
+A dataset is a local folder, a snapshot on the hub, or a folder in object storage. From there, only the files that are
+used are downloaded, metadata first.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from typing import Any
 
 import pyarrow as pa
 
+from rlinf_core.contract.datasets import DOWNLOAD_LIMIT
+from rlinf_core.data.remote.address import is_address
+from rlinf_core.data.remote.dataset import RemoteDataset, open_remote
 from rlinf_core.errors import UserError
 from rlinf_core.hub import NotInRepositoryError, Snapshot, local_path, open_snapshot, parse_hub_id
 from rlinf_core.untrusted.parquet import open_parquet, read_table
@@ -26,36 +29,61 @@ INFO = "meta/info.json"
 
 @dataclass(frozen=True)
 class DatasetFolder:
-    """The folder of a dataset, which may be filled from the hub on demand."""
+    """The folder of a dataset, which may be filled from elsewhere on demand."""
 
     root: Path
-    snapshot: Snapshot | None = None
-    """The snapshot on the hub whose files are downloaded to `root`; None for a local folder."""
+    snapshot: Snapshot | RemoteDataset | None = None
+    """Where its files are downloaded from, on the hub or in object storage; None for a local folder."""
+
+    @property
+    def remote(self) -> RemoteDataset | None:
+        """The dataset in object storage, whose files stay in `root` only as long as there is room."""
+        return self.snapshot if isinstance(self.snapshot, RemoteDataset) else None
 
     def fetch(self, paths: Iterable[Path]) -> None:
-        """Download files of the dataset that `root` lacks; files that do not exist on the hub stay absent.
+        """Download files of the dataset that `root` lacks; files that do not exist there stay absent.
 
         Raises:
             UserError: The download fails.
         """
         if self.snapshot is not None:
-            self.snapshot.fetch(path.relative_to(self.root).as_posix() for path in paths)
+            self.snapshot.fetch(self.names(paths))
+
+    def names(self, paths: Iterable[Path]) -> list[str]:
+        """The names of files within the dataset."""
+        return [path.relative_to(self.root).as_posix() for path in paths]
 
 
-def find_dataset(repo_id: str, revision: str = "", setting: str = SETTING) -> DatasetFolder:
-    """Find a dataset; for one on the hub, the metadata are downloaded unless they are cached.
+def find_dataset(
+    repo_id: str, revision: str = "", setting: str = SETTING, *, limit_gb: float = DOWNLOAD_LIMIT
+) -> DatasetFolder:
+    """Find a dataset; for one on the hub or in object storage, the metadata are downloaded unless they are cached.
 
     Args:
-        repo_id: A folder, or a hub id `owner/name` with an optional `@revision`. A dataset that lerobot recorded under
-            that id (in `HF_LEROBOT_HOME`) takes precedence over the hub.
+        repo_id: A folder, a hub id `owner/name` with an optional `@revision`, or an address such as
+            `s3://bucket/folder`. A dataset that lerobot recorded under a hub id (in `HF_LEROBOT_HOME`) takes precedence
+            over the hub.
         revision: Branch, tag or commit on the hub, instead of one in the id; empty: the hub's default.
         setting: The setting that names the dataset, for messages.
+        limit_gb: `data.download_limit_gb`: most gigabytes that are kept of datasets in object storage.
 
     Raises:
         UserError: `repo_id` is empty or names no folder, or the hub is unreachable, lacks the dataset or denies access.
     """
     if not repo_id:
         raise UserError(f"{setting} is not set: name a local folder or the id of a dataset on the hub")
+    if is_address(repo_id):
+        if revision:
+            raise UserError(
+                f"data.revision = {revision!r} applies to hub ids, but {setting} = {repo_id!r} is an address"
+            )
+        remote = open_remote(repo_id, setting, round(limit_gb * 1e9))
+        if INFO not in remote.files:
+            raise UserError(
+                f"{setting}: {repo_id} has no {INFO}: it is not a dataset in LeRobot's format{_below(remote)}"
+            )
+        remote.fetch(remote.names("meta"))
+        return DatasetFolder(remote.folder, remote)
     path = local_path(repo_id, setting)
     if path is not None:
         if revision:
@@ -75,6 +103,12 @@ def find_dataset(repo_id: str, revision: str = "", setting: str = SETTING) -> Da
         ) from error
     snapshot.fetch(snapshot.names("meta"))
     return DatasetFolder(snapshot.folder, snapshot)
+
+
+def _below(remote: RemoteDataset) -> str:
+    """Datasets below an address, for a message."""
+    found = [name.removesuffix(f"/{INFO}") for name in remote.files if name.endswith(f"/{INFO}")]
+    return f". Below it are {', '.join(found[:4])}{', ...' * (len(found) > 4)}" if found else ""
 
 
 def find_root(repo_id: str, revision: str = "") -> Path:

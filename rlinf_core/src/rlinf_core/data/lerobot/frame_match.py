@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -140,6 +140,12 @@ class FrameMatch:
         """Whether the times of every episode begin at 1 / fps and its video has no other, as in GR00T's datasets."""
         self._firsts = {camera: self._first_frames(camera) for camera in self._cameras} if match == "number" else {}
         """Camera -> [episodes], the number of each episode's first frame in its file."""
+        self._files: dict[str, dict[Path, VideoFile]] = {}
+
+    @property
+    def places(self) -> NDArray[np.int64]:
+        """[E of the rows], the indices in the metadata's arrays of the episodes that were read."""
+        return self._rows.places
 
     def _is_alone(self, camera: str) -> bool:
         paths = self._rows.metadata.video_files[camera]
@@ -176,6 +182,14 @@ class FrameMatch:
         i = int(np.searchsorted(rows.metadata.episodes[rows.places], episode))
         return self.seconds(camera, path, np.arange(rows.starts[i], rows.stops[i]))
 
+    def check_file(self, camera: str, path: Path) -> Mismatch | None:
+        """What cannot be shown to be right in one file, for the episodes that were read."""
+        if self._match == "time_unchecked":
+            return None
+        if camera not in self._files:
+            self._files[camera] = video_files(self._rows.metadata, camera)
+        return next(self._check(self._files[camera][path], set(self._rows.places.tolist())), None)
+
     def mismatches(self, used: NDArray[np.bool_]) -> list[Mismatch]:
         """What cannot be shown to be right, one per file at most; missing files are not reported.
 
@@ -194,6 +208,9 @@ class FrameMatch:
         with ThreadPoolExecutor(READERS) as pool:
             found = pool.map(lambda file: next(self._check(file, wanted), None), files)
             return [mismatch for mismatch in found if mismatch]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_files": {}}
 
     def _check(self, file: VideoFile, wanted: set[int]) -> Iterator[Mismatch]:
         """What is wrong with a file, the cause before its consequences."""

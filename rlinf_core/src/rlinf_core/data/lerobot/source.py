@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
-from itertools import chain
+from itertools import batched, chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +30,9 @@ from rlinf_core.data.lerobot.checks import (
     check_finite,
     check_formats,
     check_frames,
+    check_listed,
     check_overlaps,
+    check_room,
     check_tasks,
     check_videos,
     videos_among,
@@ -44,10 +47,13 @@ from rlinf_core.data.lerobot.prompts import TEXTS, other_prompts
 from rlinf_core.data.lerobot.quality import episode_quality
 from rlinf_core.data.lerobot.rows import SEGMENTS, Rows, read_rows
 from rlinf_core.data.lerobot.shared_memory import Runs
+from rlinf_core.data.remote.dataset import RemoteDataset
 from rlinf_core.data.sample import Row
 from rlinf_core.errors import UserError
 
 _NO_FRAME: Frame = np.empty((0, 0, 3), np.uint8)
+AT_ONCE = 4
+"""Files of a dataset in object storage that are kept on this machine for one read."""
 OPEN_FILES = 128  # Memory-mapped image files per process; the usual limit on open files is 1024.
 
 
@@ -62,7 +68,7 @@ def open_lerobot(dataset: LeRobotDatasetConfig, chunk_length: int, split: Split)
     Raises:
         UserError: The dataset is unavailable, damaged or in another format, lacks a column, or holds no episode out.
     """
-    folder = find_dataset(dataset.repo_id, dataset.revision)
+    folder = find_dataset(dataset.repo_id, dataset.revision, limit_gb=dataset.download_limit_gb)
     prompt = "" if dataset.prompt_column == "task_index" else dataset.prompt_column or ""
     prompts = dataset.prompt_from_task or bool(dataset.tasks or dataset.validation_tasks)
     metadata = load_metadata(dataset.repo_id, folder.root, prompts=prompts and not prompt)
@@ -77,18 +83,14 @@ def open_lerobot(dataset: LeRobotDatasetConfig, chunk_length: int, split: Split)
         raise UserError(
             "no episode is held out: set data.validation_fraction, data.validation_episodes or data.validation_tasks"
         )
-    in_run = np.isin(rows.columns["episode_index"], sorted(training | held_out))
-    videos = metadata.videos(dataset.images.values(), training | held_out)
-    folder.fetch(videos)
-    check_videos(metadata, videos)
+    in_run = _rows_of(rows, training | held_out)
     match = FrameMatch(rows, videos_among(metadata, dataset.images.values()), dataset.match_frames)
     if dataset.match_frames != "number":
         check_overlaps(metadata, dataset.images.values(), training | held_out)
-    check_frames(match, np.isin(metadata.episodes[rows.places], sorted(training | held_out)))
-    check_formats(dataset, metadata, training | held_out)
+    _provide_videos(dataset, folder, metadata, match, training | held_out)
     if dataset.prompt_from_task:
         check_tasks(rows, in_run)
-    in_split = np.isin(rows.columns["episode_index"], sorted(training if split == "train" else held_out))
+    in_split = _rows_of(rows, training if split == "train" else held_out)
     check_finite(rows, in_split)
     return LeRobotSource(
         rows,
@@ -103,7 +105,39 @@ def open_lerobot(dataset: LeRobotDatasetConfig, chunk_length: int, split: Split)
         ),
         match,
         decoder=dataset.decoder,
+        remote=folder.remote,
+        on_demand=_on_demand(dataset, folder),
     )
+
+
+def _rows_of(rows: Rows, episodes: set[int]) -> NDArray[np.bool_]:
+    """[N], which rows are of some episodes."""
+    chosen = np.isin(rows.metadata.episodes[rows.places], sorted(episodes))
+    return np.repeat(chosen, rows.metadata.lengths[rows.places])
+
+
+def _on_demand(dataset: LeRobotDatasetConfig, folder: DatasetFolder) -> bool:
+    """Whether videos are downloaded when they are read, file by file."""
+    return folder.remote is not None and dataset.shuffle == "chunked" and dataset.stream_of == "files"
+
+
+def _provide_videos(
+    dataset: LeRobotDatasetConfig, folder: DatasetFolder, metadata: Metadata, match: FrameMatch, used: set[int]
+) -> None:
+    """Download and check the videos of some episodes; those that are downloaded on demand are checked when they are."""
+    videos = metadata.videos(dataset.images.values(), used)
+    if folder.remote and _on_demand(dataset, folder):
+        check_listed(folder.remote, folder.names(videos))
+        if videos:
+            cameras = [
+                folder.names(metadata.videos([column], used)) for column in dict.fromkeys(dataset.images.values())
+            ]
+            check_room(folder.remote, dataset, cameras, int(metadata.lengths.sum()))
+        return
+    folder.fetch(videos)
+    check_videos(metadata, videos)
+    check_frames(match, np.isin(metadata.episodes[match.places], sorted(used)))
+    check_formats(dataset, metadata, used)
 
 
 @dataclass(frozen=True)
@@ -135,6 +169,8 @@ class LeRobotSource:
         match: FrameMatch,
         *,
         decoder: Literal["auto", "torchcodec", "pyav"] = "auto",
+        remote: RemoteDataset | None = None,
+        on_demand: bool = False,
     ) -> None:
         """Create a source; `open_lerobot` does so from a config.
 
@@ -144,6 +180,8 @@ class LeRobotSource:
             layout: What a row contains.
             match: Which frame belongs to which row.
             decoder: Video decoder; `"auto"`: torchcodec if it loads, else PyAV.
+            remote: Where files are downloaded from that are not there; None: all are.
+            on_demand: Whether videos are downloaded, and checked, when they are first read.
         """
         metadata = rows.metadata
         self._match = match
@@ -158,6 +196,8 @@ class LeRobotSource:
         self._videos = VideoReader(decoder=None if decoder == "auto" else decoder)
         self._images: dict[int, ParquetImages] = {}
         self._still: dict[str, str] = {}
+        self._remote, self._on_demand = remote, on_demand
+        self._checked: set[Path] = set()
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -237,6 +277,18 @@ class LeRobotSource:
         segments = np.unique(np.searchsorted(self._held.segments[:, 0], at, side="right") - 1)
         return sorted({self._held.files[file] for file in self._held.segments[segments, 1].tolist()})
 
+    def file_starts(self) -> NDArray[np.int64]:
+        """See `contract.datasets.FileStreamSource`: by the files of the camera that has the fewest."""
+        at, meta = self._rows.all(), self._metadata
+        if self._video_columns:
+            by_camera = (meta.video_files[column] for column in self._video_columns)
+            files = min((np.unique([str(p) for p in paths], return_inverse=True)[1] for paths in by_camera), key=np.max)
+            file = files[self._held.places[self._held.episode_of(at)]]
+        else:
+            segment = np.searchsorted(self._held.segments[:, 0], at, side="right") - 1
+            file = self._held.segments[segment, 1]
+        return np.flatnonzero(np.diff(file, prepend=-1))
+
     def row_files(self) -> dict[str, Path]:
         """The files in `meta` and the data files of the rows that were read, by their paths in the dataset."""
         root = self._metadata.root
@@ -247,6 +299,17 @@ class LeRobotSource:
         """The files with the images of this split's rows, by their paths in the dataset."""
         paths = chain.from_iterable(map(self.image_files, self.images))
         return {path.relative_to(self._metadata.root).as_posix(): path for path in paths}
+
+    def image_versions(self) -> dict[str, str]:
+        """See `contract.datasets.VersionedSource`."""
+        return self._remote.evidence(self.image_files_by_name()) if self._remote else {}
+
+    def prefetch(self, indices: Sequence[int]) -> None:
+        """Start downloading the videos of some rows, if they are downloaded on demand."""
+        if self._remote and self._on_demand and len(indices):
+            places = self._held.places[np.unique(self._held.episode_of(self._at(indices)))].tolist()
+            videos = [self._metadata.video_files[column][place] for column in self._video_columns for place in places]
+            self._remote.prefetch(self._names(videos))
 
     @property
     def positions(self) -> NDArray[np.int64]:
@@ -302,7 +365,8 @@ class LeRobotSource:
         """The video decoder and its speed, measured on a few evenly spread rows; empty without videos."""
         if not self._video_columns:
             return ""
-        at = self._rows[np.linspace(0, len(self) - 1, min(most, len(self))).astype(np.int64)]
+        last = int(self.file_starts()[1:2].min(initial=len(self))) if self._on_demand else len(self)
+        at = self._rows[np.linspace(0, last - 1, min(most, last)).astype(np.int64)]
         self._video_frames(at[:1])  # Opens files and loads libraries.
         begin = time.perf_counter()
         decoded = self._video_frames(at)
@@ -327,14 +391,35 @@ class LeRobotSource:
         for column in self._video_columns:
             for i, episode in enumerate(episodes.tolist()):
                 wanted.setdefault((column, meta.video_files[column][episode]), []).append(i)
-        requests = [
-            (path, self._match.seconds(column, path, at[places]).tolist()) for (column, path), places in wanted.items()
-        ]
-        found = self._videos.frames_of_files(requests, tolerance=0.5 / meta.fps)
+        found: list[list[Frame]] = []
+        for some in batched(wanted.items(), AT_ONCE if self._remote else max(len(wanted), 1)):
+            with self._holding([path for (_, path), _ in some]):
+                self._check_arrived([file for file, _ in some])
+                seconds = (self._match.seconds(column, path, at[places]) for (column, path), places in some)
+                requests = [(path, times.tolist()) for ((_, path), _), times in zip(some, seconds, strict=True)]
+                found += self._videos.frames_of_files(requests, tolerance=0.5 / meta.fps)
         for ((column, _), places), some in zip(wanted.items(), found, strict=True):
             for place, frame in zip(places, some, strict=True):
                 frames[column][place] = frame
         return frames
+
+    def _holding(self, paths: Sequence[Path]) -> AbstractContextManager[None]:
+        """Have files on this machine for the time of a context."""
+        if self._remote is None:
+            return nullcontext()
+        self._videos.close_removed()
+        return self._remote.holding(self._names(paths))
+
+    def _names(self, paths: Iterable[Path]) -> list[str]:
+        return [path.relative_to(self._metadata.root).as_posix() for path in paths]
+
+    def _check_arrived(self, files: Iterable[tuple[str, Path]]) -> None:
+        """Check files that are downloaded on demand as others are before step 1, once in each process."""
+        for column, path in files if self._on_demand else ():
+            if path not in self._checked:
+                if wrong := self._match.check_file(column, path):
+                    raise UserError(f"{path}: {wrong.message}")
+                self._checked.add(path)
 
     def _image(self, column: str, at: int) -> NDArray[np.uint8]:
         file, row = self._held.file_of(at)
@@ -342,11 +427,12 @@ class LeRobotSource:
             if len(self._images) >= OPEN_FILES:
                 self._images.pop(next(iter(self._images)))
             path = self._held.files[file]
-            self._images[file] = ParquetImages(path, self._image_columns, self._metadata.root)
+            with self._holding([path]):
+                self._images[file] = ParquetImages(path, self._image_columns, self._metadata.root)
         return self._images[file].image(column, row)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_images": {}}
+        return self.__dict__ | {"_images": {}, "_checked": set()}
 
 
 def _episode_table(

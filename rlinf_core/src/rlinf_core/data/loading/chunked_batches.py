@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from rlinf_core.contract.datasets import PrefetchingSource
 from rlinf_core.data.batch_memory import batch_tensor
 from rlinf_core.data.loading.chunked_sampling import ChunkedEpoch, ChunkedOrder, Chunks, check_streams
 from rlinf_core.data.loading.encoding import add_draws
@@ -26,6 +27,9 @@ from rlinf_core.data.loading.sampling import sample_generator
 from rlinf_core.data.sample import Batch, Sample
 from rlinf_core.errors import RunError, UserError
 from rlinf_core.plugins.owners import exiting_code
+
+AHEAD = 2
+"""By files: how far ahead files are fetched, in units of the buffers of all streams."""
 
 
 class PackedSamples(NamedTuple):
@@ -53,9 +57,10 @@ class ChunkedMicroBatches(MicroBatches):
         check_streams(self.chunks, self.batching.ranks)
         if len(self.sources) > 1:
             raise UserError('data.shuffle = "chunked" supports one dataset, but this run has several: use "random"')
-        self._chunked = ChunkedOrder(self.batching.seed, self.sources[0].rows.episodes, self.epoch_samples, self.chunks)
+        self._chunked = ChunkedOrder.of(self.batching.seed, self.sources[0].rows, self.epoch_samples, self.chunks)
         self.held = HeldRuns()
         self._drawn: tuple[int, ChunkedEpoch] | None = None
+        self._ahead = (-1, 0)
 
     def __getitem__(self, number: int) -> Batch | PackedSamples | UserError | RunError:  # type: ignore[override]
         """A collated micro batch, or one of its parts; an error with a message is returned, not raised."""
@@ -65,6 +70,7 @@ class ChunkedMicroBatches(MicroBatches):
         own = np.flatnonzero(positions % self.chunks.streams // self.batching.ranks % self.parts == part)
         positions = positions[own]
         order = self._order_drawn(epoch, number)
+        self._prefetch(epoch, number, part)
         generators = (sample_generator(self.batching.seed, epoch, position) for position in positions.tolist())
         try:
             encoded = self.held.take(order.rows[positions].tolist(), partial(self._encode, epoch))
@@ -91,6 +97,26 @@ class ChunkedMicroBatches(MicroBatches):
     def _encode(self, epoch: int, rows: Sequence[int]) -> list[Sample]:
         return load_samples(self.sources[0], 0, rows, seed=self.batching.seed, epoch=epoch)
 
+    def _prefetch(self, epoch: int, number: int, part: int) -> None:
+        """Have the files fetched of rows that this reader's streams draw some buffers later in the epoch."""
+        source = self.sources[0].rows
+        if not self.chunks.by_file or not isinstance(source, PrefetchingSource):
+            return
+        ahead, size = self._ahead, self.batching.global_batch_size
+        until = min(number + AHEAD * self.chunks.buffer * self.accumulation // size + 1, self._last_of(epoch))
+        rows: list[int] = []
+        for later in range(max(ahead[1] if ahead[0] == epoch else number, number), until):
+            positions = self.positions(later)[1]
+            own = positions % self.chunks.streams // self.batching.ranks % self.parts == part
+            rows += self.held.not_read(self._order_drawn(epoch, number).rows[positions[own]].tolist())
+        self._ahead = epoch, until
+        if rows:
+            source.prefetch(rows)
+
+    def _last_of(self, epoch: int) -> int:
+        """The number after the last micro batch of an epoch."""
+        return (epoch + 1) * self.steps_per_epoch * self.accumulation
+
     def _order_drawn(self, epoch: int, number: int) -> ChunkedEpoch:
         if self._drawn is None or self._drawn[0] != epoch:
             self._drawn = epoch, self._chunked.draw(epoch)
@@ -99,7 +125,7 @@ class ChunkedMicroBatches(MicroBatches):
         return self._drawn[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_drawn": None, "held": HeldRuns()}
+        return super().__getstate__() | {"_drawn": None, "_ahead": (-1, 0), "held": HeldRuns()}
 
 
 class HeldRuns:
@@ -115,6 +141,10 @@ class HeldRuns:
 
     def __len__(self) -> int:
         return len(self._samples)
+
+    def not_read(self, rows: Sequence[int]) -> list[int]:
+        """Those of some rows that are not waiting here."""
+        return [row for row in rows if row not in self._samples]
 
     def begin(self, order: ChunkedEpoch, done: int) -> None:
         """Discard all samples, and continue the epoch of `order` after its first `done` samples."""

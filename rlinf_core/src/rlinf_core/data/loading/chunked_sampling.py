@@ -9,6 +9,11 @@ from stream `p % streams`.
 This is simulated on row numbers, in 0.2 to 1 us per sample (256 to 32 streams), so the order is a pure function of
 (seed, epoch): the same on any number of ranks and workers, and known in the middle of an epoch. The reader of a stream
 reads each run once and keeps the rows that are not drawn yet: at most the stream's buffer and one run. Torch-free.
+
+A run of frames goes to any stream, so every node needs every file. With `data.stream_of = "files"`, each stream has a
+span of consecutive rows instead, the same one in every epoch, and takes it file by file: the files in another order in
+each epoch, and within some files the runs. Spans are dealt so that on 2, 4, 8 ... ranks each rank's streams have
+neighbouring spans (`spans_dealt`): N ranks share at most N - 1 files per camera.
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from rlinf_core.contract.datasets import DatasetConfig
+from rlinf_core.contract.datasets import FILES_MIXED, DatasetConfig, FileStreamSource, SampleSource
 from rlinf_core.data.loading.mixture import Indices
 from rlinf_core.data.loading.sampling import CHUNKS, generator
 from rlinf_core.errors import UserError
@@ -35,6 +40,8 @@ class Chunks:
     """Rows per run."""
     buffer: int
     """Capacity of all buffers together, in samples."""
+    by_file: bool = False
+    """Whether each stream has files of its own."""
 
     @property
     def capacity(self) -> int:
@@ -51,7 +58,7 @@ def chunks_of(data: DatasetConfig) -> Chunks | None:
     """The parameters from the config; None for random order."""
     if data.shuffle == "random":
         return None
-    return Chunks(data.streams, data.chunk_frames, data.shuffle_buffer)
+    return Chunks(data.streams, data.chunk_frames, data.shuffle_buffer, data.stream_of == "files")
 
 
 def check_streams(chunks: Chunks | None, ranks: int) -> None:
@@ -91,6 +98,23 @@ class ChunkedOrder:
     samples: int
     """Samples per epoch: whole steps of the global batch."""
     chunks: Chunks
+    file_starts: Indices | None = None
+    """By files: [F], ascending, the rows whose images are in another file than those of the row before."""
+
+    @classmethod
+    def of(cls, seed: int, source: SampleSource, samples: int, chunks: Chunks) -> ChunkedOrder:
+        """The order of a source's rows.
+
+        Raises:
+            UserError: Streams are to have files of their own, and the source does not say which rows share a file.
+        """
+        if not chunks.by_file:
+            return cls(seed, source.episodes, samples, chunks)
+        if not isinstance(source, FileStreamSource):
+            raise UserError(
+                f'data.stream_of = "files": {type(source).__name__} does not say which rows share a file: use "runs"'
+            )
+        return cls(seed, source.episodes, samples, chunks, source.file_starts())
 
     def epoch(self, epoch: int) -> tuple[Indices, Indices]:
         """Source index (always 0) and row of each sample of an epoch, both [samples]."""
@@ -102,14 +126,20 @@ class ChunkedOrder:
         random, rows = generator(self.seed, epoch, CHUNKS, 0), len(self.episodes)
         cuts = (self._frames + random.integers(self.chunks.frames)) % self.chunks.frames == 0
         starts = np.flatnonzero(self._begins | cuts)
-        order = random.permutation(len(starts))
-        lengths = np.diff(starts, append=rows)[order]
-        sequence = np.repeat(starts[order] - (np.cumsum(lengths) - lengths), lengths) + np.arange(rows)
         # Streams get the same number of rows, give or take one. A cut may split a run between two streams.
         streams = self.chunks.streams
         sizes = rows // streams + (np.arange(streams) < rows % streams)
-        # Adjacent samples of a step come from adjacent streams; permute, so that a split run's streams are apart.
-        dealt = random.permutation(streams)
+        if self.file_starts is None:
+            order = random.permutation(len(starts))
+            # Adjacent samples of a step come from adjacent streams; permute, so that a split run's streams are apart.
+            dealt = random.permutation(streams)
+        else:
+            dealt = spans_dealt(streams)
+            spans = np.cumsum(sizes[dealt]) - sizes[dealt]
+            mixed = FILES_MIXED * self.chunks.capacity
+            starts, order = _order_by_file(starts, spans, self.file_starts, rows, mixed, random)
+        lengths = np.diff(starts, append=rows)[order]
+        sequence = np.repeat(starts[order] - (np.cumsum(lengths) - lengths), lengths) + np.arange(rows)
         first = np.empty(streams, np.int64)
         first[dealt] = np.cumsum(sizes[dealt]) - sizes[dealt]
         starts = np.union1d(starts, sequence[first[sizes > 0]])
@@ -126,6 +156,47 @@ class ChunkedOrder:
         rows = np.arange(len(self.episodes))
         frames: Indices = rows - np.maximum.accumulate(np.where(self._begins, rows, 0))
         return frames
+
+
+def spans_dealt(streams: int) -> Indices:
+    """[streams], the stream of each span of consecutive rows, in the order of rows.
+
+    Rank r of N takes the streams r, r + N, ...: the digits of a span's number are those of its stream, reversed. So a
+    rank's streams have neighbouring spans if N is a product of the first factors of their number, smallest first.
+    """
+    factors: list[int] = []
+    rest = streams
+    for factor in range(2, streams + 1):
+        while rest % factor == 0:
+            factors, rest = [*factors, factor], rest // factor
+    return np.arange(streams).reshape(factors[::-1]).transpose().ravel()
+
+
+def _order_by_file(
+    starts: Indices, spans: Indices, files: Indices, rows: int, mixed: int, random: np.random.Generator
+) -> tuple[Indices, Indices]:
+    """Cut runs at files and spans, and order them: by span, by some files at a time, and then at random.
+
+    Args:
+        starts: [runs], the first row of each run.
+        spans: [streams], the first row of each span; spans without rows repeat the next one's.
+        files: [F], the first row of each file.
+        rows: Number of rows.
+        mixed: Rows of a span whose files are mixed.
+        random: Generator of the draws.
+
+    Returns:
+        The first row of each run, and the order of the runs.
+    """
+    pieces = np.union1d(spans[spans < rows], files)  # A piece is the part of a file in one span.
+    sizes, span = np.diff(pieces, append=rows), np.searchsorted(spans, pieces, side="right")
+    shuffled = np.lexsort((random.random(len(pieces)), span))
+    before = np.cumsum(sizes[shuffled]) - sizes[shuffled] - spans[span[shuffled] - 1]
+    part = np.empty(len(pieces), np.int64)
+    part[shuffled] = before // mixed
+    starts = np.union1d(starts, pieces)
+    piece = np.searchsorted(pieces, starts, side="right") - 1
+    return starts, np.lexsort((random.random(len(starts)), part[piece], span[piece]))
 
 
 def _mix(sequence: Indices, first: Indices, sizes: Indices, capacity: int, random: np.random.Generator) -> Indices:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from rlinf_core.contract.datasets import FileSource, SampleSource
-from rlinf_core.data.images.evidence import differing, evidence_of_files
+from rlinf_core.data.images.evidence import differing, evidence_of_images
 from rlinf_core.errors import UserError
 from rlinf_core.files import write_text
 from rlinf_core.training.checkpoint.state import read_state
@@ -31,7 +31,7 @@ def record_images(rows: Iterable[tuple[str, SampleSource]]) -> Record:
     found: Record = {}
     for name, source in rows:
         if isinstance(source, FileSource):
-            evidence = evidence_of_files(source.image_files_by_name())
+            evidence = evidence_of_images(source)
             found |= {f"{name}: {file}" if name else file: one for file, one in evidence.items()}
     return found
 

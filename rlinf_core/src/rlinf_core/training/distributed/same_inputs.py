@@ -25,7 +25,7 @@ from rlinf_core.config.toml import dotted, leaves
 from rlinf_core.contract.datasets import DatasetConfig, FileSource, SampleSource
 from rlinf_core.contract.process_group import ProcessGroup
 from rlinf_core.contract.run import RunConfig
-from rlinf_core.data.images.evidence import evidence_of_files
+from rlinf_core.data.images.evidence import evidence_of_images
 from rlinf_core.errors import UserError
 from rlinf_core.plugins.owners import CORE, Owner
 from rlinf_core.shared_files import name_process
@@ -38,7 +38,7 @@ LISTED = 5
 OWN_SETTINGS = ("cluster.", "loggers.", "runner.output_dir", "runner.checkpoint_dir")
 """Settings that may differ between machines, besides names of existing files: what only rank 0 or the launcher reads,
 and folders, which `shared_folder` checks."""
-OWN_KEYS = ("num_workers", "cache_dir")
+OWN_KEYS = ("num_workers", "cache_dir", "download_limit_gb")
 """Last parts of keys that may differ between machines: they change no sample."""
 
 
@@ -128,7 +128,8 @@ def _compare_configs(run: RunConfig, group: ProcessGroup) -> None:
             raise UserError(
                 f"the config differs between machines: on {name}, started in {folder}, {_listed(differs)} on {first}. "
                 "Start all machines with the same config file and the same key=value arguments. Only names of existing "
-                "files and folders, output folders, num_workers, cache_dir, [cluster] and [loggers] may differ"
+                "files and folders, output folders, num_workers, cache_dir, download_limit_gb, [cluster] and [loggers] "
+                "may differ"
             )
 
 
@@ -197,8 +198,8 @@ def _data(run: RunConfig, rows: Iterable[tuple[str, SampleSource, SampleSource |
                 continue
             files = source.row_files() if isinstance(source, FileSource) else {}
             yield f"{what}{split}", Input(source.fingerprint(), where, partial(_digests, files))
-            if isinstance(source, FileSource) and (images := source.image_files_by_name()):
-                evidence = partial(evidence_of_files, images)
+            if isinstance(source, FileSource) and source.image_files_by_name():
+                evidence = partial(evidence_of_images, source)
                 yield f"{what}{split}, image files", Input(_digest(evidence()), where, evidence)
 
 
