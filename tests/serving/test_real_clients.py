@@ -119,6 +119,7 @@ def test_vla_evals_connection_works_unchanged(serve, tmp_path):
     run_with(tmp_path, ["vla-eval==0.8.0"], VLA_EVAL, serve())
 
 
+@pytest.mark.timeout(1800)  # A busy machine answers one request a second.
 def test_of_a_thousand_requests_among_garbage_none_is_lost_and_memory_is_flat(serve, capsys):
     address = f"ws://127.0.0.1:{serve()}"
     seen = {"observation/image": np.zeros((224, 224, 3), np.uint8), "state": np.zeros(4), "prompt": "push"}

@@ -98,7 +98,6 @@ def check_steps(config: PolicyConfig, steps: object, name: str = "steps") -> int
         return None
     if not config.sampling_steps():
         raise UserError(f"{name}: the policy {config.type!r} does not draw actions in steps: leave it out")
-    whole = isinstance(steps, (int, np.integer)) and not isinstance(steps, bool)
-    if not whole or not 1 <= int(steps) <= MOST_STEPS:  # type: ignore[call-overload]
+    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or not 1 <= steps <= MOST_STEPS:
         raise UserError(f"{name} is {str(steps)[:40]!r}, but must be a whole number from 1 to {MOST_STEPS}")
-    return int(steps)  # type: ignore[call-overload]
+    return int(steps)

@@ -40,8 +40,8 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
 def check_policy_given(options: argparse.Namespace) -> None:
     """Raise `UserError` unless the options say where the policy is."""
     if not options.server:
-        if given := next((name for name in ("api_key_file", "format") if getattr(options, name)), ""):
-            raise UserError(f"--{given.replace('_', '-')} is for a server: add --server ws://HOST:PORT")
+        if extra := next((name for name in ("api_key_file", "format") if getattr(options, name)), ""):
+            raise UserError(f"--{extra.replace('_', '-')} is for a server: add --server ws://HOST:PORT")
         if options.policy is None:
             raise UserError(
                 "name the policy to evaluate: a run's folder or an exported one; or --server ws://HOST:PORT"
