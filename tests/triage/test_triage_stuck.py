@@ -23,7 +23,8 @@ def training():
 def stuck(training, change):
     reference, stand_in, _ = training
     site = episodes(1, 4, first=100)
-    return dict(stuck_cameras(replace(site, images={"front": change(site.images["front"], site)}), reference, stand_in))
+    changed = replace(site, images={"front": change(site.images["front"], site)})
+    return {camera: text for camera, text, _ in stuck_cameras(changed, reference, stand_in)}
 
 
 STUCK = {
