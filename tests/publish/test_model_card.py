@@ -17,6 +17,7 @@ from rlinf_core.publish.origins import origin_of
 from rlinf_core.results import ResultTable, wilson_interval
 
 NOTHING = Measured({}, ())
+METRICS = {"val_loss": 0.5, "ema_val_loss": 0.4, "val_action_mse_mean": 0.9, "val_x": float("nan"), "success": 0.75}
 
 
 def exported(tmp_path, *overrides, config="examples/quickstart.toml", **changes):
@@ -67,8 +68,10 @@ def test_rates_are_in_the_hubs_metadata_with_their_intervals(tmp_path):
         folder.mkdir(parents=True)
         (folder / "success.table.json").write_bytes((table if folder == step else success(1)).to_json())
     (step / "damaged.table.json").write_text("{")
-    measured = measured_of(run, 30, False, {"val_loss": 0.5, "ema_val_loss": 0.4, "val_nan": float("nan")}, ())
-    assert measured.validation == {"val_loss": 0.5}
+    measured = measured_of(run, 30, False, METRICS, ())
+    assert measured.validation == {"val_loss": 0.5, "val_action_mse_mean": 0.9}
+    averaged = measured_of(run, 30, True, METRICS, ())
+    assert averaged.validation == {"val_loss": 0.4, "val_action_mse_mean": 0.9}
     [result] = ModelCard(render(exported(tmp_path, measured=measured))).data.eval_results
     assert (result.dataset_name, result.metric_type, result.metric_value) == ("metaworld", "success_rate", 0.75)
     assert result.metric_name == "success rate, 20 episodes, 95 % interval 0.531 to 0.888"

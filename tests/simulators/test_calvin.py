@@ -173,7 +173,7 @@ def test_success_is_the_benchmarks_since_the_reset(tmp_path, calvin):
 
 
 def test_missing_settings_and_a_renderer_that_does_not_start_are_one_message(tmp_path, calvin, monkeypatch):
-    with pytest.raises(UserError, match="env.dataset is not set: name a folder of CALVIN's dataset"):
+    with pytest.raises(UserError, match=r"env\.dataset is not set: name a folder of CALVIN's dataset"):
         CalvinConfig().settings_folder()
     with pytest.raises(UserError, match=r"has no .hydra/merged_config.yaml"):
         CalvinConfig(dataset=str(tmp_path)).settings_folder()
@@ -182,7 +182,7 @@ def test_missing_settings_and_a_renderer_that_does_not_start_are_one_message(tmp
         sys.exit("Plugin Failed to load!")  # As `get_env` does without EGL.
 
     monkeypatch.setattr(sys.modules["calvin_env.envs.play_table_env"], "get_env", leave)
-    with pytest.raises(UserError, match="CALVIN does not start with .*Plugin Failed to load!"):
+    with pytest.raises(UserError, match=r"CALVIN does not start with .*Plugin Failed to load!"):
         build(tmp_path)
 
 

@@ -41,8 +41,9 @@ class ManiskillEnvironment:
             _import_package(config.package)
         self._config = config
         more = {"robot_uids": config.robot} if config.robot else {}
+        make: Any = gymnasium.make
         try:
-            self._env: Any = gymnasium.make(
+            self._env: Any = make(
                 task.name,
                 num_envs=1,
                 obs_mode="rgb",

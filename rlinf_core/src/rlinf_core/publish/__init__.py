@@ -1,1 +1,1 @@
-"""Model cards of exported policies, and what `rlinf push` uploads."""
+"""The model card of an exported folder, and what `rlinf push` checks and uploads."""

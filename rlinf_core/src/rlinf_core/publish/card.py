@@ -1,7 +1,7 @@
 """The model card of an exported folder: `README.md` with the hub's metadata, from what the run knows.
 
 Nothing is invented: what is not known is said to be unknown. Paths of this machine, accounts and secrets stay out of
-it. The last line holds a digest of the rest, by which a card that somebody has edited is recognised.
+it. The last line holds a digest of the rest, by which a model card that somebody has edited is recognised.
 """
 
 from __future__ import annotations
@@ -16,33 +16,31 @@ from rlinf_core.contract.policy_options import CardNotes
 from rlinf_core.contract.run import RunConfig
 from rlinf_core.files import write_text
 from rlinf_core.publish.exported import NATIVE, Exported
-from rlinf_core.publish.measured import Measured
+from rlinf_core.publish.measured import BASELINES, Measured
 from rlinf_core.publish.origins import README, UNKNOWN, Origin, origin_of
 from rlinf_core.publish.privacy import private
 from rlinf_core.publish.recipe import config_text, packages_of, recipe_rows
 from rlinf_core.publish.training_data import DataFacts, data_facts
 from rlinf_core.results import as_markdown, cell_text
 
-BASELINES = ("_mse_mean", "_mse_repeat")
-"""Ends of the names of baselines' metrics."""
 MOST_TASKS = 20
-"""Instructions that a card lists."""
+"""Instructions that a model card lists."""
 MARK = re.compile(r"<!-- written by rlinf export, sha256 of the text above: ([0-9a-f]{64}) -->\n?\Z")
 
 
 def write_card(folder: Path, exported: Exported) -> None:
-    """Write the card of an exported folder, which has none yet."""
+    """Write the model card of an exported folder, which has none yet."""
     text = render(exported)
     write_text(folder / README, text + mark_of(text))
 
 
 def mark_of(text: str) -> str:
-    """The last line of a card with this text."""
+    """The last line of a model card with this text."""
     return f"<!-- written by rlinf export, sha256 of the text above: {hashlib.sha256(text.encode()).hexdigest()} -->\n"
 
 
 def is_edited(text: str) -> bool:
-    """Whether somebody has changed or written this card; a lost last line counts."""
+    """Whether somebody has changed or written this model card; a lost last line counts."""
     found = MARK.search(text)
     return found is None or hashlib.sha256(text[: found.start()].encode()).hexdigest() != found[1]
 
@@ -203,14 +201,13 @@ def _results(measured: Measured) -> str:
     parts = []
     if measured.validation:
         rows = {f"`{name}`": cell_text(value) for name, value in measured.validation.items()}
-        parts.append(
-            "Validation on held-out episodes, without intervals:\n\n" + _two_columns(rows, ("metric", "value"))
-        )
+        parts.append("The run's validation, without intervals:\n\n" + _two_columns(rows, ("metric", "value")))
+        if any(name.endswith(BASELINES) for name in measured.validation):
+            parts.append("Baselines: `_mean` is always the mean action, `_repeat` repeats the last action.")
     for one in measured.tables:
         facts = ", ".join(f"{key} {value}" for key, value in one.facts.items())
-        parts.append(
-            f"{as_markdown(one.shown()).strip()}\n\nMeasured by {one.source}{f', with {facts}' * bool(facts)}."
-        )
+        measured_by = f"Measured by {one.source}{', with ' * bool(facts)}{facts}."
+        parts.append(f"{as_markdown(one.shown()).strip()}\n\n{measured_by}")
     if not any(one.is_simulator for one in measured.tables):
         parts.append("No success rate was measured.")
     return "\n\n".join(parts)
@@ -221,7 +218,7 @@ def _licences(exported: Exported, base: Origin | None, data: Sequence[DataFacts]
     if base:
         rows[f"base weights, {base}"] = base.licence
     rows |= {f"dataset {one.origin}": one.origin.licence for one in data}
-    said = "What the cards of base weights and datasets say; `unknown`: there was no card, or it names no licence."
+    said = "What the README files of base weights and datasets say; `unknown`: there was none, or it names no licence."
     return _two_columns(rows, ("of", "licence")) + f"\n\n{said}"
 
 

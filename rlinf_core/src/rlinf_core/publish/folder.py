@@ -48,7 +48,7 @@ class Checked:
     notes: Sequence[str]
     """What its owner should know, one sentence each."""
     card: Mapping[str, Any]
-    """The metadata of the card; empty if they cannot be read."""
+    """The metadata of the model card; empty if they cannot be read."""
 
 
 def check_folder(folder: Path, progress: Callable[[int, int], object] = lambda done, all: None) -> Checked:

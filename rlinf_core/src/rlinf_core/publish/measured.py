@@ -20,8 +20,12 @@ from rlinf_core.untrusted.text import read_json
 RATE = "success"
 """The column of success rates in tables of `rlinf_core.rollout`."""
 MOST_ROWS = 40
-"""Rows of a table that a card shows."""
+"""Rows of a table that a model card shows."""
 MOST_METRICS = 16
+VALIDATION = "val_"
+"""Prefix of the metrics that a model card lists."""
+BASELINES = ("_mse_mean", "_mse_repeat")
+"""Ends of the names of baselines' metrics, which are the same for all weights."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Table:
         return RATE in self.table.columns
 
     def shown(self) -> ResultTable:
-        """The table as a card shows it: with the first rows and the last one, which is over all tasks."""
+        """The table as a model card shows it: with the first rows and the last one, which is over all tasks."""
         rows = self.table.rows
         if len(rows) <= MOST_ROWS:
             return self.table
@@ -100,11 +104,14 @@ def measured_of(run: Path, step: int, ema: bool, validation: Mapping[str, Any], 
 
 
 def _own_metrics(metrics: Mapping[str, Any], ema: bool) -> dict[str, float]:
-    """The metrics of the exported weights, under the names of live ones."""
+    """The metrics of the exported weights, under the names of live ones, and those of baselines."""
     own = {
         name.removeprefix(EMA): float(value)
         for name, value in metrics.items()
-        if name.startswith(EMA) == ema and isinstance(value, int | float) and math.isfinite(value)
+        if (name.startswith(EMA) == ema or name.endswith(BASELINES))
+        and name.removeprefix(EMA).startswith(VALIDATION)  # Success rates are in tables, with their intervals.
+        and isinstance(value, int | float)
+        and math.isfinite(value)
     }
     return dict(list(own.items())[:MOST_METRICS])
 

@@ -1,7 +1,7 @@
 """Where the base weights and the datasets of a policy come from, and under which licences, without the network.
 
-A model card names ids on the hub, and never a path of this machine. A licence is what the card beside the weights or
-the data says; without one it is `unknown`, and not guessed.
+A model card names ids on the hub, and never a path of this machine. A licence is what `README.md` beside the weights
+or the data says; without one it is `unknown`, and not guessed.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ README = "README.md"
 UNKNOWN = "unknown"
 """The hub's own word for a licence that nobody knows."""
 LARGEST_CARD = 2**20
-"""Bytes of a card that is read."""
+"""Bytes of a model card that is read."""
 _IN_CACHE = re.compile(r"(?P<kind>model|dataset)s--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)/snapshots/(?P<commit>[^/]+)")
 """The path of a repository in the cache of the hub's client."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Base weights or a dataset, as a card names it."""
+    """Base weights or a dataset, as a model card names it."""
 
     name: str
     """The id on the hub, or the name of the folder."""
@@ -36,7 +36,7 @@ class Origin:
     revision: str = ""
     """Branch, tag or commit; empty if it is not known."""
     licence: str = UNKNOWN
-    """What its own card says: an id of the hub such as `apache-2.0`, or the licence's name."""
+    """What its own model card says: an id of the hub such as `apache-2.0`, or the licence's name."""
 
     def __str__(self) -> str:
         if not self.hub_id:
@@ -68,7 +68,7 @@ def origin_of(text: str, kind: Kind, revision: str = "", setting: str = "data.re
 
 
 def front_matter(card: Path) -> Mapping[str, Any]:
-    """The YAML table at the head of a card that somebody wrote; empty if there is none, or it cannot be read."""
+    """The YAML table at the head of a model card that somebody wrote; empty if there is none, or it cannot be read."""
     import yaml
 
     try:
@@ -93,7 +93,7 @@ def _cached_card(name: str, revision: str, kind: Kind) -> Path | None:
 
 
 def _licence(card: Path | None) -> str:
-    """What a card says of its licence: its name where the id is only `other`."""
+    """What a model card says of its licence: its name where the id is only `other`."""
     table = front_matter(card) if card is not None else {}
     named = table.get("license_name") if table.get("license") in (None, "other") else None
     return ", ".join(_texts(named)) or ", ".join(_texts(table.get("license"))) or UNKNOWN

@@ -17,9 +17,9 @@ from rlinf_core.publish.exported import Exported
 from rlinf_core.untrusted.text import read_json
 
 LEFT_OUT = ("cluster", "loggers", "plugins")
-"""Tables of the config that a card leaves out."""
+"""Tables of the config that a model card leaves out."""
 FOLDERS = ("output_dir", "checkpoint_dir")
-"""Keys of `[runner]` that a card leaves out."""
+"""Keys of `[runner]` that a model card leaves out."""
 
 MOST_OF_A_PATH = 1000
 """Longer texts are no paths: asking for them raises an error."""

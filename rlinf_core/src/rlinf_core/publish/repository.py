@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 OTHERS_KEPT = (".gitattributes",)
 """Files that the hub itself writes."""
+LISTED = 8
+"""Names in a message."""
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN, with a token that may write"
 
 
@@ -45,7 +47,7 @@ class Repository:
     files: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     """Name -> SHA-256 (of a large file, else empty) and git's digest."""
     edited_card: bool = False
-    """Whether its card was written or changed by somebody."""
+    """Whether its model card was written or changed by somebody."""
 
 
 def open_repository(name: str, revision: str) -> Repository:
@@ -105,8 +107,8 @@ def plan_changes(checked: Checked, there: Repository, *, public: bool, replace: 
         checked: The folder.
         there: The repository.
         public: Whether everybody may see it.
-        replace: Whether to delete other files, and to replace a card that somebody wrote.
-        keep_card: Whether to leave the repository's card as it is.
+        replace: Whether to delete other files, and to replace a model card that somebody wrote.
+        keep_card: Whether to leave the repository's model card as it is.
     """
     new, replaced, same = list[str](), list[str](), list[str]()
     for name in checked.files:
@@ -127,13 +129,14 @@ def plan_changes(checked: Checked, there: Repository, *, public: bool, replace: 
     if there.private and public:
         problems.append(f"{there.name} is private, and a push does not change that: leave out --public")
     if others and not replace:
+        listed = ", ".join(others[:LISTED]) + ", ..." * (len(others) > LISTED)
         problems.append(
-            f"{there.name} has other files, {', '.join(others[:8])}{', ...' * (len(others) > 8)}: name another "
-            "repository or --revision, or delete them with --replace"
+            f"{there.name} has other files, {listed}: name another repository, or delete them by --replace; git keeps "
+            "them"
         )
     if README in replaced and there.edited_card and not replace:
         problems.append(
-            f"somebody has edited the card of {there.name}: keep it with --keep-card, or replace it with --replace"
+            f"somebody has edited {README} of {there.name}: keep it with --keep-card, or replace it with --replace"
         )
     return Changes(new, replaced, same, others if replace else [], problems)
 
@@ -257,7 +260,9 @@ def _reason(what: str, error: BaseException) -> str:
     if status in STATUS:
         return f"{what}: {STATUS[status]}{said}"
     if isinstance(error, TransportError):
-        return f"{what}: {constants.ENDPOINT} cannot be reached ({type(error).__name__}): {AGAIN}"
+        return (
+            f"{what}: {constants.ENDPOINT} cannot be reached ({type(error).__name__}): check the network; then {AGAIN}"
+        )
     if isinstance(error, HfHubHTTPError | HTTPError):
         return f"{what}: the hub answered {status}{said}: {AGAIN}"
     first = (str(error).strip() or type(error).__name__).splitlines()[0]

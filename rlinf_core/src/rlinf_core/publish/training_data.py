@@ -34,7 +34,7 @@ class DataFacts:
     held_out: str = ""
     """Which episodes were not trained on."""
     episodes: int | None = None
-    """Of the dataset; None if its metadata are not on this machine."""
+    """Episodes of the dataset; None if its metadata are not on this machine."""
     frames: int | None = None
     fps: float | None = None
     tasks: tuple[str, ...] = ()

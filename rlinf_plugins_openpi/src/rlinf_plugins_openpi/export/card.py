@@ -39,7 +39,7 @@ policy = policy_config.create_trained_policy(config.get_config("CONFIG"), "FOLDE
 
 
 def card_notes(policy: OpenpiSettings, format: str, sources: Sequence[TrainedOn]) -> CardNotes:
-    """What the card of a folder says of π0 and π0.5.
+    """What the model card of a folder says of π0 and π0.5.
 
     Args:
         policy: The exported policy.

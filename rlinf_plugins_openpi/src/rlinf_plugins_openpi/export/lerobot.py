@@ -248,8 +248,8 @@ def notes_for_lerobot(policy: OpenpiSettings, sources: Sequence[TrainedOn]) -> t
         )
     if policy.rtc_training_max_delay:
         notes.append(
-            f"It was trained for real-time chunking with delays of up to {policy.rtc_training_max_delay} actions. lerobot "
-            "does not give it the actions that are executed meanwhile, but can guide it, as any policy: "
+            f"It was trained for real-time chunking with delays of up to {policy.rtc_training_max_delay} actions. "
+            "lerobot does not give it the actions that are executed meanwhile, but can guide it, as any policy: "
             "`--inference.type=rtc`."
         )
     notes.append(

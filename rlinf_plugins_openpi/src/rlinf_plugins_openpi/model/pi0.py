@@ -332,7 +332,7 @@ class Pi0(nn.Module):
         """What the action expert reads of each of these times, [S] float32; all are computed by the same products."""
         features = time_features(times, self.dimensions.expert.width)
         if not self.dimensions.pi05:
-            yield from (Moment(one, None, None) for one in features.split(1))
+            yield from (Moment(one, None, None) for one in torch.split(features, 1))
             return
         layers, last = self.modulation(self._condition(features))
         for number in range(len(times)):

@@ -40,9 +40,9 @@ class Moment(NamedTuple):
     features: torch.Tensor | None
     """[1, E] float32; None for π0.5."""
     modulations: tuple[torch.Tensor, ...] | None
-    """[1, 2, 3, E] per layer; None for π0."""
+    """[1, 2, 3, 1, E] per layer; None for π0."""
     last: torch.Tensor | None
-    """[1, 3, E] of the final norm; None for π0."""
+    """[1, 3, 1, E] of the final norm; None for π0."""
 
 
 Step = Callable[[torch.Tensor, Moment, Shared, torch.Tensor], torch.Tensor]
