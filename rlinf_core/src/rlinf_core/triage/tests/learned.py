@@ -153,8 +153,8 @@ def _unlearned(scene: Scene) -> TriageOutcome | None:
         "suspicious",
         f"the policy has learned its actions, but not {named}: there it is no better than always the mean, on its own "
         "training rows",
-        "Look at these numbers in the data: a command that follows what no camera or state shows, that comes late, or that "
-        "is too rare, as a gripper's, cannot be learned",
+        "Look at these numbers in the data: a command that follows what no camera or state shows, that comes late, or "
+        "that is too rare, as a gripper's, cannot be learned",
         strength=0.4,
     )
 
