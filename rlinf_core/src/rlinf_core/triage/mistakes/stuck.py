@@ -64,7 +64,7 @@ def _stuck(camera: str, images: NDArray[np.float32], there: NDArray[np.float32],
 
 
 def _stale(rows: Rows, camera: str) -> float:
-    """Of the steps in which the state or another camera changes, the share in which the image stays the same."""
+    """The share of steps in which the image stays the same, though the state or another camera changes."""
     if camera not in rows.images:
         return 0.0
     step = (rows.runs[1:] == rows.runs[:-1]) & (rows.indices[1:] == rows.indices[:-1] + 1)

@@ -85,7 +85,7 @@ class ClosedLoopTest(TriageTest):
 
 
 def _variants(scene: Scene, simulator: Simulator) -> Iterator[Variant]:
-    """Ways to evaluate, the most telling first."""
+    """Ways to evaluate, those that matter most first."""
     settings, act, chunk = simulator.settings, scene.policy.act, scene.policy.config.chunk_length()
     env = settings.env
     executed = min(env.replan or chunk, chunk)
