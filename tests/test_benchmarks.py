@@ -20,6 +20,10 @@ COMMANDS = {
     "gpu_probe": ("--tiny", "--device=cpu"),
     "infer": ("--size=minimal", "--rounds=1", "--requests=3"),
     "norm_stats": ("--frames=32",),
+    "real_time_chunking": (
+        *("--steps=2", "--demonstrations=8", "--episodes=1"),
+        *("--delays=2", "--processes=1"),
+    ),
     "rollouts": ("--rounds=1", "--episodes=1", "--horizon=16", "--image-size=32"),
     "scaling": ("--ranks=2", "--steps=1"),
     "text_step": ("--rounds=1", "--steps=1", "--batch=2", "--vocabulary=512", "--sides=transformers"),
@@ -32,6 +36,7 @@ EXPECTED = {
     "gpu_probe": {"failed", "vision default forward_ms", "step, micro batch 2, not compiled samples_per_second"},
     "infer": {"infer_vs_lerobot", "pi0", "pi05", "server_overhead_ms", "server_processor_ms"},
     "norm_stats": {"vs_openpi_loader", "frames_per_second"},
+    "real_time_chunking": {"success guided at 2", "jerk trained at 2", "success trained, switch at 2"},
     "rollouts": {"steps_per_second_1", "steps_per_second_2", "two_over_one", "serial_share"},
     "scaling": {"bytes_over_formula", "same_order", "loss_difference", "step_seconds_1", "step_seconds_2"},
     "text_step": {"tokens_per_second_vs_transformers", "packed_vs_transformers_packed"},

@@ -274,7 +274,8 @@ def test_what_may_change_is_what_the_page_says():
     may = {f"runner.{name}" for name in RunnerConfig.model_fields} - {"runner.name"}
     may |= {f"trainer.{name}" for name in Fsdp2TrainerConfig.model_fields}
     may -= {"trainer.type", "trainer.global_batch_size", "trainer.param_dtype"}
-    may |= {f"data.{name}" for name in ("num_workers", "cache_dir", "on_bad_sample", "max_bad_samples")}
+    may |= {f"data.{name}" for name in ("num_workers", "cache_dir", "download_limit_gb")}
+    may |= {f"data.{name}" for name in ("on_bad_sample", "max_bad_samples")}
     assert may | {"cluster", "loggers", "evaluators"} == MAY_CHANGE
 
 

@@ -9,6 +9,7 @@ from distributions import repository_plugins
 
 from rlinf_core.cli import main
 from rlinf_core.config.load import load_config
+from rlinf_core.contract.run import TrainerConfig
 from rlinf_core.errors import UserError
 from rlinf_core.plan.step import plan
 from rlinf_core.rehearsal.collectives import Collective, first_difference
@@ -145,6 +146,12 @@ def test_parameters_that_shards_do_not_divide_are_listed(planned):
 def test_another_number_of_ranks_than_the_batch_allows_is_refused(capsys):
     assert main(["rehearse", QUICKSTART, *NOT_HERE, "--gpus", "3"]) == 2
     assert "not a multiple of 3 ranks" in capsys.readouterr().err
+
+
+def test_another_trainer_is_refused():
+    run = loaded()
+    with pytest.raises(UserError, match=r"supports only core's trainer .* trainer\.type is 'mine'"):
+        rehearse(run.model_copy(update={"trainer": TrainerConfig(type="mine")}), repository_plugins(), 2)
 
 
 VARIANTS = {

@@ -75,7 +75,7 @@ def test_an_observation_like_training_has_no_remark(described):
 
 
 REMARKS = [
-    ({"prompt": "fold the towel"}, None, "the task 'fold the towel' is none of the 3"),
+    ({"prompt": "fold the towel"}, None, "the task 'fold the towel' is not among the 3"),
     ({"observation/image": np.zeros((512, 512, 3), np.uint8)}, None, "details are finer or coarser"),
     ({"observation/image": np.zeros((480, 640, 3), np.uint8)}, None, "another aspect ratio"),
     ({"observation/image": np.zeros((3, 480, 640), np.uint8)}, None, "640 x 480 pixels"),

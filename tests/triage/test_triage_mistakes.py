@@ -161,9 +161,9 @@ def test_rows_of_other_episodes_have_no_mistake(seed, training):
 
 
 @pytest.mark.slow
-def test_three_mistakes_of_equal_size_are_found_though_each_explains_little(training):
+def test_three_mistakes_are_found_one_after_another(training):
     site = episodes(1, 5, first=100)
-    for name in ("bgr", "opposite y", "open closes"):
+    for name in ("bgr", "w first", "open closes"):
         site = MISTAKES[name][0].apply(site)
     found = explanation(training, site)
     assert {step.family for step in found.steps if step.family} == {"cameras", "state", "actions"}

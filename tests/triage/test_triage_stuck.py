@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from test_triage_mistakes import Likeness, episodes
 from rlinf_core.triage.mistakes.images import gamma, zoom
 from rlinf_core.triage.mistakes.rows import SIDE, shrink
 from rlinf_core.triage.mistakes.stuck import still_numbers, stuck_cameras
-from rlinf_core.triage.tests.site import _spelled_otherwise
+from rlinf_core.triage.tests.site import ActionTest, StateTest, _spelled_otherwise
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +93,25 @@ def test_another_spelling_of_a_prompt_is_recognised():
     trained = Counter(["pick up the black bowl", "open the drawer"])
     assert _spelled_otherwise("Pick_Up_The_Black_Bowl.", trained) == "pick up the black bowl"
     assert _spelled_otherwise("open the top drawer", trained) == ""
+
+
+class OneRow:
+    """A source of one row."""
+
+    def __init__(self, state, actions):
+        self.row = {"state": np.zeros(state), "actions": np.zeros((2, actions))}
+
+    def __len__(self):
+        return 1
+
+    def without_images(self, indices):
+        return [self.row]
+
+
+def test_a_site_with_other_widths_is_a_cause():
+    pipeline = SimpleNamespace(target=lambda row: row)
+    scene = SimpleNamespace(pipeline=pipeline, site=OneRow(7, 7), trained=OneRow(8, 14))
+    assert "the state of the site has 7 numbers, of training 8" in StateTest().run(scene).sentence
+    found = ActionTest().run(scene)
+    assert found.verdict == "cause"
+    assert "actions of the site have 7 numbers, of training 14" in found.sentence

@@ -111,7 +111,7 @@ def _task(metadata: Mapping[str, Any], sent: Mapping[str, Any]) -> list[str]:
         return []
     if task[:LONGEST_TASK] in known or metadata.get("num_tasks") != len(known):  # Not all tasks are listed.
         return []
-    return [f"the task {task!r} is none of the {len(known)} of training, such as {str(known[0])!r}"]
+    return [f"the task {task!r} is not among the {len(known)} of training, such as {str(known[0])!r}"]
 
 
 def _rate(metadata: Mapping[str, Any], rate_hz: float | None) -> list[str]:

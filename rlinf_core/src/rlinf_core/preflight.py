@@ -132,6 +132,7 @@ def check_run(run: RunConfig, plugins: Plugins, ranks: int | None = None, *, all
     with report.checking():
         report.facts["launcher"] = run.cluster.launcher
         check_launcher(run, plugins)
+    report.warnings += filter(None, [run.cluster.unused])
     if plugins.failures:
         report.facts["plugins_left_out"] = "; ".join(map(str, plugins.failures))
     if run.runner.val_check_interval:
@@ -174,7 +175,7 @@ def _check_images(data: DatasetConfig, train: SampleSource, report: Report) -> N
 
 def _check_batch(run: RunConfig, ranks: int | None, report: Report) -> None:
     """Check that global batch = ranks x micro batch x accumulation."""
-    whole, micro, nodes = run.trainer.global_batch_size, run.trainer.micro_batch_size, run.cluster.num_nodes
+    whole, micro, nodes = run.trainer.global_batch_size, run.trainer.micro_batch_size, run.cluster.machines
     report.facts["global_batch_size"] = whole
     if ranks is not None:
         with report.checking():
@@ -195,7 +196,7 @@ def _check_batch(run: RunConfig, ranks: int | None, report: Report) -> None:
 
 def _check_machines(run: RunConfig, trainer: Fsdp2Settings, report: Report) -> None:
     """Report how the model is sharded over several machines, and how many files the ranks open."""
-    known, nodes = report.facts.get("ranks"), run.cluster.num_nodes
+    known, nodes = report.facts.get("ranks"), run.cluster.machines
     ranks = known if isinstance(known, int) else 0
     if nodes > 1:
         report.facts["sharding"] = trainer.describe_replicas(ranks, nodes)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rlinf_core.contract.run import RunConfig
-from rlinf_core.contract.tables.cluster import COMPONENT, ClusterConfig
+from rlinf_core.contract.tables.cluster import ClusterConfig
 from rlinf_core.data.loading.sampling import check_batch
 from rlinf_core.errors import Exit, UserError
 from rlinf_core.process.ending import EXIT_FILE
@@ -62,8 +62,8 @@ def share_of_machine(cluster: ClusterConfig, devices: int) -> Share:
     Raises:
         UserError: The placement names an accelerator that does not exist, or differs between machines.
     """
-    ranks, nodes = cluster.ranks, cluster.num_nodes
-    placement = f'cluster.component_placement = {{ {COMPONENT} = "{cluster.component_placement[COMPONENT]}" }}'
+    ranks, nodes = cluster.ranks, cluster.machines
+    placement = cluster.placement_setting
     if ranks is None:
         return Share(devices or 1)
     if not devices:
@@ -113,13 +113,13 @@ def describe_launch(run: RunConfig, arguments: Sequence[str]) -> str:
 
     cluster = run.cluster
     share = share_of_machine(cluster, 0 if run.trainer.device == "cpu" else torch.cuda.device_count())
-    check_batch(run.trainer.global_batch_size, run.trainer.micro_batch_size, share.processes * cluster.num_nodes)
+    check_batch(run.trainer.global_batch_size, run.trainer.micro_batch_size, share.processes * cluster.machines)
     words = [f"CUDA_VISIBLE_DEVICES={visible_devices(share.devices, os.environ)}"] if share.devices else []
     words += ["torchrun", "--nproc-per-node", str(share.processes)]
-    if cluster.num_nodes == 1:
+    if cluster.machines == 1:
         words.append("--standalone")
     else:
-        words += ["--nnodes", str(cluster.num_nodes), "--rdzv-backend", "c10d", "--rdzv-id", run.runner.name]
+        words += ["--nnodes", str(cluster.machines), "--rdzv-backend", "c10d", "--rdzv-id", run.runner.name]
         words += ["--rdzv-endpoint", cluster.rdzv_endpoint]
         host = cluster.rdzv_endpoint.rpartition(":")[0].strip("[]")
         words += ["--rdzv-conf", f"is_host={int(is_here(host))},join_timeout={cluster.join_timeout_seconds}"]
@@ -150,16 +150,16 @@ def launch(run: RunConfig, arguments: Sequence[str]) -> int:
     from rlinf_core.torch_names import DistError
 
     share = share_of_machine(run.cluster, 0 if run.trainer.device == "cpu" else torch.cuda.device_count())
-    check_batch(run.trainer.global_batch_size, run.trainer.micro_batch_size, share.processes * run.cluster.num_nodes)
+    check_batch(run.trainer.global_batch_size, run.trainer.micro_batch_size, share.processes * run.cluster.machines)
     check_folder(run)
     # The machine of the rendezvous has the store's connections to all ranks and agents.
-    ranks = share.processes * run.cluster.num_nodes
+    ranks = share.processes * run.cluster.machines
     allow_open_files(count_open_files(ranks), ranks)
     if share.devices:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices(share.devices, os.environ)
     if share.processes > 1:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # As torchrun does.
-    if run.cluster.num_nodes > 1 and run.cluster.max_restarts:
+    if run.cluster.machines > 1 and run.cluster.max_restarts:
         # torch 2.11's agents share the store of the first rendezvous, whose address a returning machine does not learn.
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     meeting = _find_rendezvous(run)
@@ -210,7 +210,7 @@ class Rendezvous:
     @contextmanager
     def attending(self, run: RunConfig) -> Iterator[Attendance | None]:
         """Let the other machines know that this one is there, while the body runs."""
-        if run.cluster.num_nodes == 1:
+        if run.cluster.machines == 1:
             yield None
             return
         from rlinf_core.training.distributed.attendance import Attendance
@@ -220,7 +220,7 @@ class Rendezvous:
             self.port,
             run=run.runner.name,
             address=self.address or "address unknown",
-            machines=run.cluster.num_nodes,
+            machines=run.cluster.machines,
             report=announce,
             # With restarts, an agent that is cut off joins the others again if it can in time.
             patience=run.trainer.timeout_seconds
@@ -240,7 +240,7 @@ def _find_rendezvous(run: RunConfig) -> Rendezvous:
         UserError: It does not answer within `cluster.join_timeout_seconds`.
     """
     cluster = run.cluster
-    if cluster.num_nodes == 1:
+    if cluster.machines == 1:
         return Rendezvous()
     host, _, port = cluster.rdzv_endpoint.rpartition(":")
     place = place_towards(host.strip("[]"))
@@ -264,7 +264,7 @@ def _incomplete(run: RunConfig, attendance: Attendance | None) -> UserError:
     """The error for machines that have not come in time."""
     there = attendance.present() if attendance else "their launchers do not answer"
     return UserError(
-        f"the {run.cluster.num_nodes} machines have not met at cluster.rdzv_endpoint = {run.cluster.rdzv_endpoint!r} "
+        f"the {run.cluster.machines} machines have not met at cluster.rdzv_endpoint = {run.cluster.rdzv_endpoint!r} "
         f"within {run.cluster.join_timeout_seconds} s (cluster.join_timeout_seconds): {there}. Run the same command on "
         "each; a run that has begun continues from its last checkpoint"
     )
@@ -290,13 +290,13 @@ def _leave_lost(run: RunConfig) -> NoReturn:
 def _launch_config(run: RunConfig, share: Share, meeting: Rendezvous) -> Any:
     from torch.distributed.launcher.api import LaunchConfig
 
-    alone = run.cluster.num_nodes == 1
+    alone = run.cluster.machines == 1
     configs: dict[str, Any] = {} if alone else {"join_timeout": run.cluster.join_timeout_seconds}
     if not meeting.is_here:
         configs["is_host"] = False
     return LaunchConfig(
-        min_nodes=run.cluster.num_nodes,
-        max_nodes=run.cluster.num_nodes,
+        min_nodes=run.cluster.machines,
+        max_nodes=run.cluster.machines,
         nproc_per_node=share.processes,
         run_id=uuid.uuid4().hex if alone else run.runner.name,
         rdzv_backend="c10d",

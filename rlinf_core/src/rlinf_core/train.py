@@ -110,6 +110,7 @@ def train(
         check_world_size(run.cluster, group.size)
         check_same_program(run, plugins.owners, group)
         _report(group, (f"plugin left out: {failure}" for failure in plugins.failures), sys.stderr)
+        _report(group, filter(None, [run.cluster.unused]))
         start = folder.start(overwrite=overwrite, allow_change=allow_change)
         run = folder.run
         _report(group, start.notes)

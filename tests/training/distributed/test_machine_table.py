@@ -33,8 +33,8 @@ def test_machines_that_are_alike_have_a_row_each_and_no_warning():
     assert lines[1].split("  ")[1:4] == ["node0", "8 ranks", "8 x NVIDIA H100, driver 570.1"]
     assert "torch 2.11.0, CUDA 13.0  clock +0.00 s  new files seen after 0.01 s  1,234 GB free" in lines[1]
     assert lines[3] == (
-        "  all-reduce over all ranks: 50 GB/s with 256 MB, 40 us with one number; slowest link: node0 -> node1, 12 GB/s "
-        "(median 12)"
+        "  all-reduce over all ranks: 50 GB/s with 256 MB, 40 us with one number; "
+        "slowest link: node0 -> node1, 12 GB/s (median 12)"
     )
     assert len(lines) == 4
 

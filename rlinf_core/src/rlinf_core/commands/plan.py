@@ -70,9 +70,9 @@ def run(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides, plugins)
     print_phase("loading torch and counting a step's operations and memory")
     from rlinf_core.plan.advice import advise  # Loads torch, which takes seconds: report config mistakes first.
-    from rlinf_core.plan.step import plan
+    from rlinf_core.plan.step import placed_on, plan
 
-    made = plan(config, plugins, ranks)
+    made = plan(placed_on(config, ranks, options.nodes) if ranks and options.nodes else config, plugins, ranks)
     changes = advise(made, plugins, options.gpu_memory)
     if options.json:
         print_json(_object(made, changes, options))
@@ -170,7 +170,7 @@ def _facts(made: Plan, options: argparse.Namespace) -> list[list[str]]:
 
 def _sharding(made: Plan) -> dict[str, str]:
     """How the model is sharded over several machines, or over several copies."""
-    machines = made.run.cluster.num_nodes
+    machines = made.run.cluster.machines
     if machines == 1 and made.sharding.num_replicas == 1:
         return {}
     return {"sharding": made.trainer.describe_replicas(made.ranks, machines)}

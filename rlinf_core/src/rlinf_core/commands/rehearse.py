@@ -48,9 +48,10 @@ def run(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides, plugins)
     ranks = options.nodes * options.gpus
     print_phase(f"loading torch and rehearsing two steps of {ranks} ranks")
+    from rlinf_core.plan.step import placed_on
     from rlinf_core.rehearsal.compare import check, rehearse
 
-    found = rehearse(config, plugins, ranks)
+    found = rehearse(placed_on(config, ranks, options.nodes), plugins, ranks)
     if options.json:
         print_json(_object(found, options))
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -132,7 +133,8 @@ def run(options: argparse.Namespace) -> None:
     if not options.json:
         for note in scene.subject.notes:
             print_text(note)
-    triage = run_tests(scene, plugins, report=(lambda one: None) if options.json else _print)
+    with scene.server or nullcontext():
+        triage = run_tests(scene, plugins, report=(lambda one: None) if options.json else _print)
     if path is not None:
         PAGE.write(path, page_of(scene.subject.folder, options.dataset, triage))
     if options.json:

@@ -46,7 +46,7 @@ class Machines:
     gpu: str
     """A key of `costs.gpus.PEAKS`."""
     gpus: int
-    """Of a machine."""
+    """GPUs of a machine."""
     network: float
     """10⁹ bytes per second of a machine, in one direction."""
     mfu: float
@@ -100,7 +100,7 @@ class Load:
     sharding: Sharding
     """As configured; `ranks` and `num_replicas` are replaced."""
     samples: int
-    """Of a GPU and step."""
+    """Samples per GPU and step."""
     micro_batches: int
     flops: float
     """Useful operations of a sample."""
@@ -126,7 +126,7 @@ class ScaledStep:
     checkpoint: float
     """Copying weights and optimizer to host memory, spread over the steps between checkpoints."""
     samples: int
-    """Of the global batch."""
+    """Samples of the global batch."""
 
     @property
     def total(self) -> float:
@@ -135,7 +135,7 @@ class ScaledStep:
 
     @property
     def samples_per_second(self) -> float:
-        """Of all GPUs."""
+        """Speed of all GPUs together."""
         return self.samples / self.total
 
 
@@ -189,7 +189,7 @@ class _Times:
 
     all_gather: float
     gather_forward: float
-    """Of it, in forward passes."""
+    """The part of `all_gather` in forward passes."""
     reduce_scatter: float
     all_reduce: float
     first: float

@@ -127,7 +127,7 @@ def rlinf_open_dataset(dataset: DatasetConfig, policy: PolicyConfig, split: Spli
 
 @hookimpl
 def rlinf_launcher_names() -> Sequence[str]:
-    """torchrun and Slurm."""
+    """Core's two."""
     from rlinf_core.contract.tables.cluster import LAUNCHERS
 
     return LAUNCHERS

@@ -35,7 +35,7 @@ class Collective:
     """Number of ranks in its group."""
     dtype: str
     nbytes: int
-    """Of the whole message: what a gather puts out, what a reduction takes in."""
+    """Size of the whole message: what a gather puts out, what a reduction takes in."""
     where: str
     """The unit whose parameters or gradients it exchanges, or the step's phase."""
     of_unit: bool
@@ -107,7 +107,7 @@ class Difference:
     """Where two ranks first do something different."""
 
     number: int
-    """Of the collective, from 1."""
+    """Number of the collective, from 1."""
     rank: int
     collective: Collective | None
     """None: this rank is done."""

@@ -15,6 +15,7 @@ from rlinf_core.plan.step import Plan, plan
 from rlinf_core.plugins.registry import Plugins
 from rlinf_core.rehearsal.collectives import Collective, Difference, first_difference
 from rlinf_core.rehearsal.rank import Rehearsed, rehearse_rank
+from rlinf_core.training.config import Fsdp2TrainerConfig
 
 KINDS = {"all-gather": "all_gather", "reduce-scatter": "reduce_scatter", "all-reduce": "all_reduce"}
 """Collectives of units -> fields of `costs.memory.Traffic`."""
@@ -42,7 +43,7 @@ class Rehearsal:
     """What a rehearsal found."""
 
     plan: Plan
-    """Of the run with eager blocks, as they were rehearsed."""
+    """The run with eager blocks, as they were rehearsed."""
     ranks: tuple[Rehearsed, ...]
     difference: Difference | None
     """The first collective that differs between ranks; None: they agree."""
@@ -118,6 +119,11 @@ def rehearse(run: RunConfig, plugins: Plugins, ranks: int) -> Rehearsal:
     Raises:
         UserError: The run cannot be rehearsed, or fails in its rehearsal.
     """
+    if not isinstance(run.trainer, Fsdp2TrainerConfig):
+        raise UserError(
+            f'rlinf rehearse supports only core\'s trainer "fsdp2", whose steps it computes, but trainer.type is '
+            f"{run.trainer.type!r}"
+        )
     notes = list(_notes(run))
     trainer = run.trainer.model_copy(update={"compile": False, "device": "auto"})
     run = run.model_copy(update={"trainer": trainer})

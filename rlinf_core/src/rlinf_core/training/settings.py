@@ -21,9 +21,9 @@ class Fsdp2Settings(TrainerConfig):
     """Float32 units of the policy with at least this many parameters are gathered separately; smaller ones with the
     root."""
     num_replicas: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-    """Hybrid sharding (HSDP): copies of the model, each sharded over ranks / num_replicas neighbouring ranks; memory per
-    rank grows by this factor. `"auto"`: on several machines with more than one rank each, one copy per machine, which
-    keeps all-gathers within it; otherwise 1."""
+    """Hybrid sharding (HSDP): copies of the model, each sharded over ranks / num_replicas neighbouring ranks; memory
+    per rank grows by this factor. `"auto"`: on several machines with more than one rank each, one copy per machine,
+    which keeps all-gathers within it; otherwise 1."""
     reduce_every_micro_batch: bool = False
     """Reduce gradients after each micro batch, not only after the last of a step: no rank keeps unsharded float32
     gradients (4 bytes per parameter) in between, but each micro batch communicates."""

@@ -93,10 +93,11 @@ class Served:
             if column in sent:
                 found[name] = sent[column]
                 *folders, last = name.split("/")
-                inner = found
+                inner: Any = found
                 for folder in folders:
-                    inner = inner.setdefault(folder, {})
-                inner[last] = sent[column]
+                    inner = inner.setdefault(folder, {}) if isinstance(inner, dict) else None
+                if isinstance(inner, dict):  # A column may have the name of a folder.
+                    inner.setdefault(last, sent[column])
         return found
 
     def other_files(self, description: Mapping[str, Any]) -> list[str]:

@@ -164,7 +164,7 @@ def _read(
         if len(still := _short(metadata, wanted, parts)):
             raise _incomplete(metadata, still, parts)
     used = tuple(path for path in (*files, *(p for p in parts if p not in files)) if path in parts)
-    columns = Columns(_joined(metadata, names, [parts[path] for path in used]).items())
+    columns = Columns(_joined(metadata, names, [parts.pop(path) for path in used]).items())
     rows = _held(metadata, wanted, used, columns)
     _check_frames(rows)
     return rows
@@ -190,7 +190,8 @@ def _read_file(
     wanted = [*names, *([prompt] if prompt and prompt not in names else [])]
     table = read_parquet(path, wanted, DERIVED)
     episode = numbers_of(table["episode_index"], f"{path}: 'episode_index'")
-    mine = np.isin(episode, numbers)
+    first, lengths = _runs_of(episode)  # Of millions of rows, only the first of each episode is looked up.
+    mine = np.repeat(np.isin(episode[first], numbers), lengths)
     rows = np.flatnonzero(mine)
     if len(rows) < len(mine):
         table = table.filter(pa.array(mine))
@@ -209,10 +210,10 @@ def _read_file(
 
 def _short(metadata: Metadata, wanted: NDArray[np.bool_], parts: dict[Path, Part]) -> NDArray[np.int64]:
     """The indices of wanted episodes of which not exactly as many rows were read as the metadata count."""
-    found = np.concatenate([np.empty(0, np.int64), *(part["episode_index"] for part in parts.values())])
-    numbers, counts = np.unique(found, return_counts=True)
     count = np.zeros(len(metadata.episodes), np.int64)
-    count[np.searchsorted(metadata.episodes, numbers)] = counts
+    for part in parts.values():
+        first, lengths = _runs_of(part["episode_index"])
+        np.add.at(count, np.searchsorted(metadata.episodes, part["episode_index"][first]), lengths)
     return np.flatnonzero(wanted & (count != metadata.lengths))
 
 
@@ -237,28 +238,35 @@ def _others(
 
 
 def _joined(metadata: Metadata, names: Sequence[str], parts: Sequence[Part]) -> dict[str, NDArray[Any]]:
-    """The columns of all files, ordered by episode; an episode's rows stay in the order of their file."""
+    """The columns of all files, ordered by episode; an episode's rows stay in the order of their file.
+
+    A column leaves the parts when it is joined, so that a large table is in memory about once.
+    """
+    numbers = np.repeat(np.arange(len(parts)), [len(part["episode_index"]) for part in parts])
     episode = np.concatenate([part["episode_index"] for part in parts])
-    order = None if (np.diff(episode) >= 0).all() else np.argsort(episode, kind="stable")
-    place = np.searchsorted(metadata.episodes, episode if order is None else episode[order])
-    starts = np.flatnonzero(np.diff(place, prepend=-1))
-    frame = np.arange(len(place)) - np.repeat(starts, np.diff(starts, append=len(place)))
-    derived: dict[str, NDArray[Any]] = {
-        "index": frame + metadata.firsts[place],
-        "frame_index": frame,
-        "timestamp": (frame / metadata.fps).astype(np.float32),
-    }
+    order = None if (episode[1:] >= episode[:-1]).all() else np.argsort(episode, kind="stable")
+    episode = episode if order is None else episode[order]
+    starts, lengths = _runs_of(episode)
+    place = np.searchsorted(metadata.episodes, episode[starts])
+
+    def derived(name: str) -> NDArray[Any]:
+        counted = np.arange(len(episode))
+        if name == "index":
+            return counted + np.repeat(metadata.firsts[place] - starts, lengths)
+        frame = counted - np.repeat(starts, lengths)
+        return frame if name == "frame_index" else (frame / metadata.fps).astype(np.float32)
 
     def joined(name: str) -> NDArray[Any]:
         if name == "index" or (name in DERIVED and not all(name in part for part in parts)):
-            return derived[name]
-        return ordered(np.concatenate([part[name] for part in parts]))
+            for part in parts:
+                part.pop(name, None)
+            return derived(name)
+        return ordered(np.concatenate([part.pop(name) for part in parts]))
 
     def ordered(values: NDArray[Any]) -> NDArray[Any]:
         in_order: NDArray[Any] = values if order is None else values[order]
         return in_order
 
-    numbers = np.repeat(np.arange(len(parts)), [len(part["episode_index"]) for part in parts])
     columns = {name: joined(name) for name in names}
     if all(PROMPT in part for part in parts):
         prompts = joined_prompts([(part[PROMPT], part[TEXTS]) for part in parts])
@@ -266,9 +274,17 @@ def _joined(metadata: Metadata, names: Sequence[str], parts: Sequence[Part]) -> 
     return columns | {SEGMENTS: _segments(ordered(numbers), joined(SEGMENTS))}
 
 
+def _runs_of(values: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The first index and the length of each run of equal values."""
+    first = np.flatnonzero(values[1:] != values[:-1]) + 1
+    first = np.concatenate([np.zeros(min(len(values), 1), np.int64), first])
+    return first, np.diff(first, append=len(values))
+
+
 def _segments(file: NDArray[np.int64], row: NDArray[np.int64]) -> NDArray[np.int64]:
     """The runs of consecutive rows of one file; see `SEGMENTS`."""
-    first = np.flatnonzero((np.diff(file, prepend=-1) != 0) | (np.diff(row, prepend=-2) != 1))
+    first = np.flatnonzero((file[1:] != file[:-1]) | (row[1:] != row[:-1] + 1)) + 1
+    first = np.concatenate([np.zeros(min(len(file), 1), np.int64), first])
     return np.stack([first, file[first], row[first]], axis=1)
 
 

@@ -83,14 +83,14 @@ def open_lerobot(dataset: LeRobotDatasetConfig, chunk_length: int, split: Split)
         raise UserError(
             "no episode is held out: set data.validation_fraction, data.validation_episodes or data.validation_tasks"
         )
-    in_run = np.isin(rows.columns["episode_index"], sorted(training | held_out))
+    in_run = _rows_of(rows, training | held_out)
     match = FrameMatch(rows, videos_among(metadata, dataset.images.values()), dataset.match_frames)
     if dataset.match_frames != "number":
         check_overlaps(metadata, dataset.images.values(), training | held_out)
     _provide_videos(dataset, folder, metadata, match, training | held_out)
     if dataset.prompt_from_task:
         check_tasks(rows, in_run)
-    in_split = np.isin(rows.columns["episode_index"], sorted(training if split == "train" else held_out))
+    in_split = _rows_of(rows, training if split == "train" else held_out)
     check_finite(rows, in_split)
     return LeRobotSource(
         rows,
@@ -108,6 +108,12 @@ def open_lerobot(dataset: LeRobotDatasetConfig, chunk_length: int, split: Split)
         remote=folder.remote,
         on_demand=_on_demand(dataset, folder),
     )
+
+
+def _rows_of(rows: Rows, episodes: set[int]) -> NDArray[np.bool_]:
+    """[N], which rows are of some episodes."""
+    chosen = np.isin(rows.metadata.episodes[rows.places], sorted(episodes))
+    return np.repeat(chosen, rows.metadata.lengths[rows.places])
 
 
 def _on_demand(dataset: LeRobotDatasetConfig, folder: DatasetFolder) -> bool:

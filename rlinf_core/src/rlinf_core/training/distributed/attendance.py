@@ -61,7 +61,7 @@ class Attendance:
         self._endpoint, self._run, self._machines, self._report = (host, port), run, machines, report
         self._own = {"host": socket.gethostname(), "address": address}
         self._number = 0
-        """Of this machine's entry; 0: it has none yet."""
+        """The number of this machine's entry; 0: it has none yet."""
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._attend, name="attendance", daemon=True)
         self._probe = threading.Thread(target=self._watch, args=(patience, lost), name="rendezvous", daemon=True)

@@ -1,4 +1,4 @@
-"""The table of a run's machines before its first step: what is in them, whether they agree, how fast they are connected.
+"""The table of a run's machines before its first step: what is in them, whether they agree, how they are connected.
 
 One process of each machine reports hardware, versions, clock and how soon it sees a file that rank 0 has written; all
 ranks measure an all-reduce, and the first of each machine the link to the next machine. It takes a second or two: sizes
@@ -119,7 +119,8 @@ class MachineTable:
         speeds = [machine.to_next_gb_per_second for machine in self.machines]
         for place, speed in enumerate(speeds):
             if len(speeds) > 2 and speed < SLOW * statistics.median(speeds):
-                yield f"the link {self._link(place)} has {speed:.3g} GB/s, the median is {statistics.median(speeds):.3g}"
+                median = statistics.median(speeds)
+                yield f"the link {self._link(place)} has {speed:.3g} GB/s, the median is {median:.3g}"
 
 
 def make_table(run: RunConfig, group: ProcessGroup) -> MachineTable | None:

@@ -1,8 +1,8 @@
 """How many files a process of a run opens at the same time, against the limit that it has (`ulimit -n`). Torch-free.
 
-Sockets decide: each gloo group costs a rank one connection to every other rank of the group, and one more that listens.
-A run has two of all ranks (`Processes`, and the thread that writes checkpoints); with several copies of the model, one of
-a copy's shards and one of a shard's copies. NCCL's sockets, of which there are a few per channel, are in `OTHERS`.
+Sockets decide: each gloo group costs a rank one connection to every other rank of the group, and one that listens. A
+run has two of all ranks (`Processes`, and the thread that writes checkpoints); with several copies of the model, one of
+a copy's shards and one of a shard's copies. NCCL's sockets, a few per channel, are in `OTHERS`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def count_open_files(ranks: int, copies: int = 1, workers: int = 0) -> int:
 
 
 def find_limit() -> int:
-    """How many files a process may open here if it raises its limit as far as it may."""
+    """How many files a process may open here if it raises its limit to the highest that it may have."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     return 2**31 if hard == resource.RLIM_INFINITY else hard
 

@@ -22,6 +22,10 @@ FAR = 6.0
 """Standard deviations from training beyond which rows without an explanation are suspicious."""
 
 
+OFTEN = 0.2
+"""Share of rows with a wrong prompt that is a cause."""
+
+
 class CameraTest(TriageTest):
     """Images of the site under flips, rotations, channel orders, swaps, crops and brightness."""
 
@@ -54,6 +58,8 @@ class StateTest(TriageTest):
 
     def run(self, scene: Scene) -> TriageOutcome:
         """Compare the states."""
+        if wrong := _other_width(scene, "state"):
+            return wrong
         if scene.likeness.state is None or scene.at_site.state is None:
             return TriageOutcome("skipped", "the data have no state")
         if scene.wide.state is not None and (still := still_numbers(scene.at_site.state, scene.wide.state)):
@@ -78,6 +84,8 @@ class ActionTest(TriageTest):
 
     def run(self, scene: Scene) -> TriageOutcome:
         """Compare the actions."""
+        if wrong := _other_width(scene, "actions"):
+            return wrong
         return _judged(scene, "actions", "actions", "action")
 
 
@@ -124,7 +132,7 @@ class PromptTest(TriageTest):
         empty = sum(count for prompt, count in here.items() if not prompt.strip())
         if empty and all(prompt.strip() for prompt in trained):
             return TriageOutcome(
-                "cause",
+                "cause" if empty > OFTEN * here.total() else "suspicious",
                 f"the prompt is empty in {empty / here.total():.0%} of the site's rows, and never was in training",
                 f"Give the policy the task in words, for example {trained.most_common(1)[0][0]!r}",
                 strength=empty / here.total(),
@@ -137,7 +145,7 @@ class PromptTest(TriageTest):
             share = sum(here[prompt] for prompt in spelled) / here.total()
             own, known = next(iter(spelled.items()))
             return TriageOutcome(
-                "cause" if share > 0.5 else "suspicious",
+                "cause" if share > OFTEN else "suspicious",
                 f"{share:.0%} of the site's rows have the prompt of training in another spelling: {own!r} where it was "
                 f"{known!r}",
                 f"Give the policy the exact words of training, case and punctuation too: {known!r}",
@@ -155,6 +163,21 @@ class PromptTest(TriageTest):
                 tables=[table],
             )
         return TriageOutcome("fine", f"all {len(here)} prompts of the site were trained", tables=[table])
+
+
+def _other_width(scene: Scene, key: str) -> TriageOutcome | None:
+    """A cause if the site has more or fewer numbers than training."""
+    rows = [scene.pipeline.target(source.without_images([0])[0]) for source in (scene.site, scene.trained) if source]
+    here, there = (np.shape(row[key])[-1] if key in row else 0 for row in rows)
+    if here == there:
+        return None
+    return TriageOutcome(
+        "cause",
+        f"{'the state' if key == 'state' else 'actions'} of the site {'has' if key == 'state' else 'have'} {here} "
+        f"numbers, of training {there}",
+        "Send exactly the numbers of the training data, in their order",
+        strength=1.0,
+    )
 
 
 def _judged(scene: Scene, family: str, what: str, part: str | None) -> TriageOutcome:
