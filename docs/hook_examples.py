@@ -253,6 +253,11 @@ def rlinf_configure(run):
 
 
 @hookimpl
+def rlinf_launcher_names():
+    return ["one-process"]
+
+
+@hookimpl
 def rlinf_launch(run, arguments):
     if run.cluster.launcher != "one-process":
         return None

@@ -27,7 +27,7 @@ pytest_plugins = ["rlinf_core.testing", "distances"]
 
 ASKED = (
     *("RLINF_FUZZ", "RLINF_TEST_DATASETS", "RLINF_GOLDEN_DIR"),
-    *("RLINF_NUMERICS_PAGE", "RLINF_PALIGEMMA_TOKENIZER", "RLINF_CHECK_DEVICE"),
+    *("RLINF_NUMERICS_PAGE", "RLINF_PALIGEMMA_TOKENIZER", "RLINF_CHECK_DEVICE", "RLINF_TRIAGE_RUN"),
 )
 """Variables with which a person asks something of the tests."""
 USERS = re.compile(

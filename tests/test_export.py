@@ -17,6 +17,7 @@ from rlinf_core.data.normalize import load_norm_stats
 from rlinf_core.evaluators.action_error import ActionComparison
 from rlinf_core.inference import OutsideTraining, load_policy
 from rlinf_core.plugins.registry import get_plugins
+from rlinf_core.publish.folder import check_folder
 from rlinf_core.results import read_action_errors, read_table
 from rlinf_core.training.distributed.processes import processes
 from rlinf_core.training.run_folder import prepare_folder
@@ -95,10 +96,12 @@ def test_the_exported_policy_acts_as_the_trainers_validation_did(trained, export
 
 def test_files_and_hashes(trained, export):
     _, folder, said = export()
-    assert sorted(path.name for path in folder.iterdir()) == ["model.safetensors", "norm_stats.json", "rlinf.json"]
+    there = sorted(path.name for path in folder.iterdir())
+    assert there == ["README.md", "model.safetensors", "norm_stats.json", "rlinf.json"]
     description = json.loads((folder / "rlinf.json").read_text())
     assert (description["step"], description["weights"], description["dtype"]) == (4, "live", "fp32")
     assert description["sha256"].keys() == {"model.safetensors", "norm_stats.json"}
+    assert check_folder(folder).problems == []
     assert "weights of" in said
 
 
@@ -134,11 +137,36 @@ def test_openpi_finds_weights_and_statistics_where_it_looks(trained, export):
     code, folder, _ = export("--format", "openpi")
     assert code == 0
     assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()) == [
+        "README.md",
+        "SHA256SUMS",
         "assets/metaworld_3tasks/norm_stats.json",
         "model.safetensors",
     ]
+    checked = check_folder(folder)
+    assert (checked.problems, checked.card["library_name"]) == ([], "openpi")
+    assert "`metaworld_3tasks`" in (folder / "README.md").read_text()  # The asset id that openpi's config must have.
     weights = trainer.run.policy.model_copy(update={"weights": str(folder)}).open_weights()
     assert all(torch.equal(weights.tensor(name), tensor) for name, tensor in live.items())
+
+
+def test_the_card_has_what_was_measured_of_the_exported_weights(trained, export, tmp_path):
+    metrics = {}
+    for line in (trained[0].run.folder / "metrics.jsonl").read_text().splitlines():
+        metrics |= json.loads(line) if json.loads(line)["step"] == 4 else {}
+    table = {"title": "Success in metaworld", "columns": ["task", "success", "episodes"]}
+    rate = {"value": 0.75, "low": 0.531, "high": 0.888}
+    result = {"step": 4, "weights": "ema", "settings": {"env": {"type": "metaworld"}}, "facts": {"mujoco": "3.3.0"}}
+    file = tmp_path / "result.json"
+    file.write_text(json.dumps(result | {"table": table | {"rows": [["reach-v3", rate, 20]]}}))
+    code, folder, _ = export("--ema", "--results", str(file), "--license", "mit")
+    assert code == 0
+    text = (folder / "README.md").read_text()
+    assert f"| `val_loss` | {metrics['ema_val_loss']:.4g} |" in text
+    assert "| reach-v3 | 0.75 (0.531 to 0.888) | 20 |" in text
+    assert "Measured by `rlinf eval --env metaworld`, with mujoco 3.3.0." in text
+    code, _, said = export("--results", str(file), name="live")
+    assert (code, "is of other weights: step 4, ema; exported are those of step 4, live" in said) == (2, True)
+    assert not (tmp_path / "live").exists()
 
 
 def test_a_checkpoint_is_chosen_by_step_or_by_validation(trained, export):

@@ -13,6 +13,7 @@ from rlinf_core.data.pipeline import build_pipeline
 from rlinf_core.data.statistics.compute import compute_norm_stats
 from rlinf_core.evaluators.action_error import ActionSums
 from rlinf_core.offline_eval import Judged, choose_rows, judge, other_dataset
+from rlinf_core.sampling import Sampler
 
 
 class Dataset(ToyDataset):
@@ -38,7 +39,11 @@ def policy():
     dataset, config = Dataset(config_name="toy", repo_id="toy"), Policy()
     stats = compute_norm_stats(Rows(40), [dataset.repack(), *dataset.transforms()])
     pipeline = build_pipeline(dataset, config, stats)
-    return SimpleNamespace(config=config, data=dataset, pipeline=pipeline, module=Module(), device=torch.device("cpu"))
+    module = Module()
+    sample = Sampler(config, module)
+    return SimpleNamespace(
+        config=config, data=dataset, pipeline=pipeline, module=module, sample=sample, device=torch.device("cpu")
+    )
 
 
 def test_errors_per_episode_task_dimension_and_step(policy):

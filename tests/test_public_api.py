@@ -13,6 +13,7 @@ PUBLIC = [
     "Adapter",
     "BufferedAdapter",
     "Command",
+    "Continuation",
     "DatasetConfig",
     "Environment",
     "EnvironmentConfig",

@@ -35,7 +35,7 @@ def test_both_sides_compute_the_same_and_are_timed():
 def test_sides_that_differ_are_not_timed(monkeypatch):
     pytest.importorskip("lerobot")
     pytest.importorskip("transformers", reason="lerobot's policies need it: uv sync --group test")
-    monkeypatch.setattr(on_cpu, "_copy", lambda theirs, ours, sized: on_cpu._random(ours))
+    monkeypatch.setattr(on_cpu, "copy_weights", lambda theirs, ours, sized: on_cpu.randomize(ours))
     with pytest.raises(on_cpu.DifferentLossesError, match=r"LIBERO: our loss .* Nothing is timed"):
         one_case([NO_EMPTY])
 

@@ -111,7 +111,7 @@ def one_case(
         steps, apart = _peers(policy, case, sized, samples, ways, compiled=compiled)
     else:
         apart = None
-        _random(policy)
+        randomize(policy)
     seconds = in_turn({"ours": OurStep(policy, samples, micro_batch=batch), **steps}, rounds)
     return {
         "times_as_fast": {way: factor(seconds[way], seconds["ours"]) for way in steps},
@@ -127,8 +127,8 @@ def _peers(
     from policy_step.lerobot import LerobotStep, build, optimizer_of
 
     model = build(sized, compiled=compiled)
-    _random(model)
-    _copy(model, policy, sized)
+    randomize(model)
+    copy_weights(model, policy, sized)
     optimizer = optimizer_of(model)
     steps = {
         way.key: LerobotStep(
@@ -154,7 +154,8 @@ def _peers(
 
 
 @torch.no_grad()
-def _random(model: torch.nn.Module) -> None:
+def randomize(model: torch.nn.Module) -> None:
+    """Give a model arbitrary values."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         scale = 0.1 if parameter.dim() == 1 else parameter[0].numel() ** -0.5
@@ -162,7 +163,7 @@ def _random(model: torch.nn.Module) -> None:
 
 
 @torch.no_grad()
-def _copy(theirs: torch.nn.Module, ours: torch.nn.Module, sized: Pi0Dimensions) -> None:
+def copy_weights(theirs: torch.nn.Module, ours: torch.nn.Module, sized: Pi0Dimensions) -> None:
     """Give our model the weights of lerobot's, as a run reads them from one of lerobot's files."""
     from safetensors.torch import save_file
 

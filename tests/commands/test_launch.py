@@ -163,15 +163,61 @@ def test_a_process_that_was_ended_because_it_hung_has_left_a_record(ended, tmp_p
     assert told not in capsys.readouterr().err
 
 
-def test_machines_that_do_not_meet_are_a_message(monkeypatch, tmp_path):
+@pytest.fixture
+def unreachable(monkeypatch):
+    """torchrun's agent fails with an error, and the store of the rendezvous does not answer afterwards."""
+
+    def unreachable(error):
+        def fail(*_):
+            raise error
+
+        monkeypatch.setattr("torch.distributed.launcher.api.launch_agent", fail)
+        monkeypatch.setattr("rlinf_core.training.distributed.attendance.TCPStore", fail)
+        monkeypatch.setattr(torchrun, "answers", lambda *_: True)
+
+    return unreachable
+
+
+def test_machines_that_do_not_come_are_a_message(unreachable, tmp_path):
+    from torch.distributed.elastic.rendezvous.api import RendezvousTimeoutError
+
+    unreachable(RendezvousTimeoutError())
+    with pytest.raises(
+        UserError, match=r"2 machines have not met at cluster\.rdzv_endpoint = 'node0:29500' within 600"
+    ):
+        torchrun.launch(meeting_at("node0:29500", tmp_path), [])
+
+
+def test_a_rendezvous_that_is_lost_is_a_message_and_no_mistake(unreachable, tmp_path, capsys):
     from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
 
-    def unreachable(*_):
-        raise RendezvousConnectionError("no answer")
+    unreachable(RendezvousConnectionError("no answer"))
+    assert torchrun.launch(meeting_at("node0:29500", tmp_path), []) == 1
+    assert "the launcher at cluster.rdzv_endpoint = 'node0:29500' has ended or cannot" in capsys.readouterr().err
 
-    monkeypatch.setattr("torch.distributed.launcher.api.launch_agent", unreachable)
-    with pytest.raises(UserError, match=r"did not meet at cluster\.rdzv_endpoint = 'node0:29500' \(no answer\)"):
+
+def test_a_rendezvous_that_nobody_opens_is_a_message(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torchrun, "answers", lambda *_: False)
+    with pytest.raises(UserError, match=r"'node0:29500' has not answered for 600 s \(cluster\.join_timeout_seconds\)"):
         torchrun.launch(meeting_at("node0:29500", tmp_path), [])
+    assert "waiting for the rendezvous at node0:29500" in capsys.readouterr().out
+
+
+def test_the_machine_of_the_rendezvous_knows_itself_by_its_addresses(monkeypatch, tmp_path):
+    """torchrun only knows it by its host name, and by the addresses of that."""
+    seen = {}
+
+    def workers(config, *_):
+        seen.update(endpoint=config.rdzv_endpoint, address=config.local_addr, configs=config.rdzv_configs)
+
+    monkeypatch.setattr("torch.distributed.launcher.api.launch_agent", workers)
+    monkeypatch.setattr("rlinf_core.training.distributed.attendance.Attendance._attend", lambda self: None)
+    monkeypatch.setattr(torchrun, "answers", lambda *_: True)
+    place = torchrun.place_towards("127.0.0.1")
+    torchrun.launch(meeting_at("127.0.0.1:29500", tmp_path), [])
+    assert (seen["endpoint"], seen["address"]) == ("localhost:29500", place and place.address)
+    torchrun.launch(meeting_at("node0:29500", tmp_path), [])
+    assert (seen["endpoint"], seen["configs"]["is_host"]) == ("node0:29500", False)
 
 
 def meeting_at(endpoint, folder):
@@ -267,8 +313,9 @@ def test_a_dry_run_prints_a_command_for_the_shell_and_starts_nothing(launch, cap
     assert launch("--dry-run", *several)[0] == 0
     assert printed[0].startswith(
         "torchrun --nproc-per-node 1 --nnodes 2 --rdzv-backend c10d --rdzv-id quickstart --rdzv-endpoint node0:29500 "
-        "--max-restarts 3 -m rlinf_core.train"
+        "--rdzv-conf is_host=0,join_timeout=600"
     )
+    assert " --max-restarts 3 -m rlinf_core.train examples/quickstart.toml" in printed[0]
     assert launch("--dry-run", "cluster.launcher=toy")[0] == 2
     assert "no installed plugin launches with cluster.launcher = 'toy'" in printed[-1]
     assert not (tmp_path / "runs").exists()

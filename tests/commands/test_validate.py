@@ -285,6 +285,24 @@ def test_a_launcher_of_a_plugin_is_let_pass(validate):
     assert validate("cluster.launcher=ray", plugins=plugins)[1]["facts"]["launcher"] == "ray"
 
 
+def test_a_misspelt_launcher_is_found_although_a_plugin_brings_others(validate):
+    class Sky:
+        @hookimpl
+        def rlinf_launcher_names(self):
+            return ["skyline"]
+
+        @hookimpl
+        def rlinf_launch(self, run):
+            return 0
+
+    plugins = Plugins([*repository_entry_points(), entry_point(PLUGIN_GROUP, "sky", Sky(), "acme-sky")])
+    assert not validate("cluster.launcher=skyline", plugins=plugins)[1]["findings"]
+    for name, meant in (("skylin", "skyline"), ("slrum", "slurm"), ("torchrum", "torchrun")):
+        (finding,) = validate(f"cluster.launcher={name}", plugins=plugins)[1]["findings"]
+        assert f"cluster.launcher = {name!r}; did you mean {meant!r}?" in finding
+        assert "core provides 'torchrun' and 'slurm', acme-sky 'skyline'" in finding
+
+
 @pytest.mark.parametrize("ranks", ["0", "two", "-1"])
 def test_ranks_are_a_number(ranks, capsys):
     with pytest.raises(SystemExit) as caught:

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from device_watch import DeviceWatch
 from small_pi0 import batch_of, build, with_packing
-from tiny_text import sample, some_tokens, tiny_policy, with_values
+from tiny_text import sample, some_tokens, tiny_policy, with_values, write_jsonl
+from tiny_vision import FAMILIES, chats, model_folder, photo, vision_policy
 from torch.distributed.device_mesh import init_device_mesh
 from varlen_on_cpu import packed_attention
 
@@ -22,6 +23,7 @@ from rlinf_core.training.state.blocks import prepare_block
 from rlinf_core.training.state.ema import Ema
 from rlinf_core.training.state.fsdp import set_gradient_sync, shard
 from rlinf_core.training.state.optim import Optimizer
+from rlinf_plugins_text.plugin import rlinf_open_dataset
 
 ADAMW = AdamW(1e-3, (0.9, 0.95), 1e-8, 1e-10)
 SCHEDULE = partial(openpi_cosine, lr=1e-3, min_lr=1e-4, warmup_steps=0, decay_steps=100)
@@ -49,7 +51,7 @@ def prepared(policy, checkpointing, reshard):
     return policy.train()
 
 
-def train(policy, batches, *, reshard=True, average=0.0):
+def train(policy, batches, *, reshard=True, average=0.0, library=None):
     """Losses of steps of two micro batches, and what happened in the last one."""
     trained = [TrainedParameter(*named) for named in policy.named_parameters()]
     optimizer = Optimizer(trained, ADAMW, SCHEDULE, clip_grad=1.0)
@@ -68,7 +70,7 @@ def train(policy, batches, *, reshard=True, average=0.0):
 
     for _ in range(STEPS - 1):
         step()
-    with DeviceWatch() as watch:
+    with DeviceWatch(library) as watch:
         step()
     return torch.stack(losses), watch
 
@@ -109,6 +111,24 @@ def test_a_step_of_a_text_model_waits_for_nothing(packing):
     with packed_attention():
         losses, watch = train(prepared(policy, "none", True), iter(made))
     assert_as_promised(watch)
+    assert losses.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(one, marks=() if one == "qwen3_vl" else pytest.mark.slow) for one in FAMILIES]
+)
+def test_a_step_of_a_vision_language_model_waits_only_in_transformers_image_code(tmp_path, family):
+    """It reads the sizes of images on the host; nothing of ours does. docs/vlm.md says so."""
+    settings, path = vision_policy(model_folder(tmp_path / "model", family)), photo(tmp_path / "a.png").name
+    rows = [{"prompt": "what is it?", "completion": "a cat", "images": [path]}]
+    data = chats(write_jsonl(tmp_path / "rows.jsonl", rows), format="prompt_completion")
+    batch = settings.collate(rlinf_open_dataset(data, settings, "train").__getitems__([0]))
+    policy = with_values(settings)
+    policy.lm._keeps_padding = True  # As on CUDA.
+    with packed_attention():
+        losses, watch = train(prepared(policy, "none", True), itertools.repeat(batch), library="/transformers/models/")
+    assert_as_promised(watch)
+    assert sum(watch.waits_in_library.values()) < 20 * MICRO_BATCHES
     assert losses.isfinite().all()
 
 

@@ -94,6 +94,26 @@ def test_ranks_change_nothing_beyond_rounding(folder, openpi, start_ranks):
     assert losses == pytest.approx(openpi[1], rel=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_options_of_the_trainer_change_nothing_beyond_rounding(folder, openpi, start_ranks):
+    """Two replicas of two shards, weights in the CPU's memory, and compiled blocks, each with adapters."""
+    given = [*SETTINGS, *OPENPI, f"policy.weights={folder / 'model.safetensors'}"]
+    variants = {
+        "replicas": ["trainer.num_replicas=2", "trainer.micro_batch_size=1"],
+        "offloaded": ["trainer.cpu_offload=true", "trainer.micro_batch_size=1"],
+        "compiled": ["trainer.compile=true", "trainer.micro_batch_size=1"],
+    }
+    named = [f"{name}:{','.join([*given, *settings])}" for name, settings in variants.items()]
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
+    done = start_ranks("option_runs:main", 4, folder / "options", QUICKSTART, *named, **cache)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in variants:
+        rows = json.loads((folder / "options" / name / "rows.json").read_text())
+        assert [row["loss"] for row in rows if "loss" in row] == pytest.approx(openpi[1], rel=1e-4), name
+    assert list((folder / "inductor").rglob("*.so"))
+
+
 def test_a_run_keeps_nothing_for_frozen_weights(peft, openpi):
     for trainer, _ in (peft, openpi):
         frozen = {name: p for name, p in trainer.policy.named_parameters() if not p.requires_grad}

@@ -200,7 +200,9 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not():
 
 
 def test_traffic_follows_the_settings():
-    gathered = sum(unit.gathered for unit in UNITS)
+    # Four ranks exchange 1004 of the 1001 rows of `b`, 12 of the root's 10 and 52 of the 50 that are frozen.
+    gathered = sum(unit.gathered for unit in UNITS) + 2 * 3 * 100 + 4 * (2 + 2) * 10
+    assert sum(unit.exchanged(4) for unit in UNITS) == gathered
     assert traffic(UNITS, Sharding(ranks=4), 1).all_gather == pytest.approx(2 * 0.75 * gathered)
     assert traffic(UNITS, Sharding(ranks=4, reshard_after_forward=False), 3).all_gather == pytest.approx(
         0.75 * gathered

@@ -178,6 +178,10 @@ def test_rlinf_configure(plugins, configure):
     assert type(caught.value.__cause__) is UserError
 
 
+def test_rlinf_launcher_names(plugins):
+    assert ["one-process"] in plugins.hook.rlinf_launcher_names()
+
+
 def test_rlinf_launch(plugins, configure, examples, monkeypatch):
     commands = []
     monkeypatch.setattr(examples.subprocess, "call", lambda command: commands.append(command) or 7)

@@ -128,7 +128,8 @@ def test_of_a_thousand_requests_among_garbage_none_is_lost_and_memory_is_flat(se
 
     def ask(number):
         for index in range(500):
-            reply = clients[number].infer(seen)
+            options = ({}, {"num_steps": 1 + index % 3}, {"seed": [number, index], "draw": index % 5})[index % 3]
+            reply = clients[number].infer(seen, **options)
             assert np.isfinite(reply["actions"]).all()
             answered[number] += 1
             if number == 0 and index % 100 == 0:

@@ -19,7 +19,9 @@ from rlinf_core import cli
 from rlinf_core.config.load import load_config
 from rlinf_core.data.normalize import NormStats
 from rlinf_core.data.pipeline import build_pipeline
-from rlinf_core.inference import CheckTrainingState, LoadedPolicy
+from rlinf_core.exported import CheckTrainingState
+from rlinf_core.inference import LoadedPolicy
+from rlinf_core.rollout.seeds import generator_of
 from rlinf_core.serving.server import Limits, PolicyServer
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
@@ -55,7 +57,8 @@ class Running:
         assert self.ready.wait(30)
 
     async def serve(self, policy, settings):
-        self.server, self.loop = PolicyServer(policy, {"policy": "pi05"}, **settings), asyncio.get_running_loop()
+        metadata = settings.pop("metadata", {"policy": "pi05"})
+        self.server, self.loop = PolicyServer(policy, metadata, **settings), asyncio.get_running_loop()
         await self.server.run("127.0.0.1", 0, self.note)
 
     def note(self, port):
@@ -126,7 +129,16 @@ WRONG = [
     ({"observation/image": IMAGE[..., 0]}, "height, width, 3"),
     ({"observation/image": IMAGE.astype(np.float32)}, "0 to 1"),
     ({"noise": np.zeros((2, 2), np.float32)}, r"\[5, 8\]"),
-    ({"inference_delay": 3}, "does not offer 'inference_delay'"),
+    ({"num_steps": 0}, "num_steps is '0', but must be a whole number from 1 to 100"),
+    ({"num_steps": 10**6}, "from 1 to 100"),
+    ({"num_steps": np.array([1, 2])}, "from 1 to 100"),
+    ({"num_steps": float("inf")}, "from 1 to 100"),
+    ({"seed": "7"}, "must be a whole number from 0"),
+    ({"seed": [1] * 9}, "list of up to 8"),
+    ({"seed": -1}, "must be a whole number from 0"),
+    ({"seed": 7, "draw": 10**9}, "below 10000"),
+    ({"seed": 7, "noise": NOISE}, "send noise, or a seed"),
+    ({"draw": 1}, "send noise, or a seed"),
 ]
 
 
@@ -137,6 +149,42 @@ def test_a_wrong_observation_is_one_message_and_the_connection_stays(start, chan
             client.infer(observation(**change))
         assert "Traceback" not in str(caught.value)
         assert client.infer(observation())["actions"].shape == (5, 4)
+
+
+def test_a_seed_draws_what_a_generator_of_an_episode_draws_in_process(start, policy):
+    row = {"observation.image": IMAGE, "observation.state": np.full(4, 0.1, np.float32), "task": "push"}
+    generator = generator_of([3, 1, 5])
+    wanted = [policy.act([row], [generator])[0] for _ in range(4)]
+    with PolicyClient(start().address) as client:
+        got = [client.infer(observation(), seed=[3, 1, 5], draw=number)["actions"] for number in (0, 1, 2, 3, 1)]
+        single = client.infer(observation(), seed=3)["actions"]
+    np.testing.assert_array_equal(got, [*wanted, wanted[1]])
+    np.testing.assert_array_equal(single, policy.act([row], [generator_of([3])])[0])
+
+
+def test_requests_with_other_numbers_of_steps_are_computed_apart(start, policy):
+    row = {"observation.image": IMAGE, "observation.state": np.full(4, 0.1, np.float32), "task": "push"}
+    slow = Slow(policy)
+    running = start(slow)
+    clients = [PolicyClient(running.address) for _ in range(4)]
+    threads = [in_thread(lambda: clients[0].infer(observation(), noise=NOISE)["actions"])]
+    assert slow.begun.wait(10)
+    for client, steps in zip(clients[1:], (1, 5, 1), strict=True):
+        threads.append(in_thread(lambda c=client, n=steps: c.infer(observation(), noise=NOISE, num_steps=n)["actions"]))
+    while running.server._engine.waiting < 3:
+        pass
+    slow.go.set()
+    results = []
+    for thread, found in threads:
+        thread.join(30)
+        results += found
+    assert sorted(slow.batches) == [1, 1, 2]
+    encoded = policy.encode(row)
+    for got, steps in zip(results, (2, 1, 5, 1), strict=True):
+        np.testing.assert_allclose(got, policy.act_on([encoded], [NOISE], None, steps)[0], atol=1e-5)
+    assert np.abs(results[1] - results[2]).max() > 1e-3
+    for client in clients:
+        client.close()
 
 
 def test_missing_names_are_all_listed(start):
@@ -224,11 +272,11 @@ class Slow:
     def encode(self, row):
         return self.policy.encode(row)
 
-    def act_on(self, samples, noises=None):
+    def act_on(self, samples, noises=None, previous=None, steps=None):
         self.begun.set()
         assert self.go.wait(30)
         self.batches.append(len(samples))
-        return self.policy.act_on(samples, noises)
+        return self.policy.act_on(samples, noises, previous, steps)
 
 
 def in_thread(work):

@@ -67,6 +67,34 @@ def test_defects_of_a_config_are_found(config, finding):
     assert line.startswith(finding)
 
 
+class Continuing(ArmPolicy):
+    """Offers real-time chunking; its module has none."""
+
+    def continuation_ways(self):
+        return {"guided": 3, "trained": 2}
+
+
+class Forgetting(Continuing):
+    """Its module ignores what it is given."""
+
+    def build(self):
+        class Ignoring(Arm):
+            def continue_actions(self, batch, noise, previous):
+                return self.sample_actions(batch, noise)
+
+        return Ignoring(self.horizon)
+
+
+def test_a_policy_continues_chunks_as_it_says():
+    report = check_policy(Pi05Config(**SMALL, rtc_training_max_delay=1))
+    assert "continue_actions() keeps the actions that are given (trained)" in report.checked
+    assert "continue_actions() works (guided)" in report.checked
+    [line] = findings(check_policy, Continuing())
+    assert line.startswith("with continuation_ways(), has continue_actions()")
+    [line] = findings(check_policy, Forgetting())
+    assert line.startswith("continue_actions() keeps the actions that are given (trained)")
+
+
 class Generating(Arm):
     forward_methods = ("sample_actions", "generate")
 

@@ -1,26 +1,34 @@
 """`rlinf triage` from the command line to the page, on a run of a few steps; and the mistakes that can be planted."""
 
 import argparse
+import asyncio
 import json
 import re
+import threading
 
 import numpy as np
 import pytest
 import small_arm
+import torch
 from distributions import entry_point, repository_entry_points
 
 from rlinf_core import TriageOutcome, TriageTest, UserError, hookimpl
 from rlinf_core.commands import triage as command
 from rlinf_core.config.load import load_config
+from rlinf_core.export import Choice
+from rlinf_core.inference import LoadedPolicy, load_run
 from rlinf_core.plugins.registry import DATASET_GROUP, PLUGIN_GROUP, Plugins
+from rlinf_core.serving.server import PolicyServer
 from rlinf_core.testing import triage as planting
 from rlinf_core.testing.plants import PLANTS, Settings
 from rlinf_core.testing.triage import plant
+from rlinf_core.testing.triage_corpus import main as corpus
 from rlinf_core.training.distributed.processes import processes
 from rlinf_core.training.run_folder import prepare_folder
 from rlinf_core.triage.chain import registered_tests, run_tests
 from rlinf_core.triage.opening import open_scene
 from rlinf_core.triage.page import page_of
+from rlinf_core.triage.tests.server import ServerTest
 
 CONFIG = """\
 [runner]
@@ -119,6 +127,8 @@ def test_the_site_is_compared_and_json_has_every_test(run, triage, plugins, tmp_
     ("arguments", "message"),
     [
         (["nowhere"], "there is no nowhere"),
+        (["RUN", "--minutes", "3"], "--minutes is for episodes that the policy plays: add --episodes N"),
+        (["RUN", "--server", "ws://127.0.0.1:1"], "there is no policy server at ws://127.0.0.1:1"),
         (["RUN", "--episodes", "3"], "--episodes is for a simulator: add --env NAME"),
         (["RUN", "--dataset", "nowhere/at-all"], "nowhere/at-all"),
         (["RUN", "--execute-steps", "9"], "a chunk has 8 actions: 9 of them cannot be executed"),
@@ -154,6 +164,18 @@ def test_a_folder_without_its_run_shows_what_was_changed_after_the_export(run, p
     found = tests["weights"]().run(scene)
     assert found.verdict == "cause"
     assert "model.safetensors is not the file that rlinf export wrote" in found.sentence
+
+
+def test_weights_that_were_trained_in_bf16_are_recognised(run, plugins):
+    scene = open_scene(run, plugins=plugins)
+    tests = {test.name: test for test, _ in registered_tests(plugins)}
+    assert "bfloat16" not in tests["weights"]().run(scene).sentence
+    with torch.no_grad():
+        for parameter in scene.policy.module.parameters():
+            parameter.copy_(parameter.bfloat16())
+    found = tests["weights"]().run(scene)
+    assert found.verdict == "cause"
+    assert "100% of the trained weights are numbers of bfloat16" in found.sentence
 
 
 class Hostile(TriageTest):
@@ -200,6 +222,84 @@ def test_a_defect_of_a_plugins_test_names_it(run, plugins, monkeypatch):
     assert "in the triage test 'broken' of" in caught.value.__notes__[0]
 
 
+class Served:
+    """A server in this process, which does something to what it gets or answers."""
+
+    takes_noise = True
+
+    def __init__(self, policy, seen=lambda row: row, answered=lambda actions: actions, hashes=()):
+        self.policy, self.seen, self.answered = policy, seen, answered
+        self.hashes = list(hashes)
+
+    def act(self, row, noise):
+        return self.answered(self.policy.infer(self.seen(dict(row)), noise))
+
+    def other_files(self, description):
+        return self.hashes
+
+
+def _with(row, column, change):
+    return {**row, column: np.ascontiguousarray(change(row[column]))}
+
+
+def _negate_gripper(actions):
+    return actions * np.r_[np.ones(6), -1]
+
+
+WRONG_SERVERS = {
+    "negating action [6: gripper]": {"answered": _negate_gripper},
+    "leaving out the first 1 of its actions": {"answered": lambda actions: actions[1:]},
+    "rotating camera 'front' by 180°": {
+        "seen": lambda row: _with(row, "observation.images.front", lambda x: x[::-1, ::-1])
+    },
+    "setting the state to 0": {"seen": lambda row: _with(row, "observation.state", np.zeros_like)},
+    "it has loaded other files (model.safetensors)": {
+        "answered": lambda actions: actions + np.random.default_rng(0).normal(0, 1, actions.shape),
+        "hashes": ["model.safetensors"],
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "words", [one if one.startswith("negating") else pytest.param(one, marks=pytest.mark.slow) for one in WRONG_SERVERS]
+)
+def test_what_a_server_does_otherwise_is_named(words, run, plugins):
+    scene = open_scene(run, plugins=plugins)
+    if words.startswith(("rotating", "setting")):  # Three steps of training hardly use the observation.
+        with torch.no_grad():
+            for parameter in scene.policy.module.parameters():
+                parameter.mul_(3)
+    bare = LoadedPolicy(scene.policy.config, scene.policy.data, scene.pipeline, scene.policy.module)
+    scene.server = Served(bare, **WRONG_SERVERS[words])
+    found = ServerTest().run(scene)
+    assert found.verdict == "cause"
+    assert words in found.sentence
+
+
+def test_a_server_that_acts_as_the_policy_does_is_fine(run, plugins):
+    """Over a socket, with the server of `rlinf serve`."""
+    ready = threading.Event()
+    policy, _, _ = load_run(run, Choice(), device="cpu", dtype="fp32", plugins=plugins)
+    server = PolicyServer(policy, {"server": "rlinf-core 1"})
+    found = {}
+
+    async def serve():
+        found["loop"] = asyncio.get_running_loop()
+        await server.run("127.0.0.1", 0, lambda port: (found.update(port=port), ready.set()))
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()))
+    thread.start()
+    try:
+        assert ready.wait(30)
+        scene = open_scene(run, plugins=plugins, server=f"ws://127.0.0.1:{found['port']}")
+        with scene.server:
+            outcome = ServerTest().run(scene)
+        assert outcome.verdict == "fine", outcome.sentence
+    finally:
+        found["loop"].call_soon_threadsafe(server.stop.set)
+        thread.join(30)
+
+
 QUICK = ("swapped-cameras", "quaternion-sign", "absolute", "late", "rate")
 """Mistakes that are planted in the quick suite; the corpus plants all."""
 
@@ -214,6 +314,19 @@ def test_a_mistake_of_the_site_can_be_planted_and_read(one, run, plugins, tmp_pa
     first, other = (source.__getitems__([min(last, len(source) - 1)])[0] for source in rows)
     assert [key for key in first if not np.array_equal(first[key], other[key])]
     assert f"--dataset {planted.dataset}" in planted.command
+
+
+@pytest.mark.slow
+def test_the_table_of_mistakes_is_printed(run, plugins, monkeypatch, capsys):
+    monkeypatch.setattr("rlinf_core.testing.triage_corpus.get_plugins", lambda: plugins)
+    assert corpus([str(run), "--plant", "half-loaded", "empty-prompt", "--episodes", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(
+        r"^\| half-loaded \| half of the tensors are random \| yes \(`weights`\) \|", printed, re.MULTILINE
+    )
+    assert re.search(r"^\| empty-prompt \| the prompt is empty \| yes \(`prompts`\) \|", printed, re.MULTILINE)
+    assert printed.endswith("2 of 2 named first\n")
+    assert corpus([str(run), "--plant", "half-loadd"]) == 2
 
 
 def test_planting_has_settings_and_refuses_what_is_not_there(run, plugins, tmp_path):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from rlinf_core.data.rotations import from_matrix, to_matrix
 from rlinf_core.triage.mistakes.corrections import NOTHING, Correction
 from rlinf_core.triage.mistakes.families import all_families
 from rlinf_core.triage.mistakes.images import zoom
@@ -99,8 +100,14 @@ def numbers(at, change):
     return whole
 
 
-def wiped(images):
-    return np.nan_to_num(zoom(images, 1.3333, 1.0), nan=0.0)
+def wiped(images, *view):
+    return np.nan_to_num(zoom(images, *(view or (1.3333, 1.0))), nan=0.0)
+
+
+def turned_by_90(quaternion):
+    """As of a hand that is mounted at 90° on its flange."""
+    turn = to_matrix(np.array([0, 0, np.pi / 2]), "axis_angle")
+    return from_matrix(to_matrix(quaternion, "quaternion_xyzw") @ turn, "quaternion_xyzw")
 
 
 MISTAKES = {
@@ -120,6 +127,12 @@ MISTAKES = {
         "actions",
         "actions are absolute",
     ),
+    "other origin": (on_state(numbers([0], lambda x: x + 3)), "state", "state [0: x] is off by a constant (+3"),
+    "half": (on_actions(numbers([0, 1, 2], lambda x: 0.5 * x)), "actions", "are scaled by 0.5"),
+    "hand at 90°": (on_state(numbers([2, 3, 4, 5], turned_by_90)), "state", "is of another frame"),
+    "corner": (on_images(lambda x: wiped(x, 1.3333, 1.3333, -0.125, 0.125)), "cameras", "show another part"),
+    "darker": (on_images(lambda x: x**1.7), "cameras", "darker by a gamma of"),
+    "tinted": (on_images(lambda x: x * np.float32([1.0, 0.8, 0.55])), "cameras", "have a tint"),
     "late": (Correction(image_lag=-1, state_lag=-1), "timing", "observations are 1 step late"),
 }
 
@@ -148,6 +161,16 @@ def test_rows_of_other_episodes_have_no_mistake(seed, training):
 
 
 @pytest.mark.slow
+def test_three_mistakes_are_found_one_after_another(training):
+    site = episodes(1, 5, first=100)
+    for name in ("bgr", "w first", "open closes"):
+        site = MISTAKES[name][0].apply(site)
+    found = explanation(training, site)
+    assert {step.family for step in found.steps if step.family} == {"cameras", "state", "actions"}
+    assert np.allclose(found.site.actions, episodes(1, 5, first=100).actions)
+
+
+@pytest.mark.slow
 def test_two_mistakes_are_found_one_after_another(training):
     site = MISTAKES["open closes"][0].apply(MISTAKES["rotated"][0].apply(episodes(1, 5, first=100)))
     found = explanation(training, site)
@@ -155,6 +178,7 @@ def test_two_mistakes_are_found_one_after_another(training):
     assert np.allclose(found.site.actions, episodes(1, 5, first=100).actions)
 
 
+@pytest.mark.slow
 def test_other_scenes_are_unlike_training_without_a_mistake(training):
     site = episodes(1, 5, first=100)
     noise = np.random.default_rng(0).uniform(0, 1, site.images["front"].shape[1:]).astype(np.float32)

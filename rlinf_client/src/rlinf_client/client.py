@@ -11,6 +11,7 @@ from typing import Any
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
 from websockets.sync.client import ClientConnection, connect
 
+from rlinf_client.contract import compare
 from rlinf_client.timing import Timing
 from rlinf_client.wire import WireError, pack, unpack
 
@@ -56,13 +57,17 @@ class PolicyClient:
         Args:
             observation: Images uint8 [height, width, 3], state vectors, and the text `prompt`, under the names that the
                 server's `metadata` lists.
-            options: More keys of the request; servers of `rlinf serve` know `noise` [H, A], standard normal numbers.
+            options: More keys of the request. Servers of `rlinf serve` know `num_steps`, denoising steps; `noise`
+                [H, A], standard normal numbers; or `seed`, whole numbers, and `draw`, the number of the chunk since
+                then: the same chunk gets the same noise. For real-time chunking `prev_chunk_left_over` [T, D],
+                `inference_delay` and others.
 
         Returns:
             `actions` [H, D] in the robot's units, `state`, a list of S numbers as they were sent, and timings.
 
         Raises:
             ServerError: The server refused the observation.
+            WireError: The reply is not a message of this protocol.
             ConnectionError: The connection is gone, or there was no reply within `timeout`: connect again.
         """
         start = time.perf_counter()
@@ -77,10 +82,27 @@ class PolicyClient:
         if isinstance(reply, str):
             raise ServerError(reply)
         result: dict[str, Any] = unpack(reply)
+        if not isinstance(result, dict):
+            raise WireError(f"the reply is a {type(result).__name__}, not a map")
         self.round_trips.add(time.perf_counter() - start)
         if "infer_ms" in (timing := result.get("server_timing", {})):
             self.inferences.add(timing["infer_ms"] / 1e3)
         return result
+
+    def compare(self, observation: Mapping[str, Any], rate_hz: float | None = None) -> list[str]:
+        """Compare an observation, and the rate at which a robot acts, with what the policy was trained on.
+
+        Args:
+            observation: As `infer` takes it; nothing is sent.
+            rate_hz: Actions per second of the robot.
+
+        Returns:
+            What may be intended: other sizes of images, another task, another rate. One sentence each.
+
+        Raises:
+            ValueError: What the server would refuse or misunderstand: missing names, values of other shapes.
+        """
+        return compare(self.metadata, observation, rate_hz)
 
     def reset(self) -> None:
         """Nothing: the server keeps no state of an episode. As in openpi's client."""

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rlinf_core.contract.adapter import MergeableAdapter as MergeableAdapter
     from rlinf_core.contract.augmentation import AugmentationConfig as AugmentationConfig
     from rlinf_core.contract.command import Command as Command
+    from rlinf_core.contract.continuation import Continuation as Continuation
     from rlinf_core.contract.datasets import DatasetConfig as DatasetConfig
     from rlinf_core.contract.datasets import LeRobotDatasetConfig as LeRobotDatasetConfig
     from rlinf_core.contract.datasets import SampleSource as SampleSource
@@ -88,6 +89,7 @@ _HOME = {
     "Sample": "data.sample",
     "RunConfig": "contract.run",
     "hookimpl": "contract.hookspecs",
+    "Continuation": "contract.continuation",
     "load_policy": "inference",
     "open_rows": "rows",
     "open_samples": "rows",

@@ -2,19 +2,18 @@
 
 The folder contains the weights in the layout that the policy's `open_weights` reads, `norm_stats.json` (for a mixture
 `norm_stats/<source>.json`), copies of the policy's files (a tokenizer), and `rlinf.json`, which describes how to encode
-observations and lists the files' hashes. `inference.load_policy` reads it; `policy.weights` may name it.
+observations and lists the files' hashes. `inference.load_policy` reads it; `policy.weights` may name it. Every folder
+has a model card, `README.md`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import uuid
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,8 +21,8 @@ import torch
 
 from rlinf_core.config.load import load_config
 from rlinf_core.contract.policy import TrainedOn
-from rlinf_core.contract.run import RunConfig
-from rlinf_core.contract.weights.origin import DESCRIPTION, STATISTICS
+from rlinf_core.contract.run import RunConfig, RunSource
+from rlinf_core.contract.weights.origin import STATISTICS
 from rlinf_core.data.coverage import FILE as COVERAGE
 from rlinf_core.data.coverage import parse_coverage
 from rlinf_core.data.normalize import Stats
@@ -36,6 +35,10 @@ from rlinf_core.lora.digest import Digest
 from rlinf_core.lora.files import write_adapters
 from rlinf_core.lora.layers import LowRank, LowRankAdapter
 from rlinf_core.plugins.registry import Plugins
+from rlinf_core.publish.card import write_card
+from rlinf_core.publish.description import sha256_of, write_description, write_digests
+from rlinf_core.publish.exported import NATIVE, Exported
+from rlinf_core.publish.measured import measured_of
 from rlinf_core.torch_names import read_shards
 from rlinf_core.training.checkpoint.load import layout_difference
 from rlinf_core.training.checkpoint.shards import ShardReader
@@ -56,8 +59,6 @@ from rlinf_core.untrusted.text import read_json
 
 FORMAT = 1
 NUMBERS_AT_A_TIME = 2**28
-NATIVE = "rlinf"
-"""This project's own format; a policy may provide others."""
 SIMULATOR = "simulator"
 """The evaluator whose environment an exported folder remembers, and its key in the description."""
 ADAPTERS = "adapters"
@@ -85,6 +86,10 @@ class Choice:
     adapters: Literal["", "merge", "alone"] = ""
     """Adapters that the run has trained: merged into the weights, or written alone, in PEFT's layout. Empty: merged, if
     there are any."""
+    results: tuple[Path, ...] = ()
+    """Files that `rlinf eval --output` wrote, for the model card."""
+    licence: str = ""
+    """The licence of the exported policy, by the hub's id, for the model card; empty: unknown."""
 
 
 def export_run(
@@ -110,6 +115,51 @@ def export_run(
     check_run(folder)
     run = load_config(folder / "config.toml", plugins=plugins)
     sources = (run.source(choice.source),) if choice.source else run.sources
+    _check_choice(run, choice, output)
+    checkpoint = find_checkpoint(folder, run.runner.checkpoints_of(folder), choice, log)
+    policy = run.policy.with_data_layout(read_position(checkpoint).data_layout)
+    run = run.model_copy(update={"policy": policy})
+    choice, which = choose_weights(checkpoint, choice)
+    found = {s.statistics: read_statistics(run, folder, checkpoint, s.statistics) for s in sources}
+    exported = _exported(run, folder, checkpoint, choice, sources, found)
+    alone = choice.adapters == "alone"
+    adapters = read_adapters(run, checkpoint, choice, plugins) if alone else None
+    tensors, notes = ({}, [str(adapters)]) if adapters else read_weights(run, checkpoint, choice, plugins)
+    if choice.adapters == "merge" and not notes:
+        raise UserError(f"{folder} has no adapters to merge: leave out --merge")
+    for note in (*notes, which, *_left_out(run, choice)):
+        log(note)
+    with _whole_or_absent(output) as aside:
+        if choice.format != NATIVE:
+            run.policy.export(choice.format, tensors, aside, exported.sources)
+            write_digests(aside)
+        else:
+            if adapters:
+                adapters.write(aside, base_of(run), choice.dtype)
+            else:
+                run.policy.save_weights(tensors, aside)
+            _describe(exported, {file: one[0] for file, one in found.items() if one}, aside, choice, adapters)
+        write_card(aside, exported)
+    return checkpoint
+
+
+@contextmanager
+def _whole_or_absent(output: Path) -> Iterator[Path]:
+    """A temporary folder to write to, which becomes `output` unless writing fails."""
+    aside = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with writing(output, NAME_OUTPUT):
+            aside.mkdir(parents=True)
+            yield aside
+            if output.exists():
+                output.rmdir()
+            aside.rename(output)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _check_choice(run: RunConfig, choice: Choice, output: Path) -> None:
+    """Raise `UserError` if the policy has no such format, adapters cannot be written, or the output is not free."""
     formats = (NATIVE, *run.policy.export_formats)
     if choice.format not in formats:
         raise UserError(
@@ -120,41 +170,35 @@ def export_run(
         inside = f" and contains {min(output.iterdir()).name}" if output.is_dir() else ""
         raise UserError(f"{output} already exists{inside}: name another --output, or remove it")
     check_writable(output, NAME_OUTPUT)
-    checkpoint = find_checkpoint(folder, run.runner.checkpoints_of(folder), choice, log)
-    policy = run.policy.with_data_layout(read_position(checkpoint).data_layout)
-    run = run.model_copy(update={"policy": policy})
-    choice, which = choose_weights(checkpoint, choice)
-    found = {s.statistics: read_statistics(run, folder, checkpoint, s.statistics) for s in sources}
-    known = {file: one and one[1] for file, one in found.items()}
-    files = {file: one[0] for file, one in found.items() if one}
     _check_adapters(run, choice)
-    alone = choice.adapters == "alone"
-    adapters = read_adapters(run, checkpoint, choice, plugins) if alone else None
-    tensors, notes = ({}, [str(adapters)]) if adapters else read_weights(run, checkpoint, choice, plugins)
-    if choice.adapters == "merge" and not notes:
-        raise UserError(f"{folder} has no adapters to merge: leave out --merge")
-    for note in (*notes, which):
-        log(note)
-    aside = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with writing(output, NAME_OUTPUT):
-            aside.mkdir(parents=True)
-            if choice.format == NATIVE:
-                if adapters:
-                    adapters.write(aside, base_of(run), choice.dtype)
-                else:
-                    run.policy.save_weights(tensors, aside)
-                measured = validated(folder, run, read_position(checkpoint).step)
-                _describe(run, files, _coverage(folder, choice.source), measured, aside, checkpoint, choice, adapters)
-            else:
-                trained_on = [TrainedOn(s.name, s.run.data, known[s.statistics]) for s in sources]
-                run.policy.export(choice.format, tensors, aside, trained_on)
-            if output.exists():
-                output.rmdir()
-            aside.rename(output)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return checkpoint
+
+
+def _exported(
+    run: RunConfig,
+    folder: Path,
+    checkpoint: Path,
+    choice: Choice,
+    sources: Sequence[RunSource],
+    statistics: Mapping[str, tuple[Path, Stats] | None],
+) -> Exported:
+    """What the folder will hold. Raises `UserError` if a file of results is of other weights."""
+    position, ema = read_position(checkpoint), bool(choice.ema)
+    validation = validated(folder, run, position.step)["metrics"]
+    found = {source.name: statistics[source.statistics] for source in sources}
+    return Exported(
+        run=run,
+        folder=folder,
+        sources=[TrainedOn(s.name, s.run.data, one and one[1]) for s, one in zip(sources, found.values(), strict=True)],
+        digests={name: sha256_of(one[0]) for name, one in found.items() if one},
+        format=choice.format,
+        step=position.step,
+        rows=position.rows,
+        ema=ema,
+        dtype=choice.dtype,
+        adapters=choice.adapters == "alone",
+        measured=measured_of(folder, position.step, ema, validation, choice.results),
+        licence=choice.licence,
+    )
 
 
 def check_run(folder: Path) -> None:
@@ -333,6 +377,15 @@ def _parts(groups: Iterable[Group]) -> Iterator[list[Group]]:
         yield part
 
 
+def _left_out(run: RunConfig, choice: Choice) -> Iterator[str]:
+    """What the policy was trained for and the format does not have."""
+    if choice.format != NATIVE and "trained" in run.policy.continuation_ways():
+        yield (
+            f"the policy was trained for real-time chunking, which the format {choice.format!r} does not have: its "
+            "loaders run it without giving it the actions that are executed meanwhile"
+        )
+
+
 def _check_adapters(run: RunConfig, choice: Choice) -> None:
     """Raise `UserError` if adapters cannot be written alone."""
     if choice.adapters != "alone":
@@ -416,16 +469,10 @@ def read_adapters(run: RunConfig, checkpoint: Path, choice: Choice, plugins: Plu
 
 
 def _describe(
-    run: RunConfig,
-    trained_on: Mapping[str, Path],
-    coverage: Mapping[str, Any],
-    measured: Mapping[str, Any],
-    output: Path,
-    checkpoint: Path,
-    choice: Choice,
-    adapters: TrainedAdapters | None,
+    exported: Exported, trained_on: Mapping[str, Path], output: Path, choice: Choice, adapters: TrainedAdapters | None
 ) -> None:
-    """Write everything but the weights."""
+    """Write everything but the weights: statistics, the policy's files, and the description."""
+    whole = run = exported.run
     if choice.source:
         source = run.source(choice.source)
         run, statistics = source.run, {source.statistics: STATISTICS}
@@ -438,32 +485,22 @@ def _describe(
     files = {field: Path(path).name for field, path in run.policy.files().items()}
     for field, path in run.policy.files().items():
         shutil.copyfile(path, output / files[field])
-    config = run.model_dump(mode="json", exclude_none=True, round_trip=True)
-    exported = run.policy.exported().model_copy(update={"lora": None})
-    policy = exported.model_dump(mode="json", exclude_none=True, round_trip=True)
     belonging: dict[str, Any] = {}
     if adapters:
         belonging[ADAPTERS] = {"base": base_of(run), "digest": adapters.digest, "base_dtype": adapters.base_dtype}
-    versions = {d.name: d.version for d in metadata.distributions() if d.name.startswith(("rlinf", "torch"))}
-    description: dict[str, Any] = {
+    facts = {
         "format": FORMAT,
         "run": run.runner.name,
-        "step": read_position(checkpoint).step,
+        "step": exported.step,
         "weights": "ema" if choice.ema else "live",
         "dtype": choice.dtype,
-        "policy": policy,
-        "data": config["data"],
         "files": files,
-        "coverage": coverage,
-        "validation": measured,
+        "coverage": _coverage(exported.folder, choice.source),
+        "validation": validated(exported.folder, whole, exported.step),
         **belonging,
         **_simulator(run),
-        "versions": dict(sorted(versions.items())),
-        "sha256": {
-            path.relative_to(output).as_posix(): _sha256(path) for path in sorted(output.rglob("*")) if path.is_file()
-        },
     }
-    (output / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
+    write_description(run, output, facts)
 
 
 def _simulator(run: RunConfig) -> dict[str, Any]:
@@ -505,8 +542,3 @@ def validated(folder: Path, run: RunConfig, step: int) -> dict[str, Any]:
         if row["step"] == step and "loss" not in row:
             metrics |= {name: value for name, value in row.items() if name != "step" and value is not None}
     return {"seed": run.seed, "samples": run.runner.val_samples, "metrics": metrics}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

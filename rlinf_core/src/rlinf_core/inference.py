@@ -4,32 +4,24 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ValidationError
 
 from rlinf_core.config.load import load_config
+from rlinf_core.contract.continuation import Continuation
 from rlinf_core.contract.datasets import DatasetConfig
 from rlinf_core.contract.module import Policy
 from rlinf_core.contract.policy import PolicyConfig
-from rlinf_core.contract.registered import PLUGINS
-from rlinf_core.contract.run import no_source
-from rlinf_core.contract.tables.mixture import MixtureShare
-from rlinf_core.contract.weights.origin import DESCRIPTION, STATISTICS
-from rlinf_core.data.coverage import CompareObservation, CompareState, Coverage, parse_coverage
-from rlinf_core.data.normalize import load_norm_stats
+from rlinf_core.data.coverage import CompareObservation, CompareState, Coverage
 from rlinf_core.data.pipeline import Pipeline, build_pipeline, encode_observation
-from rlinf_core.data.sample import Sample
 from rlinf_core.data.transforms import Transform
 from rlinf_core.errors import UserError
 from rlinf_core.export import (
-    ADAPTERS,
-    FORMAT,
     Choice,
     check_run,
     choose_weights,
@@ -37,23 +29,17 @@ from rlinf_core.export import (
     read_statistics,
     read_weights,
 )
+from rlinf_core.exported import open_exported
 from rlinf_core.lora.apply import published_rows
 from rlinf_core.lora.digest import Digest
 from rlinf_core.plugins.registry import Plugins, get_plugins
+from rlinf_core.real_time import Encoded, continue_actions, encode_continuation
+from rlinf_core.sampling import Sampler
 from rlinf_core.training.checkpoint.state import read_position
 from rlinf_core.training.distributed.processes import to_device
 from rlinf_core.training.state.adapters import Original, find_adapters
 from rlinf_core.training.state.build import DTYPES, finite_tensor, opened_weights
 from rlinf_core.training.state.fsdp import materialize
-from rlinf_core.untrusted.text import path_inside, read_json
-
-ELSEWHERE = {
-    "a policy in lerobot's format": "policy_preprocessor.json",
-    "a policy in openpi's format": "assets/**/norm_stats.json",
-    "weights alone": "*.safetensors*",
-}
-"""What a folder without `rlinf.json` may contain -> a file that identifies it."""
-
 
 HERE = str(Path(__file__).parent)
 """Warnings name the first line outside of this package: the robot's."""
@@ -61,25 +47,6 @@ HERE = str(Path(__file__).parent)
 
 class OutsideTraining(UserWarning):
     """An observation is outside of what the policy's training data covered."""
-
-
-@dataclass(frozen=True)
-class CheckTrainingState(Transform):
-    """Check that a state is finite and has the width of the training data; changes nothing."""
-
-    width: int
-
-    def __call__(self, sample: Sample) -> Sample:
-        """Return the sample unchanged."""
-        state = sample.get("state")
-        if state is not None and state.shape != (self.width,):
-            raise UserError(
-                f"the state of the observation has shape {list(state.shape)} after the dataset's transforms, in "
-                f"training it was [{self.width}]: provide as many numbers as a row of the dataset has"
-            )
-        if state is not None and not np.isfinite(state).all():
-            raise UserError("the state of the observation contains NaN or infinity: a robot must not act on that")
-        return sample
 
 
 class LoadedPolicy:
@@ -93,14 +60,19 @@ class LoadedPolicy:
         module: Any,
         coverage: Coverage | None = None,
         base: frozenset[str] = frozenset(),
+        *,
+        steps: int | None = None,
+        compiled: bool = False,
     ) -> None:
         self.config, self.data = config, data
         self.module = module
+        self.sample = Sampler(config, module, steps=steps, compiled=compiled)
+        """Draws action chunks, in as many denoising steps as `load_policy` was asked for."""
         self.base = base
         """Names of the parameters that other adapters may share: those that adapters have not trained."""
         self.coverage = coverage
         """What training saw; None if the folder was exported before that was recorded: nothing is compared."""
-        self.pipeline = self._comparing(pipeline)
+        self.pipeline, self._plain = self._comparing(pipeline), pipeline
         self.device = next(module.parameters()).device
         self.dtype = _dtype_of(module)
         """Dtype of matrix products."""
@@ -122,36 +94,48 @@ class LoadedPolicy:
             self._reported.add(what)
             warnings.warn(f"{text} (reported once)", OutsideTraining, skip_file_prefixes=(HERE,))
 
-    def infer(self, observation: Mapping[str, Any], noise: NDArray[np.float32] | None = None) -> NDArray[np.floating]:
+    def infer(
+        self,
+        observation: Mapping[str, Any],
+        noise: NDArray[np.float32] | None = None,
+        *,
+        continuing: Continuation | None = None,
+    ) -> NDArray[np.floating]:
         """Compute a chunk of actions.
 
         Args:
             observation: A row in the dataset's format: images uint8 [height, width, 3] RGB and vectors [D] under the
                 dataset's column names, and the text `task`. Actions and other columns are ignored.
             noise: [H, A] standard normal, the start of sampling; None: drawn for this call.
+            continuing: The actions that the robot executes meanwhile, which the chunk is to continue (real-time
+                chunking); None: the chunk depends on the observation alone.
 
         Returns:
             [H, D] actions in the data's units.
 
         Raises:
             UserError: The observation lacks columns (the message names them all), its state or task is invalid, the
-                policy has not learned to act on it (an empty task, a prompt too long for the state in it), or `noise`
-                has another shape.
+                policy has not learned to act on it (an empty task, a prompt too long for the state in it), `noise`
+                has another shape, or the policy cannot continue these actions.
 
         Warns:
             OutsideTraining: The observation is outside of what training saw; once for each camera, for the state and
                 for the task.
         """
-        return self.infer_batch([observation], [noise])[0]
+        return self.infer_batch([observation], [noise], [continuing])[0]
 
     def act(
-        self, observations: Sequence[Mapping[str, Any]], generators: Sequence[np.random.Generator]
+        self,
+        observations: Sequence[Mapping[str, Any]],
+        generators: Sequence[np.random.Generator],
+        continuing: Sequence[Continuation | None] | None = None,
     ) -> list[NDArray[np.floating]]:
         """Compute chunks of actions for several observations as one batch.
 
         Args:
             observations: At least one, each as for `infer`.
             generators: Draw the noise of each observation's actions.
+            continuing: What each chunk continues, as for `infer`; None: nothing.
 
         Returns:
             For each, [H, D] actions in the data's units.
@@ -159,16 +143,21 @@ class LoadedPolicy:
         Raises:
             UserError: As `infer`.
         """
-        return self.infer_batch(observations, [self.config.draw(generator)["noise"] for generator in generators])
+        noises = [self.config.draw(generator)["noise"] for generator in generators]
+        return self.infer_batch(observations, noises, continuing)
 
     def infer_batch(
-        self, observations: Sequence[Mapping[str, Any]], noises: Sequence[NDArray[np.float32] | None] | None = None
+        self,
+        observations: Sequence[Mapping[str, Any]],
+        noises: Sequence[NDArray[np.float32] | None] | None = None,
+        continuing: Sequence[Continuation | None] | None = None,
     ) -> list[NDArray[np.floating]]:
         """Compute a chunk of actions for each of several observations, in one pass of the policy.
 
         Args:
             observations: As `infer` takes them.
             noises: The noise of each, as `infer` takes it; None: all are drawn.
+            continuing: What each chunk continues, as `infer` takes it; None: nothing.
 
         Returns:
             For each observation [H, D], equal up to rounding to what `infer` returns for the same noise.
@@ -176,21 +165,57 @@ class LoadedPolicy:
         Raises:
             UserError: As `infer`, for any of them.
         """
-        return self.act_on([self.encode(one) for one in observations], noises)
+        samples = [self.encode(one) for one in observations]
+        previous = [
+            None if one is None else self.encode_continuation(observation, sample, one)
+            for observation, sample, one in zip(observations, samples, continuing or [None] * len(samples), strict=True)
+        ]
+        return self.act_on(samples, noises, previous)
 
     def act_on(
-        self, samples: Sequence[Any], noises: Sequence[NDArray[np.float32] | None] | None = None
+        self,
+        samples: Sequence[Any],
+        noises: Sequence[NDArray[np.float32] | None] | None = None,
+        previous: Sequence[Encoded | None] | None = None,
+        steps: int | None = None,
     ) -> list[NDArray[np.floating]]:
-        """`infer_batch` for observations that `encode` has prepared and checked."""
+        """`infer_batch` for observations that `encode` has prepared and checked, and actions of `encode_continuation`.
+
+        Observations that continue chunks in different ways, or none, are computed one way after another; all of them
+        in this many denoising steps.
+        """
         starts = []
         for noise in noises or [None] * len(samples):
             drawn = self.config.draw(self._noise)["noise"]
             starts.append(drawn if noise is None else _checked_noise(noise, drawn.shape))
+        previous = previous or [None] * len(samples)
+        ways = [one and one.trained for one in previous]
+        chunks: dict[int, NDArray[np.floating]] = {}
+        for way in dict.fromkeys(ways):
+            own = [number for number, its in enumerate(ways) if its == way]
+            noise = np.stack([starts[number] for number in own])
+            continued = [one for i in own if (one := previous[i])]
+            found = self._chunks([samples[i] for i in own], noise, continued, steps)
+            chunks |= dict(zip(own, found, strict=True))
+        return [self.pipeline.decode(chunks[number], sample) for number, sample in enumerate(samples)]
+
+    def _chunks(
+        self, samples: Sequence[Any], starts: NDArray[np.float32], previous: Sequence[Encoded], steps: int | None
+    ) -> NDArray[np.floating]:
+        """The policy's own actions [B, H, A] for a batch of which all or none continue a chunk."""
         batch = to_device(self.config.collate(list(samples)), self.device)
-        with torch.inference_mode():
-            actions = self.module.sample_actions(batch, torch.from_numpy(np.stack(starts)).to(self.device))
-        chunks = actions.float().cpu().numpy()
-        return [self.pipeline.decode(chunk, sample) for chunk, sample in zip(chunks, samples, strict=True)]
+        noise = torch.from_numpy(starts).to(self.device)
+        if previous:
+            number = self.sample.steps if steps is None else steps
+            actions = continue_actions(self.module, batch, noise, previous, number)
+        else:
+            actions = self.sample(batch, noise, steps)
+        chunks: NDArray[np.floating] = actions.float().cpu().numpy()
+        return chunks
+
+    def encode_continuation(self, observation: Mapping[str, Any], sample: Any, continuing: Continuation) -> Encoded:
+        """Prepare the actions that a chunk continues; `sample` is what `encode` made of the observation."""
+        return encode_continuation(self.config, self.data, self._plain, observation, sample, continuing)
 
     def encode(self, observation: Mapping[str, Any]) -> Any:
         """Prepare an observation for the policy, and compare it with training; raises and warns as `infer`."""
@@ -220,6 +245,8 @@ def load_policy(
     plugins: Plugins | None = None,
     source: str = "",
     base: str | Path | LoadedPolicy = "",
+    steps: int | None = None,
+    compile: bool = False,
 ) -> LoadedPolicy:
     """Load a policy that `rlinf export` wrote, or adapters that it wrote with the weights that they belong to.
 
@@ -235,49 +262,28 @@ def load_policy(
         base: For adapters, the weights that they belong to, if they are not where the run had them: a folder, file or
             hub id as in `policy.weights`. Or a policy that is loaded already, also one with other adapters: the
             weights are then in memory once, on its device and in its dtype.
+        steps: Denoising steps of a chunk; None: as in training. Fewer are faster and less exact; see
+            [fewer steps](../serving.md#faster).
+        compile: Compile a denoising step when it is first used, which takes a minute or more; the same actions up to
+            rounding. Without a C++ compiler (on a CPU) or Triton (on a GPU), one warning and no compilation.
 
     Raises:
         UserError: The folder is not an exported policy, its files are inconsistent, its weights contain NaN or
-            infinity, or there is no such device or dtype.
+            infinity, there is no such device or dtype, or the policy has no steps or cannot be compiled.
     """
     folder, device, dtype = Path(folder), _known_device(device), _known_dtype(dtype)
-    plugins = plugins or get_plugins()
-    description = _read_description(folder)
-    table, statistics = _choose_source(description["data"], folder, source)
-    data = _validated(plugins.dataset(_name(table, "config_name", folder)), table, folder, plugins)
-    here: dict[str, Any] = {field: str(_inside(folder, name)) for field, name in description["files"].items()}
-    adapters = _described_adapters(description, folder, given=bool(base))
     shared = base if isinstance(base, LoadedPolicy) else None
-    if adapters is None:
-        here["weights"] = str(folder)
-    else:
-        here["weights"] = "random" if shared else str(base or adapters["base"])
-        here["lora"] = {"weights": str(folder), "base_dtype": adapters["base_dtype"]}
-    config = _validated(
-        plugins.policy(_name(description["policy"], "type", folder)), description["policy"] | here, folder, plugins
-    )
-    stats = load_norm_stats(statistics) if statistics.exists() else None
-    pipeline = build_pipeline(data, config, stats)
-    if pipeline.normalize and stats and "state" in stats:  # A narrower state would be padded silently.
-        pipeline = replace(pipeline, dataset=(*pipeline.dataset, CheckTrainingState(len(stats["state"].mean))))
+    if isinstance(base, LoadedPolicy):
+        base = "random"
+    opened = open_exported(folder, plugins or get_plugins(), source=source, base=base)
+    config, adapters = opened.config, opened.adapters
     module, own = _load_module(config, device, DTYPES[dtype], shared)
     if adapters is not None:
         _check_base(module, config, own, str(adapters["digest"]), folder)
-    coverage = parse_coverage(description.get("coverage"), source, str(folder / DESCRIPTION))
-    return LoadedPolicy(config, data, pipeline, module.eval(), coverage, own)
-
-
-def _described_adapters(description: dict[str, Any], folder: Path, *, given: bool) -> dict[str, Any] | None:
-    """What the description says of adapters; None if the folder holds a whole policy."""
-    table = description.get(ADAPTERS)
-    if table is None:
-        if given:
-            raise UserError(f"load_policy(base=...): {folder} holds a whole policy, not adapters: leave base out")
-        return None
-    keys = ("base", "digest", "base_dtype")
-    if not isinstance(table, dict) or not all(isinstance(table.get(key), str) for key in keys):
-        raise UserError(f"{folder / DESCRIPTION}: {ADAPTERS} must be a table with {', '.join(keys)}")
-    return table
+    whole = module.eval()
+    return LoadedPolicy(
+        config, opened.data, opened.pipeline, whole, opened.coverage, own, steps=steps, compiled=compile
+    )
 
 
 def _load_module(
@@ -356,7 +362,14 @@ def _check_base(module: Any, config: PolicyConfig, own: frozenset[str], expected
 
 
 def load_run(
-    folder: Path, choice: Choice, *, device: str | torch.device, dtype: str, plugins: Plugins, source: str = ""
+    folder: Path,
+    choice: Choice,
+    *,
+    device: str | torch.device,
+    dtype: str,
+    plugins: Plugins,
+    source: str = "",
+    steps: int | None = None,
 ) -> tuple[LoadedPolicy, Path, list[str]]:
     """Load a policy from a checkpoint of a run, as if it had been exported.
 
@@ -367,6 +380,7 @@ def load_run(
         dtype: Dtype of matrix products.
         plugins: Plugins that provide the run's classes.
         source: For a mixture, the dataset whose observations the policy gets.
+        steps: Denoising steps of a chunk; None: as in training.
 
     Returns:
         The policy, its checkpoint, and sentences about what was chosen.
@@ -390,7 +404,8 @@ def load_run(
     materialize(module, device, lambda name, _: tensors.pop(name))
     _compute_in(module, DTYPES[known])
     pipeline = build_pipeline(given.run.data, policy, statistics[1] if statistics else None)
-    return LoadedPolicy(policy, given.run.data, pipeline, module.eval()), checkpoint, [*notes, *said, which]
+    loaded = LoadedPolicy(policy, given.run.data, pipeline, module.eval(), steps=steps)
+    return loaded, checkpoint, [*notes, *said, which]
 
 
 def _known_device(device: str | torch.device) -> torch.device:
@@ -420,37 +435,6 @@ def _known_dtype(dtype: object) -> Literal["fp32", "bf16"]:
     return "bf16" if name == "bf16" else "fp32"
 
 
-def _choose_source(table: dict[str, Any], folder: Path, name: str) -> tuple[dict[str, Any], Path]:
-    """The table of the chosen dataset, and the path of its statistics."""
-    listed = table.get("mixture", [])
-    if not isinstance(listed, list) or not all(isinstance(entry, dict) for entry in listed):
-        raise UserError(f"{folder / DESCRIPTION}: its data.mixture is not a list of tables")
-    entries = {_name(entry, "name", folder): entry for entry in listed}
-    if not entries and not name:
-        return table, folder / STATISTICS
-    if not name and len(entries) == 1:
-        (name,) = entries
-    if name not in entries:
-        raise UserError(f"{folder}: {no_source(name, list(entries), 'in load_policy(..., source=...)')}")
-    own = {key: value for key, value in entries[name].items() if key not in MixtureShare.model_fields}
-    return own, _inside(folder, f"norm_stats/{name}.json")
-
-
-def _name(table: dict[str, Any], key: str, folder: Path) -> str:
-    """A name in a table of the description."""
-    if not isinstance(name := table.get(key), str):
-        raise UserError(f"{folder / DESCRIPTION}: {key} is {name!r}, but must be a name")
-    return name
-
-
-def _inside(folder: Path, name: object) -> Path:
-    """A file in the folder, by its name in the description."""
-    try:
-        return path_inside(folder, name)
-    except ValueError as error:
-        raise UserError(f"{folder / DESCRIPTION}: {error}") from error
-
-
 def _dtype_of(module: Any) -> torch.dtype:
     """The dtype of compute units."""
     units = (unit for unit in module.shard_units() if unit.dtype == "compute")
@@ -466,41 +450,3 @@ def _compute_in(module: Policy, dtype: torch.dtype) -> None:
         for parameter in unit.module.parameters() if unit.dtype == "compute" else ():
             if parameter not in wide:
                 parameter.data = parameter.data.to(dtype)
-
-
-def _read_description(folder: Path) -> dict[str, Any]:
-    path = folder / DESCRIPTION
-    if folder.is_dir() and not path.exists() and (what := _without_description(folder)):
-        raise UserError(f"{folder} contains {what}")
-    try:
-        description: dict[str, Any] = read_json(path)
-        if description["format"] != FORMAT:
-            raise UserError(f"{path} has format {description['format']}, but this version reads format {FORMAT}")
-        missing = [key for key in ("policy", "data", "files") if not isinstance(description[key], dict)]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} cannot be read ({error}): is this a folder that `rlinf export` wrote?") from error
-    if missing:
-        raise UserError(f"{path}: {', '.join(missing)} must be tables")
-    return description
-
-
-def _without_description(folder: Path) -> str:
-    """What a folder without `rlinf.json` contains, and the way out; empty if unknown."""
-    if (folder / "checkpoints").is_dir():
-        return f"a run, not a policy: export it with `rlinf export {folder} --output FOLDER`, and load that folder"
-    kind = next((name for name, mark in ELSEWHERE.items() if any(folder.glob(mark))), "")
-    if not kind:
-        return ""
-    return (
-        f"{kind}, without the {DESCRIPTION} that describes how to encode an observation: it cannot be loaded here. "
-        "Export the run again without --format; or train from these weights with policy.weights"
-    )
-
-
-def _validated[C: BaseModel](config: type[C], table: dict[str, Any], folder: Path, plugins: Plugins) -> C:
-    try:
-        return config.model_validate(table, context={PLUGINS: plugins})
-    except ValidationError as error:
-        raise UserError(
-            f"{folder / DESCRIPTION} is not valid for {config.__name__}, whose version may differ: {error}"
-        ) from error

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from rlinf_core.contract.datasets import DatasetConfig, SampleSource
 from rlinf_core.contract.evaluation import ValidationRow
+from rlinf_core.contract.policy import PolicyConfig
 from rlinf_core.data.coverage import CompareObservation, CompareState
 from rlinf_core.data.loading.encoding import add_draws, encode_rows, read_rows
 from rlinf_core.data.loading.sampling import validation_generator
@@ -25,6 +25,8 @@ from rlinf_core.errors import UserError
 from rlinf_core.evaluators.action_error import GUESSES, ActionComparison, ActionSums, Vectors, mean_action
 from rlinf_core.inference import LoadedPolicy
 from rlinf_core.results import ActionErrors, Cell, Estimate, ResultTable
+from rlinf_core.serving.observations import NOISE
+from rlinf_core.serving.remote import RemotePolicy
 from rlinf_core.training.distributed.processes import to_device
 
 RESAMPLES = 2000
@@ -37,6 +39,16 @@ FEWEST_EPISODES = 3
 """Fewest episodes of an interval: with fewer, resampling says nothing."""
 SUBSET = ("validation_fraction", "validation_episodes", "validation_tasks", "episodes", "exclude_episodes", "tasks")
 """Keys of `[data]` that choose episodes of the run's own dataset, and mean nothing for another one."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """A policy on a server, with what the exported folder here says of it."""
+
+    remote: RemotePolicy
+    config: PolicyConfig
+    data: DatasetConfig
+    pipeline: Pipeline
 
 
 @dataclass(frozen=True)
@@ -171,7 +183,7 @@ class Judged:
 
 
 def judge(
-    policy: LoadedPolicy,
+    policy: LoadedPolicy | Served,
     rows: SampleSource,
     mean_from: SampleSource,
     *,
@@ -184,7 +196,7 @@ def judge(
     """Sample actions for recorded rows, and compare them with the recorded ones.
 
     Args:
-        policy: The policy.
+        policy: The policy, here or on a server.
         rows: The rows.
         mean_from: The rows whose mean action is the output of a baseline, usually those of training.
         samples: Rows to use, evenly spread; all of them if there are fewer. 0: all.
@@ -210,7 +222,7 @@ def judge(
         for row, chunk, task in _act(policy, pipeline, rows, part.tolist(), seed):
             episode = int(rows.episodes[row.row])
             sums = by_episode.setdefault(episode, comparison.empty())
-            sums += comparison.compare(chunk, row)
+            sums += comparison.compare_decoded(chunk, row)
             tasks.setdefault(episode, task)
         done += len(part)
         progress(done, len(chosen))
@@ -267,14 +279,17 @@ def _without_comparisons(pipeline: Pipeline) -> Pipeline:
 
 
 def _act(
-    policy: LoadedPolicy, pipeline: Pipeline, source: SampleSource, indices: Sequence[int], seed: int
+    policy: LoadedPolicy | Served, pipeline: Pipeline, source: SampleSource, indices: Sequence[int], seed: int
 ) -> Iterator[tuple[ValidationRow, Vectors, str]]:
-    """Rows of a batch with the actions that the policy samples for them, and their task."""
+    """Rows of a batch with the actions [H, D] that the policy samples for them, in the data's units, and their task."""
     rows = read_rows(source, indices)
     generators = (validation_generator(seed, index) for index in indices)
     samples = add_draws(encode_rows(source, indices, rows, pipeline), policy.config, generators)
-    batch: Mapping[str, Any] = to_device(policy.config.collate(samples), policy.device)
-    with torch.inference_mode():
-        actions = policy.module.sample_actions(batch, batch["noise"]).float().cpu().numpy()
+    if isinstance(policy, Served):
+        actions = policy.remote.infer(rows, [{NOISE: np.asarray(sample["noise"])} for sample in samples])
+    else:
+        batch: Mapping[str, Any] = to_device(policy.config.collate(samples), policy.device)
+        chunks = policy.sample(batch, batch["noise"]).float().cpu().numpy()
+        actions = [pipeline.decode(chunk, sample) for chunk, sample in zip(chunks, samples, strict=True)]
     for index, row, sample, chunk in zip(indices, rows, samples, actions, strict=True):
         yield ValidationRow(index, sample, pipeline.target(row)), chunk, str(row.get("task", ""))

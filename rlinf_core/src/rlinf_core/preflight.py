@@ -31,10 +31,10 @@ from rlinf_core.data.statistics.rates import compare_rates, describe_chunk
 from rlinf_core.data.statistics.run import diagnosed_pipeline
 from rlinf_core.errors import UserError, did_you_mean
 from rlinf_core.plugins.evaluators import evaluator_names
-from rlinf_core.plugins.owners import CORE
 from rlinf_core.plugins.registry import Plugins
 from rlinf_core.slurm import processes_per_node
 from rlinf_core.training.checkpoint.image_files import compare_images, record_images
+from rlinf_core.training.distributed.open_files import count_open_files, find_limit, too_few
 from rlinf_core.training.resume import Flags, Start, decide_start
 from rlinf_core.training.run_folder import read_folder
 from rlinf_core.training.settings import Fsdp2Settings
@@ -132,11 +132,13 @@ def check_run(run: RunConfig, plugins: Plugins, ranks: int | None = None, *, all
     with report.checking():
         report.facts["launcher"] = run.cluster.launcher
         check_launcher(run, plugins)
+    report.warnings += filter(None, [run.cluster.unused])
     if plugins.failures:
         report.facts["plugins_left_out"] = "; ".join(map(str, plugins.failures))
     if run.runner.val_check_interval:
         report.facts["evaluators"] = ", ".join(evaluator_names(run))
     if isinstance(run.trainer, Fsdp2Settings):
+        _check_machines(run, run.trainer, report)
         report.facts["compiled_blocks"] = run.trainer.compile_fact
     report.facts["loggers"] = ", ".join(dict.fromkeys(("console", "jsonl", *run.runner.loggers)))
     return report
@@ -173,7 +175,7 @@ def _check_images(data: DatasetConfig, train: SampleSource, report: Report) -> N
 
 def _check_batch(run: RunConfig, ranks: int | None, report: Report) -> None:
     """Check that global batch = ranks x micro batch x accumulation."""
-    whole, micro, nodes = run.trainer.global_batch_size, run.trainer.micro_batch_size, run.cluster.num_nodes
+    whole, micro, nodes = run.trainer.global_batch_size, run.trainer.micro_batch_size, run.cluster.machines
     report.facts["global_batch_size"] = whole
     if ranks is not None:
         with report.checking():
@@ -190,6 +192,18 @@ def _check_batch(run: RunConfig, ranks: int | None, report: Report) -> None:
             most = check_batch(whole, micro, nodes) * nodes
             fitting = [n for n in range(nodes, most + 1, nodes) if most % n == 0]
             report.facts["ranks_that_fit"] = ", ".join(map(str, fitting))
+
+
+def _check_machines(run: RunConfig, trainer: Fsdp2Settings, report: Report) -> None:
+    """Report how the model is sharded over several machines, and how many files the ranks open."""
+    known, nodes = report.facts.get("ranks"), run.cluster.machines
+    ranks = known if isinstance(known, int) else 0
+    if nodes > 1:
+        report.facts["sharding"] = trainer.describe_replicas(ranks, nodes)
+    if ranks > 1 and ranks % nodes == 0:
+        needed = count_open_files(ranks, trainer.replicas(ranks, nodes), run.data.num_workers)
+        report.facts["open_files"] = f"up to {needed} per process; {find_limit()} are allowed here"
+        report.warnings += filter(None, [too_few(needed, ranks)])
 
 
 def _check_length(run: RunConfig, rows: int, report: Report) -> None:
@@ -241,9 +255,12 @@ def _check_folder(run: RunConfig, report: Report, *, allow_change: bool) -> Star
 
 def check_launcher(run: RunConfig, plugins: Plugins) -> None:
     """Raise `UserError` if no installed plugin can provide `cluster.launcher`."""
-    owners = [implementation.owner for implementation in plugins.implementations("rlinf_launch")]
-    others = [owner for owner in owners if owner.distribution != CORE]
-    if run.cluster.launcher not in LAUNCHERS and not others:
+    launching, naming = (
+        {implementation.owner for implementation in plugins.implementations(hook)}
+        for hook in ("rlinf_launch", "rlinf_launcher_names")
+    )
+    # One that does not name its launchers may provide any.
+    if run.cluster.launcher not in _launchers(plugins) and launching <= naming:
         raise nobody_launches(run, plugins)
     if run.cluster.launcher == SLURM:
         processes_per_node(run)
@@ -251,12 +268,19 @@ def check_launcher(run: RunConfig, plugins: Plugins) -> None:
 
 def nobody_launches(run: RunConfig, plugins: Plugins) -> UserError:
     """The error for a `cluster.launcher` that no plugin provides."""
-    name = run.cluster.launcher
+    name, there = run.cluster.launcher, _launchers(plugins)
+    others = "".join(f", {owner} {launcher!r}" for launcher, owner in there.items() if launcher not in LAUNCHERS)
     core = " and ".join(map(repr, LAUNCHERS))
     lines = [
-        f"no installed plugin launches with cluster.launcher = {name!r}{did_you_mean(name, LAUNCHERS)}",
-        f"install the package that provides it, or leave cluster.launcher out: core provides {core}",
+        f"no installed plugin launches with cluster.launcher = {name!r}{did_you_mean(name, there)}",
+        f"install the package that provides it, or leave cluster.launcher out: core provides {core}{others}",
         *(f"failed: {failure}" for failure in plugins.failures),
         *(f"left out by RLINF_DISABLE_PLUGINS: {distribution}" for distribution in plugins.blocked),
     ]
     return UserError("\n  ".join(lines))
+
+
+def _launchers(plugins: Plugins) -> dict[str, str]:
+    """Values of `cluster.launcher` -> the distribution that provides it."""
+    named = plugins.implementations("rlinf_launcher_names")
+    return {name: one.owner.distribution for one in reversed(named) for name in one.call()}

@@ -51,7 +51,7 @@ def processes_per_node(run: RunConfig) -> int:
             f"cluster.component_placement selects GPUs {list(share.devices)} of the {gpus} on each node, and the "
             f'others would be idle: set cluster.slurm.gpus_per_node = {len(share.devices)} and the placement to "all"'
         )
-    ranks = share.processes * cluster.num_nodes
+    ranks = share.processes * cluster.machines
     run.trainer.check_ranks(ranks)
     check_batch(run.trainer.global_batch_size, run.trainer.micro_batch_size, ranks)
     return share.processes
@@ -112,7 +112,7 @@ def _header(run: RunConfig) -> str:
     slurm = run.cluster.slurm
     ours: dict[str, str | int | bool] = {
         "job-name": run.runner.name,
-        "nodes": run.cluster.num_nodes,
+        "nodes": run.cluster.machines,
         "ntasks-per-node": 1,
     }
     if slurm.gpus_per_node and not any(name in slurm.options for name in GPU_OPTIONS):
@@ -143,7 +143,7 @@ def _body(run: RunConfig, arguments: Sequence[str], processes: int) -> str:
         overwrite=_OVERWRITE if OVERWRITE in arguments else "",
         srun=shlex.join(["srun", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]),
         srun_options="".join(f" {option}" for option in _options(slurm.srun_options)),
-        nodes=run.cluster.num_nodes,
+        nodes=run.cluster.machines,
         processes=processes,
         restarts=run.cluster.max_restarts,
         requeue=_REQUEUE.format(exit_file=EXIT_FILE) if slurm.requeue else "",

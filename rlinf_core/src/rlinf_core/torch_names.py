@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.distributed import (  # type: ignore[attr-defined]  # torch's stubs l
     HashStore,
     PrefixStore,
     Store,
+    TCPStore,
     rendezvous,
 )
 from torch.distributed.checkpoint.api import CheckpointException
@@ -40,7 +42,9 @@ __all__ = [
     "HashStore",
     "PrefixStore",
     "Store",
+    "TCPStore",
     "rendezvous",
+    "set_gloo_timeout",
     # The files of a checkpoint: `training.checkpoint`, `export`.
     "CheckpointException",
     "DefaultSavePlanner",
@@ -80,6 +84,14 @@ __all__ = [
     "storage_address",
     "tree_leaves",
     "tree_map",
+    # Fake devices and process groups: `rehearsal`.
+    "fake_store",
+    "fake_tensors",
+    "forget_meshes",
+    "group_size_of",
+    "in_backward",
+    "memory_tracker",
+    "outside_fake_tensors",
 ]
 
 _aten = torch.ops.aten
@@ -102,6 +114,14 @@ FLASH_BACKWARD = "aten._scaled_dot_product_flash_attention_backward"
 VARLEN = "torch_attn._varlen_attn"
 VARLEN_BACKWARD = "torch_attn._varlen_attn_backward"
 """Names of operations, as `name_of` returns them."""
+
+
+def set_gloo_timeout(timeout: timedelta) -> None:
+    """Set how long the default process group's next collectives of CPU tensors may take."""
+    group: Any = torch.distributed.group.WORLD
+    backend = group._get_backend(torch.device("cpu"))
+    if backend.name() == "gloo":
+        backend._set_default_timeout(timeout)
 
 
 def flash_attention(
@@ -212,3 +232,48 @@ def plan_caches() -> tuple[dict[str, Any], ...]:
         SavePlanner._cached_metadata,
         SavePlanner._cached_final_save_plan,
     )
+
+
+def fake_tensors() -> Any:
+    """Torch's module of fake tensors, which have a shape, a dtype and a device: `rehearsal.fake_cuda` changes parts."""
+    from torch._subclasses import fake_tensor  # Imported late, as all of what a rehearsal needs.
+
+    return fake_tensor
+
+
+def outside_fake_tensors() -> Any:
+    """A context in which tensors have values again."""
+    return fake_tensors().unset_fake_temporarily()
+
+
+def fake_store() -> Any:
+    """The store of the process group `fake`, whose collectives return at once."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    return FakeStore()
+
+
+def forget_meshes() -> None:
+    """Drop results of DTensor operations that the process remembers, with the device meshes that they are on."""
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+    _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
+
+
+def memory_tracker() -> Any:
+    """Torch's class that follows the memory of tensors, fake ones too."""
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    return MemTracker
+
+
+def in_backward() -> bool:
+    """Whether this thread is in a backward pass."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def group_size_of(operation: Any, args: Any) -> int:
+    """Number of ranks that a dispatched collective is among."""
+    from torch.distributed._tools.fake_collectives import CollectiveOp
+
+    return int(CollectiveOp.get_process_group(operation, args).size())

@@ -14,9 +14,9 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, TextIO
 
-from rlinf_core.errors import Interrupted
+from rlinf_core.errors import Exit, Interrupted
 from rlinf_core.process.ending import Ending
-from rlinf_core.process.start import check_launcher, prepare_process
+from rlinf_core.process.start import check_launcher, prepare_process, quiet_torch
 from rlinf_core.process.watchdog import enter, kill_children, watchdog
 from rlinf_core.terminal import wrap
 
@@ -52,14 +52,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _leave_writers(code: int) -> None:
-    """Exit the process at once if a thread is still writing a checkpoint.
+    """Exit the process at once if threads of torch may still be at work.
 
-    A normal exit of Python would destroy torch's process groups while the thread uses them, which may crash or hang.
+    A normal exit of Python would destroy torch's process groups while a thread uses them, which may crash or hang: one
+    that writes a checkpoint, or gloo's, which wait for a rank that was lost.
     """
     if "torch" in sys.modules:
         from rlinf_core.training.checkpoint.writer import THREAD
 
-        if any(thread.name.startswith(THREAD) for thread in threading.enumerate()):
+        lost = code == Exit.DEFECT  # Not a bug, which keeps its traceback: another rank or a machine is gone.
+        if lost or any(thread.name.startswith(THREAD) for thread in threading.enumerate()):
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
@@ -87,14 +89,18 @@ def train(
     from rlinf_core.config.load import load_config
     from rlinf_core.plugins.registry import get_plugins
 
-    plugins = get_plugins()
-    run = load_config(config, overrides, plugins)
+    with quiet_torch("ERROR"):
+        plugins = get_plugins()
+        run = load_config(config, overrides, plugins)
     plugins.hook.rlinf_configure(run=run)
 
     watchdog.allow(run.trainer.timeout_seconds)
     enter("loading torch and joining the ranks", rank)
     from rlinf_core.contract.tables.cluster import check_world_size
-    from rlinf_core.training.distributed.processes import processes
+
+    with quiet_torch("ERROR"):
+        from rlinf_core.training.distributed.processes import processes
+    from rlinf_core.training.distributed.machine_table import make_table
     from rlinf_core.training.distributed.same_inputs import check_same_program
     from rlinf_core.training.resume import say_finished
     from rlinf_core.training.run_folder import RunFolder
@@ -104,6 +110,7 @@ def train(
         check_world_size(run.cluster, group.size)
         check_same_program(run, plugins.owners, group)
         _report(group, (f"plugin left out: {failure}" for failure in plugins.failures), sys.stderr)
+        _report(group, filter(None, [run.cluster.unused]))
         start = folder.start(overwrite=overwrite, allow_change=allow_change)
         run = folder.run
         _report(group, start.notes)
@@ -116,6 +123,8 @@ def train(
             watchdog.folder = run.folder
             if group.rank == 0:
                 record_environment(run, group, plugins)
+            if table := make_table(run, group):
+                _report(group, table.lines())
             trainer = ending.trainer = run.trainer.build(run, start=start, group=group, plugins=plugins)
         received = trainer.train()
     if received:

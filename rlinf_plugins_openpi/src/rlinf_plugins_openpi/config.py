@@ -21,7 +21,7 @@ from rlinf_plugins_openpi.inputs.augmentation import draw_augmentations, labelle
 from rlinf_plugins_openpi.inputs.tokenizer import GEMMA_ENTRIES, SMALL_MODEL, load_processor, possible_tokens
 from rlinf_plugins_openpi.inputs.transforms import OpenpiSample, PadToActionDim, ResizeWithPad, TokenizePrompt
 from rlinf_plugins_openpi.model.dimensions import IMAGE_SIZE
-from rlinf_plugins_openpi.model.draws import AUGMENTATION, draw_flow
+from rlinf_plugins_openpi.model.draws import AUGMENTATION, DELAY, draw_delay, draw_flow
 from rlinf_plugins_openpi.model.flops import training_flops
 from rlinf_plugins_openpi.model.parts import is_frozen, linear_layers, parameter_parts
 from rlinf_plugins_openpi.settings import OpenpiSettings
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from rlinf_core import DatasetConfig, Policy
     from rlinf_core.contract.module import WeightSource
     from rlinf_core.contract.policy import TrainedOn
+    from rlinf_core.contract.policy_options import CardNotes
     from rlinf_core.data.normalize import Stats
     from rlinf_core.illustration import Illustration
 
@@ -61,11 +62,18 @@ class OpenpiPolicyConfig(OpenpiSettings):
         )
 
     def draw(self, generator: np.random.Generator) -> dict[str, Any]:
-        """Noise and flow time (see `draws`), then under `augmentation` the numbers of `draw_augmentations`, if any."""
+        """Noise and flow time (see `draws`), then the numbers of augmentations and the delay, where they are used."""
         drawn: dict[str, Any] = draw_flow(generator, self.action_horizon, self.action_dim)
         if augmentations := self.active_augmentations:
             drawn[AUGMENTATION] = draw_augmentations(augmentations, generator)
+        if self.rtc_training_max_delay:  # Last, so that the others are those of a run without it.
+            drawn[DELAY] = draw_delay(generator, self.rtc_training_max_delay)
         return drawn
+
+    def continuation_ways(self) -> Mapping[str, int]:
+        """`guided` for any delay within a chunk; `trained` up to the delay that it was trained for."""
+        trained = {"trained": self.rtc_training_max_delay} if self.rtc_training_max_delay else {}
+        return {"guided": self.action_horizon, **trained}
 
     def describe(self, samples: Iterable[Sample]) -> Mapping[str, str]:
         """Report prompt lengths, and warn if prompts are truncated; counted per row if prompts contain the state."""
@@ -185,6 +193,15 @@ class OpenpiPolicyConfig(OpenpiSettings):
             action_width=width,
         )
         return cast("Sample", sample)
+
+    def sampling_steps(self) -> int:
+        """Euler steps from noise to actions."""
+        return self.num_sampling_steps
+
+    def compile_sampling(self, policy: Any, *, on: bool) -> bool:
+        """Compile a denoising step; see `model.sampling`."""
+        policy.compile_sampling(on=on)
+        return True
 
     def useful_flops(self, batch: Batch) -> float | None:
         """Operations for the images and tokens present. None with frozen parts: what they save is not counted."""
@@ -415,6 +432,12 @@ class OpenpiPolicyConfig(OpenpiSettings):
             from rlinf_plugins_openpi.export.openpi import export_openpi
 
             export_openpi(self, whole, folder, sources)
+
+    def card(self, format: str, sources: Sequence[TrainedOn]) -> CardNotes:
+        """What the model card says of the model and of the project that loads it; see `export.card`."""
+        from rlinf_plugins_openpi.export.card import card_notes
+
+        return card_notes(self, format, sources)
 
 
 class Pi0Config(OpenpiPolicyConfig):

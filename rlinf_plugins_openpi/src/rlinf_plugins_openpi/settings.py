@@ -90,6 +90,10 @@ class OpenpiSettings(PolicyConfig):
     256, so that padding is at most 1/64 of the tokens, or 16 tokens."""
     num_sampling_steps: int = Field(default=10, ge=1)
     """Euler steps from noise to actions at inference."""
+    rtc_training_max_delay: int = Field(default=0, ge=0)
+    """Train for real-time chunking: the first d actions of a chunk are given without noise and left out of the loss, d
+    drawn for each sample from 0 to this many actions, each equally likely. Set it to the longest time from an
+    observation to the first use of its actions, in actions; below `action_horizon`. 0: off."""
 
     @model_validator(mode="before")
     @classmethod
@@ -115,6 +119,15 @@ class OpenpiSettings(PolicyConfig):
             raise ValueError(
                 f'train_embedding = "{self.train_embedding}" has no effect with [policy.lora], which freezes the '
                 "embedding: leave train_embedding out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _something_is_left_to_predict(self) -> OpenpiSettings:
+        if self.rtc_training_max_delay >= self.action_horizon:
+            raise ValueError(
+                f"rtc_training_max_delay = {self.rtc_training_max_delay} may give all {self.action_horizon} actions of "
+                f"a chunk (action_horizon), which leaves nothing to learn: set it to {self.action_horizon - 1} or less"
             )
         return self
 

@@ -52,7 +52,7 @@ def launch(run: RunConfig, arguments: Sequence[str]) -> int:
             scaling_config=ScalingConfig(
                 num_workers=workers,
                 use_gpu=gpus,
-                placement_strategy="STRICT_PACK" if run.cluster.num_nodes == 1 else "PACK",
+                placement_strategy="STRICT_PACK" if run.cluster.machines == 1 else "PACK",
             ),
             run_config=RayRun(
                 name=attempt,
@@ -88,7 +88,7 @@ def place(run: RunConfig, resources: dict[str, float]) -> tuple[int, bool]:
     there = 0 if run.trainer.device == "cpu" else int(resources.get("GPU", 0))
     ranks = cluster.ranks
     if ranks is None:
-        workers = there or cluster.num_nodes
+        workers = there or cluster.machines
     elif ranks != tuple(range(len(ranks))):
         raise UserError(
             "cluster.component_placement selects single accelerators, but Ray chooses them: write a range from 0, "
@@ -135,7 +135,7 @@ def _job(run: RunConfig, arguments: Sequence[str], started: Path) -> Job:
         started=str(started),
         cwd=str(Path.cwd()),
         environment=environment,
-        nodes=run.cluster.num_nodes,
+        nodes=run.cluster.machines,
     )
 
 

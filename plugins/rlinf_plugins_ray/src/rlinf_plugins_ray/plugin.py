@@ -10,6 +10,12 @@ RAY = "ray"
 
 
 @hookimpl
+def rlinf_launcher_names() -> Sequence[str]:
+    """Ray's."""
+    return [RAY]
+
+
+@hookimpl
 def rlinf_launch(run: RunConfig, arguments: Sequence[str]) -> int | None:
     """Start the processes as workers of Ray Train, if `cluster.launcher` selects it."""
     if run.cluster.launcher != RAY:

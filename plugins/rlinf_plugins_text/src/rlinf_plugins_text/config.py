@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import numpy as np
 
 from rlinf_core import Sample
+from rlinf_core.contract.policy_options import CardNotes
 from rlinf_core.data.sample import Batch
 from rlinf_plugins_text.rows.samples import TextSample, describe, illustrate
 from rlinf_plugins_text.rows.tokenizer import FILES, template_source
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from rlinf_core import Policy
     from rlinf_core.contract.module import WeightSource
+    from rlinf_core.contract.policy import TrainedOn
     from rlinf_core.illustration import Illustration
 
 
@@ -35,6 +37,19 @@ NOT_LINEAR = re.compile(
     r"\.(experts\.|router$|gate$|(\w+_)?norm$|(\w+_)?layernorm$)|conv1d$|pos_embed$|position_embedding$"
 )
 """Names of modules with matrices that are no linear layers."""
+
+
+USE = """\
+`FOLDER` is this repository's id, or a copy of it.
+
+```python
+from transformers import {auto}, AutoTokenizer
+
+model = {auto}.from_pretrained("FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+```
+"""
+"""The model card's section on running the exported folder."""
 
 
 class TextPolicyConfig(TextPolicySettings):
@@ -146,6 +161,12 @@ class TextPolicyConfig(TextPolicySettings):
         return self.model_copy(
             update={"config": {}, "config_from": "", "tokenizer": "", "chat_template": "", "image_processor": {}}
         )
+
+    def card(self, format: str, sources: Sequence[TrainedOn]) -> CardNotes:
+        """What the model card says: transformers loads the folder."""
+        sees = "vision_config" in self.model_table()
+        tag, auto = ("image-text-to-text", "ImageTextToText") if sees else ("text-generation", "CausalLM")
+        return CardNotes(library="transformers", pipeline_tag=tag, use=USE.format(auto=f"AutoModelFor{auto}"))
 
     def save_weights(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
         """Write a folder that `from_pretrained` loads: weights, config, tokenizer."""

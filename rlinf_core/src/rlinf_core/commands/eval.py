@@ -6,9 +6,12 @@ import argparse
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlinf_core.commands.eval_sampling import compare_sampling
+from rlinf_core.commands.eval_served import add_server_arguments, check_policy_given, served
 from rlinf_core.commands.eval_simulator import add_simulator_arguments, check_no_simulator, play_episodes
 from rlinf_core.commands.evaluated import add_policy_arguments, load_evaluated
 from rlinf_core.commands.output import print_json, print_table, print_text
@@ -17,7 +20,7 @@ from rlinf_core.errors import UserError
 if TYPE_CHECKING:
     from rlinf_core.contract.datasets import SampleSource, Split
     from rlinf_core.inference import LoadedPolicy
-    from rlinf_core.offline_eval import Judged
+    from rlinf_core.offline_eval import Judged, Served
     from rlinf_core.plugins.registry import Plugins
 
 EPILOG = """\
@@ -54,7 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="use these episodes only; with --env: how many per task, default: 20",
     )
     parser.add_argument("--samples", type=_count, default=512, help="rows to use, evenly spread; 0: all; default: 512")
-    add_policy_arguments(parser)
+    add_policy_arguments(parser, may_be_served=True)
+    add_server_arguments(parser)
+    parser.add_argument(
+        "--sampling", metavar="fp32:10,bf16:5", help="compare dtypes and numbers of denoising steps: errors and times"
+    )
+    parser.add_argument("--num-steps", type=_positive, metavar="N", help="denoising steps; default: as in training")
     parser.add_argument("--batch-size", type=_positive, default=16, metavar="N", help="rows per batch; default: 16")
     parser.add_argument("--seed", type=_count, help="of the noise; default: the run's, 42 for an exported folder")
     parser.add_argument("--output", metavar="FILE", help="write the results to this file, as JSON")
@@ -86,6 +94,7 @@ def _episodes(text: str) -> tuple[int, ...]:
 
 def run(options: argparse.Namespace) -> None:
     """Evaluate, print the tables, and write the files."""
+    check_policy_given(options)
     if options.env:
         play_episodes(options)
         return
@@ -99,13 +108,17 @@ def run(options: argparse.Namespace) -> None:
     if options.output:
         check_writable(Path(options.output), "Name another file with --output", file=True)
     plugins = get_plugins()
-    print_phase(f"loading {options.policy}")
+    if options.sampling:
+        compare_sampling(options, plugins, lambda policy: _open(options, policy, plugins)[0])
+        return
+    print_phase(f"connecting to {options.server}" if options.server else f"loading {options.policy}")
     from rlinf_core.offline_eval import judge  # Loads torch, which takes seconds.
 
-    policy, facts = load_evaluated(options, plugins)
-    print_phase("opening the data")
-    rows, mean_from = _open(options, policy, plugins)
-    with print_progress("evaluating", "rows") as progress:
+    with ExitStack() as ending:
+        policy, facts = _open_policy(options, plugins, ending)
+        print_phase("opening the data")
+        rows, mean_from = _open(options, policy, plugins)
+        progress = ending.enter_context(print_progress("evaluating", "rows"))
         judged = judge(
             policy,
             rows,
@@ -128,7 +141,22 @@ def run(options: argparse.Namespace) -> None:
         print_text(f"{path}: written")
 
 
-def _open(options: argparse.Namespace, policy: LoadedPolicy, plugins: Plugins) -> tuple[SampleSource, SampleSource]:
+def _open_policy(
+    options: argparse.Namespace, plugins: Plugins, ending: ExitStack
+) -> tuple[LoadedPolicy | Served, dict[str, Any]]:
+    """The policy, here or on a server until `ending`, and facts about it."""
+    if not options.server:
+        return load_evaluated(options, plugins)
+    from rlinf_core.offline_eval import Served
+
+    remote, opened, facts = ending.enter_context(served(options, plugins))
+    assert opened is not None  # `check_policy_given`
+    return Served(remote, opened.config, opened.data, opened.pipeline), facts
+
+
+def _open(
+    options: argparse.Namespace, policy: LoadedPolicy | Served, plugins: Plugins
+) -> tuple[SampleSource, SampleSource]:
     """The rows to evaluate, and those whose mean action is a baseline."""
     from rlinf_core.data.splits import open_rows_of
     from rlinf_core.offline_eval import other_dataset

@@ -11,21 +11,24 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlinf_core.commands.eval_served import served
 from rlinf_core.commands.evaluated import load_evaluated
 from rlinf_core.commands.output import print_json, print_table, print_text
 from rlinf_core.errors import UserError
 
 if TYPE_CHECKING:
     from rlinf_core.contract.datasets import SampleSource
+    from rlinf_core.exported import Exported
     from rlinf_core.inference import LoadedPolicy
     from rlinf_core.plugins.registry import Plugins
     from rlinf_core.results import ResultTable
     from rlinf_core.rollout.agents import Agent
     from rlinf_core.rollout.config import RolloutSettings
+    from rlinf_core.rollout.delay import Latency
     from rlinf_core.rollout.episodes import Episode, EpisodesFile, Result
 
-ONLY_WITH_ENV = ("tasks", "replan", "processes", "videos", "baselines", "set")
-RECORDED = {"split": None, "samples": 512, "batch_size": 16}
+ONLY_WITH_ENV = ("tasks", "replan", "processes", "videos", "baselines", "set", "delay", "chunks")
+RECORDED = {"split": None, "samples": 512, "batch_size": 16, "sampling": None}
 """Options of recorded episodes, and their defaults."""
 
 
@@ -39,6 +42,15 @@ def add_simulator_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--videos", type=int, metavar="N", help="successes and failures per task to film; default: 1")
     group.add_argument(
         "--baselines", metavar="A,B", help="of idle, random and replay, or none; default: those that can be played"
+    )
+    group.add_argument(
+        "--delay", type=int, metavar="N", help="actions from an observation to the first use of its chunk; default: 0"
+    )
+    group.add_argument(
+        "--chunks",
+        choices=["wait", "switch", "guided", "trained"],
+        help="what the robot does under --delay: idle, go on with the last chunk and switch to the next, or real-time "
+        "chunking; default: wait",
     )
     group.add_argument(
         "--set",
@@ -58,7 +70,6 @@ def play_episodes(options: argparse.Namespace) -> None:
     """Play, print the table, and write the files."""
     from rlinf_core.plugins.registry import get_plugins
     from rlinf_core.rollout.tables import success_table
-    from rlinf_core.terminal import print_phase
 
     if given := [name for name, default in RECORDED.items() if getattr(options, name) != default]:
         raise UserError(f"--{given[0].replace('_', '-')} is for recorded episodes: leave it out with --env")
@@ -66,18 +77,20 @@ def play_episodes(options: argparse.Namespace) -> None:
     plugins.environment(options.env)  # Before what takes seconds.
     settings, remembered = read_settings(options, plugins)
     settings.chosen_tasks()
-    print_phase(f"loading {options.policy}")
-    policy, facts = load_evaluated(options, plugins)
-    if not policy.config.chunk_length():
-        raise UserError(f"the policy {policy.config.type!r} has no actions: it cannot act in a simulator")
-    notes = [*facts["notes"], *remembered]
-    agents, step_seconds = build_agents(options, policy, plugins, settings, notes)
     with ExitStack() as ending:
-        folder = _folder(options, facts, settings)
+        acting, described, facts, latency = _open_policy(options, plugins, settings, ending)
+        notes = [*facts["notes"], *remembered]
+        agents, step_seconds = build_agents(options, acting, described, plugins, settings, notes)
+        if latency is not None and step_seconds:
+            notes.append(f"the policy's actions come {latency.delay * step_seconds * 1e3:.0f} ms late")
+        identity = _identity(options, facts, settings, latency)
+        folder = _folder(options, facts, settings, identity)
         kept = folder or Path(ending.enter_context(tempfile.TemporaryDirectory(prefix="rollouts-")))
-        results = _play(settings, agents, kept, _identity(options, facts, settings), step_seconds)
-        table = success_table(settings, results)
+        results = _play(settings, agents, kept, identity, step_seconds)
+        table = success_table(settings, results, latency)
         result = _result(options, facts, settings, results, table)
+        if latency is not None:
+            result["latency"] = latency.model_dump(mode="json")
         _write(options, folder, result, table)
     if options.json:
         print_json(result)
@@ -127,7 +140,7 @@ def _remembered(options: argparse.Namespace, plugins: Plugins) -> tuple[dict[str
     from rlinf_core.contract.weights.origin import DESCRIPTION
     from rlinf_core.untrusted.text import read_json
 
-    folder = Path(options.policy)
+    folder = Path(options.policy or "")
     found: Any = None
     if (folder / DESCRIPTION).is_file():
         found = read_json(folder / DESCRIPTION).get("simulator")
@@ -151,32 +164,63 @@ def _count(episodes: Sequence[int]) -> int | None:
 
 
 def build_agents(
-    options: argparse.Namespace, policy: LoadedPolicy, plugins: Plugins, settings: RolloutSettings, notes: list[str]
+    options: argparse.Namespace,
+    acting: Agent,
+    described: LoadedPolicy | Exported | None,
+    plugins: Plugins,
+    settings: RolloutSettings,
+    notes: list[str],
 ) -> tuple[dict[str, Agent], float]:
     """The policy and the baselines that can be played, and the seconds between actions in the data (0: unknown)."""
-    from rlinf_core.rollout.agents import (
-        POLICY,
-        PolicyAgent,
-        build_baselines,
-        demonstrations_of,
-        seconds_per_action,
-    )
+    from rlinf_core.rollout.agents import POLICY, build_baselines, demonstrations_of, seconds_per_action
 
-    rows = _rows(options, policy, plugins, notes)
+    rows = _rows(options, described, plugins, notes)
     prompts = [task.prompt for task in settings.chosen_tasks()]
     found = {}
-    if rows is not None and "replay" in settings.baselines:
-        found = demonstrations_of(rows, policy.pipeline, prompts)
+    if described is not None and rows is not None and "replay" in settings.baselines:
+        found = demonstrations_of(rows, described.pipeline, prompts)
         if missing := [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]:
             notes.append(f"no blind replay of {missing[0]!r}: the dataset has no episode with this instruction")
-    policies: dict[str, Agent] = {POLICY: PolicyAgent(policy.act, settings.env.replan)}
+    policies: dict[str, Agent] = {POLICY: acting}
     return policies | build_baselines(settings.baselines, settings.env, found), seconds_per_action(
         rows
     ) if rows else 0.0
 
 
-def _rows(options: argparse.Namespace, policy: LoadedPolicy, plugins: Plugins, notes: list[str]) -> SampleSource | None:
+def _open_policy(
+    options: argparse.Namespace, plugins: Plugins, settings: RolloutSettings, ending: ExitStack
+) -> tuple[Agent, LoadedPolicy | Exported | None, dict[str, Any], Latency | None]:
+    """Who acts, what is known here of its data, facts about it, and its delay."""
+    from rlinf_core.rollout.agents import PolicyAgent
+    from rlinf_core.rollout.delay import DelayedAgent
+    from rlinf_core.terminal import print_phase
+
+    if options.server:
+        if given := [name for name in ("delay", "chunks") if getattr(options, name) is not None]:
+            raise UserError(f"--{given[0]} is for a policy in this process: leave it out with --server")
+        print_phase(f"connecting to {options.server}")
+        from rlinf_core.serving.remote import ServedAgent
+
+        remote, opened, facts = ending.enter_context(served(options, plugins))
+        return ServedAgent(remote, settings.env.replan), opened, facts, None
+    print_phase(f"loading {options.policy}")
+    policy, facts = load_evaluated(options, plugins)
+    if not policy.config.chunk_length():
+        raise UserError(f"the policy {policy.config.type!r} has no actions: it cannot act in a simulator")
+    replan, latency = settings.env.replan, read_latency(options, policy)
+    if latency is None:
+        return PolicyAgent(policy.act, replan), policy, facts, None
+    executed = latency.executed(replan, policy.config.chunk_length())
+    return DelayedAgent(policy.act, latency, executed), policy, facts, latency
+
+
+def _rows(
+    options: argparse.Namespace, policy: LoadedPolicy | Exported | None, plugins: Plugins, notes: list[str]
+) -> SampleSource | None:
     """The demonstrations: of --dataset, or those that the policy was trained on if they are a folder here."""
+    if policy is None:
+        notes.append("no blind replay: without the exported folder that the server serves, no demonstrations are known")
+        return None
     from rlinf_core.data.splits import open_rows_of
     from rlinf_core.offline_eval import other_dataset
 
@@ -194,18 +238,50 @@ def _rows(options: argparse.Namespace, policy: LoadedPolicy, plugins: Plugins, n
         return None
 
 
-def _identity(options: argparse.Namespace, facts: Mapping[str, Any], settings: RolloutSettings) -> dict[str, Any]:
+def read_latency(options: argparse.Namespace, policy: LoadedPolicy) -> Latency | None:
+    """The delay of the policy; None without `--delay` and `--chunks`.
+
+    Raises:
+        UserError: The policy cannot continue chunks in this way or with this delay.
+    """
+    from rlinf_core.rollout.delay import Latency
+
+    if options.delay is None and options.chunks is None:
+        return None
+    if (delay := options.delay or 0) < 0:
+        raise UserError(f"--delay is {delay}, but must be 0 or more")
+    latency = Latency(delay=delay, chunks=options.chunks or "wait")
+    ways = {"wait": delay, "switch": delay, **policy.config.continuation_ways()}
+    if latency.chunks not in ways:
+        why = ": it was not trained with policy.rtc_training_max_delay" if latency.chunks == "trained" else ""
+        raise UserError(f"--chunks {latency.chunks}: the policy {policy.config.type!r} does not offer it{why}")
+    if delay > ways[latency.chunks]:
+        raise UserError(
+            f"--delay {delay}: --chunks {latency.chunks} of this policy takes at most {ways[latency.chunks]}"
+        )
+    return latency
+
+
+def _identity(
+    options: argparse.Namespace, facts: Mapping[str, Any], settings: RolloutSettings, latency: Latency | None
+) -> dict[str, Any]:
     """What results depend on: a second start continues if it is the same."""
-    digest = hashlib.sha256(Path(facts["identity"]).read_bytes()).hexdigest()[:16]
+    digest = hashlib.sha256(facts["identity"]).hexdigest()[:16]
+    delayed = {} if latency is None else {"latency": latency.model_dump(mode="json")}
     return {
         "policy": digest,
         "ema": facts["ema"],
         "dtype": options.dtype,
         "source": options.source,
+        **({} if options.num_steps is None else {"num_steps": options.num_steps}),
+        **({"server": True} if options.server else {}),
+        **delayed,
     } | settings.identity()
 
 
-def _folder(options: argparse.Namespace, facts: Mapping[str, Any], settings: RolloutSettings) -> Path | None:
+def _folder(
+    options: argparse.Namespace, facts: Mapping[str, Any], settings: RolloutSettings, identity: Mapping[str, Any]
+) -> Path | None:
     """Where the episodes file and videos are kept; None: nowhere."""
     from rlinf_core.files import check_writable
     from rlinf_core.results import EMA, FOLDER
@@ -216,9 +292,9 @@ def _folder(options: argparse.Namespace, facts: Mapping[str, Any], settings: Rol
         return path.with_name(f"{path.stem}_episodes")
     if facts["run"] is None:
         return None
-    identity = json.dumps(_identity(options, facts, settings), sort_keys=True)
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
     step = f"{EMA * facts['ema']}step_{facts['step']:09d}"
-    folder: Path = facts["run"] / FOLDER / settings.env.type / step / hashlib.sha256(identity.encode()).hexdigest()[:8]
+    folder: Path = facts["run"] / FOLDER / settings.env.type / step / digest
     return folder
 
 

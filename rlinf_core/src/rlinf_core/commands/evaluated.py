@@ -13,9 +13,13 @@ if TYPE_CHECKING:
     from rlinf_core.plugins.registry import Plugins
 
 
-def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
+def add_policy_arguments(parser: argparse.ArgumentParser, *, may_be_served: bool = False) -> None:
     """Add the options that choose a policy, and what it computes on."""
-    parser.add_argument("policy", help="a run's folder, runs/<name>, or a folder that `rlinf export` wrote")
+    parser.add_argument(
+        "policy",
+        nargs="?" if may_be_served else None,
+        help="a run's folder, runs/<name>, or a folder that `rlinf export` wrote",
+    )
     parser.add_argument("--source", default="", metavar="NAME", help="the dataset of a mixture")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--step", type=int, help="of a run: the checkpoint after this step; default: the newest")
@@ -42,7 +46,7 @@ def load_evaluated(options: argparse.Namespace, plugins: Plugins) -> tuple[Loade
 
     Returns:
         The policy, and facts about it: `seed`, `step`, whether its weights are averaged (`ema`), the folder of its run
-        (`run`, None for an exported one), the file that identifies its weights (`identity`), and `notes`.
+        (`run`, None for an exported one), what identifies its weights (`identity`, bytes), and `notes`.
 
     Raises:
         UserError: There is no such policy, or an option does not apply to it.
@@ -54,17 +58,20 @@ def load_evaluated(options: argparse.Namespace, plugins: Plugins) -> tuple[Loade
     from rlinf_core.untrusted.text import read_json
 
     folder, device = Path(options.policy), chosen_device(options)
+    steps: int | None = getattr(options, "num_steps", None)
     if (folder / DESCRIPTION).is_file():
         if options.step is not None or options.best or options.ema is not None:
             raise UserError(f"{folder} is an exported policy, of one checkpoint: --step, --best and --ema are of a run")
-        policy = load_policy(folder, device=device, dtype=options.dtype, plugins=plugins, source=options.source)
+        policy = load_policy(
+            folder, device=device, dtype=options.dtype, plugins=plugins, source=options.source, steps=steps
+        )
         described = read_json(folder / DESCRIPTION)
         facts = {"step": described.get("step"), "ema": described.get("weights") == "ema", "notes": [], "run": None}
-        facts["identity"] = folder / DESCRIPTION
+        facts["identity"] = (folder / DESCRIPTION).read_bytes()
         return policy, facts | {"seed": 42 if options.seed is None else options.seed}
     choice = Choice(options.step, options.best, options.ema)
     policy, checkpoint, notes = load_run(
-        folder, choice, device=device, dtype=options.dtype, plugins=plugins, source=options.source
+        folder, choice, device=device, dtype=options.dtype, plugins=plugins, source=options.source, steps=steps
     )
     from rlinf_core.config.load import load_config
 
@@ -77,5 +84,5 @@ def load_evaluated(options: argparse.Namespace, plugins: Plugins) -> tuple[Loade
         "notes": [f"{checkpoint}", *notes],
         "run": folder,
         "seed": seed,
-        "identity": checkpoint / STATE,
+        "identity": (checkpoint / STATE).read_bytes(),
     }

@@ -40,6 +40,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="dtype of the file; default: fp32")
     parser.add_argument("--format", default="rlinf", help="output format: rlinf, or one that the policy supports")
     parser.add_argument("--source", default="", metavar="NAME", help="export for this dataset of a mixture only")
+    parser.add_argument(
+        "--results",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a file of `rlinf eval --output` for the model card, beside what the run's evaluators measured; may be "
+        "repeated",
+    )
+    parser.add_argument(
+        "--license",
+        default="",
+        metavar="ID",
+        help="the licence of the exported policy, by the hub's id (apache-2.0, gemma, cc-by-nc-4.0, other), for the "
+        "model card; default: unknown",
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -56,6 +71,8 @@ def run(options: argparse.Namespace) -> None:
         options.format,
         adapters=options.adapters,
         source=options.source,
+        results=tuple(map(Path, options.results)),
+        licence=options.license,
     )
     print_phase(f"loading a checkpoint of {options.run} and writing it to {options.output}")
     checkpoint = export_run(Path(options.run), Path(options.output), choice, get_plugins())

@@ -38,13 +38,15 @@ def run(options: argparse.Namespace) -> int:
     from rlinf_core.config.load import load_config
     from rlinf_core.plugins.registry import get_plugins
     from rlinf_core.preflight import nobody_launches
+    from rlinf_core.process.start import quiet_torch
     from rlinf_core.terminal import print_phase
     from rlinf_core.training.resume import Flags, decide_start, say_finished
     from rlinf_core.training.run_folder import read_folder
 
     print_phase("loading plugins and the config")
-    plugins = get_plugins()
-    config = load_config(options.config, options.overrides, plugins)
+    with quiet_torch("FATAL"):  # A plugin may import it.
+        plugins = get_plugins()
+        config = load_config(options.config, options.overrides, plugins)
     arguments = [options.config, *options.overrides, *["--overwrite"] * options.overwrite]
     arguments += ["--allow-change"] * options.allow_change + ["--debug"] * options.debug
     if options.dry_run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -51,3 +52,18 @@ def print_error(message: str) -> None:
         Console(stderr=True).print(text, soft_wrap=True)
         return
     print(message, file=sys.stderr)
+
+
+def positive_count(text: str) -> int:
+    """A number of processes, machines or GPUs, for argparse."""
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def size_in_words(size: float) -> str:
+    """Bytes to three significant digits; `-` if there are none."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= factor / 10:
+            return f"{size / factor:.3g} {unit}"
+    return f"{size:.0f} bytes" if size else "-"

@@ -6,7 +6,8 @@ import argparse
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from rlinf_core.commands.output import print_json, print_table
+from rlinf_core.commands import scaling_table
+from rlinf_core.commands.output import positive_count, print_json, print_table, size_in_words
 
 if TYPE_CHECKING:
     from rlinf_core.plan.advice import Change
@@ -37,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--gpu-memory", type=_positive, default=80.0, metavar="GB", help="of each GPU; default: 80")
     parser.add_argument("--mfu", type=_fraction, default=0.4, help="MFU to predict samples/s with; default: 0.4")
-    parser.add_argument("--ranks", type=_count, help="number of processes, if [cluster] does not set it")
+    parser.add_argument("--ranks", type=positive_count, help="number of processes, if [cluster] does not set it")
+    scaling_table.add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -56,26 +58,21 @@ def _fraction(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is not a fraction: above 0, at most 1")
 
 
-def _count(text: str) -> int:
-    if not text.isdigit() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of processes")
-    return int(text)
-
-
 def run(options: argparse.Namespace) -> None:
     """Compute the plan and print it."""
     from rlinf_core.config.load import load_config
     from rlinf_core.plugins.registry import get_plugins
     from rlinf_core.terminal import print_phase
 
+    ranks = scaling_table.ranks(options) or options.ranks
     print_phase("loading plugins and the config")
     plugins = get_plugins()
     config = load_config(options.config, options.overrides, plugins)
     print_phase("loading torch and counting a step's operations and memory")
     from rlinf_core.plan.advice import advise  # Loads torch, which takes seconds: report config mistakes first.
-    from rlinf_core.plan.step import plan
+    from rlinf_core.plan.step import placed_on, plan
 
-    made = plan(config, plugins, options.ranks)
+    made = plan(placed_on(config, ranks, options.nodes) if ranks and options.nodes else config, plugins, ranks)
     changes = advise(made, plugins, options.gpu_memory)
     if options.json:
         print_json(_object(made, changes, options))
@@ -116,6 +113,7 @@ def _object(made: Plan, changes: list[Change], options: argparse.Namespace) -> d
         "mfu": options.mfu,
         "samples_per_second": _speeds(made, options.mfu),
         "bytes_received_a_step": asdict(made.traffic) | {"total": made.traffic.total},
+        **({"scaling": scaling_table.as_object(made, options)} if scaling_table.ranks(options) else {}),
     }
 
 
@@ -132,14 +130,16 @@ def _print(made: Plan, changes: list[Change], options: argparse.Namespace) -> No
         fitting = made.largest_micro_batch(gb)
         needs = made.memory(fitting or 1).total
         largest = f"micro batch {fitting} of {made.share}" if fitting else "does not fit"
-        rows.append([f"{gb:g} GB", largest, _size(needs)])
+        rows.append([f"{gb:g} GB", largest, size_in_words(needs)])
     print_table(["GPU memory", "largest that fits", "takes"], rows)
     if changes:
         print(f"\nmicro batch {size} does not fit {options.gpu_memory:g} GB. Options:")
         print_table(
             ["change", "largest micro batch", "takes", "cost"],
-            [[c.settings, str(c.micro_batch or "none"), _size(c.peak), c.costs] for c in changes],
+            [[c.settings, str(c.micro_batch or "none"), size_in_words(c.peak), c.costs] for c in changes],
         )
+    if scaling_table.ranks(options):
+        scaling_table.print_scaling(made, options)
     for assumption in made.assumptions:
         print(f"assumed: {assumption}")
 
@@ -150,6 +150,7 @@ def _facts(made: Plan, options: argparse.Namespace) -> list[list[str]]:
     facts = {
         "parameters": f"{numbers.total:,}; {numbers.trainable:,} trained, {numbers.reached:,} reached by the loss",
         "ranks": str(made.ranks),
+        **_sharding(made),
         "compiled blocks": made.trainer.compile_fact if made.has_blocks else "no: the policy has none",
         "sizes from": "; ".join(made.data),
         "operations/sample": f"{_flops(made.flops_per_sample)} useful ({made.flops_from}); "
@@ -158,13 +159,21 @@ def _facts(made: Plan, options: argparse.Namespace) -> list[list[str]]:
             f"{speeds[gpu]:,.3g} samples/s on {gpu}" if speeds[gpu] < 1000 else f"{speeds[gpu]:,.0f} samples/s on {gpu}"
             for gpu in SHOWN
         ),
-        "received per step": f"{_size(traffic.total)} per rank: {_size(traffic.all_gather)} weights, "
-        f"{_size(traffic.reduce_scatter)} gradients"
-        + (f", {_size(traffic.all_reduce)} between replicas" if traffic.all_reduce else "")
+        "received per step": f"{size_in_words(traffic.total)} per rank: {size_in_words(traffic.all_gather)} weights, "
+        f"{size_in_words(traffic.reduce_scatter)} gradients"
+        + (f", {size_in_words(traffic.all_reduce)} between replicas" if traffic.all_reduce else "")
         if traffic.total
         else "nothing: one rank",
     }
     return [[key, text] for key, text in facts.items()]
+
+
+def _sharding(made: Plan) -> dict[str, str]:
+    """How the model is sharded over several machines, or over several copies."""
+    machines = made.run.cluster.machines
+    if machines == 1 and made.sharding.num_replicas == 1:
+        return {}
+    return {"sharding": made.trainer.describe_replicas(made.ranks, machines)}
 
 
 def _memory_rows(made: Plan, peak: Any) -> list[list[str]]:
@@ -172,17 +181,12 @@ def _memory_rows(made: Plan, peak: Any) -> list[list[str]]:
     rows = []
     for name in ("weights", "optimizer", "ema", "gradients", "gathered", "reducing", "activations"):
         text = {"ema": "EMA", "gathered": "gathered weights", "reducing": "gradients being reduced"}.get(name, name)
-        rows.append([text, _size(persistent[name]) if name in persistent else "", _size(getattr(peak, name))])
-    rows.append(["total", _size(made.states.total), _size(peak.total)])
+        kept = size_in_words(persistent[name]) if name in persistent else ""
+        rows.append([text, kept, size_in_words(getattr(peak, name))])
+    rows.append(["total", size_in_words(made.states.total), size_in_words(peak.total)])
     if peak.on_host:
-        rows.append(["in CPU memory", "", _size(peak.on_host)])
+        rows.append(["in CPU memory", "", size_in_words(peak.on_host)])
     return rows
-
-
-def _size(size: float) -> str:
-    """Three significant digits: sizes are not known more exactly."""
-    unit, factor = ("GB", 1e9) if size >= 1e8 else ("MB", 1e6)
-    return f"{size / factor:.3g} {unit}" if size else "-"
 
 
 def _flops(number: float) -> str:

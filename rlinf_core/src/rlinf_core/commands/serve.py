@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -30,6 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-api-key", action="store_true", help="let any machine that reaches --host connect")
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of matrix products; default: fp32")
+    parser.add_argument("--num-steps", type=_positive, metavar="N", help="denoising steps; default: as in training")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the denoising step first, for minutes: faster, same actions",
+    )
     parser.add_argument("--source", default="", metavar="NAME", help="the dataset of a mixture")
     parser.add_argument("--max-batch", type=_positive, default=8, metavar="N", help="requests per batch; default: 8")
     parser.add_argument("--max-waiting", type=_positive, default=64, metavar="N", help="requests that may wait")
@@ -65,16 +72,26 @@ def run(options: argparse.Namespace) -> None:
 
     folder = Path(options.policy)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
-    policy = load_policy(folder, device=device, dtype=options.dtype, plugins=get_plugins(), source=options.source)
+    policy = load_policy(
+        folder,
+        device=device,
+        dtype=options.dtype,
+        plugins=get_plugins(),
+        source=options.source,
+        steps=options.num_steps,
+        compile=options.compile,
+    )
     if not policy.config.chunk_length():
         raise UserError(f"{folder}: the policy {policy.config.type!r} has no actions, which are what rlinf serve sends")
-    if seconds := warm_up(policy):
-        print_text(f"one chunk takes {seconds * 1e3:.0f} ms on {policy.device}")
+    if options.compile:
+        print_phase("compiling")
     warnings.showwarning = lambda message, *_: warn(str(message))  # Without the line of code.
     limits = Limits(options.max_message * 2**20, options.max_clients, options.max_waiting, options.max_batch)
 
     async def serve() -> None:
-        server = PolicyServer(policy, describe_policy(policy, folder), api_key=key, limits=limits)
+        first = partial(warm_up, policy, options.max_batch)
+        described = describe_policy(policy, folder)
+        server = PolicyServer(policy, described, api_key=key, limits=limits, first=first, log=print_text)
         for one in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(one, server.stop.set)
         host = f"[{options.host}]" if ":" in options.host else options.host
@@ -90,8 +107,8 @@ def run(options: argparse.Namespace) -> None:
         ) from error
 
 
-def _api_key(options: argparse.Namespace) -> str:
-    """The key; a server that other machines reach needs one. It is never an argument: others see those."""
+def read_key(options: argparse.Namespace) -> str:
+    """The key; empty if there is none. It is never an argument: others see those."""
     key = os.environ.get(KEY, "")
     if options.api_key_file:
         try:
@@ -102,6 +119,12 @@ def _api_key(options: argparse.Namespace) -> str:
             raise UserError(f"--api-key-file {options.api_key_file} is empty")
     if not key.isascii() or not key.isprintable():
         raise UserError("the API key must consist of printable ASCII characters")
+    return key
+
+
+def _api_key(options: argparse.Namespace) -> str:
+    """The key; a server that other machines reach needs one."""
+    key = read_key(options)
     if options.host not in ("127.0.0.1", "::1", "localhost") and not key and not options.no_api_key:
         raise UserError(
             f"--host {options.host} lets other machines move the robot: set {KEY} or --api-key-file, or allow any of "

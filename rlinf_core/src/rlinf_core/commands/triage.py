@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlinf_core.commands.eval_simulator import add_simulator_arguments, check_no_simulator, read_settings
 from rlinf_core.commands.evaluated import add_policy_arguments, chosen_device
 from rlinf_core.commands.output import print_json, print_text
+from rlinf_core.commands.serve import KEY
 from rlinf_core.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,6 +53,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="with --env: episodes per task that the policy plays; default: none",
     )
+    parser.add_argument(
+        "--minutes", type=_positive, metavar="N", help="with --episodes: how long the policy plays at most; default: 10"
+    )
+    parser.add_argument(
+        "--server",
+        default="",
+        metavar="ADDRESS",
+        help=f"ws://host:port of `rlinf serve` or openpi: does it act as the policy does? Its key, if any: ${KEY}",
+    )
     parser.set_defaults(seed=None)
     add_simulator_arguments(parser)
     parser.add_argument("--output", metavar="FILE", help=f"write the page; default: {FILE} in the policy's folder")
@@ -85,6 +97,8 @@ def run(options: argparse.Namespace) -> None:
         check_no_simulator(options)
         if options.episodes:
             raise UserError("--episodes is for a simulator: add --env NAME")
+    if options.minutes and not options.episodes:
+        raise UserError("--minutes is for episodes that the policy plays: add --episodes N")
     if path is not None:
         check_libraries("the page of rlinf triage, which --json leaves out,", "jinja2")
         PAGE.check_output(path)
@@ -93,6 +107,7 @@ def run(options: argparse.Namespace) -> None:
     from rlinf_core.export import Choice  # Loads torch, which takes seconds.
     from rlinf_core.triage.chain import run_tests
     from rlinf_core.triage.opening import open_scene
+    from rlinf_core.triage.scene import MINUTES
 
     simulator = None
     if options.env:
@@ -109,13 +124,17 @@ def run(options: argparse.Namespace) -> None:
         execution=_execution(options),
         simulator=simulator,
         closed_loop=bool(options.episodes),
+        minutes=options.minutes or MINUTES,
+        server=options.server,
+        api_key=os.environ.get(KEY, "") if options.server else "",
         device=chosen_device(options),
         dtype=options.dtype,
     )
     if not options.json:
         for note in scene.subject.notes:
             print_text(note)
-    triage = run_tests(scene, plugins, report=(lambda one: None) if options.json else _print)
+    with scene.server or nullcontext():
+        triage = run_tests(scene, plugins, report=(lambda one: None) if options.json else _print)
     if path is not None:
         PAGE.write(path, page_of(scene.subject.folder, options.dataset, triage))
     if options.json:

@@ -171,6 +171,19 @@ def rlinf_configure(run: RunConfig) -> None:
     """
 
 
+@hookspec
+def rlinf_launcher_names() -> Sequence[str]:  # type: ignore[empty-body]
+    """Name the values of `cluster.launcher` that this plugin's `rlinf_launch` knows, so that others are refused early.
+
+    Without it, no config can be checked for a misspelt launcher while the plugin is installed.
+
+    Returns:
+        The names.
+
+    Called on: the single process of `rlinf validate`, and of `rlinf launch` if nothing has started. Since 0.1.
+    """
+
+
 @hookspec(firstresult=True)
 def rlinf_launch(run: RunConfig, arguments: Sequence[str]) -> int | None:
     """Start the processes of a run where `run.cluster` places them, and wait for them.

@@ -107,3 +107,37 @@ class ActingPolicy(Policy, Protocol):
             [B, H, A] normalised actions, float32.
         """
         ...
+
+
+class PreviousActions(NamedTuple):
+    """Actions that chunks of a batch continue, as tensors on the module's device; H action horizon, A action width."""
+
+    actions: torch.Tensor
+    """[B, H, A], normalised: from the first that is due when the observation is made, zeros after the last."""
+    delays: torch.Tensor
+    """[B], int64: how many of them will be executed before the new chunk is used."""
+    weights: torch.Tensor
+    """[B, H], from 0 to 1: how much each is to be kept; 1 for the first `delays`."""
+    max_guidance_weight: torch.Tensor
+    """[B], float32: the largest weight of guidance."""
+    trained: bool
+    """Whether the policy was trained to get the first `delays` actions; otherwise it is guided."""
+
+
+class ContinuingPolicy(ActingPolicy, Protocol):
+    """The module of a policy whose config has `continuation_ways`: it does real-time chunking."""
+
+    def continue_actions(self, batch: Batch, noise: torch.Tensor, previous: PreviousActions) -> torch.Tensor:
+        """Draw action chunks that continue others; may compute gradients, so it is not called in inference mode.
+
+        Args:
+            batch: Observations from `collate`, as for `sample_actions`.
+            noise: [B, H, A], standard normal, float32.
+            previous: The actions to continue.
+
+        A policy whose config has `sampling_steps` also takes `num_steps`.
+
+        Returns:
+            [B, H, A] normalised actions, float32. If `previous.trained`, the first `delays` are the given ones.
+        """
+        ...

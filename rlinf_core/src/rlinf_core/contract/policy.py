@@ -18,11 +18,13 @@ from rlinf_core.contract.policy_options import (
     BoundToData,
     Checked,
     Compared,
+    Continued,
     Counted,
     Described,
     Exported,
     Measured,
     Published,
+    Sampled,
 )
 from rlinf_core.contract.policy_options import TrainedOn as TrainedOn  # Its address for plugins.
 from rlinf_core.contract.weight_file import WeightFile, write_weights
@@ -38,7 +40,19 @@ if TYPE_CHECKING:
 
 
 class PolicyConfig(
-    Described, Measured, BoundToData, Begun, Counted, Compared, Published, Checked, Exported, Adapted, BaseModel
+    Described,
+    Measured,
+    BoundToData,
+    Begun,
+    Counted,
+    Sampled,
+    Compared,
+    Published,
+    Checked,
+    Exported,
+    Adapted,
+    Continued,
+    BaseModel,
 ):
     """The `[policy]` table. A subclass narrows `type` to a `Literal` of its own and adds fields.
 

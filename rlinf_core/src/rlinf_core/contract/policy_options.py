@@ -160,6 +160,28 @@ class Counted:
         return None
 
 
+class Sampled:
+    """How a policy draws its actions when it acts.
+
+    Wanted by a policy that draws them in denoising steps. Without these methods, `rlinf serve` refuses `--num-steps`
+    and `--compile`.
+    """
+
+    def sampling_steps(self) -> int:
+        """Denoising steps of a chunk, whose number may change: `sample_actions` takes `num_steps`. 0: it does not."""
+        return 0
+
+    def compile_sampling(self, policy: nn.Module, *, on: bool) -> bool:
+        """Let `sample_actions` compute with `torch.compile` from its next call on, or as written again.
+
+        It may then see few shapes: each batch size may be compiled once, but no length of a prompt.
+
+        Returns:
+            Whether the policy can be compiled.
+        """
+        return False
+
+
 class Compared:
     """What a policy compares of an observation with its training data, before it acts on it.
 
@@ -294,6 +316,15 @@ class Exported:
         """
         raise NotImplementedError(f"{type(self).__name__} must define export() for its export_formats")
 
+    def card(self, format: str, sources: Sequence[TrainedOn]) -> CardNotes:
+        """What the model card of an exported folder says that only the policy knows: see `CardNotes`.
+
+        Args:
+            format: `rlinf`, or one of `export_formats`.
+            sources: The datasets the policy was trained on, as `export` gets them.
+        """
+        return CardNotes()
+
 
 class Adapted:
     """Low-rank adapters (LoRA), by the table `[policy.lora]`: which layers get them if the table does not say.
@@ -366,6 +397,21 @@ class Adapted:
         add_lora(policy, cast("Any", self), self.lora)
 
 
+class Continued:
+    """Chunks that continue the one that the robot executes while they are computed: real-time chunking.
+
+    Wanted by a policy that is slower than a control step. Without it, robots jump from one chunk to the next.
+    """
+
+    def continuation_ways(self) -> Mapping[str, int]:
+        """How the module's `continue_actions` can continue a chunk -> the longest delay, in actions.
+
+        `guided`: without training for it; `trained`: with the actions given that are executed meanwhile. Empty: it has
+        no such method. See `contract.module.ContinuingPolicy`.
+        """
+        return {}
+
+
 class TrainedOn(NamedTuple):
     """A dataset that a policy was trained on."""
 
@@ -376,5 +422,36 @@ class TrainedOn(NamedTuple):
     """Its normalisation statistics; None for policies that do not normalise."""
 
 
-OPTIONS = (Described, Measured, BoundToData, Begun, Counted, Compared, Published, Checked, Exported, Adapted)
+class CardNotes(NamedTuple):
+    """A policy's part of the model card in an exported folder; empty values leave it to core."""
+
+    title: str = ""
+    """The model's name for people, such as `π0.5`."""
+    library: str = ""
+    """The hub's `library_name`: the project that loads the folder; empty: `rlinf`."""
+    pipeline_tag: str = ""
+    """The hub's `pipeline_tag`; empty: `robotics` for a policy with actions."""
+    tags: tuple[str, ...] = ()
+    """Tags besides those of core."""
+    use: str = ""
+    """How to run the folder, as Markdown; `FOLDER` stands for it. Empty: `load_policy` and `rlinf serve`, for a policy
+    with actions."""
+    limits: tuple[str, ...] = ()
+    """What someone who runs the policy must know, one sentence each, as Markdown."""
+
+
+OPTIONS = (
+    Described,
+    Measured,
+    BoundToData,
+    Begun,
+    Counted,
+    Sampled,
+    Compared,
+    Published,
+    Checked,
+    Exported,
+    Adapted,
+    Continued,
+)
 """All of them, in the order of the page docs/contract.md."""

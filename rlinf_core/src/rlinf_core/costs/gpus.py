@@ -34,6 +34,23 @@ PEAKS: dict[str, float] = {
 """Part of the driver's name of a GPU -> its peak."""
 
 
+NVLINK: dict[str, float] = {
+    "GB200": 900.0,
+    "B200": 900.0,
+    "H200": 450.0,
+    "GH200": 450.0,
+    "H100": 450.0,
+    "H800": 200.0,
+    "H20": 450.0,
+    "A100": 300.0,
+    "A800": 200.0,
+}
+"""GPUs whose machines connect all of them by NVLink -> bytes per second of a GPU in one direction, in 10⁹; data sheets
+name the sum of both directions."""
+PCIE = 32.0
+"""The same for GPUs without NVLink: PCIe 4.0 with 16 lanes."""
+
+
 def peak_tflops(device_name: str) -> float | None:
     """The peak of a GPU by the name that its driver reports; None if it is not listed.
 

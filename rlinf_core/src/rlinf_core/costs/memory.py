@@ -63,6 +63,10 @@ class Parameter:
             return 1
         return -(-self.shape[0] // ranks) * math.prod(self.shape[1:])
 
+    def padded(self, ranks: int) -> int:
+        """Number of elements that ranks exchange: all shards are as large as the first."""
+        return ranks * self.shard(ranks) if ranks > 1 else self.numel
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -83,6 +87,14 @@ class Unit:
     def learning(self) -> int:
         """Number of elements that get a gradient."""
         return sum(parameter.numel for parameter in self.parameters if parameter.has_gradient)
+
+    def exchanged(self, ranks: int) -> int:
+        """Bytes of the buffer in which so many ranks gather the parameters."""
+        return self.itemsize * sum(parameter.padded(ranks) for parameter in self.parameters)
+
+    def reduced(self, ranks: int) -> int:
+        """Bytes of the float32 buffer in which the gradients are reduced to their shards."""
+        return MASTER * sum(parameter.padded(ranks) for parameter in self.parameters if parameter.has_gradient)
 
 
 @dataclass(frozen=True)
@@ -240,7 +252,7 @@ def step_memory(
     before = 0
     for index, bytes_alive in zip(activations.units, activations.at(micro_batch), strict=True):
         unit = units[index]
-        whole = MASTER * unit.learning
+        whole = unit.reduced(sharding.shards)
         gradient = unit.itemsize * unit.learning
         shard = MASTER * sum(p.shard(sharding.shards) for p in unit.parameters if p.has_gradient)
         computing = replace(
@@ -270,10 +282,11 @@ def _gathered(units: Sequence[Unit], index: int, sharding: Sharding, *, released
     def again(unit: Unit) -> int:
         return unit.gathered if unit.read_in_backward else 0
 
-    following = again(units[index - 1]) if index else 0
+    following = units[index - 1] if index else None
     # An all-gather first fills one buffer, from which the parameters are then copied.
-    copies = 2 if sharding.shards > 1 else 1
-    return root + (0 if released else again(units[index])) + copies * following
+    buffer = following.exchanged(sharding.shards) if following and sharding.shards > 1 else 0
+    coming = again(following) + (buffer if following.read_in_backward else 0) if following else 0
+    return root + (0 if released else again(units[index])) + coming
 
 
 def largest_micro_batch(
@@ -317,8 +330,8 @@ class Traffic:
 def traffic(units: Sequence[Unit], sharding: Sharding, micro_batches: int) -> Traffic:
     """Communication per rank in a step of `micro_batches` micro batches.
 
-    A ring sends each rank the other ranks' shards of a unit, (n - 1) / n of it. The root is gathered for its forward
-    pass, released, and gathered again until the end of the backward pass.
+    A ring sends each rank the other ranks' shards of a unit, (n - 1) / n of it, where all shards are as large as the
+    first. The root is gathered for its forward pass, released, and gathered again until the end of the backward pass.
     """
     others = (sharding.shards - 1) / sharding.shards
 
@@ -328,10 +341,10 @@ def traffic(units: Sequence[Unit], sharding: Sharding, micro_batches: int) -> Tr
         return micro_batches * (1 + unit.read_in_backward)
 
     reduces = micro_batches if sharding.reduce_every_micro_batch else 1
-    learning = MASTER * sum(unit.learning for unit in units)
+    learning = sum(unit.reduced(sharding.shards) for unit in units)
     replicas = sharding.num_replicas
     return Traffic(
-        all_gather=others * sum(gathers(unit) * unit.gathered for unit in units),
+        all_gather=others * sum(gathers(unit) * unit.exchanged(sharding.shards) for unit in units),
         reduce_scatter=reduces * others * learning,
         all_reduce=2 * (replicas - 1) / replicas * learning / sharding.shards,
     )

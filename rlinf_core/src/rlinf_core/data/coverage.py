@@ -25,6 +25,10 @@ MARGIN = 0.1
 """A state is reported if it is outside the range of training by more than this share of the range."""
 SAME_SHAPE = 0.01
 """Aspect ratios that differ by a smaller share are the same."""
+MOST_TASKS = 64
+"""Tasks that are listed."""
+LONGEST_TASK = 300
+"""Characters of a task that is listed."""
 LISTED = 4
 """A warning lists at most this many dimensions or sizes."""
 
@@ -53,6 +57,14 @@ class Coverage(BaseModel):
     """[D], the smallest state of all rows, after the dataset's transforms and before normalisation."""
     state_high: tuple[float, ...] = ()
     """[D], the largest one."""
+    tasks: tuple[str, ...] = Field(default=(), max_length=MOST_TASKS)
+    """The first different tasks of the training rows."""
+    num_tasks: int = Field(default=0, ge=0)
+    """Number of different tasks."""
+    fps: float = Field(default=0.0, ge=0)
+    """Actions of a chunk per second; 0: not known."""
+    names: dict[str, tuple[str, ...]] = {}
+    """`state` and `actions` -> the dataset's name of each of their numbers, before the dataset's transforms."""
 
     @property
     def state(self) -> tuple[Vector, Vector] | None:
@@ -96,6 +108,12 @@ def measure(
         state_low=tuple(state[0].tolist()) if state else (),
         state_high=tuple(state[1].tolist()) if state else (),
     )
+
+
+def list_tasks(tasks: Iterable[str]) -> dict[str, Any]:
+    """The fields of a `Coverage` that are about tasks, of different texts."""
+    texts = list(dict.fromkeys(tasks))
+    return {"tasks": tuple(text[:LONGEST_TASK] for text in texts[:MOST_TASKS]), "num_tasks": len(texts)}
 
 
 def is_empty(task: object) -> bool:

@@ -39,9 +39,16 @@ class Pipeline:
         """The repacked row, in the data's own units; decoded actions are compared with it."""
         return self.repack(row)
 
-    def encode(self, row: Row) -> Sample:
-        """The sample that the policy sees; floating-point arrays are float32. It may share memory with the row."""
+    def encode(self, row: Row, actions: NDArray[np.floating] | None = None) -> Sample:
+        """The sample that the policy sees; floating-point arrays are float32. It may share memory with the row.
+
+        Args:
+            row: A row in the dataset's format.
+            actions: [T, D] actions in the data's own units, as `decode` gives them, instead of the row's.
+        """
         sample = self.repack(row)
+        if actions is not None:
+            sample = {**sample, "actions": actions}
         for transform in self.invertible:
             sample = transform(sample)
         return {key: _float32(value) for key, value in sample.items()}  # type: ignore[return-value]
@@ -89,8 +96,16 @@ def build_pipeline(dataset: DatasetConfig, policy: PolicyConfig, stats: Stats | 
     return Pipeline(dataset.repack(), tuple(dataset.transforms()), normalize, tuple(policy.transforms()))
 
 
-def encode_observation(pipeline: Pipeline, dataset: DatasetConfig, observation: Row) -> Sample:
+def encode_observation(
+    pipeline: Pipeline, dataset: DatasetConfig, observation: Row, actions: NDArray[np.floating] | None = None
+) -> Sample:
     """Encode an observation in the dataset's format; only the columns that the dataset reads are used.
+
+    Args:
+        pipeline: The dataset's pipeline.
+        dataset: The format of the observation.
+        observation: A row.
+        actions: [T, D] actions in the data's own units to encode with it.
 
     Raises:
         UserError: The observation lacks columns (the message names them all), or its state or task is invalid.
@@ -109,7 +124,7 @@ def encode_observation(pipeline: Pipeline, dataset: DatasetConfig, observation: 
     if not isinstance(seen.get("task", ""), str):
         raise UserError(f"the observation's 'task' is {seen['task']!r}, but must be a string")
     try:
-        return pipeline.encode(seen)
+        return pipeline.encode(seen, actions)
     except KeyError as error:
         raise UserError(
             f"the observation lacks {error.args[0]!r}; it has {', '.join(observation) or 'nothing'}"

@@ -115,9 +115,12 @@ class ActionComparison:
             actions: [H, A], as the policy sampled them.
             row: The row.
         """
+        return self.compare_decoded(self.pipeline.decode(actions, row.sample), row)
+
+    def compare_decoded(self, decoded: Vectors, row: ValidationRow) -> ActionSums:
+        """The errors of actions [H, D] that are in the data's units already."""
         within = ~row.target["actions_is_pad"]
         target = row.target["actions"]
-        decoded = self.pipeline.decode(actions, row.sample)
         if decoded.shape != target.shape:
             raise UserError(
                 f"the policy's actions have {decoded.shape[-1]} numbers in the data's units, the dataset's have "

@@ -59,7 +59,7 @@ def _changes(plan: Plan) -> Iterator[tuple[dict[str, Any], str]]:
         yield {"reshard_after_forward": True}, "one more all-gather per micro batch"
     if plan.ranks > 1 and plan.share > 1 and not trainer.reduce_every_micro_batch:
         yield {"reduce_every_micro_batch": True}, "communicates gradients in each micro batch"
-    if trainer.num_replicas > 1:
+    if plan.sharding.num_replicas > 1:
         yield {"num_replicas": 1}, "gathers weights from all ranks"
     if plan.has_blocks and trainer.activation_checkpointing == "none":
         yield compiled | {"activation_checkpointing": "selective"}, "computes norms and activations twice"

@@ -66,6 +66,8 @@ class Plan:
     units: tuple[Unit, ...] = field(repr=False)
     longest: Sample = field(repr=False)
     """The sample with the largest batch, for which memory is computed."""
+    sampled: tuple[Sample, ...] = field(repr=False)
+    """All that sizes were taken from."""
     activations: Mapping[Keeping, Activations] = field(repr=False)
     """Counted so far: for the run's own setting, and for others on request."""
 
@@ -133,13 +135,20 @@ def sharding_of(run: RunConfig, trainer: Fsdp2TrainerConfig, ranks: int) -> Shar
     """How a run shards parameters over its ranks."""
     return Sharding(
         ranks=ranks,
-        num_replicas=trainer.num_replicas,
+        num_replicas=trainer.replicas(ranks, run.cluster.machines),
         reshard_after_forward=trainer.reshard_after_forward,
         reduce_every_micro_batch=trainer.reduce_every_micro_batch,
         cpu_offload=trainer.cpu_offload,
         ema=run.optim.ema_decay > 0,
         ema_on_cpu=trainer.ema_device == "cpu",
     )
+
+
+def placed_on(run: RunConfig, ranks: int, machines: int) -> RunConfig:
+    """The run with the number of copies of the model that it would have on so many machines, if that is `"auto"`."""
+    if not isinstance(run.trainer, Fsdp2TrainerConfig):
+        return run
+    return run.model_copy(update={"trainer": run.trainer.placed(ranks, machines)})
 
 
 def plan(run: RunConfig, plugins: Plugins, ranks: int | None = None) -> Plan:
@@ -160,7 +169,7 @@ def plan(run: RunConfig, plugins: Plugins, ranks: int | None = None) -> Plan:
     assumptions: list[str] = []
     if ranks is None:
         placed = run.cluster.ranks
-        ranks = run.cluster.num_nodes if placed is None else len(placed)
+        ranks = run.cluster.machines if placed is None else len(placed)
         if placed is None:
             assumptions.append(f"{ranks} rank{'s' * (ranks > 1)}, because [cluster] does not set it: give --ranks")
     trainer.check_ranks(ranks)
@@ -195,6 +204,7 @@ def plan(run: RunConfig, plugins: Plugins, ranks: int | None = None) -> Plan:
         has_blocks=counted.has_blocks,
         units=units,
         longest=longest,
+        sampled=tuple(sample for source in sampled for sample in source.samples),
         activations={keep: counted.activations},
     )
 

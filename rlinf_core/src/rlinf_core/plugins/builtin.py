@@ -90,6 +90,7 @@ def rlinf_register_commands() -> list[Command]:
         "launch": "start a run's processes as its config says, and wait for them",
         "validate": "validate a run's config, data and files without starting it",
         "plan": "predict a run's memory, speed and communication",
+        "rehearse": "compute two steps on as many ranks as a run will have, without a GPU",
         "inspect": "write a page that shows what a run's model will see",
         "norm-stats": "compute, diagnose, compare and import statistics",
         "check-dataset": "check the files of a LeRobot dataset for damage",
@@ -99,6 +100,7 @@ def rlinf_register_commands() -> list[Command]:
         "report": "write a page that shows how one or several runs went",
         "triage": "find out why a policy with a low loss does not act well",
         "export": "export a run's policy for inference or further training",
+        "push": "upload an exported policy to the hub, after showing what would be public",
         "serve": "answer observations of robots and simulators with a policy's actions",
         "datasets": "list the dataset formats of installed packages",
         "plugins": "list plugins, what they registered, and what failed",
@@ -121,6 +123,14 @@ def rlinf_open_dataset(dataset: DatasetConfig, policy: PolicyConfig, split: Spli
     from rlinf_core.data.frame_cache.source import open_cached
 
     return open_cached(rows, dataset, policy)
+
+
+@hookimpl
+def rlinf_launcher_names() -> Sequence[str]:
+    """Core's two."""
+    from rlinf_core.contract.tables.cluster import LAUNCHERS
+
+    return LAUNCHERS
 
 
 @hookimpl(trylast=True)

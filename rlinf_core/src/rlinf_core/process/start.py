@@ -5,6 +5,9 @@ from __future__ import annotations
 import getpass
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
 
 from rlinf_core.errors import UserError
 from rlinf_core.terminal import replace_unprintable
@@ -15,11 +18,31 @@ LOCAL = ("LOCAL_RANK", "LOCAL_WORLD_SIZE")
 """Those that torchrun sets besides."""
 
 
+LOG_LEVELS = ("TORCH_CPP_LOG_LEVEL", "LOGLEVEL")
+"""Variables with which a user chooses what torch and torchrun log."""
+
+
 def prepare_process() -> None:
     """Prepare the process of a command or of a run."""
     open_streams()
     replace_unprintable((sys.stdout, sys.stderr))
     name_user()
+
+
+@contextmanager
+def quiet_torch(least: Literal["ERROR", "FATAL"]) -> Iterator[None]:
+    """If the body imports torch, its C++ code logs only what is as bad as `least`, unless the user chose a level.
+
+    It logs every lost connection with a stack trace of 20 lines, from each process. The environment stays as it was.
+    """
+    if any(name in os.environ for name in LOG_LEVELS):
+        yield
+        return
+    os.environ[LOG_LEVELS[0]] = least
+    try:
+        yield
+    finally:
+        del os.environ[LOG_LEVELS[0]]
 
 
 def open_streams() -> None:

@@ -57,6 +57,11 @@ class Result(BaseModel):
     """Control steps until the first success."""
     best_reward: float | None = None
     """The largest reward of a control step; None if the environment has none."""
+    jerk: float | None = None
+    """How unevenly the robot was commanded: the mean over the episode of the Euclidean length of the second difference
+    a[i+1] - 2 a[i] + a[i-1] of executed actions, in the data's units; each action counts once, whatever `action_repeat`
+    is. For actions that are displacements or velocities, it is proportional to the jerk of the command. None: fewer
+    than three actions."""
     failure: str = ""
     """Why the environment could not finish the episode, which then counts as failed."""
     seconds: float = 0.0

@@ -58,6 +58,7 @@ class Ended:
     best_reward: float | None
     failure: str
     has_video: bool
+    jerk: float | None = None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ from rlinf_core.errors import PluginError, UserError
 from rlinf_core.rollout.config import RolloutSettings
 from rlinf_core.rollout.episodes import Episode, Result
 from rlinf_core.rollout.messages import Act, Asks, Broken, Ended, Play
+from rlinf_core.rollout.seeds import generator_of, seed_of
 
 LAST_OUTPUT = 1000
 """Characters of a broken process' output that its error shows."""
@@ -187,7 +187,7 @@ class Pool:
         chosen = self._choose(one.episode)
         self._waiting.remove(chosen)
         one.episode, one.started = chosen, time.monotonic()
-        one.generator = _generator(chosen)
+        one.generator = generator_of(seed_of(chosen))
         one.video = self._video_of(chosen)
         self._playing[chosen.key] = one
         settings = self._settings
@@ -251,6 +251,7 @@ class Pool:
             steps=ended.steps,
             first_success=ended.first_success,
             best_reward=ended.best_reward,
+            jerk=ended.jerk,
             failure=ended.failure,
             seconds=round(time.monotonic() - one.started, 3),
             video=self._keep_video(one, episode, ended),
@@ -345,12 +346,6 @@ def _last_output(one: _Process) -> str:
     one.output.seek(max(0, one.output.tell() - LAST_OUTPUT))
     text = one.output.read().decode(errors="replace").strip()
     return f"; the end of its output:\n{text}\n" if text else ""
-
-
-def _generator(episode: Episode) -> np.random.Generator:
-    """Random numbers of an episode: the same in any process, and whatever else is played."""
-    words = [episode.start.seed, episode.number, zlib.crc32(f"{episode.agent}/{episode.task.name}".encode())]
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(words)))
 
 
 def owner_of(config: EnvironmentConfig) -> str:

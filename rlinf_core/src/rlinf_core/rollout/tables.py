@@ -7,25 +7,31 @@ from collections.abc import Iterable, Sequence
 from rlinf_core.results import Cell, ResultTable, cell_text, wilson_interval
 from rlinf_core.rollout.agents import POLICY
 from rlinf_core.rollout.config import RolloutSettings
+from rlinf_core.rollout.delay import Latency
 from rlinf_core.rollout.episodes import Result
 
 ALL = "(all)"
+DELAYED = (
+    " The policy's actions come {latency.delay} actions late (chunks: {latency.chunks}). Jerk: the mean length of the "
+    "second difference of its actions."
+)
 NAMES = {"idle": "idle action", "random": "random actions", "replay": "blind replay"}
 
 
-def success_table(settings: RolloutSettings, results: Sequence[Result]) -> ResultTable:
+def success_table(settings: RolloutSettings, results: Sequence[Result], latency: Latency | None = None) -> ResultTable:
     """Success rates per task and over all, of the policy and of what luck gives.
 
     Args:
         settings: How it was played.
         results: Finished episodes of all agents.
+        latency: The delay of the policy, whose jerk is then a column.
     """
     tasks = list(dict.fromkeys(one.task for one in results))
     agents = [name for name in dict.fromkeys(one.agent for one in results) if name != POLICY]
     lasting = settings.env.after_success > 0
     columns = ["task", "success", *(["at the end"] if lasting else []), *(NAMES.get(name, name) for name in agents)]
     rewards = any(one.best_reward is not None for one in results)
-    columns += [*(["largest reward"] if rewards else []), "steps", "episodes"]
+    columns += [*(["largest reward"] if rewards else []), *(["jerk"] if latency else []), "steps", "episodes"]
     rows = []
     for task in [*tasks, *([ALL] if len(tasks) > 1 else [])]:
         own = [one for one in results if one.agent == POLICY and task in (ALL, one.task)]
@@ -34,9 +40,14 @@ def success_table(settings: RolloutSettings, results: Sequence[Result]) -> Resul
         cells += [_rate(o.ever for o in results if o.agent == name and task in (ALL, o.task)) for name in agents]
         found = [one.best_reward for one in own if one.best_reward is not None]
         cells += [sum(found) / len(found) if found else None] if rewards else []
+        uneven = [one.jerk for one in own if one.jerk is not None]
+        cells += [sum(uneven) / len(uneven) if uneven else None] if latency else []
         rows.append((*cells, round(sum(one.steps for one in own) / len(own), 1) if own else None, len(own)))
     return ResultTable(
-        title=f"Success in {settings.env.type}", columns=tuple(columns), rows=tuple(rows), note=_note(settings, results)
+        title=f"Success in {settings.env.type}",
+        columns=tuple(columns),
+        rows=tuple(rows),
+        note=_note(settings, results) + (DELAYED.format(latency=latency) if latency else ""),
     )
 
 

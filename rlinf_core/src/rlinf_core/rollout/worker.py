@@ -105,6 +105,7 @@ class _Episode:
         self._reward: float | None = None
         self._ended = False
         self._actions = 0
+        self._jerk = Jerk()
         rate = environment.control_hz / (play.config.action_repeat * max(play.video_every or play.config.replan, 1))
         self._video = Video(Path(play.video), rate) if play.video else None
 
@@ -137,6 +138,8 @@ class _Episode:
             if self._video is not None and every and self._actions % every == 0:
                 self._video.add(self._environment.frame())
             self._actions += 1
+            if not self.over:
+                self._jerk.add(action)
             for _ in range(self._config.action_repeat):
                 if self.over:
                     return
@@ -161,7 +164,28 @@ class _Episode:
         ever = self._first is not None and not self.failure
         at_end = self._success and not self.failure
         has_video = self._video is not None and self._video.frames > 0
-        return Ended(at_end, ever, self.steps, self._first if ever else None, self._reward, self.failure, has_video)
+        first = self._first if ever else None
+        return Ended(at_end, ever, self.steps, first, self._reward, self.failure, has_video, self._jerk.mean())
+
+
+class Jerk:
+    """The mean length of the second difference of consecutive actions; see `Result.jerk`."""
+
+    def __init__(self) -> None:
+        self._last: list[NDArray[np.float64]] = []
+        self._sum, self._count = 0.0, 0
+
+    def add(self, action: NDArray[np.float32]) -> None:
+        """An action that is executed."""
+        self._last = [*self._last[-2:], action.astype(np.float64)]
+        if len(self._last) == 3:
+            first, second, third = self._last
+            self._sum += float(np.linalg.norm(third - 2 * second + first))
+            self._count += 1
+
+    def mean(self) -> float | None:
+        """Over the episode; None if it had fewer than three actions."""
+        return self._sum / self._count if self._count else None
 
 
 def _end_with(connection_fd: int) -> None:

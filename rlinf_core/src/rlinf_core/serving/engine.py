@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,7 +16,11 @@ import numpy as np
 
 from rlinf_core.errors import UserError
 from rlinf_core.inference import LoadedPolicy
-from rlinf_core.serving.observations import NOISE, to_row
+from rlinf_core.real_time import Encoded
+from rlinf_core.sampling import check_steps
+from rlinf_core.serving.continuation import to_continuation
+from rlinf_core.serving.draws import Draws
+from rlinf_core.serving.observations import DRAW, NOISE, SEED, STEPS, to_row
 
 
 class BusyError(UserError):
@@ -42,6 +47,8 @@ class _Request:
     done: asyncio.Future[Computed]
     loop: asyncio.AbstractEventLoop
     row: dict[str, Any] = field(default_factory=dict)
+    noise: Any = None
+    steps: int | None = None
 
 
 class Engine:
@@ -52,12 +59,22 @@ class Engine:
         most_waiting: Requests that may wait; more are refused at once.
         most_together: The largest batch.
         failed: Called with a defect, which the client does not see.
+        first: What to compute before any request, in the thread that computes them: `warmed` has its result.
     """
 
     def __init__(
-        self, policy: LoadedPolicy, *, most_waiting: int, most_together: int, failed: Callable[[Exception], object]
+        self,
+        policy: LoadedPolicy,
+        *,
+        most_waiting: int,
+        most_together: int,
+        failed: Callable[[Exception], object],
+        first: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self.policy, self.most_together, self.failed = policy, most_together, failed
+        self._draws = Draws(policy.config)
+        self.warmed: Future[float] = Future()
+        self._first = first
         self._waiting: queue.Queue[_Request | None] = queue.Queue(most_waiting)
         self._thread = threading.Thread(target=self._work, name="rlinf-serve", daemon=True)
         self._thread.start()
@@ -83,11 +100,17 @@ class Engine:
         return await request.done
 
     def close(self) -> None:
-        """Finish what waits, and end the thread."""
+        """Finish what waits, and end the thread; do not wait for `first`, which may take minutes."""
         self._waiting.put(None)
-        self._thread.join()
+        if self.warmed.done():
+            self._thread.join()
 
     def _work(self) -> None:
+        try:
+            self.warmed.set_result(self._first())
+        except BaseException as error:
+            self.warmed.set_exception(error)
+            return
         while (first := self._waiting.get()) is not None:
             batch, last = [first], False
             while len(batch) < self.most_together and not last:
@@ -106,23 +129,38 @@ class Engine:
         encoded = []
         for request in batch:
             try:
-                request.row = to_row(self.policy.data, request.observation)
-                encoded.append((request, self.policy.encode(request.row)))
+                encoded.append((request, *self._encode(request)))
             except Exception as error:
                 self._fail(request, error)
-        if not encoded:
-            return
+        for steps in dict.fromkeys(request.steps for request, *_ in encoded):
+            self._act([one for one in encoded if one[0].steps == steps], steps, start)
+
+    def _encode(self, request: _Request) -> tuple[Any, Encoded | None]:
+        """The request's sample and the actions that its chunk continues; its row, noise and steps become known."""
+        row = request.row = to_row(self.policy.data, request.observation)
+        request.steps = check_steps(self.policy.config, row.get(STEPS), STEPS)
+        if (NOISE in row) + (SEED in row) > 1 or (DRAW in row and SEED not in row):
+            raise UserError("send noise, or a seed, of which draw is the number of the chunk")
+        request.noise = self._draws.noise(row[SEED], row.get(DRAW)) if SEED in row else row.get(NOISE)
+        sample, continuing = self.policy.encode(row), to_continuation(request.observation)
+        if continuing is None:
+            return sample, None
+        return sample, self.policy.encode_continuation(row, sample, continuing)
+
+    def _act(self, encoded: list[tuple[_Request, Any, Encoded | None]], steps: int | None, start: float) -> None:
+        """Compute requests with the same number of steps, and hand over their actions."""
         try:
-            chunks = self.policy.act_on([sample for _, sample in encoded], [r.row.get(NOISE) for r, _ in encoded])
+            requests, samples, previous = zip(*encoded, strict=True)
+            chunks = self.policy.act_on(samples, [one.noise for one in requests], previous, steps)
         except Exception as error:
             if len(encoded) > 1:  # One of them may be to blame: the others get their actions.
-                for request, _ in encoded:
-                    self._compute([request])
+                for one in encoded:
+                    self._act([one], steps, start)
             else:
                 self._fail(encoded[0][0], error)
             return
         seconds = time.perf_counter() - start
-        for (request, _), actions in zip(encoded, chunks, strict=True):
+        for (request, *_), actions in zip(encoded, chunks, strict=True):
             if np.isfinite(actions).all():
                 found = Computed(actions, _state(self.policy, request.row), seconds, len(encoded))
                 _hand_over(request, partial(_give, found=found))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,14 +10,15 @@ import numpy as np
 from rlinf_core.contract.datasets import DatasetConfig, LeRobotDatasetConfig
 from rlinf_core.errors import UserError, did_you_mean
 
-NOISE = "noise"
-NOT_HERE = ("prev_chunk_left_over", "inference_delay", "execution_horizon", "real_time_chunking", "num_steps")
-"""Options that a server may offer, but this one does not: refused rather than ignored."""
+NOISE, SEED, DRAW, STEPS = "noise", "seed", "draw", "num_steps"
+CHOSEN = (NOISE, SEED, DRAW, STEPS)
+"""What a client may choose of how its actions are drawn: numbers, a seed of them and how often it was drawn from, and
+denoising steps."""
 DEEPEST = 4
 
 
 def to_row(data: DatasetConfig, sent: Any) -> dict[str, Any]:
-    """The row of an observation, its noise under `noise` if the client chose it.
+    """The row of an observation, and beside it what the client chose (`CHOSEN`).
 
     Images are made uint8 [height, width, 3]: floats are taken for 0 to 1, and [3, height, width] is transposed, as
     openpi's policies do.
@@ -27,10 +28,10 @@ def to_row(data: DatasetConfig, sent: Any) -> dict[str, Any]:
     """
     if not isinstance(sent, Mapping):
         raise UserError(f"an observation is a map of names to values, not {type(sent).__name__}")
-    flat = dict(_flattened(sent, ""))
+    flat = dict(flattened(sent))
     columns, names = tuple(data.observation_columns()), data.observation_names()
-    row: dict[str, Any] = {name: flat[name] for name in (*columns, "task", NOISE) if name in flat}
-    mistakes = [f"this server does not offer {name!r}: leave it out" for name in NOT_HERE if name in flat]
+    row: dict[str, Any] = {name: flat[name] for name in (*columns, "task", *CHOSEN) if name in flat}
+    mistakes: list[str] = []
     for name in flat.keys() & names.keys() - set(columns):
         column = names[name]
         if column in row and name != column and row[column] is not flat[name]:
@@ -55,11 +56,12 @@ def to_row(data: DatasetConfig, sent: Any) -> dict[str, Any]:
     return row
 
 
-def _flattened(values: Mapping[Any, Any], prefix: str, depth: int = 0) -> Any:
+def flattened(values: Mapping[Any, Any], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """Every value under one name: `images/front` for a map in a map."""
     for key, value in values.items():
         name = prefix + (key.decode("utf-8", "replace") if isinstance(key, bytes) else str(key))
         if isinstance(value, Mapping) and depth < DEEPEST:
-            yield from _flattened(value, f"{name}/", depth + 1)
+            yield from flattened(value, f"{name}/", depth + 1)
         else:
             yield name, value
 

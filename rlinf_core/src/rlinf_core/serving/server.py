@@ -53,6 +53,7 @@ class PolicyServer:
         metadata: The first message to openpi's clients.
         api_key: What clients must send as `Authorization: Api-Key KEY`; empty: any may connect.
         limits: Bounds.
+        first: What to compute before listening, in the thread that computes requests: `warm_up`; returns seconds.
         log: Called with a line for each event that an operator should know.
     """
 
@@ -63,11 +64,18 @@ class PolicyServer:
         *,
         api_key: str = "",
         limits: Limits = Limits(),  # noqa: B008  # It is frozen.
+        first: Callable[[], float] = lambda: 0.0,
         log: Callable[[str], object] = print,
     ) -> None:
         self._first, self._key, self.limits, self._log = pack(metadata), api_key.encode(), limits, log
         self.metrics = Metrics()
-        self._engine = Engine(policy, most_waiting=limits.waiting, most_together=limits.batch, failed=self._log_defect)
+        self._engine = Engine(
+            policy,
+            most_waiting=limits.waiting,
+            most_together=limits.batch,
+            failed=self._log_defect,
+            first=first,
+        )
         self._working = 0
         self._draining = False
         self.stop = asyncio.Event()
@@ -80,6 +88,8 @@ class PolicyServer:
         """
         logging.getLogger("websockets.server").setLevel(logging.CRITICAL)  # Garbage on a port is no traceback.
         try:
+            if not await self._warmed():
+                return
             async with serve(
                 self._session,
                 host,
@@ -98,6 +108,17 @@ class PolicyServer:
                 await self._drain(server)
         finally:
             await asyncio.to_thread(self._engine.close)
+
+    async def _warmed(self) -> bool:
+        """Wait until requests can be computed; False: the server is to stop before that."""
+        warmed, stop = asyncio.wrap_future(self._engine.warmed), asyncio.ensure_future(self.stop.wait())
+        await asyncio.wait((warmed, stop), return_when=asyncio.FIRST_COMPLETED)
+        stop.cancel()
+        if not warmed.done():
+            return False
+        if seconds := warmed.result():
+            self._log(f"one chunk takes {seconds * 1e3:.0f} ms")
+        return True
 
     async def _drain(self, server: Server) -> None:
         """Refuse what comes, wait for what is being computed, then close all connections."""

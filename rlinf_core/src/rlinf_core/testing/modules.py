@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rlinf_core.contract.module import PreviousActions
 from rlinf_core.contract.policy import PolicyConfig
 from rlinf_core.data.sample import PACKING, Sample
 from rlinf_core.testing.findings import Findings
@@ -59,7 +60,9 @@ def check_module(findings: Findings, config: PolicyConfig, samples: Sequence[Sam
     if _give_values(findings, config, module):
         _check_loss(findings, config, module, samples)
         if config.chunk_length():
-            _check_actions(findings, module, config.collate(samples))
+            batch = config.collate(samples)
+            _check_actions(findings, module, batch)
+            _check_continuation(findings, config, module, batch)
         check_weights(findings, config, dict(module.named_parameters()))
 
 
@@ -269,6 +272,35 @@ def _check_actions(findings: Findings, module: Any, batch: Mapping[str, Any]) ->
         if findings.expect(torch.equal(actions, act(batch)), rule) and "actions" in batch:
             blind = act({**batch, "actions": torch.zeros_like(batch["actions"])})
             findings.expect(torch.equal(actions, blind), "sample_actions() ignores the actions in the batch")
+
+
+def _check_continuation(findings: Findings, config: PolicyConfig, module: Any, batch: Mapping[str, Any]) -> None:
+    """Check each way of real-time chunking that the config offers."""
+    ways, noise = config.continuation_ways(), batch.get("noise")
+    if not ways or noise is None:
+        return
+    if not findings.expect(hasattr(module, "continue_actions"), "with continuation_ways(), has continue_actions()"):
+        return
+    size, horizon = noise.shape[:2]
+    given = torch.linspace(-1, 1, noise.numel()).view_as(noise)
+    for way, longest in ways.items():
+        delay = min(longest, horizon)
+        delays, trained = torch.full((size,), delay), way == "trained"
+        previous = PreviousActions(given, delays, torch.ones(size, horizon), torch.full((size,), 5.0), trained)
+
+        def act(previous: PreviousActions = previous) -> torch.Tensor:
+            with torch.no_grad():
+                actions: torch.Tensor = module.continue_actions(batch, noise, previous)
+            return actions
+
+        actions = findings.attempt(f"continue_actions() works ({way})", act)
+        if actions is None:
+            continue
+        form = f"float32 {list(noise.shape)} without gradient"
+        if findings.expect(_form(actions) == form, f"continue_actions() gives {form} ({way})", _form(actions)):
+            findings.expect(bool(actions.isfinite().all()), f"continued actions are finite ({way})")
+            kept = not trained or torch.equal(actions[:, :delay], given[:, :delay])
+            findings.expect(kept, "continue_actions() keeps the actions that are given (trained)")
 
 
 def _leaves(batch: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:

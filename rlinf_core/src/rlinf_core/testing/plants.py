@@ -92,6 +92,32 @@ def _squashed(images: Images) -> Images:
     return np.stack([np.asarray(Image.fromarray(one[cut : height - cut]).resize((width, height))) for one in images])
 
 
+def _cropped(images: Images) -> Images:
+    """Three quarters from the upper left corner, stretched to the whole."""
+    height, width = images.shape[1:3]
+    corner = images[:, : 3 * height // 4, : 3 * width // 4]
+    return np.stack([np.asarray(Image.fromarray(one).resize((width, height))) for one in corner])
+
+
+def _gray(images: Images) -> Images:
+    """The luminance in all channels."""
+    luminance = images @ np.array([0.299, 0.587, 0.114])
+    return np.repeat(luminance.round().astype(np.uint8)[..., None], 3, -1)
+
+
+def _frozen(images: Images) -> Images:
+    """Each episode's first image in all of its rows."""
+    return np.repeat(images[:1], len(images), 0)
+
+
+def _of_one_camera(change: Callable[[Images], Images]) -> Callable[[Settings, Sequence[Episode]], Mistake]:
+    def make(settings: Settings, episodes: Sequence[Episode]) -> Mistake:
+        chosen = settings.cameras or list(episodes[0].images)[-1:]
+        return _images(change)(replace(settings, cameras=chosen), episodes)
+
+    return make
+
+
 def _swap_cameras(settings: Settings, episodes: Sequence[Episode]) -> Mistake:
     columns = list(settings.cameras) or list(episodes[0].images)[:2]
     if len(columns) != 2:
@@ -153,19 +179,45 @@ def _empty_task(settings: Settings, episodes: Sequence[Episode]) -> Mistake:
     return lambda one: replace(one, task="")
 
 
-def _late(settings: Settings, episodes: Sequence[Episode]) -> Mistake:
-    lag = round(settings.factor or 1)
+def _other_case(settings: Settings, episodes: Sequence[Episode]) -> Mistake:
+    return lambda one: replace(one, task=one.task.title().replace(" ", "_"))
 
+
+def _late(settings: Settings, episodes: Sequence[Episode]) -> Mistake:
+    return _shifted(round(settings.factor or 1))
+
+
+def _early(settings: Settings, episodes: Sequence[Episode]) -> Mistake:
+    return _shifted(-round(settings.factor or 2))
+
+
+def _shifted(lag: int) -> Mistake:
     def mistake(one: Episode) -> Episode:
-        seen = one.at(np.maximum(np.arange(len(one.actions)) - lag, 0))
+        last = len(one.actions) - 1
+        seen = one.at(np.clip(np.arange(last + 1) - lag, 0, last))
         return replace(one, images=seen.images, state=seen.state)
 
     return mistake
 
 
 def _rate(settings: Settings, episodes: Sequence[Episode]) -> Mistake:
+    """Every second frame only; with a factor below 1, frames in between, as from a faster control loop."""
     step = settings.factor or 2.0
-    return lambda one: one.at(np.unique((np.arange(0, len(one.actions) / step) * step).astype(np.int64)))
+
+    def mistake(one: Episode) -> Episode:
+        last = len(one.actions) - 1
+        at = np.arange(0, last, step)
+        low = at.astype(np.int64)
+        part = (at - low).astype(np.float32)[:, None]
+        found = one.at(low)
+        following = one.at(np.minimum(low + 1, last))
+        return replace(found, state=(1 - part) * found.state + part * following.state)
+
+    return mistake
+
+
+def _slow(settings: Settings, episodes: Sequence[Episode]) -> Mistake:
+    return _rate(replace(settings, factor=settings.factor or 0.5), episodes)
 
 
 def _order(settings: Settings, episodes: Sequence[Episode]) -> Mistake:
@@ -204,6 +256,24 @@ def _of_other_data(tables: dict[str, dict[str, list[float]]], settings: Settings
         table["std"] = (std * scale).tolist()
 
 
+def _noisy(tables: dict[str, dict[str, list[float]]], settings: Settings) -> None:
+    """Statistics of too few rows: each number off by a random share."""
+    generator = np.random.default_rng(0)
+    for table in tables.values():
+        std = np.array(table["std"])
+        for name in ("mean", "q01", "q99"):
+            noise = generator.normal(0, settings.factor or 0.6, len(std))
+            table[name] = (np.array(table[name]) + noise * std).tolist()
+        table["std"] = (std * np.exp(generator.normal(0, settings.factor or 0.6, len(std)))).tolist()
+
+
+def _exchanged(tables: dict[str, dict[str, list[float]]], settings: Settings) -> None:
+    """The high quantile where the low one should be, and the variance in place of the deviation."""
+    for table in tables.values():
+        table["q01"], table["q99"] = table["q99"], table["q01"]
+        table["std"] = [value**2 for value in table["std"]]
+
+
 def _half_loaded(folder: Path, settings: Settings) -> None:
     """Replace the later half of the tensors, in the order of their names, by random numbers of the same spread."""
     import torch
@@ -227,6 +297,18 @@ PLANTS: tuple[Plant, ...] = (
     Plant("mirrored", "images are flipped horizontally", "cameras", _images(lambda x: x[:, :, ::-1])),
     Plant("rotated", "images are rotated by 180°", "cameras", _images(lambda x: x[:, ::-1, ::-1])),
     Plant("bgr", "red and blue are swapped", "cameras", _images(lambda x: x[..., ::-1])),
+    Plant("transposed", "rows and columns of images are swapped", "cameras", _images(lambda x: x.swapaxes(1, 2))),
+    Plant("quarter-turn", "images are rotated by 90°", "cameras", _images(lambda x: np.rot90(x, 1, (1, 2)))),
+    Plant("bgr-of-one", "red and blue of one camera are swapped", "cameras", _of_one_camera(lambda x: x[..., ::-1])),
+    Plant("cropped", "images show three quarters of the scene, from a corner", "cameras", _images(_cropped)),
+    Plant(
+        "gamma",
+        "images are darker by a gamma of 1.8",
+        "cameras",
+        _images(lambda x: (255 * (x / 255) ** 1.8).round().astype(np.uint8)),
+    ),
+    Plant("gray", "images of one camera have no colors", "cameras", _of_one_camera(_gray)),
+    Plant("frozen", "one camera shows an episode's first image throughout", "cameras", _of_one_camera(_frozen)),
     Plant("squashed", "images have another aspect ratio", "cameras", _images(_squashed)),
     Plant("swapped-cameras", "two cameras are swapped", "cameras", _swap_cameras),
     Plant(
@@ -248,6 +330,24 @@ PLANTS: tuple[Plant, ...] = (
         "state",
         _numbers("state", lambda width: range(1), lambda x, factor: -x),
     ),
+    Plant(
+        "swapped-numbers",
+        "the first and the third number of the state are swapped",
+        "state",
+        _numbers("state", lambda width: (0, 2), lambda x, factor: x[:, ::-1]),
+    ),
+    Plant(
+        "origin",
+        "the first number of the state is measured from another origin",
+        "state",
+        _numbers("state", lambda width: range(1), lambda x, factor: x + (factor or 1.0)),
+    ),
+    Plant(
+        "dead-state",
+        "numbers of the state are zero",
+        "state",
+        _numbers("state", lambda width: range(min(3, width)), lambda x, factor: 0 * x),
+    ),
     Plant("quaternion-order", "the quaternion has w first", "state", _of_quaternion(lambda q: np.roll(q, 1, 1))),
     Plant(
         "quaternion-sign",
@@ -261,6 +361,18 @@ PLANTS: tuple[Plant, ...] = (
         "actions",
         _numbers("actions", lambda width: [width - 1], lambda x, factor: -x),
     ),
+    Plant(
+        "gripper-range",
+        "the gripper's command is from 0 to 1, and inverted",
+        "actions",
+        _numbers("actions", lambda width: [width - 1], lambda x, factor: (1 - x) / 2),
+    ),
+    Plant(
+        "action-scale",
+        "the actions are half as large",
+        "actions",
+        _numbers("actions", lambda width: range(min(3, width)), lambda x, factor: x * (factor or 0.5)),
+    ),
     Plant("absolute", "actions are absolute positions", "actions", _absolute),
     Plant(
         "shifted-actions",
@@ -270,6 +382,9 @@ PLANTS: tuple[Plant, ...] = (
     ),
     Plant("other-task", "each episode has the prompt of another task", "prompts", _other_task),
     Plant("empty-prompt", "the prompt is empty", "prompts", _empty_task),
+    Plant("other-case", "the prompt has capitals and underscores", "prompts", _other_case),
+    Plant("early", "actions are two steps late", "timing", _early),
+    Plant("slow", "the control loop is twice as fast, and every motion slower", "timing", _slow),
     Plant("late", "observations are a step late", "timing", _late),
     Plant("rate", "every second frame is left out", "timing", _rate),
     Plant(
@@ -280,6 +395,18 @@ PLANTS: tuple[Plant, ...] = (
     ),
     Plant("wrong-statistics", "statistics of other data", "statistics", folder=_edit_statistics(_of_other_data)),
     Plant("min-max", "minimum and maximum in place of the quantiles", "statistics"),
+    Plant(
+        "noisy-statistics",
+        "statistics are off at random, as those of few rows",
+        "statistics",
+        folder=_edit_statistics(_noisy),
+    ),
+    Plant(
+        "exchanged-statistics",
+        "quantiles are exchanged, variances in place of deviations",
+        "statistics",
+        folder=_edit_statistics(_exchanged),
+    ),
     Plant("half-loaded", "half of the tensors are random", "weights", folder=_half_loaded),
     Plant("live-weights", "live weights in place of the average", "weights", live=True),
 )

@@ -15,12 +15,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rlinf_core.contract.datasets import DecodingSource, ReportingSource, SampleSource, Split, StillSource
+from rlinf_core.contract.datasets import (
+    DecodingSource,
+    ReportingSource,
+    SampleSource,
+    Split,
+    StillSource,
+    TaskSource,
+    TimedSource,
+)
 from rlinf_core.contract.evaluation import ValidationBatch
 from rlinf_core.contract.policy import PolicyConfig
 from rlinf_core.contract.process_group import ProcessGroup
 from rlinf_core.contract.run import LoadedPlugins, RunConfig, RunSource
-from rlinf_core.data.coverage import FILE, measure
+from rlinf_core.data.coverage import FILE, list_tasks, measure
 from rlinf_core.data.images.still import still_camera
 from rlinf_core.data.loading.chunked_sampling import check_streams, chunks_of
 from rlinf_core.data.loading.encoding import add_draws
@@ -32,6 +40,7 @@ from rlinf_core.data.normalize import Vector
 from rlinf_core.data.pipeline import Pipeline, build_pipeline, encode_observation
 from rlinf_core.data.sample import Sample
 from rlinf_core.data.splits import describe_splits, open_split
+from rlinf_core.data.statistics.names import name_dimensions
 from rlinf_core.data.statistics.preview import bind_policy, preview_samples
 from rlinf_core.data.statistics.rates import compare_rates
 from rlinf_core.data.statistics.run import run_statistics
@@ -253,9 +262,21 @@ class RunData:
             if self.run.policy.chunk_length():
                 seen = samples if self._acts(given) else ()
                 images = _some_images(source)
-                found[given.name] = measure(seen, self.run.policy.measured, images, state).model_dump(mode="json")
+                covered = measure(seen, self.run.policy.measured, images, state)
+                found[given.name] = covered.model_copy(update=_named(given, source)).model_dump(mode="json")
         if found:
             write_text(self.run.folder / FILE, json.dumps(found, indent=1) + "\n")
+
+
+def _named(given: RunSource, source: Source) -> dict[str, Any]:
+    """What the dataset says of its rows, as fields of a `Coverage`: tasks, rate and names."""
+    rows, found = source.rows, dict[str, Any]()
+    if isinstance(rows, TaskSource):
+        numbers, texts = rows.tasks()
+        found |= list_tasks(texts.get(number, "") for number in np.unique(numbers).tolist())
+    if isinstance(rows, TimedSource) and (seconds := rows.step_seconds()) > 0:
+        found["fps"] = 1 / seconds
+    return found | {"names": dict(name_dimensions(given.run.data, rows, [given.run.data.repack()]))}
 
 
 def _some_images(source: Source) -> Iterator[Mapping[str, NDArray[Any]]]:

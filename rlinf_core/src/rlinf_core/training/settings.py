@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -20,9 +20,10 @@ class Fsdp2Settings(TrainerConfig):
     min_unit_size: int = Field(default=1_000_000, ge=0)
     """Float32 units of the policy with at least this many parameters are gathered separately; smaller ones with the
     root."""
-    num_replicas: int = Field(default=1, ge=1)
-    """Hybrid sharding (HSDP): copies of the model, each sharded over ranks / num_replicas neighbouring ranks. One copy
-    per node keeps all-gathers within the node; memory per rank grows by this factor."""
+    num_replicas: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Hybrid sharding (HSDP): copies of the model, each sharded over ranks / num_replicas neighbouring ranks; memory
+    per rank grows by this factor. `"auto"`: on several machines with more than one rank each, one copy per machine,
+    which keeps all-gathers within it; otherwise 1."""
     reduce_every_micro_batch: bool = False
     """Reduce gradients after each micro batch, not only after the last of a step: no rank keeps unsharded float32
     gradients (4 bytes per parameter) in between, but each micro batch communicates."""
@@ -64,9 +65,39 @@ class Fsdp2Settings(TrainerConfig):
             return f"{'yes' if self.compile else 'no'}, as trainer.compile says"
         return "no, on the CPU" if self.device == "cpu" else "on CUDA devices, as trainer.compile is not set"
 
+    def replicas(self, ranks: int, machines: int) -> int:
+        """Number of copies of the model.
+
+        Args:
+            ranks: Number of processes.
+            machines: Number of machines, with equally many neighbouring ranks each.
+        """
+        if self.num_replicas != "auto":
+            return self.num_replicas
+        return machines if ranks % machines == 0 and ranks > machines else 1
+
+    def placed(self, ranks: int, machines: int) -> Self:
+        """The same settings with a number in place of `"auto"`; see `replicas`."""
+        return self.model_copy(update={"num_replicas": self.replicas(ranks, machines)})
+
+    def describe_replicas(self, ranks: int, machines: int) -> str:
+        """How the model is sharded on several machines, in words, and what has chosen that. 0 ranks: unknown."""
+        if not ranks and self.num_replicas == "auto":
+            return 'one copy of the model per machine, if machines have several ranks (trainer.num_replicas = "auto")'
+        copies = self.replicas(ranks, machines)
+        over = "a machine" if copies == machines else "a copy" if copies > 1 else "all machines"
+        shards = f"sharded over the {ranks // copies} ranks of {over}" if ranks > copies else "whole on one rank"
+        what = (
+            f"{copies} copies of the model" + f", each {shards}" * bool(ranks)
+            if copies > 1
+            else f"one copy of the model, {shards}"
+        )
+        auto = ' = "auto"' if self.num_replicas == "auto" else f" = {copies}"
+        return f"{what} (trainer.num_replicas{auto})"
+
     def check_ranks(self, ranks: int) -> None:
         """Refuse a number of ranks that replicas do not divide."""
-        if ranks % self.num_replicas:
+        if self.num_replicas != "auto" and ranks % self.num_replicas:
             raise UserError(
                 f"trainer.num_replicas = {self.num_replicas} does not divide the {ranks} ranks: choose a divisor, such "
                 "as the number of nodes"

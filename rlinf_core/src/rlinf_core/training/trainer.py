@@ -27,6 +27,7 @@ from rlinf_core.training.settings import Fsdp2Settings
 from rlinf_core.training.state.build import build_state, open_weights
 from rlinf_core.training.step import TrainStep
 from rlinf_core.training.stopping import Best, StopSignal, compared_metric, seconds_from_now, stop_signals
+from rlinf_core.training.topology import count_machines
 
 
 class Fsdp2Trainer:
@@ -39,6 +40,9 @@ class Fsdp2Trainer:
         self, run: RunConfig, config: Fsdp2Settings, *, start: Start, group: ProcessGroup, plugins: LoadedPlugins
     ) -> None:
         check_batching(run, group.size)
+        machines = count_machines(group)
+        self._sharding = config.describe_replicas(group.size, machines) if machines > 1 else ""
+        config = config.placed(group.size, machines)
         enter("opening the data", group.rank)
         with group.first_on_each_machine():  # Data and weights may have to be downloaded.
             data = reopen(lambda: RunData.open(run, plugins))
@@ -95,6 +99,8 @@ class Fsdp2Trainer:
         return self._state.ema
 
     def _describe(self) -> None:
+        if self._sharding:
+            self._monitor.log(f"sharding: {self._sharding}")
         for fact in self.data.facts():
             self._monitor.log(fact)
         for fact in self._state.adapters.facts(self.policy):

@@ -17,7 +17,8 @@ from rlinf_core.offline_eval import other_dataset
 from rlinf_core.plugins.registry import Plugins
 from rlinf_core.rollout.config import RolloutSettings
 from rlinf_core.terminal import warn
-from rlinf_core.triage.scene import Execution, Scene, Simulator, Subject
+from rlinf_core.triage.scene import MINUTES, Execution, Scene, Simulator, Subject
+from rlinf_core.triage.served import Served
 from rlinf_core.triage.simulated import record_site
 from rlinf_core.untrusted.text import read_json
 
@@ -35,6 +36,9 @@ def open_scene(
     execution: Execution | None = None,
     simulator: RolloutSettings | None = None,
     closed_loop: bool = False,
+    minutes: float = MINUTES,
+    server: str = "",
+    api_key: str = "",
     device: str = "cpu",
     dtype: Literal["fp32", "bf16"] = "fp32",
     progress: Callable[[int, int], object] = lambda done, all: None,
@@ -51,12 +55,16 @@ def open_scene(
         execution: How the robot executes chunks.
         simulator: The simulator in which the policy acts, of which rows are recorded if there is no `dataset`.
         closed_loop: Whether the policy plays episodes in it.
+        minutes: How long it may play.
+        server: The address of a server that should act as the policy does.
+        api_key: The server's key, if it has one.
         device: Where the policy computes.
         dtype: Dtype of its matrix products.
         progress: Called while actions are sampled.
 
     Raises:
-        UserError: The policy cannot be loaded, has no actions, or the rows of the site cannot be opened.
+        UserError: The policy cannot be loaded, has no actions, the rows of the site cannot be opened, or there is no
+            such server.
     """
     if (folder / DESCRIPTION).is_file():
         if choice is not None and choice != Choice():
@@ -87,7 +95,8 @@ def open_scene(
         site,
         seed=seed if isinstance(seed, int) else SEED,
         execution=execution or _executed(simulator),
-        simulator=Simulator(simulator, closed_loop, rate_note) if simulator else None,
+        simulator=Simulator(simulator, closed_loop, rate_note, minutes) if simulator else None,
+        server=Served(server, policy.data, api_key) if server else None,
         plugins=plugins,
         progress=progress,
     )

@@ -22,7 +22,8 @@ from rlinf_core.data.pipeline import Pipeline
 from rlinf_core.data.statistics.names import name_dimensions
 from rlinf_core.data.transforms import Transform
 from rlinf_core.errors import UserError
-from rlinf_core.inference import CheckTrainingState, LoadedPolicy
+from rlinf_core.exported import CheckTrainingState
+from rlinf_core.inference import LoadedPolicy
 from rlinf_core.rollout.config import RolloutSettings
 from rlinf_core.training.distributed.processes import to_device
 from rlinf_core.triage.mistakes.corrections import NOTHING, Correction
@@ -30,6 +31,7 @@ from rlinf_core.triage.mistakes.families import explain_site
 from rlinf_core.triage.mistakes.likeness import Likeness
 from rlinf_core.triage.mistakes.rows import Rows, Vectors, choose_runs, read, spread
 from rlinf_core.triage.mistakes.search import Comparison, Explanation
+from rlinf_core.triage.served import Served
 from rlinf_core.untrusted.text import path_inside
 
 REFERENCE = 320
@@ -41,6 +43,8 @@ RUNS, LENGTH = 28, 6
 ACTED = 64
 """Rows for which the policy samples actions."""
 BATCH = 16
+MINUTES = 10.0
+"""How long the policy plays in a simulator, at most."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,8 @@ class Simulator:
     """Whether the policy plays episodes."""
     rate_note: str = ""
     """How the simulator's rate differs from that of the data; empty if it does not."""
+    minutes: float = MINUTES
+    """How long the policy may play."""
 
 
 @dataclass(eq=False)
@@ -112,6 +118,8 @@ class Scene:
     execution: Execution = Execution()
     simulator: Simulator | None = None
     """The simulator in which the policy acts."""
+    server: Served | None = None
+    """A server that should act as the policy does."""
     plugins: Any = None
     progress: Callable[[int, int], object] = lambda done, all: None
 
@@ -215,8 +223,7 @@ class Scene:
             samples, targets = _encoded(source, part, correction, pipeline)
             noise = np.stack([policy.config.draw(validation_generator(self.seed, i))["noise"] for i in part])
             batch: Mapping[str, Any] = to_device(policy.config.collate(samples), policy.device)
-            with torch.inference_mode():
-                actions = policy.module.sample_actions(batch, torch.from_numpy(noise).to(policy.device))
+            actions = policy.sample(batch, torch.from_numpy(noise).to(policy.device))
             for sample, target, chunk in zip(samples, targets, actions.float().cpu().numpy(), strict=True):
                 decoded = pipeline.decode(chunk, sample)
                 predicted.append(decoded[:, : target["actions"].shape[-1]])

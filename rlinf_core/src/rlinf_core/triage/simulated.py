@@ -1,4 +1,4 @@
-"""A simulator as the site: rows that are recorded in it, and how often the policy succeeds.
+"""A simulator as the site: rows that are recorded in it.
 
 Actions of demonstrations are executed one at a time, and what the simulator shows before each is recorded with it. The
 rows have the columns of the training data, so that the tests of the site apply to them: what the simulator shows, and
@@ -15,17 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlinf_core.contract.datasets import LeRobotDatasetConfig, SampleSource
-from rlinf_core.contract.triage import TriageOutcome, TriageTest
 from rlinf_core.data.sample import Row
 from rlinf_core.errors import UserError
 from rlinf_core.inference import LoadedPolicy
-from rlinf_core.results import Cell, Estimate, ResultTable, cell_text, wilson_interval
-from rlinf_core.rollout.agents import POLICY, Agent, PolicyAgent, Replay, demonstrations_of, seconds_per_action
+from rlinf_core.rollout.agents import Agent, PolicyAgent, Replay, demonstrations_of, seconds_per_action
 from rlinf_core.rollout.config import RolloutSettings
-from rlinf_core.rollout.episodes import Result, plan_episodes
+from rlinf_core.rollout.episodes import plan_episodes
 from rlinf_core.rollout.play import play
 from rlinf_core.rollout.pool import Asking
-from rlinf_core.triage.scene import Scene
 
 RECORDED = "recorded"
 EPISODES = 12
@@ -163,76 +160,3 @@ def record_site(
     example = training.without_images([0])[0]
     rows = RecordedRows(recorder, data, example, policy.config.chunk_length(), settings.env.type)
     return rows, notes[0] if notes else ""
-
-
-class ClosedLoopTest(TriageTest):
-    """Success in the simulator with other numbers of executed actions, beside blind replay."""
-
-    name = "closed loop"
-    question = "Does the policy succeed in the simulator, and with which settings?"
-
-    def run(self, scene: Scene) -> TriageOutcome:
-        """Play episodes."""
-        simulator = scene.simulator
-        if simulator is None or not simulator.closed_loop:
-            return TriageOutcome("skipped", "no episodes were played (--env with --episodes)")
-        settings, chunk = simulator.settings, scene.policy.config.chunk_length()
-        configured = min(settings.env.replan or chunk, chunk)
-        rates: dict[int, list[Result]] = {}
-        for replan in dict.fromkeys((configured, max(1, configured // 2), max(1, chunk // 4), 1)):
-            rates[replan] = self._play(scene, settings, replan)
-            if len(rates) == 3:
-                break
-        found = {replan: _rate(results) for replan, results in rates.items()}
-        table = _closed_table(found, rates, configured)
-        own = found[configured]
-        best = max(found, key=lambda replan: found[replan].value)
-        text = f"it succeeds in {cell_text(own)} of the episodes with {configured} executed actions"
-        if best != configured and found[best].low > own.high:
-            return TriageOutcome(
-                "cause",
-                f"{text}, and in {cell_text(found[best])} with {best}: too much of a chunk is executed",
-                f"Set env.replan = {best}",
-                strength=found[best].value - own.value,
-                tables=[table],
-            )
-        lost = [one.ever and not one.success for one in rates[configured]]
-        if sum(lost) > 0.25 * len(lost):
-            return TriageOutcome(
-                "suspicious",
-                f"{text}, but {sum(lost)} of {len(lost)} successes are lost until the end",
-                "Compare success at the end with success ever: env.after_success",
-                strength=0.3,
-                tables=[table],
-            )
-        if own.high < 0.5:
-            return TriageOutcome("suspicious", text, "Look at the other tests", 0.3, symptom=True, tables=[table])
-        return TriageOutcome("fine", text, tables=[table])
-
-    def _play(self, scene: Scene, settings: RolloutSettings, replan: int) -> list[Result]:
-        results: list[Result] = []
-        episodes = plan_episodes([POLICY], settings.chosen_tasks(), settings.episodes, settings.seed)
-        play(settings, episodes, {POLICY: PolicyAgent(scene.policy.act, replan)}, finished=results.append)
-        return results
-
-
-def _rate(results: Sequence[Result]) -> Estimate:
-    return wilson_interval(sum(one.ever for one in results), max(len(results), 1))
-
-
-def _closed_table(found: Mapping[int, Estimate], rates: Mapping[int, Sequence[Result]], configured: int) -> ResultTable:
-    rows: list[tuple[Cell, ...]] = [
-        (
-            f"{replan}" + " (as configured)" * (replan == configured),
-            found[replan],
-            wilson_interval(sum(one.success for one in results), max(len(results), 1)),
-            len(results),
-        )
-        for replan, results in rates.items()
-    ]
-    return ResultTable(
-        title="Success in the simulator",
-        columns=("executed actions", "success", "at the end", "episodes"),
-        rows=tuple(rows),
-        note="In parentheses: 95 % Wilson intervals.",
-    )

@@ -88,7 +88,6 @@ def export_lerobot(
                 step["state_file"] = f"{name}_step_{number}_{step['registry_name']}.safetensors"
                 _save_statistics(normalizer, folder / step["state_file"])
         _write_json(folder / f"{name}.json", {"name": name, "steps": steps})
-    (folder / "README.md").write_text(_readme(policy, features), encoding="utf-8")
 
 
 def _config(policy: OpenpiSettings, features: Features, dtype: str) -> Json:
@@ -235,21 +234,29 @@ def _write_json(path: Path, content: Json) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _readme(policy: OpenpiSettings, features: Features) -> str:
-    """Notes for running the policy with lerobot."""
-    lines = [f"# {'π0.5' if policy.type == 'pi05' else 'π0'} for lerobot", ""]
-    lines += [f"- `{name}` is the training data's column `{column}`." for name, column in features.images.items()]
-    lines += [f"- {note}" for note in features.notes]
+def notes_for_lerobot(policy: OpenpiSettings, sources: Sequence[TrainedOn]) -> tuple[str, ...]:
+    """What lerobot's files cannot express, for those who run the policy with lerobot; one sentence each."""
+    (source,) = sources
+    assert source.stats is not None
+    features = read_features(policy, source.data, source.stats)
+    notes = [f"`{name}` is the training data's column `{column}`." for name, column in features.images.items()]
+    notes += features.notes
     if features.relative:
-        lines.append(
-            "- Actions are relative to the state at the start of a chunk: execute whole chunks, or run it with"
+        notes.append(
+            "Actions are relative to the state at the start of a chunk: execute whole chunks, or run it with "
+            "`--inference.type=rtc`. `select_action` would add the state of each later step."
         )
-        lines.append("  `--inference.type=rtc`. `select_action` would add the state of each later step.")
-    lines.append("- Images that are not 224 x 224 are resized by lerobot without antialiasing, unlike in training:")
-    lines.append(
-        "  pass 224 x 224 images for equal actions. lerobot keeps underscores in `task`; in training they are spaces."
+    if policy.rtc_training_max_delay:
+        notes.append(
+            f"It was trained for real-time chunking with delays of up to {policy.rtc_training_max_delay} actions. "
+            "lerobot does not give it the actions that are executed meanwhile, but can guide it, as any policy: "
+            "`--inference.type=rtc`."
+        )
+    notes.append(
+        "Images that are not 224 x 224 are resized by lerobot without antialiasing, unlike in training: pass "
+        "224 x 224 images for equal actions. lerobot keeps underscores in `task`; in training they are spaces."
     )
-    return "\n".join(lines) + "\n"
+    return tuple(notes)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from rlinf_core import PluginError, UserError
 from rlinf_core.data.batch_memory import batch_tensor
 from rlinf_plugins_openpi.model.dimensions import CAMERAS, IMAGE_SIZE
-from rlinf_plugins_openpi.model.draws import AUGMENTATION
+from rlinf_plugins_openpi.model.draws import AUGMENTATION, DELAY
 
 Image = NDArray[np.uint8]
 
@@ -36,7 +36,8 @@ def stack(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         `tokens` int64 [B, T] and `token_mask` bool [B, T]: cut to the longest prompt, rounded up to `TOKEN_STEP`.
         `state` float32 [B, A]. If the samples have them: `actions` float32 [B, H, A], `actions_is_pad` bool [B, H] and
         `action_width` int64 [B], the robot's own share of A; `noise` float32 [B, H, A], `time` float32 [B];
-        `augmentation`: the C cameras in order -> `<label>.<name>` -> [B, ...], the numbers of `draw_augmentations`.
+        `augmentation`: the C cameras in order -> `<label>.<name>` -> [B, ...], the numbers of `draw_augmentations`;
+        `rtc_delay` int64 [B].
 
     Raises:
         PluginError: An augmentation drew numbers of different shapes for different samples.
@@ -57,6 +58,8 @@ def stack(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         batch["actions_is_pad"] = torch.from_numpy(np.stack([sample["actions_is_pad"] for sample in samples]))
     if "action_width" in samples[0]:
         batch["action_width"] = torch.tensor([sample["action_width"] for sample in samples])
+    if DELAY in samples[0]:
+        batch[DELAY] = torch.tensor([int(sample[DELAY]) for sample in samples])
     if AUGMENTATION in samples[0]:
         batch[AUGMENTATION] = _stack_draws([sample[AUGMENTATION] for sample in samples], cameras)
     return batch

@@ -122,6 +122,11 @@ def bias(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, MASKED_LOGIT)
 
 
+def spread_bias(bias: torch.Tensor, groups: int) -> torch.Tensor:
+    """The bias [B, 1, T or 1, S] for the rows of `attend`, [B, 1, T·groups or 1, S]."""
+    return bias if bias.shape[2] == 1 else bias.repeat_interleave(groups, dim=2)
+
+
 def attend(q: torch.Tensor, kv: KeysValues, bias: torch.Tensor) -> torch.Tensor:
     """Grouped-query attention: q [B, T, N, D] over keys and values [B, S, K, D] -> [B, T, N·D].
 
@@ -132,8 +137,8 @@ def attend(q: torch.Tensor, kv: KeysValues, bias: torch.Tensor) -> torch.Tensor:
     kv_heads = kv.keys.shape[2]
     groups = heads // kv_heads
     rows = q.view(batch, tokens, kv_heads, groups, head_dim).transpose(1, 2).flatten(2, 3)
-    if bias.shape[2] > 1:
-        bias = bias.repeat_interleave(groups, dim=2)
+    if bias.shape[2] == tokens:
+        bias = spread_bias(bias, groups)
     out = F.scaled_dot_product_attention(rows, kv.keys.transpose(1, 2), kv.values.transpose(1, 2), attn_mask=bias)
     return out.view(batch, kv_heads, tokens, groups, head_dim).transpose(1, 2).reshape(batch, tokens, heads * head_dim)
 

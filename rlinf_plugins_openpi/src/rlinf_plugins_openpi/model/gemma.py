@@ -56,8 +56,8 @@ class AdaptiveRMSNorm(nn.Module):
     """π0.5's norm: x / rms(x) · (1 + scale) + shift. Scale, shift and the residual's gate come from `Modulation`."""
 
     def forward(self, x: torch.Tensor, modulation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """X [B, T, E], modulation [B, 3, E] -> (normed x in its dtype, gate [B, 1, E])."""
-        scale, shift, gate = modulation[:, :, None].unbind(1)
+        """X [B, T, E], modulation [B, 3, 1 or T, E] -> (normed x in its dtype, gate [B, 1 or T, E])."""
+        scale, shift, gate = modulation.unbind(1)
         normed = _normalize(x)
         return torch.addcmul(shift.to(normed.dtype), normed, 1.0 + scale.to(normed.dtype)).to(x.dtype), gate
 
@@ -73,9 +73,16 @@ class Modulation(nn.Module):
         self.bias = nn.Parameter(torch.empty(norms * 3 * width))
 
     def forward(self, cond: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Cond [B, E] -> [B, 2, 3, E] for the two norms of each layer, and [B, 3, E] for the final norm."""
+        """Cond [B, E], or [B, T, E] if tokens differ, to what the norms take.
+
+        Returns:
+            [B, 2, 3, 1 or T, E] for the two norms of each layer, and [B, 3, 1 or T, E] for the final norm.
+        """
         every = F.linear(cond.to(self.weight.dtype), self.weight, self.bias)
-        all_norms = every.view(len(cond), -1, 3, self.width)
+        if cond.ndim == 2:
+            all_norms = every.view(len(cond), -1, 3, 1, self.width)
+        else:
+            all_norms = every.view(*cond.shape[:2], -1, 3, self.width).movedim(1, 3)
         *layers, last = torch.split(all_norms, [2] * self.depth + [1], dim=1)
         return layers, last[:, 0]
 
@@ -192,7 +199,7 @@ class JointLayer(nn.Module):
         Args:
             prefix: Rows of the prefix [R, W] and their context, or the keys and values that an earlier call returned.
             suffix: Suffix tokens [B, T, E] and their context; None to run the prefix only.
-            modulation: [B, 2, 3, E] for the two norms of the suffix; None for π0.
+            modulation: [B, 2, 3, 1 or T, E] for the two norms of the suffix; None for π0.
 
         Returns:
             Rows of the prefix, or None if they are not given or this is the last layer; suffix tokens or None; the

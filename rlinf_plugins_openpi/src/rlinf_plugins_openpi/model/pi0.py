@@ -14,7 +14,7 @@ The reference is openpi's JAX implementation. Noise is at t = 1 and data at t = 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,10 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rlinf_core.contract.module import PolicyOutput, ShardUnit
+from rlinf_core.contract.module import PolicyOutput, PreviousActions, ShardUnit
 from rlinf_plugins_openpi.model.attention import (
     KeysValues,
     PrefixContext,
+    Rotation,
     SuffixContext,
     SuffixSequences,
     attends_packed,
@@ -33,6 +34,7 @@ from rlinf_plugins_openpi.model.attention import (
     longest_sequence,
     prefix_attention,
     rotation,
+    spread_bias,
 )
 from rlinf_plugins_openpi.model.augment import Augmentation, augment, normalise, resize_with_pad
 from rlinf_plugins_openpi.model.gemma import (
@@ -46,6 +48,8 @@ from rlinf_plugins_openpi.model.gemma import (
 )
 from rlinf_plugins_openpi.model.initialization import initial_value
 from rlinf_plugins_openpi.model.packing import LONGEST_FILLER, Packing, pack_suffix, packing_of, rearrange
+from rlinf_plugins_openpi.model.real_time import continue_chunks, in_prefix
+from rlinf_plugins_openpi.model.sampling import CompiledStep, Moment, Shared, Step, filled_up, on_grid
 from rlinf_plugins_openpi.model.siglip import SigLIP
 
 if TYPE_CHECKING:
@@ -71,7 +75,7 @@ class Suffix(NamedTuple):
     tokens: torch.Tensor
     """[B, T, E] float32: π0's state token, then the noisy actions."""
     cond: torch.Tensor | None
-    """[B, E] float32, the condition of π0.5's adaptive norms; None for π0."""
+    """[B, E], or [B, T, E] with a time for each action, float32: the condition of π0.5's adaptive norms. π0: None."""
 
 
 class Pi0(nn.Module):
@@ -104,6 +108,8 @@ class Pi0(nn.Module):
         self.dimensions = dimensions
         self.num_sampling_steps = num_sampling_steps
         self.augmentations = dict(augmentations)
+        self.compiled: CompiledStep | None = None
+        """The denoising step, if `compile_sampling` was called."""
         self.mask_padded_steps, self.mask_padded_dims = mask_padded_steps, mask_padded_dims
         self.vision = SigLIP(dimensions.vision, vlm.width)
         self.embedding = TokenEmbedding(dimensions.vocab_size, vlm.width)
@@ -135,16 +141,20 @@ class Pi0(nn.Module):
                 `actions` [B, H, A], `noise` [B, H, A], `time` [B]. Preferably also `packing`, see `packing.pack`:
                 without it the masks are read on the host. In training mode, images are augmented if the batch has
                 `augmentation`, the random numbers of all augmentations: the C cameras in order -> `<label>.<name>` ->
-                [B, ...], see `augment`.
+                [B, ...], see `augment`. With `rtc_delay` int64 [B], the first so many actions of each chunk are given:
+                without noise, at flow time 0, and left out of the loss.
 
         Returns:
             Sum over samples and horizon of the squared error averaged over action dims, and the number of terms in the
-            sum. As in the reference these are B·H terms over all dims, unless padding is masked.
+            sum. As in the reference these are B·H terms over all dims, unless padding is masked or actions are given.
         """
         loss_BH = self.losses(batch)
         counted_BH = torch.ones_like(loss_BH)
         if self.mask_padded_steps:
             counted_BH = (~batch["actions_is_pad"]).float()
+        if "rtc_delay" in batch:
+            counted_BH = counted_BH * ~in_prefix(batch["rtc_delay"], loss_BH.shape[1])
+        if self.mask_padded_steps or "rtc_delay" in batch:
             loss_BH = loss_BH * counted_BH
         sample_losses = torch.stack((loss_BH.detach().sum(1), counted_BH.sum(1)), dim=1)
         return PolicyOutput(loss_BH.sum(), counted_BH.sum(), {}, sample_losses)
@@ -153,6 +163,9 @@ class Pi0(nn.Module):
         """The loss of every action of every chunk, [B, H]."""
         noise, actions, time = batch["noise"], batch["actions"], batch["time"]
         t = time[:, None, None]
+        if "rtc_delay" in batch:
+            time = time[:, None] * ~in_prefix(batch["rtc_delay"], actions.shape[1])
+            t = time[..., None]
         prefix = self.embed_prefix(batch, augmented=self.training)
         suffix = self.embed_suffix(batch["state"], t * noise + (1.0 - t) * actions, time)
         suffix_out = self.run(prefix, suffix)
@@ -180,12 +193,41 @@ class Pi0(nn.Module):
         """
         steps = self.num_sampling_steps if num_steps is None else num_steps
         prefix = self.embed_prefix(batch)
-        cache, x_t = self.prefill(prefix), noise
-        for time in euler_times(steps):
-            suffix = self.embed_suffix(batch["state"], x_t, noise.new_full(noise.shape[:1], time))
-            suffix_out = self.run(prefix, suffix, cache=cache)
-            x_t = x_t + (-1.0 / steps) * self.velocity(suffix_out)
-        return x_t
+        step: Step = self.euler_step
+        slots = None if self.compiled is None else self.compiled.slots_for(prefix.packing)
+        shared, x_t = self.share(prefix, batch["state"], noise, slots), noise
+        if self.compiled is not None:
+            step = self.compiled
+            x_t, shared = filled_up(x_t, shared)
+        size = noise.new_tensor(-1.0 / steps)
+        for moment in self.moments(noise.new_tensor(euler_times(steps))):
+            x_t = step(x_t, moment, shared, size)
+        return x_t[: len(noise)]
+
+    def continue_actions(
+        self, batch: Mapping[str, Any], noise: torch.Tensor, previous: PreviousActions, num_steps: int | None = None
+    ) -> torch.Tensor:
+        """Draw action chunks that continue others, see `real_time`; the rest is as in `sample_actions`.
+
+        Args:
+            batch: Observations.
+            noise: [B, H, A] float32, standard normal.
+            previous: The actions to continue.
+            num_steps: Euler steps; None: `num_sampling_steps`.
+
+        Returns:
+            [B, H, A] float32, normalised actions.
+        """
+        steps = self.num_sampling_steps if num_steps is None else num_steps
+        with torch.no_grad():
+            prefix = self.embed_prefix(batch)
+            cache = self.prefill(prefix)
+
+        def velocity(x_t: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+            suffix = self.embed_suffix(batch["state"], x_t, time)
+            return self.velocity(self.run(prefix, suffix, cache=cache))
+
+        return continue_chunks(velocity, noise, previous, euler_times(steps))
 
     def embed_prefix(self, batch: Mapping[str, Any], *, augmented: bool = False) -> Prefix:
         """Embed all images present in one call (augmented if `augmented`), and text."""
@@ -203,16 +245,24 @@ class Pi0(nn.Module):
         return Prefix(rearrange(pool, packing.from_pool, packing.to_pool), packing)
 
     def embed_suffix(self, state: torch.Tensor, x_t: torch.Tensor, time: torch.Tensor) -> Suffix:
-        """Embed noisy actions [B, H, A] at flow time [B] (and π0's state [B, A]) as tokens of the action expert."""
+        """Embed noisy actions [B, H, A] at flow time [B] or [B, H] (and π0's state [B, A]) for the action expert."""
         actions = _linear(self.action_in_proj, x_t)
         features = time_features(time, actions.shape[-1])
         if self.dimensions.pi05:
-            hidden = F.silu(_linear(self.time_mlp_in, features))
-            return Suffix(actions, F.silu(self.time_mlp_out(hidden)))
-        features = features.to(actions.dtype)[:, None].expand_as(actions)
-        hidden = F.silu(self.action_time_mlp_in(torch.cat((actions, features), dim=-1)))
+            return Suffix(actions, self._condition(features))
         state_token = _linear(self.state_proj, state)[:, None]
-        return Suffix(torch.cat((state_token, self.action_time_mlp_out(hidden)), dim=1), None)
+        return Suffix(torch.cat((state_token, self._mix(actions, features)), dim=1), None)
+
+    def _condition(self, features: torch.Tensor) -> torch.Tensor:
+        """The condition [B, E] of π0.5's adaptive norms from time features [B, E]."""
+        return F.silu(self.time_mlp_out(F.silu(_linear(self.time_mlp_in, features))))
+
+    def _mix(self, actions: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """Mix time features [B or 1, E] into π0's action tokens [B, H, E]."""
+        features = features.to(actions.dtype).view(len(features), -1, actions.shape[-1]).expand_as(actions)
+        hidden = F.silu(self.action_time_mlp_in(torch.cat((actions, features), dim=-1)))
+        mixed: torch.Tensor = self.action_time_mlp_out(hidden)
+        return mixed
 
     def prefill(self, prefix: Prefix) -> list[KeysValues]:
         """Compute the prefix's keys and values of every layer."""
@@ -235,7 +285,7 @@ class Pi0(nn.Module):
             Suffix outputs [B, T, E], after their final norm.
         """
         context = self.prefix_context(prefix) if cache is None else None
-        suffix_context = self.suffix_context(prefix, suffix)
+        suffix_context = self.suffix_context(prefix, suffix.tokens.shape[1])
         modulations, last = ([None] * len(self.layers), None) if suffix.cond is None else self.modulation(suffix.cond)
         tokens: torch.Tensor | None = prefix.tokens
         # In the layers' dtype from the first on, so that compiled code sees one.
@@ -254,6 +304,60 @@ class Pi0(nn.Module):
         out: torch.Tensor = self.prefix_end(tokens, self.layers[-1].vlm, context)
         return out
 
+    def share(self, prefix: Prefix, state: torch.Tensor, noise: torch.Tensor, slots: int | None = None) -> Shared:
+        """Compute what all steps of `sample_actions` share: nothing here depends on the noisy actions or on time.
+
+        Args:
+            prefix: The packed observations.
+            state: [B, A], π0's state.
+            noise: [B, H, A].
+            slots: Slots of the grid for every prefix, for a compiled step; None: those of this batch, or packed rows.
+        """
+        cache, dtype, packing = self.prefill(prefix), prefix.tokens.dtype, prefix.packing
+        token = None if self.dimensions.pi05 else _linear(self.state_proj, state)[:, None]
+        count = noise.shape[1] + (token is not None)
+        if slots is None:
+            context = self.suffix_context(prefix, count)
+        else:
+            cache = [on_grid(kv, packing, slots) for kv in cache]
+            valid = F.pad(packing.valid, (0, slots - packing.valid.shape[1]))
+            visible = self.suffix_visible(valid, count)
+            context = SuffixContext(self.suffix_rotation(packing, count), bias(visible[:, None], dtype))
+        if isinstance(context.attention, torch.Tensor):
+            groups = self.dimensions.expert.num_heads // self.dimensions.expert.num_kv_heads
+            context = context._replace(attention=spread_bias(context.attention, groups))
+        return Shared(tuple(cache), context, token, dtype)
+
+    def moments(self, times: torch.Tensor) -> Iterator[Moment]:
+        """What the action expert reads of each of these times, [S] float32; all are computed by the same products."""
+        features = time_features(times, self.dimensions.expert.width)
+        if not self.dimensions.pi05:
+            yield from (Moment(one, None, None) for one in torch.split(features, 1))
+            return
+        layers, last = self.modulation(self._condition(features))
+        for number in range(len(times)):
+            here = slice(number, number + 1)
+            yield Moment(None, tuple(layer[here] for layer in layers), last[here])
+
+    def euler_step(self, x_t: torch.Tensor, moment: Moment, shared: Shared, size: torch.Tensor) -> torch.Tensor:
+        """The next noisy actions [B, H, A], a step of this size (a scalar) along the velocity."""
+        return x_t + size * self.velocity_at(x_t, moment, shared)
+
+    def compile_sampling(self, *, on: bool = True, backend: str | Callable[..., Any] = "inductor") -> None:
+        """Compile the denoising step when it is first used; or compute it as written again."""
+        self.compiled = CompiledStep(self.euler_step, backend=backend) if on else None
+
+    def velocity_at(self, x_t: torch.Tensor, moment: Moment, shared: Shared) -> torch.Tensor:
+        """The velocity [B, H, A] of noisy actions [B, H, A], float32, from what `share` and `moments` return."""
+        tokens = _linear(self.action_in_proj, x_t)
+        if shared.state is not None and moment.features is not None:
+            tokens = torch.cat((shared.state, self._mix(tokens, moment.features)), dim=1)
+        tokens = tokens.to(shared.dtype)
+        modulations = moment.modulations or (None,) * len(self.layers)
+        for layer, kv, modulation in zip(self.layers, shared.cache, modulations, strict=True):
+            _, tokens, _ = layer(kv, (tokens, shared.context), modulation)
+        return self.velocity(self.expert_norm(tokens, moment.last)[0])
+
     def velocity(self, suffix_out: torch.Tensor) -> torch.Tensor:
         """Suffix outputs [B, T, E] -> predicted velocity [B, H, A], float32."""
         return _linear(self.action_out_proj, suffix_out[:, -self.dimensions.action_horizon :])
@@ -264,11 +368,10 @@ class Pi0(nn.Module):
         by = rotation(packing.positions, self.dimensions.vlm.head_dim)
         return PrefixContext(by, prefix_attention(packing, prefix.tokens))
 
-    def suffix_context(self, prefix: Prefix, suffix: Suffix) -> SuffixContext:
+    def suffix_context(self, prefix: Prefix, num_tokens: int) -> SuffixContext:
         """Suffix positions continue after the valid prefix; see `suffix_visible` for the attention mask."""
-        packing, num_tokens = prefix.packing, suffix.tokens.shape[1]
-        positions = packing.lengths[:, None] + torch.arange(num_tokens, device=packing.lengths.device)
-        by = rotation(positions, self.dimensions.expert.head_dim)
+        packing = prefix.packing
+        by = self.suffix_rotation(packing, num_tokens)
         if not attends_packed(prefix.tokens):
             visible = self.suffix_visible(packing.valid, num_tokens)
             return SuffixContext(by, bias(visible[:, None], prefix.tokens.dtype))
@@ -277,6 +380,11 @@ class Pi0(nn.Module):
         longest = longest_sequence(packing, filler, num_tokens)
         sequences = pack_suffix(packing, num_tokens, first_alone=alone)
         return SuffixContext(by, SuffixSequences(sequences, num_tokens, longest))
+
+    def suffix_rotation(self, packing: Packing, num_tokens: int) -> Rotation:
+        """The rotation of the suffix's positions, which continue after each sample's valid prefix."""
+        positions = packing.lengths[:, None] + torch.arange(num_tokens, device=packing.lengths.device)
+        return rotation(positions, self.dimensions.expert.head_dim)
 
     def suffix_visible(self, prefix_valid: torch.Tensor, num_tokens: int) -> torch.Tensor:
         """Which keys the suffix's queries see, bool [B, T or 1, G+T]; one row if all queries see the same.
@@ -323,7 +431,7 @@ def _linear(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
 
 
 def time_features(time: torch.Tensor, width: int) -> torch.Tensor:
-    """Sines, then cosines, of float32 time [B] at width/2 geometrically spaced periods from 0.004 to 4: [B, width].
+    """Sines, then cosines, of float32 time [...] at width/2 geometric periods from 0.004 to 4: [..., width].
 
     Angles reach 1570 rad, where the spacing of float32 is 1e-4, so the reference's order of operations matters. XLA
     turns its division by count - 1 into a product: with a product the features agree to 6e-8, with a division only to
@@ -333,7 +441,7 @@ def time_features(time: torch.Tensor, width: int) -> torch.Tensor:
     fraction = torch.arange(count, dtype=torch.float32, device=time.device) * (1.0 / (count - 1))
     fraction[-1] = 1.0
     period = MIN_PERIOD * (MAX_PERIOD / MIN_PERIOD) ** fraction
-    angles = time[:, None] * ((1.0 / period) * 2.0 * math.pi)
+    angles = time[..., None] * ((1.0 / period) * 2.0 * math.pi)
     return torch.cat((angles.sin(), angles.cos()), dim=-1)
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from rlinf_core.contract.tables.cluster import COMPONENT, parse_ranks
+from rlinf_core.contract.tables.placement import COMPONENT, parse_ranks
 from rlinf_plugins_openpi.recipes.values import Values
 
 _FSDP = "actor.fsdp_config"
@@ -36,7 +36,8 @@ def _actors_ranks(values: Values) -> str:
             values.drop(f"{table}.{components}", "only the actor trains; there are no other components here")
         elif "." in components or isinstance(ranks, bool) or not isinstance(ranks, int | str):
             values.refuse(
-                f"{table}.{components}", "node groups and tables are not here: write all, or a range as in 0-3"
+                f"{table}.{components}",
+                "node groups are not translated: write all, or a range as in 0-3, and then the groups into the config",
             )
         else:
             try:

@@ -17,7 +17,9 @@ import torch.distributed as dist
 
 from rlinf_core.errors import UserError
 from rlinf_core.process.watchdog import watchdog
-from rlinf_core.torch_names import HashStore, PrefixStore
+from rlinf_core.torch_names import HashStore, PrefixStore, set_gloo_timeout
+from rlinf_core.training.distributed.network import choose_interface
+from rlinf_core.training.distributed.open_files import allow_open_files, count_open_files
 from rlinf_core.training.distributed.rendezvous import rendezvous
 from rlinf_core.training.monitor.flight_recorder import remember_collectives
 
@@ -25,6 +27,8 @@ T = TypeVar("T")
 
 SETUP_TIMEOUT = timedelta(hours=12)
 """How long ranks wait for one that prepares data, as long as its watchdog (`process.watchdog`) sees it work."""
+FEW_WORKERS = 32
+"""Workers of the data loader for which there should be open files; `rlinf validate` knows how many there are."""
 TIMEOUT = 600.0
 """The default of `trainer.timeout_seconds`."""
 
@@ -74,7 +78,10 @@ def set_cuda_defaults() -> None:
 
 
 class Processes:
-    """The running process group.
+    """The running process group. All calls are made by the thread that trains.
+
+    On the CPU, setup and training share one gloo group, and only their timeouts differ: another group would cost every
+    rank a connection to every other.
 
     Args:
         device: The device of this process.
@@ -85,8 +92,7 @@ class Processes:
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
         self.device = device
-        self._setup = dist.new_group(backend="gloo", timeout=SETUP_TIMEOUT)
-        self._training = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        self._timeout = timedelta(seconds=timeout_seconds)
 
     def decide(self, decision: Callable[[], T]) -> T:
         """Let rank 0 decide (or prepare files), and return its result on every rank.
@@ -99,8 +105,8 @@ class Processes:
                 box = [decision()]
             except UserError as error:
                 box = [error]
-        with watchdog.waiting():
-            dist.broadcast_object_list(box, src=0, group=self._setup)
+        with self._patiently():
+            dist.broadcast_object_list(box, src=0)
         if isinstance(box[0], UserError):
             raise box[0]
         return cast("T", box[0])
@@ -108,8 +114,8 @@ class Processes:
     def gather(self, value: T) -> list[T]:
         """The values of all ranks, in rank order; the same on every rank."""
         answers: list[T] = [value] * self.size
-        with watchdog.waiting():
-            dist.all_gather_object(answers, value, group=self._setup)
+        with self._patiently():
+            dist.all_gather_object(answers, value)
         return answers
 
     @contextmanager
@@ -125,13 +131,23 @@ class Processes:
     def any(self, flag: bool) -> bool:
         """Whether a flag is set on any rank; the same on every rank."""
         flags = torch.tensor(float(flag))
-        dist.all_reduce(flags, group=self._training)
+        dist.all_reduce(flags)
         return bool(flags)
 
     def wait(self) -> None:
         """Wait until every rank has made this call."""
+        with self._patiently():
+            dist.all_reduce(torch.zeros(1))  # Not a barrier: NCCL would compute that of a group that has both.
+
+    @contextmanager
+    def _patiently(self) -> Iterator[None]:
+        """The body waits for other ranks for up to `SETUP_TIMEOUT`."""
         with watchdog.waiting():
-            dist.barrier(group=self._setup)
+            set_gloo_timeout(SETUP_TIMEOUT)
+            try:
+                yield
+            finally:
+                set_gloo_timeout(self._timeout)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks, in place."""
@@ -160,6 +176,10 @@ def processes(
     timeout = timedelta(seconds=timeout_seconds)
     backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
     if "RANK" in os.environ:
+        ranks = int(os.environ["WORLD_SIZE"])
+        allow_open_files(count_open_files(ranks, copies=2, workers=FEW_WORKERS), ranks)
+        if os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):
+            choose_interface(os.environ, os.environ.get("MASTER_ADDR", ""))
         with watchdog.waiting():  # No longer than that.
             store, rank, size = rendezvous(timeout)
         watchdog.listen(PrefixStore("watchdog", store.clone()), rank, size)  # type: ignore[attr-defined]  # torch's stubs

@@ -130,7 +130,7 @@ def ways_out(shortage: Shortage, config: Fsdp2Settings, ranks: int) -> Iterable[
         yield 'trainer.ema_device = "cpu"'
     if not config.reduce_every_micro_batch and shortage.share > shortage.micro_batch and ranks > 1:
         yield "trainer.reduce_every_micro_batch = true"
-    if config.num_replicas > 1:
+    if config.replicas(ranks, 1) > 1:  # A trainer has put the number in place of "auto".
         yield "trainer.num_replicas = 1"
     if not config.cpu_offload:
         yield "trainer.cpu_offload = true, which is slow"

@@ -67,10 +67,13 @@ def build_state(
     weights: WeightSource | None,
     *,
     filled: bool = True,
+    to_count: bool = False,
 ) -> TrainState:
     """Build the policy, its optimizer and its moving average; see `build_policy`."""
     compilation = Compilation() if config.compiles(group.device.type) else None
-    policy, adapters = build_policy(run, config, group, plugins, weights, filled=filled, compilation=compilation)
+    policy, adapters = build_policy(
+        run, config, group, plugins, weights, filled=filled, to_count=to_count, compilation=compilation
+    )
     optimizer, ema = build_optimizer(run, policy), build_ema(run, config, policy)
     if compilation is not None and not compilation.blocks:
         compilation = None
@@ -124,14 +127,16 @@ def build_policy(
     weights: WeightSource | None,
     *,
     filled: bool = True,
+    to_count: bool = False,
     compilation: Compilation | None = None,
 ) -> tuple[Any, Adapters]:
     """Build the policy, shard it, and give it its weights: pretrained, or (`weights` is None) its initial values.
 
     What plugins have added gets its initial values from its adapters in both cases. If not `filled`, all parameters are
-    left uninitialised, for a checkpoint to load. With a `compilation`, blocks are compiled, and it learns of them.
+    left uninitialised, for a checkpoint to load. With `to_count`, the policy's files are not read (`rlinf rehearse`).
+    With a `compilation`, blocks are compiled, and it learns of them.
     """
-    policy, adapters = build_on_meta(run, plugins)
+    policy, adapters = build_on_meta(run, plugins, to_count=to_count)
     if weights is not None:
         shapes = {name: tuple(parameter.shape) for name, parameter in policy.named_parameters()}
         weights.check(adapters.without_added(shapes))
@@ -142,7 +147,7 @@ def build_policy(
     prepare_blocks(run, policy, config.activation_checkpointing, compilation, wanted=config.asks_for_blocks)
     shard(
         policy,
-        ranks_mesh(group.device.type, group.size, config.num_replicas),
+        ranks_mesh(group.device.type, group.size, config.replicas(group.size, 1)),
         compute_dtype=DTYPES[config.param_dtype],
         reshard_after_forward=config.reshard_after_forward,
         min_unit_size=config.min_unit_size,

@@ -49,6 +49,13 @@ class Correction:
     complexity: float = 1.0
     """How much evidence it needs compared with a simple mistake: 1 is a flip or a sign."""
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What of a row it changes: cameras, `state`, `actions`, and `lag`."""
+        found = [f"image {camera}" for camera in self.images]
+        found += ["state"] * (self.state is not None) + ["actions"] * (self.actions is not None)
+        return (*found, *["lag"] * bool(self.image_lag or self.state_lag))
+
     def apply(self, rows: Rows) -> Rows:
         """Corrected rows; those whose later row is not in the same run are left out."""
         rows = self._aligned(rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from itertools import permutations
+from itertools import combinations, permutations
 from typing import Any
 
 import numpy as np
@@ -29,10 +29,19 @@ TURNS: Mapping[str, tuple[str, ImageChange]] = {
     ),
 }
 """Mistake -> its correction in words, and as a function."""
+SWAPPED = "have red and blue swapped (BGR, as OpenCV reads them)"
 ZOOMS = (0.5, 0.5625, 0.6667, 0.75, 0.8, 0.9, 1.0, 1.1111, 1.25, 1.3333, 1.5, 1.7778, 2.0)
 """Factors by which an image may be stretched: those of common aspect ratios and crops."""
 OTHER_CONTRAST, OTHER_MEAN = 0.3, 0.1
 """Least difference of a logarithm of the contrast, or of the mean brightness, that is a mistake."""
+OTHER_GAMMA, OTHER_TINT = 0.3, 0.15
+"""Least logarithm of a gamma, and of a channel's mean relative to the other channels', that is a mistake."""
+CROPS = (0.6667, 0.75, 0.8, 0.9, 1.0, 1.1111, 1.25, 1.3333, 1.5)
+"""Factors of crops about another point than the centre."""
+OFFSETS = (-0.25, -0.1875, -0.125, -0.0625, 0.0, 0.0625, 0.125, 0.1875, 0.25)
+"""Where their centre may be, relative to the size."""
+REGISTERED = 4
+"""Crops about another point that are tried: those with which the mean images agree best."""
 MOST_CAMERAS = 4
 """Cameras of which all permutations are tried; of more, swaps of two."""
 
@@ -47,31 +56,38 @@ def same(images: Images) -> Images:
     return images
 
 
-def zoom(images: Images, vertical: float, horizontal: float) -> Images:
-    """Stretch images about their centre; what comes from outside is NaN in small ones, black in full-size ones.
+def zoom(images: Images, vertical: float, horizontal: float, down: float = 0.0, right: float = 0.0) -> Images:
+    """Stretch images; what comes from outside is NaN in small ones, black in full-size ones.
 
     Args:
         images: [..., height, width, 3].
-        vertical: Factor of the height; 2 shows the middle half.
+        vertical: Factor of the height; 2 shows half of it.
         horizontal: Factor of the width.
+        down: What is shown is so far below the centre, relative to the height.
+        right: ... and so far to the right, relative to the width.
     """
     height, width = images.shape[-3:-1]
     if images.ndim == 3 and images.dtype == np.uint8:
-        box = (0.5 * width * (1 - 1 / horizontal), 0.5 * height * (1 - 1 / vertical))
+        box = width * (0.5 - 0.5 / horizontal + right), height * (0.5 - 0.5 / vertical + down)
         data = (1 / horizontal, 0, box[0], 0, 1 / vertical, box[1])
         picture = Image.fromarray(np.ascontiguousarray(images))
         return np.asarray(picture.transform((width, height), Image.Transform.AFFINE, data, Image.Resampling.BILINEAR))
-    rows = _resampling(height, vertical)
-    columns = _resampling(width, horizontal)
-    stretched = np.einsum("ih,...hwc,jw->...ijc", np.nan_to_num(rows), images, np.nan_to_num(columns), optimize=True)
+    rows = _resampling(height, vertical, down)
+    columns = _resampling(width, horizontal, right)
+    known = ~np.isnan(images)
+    seen = np.where(known, images, 0)
+    stretched = np.einsum("ih,...hwc,jw->...ijc", np.nan_to_num(rows), seen, np.nan_to_num(columns), optimize=True)
     stretched[..., np.isnan(rows).any(1), :, :] = np.nan
     stretched[..., :, np.isnan(columns).any(1), :] = np.nan
+    if not known.all():
+        weight = np.einsum("ih,...hwc,jw->...ijc", np.nan_to_num(rows), known, np.nan_to_num(columns), optimize=True)
+        stretched[weight < 0.99] = np.nan
     return np.asarray(stretched, np.float32)
 
 
-def _resampling(size: int, factor: float) -> NDArray[np.float32]:
+def _resampling(size: int, factor: float, offset: float) -> NDArray[np.float32]:
     """[size, size], weights that stretch about the centre, averaging where they shrink; NaN for rows from outside."""
-    edges = (np.arange(size + 1) - size / 2) / factor + size / 2
+    edges = (np.arange(size + 1) - size / 2) / factor + size * (0.5 + offset)
     low, high = edges[:-1, None], edges[1:, None]
     pixels = np.arange(size)[None]
     if factor < 1:
@@ -101,18 +117,27 @@ def image_corrections(reference: Rows, site: Rows) -> Iterator[Correction]:
     """Corrections of all mistakes with images that could be in these rows."""
     cameras = [camera for camera in reference.images if camera in site.images]
     for camera in cameras:
+        there, here = reference.images[camera], site.images[camera]
         yield from _turned(camera)
         yield from _stretched([camera])
-        yield from _brightness(camera, reference.images[camera], site.images[camera])
+        yield from _moved([camera], reference, site)
+        yield from _brightness(camera, there, here)
     if len(cameras) > 1:
-        yield from _all_cameras(cameras)
+        yield from _several_cameras(cameras)
+        yield from _moved(cameras, reference, site)
         yield from _swapped(cameras)
 
 
 def _correct(
-    cameras: Sequence[str], mistake: str, doing: str, change: ImageChange, complexity: float = 1.0, way_out: str = ""
+    cameras: Sequence[str],
+    mistake: str,
+    doing: str,
+    change: ImageChange,
+    complexity: float = 1.0,
+    way_out: str = "",
+    every: bool = True,
 ) -> Correction:
-    named = f"camera {cameras[0]!r}" if len(cameras) == 1 else "all cameras"
+    named = _named(cameras, every)
     return Correction(
         mistake=f"images of {named} {mistake}",
         doing=doing.format(named),
@@ -127,23 +152,28 @@ def _turned(camera: str) -> Iterator[Correction]:
         yield _correct([camera], mistake, doing, change)
         both = f"{mistake}, and their red and blue channels are swapped"
         yield _correct([camera], both, f"{doing} and swapping red and blue", partial(_both, change), 2.0)
-    yield _correct(
-        [camera], "have red and blue swapped (BGR, as OpenCV reads them)", "swapping red and blue of {}", swap_channels
-    )
+    yield _correct([camera], SWAPPED, "swapping red and blue of {}", swap_channels)
 
 
 def _both(change: ImageChange, images: Images) -> Images:
     return swap_channels(change(images))
 
 
-def _all_cameras(cameras: Sequence[str]) -> Iterator[Correction]:
+def _named(cameras: Sequence[str], every: bool) -> str:
+    if len(cameras) == 1:
+        return f"camera {cameras[0]!r}"
+    return "all cameras" if every else f"cameras {' and '.join(map(repr, cameras))}"
+
+
+def _several_cameras(cameras: Sequence[str]) -> Iterator[Correction]:
     # One mistake in code that handles all cameras is as simple as one in the code of a single camera.
-    for mistake, (doing, change) in TURNS.items():
-        yield _correct(cameras, mistake, doing, change)
+    every = tuple(cameras)
+    pairs = list(combinations(cameras, 2)) if 2 < len(cameras) <= MOST_CAMERAS else []
+    for chosen in (every, *pairs):
+        for mistake, (doing, change) in TURNS.items():
+            yield _correct(chosen, mistake, doing, change, every=chosen == every)
+        yield _correct(chosen, SWAPPED, "swapping red and blue of {}", swap_channels, every=chosen == every)
     yield from _stretched(cameras)
-    yield _correct(
-        cameras, "have red and blue swapped (BGR, as OpenCV reads them)", "swapping red and blue of {}", swap_channels
-    )
 
 
 def _stretched(cameras: Sequence[str]) -> Iterator[Correction]:
@@ -181,6 +211,34 @@ def _stretch_in_words(vertical: float, horizontal: float) -> tuple[str, str]:
     )
 
 
+def _moved(cameras: Sequence[str], reference: Rows, site: Rows) -> Iterator[Correction]:
+    """Crops about another point than the centre: those with which the mean images agree best."""
+    wanted = np.stack([reference.images[camera].mean(0) for camera in cameras])
+    mean = np.stack([site.images[camera].mean(0) for camera in cameras])
+    found = []
+    for factor in CROPS:
+        for down in OFFSETS:
+            for right in OFFSETS:
+                if not (down or right) or max(abs(down), abs(right)) > max(0.5 * abs(1 - 1 / factor), 0.125) + 1e-3:
+                    continue
+                moved = zoom(mean, factor, factor, down, right)
+                known = ~np.isnan(moved)
+                if known.mean() > 0.3:
+                    found.append((float(np.square(moved[known] - wanted[known]).mean()), factor, down, right))
+    for _, factor, down, right in sorted(found)[:REGISTERED]:
+        view = {"vertical": factor, "horizontal": factor, "down": down, "right": right}
+        size = "" if factor == 1 else f" and {'larger' if factor < 1 else 'smaller'}"
+        yield _correct(
+            cameras,
+            f"show another part of the scene than in training: theirs is moved{size} (cropped elsewhere, or the camera "
+            "was moved)",
+            f"zooming {{}} by {factor:.3g}, moved by {down:+.0%} of the height and {right:+.0%} of the width",
+            partial(zoom, **view),
+            2.0,
+            "Crop the images as the training data were, and put the camera where it was",
+        )
+
+
 def _brightness(camera: str, there: Images, here: Images) -> Iterator[Correction]:
     mean, spread = float(here.mean()), float(here.std())
     wanted, wide = float(there.mean()), float(there.std())
@@ -197,11 +255,32 @@ def _brightness(camera: str, there: Images, here: Images) -> Iterator[Correction
             3.0,
             "Set the camera's exposure and gain as in training, and give the policy values from 0 to 255",
         )
-    for power, name in ((2.2, "brighter"), (1 / 2.2, "darker")):
-        yield _correct(
-            [camera], f"are {name} by a gamma of 2.2", "undoing the gamma of {}", partial(gamma, power=power), 2.0
-        )
+    powers = {2.2, 1 / 2.2}
+    if 0.01 < mean < 0.99 and 0.01 < wanted < 0.99:
+        fitted = float(np.log(wanted) / np.log(mean))
+        powers |= {fitted} if abs(np.log(fitted)) > OTHER_GAMMA else set()
+    for power in sorted(powers):
+        name = "brighter" if power > 1 else "darker"
+        text = f"are {name} by a gamma of {max(power, 1 / power):.2g}"
+        yield _correct([camera], text, "undoing the gamma of {}", partial(gamma, power=power), 2.0)
     yield _correct([camera], "are negatives (inverted values)", "inverting {}", _inverted)
+    colors = there.mean((0, 1, 2)) / np.maximum(here.mean((0, 1, 2)), 1e-3)
+    if np.ptp(np.log(np.maximum(colors, 1e-3))) > OTHER_TINT:
+        yield _correct(
+            [camera],
+            f"have a tint: red, green and blue are {', '.join(f'{1 / one:.2f}' for one in colors)} of training's",
+            "balancing the colors of {}",
+            partial(balance, gains=colors),
+            2.5,
+            "Set the camera's white balance as in training, to a fixed value",
+        )
+
+
+def balance(images: Images, gains: NDArray[np.floating]) -> Images:
+    """Scale the channels."""
+    if images.dtype == np.uint8:
+        return np.clip(images * gains, 0, 255).astype(np.uint8)
+    return np.clip(images * gains, 0, 1).astype(np.float32)
 
 
 def _inverted(images: Images) -> Images:
@@ -228,20 +307,3 @@ def _swapped(cameras: Sequence[str]) -> Iterator[Correction]:
             + ", ".join(f"what arrives as {other!r} is {camera!r}" for camera, other in moved),
             images={camera: (other, same) for camera, other in moved},
         )
-
-
-def stuck_cameras(site: Rows, reference: Rows) -> Iterator[tuple[str, str]]:
-    """Cameras whose images at the site are all one color or all the same, though those of training are not."""
-    for camera, images in site.images.items():
-        there = reference.images.get(camera)
-        if there is None or not len(images):
-            continue
-        if images.max() <= 1.5 / 255 < there.max():
-            how = "are black, or have values from 0 to 1 where 0 to 255 are expected"
-            yield camera, f"images of camera {camera!r} {how}"
-        elif images.std((1, 2, 3)).max() < 0.01 < there.std((1, 2, 3)).mean():
-            yield camera, f"images of camera {camera!r} are of a single color"
-        elif len(images) > 4 and np.ptp(images, axis=0).max() < 0.004 < np.ptp(there, axis=0).max():
-            yield camera, f"images of camera {camera!r} never change"
-    for camera in reference.images.keys() - site.images.keys():
-        yield camera, f"camera {camera!r} is missing"

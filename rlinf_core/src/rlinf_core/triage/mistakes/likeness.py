@@ -8,7 +8,7 @@ others. A mistake is a transformation that raises the cost; its correction bring
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,8 @@ VECTOR_FLOOR = 1e-3
 """Least squared distance of a number, in standard deviations of training."""
 FAR = 1e3
 """Largest distance of a block or a number, relative to what is usual."""
+SEEN = 0.2
+"""Least share of an image that must be known to compare it."""
 PREDICTABLE = 0.2
 """Least share of the variance of a state's change that state and action must explain, for the change to count."""
 RIDGE = 1e-3
@@ -132,7 +134,7 @@ class Likeness:
             return np.zeros(len(rows))
         known = ~np.isnan(rows.after).any(1)
         cost = np.zeros(len(rows))
-        pairs = rows.take(np.asarray(known))
+        pairs = replace(rows, images={}).take(np.asarray(known))
         if not len(pairs):
             return cost
         assert pairs.after is not None
@@ -143,22 +145,57 @@ class Likeness:
         cost[known] = (np.log1p(far) * self.motion.explained)[:, counted].sum(1)
         return cost
 
+    def speed(self, rows: Rows) -> float | None:
+        """How many times the change is what state and action predict; None if training allows no prediction."""
+        if self.motion is None or rows.after is None or rows.state is None:
+            return None
+        pairs = rows.take(np.asarray(~np.isnan(rows.after).any(1)))
+        counted = self.motion.explained > PREDICTABLE
+        if len(pairs) < 4 or pairs.after is None or pairs.state is None:
+            return None
+        change = (pairs.after - pairs.state) / self.motion.change
+        predicted = self._features(pairs) @ self.motion.weights
+        change, predicted = change[:, counted], predicted[:, counted]
+        size = np.square(predicted).sum(0)
+        slopes = (change * predicted).sum(0)[size > 1e-9] / size[size > 1e-9]
+        return float(np.median(slopes)) if len(slopes) and np.median(slopes) > 0.05 else None
+
     def image_cost(self, camera: str, images: NDArray[np.float32]) -> Vectors:
         """[M, N], the cost of images of one camera beside each reference image."""
         there, usual = self._pixels[camera], self._usual[camera]
         flat = _flat(images)
         known = ~np.isnan(flat[0])  # Pixels outside of a zoomed image are unknown in all of them.
-        distance = _squares(flat[:, known], there[:, known])
+        if known.mean() < SEEN:
+            return np.full((len(flat), len(there)), np.log1p(FAR))
+        if not known.all():
+            flat, there = flat[:, known], there[:, known]
+        distance = _squares(flat, there)
         return np.asarray(np.log1p(np.minimum(distance / usual, FAR)))
+
+    def number_cost(self, scale: Scale, x: Vectors, reference: Vectors, number: int) -> NDArray[np.float32]:
+        """[M, N], the cost of one number of vectors beside that of each reference row."""
+        shift, spread = scale.mean[number], scale.spread[number] * np.sqrt(scale.usual[number])
+        here, there = (np.clip((one[:, number] - shift) / spread, -1e6, 1e6) for one in (x, reference))
+        apart = np.square(here.astype(np.float32)[:, None] - there.astype(np.float32)[None])
+        return np.log1p(np.minimum(apart, np.float32(FAR), out=apart), out=apart)
 
     def vector_cost(self, scale: Scale, x: Vectors, reference: Vectors) -> Vectors:
         """[M, N], the cost of vectors beside those of each reference row: the mean over their numbers."""
         total = np.zeros((len(x), len(reference)))
-        here, there = scale.standard(x), scale.standard(reference)
-        for d in range(x.shape[1]):
-            apart = np.square(np.clip(here[:, None, d], -1e6, 1e6) - there[None, :, d]) / scale.usual[d]
-            total += np.log1p(np.minimum(apart, FAR))
+        for number in range(x.shape[1]):
+            total += self.number_cost(scale, x, reference, number)
         return total / x.shape[1]
+
+    def vectors(self, rows: Rows, key: str) -> tuple[Scale, Vectors, Vectors] | None:
+        """Scale, rows and reference of `state` or `action`; None if they cannot be compared."""
+        there = self.reference.state
+        if key == "state":
+            if self.state is None or rows.state is None or there is None or rows.state.shape[1] != there.shape[1]:
+                return None
+            return self.state, rows.state, there
+        if rows.actions.shape[2] != self.reference.actions.shape[2]:
+            return None
+        return self.action, _ends(rows), _ends(self.reference)
 
     def blocks(self, rows: Rows) -> dict[str, Vectors]:
         """[M, N] costs of each camera, of the state and of the action beside each reference row."""
@@ -167,11 +204,9 @@ class Likeness:
             for camera, images in rows.images.items()
             if camera in self._pixels
         }
-        there = self.reference.state
-        if self.state and rows.state is not None and there is not None and rows.state.shape[1] == there.shape[1]:
-            found["state"] = self.vector_cost(self.state, rows.state, there)
-        if rows.actions.shape[2] == self.reference.actions.shape[2]:
-            found["action"] = self.vector_cost(self.action, _ends(rows), _ends(self.reference))
+        for key in ("state", "action"):
+            if (compared := self.vectors(rows, key)) is not None:
+                found[key] = self.vector_cost(*compared)
         return found
 
     def cost_matrix(self, rows: Rows, *, other_episodes: bool = False) -> Vectors:
@@ -181,19 +216,27 @@ class Likeness:
             total = np.where(rows.episodes[:, None] != self.reference.episodes[None], total, np.inf)
         return np.asarray(total)
 
-    def cost(self, rows: Rows, known: dict[str, Vectors] | None = None, *, other_episodes: bool = False) -> Vectors:
+    def cost(
+        self,
+        rows: Rows,
+        known: dict[str, Vectors] | None = None,
+        motion: Vectors | None = None,
+        *,
+        other_episodes: bool = False,
+    ) -> Vectors:
         """[M], the cost of rows.
 
         Args:
             rows: The rows.
             known: Blocks that have not changed since they were computed.
+            motion: The cost of the state's change, if that has not changed either.
             other_episodes: Compare with training rows of other episodes only: the rows are of training.
         """
         found = known if known is not None else self.blocks(rows)
         total = np.sum(list(found.values()), axis=0)
         if other_episodes:
             total = np.where(rows.episodes[:, None] != self.reference.episodes[None], total, np.inf)
-        return np.asarray(total.min(1) + self.motion_cost(rows))
+        return np.asarray(total.min(1) + (self.motion_cost(rows) if motion is None else motion))
 
 
 def _ends(rows: Rows) -> Vectors:

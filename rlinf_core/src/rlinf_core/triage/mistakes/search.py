@@ -31,7 +31,9 @@ SHOWN = 6
 """Corrections of a family that are kept for the page."""
 HALF = 0.5
 """A cause explains at least this share of what the rows cost more than training rows."""
-MOST_STEPS = 3
+PART, TOGETHER = 0.15, 0.7
+"""One of several causes explains at least the first share, and all of them together at least the second."""
+MOST_STEPS = 4
 """Corrections that are found one after another."""
 ALIKE = 3.0
 """Rows whose cost is within so many standard deviations of training's are like those of training."""
@@ -121,11 +123,13 @@ def explain(comparison: Comparison, families: Mapping[str, Callable[[Rows], Iter
     stand_in = _Costs(comparison, comparison.stand_in)
     usual, spread = float(stand_in.plain.mean()), stand_in.spread(comparison.seed)
     steps: list[Step] = []
-    total = NOTHING
+    total, start = NOTHING, comparison
     for _ in range(MOST_STEPS):
         costs = _Costs(comparison, comparison.site)
         candidates = {name: list(made(comparison.site)) for name, made in families.items()}
-        step = _step(candidates, costs, stand_in, usual, comparison.seed)
+        # What explains little may only resemble the mistake; but one of several mistakes explains only its part.
+        least = PART if all(one.explained < HALF for one in steps) else HALF
+        step = _step(candidates, costs, stand_in, usual, comparison.seed, least)
         steps.append(step)
         if not step.family:
             break
@@ -134,14 +138,34 @@ def explain(comparison: Comparison, families: Mapping[str, Callable[[Rows], Iter
         comparison = comparison.corrected(best)
         if _Costs(comparison, comparison.site).plain.mean() < usual + ALIKE * spread:
             break
-    left = _left(comparison)
-    return Explanation(tuple(steps), comparison.site, total, usual, left)
+    if not _enough(steps, usual):
+        # Corrections that explain little even together only resemble what is different.
+        comparison, total = start, NOTHING
+        steps = [replace(steps[0], family="", explained=0.0)]
+    return Explanation(tuple(steps), comparison.site, total, usual, _left(comparison))
+
+
+def _enough(steps: Sequence[Step], usual: float) -> bool:
+    """Whether a correction explains half of a difference, or all together most of it."""
+    accepted = [step for step in steps if step.family]
+    if any(step.explained >= HALF for step in accepted):
+        return True
+    gained = sum(step.best.gain for step in accepted)
+    parts = [part for step in accepted for part in step.best.correction.parts]
+    # Several corrections of one camera fit anything; independent mistakes are in different parts of the rows.
+    apart = len(parts) == len(set(parts))
+    return bool(accepted) and apart and gained >= TOGETHER * max(steps[0].before - usual, 1e-9)
 
 
 def _step(
-    candidates: Mapping[str, Sequence[Correction]], costs: _Costs, stand_in: _Costs, usual: float, seed: int
+    candidates: Mapping[str, Sequence[Correction]],
+    costs: _Costs,
+    stand_in: _Costs,
+    usual: float,
+    seed: int,
+    least: float,
 ) -> Step:
-    """One round: the best correction of all families, if it convinces."""
+    """One round: the best correction of all families, if it convinces and explains at least this share."""
     before = float(costs.plain.mean())
     tried = {
         name: tuple(sorted((_try(one, costs, usual, seed) for one in listed), key=lambda one: one.price(usual)))
@@ -154,10 +178,9 @@ def _step(
     first = tried[best][0]
     bar = usual  # No correction can gain more on training rows than they cost.
     if first.gain <= MARGIN * usual:
-        bar = max(_by_chance(one, stand_in) for listed in candidates.values() for one in listed)
+        bar = max(stand_in.by_chance(one) for listed in candidates.values() for one in listed)
     explained = float(np.clip(first.gain / max(before - min(usual, first.cost), 1e-9), 0, 1))
-    # Half of a difference may be explained by something that only resembles the mistake.
-    convinces = _convinces(first, bar, usual) and explained >= HALF
+    convinces = _convinces(first, bar, usual) and explained >= least
     return Step(before, bar, shown, best if convinces else "", explained)
 
 
@@ -186,11 +209,14 @@ class _Costs:
         self.likeness, self.rows = comparison.likeness, rows
         self.other = rows is comparison.stand_in
         self.blocks = self.likeness.blocks(rows)
-        self.plain = self._of(rows, self.blocks)
+        self.motion = self.likeness.motion_cost(rows)
+        self.plain = self._of(rows, self.blocks, self.motion)
+        self._numbers: dict[tuple[str, int], NDArray[np.float32]] = {}
+        self._chance: dict[tuple[str, str], float] = {}
         self._known: dict[int, tuple[Rows, Vectors]] = {}
 
-    def _of(self, rows: Rows, blocks: dict[str, Vectors]) -> Vectors:
-        return self.likeness.cost(rows, blocks, other_episodes=self.other)
+    def _of(self, rows: Rows, blocks: dict[str, Vectors], motion: Vectors | None) -> Vectors:
+        return self.likeness.cost(rows, blocks, motion, other_episodes=self.other)
 
     def of(self, correction: Correction) -> tuple[Rows, Vectors]:
         """The corrected rows, and their costs."""
@@ -198,7 +224,10 @@ class _Costs:
             return self.rows, self.plain
         if id(correction) not in self._known:
             rows = correction.apply(self.rows)
-            self._known = {id(correction): (rows, self._of(rows, self._blocks(correction, rows)))}
+            vectors = correction.state is not None or correction.actions is not None
+            lag = bool(correction.image_lag or correction.state_lag)
+            costs = self._of(rows, self._blocks(correction, rows), None if vectors or lag else self.motion)
+            self._known = {id(correction): (rows, costs)}
         return self._known[id(correction)]
 
     def _blocks(self, correction: Correction, rows: Rows) -> dict[str, Vectors]:
@@ -208,11 +237,25 @@ class _Costs:
         for camera in correction.images:
             if f"image {camera}" in blocks:
                 blocks[f"image {camera}"] = likeness.image_cost(camera, rows.images[camera])
-        changed = [key for key, one in (("state", correction.state), ("action", correction.actions)) if one is not None]
-        if changed:
-            fresh = likeness.blocks(replace(rows, images={}))
-            blocks |= {key: fresh[key] for key in changed if key in fresh}
+        for key, change in (("state", correction.state), ("action", correction.actions)):
+            if change is not None and key in blocks:
+                blocks[key] = self._vector_block(key, rows)
         return blocks
+
+    def _vector_block(self, key: str, rows: Rows) -> Vectors:
+        """[M, N], the cost of changed vectors: only numbers that have changed are compared again."""
+        before, after = self.likeness.vectors(self.rows, key), self.likeness.vectors(rows, key)
+        if before is None or after is None:
+            return self.blocks[key]
+        scale, changed, reference = after
+        numbers = np.flatnonzero((before[1] != changed).any(0)).tolist()
+        block = self.blocks[key].copy()
+        for number in numbers:
+            if (key, number) not in self._numbers:
+                self._numbers[key, number] = self.likeness.number_cost(*before, number)
+            fresh = self.likeness.number_cost(scale, changed, reference, number)
+            block += (fresh - self._numbers[key, number]) / changed.shape[1]
+        return block
 
     def paired(self, correction: Correction) -> tuple[NDArray[np.int64], Vectors, Vectors]:
         """Episode, and costs before and after, of the rows that a correction keeps."""
@@ -222,6 +265,14 @@ class _Costs:
         places = {int(index): at for at, index in enumerate(self.rows.indices.tolist())}
         at = [places[int(index)] for index in rows.indices.tolist()]
         return rows.episodes, self.plain[at], after
+
+    def by_chance(self, correction: Correction) -> float:
+        """What a correction gains on training rows; those of later rounds are often the same."""
+        key = correction.mistake, correction.doing
+        if key not in self._chance:
+            _, before, after = self.paired(correction)
+            self._chance[key] = float((before - after).mean()) if len(after) else 0.0
+        return self._chance[key]
 
     def spread(self, seed: int) -> float:
         """Standard deviation of the mean cost, over draws of episodes."""
@@ -237,12 +288,6 @@ def _try(correction: Correction, costs: _Costs, usual: float, seed: int) -> Trie
     low = float(np.quantile(resampled(gained, episodes, seed), SURE)) if gain > LEAST_GAIN * usual else -np.inf
     # A correction that leaves rows out is compared on the rows that it keeps.
     return Tried(correction, float(costs.plain.mean()) - gain, gain, low)
-
-
-def _by_chance(correction: Correction, stand_in: _Costs) -> float:
-    """What a correction gains on training rows."""
-    _, before, after = stand_in.paired(correction)
-    return float((before - after).mean()) if len(after) else 0.0
 
 
 def resampled(values: Vectors, episodes: NDArray[np.int64], seed: int) -> Vectors:

@@ -1,16 +1,17 @@
-"""Mistakes that are made with states and actions: signs, units, orders, rotations, grippers, relative actions."""
+"""Mistakes that are made with states and actions: signs, units, orders, origins, grippers, relative actions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 
-from rlinf_core.data.rotations import from_matrix, to_matrix
+from rlinf_core.triage.mistakes.changes import Change, Named, affine, said, times, turned
 from rlinf_core.triage.mistakes.corrections import Correction
 from rlinf_core.triage.mistakes.likeness import Scale
+from rlinf_core.triage.mistakes.rotations import rotation_corrections
 from rlinf_core.triage.mistakes.rows import Rows, Vectors
 
 UNITS = {
@@ -26,28 +27,10 @@ UNITS = {
 """Factor that corrects the numbers -> what they are."""
 CLOSE = 0.35
 """Largest difference of the logarithms of two spreads' ratio and a unit's factor."""
+APART = 1.5
+"""A number that is off by a constant is off by more than so many standard deviations of training."""
 MOST = 40
 """Width of vectors of which all pairs are tried; of wider ones, neighbours only."""
-FORMS = ("euler_xyz", "euler_XYZ", "euler_zyx", "euler_ZYX", "axis_angle")
-
-Change = Callable[[Vectors], Vectors]
-
-
-class Named:
-    """Names the numbers of a vector in sentences."""
-
-    def __init__(self, key: str, names: Sequence[str], width: int) -> None:
-        self.key, self.width = key, width
-        self._names = [*names, *[""] * width][:width]
-
-    def __call__(self, numbers: Sequence[int]) -> str:
-        """`state [0, 1]`, with the dataset's names where it has them."""
-        if len(numbers) == self.width and self.width > 1:
-            return f"all numbers of the {self.key}"
-        called = [self._names[i] for i in numbers]
-        where = ", ".join(map(str, numbers)) if len(numbers) < 4 else f"{numbers[0]}-{numbers[-1]}"
-        shown = f": {', '.join(called)}" if all(called) and len(called) <= 4 else ""
-        return f"{self.key} [{where}{shown}]"
 
 
 def vector_corrections(
@@ -69,20 +52,31 @@ def vector_corrections(
     yield from _units(named, scale, site)
     yield from _orders(named, width)
     yield from _grippers(named, scale, site, training)
-    yield from _rotations(named, site, training)
+    yield from rotation_corrections(named, site, training)
+    yield from _origins(named, scale, site, training)
 
 
-def _said(mistake: str, doing: str, complexity: float = 1.0, way_out: str = "") -> Correction:
-    return Correction(
-        mistake=mistake,
-        doing=doing,
-        way_out=way_out or f"Correct it in what the policy gets: {doing}",
-        complexity=complexity,
-    )
-
-
-def _times(factors: Vectors) -> Change:
-    return lambda x: x * factors
+def _origins(named: Named, scale: Scale, site: Vectors, training: Vectors) -> Iterator[tuple[Correction, Change]]:
+    """Numbers that are off by a constant, as positions from another origin or encoders with another zero."""
+    width = training.shape[1]
+    offsets = np.median(training, axis=0) - np.median(site, axis=0)
+    ratio = np.maximum(site.std(0), 1e-12) / np.maximum(training.std(0), 1e-12)
+    off = (np.abs(offsets) > APART * scale.spread[:width]) & scale.moves[:width] & (ratio > 0.4) & (ratio < 2.5)
+    numbers = np.flatnonzero(off).tolist()
+    for chosen in _groups(numbers, width) if numbers else ():
+        shift = np.zeros(width)
+        shift[chosen] = offsets[chosen]
+        by = ", ".join(f"{-one:+.3g}" for one in offsets[chosen][:4]) + ", ..." * (len(chosen) > 4)
+        yield (
+            said(
+                f"{named(chosen)} {'is' if len(chosen) == 1 else 'are'} off by a constant ({by}), as from another "
+                "origin or zero position",
+                f"shifting {named(chosen)} to where training has {'it' if len(chosen) == 1 else 'them'}",
+                1.9,
+                "Measure from the same origin as the training data, and calibrate the joints alike",
+            ),
+            lambda x, shift=shift: x + shift,  # type: ignore[misc]
+        )
 
 
 def _signs(named: Named, scale: Scale, width: int) -> Iterator[tuple[Correction, Change]]:
@@ -92,12 +86,12 @@ def _signs(named: Named, scale: Scale, width: int) -> Iterator[tuple[Correction,
     for i, j in [(i, i + 1) for i in range(width - 1)]:
         for first, second in ((1.0, -1.0), (-1.0, 1.0)):
             yield (
-                _said(
+                said(
                     f"{named([i, j])} are turned by 90°: swapped, and one has the opposite sign",
                     f"turning {named([i, j])} by 90°",
                     1.3,
                 ),
-                _turned(i, j, first, second),
+                turned(i, j, first, second),
             )
     for numbers in (*singles, *pairs, *triples):
         if not scale.moves[list(numbers)].all():
@@ -106,22 +100,13 @@ def _signs(named: Named, scale: Scale, width: int) -> Iterator[tuple[Correction,
         factors[list(numbers)] = -1
         one = len(numbers) == 1
         yield (
-            _said(
+            said(
                 f"{named(numbers)} {'has' if one else 'have'} the opposite sign",
                 f"negating {named(numbers)}",
                 1.0 + 0.2 * (len(numbers) - 1),
             ),
-            _times(factors),
+            times(factors),
         )
-
-
-def _turned(i: int, j: int, first: float, second: float) -> Change:
-    def change(x: Vectors) -> Vectors:
-        out = np.array(x, np.float64)
-        out[..., i], out[..., j] = first * x[..., j], second * x[..., i]
-        return out
-
-    return change
 
 
 def _units(named: Named, scale: Scale, site: Vectors) -> Iterator[tuple[Correction, Change]]:
@@ -142,26 +127,37 @@ def _units(named: Named, scale: Scale, site: Vectors) -> Iterator[tuple[Correcti
                 factors[chosen] = factor
                 have = "is in" if len(chosen) == 1 else "are in"
                 yield (
-                    _said(
+                    said(
                         f"{named(chosen)} {have} {words}",
                         f"multiplying {named(chosen)} by {factor:.4g}",
                         1.0 + 0.1 * (len(numbers) != len(chosen)),
                     ),
-                    _times(factors),
+                    times(factors),
                 )
-    if len(here) and (moving := scale.moves[:width]).any():
-        common = float(np.median(ratios[0][moving]))
-        if abs(common) > 0.4 and np.abs(ratios[0][moving] - common).max() < CLOSE:
-            factor = float(np.exp(common))
-            numbers = np.flatnonzero(moving).tolist()
-            yield (
-                _said(
-                    f"{named(numbers)} {'is' if len(numbers) == 1 else 'are'} scaled by {1 / factor:.3g}",
-                    f"multiplying {named(numbers)} by {factor:.3g}",
-                    1.5,
-                ),
-                _times(np.where(moving, factor, 1.0)),
-            )
+    yield from _scales(named, ratios[0], scale.moves[:width])
+
+
+def _scales(named: Named, ratios: Vectors, moves: Vectors) -> Iterator[tuple[Correction, Change]]:
+    """A common factor of all numbers, or of neighbouring ones, that is no known unit's."""
+    width = len(ratios)
+    blocks = {tuple(np.flatnonzero(moves).tolist())}
+    blocks |= {tuple(range(start, start + size)) for size in (3, 6, 7) for start in range(width - size + 1)}
+    for block in sorted(blocks):
+        numbers = [number for number in block if moves[number]]
+        common = float(np.median(ratios[numbers])) if numbers else 0.0
+        if abs(common) < 0.4 or np.abs(ratios[numbers] - common).max() > CLOSE:
+            continue
+        factor = float(np.exp(common))
+        factors = np.ones(width)
+        factors[numbers] = factor
+        yield (
+            said(
+                f"{named(numbers)} {'is' if len(numbers) == 1 else 'are'} scaled by {1 / factor:.3g}",
+                f"multiplying {named(numbers)} by {factor:.3g}",
+                1.5,
+            ),
+            times(factors),
+        )
 
 
 def _groups(numbers: list[int], width: int) -> Iterator[list[int]]:
@@ -226,7 +222,7 @@ def _orders(named: Named, width: int) -> Iterator[tuple[Correction, Change]]:
     for order_found, (text, complexity) in found.items():
         listed = ", ".join(map(str, order_found)) if width <= 16 else "the order of training"
         yield (
-            _said(
+            said(
                 text,
                 f"reordering the {named.key} as [{listed}]",
                 complexity,
@@ -249,12 +245,12 @@ def _grippers(named: Named, scale: Scale, site: Vectors, training: Vectors) -> I
         middle = float(low + high)
         if abs(middle) > 0.15 * (high - low):  # Otherwise it is a sign.
             yield (
-                _said(
+                said(
                     f"{named([i])} is inverted: {low:.3g} and {high:.3g} are exchanged, as a gripper's open and closed",
                     f"inverting {named([i])} ({middle:.3g} minus the number)",
                     1.05,
                 ),
-                _affine(i, -1.0, middle),
+                affine(i, -1.0, middle),
             )
         if here[1] - here[0] < 1e-9:
             continue
@@ -265,145 +261,24 @@ def _grippers(named: Named, scale: Scale, site: Vectors, training: Vectors) -> I
         for sign, text in ((1.0, "has another range"), (-1.0, "has another range and is inverted")):
             offset = float(low - gain * here[0] if sign > 0 else high + gain * here[0])
             yield (
-                _said(f"{named([i])} {text}: {ranges}", f"mapping {named([i])} to the range of training", 1.6),
-                _affine(i, sign * gain, offset),
+                said(f"{named([i])} {text}: {ranges}", f"mapping {named([i])} to the range of training", 1.6),
+                affine(i, sign * gain, offset),
             )
-
-
-def _affine(number: int, gain: float, offset: float) -> Change:
-    def change(x: Vectors) -> Vectors:
-        out = np.array(x, np.float64)
-        out[..., number] = gain * out[..., number] + offset
-        return out
-
-    return change
-
-
-def _within(start: int, size: int, of: Change) -> Change:
-    def change(x: Vectors) -> Vectors:
-        out = np.array(x, np.float64)
-        out[..., start : start + size] = of(out[..., start : start + size])
-        return out
-
-    return change
-
-
-def _rotations(named: Named, site: Vectors, training: Vectors) -> Iterator[tuple[Correction, Change]]:
-    width = training.shape[1]
-    for start in range(width - 3):
-        there = training[:, start : start + 4]
-        if np.abs(np.linalg.norm(there, axis=1) - 1).max() < 0.02:
-            yield from _quaternions(named, list(range(start, start + 4)), there)
-    for start in range(width - 2):
-        there, here = training[:, start : start + 3], site[:, start : start + 3]
-        if np.abs(there).max() < 2 * np.pi + 0.01 and np.abs(here).max() < 2 * np.pi + 0.01:
-            yield from _three_numbers(named, list(range(start, start + 3)), there)
-    for i in range(width):
-        if np.ptp(site[:, i]) > np.pi or np.abs(site[:, i].mean() - training[:, i].mean()) > np.pi:
-            middle = float(np.median(training[:, i]))
-            yield (
-                _said(f"{named([i])} is wrapped: an angle that differs by 360°", f"unwrapping {named([i])}", 1.5),
-                _within(i, 1, lambda x, middle=middle: x - 2 * np.pi * np.round((x - middle) / (2 * np.pi))),  # type: ignore[misc]
-            )
-
-
-def _quaternions(named: Named, numbers: list[int], there: Vectors) -> Iterator[tuple[Correction, Change]]:
-    start = numbers[0]
-    for shift, order in ((1, "w first where training has w last"), (-1, "w last where training has w first")):
-        yield (
-            _said(
-                f"the quaternion {named(numbers)} has another order of numbers ({order})",
-                f"rolling the quaternion {named(numbers)} by {-shift}",
-                0.9,
-            ),
-            _within(start, 4, lambda x, shift=shift: np.roll(x, -shift, axis=-1)),  # type: ignore[misc]
-        )
-    axis = np.linalg.eigh(there.T @ there)[1][:, -1]
-    axis = axis if (there @ axis).mean() > 0 else -axis
-    if ((there @ axis) < 0).mean() < 0.05:
-
-        def canonical(x: Vectors) -> Vectors:
-            return np.where((x @ axis)[..., None] < 0, -x, x)
-
-        yield (
-            _said(
-                f"the quaternion {named(numbers)} has the opposite sign in some or all rows (q and -q are the same "
-                "rotation, but not the same numbers)",
-                f"choosing the sign of the quaternion {named(numbers)} as in training",
-                0.9,
-            ),
-            _within(start, 4, canonical),
-        )
-    for a, b in combinations(range(3), 2):
-        factors = np.ones(4)
-        factors[[a, b]] = -1
-        yield (
-            _said(
-                f"{named([start + a, start + b])} of a quaternion have the opposite sign",
-                f"negating {named([start + a, start + b])}",
-                1.4,
-            ),
-            _within(start, 4, _times(factors)),
-        )
-    for signs in ((-1.0, -1.0, -1.0, 1.0), (1.0, -1.0, -1.0, -1.0)):
-        yield (
-            _said(
-                f"the quaternion {named(numbers)} is inverted (conjugate)", f"inverting the quaternion {named(numbers)}"
-            ),
-            _within(start, 4, _times(np.array(signs))),
-        )
-
-
-def _three_numbers(named: Named, numbers: list[int], there: Vectors) -> Iterator[tuple[Correction, Change]]:
-    """Axis-angle vectors of the other branch, and rotations in another form."""
-    start, mean = numbers[0], there.mean(0)
-    if np.linalg.norm(there, axis=1).max() > 1.0:
-
-        def near(x: Vectors) -> Vectors:
-            length = np.linalg.norm(x, axis=-1, keepdims=True)
-            other = x * (1 - 2 * np.pi / np.maximum(length, 1e-6))
-            closer = np.linalg.norm(other - mean, axis=-1) < np.linalg.norm(x - mean, axis=-1)
-            return np.where(closer[..., None], other, x)
-
-        yield (
-            _said(
-                f"the rotation {named(numbers)} is on the other branch in some or all rows (an angle of 360° minus it "
-                "about the opposite axis)",
-                f"choosing the branch of {named(numbers)} as in training",
-                1.2,
-            ),
-            _within(start, 3, near),
-        )
-    for form in FORMS:
-        for other in FORMS:
-            if form != other:
-                yield (
-                    _said(
-                        f"the rotation {named(numbers)} is in another form ({form} where training has {other})",
-                        f"converting {named(numbers)} from {form} to {other}",
-                        1.8,
-                    ),
-                    _within(start, 3, _converting(form, other)),
-                )
-
-
-def _converting(form: Any, other: Any) -> Change:
-    return lambda x: from_matrix(to_matrix(x, form), other)
 
 
 def state_corrections(named: Named, scale: Scale, site: Rows, reference: Rows) -> Iterator[Correction]:
     """Corrections of the state."""
     if site.state is None or reference.state is None:
         return
-    for said, change in vector_corrections(named, scale, site.state, reference.state):
-        yield _with(said, state=change)
+    for one, change in vector_corrections(named, scale, site.state, reference.state):
+        yield replace(one, state=change)
 
 
 def action_corrections(named: Named, scale: Scale, site: Rows, reference: Rows) -> Iterator[Correction]:
     """Corrections of the actions."""
     here, there = site.actions[:, 0], reference.actions[:, 0]
-    for said, change in vector_corrections(named, scale, here, there):
-        yield _with(said, actions=lambda a, s, change=change: change(a))
+    for one, change in vector_corrections(named, scale, here, there):
+        yield replace(one, actions=lambda a, s, change=change: change(a))  # type: ignore[misc]
     if site.state is None:
         return
     width = min(here.shape[1], site.state.shape[1])
@@ -444,9 +319,3 @@ def _relative(part: Sequence[int], sign: float) -> Callable[[Vectors, Vectors | 
         return out
 
     return change
-
-
-def _with(said: Correction, **changes: Any) -> Correction:
-    from dataclasses import replace
-
-    return replace(said, **changes)

@@ -8,9 +8,12 @@ import numpy as np
 
 from rlinf_core.contract.triage import TriageOutcome, TriageTest
 from rlinf_core.data.statistics.action_kind import diagnose_actions
+from rlinf_core.triage.mistakes.changes import Named
 from rlinf_core.triage.mistakes.rows import Rows, Vectors
-from rlinf_core.triage.mistakes.vectors import Named
 from rlinf_core.triage.scene import Scene
+
+IDLE, STILL = 0.3, 0.02
+"""Share of idle rows that is suspicious; a change of less than this share of the usual one is none."""
 
 
 class DataTest(TriageTest):
@@ -35,6 +38,14 @@ class DataTest(TriageTest):
                 early,
                 "Pair each observation with the action that was taken on it, and convert the data again",
                 strength=0.5,
+            )
+        if (idle := _idle(scene)) > IDLE:
+            return TriageOutcome(
+                "suspicious",
+                f"the robot does nothing in {idle:.0%} of the training rows: neither state nor action changes, and a "
+                "policy that learns it may never start, or stop in between",
+                "Leave idle frames out, above all those before the first motion of an episode",
+                strength=0.4,
             )
         findings = diagnose_actions(scene.trained, [scene.policy.data.repack(), *scene.policy.data.transforms()])
         relative = [one for one in findings if one.id == "actions-look-relative"]
@@ -62,6 +73,20 @@ def _flips(scene: Scene, wide: Rows) -> Iterator[str]:
                     f"the quaternion {named(list(range(start, start + 4)))} changes its sign between neighbouring rows "
                     f"in {share:.1%} of the training rows: q and -q are the same rotation, and the policy cannot know"
                 )
+
+
+def _idle(scene: Scene) -> float:
+    """The share of steps in which neither the state nor the action changes."""
+    rows = scene.stand_in
+    if rows.state is None:
+        return 0.0
+    step = (rows.runs[1:] == rows.runs[:-1]) & (rows.indices[1:] == rows.indices[:-1] + 1)
+    still = np.ones(len(rows) - 1, np.bool_)
+    for values in (rows.state, rows.actions[:, 0]):
+        changes = np.abs(np.diff(values, axis=0))
+        usual = np.quantile(changes[step], 0.9, axis=0) if step.any() else np.zeros(values.shape[1])
+        still &= (changes <= STILL * usual + 1e-9).all(1)
+    return float(still[step].mean()) if step.any() else 0.0
 
 
 def _acts_after(scene: Scene) -> str:

@@ -16,11 +16,14 @@ from rlinf_core.errors import UserError
 from rlinf_core.evaluators.action_error import last_action
 from rlinf_core.inference import LoadedPolicy
 from rlinf_core.results import Cell, Estimate, ResultTable, cell_text
+from rlinf_core.triage.mistakes.changes import Named
 from rlinf_core.triage.mistakes.rows import Vectors
 from rlinf_core.triage.scene import Acted, Scene
 
 USELESS, POOR = 0.95, 0.8
 """Squared error relative to the better baseline: no better than it, and hardly better."""
+UNLEARNED = 1.0
+"""Squared error of a number of the action relative to that of its mean: it has not been learned."""
 RESAMPLES = 1000
 AGREE = 0.01
 """Differences of actions below this share of their spread are rounding."""
@@ -75,6 +78,17 @@ class LearnedTest(TriageTest):
                 "Train longer, or on more demonstrations",
                 strength=worst.value - POOR,
                 symptom=True,
+                tables=tables,
+            )
+        if unlearned := _unlearned(scene):
+            named = Named("action", scene.names.get("actions", ()), len(scene.action_spread))(unlearned)
+            return TriageOutcome(
+                "suspicious",
+                f"the policy has learned its actions, but not {named}: there it is no better than always the mean, on "
+                "its own training rows",
+                "Look at these numbers in the data: a command that follows what no camera or state shows, that comes "
+                "late, or that is too rare, as a gripper's, cannot be learned",
+                strength=0.4,
                 tables=tables,
             )
         text = " and ".join(f"{one.value:.2f} on {name}" for name, one in relative.items())
@@ -132,6 +146,16 @@ def _number_table(scene: Scene, acted: Acted) -> ResultTable:
         columns=("number", "RMSE", "mean action"),
         rows=tuple((f"{i} {names[i]}".strip(), float(one), float(mean[i])) for i, one in enumerate(by_number)),
     )
+
+
+def _unlearned(scene: Scene) -> list[int]:
+    """Numbers of the action that vary, and that the policy knows no better than their mean."""
+    acted, varies = scene.on_training, np.ptp(scene.wide.actions[:, 0], axis=0) > 1e-6
+    guessed = replace(acted, predicted=np.broadcast_to(scene.baseline, acted.recorded.shape))
+    own, mean = (np.square(one.by_number(scene.action_spread)) for one in (acted, guessed))
+    # Noise of teleoperation is not learned either: only numbers that vary as much as others do count.
+    found = varies & (own > UNLEARNED * mean) & (mean > 0.5)
+    return [int(i) for i in np.flatnonzero(found)] if not found.all() else []
 
 
 def _unused(scene: Scene) -> ResultTable:

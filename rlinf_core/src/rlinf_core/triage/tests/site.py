@@ -9,16 +9,21 @@ import numpy as np
 
 from rlinf_core.contract.triage import TriageOutcome, TriageTest
 from rlinf_core.results import ResultTable
+from rlinf_core.triage.mistakes.changes import Named
 from rlinf_core.triage.mistakes.corrections import Correction
-from rlinf_core.triage.mistakes.images import stuck_cameras
 from rlinf_core.triage.mistakes.rows import Rows, Vectors, read, spread
 from rlinf_core.triage.mistakes.search import Explanation
+from rlinf_core.triage.mistakes.stuck import still_numbers, stuck_cameras
 from rlinf_core.triage.pictures import camera_images
 from rlinf_core.triage.scene import Scene
 from rlinf_core.triage.tests.prompts import other_tasks
 
 FAR = 6.0
 """Standard deviations from training beyond which rows without an explanation are suspicious."""
+
+
+OFTEN = 0.2
+"""Share of rows with a wrong prompt that is a cause."""
 
 
 class CameraTest(TriageTest):
@@ -33,11 +38,11 @@ class CameraTest(TriageTest):
         site, reference = scene.at_site, scene.likeness.reference
         if not reference.images:
             return TriageOutcome("skipped", "the policy has no cameras")
-        if stuck := list(stuck_cameras(site, reference)):
+        if stuck := list(stuck_cameras(site, reference, scene.stand_in)):
             return TriageOutcome(
                 "cause",
                 " and ".join(text for _, text in stuck),
-                "Give the policy images of all cameras that it was trained with, uint8 from 0 to 255",
+                "Give the policy current images of all cameras that it was trained with: RGB, uint8 from 0 to 255",
                 strength=1.0,
                 images=camera_images(reference, site, None),
             )
@@ -53,8 +58,20 @@ class StateTest(TriageTest):
 
     def run(self, scene: Scene) -> TriageOutcome:
         """Compare the states."""
+        if wrong := _other_width(scene, "state"):
+            return wrong
         if scene.likeness.state is None or scene.at_site.state is None:
             return TriageOutcome("skipped", "the data have no state")
+        if scene.wide.state is not None and (still := still_numbers(scene.at_site.state, scene.wide.state)):
+            named = Named("state", scene.names.get("state", ()), scene.wide.state.shape[1])(still)
+            value = ", ".join(f"{one:.3g}" for one in scene.at_site.state[0, still][:4])
+            return TriageOutcome(
+                "cause",
+                f"{named} never {'changes' if len(still) == 1 else 'change'} at the site ({value}), and "
+                f"{'has' if len(still) == 1 else 'have'} other values in training",
+                "Give the policy the current state: read it before each observation",
+                strength=0.9,
+            )
         return _judged(scene, "state", "states", "state")
 
 
@@ -67,6 +84,8 @@ class ActionTest(TriageTest):
 
     def run(self, scene: Scene) -> TriageOutcome:
         """Compare the actions."""
+        if wrong := _other_width(scene, "actions"):
+            return wrong
         return _judged(scene, "actions", "actions", "action")
 
 
@@ -113,7 +132,7 @@ class PromptTest(TriageTest):
         empty = sum(count for prompt, count in here.items() if not prompt.strip())
         if empty and all(prompt.strip() for prompt in trained):
             return TriageOutcome(
-                "cause",
+                "cause" if empty > OFTEN * here.total() else "suspicious",
                 f"the prompt is empty in {empty / here.total():.0%} of the site's rows, and never was in training",
                 f"Give the policy the task in words, for example {trained.most_common(1)[0][0]!r}",
                 strength=empty / here.total(),
@@ -122,6 +141,17 @@ class PromptTest(TriageTest):
         if wrong := other_tasks(scene, table):
             return wrong
         unknown = [prompt for prompt in here if prompt not in trained]
+        if spelled := {one: known for one in unknown if (known := _spelled_otherwise(one, trained))}:
+            share = sum(here[prompt] for prompt in spelled) / here.total()
+            own, known = next(iter(spelled.items()))
+            return TriageOutcome(
+                "cause" if share > OFTEN else "suspicious",
+                f"{share:.0%} of the site's rows have the prompt of training in another spelling: {own!r} where it was "
+                f"{known!r}",
+                f"Give the policy the exact words of training, case and punctuation too: {known!r}",
+                strength=0.6 * share,
+                tables=[table],
+            )
         if unknown and len(trained) <= 200:
             share = sum(here[prompt] for prompt in unknown) / here.total()
             example = max(unknown, key=lambda prompt: here[prompt])
@@ -133,6 +163,21 @@ class PromptTest(TriageTest):
                 tables=[table],
             )
         return TriageOutcome("fine", f"all {len(here)} prompts of the site were trained", tables=[table])
+
+
+def _other_width(scene: Scene, key: str) -> TriageOutcome | None:
+    """A cause if the site has more or fewer numbers than training."""
+    rows = [scene.pipeline.target(source.without_images([0])[0]) for source in (scene.site, scene.trained) if source]
+    here, there = (np.shape(row[key])[-1] if key in row else 0 for row in rows)
+    if here == there:
+        return None
+    return TriageOutcome(
+        "cause",
+        f"{'the state' if key == 'state' else 'actions'} of the site {'has' if key == 'state' else 'have'} {here} "
+        f"numbers, of training {there}",
+        "Send exactly the numbers of the training data, in their order",
+        strength=1.0,
+    )
 
 
 def _judged(scene: Scene, family: str, what: str, part: str | None) -> TriageOutcome:
@@ -232,7 +277,11 @@ def _recorded_rate(scene: Scene) -> TriageOutcome | None:
 
 
 def _speed(scene: Scene) -> TriageOutcome | None:
-    """A cause if the state changes faster or slower per step by a common factor, over the range of training."""
+    """A cause if the state changes faster or slower per step by a common factor, over the range of training.
+
+    An operator may be slower, too: actions are then smaller, and what training predicts from them agrees with what
+    happens. With another control rate, it does not.
+    """
     assert scene.site is not None
     wide, at = scene.wide, spread(len(scene.site), 1500)
     raw = read(scene.site, scene.pipeline, at, images=False)
@@ -250,11 +299,19 @@ def _speed(scene: Scene) -> TriageOutcome | None:
     agree = np.abs(np.log(ratios / ratio)) < 0.25
     if agree.mean() < 0.6 or abs(np.log(ratio)) < np.log(1.35):
         return None
+    beside = scene.likeness.speed(here)
+    proven = beside is not None and abs(np.log(ratio / beside)) < 0.5 * abs(np.log(ratio))
+    if beside is not None and not proven:
+        return None  # The actions are larger or smaller as well: another operator, or another task.
     way = "fast" if ratio > 1 else "slow"
+    sentence = (
+        f"the state changes {max(ratio, 1 / ratio):.2g} times as {way} per step as in training, over the same range"
+    )
+    if proven:
+        sentence += ", with the same actions: the control rate is another one, or frames were left out or repeated"
     return TriageOutcome(
-        "cause" if abs(np.log(ratio)) > np.log(1.45) else "suspicious",
-        f"the state changes {max(ratio, 1 / ratio):.2g} times as {way} per step as in training, over the same range: "
-        "the control rate is another one, or frames were left out or repeated",
+        "cause" if proven and abs(np.log(ratio)) > np.log(1.45) else "suspicious",
+        sentence,
         "Run the robot and record at the rate of training, one action per frame",
         strength=min(1.0, abs(float(np.log2(ratio)))),
     )
@@ -267,6 +324,16 @@ def _speeds(rows: Rows) -> Vectors | None:
     change = np.abs(rows.after - rows.state)
     change = change[~np.isnan(change).any(1)]
     return change.mean(0) if len(change) else None
+
+
+def _spelled_otherwise(prompt: str, trained: Counter[str]) -> str:
+    """The prompt of training that has the same letters and digits; empty if there is none."""
+
+    def plain(text: str) -> str:
+        return "".join(one for one in text.casefold() if one.isalnum())
+
+    same = {plain(one): one for one in trained}
+    return same.get(plain(prompt), "")
 
 
 def _nearest(prompt: str, trained: Counter[str]) -> str:

@@ -130,6 +130,8 @@ def statistics_differ(scene: Scene) -> bool:
 
 def _recognized(scene: Scene, normalize: Normalize, own: Stats, wrong: Mapping[str, Any]) -> str:
     """What the statistics are instead, if that can be seen."""
+    if all(_exchanged(normalize, key, own[key], numbers) for key, numbers in wrong.items() if len(numbers)):
+        return "the high quantile where the low one should be, and the low one where the high one should be"
     for words, candidate in _candidates(scene, normalize, own):
         keys = [key for key, numbers in wrong.items() if len(numbers)]
         if all(key in candidate and _same(normalize, key, candidate[key], wrong[key]) for key in keys):
@@ -178,9 +180,22 @@ def _candidates(scene: Scene, normalize: Normalize, own: Stats) -> Iterator[tupl
         yield "exchanged: those of the state and of the action", {"state": own["actions"], "actions": own["state"]}
     if scene.site is not None:
         yield "those of the site's rows, not of the training data", compute_norm_stats(scene.site, transforms)
+    if normalize.mode == "mean_std":
+        squares = {key: NormStats(one.mean, one.std**2, one.q01, one.q99) for key, one in own.items()}
+        yield "variances where standard deviations should be", squares
     width = {key: len(one.mean) for key, one in own.items()}
     yield "the identity: nothing is normalised", {key: _between(-np.ones(w), np.ones(w)) for key, w in width.items()}
     yield "from 0 to 1", {key: _between(np.zeros(w), np.ones(w)) for key, w in width.items()}
+
+
+def _exchanged(normalize: Normalize, key: str, own: NormStats, numbers: Any) -> bool:
+    if normalize.mode != "quantile":
+        return False
+    used = normalize.stats[key]
+    width = min(len(own.q01), len(used.q01))
+    apart = np.maximum(np.abs(used.q01[:width] - own.q99[:width]), np.abs(used.q99[:width] - own.q01[:width]))
+    spread = np.maximum(own.q99[:width] - own.q01[:width], 1e-6)
+    return bool((apart / spread)[numbers].max() < OTHER)
 
 
 def _between(low: Vectors, high: Vectors) -> NormStats:

@@ -20,6 +20,8 @@ BF16 = 0.01
 """Relative difference of weights that rounding to bf16 explains."""
 EMA_GAIN = 0.05
 """The averaged weights are better if their validated error is lower by this share."""
+ROUNDED = 0.99
+"""Share of the weights that have no more digits than bfloat16 has, if they were trained or saved in it."""
 FEW_INITIAL = 0.1
 """Share of the matrices that may have their initial values: those that the loss does not depend on."""
 WORSE = 1.5
@@ -58,6 +60,14 @@ class WeightsTest(TriageTest):
                 f"the weights were loaded in part: {initial}",
                 "Load all weights (strict=True), and look for names that were not found",
                 strength=0.9,
+                tables=tables,
+            )
+        if rounded := _rounded(scene):
+            return TriageOutcome(
+                "suspicious" if subject.exported else "cause",
+                rounded,
+                "Keep float32 weights while training, and round copies only: updates below 0.4 % of a weight are lost",
+                strength=0.5,
                 tables=tables,
             )
         if better := _average_is_better(scene):
@@ -129,6 +139,20 @@ def _tensor_table(here: Mapping[str, Any], there: Mapping[str, Any], other: Mapp
         columns=("tensor", "shape", "std", "std in the checkpoint", "difference"),
         rows=rows,
     )
+
+
+def _rounded(scene: Scene) -> str:
+    """Whether weights that should be float32 all are numbers of bfloat16, in words."""
+    if scene.subject.exported and scene.subject.description.get("dtype") == "bf16":
+        return ""
+    same, total = 0, 0
+    for parameter in scene.policy.module.parameters():
+        if parameter.requires_grad and parameter.ndim > 1 and parameter.element_size() == 4:
+            same += int((parameter == parameter.bfloat16()).sum())
+            total += parameter.numel()
+    if not total or same < ROUNDED * total:
+        return ""
+    return f"{same / total:.0%} of the trained weights are numbers of bfloat16: they were trained, or saved, in it"
 
 
 def _metrics(scene: Scene) -> Mapping[str, float]:

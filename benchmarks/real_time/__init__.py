@@ -1,0 +1,1 @@
+"""What `benchmarks/real_time.py` plays: a course that can be passed on two sides."""

@@ -1,0 +1,1 @@
+"""CALVIN for rlinf-core: how often a policy succeeds in simulation."""

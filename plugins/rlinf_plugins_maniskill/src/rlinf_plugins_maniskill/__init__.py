@@ -1,0 +1,1 @@
+"""ManiSkill 3 for rlinf-core: how often a policy succeeds in simulation."""

@@ -1,0 +1,12 @@
+"""The plugin's hook."""
+
+from __future__ import annotations
+
+from rlinf_core import EnvironmentConfig, hookimpl
+from rlinf_plugins_maniskill.config import ManiskillConfig
+
+
+@hookimpl
+def rlinf_register_environments() -> list[type[EnvironmentConfig]]:
+    """The environment `maniskill`."""
+    return [ManiskillConfig]
