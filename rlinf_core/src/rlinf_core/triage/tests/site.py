@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -167,7 +168,8 @@ class PromptTest(TriageTest):
 
 def _other_width(scene: Scene, key: str) -> TriageOutcome | None:
     """A cause if the site has more or fewer numbers than training."""
-    rows = [scene.pipeline.target(source.without_images([0])[0]) for source in (scene.site, scene.trained) if source]
+    sources = [source for source in (scene.site, scene.trained) if source]
+    rows: list[Mapping[str, Any]] = [scene.pipeline.target(source.without_images([0])[0]) for source in sources]
     here, there = (np.shape(row[key])[-1] if key in row else 0 for row in rows)
     if here == there:
         return None

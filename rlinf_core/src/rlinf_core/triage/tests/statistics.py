@@ -14,8 +14,8 @@ from rlinf_core.data.pipeline import Pipeline
 from rlinf_core.data.statistics.compute import ROWS_WITH_IMAGES, compute_norm_stats, outputs
 from rlinf_core.errors import UserError
 from rlinf_core.results import Cell, ResultTable
+from rlinf_core.triage.mistakes.changes import Named
 from rlinf_core.triage.mistakes.rows import Vectors
-from rlinf_core.triage.mistakes.vectors import Named
 from rlinf_core.triage.scene import Scene
 
 OTHER = 0.1
