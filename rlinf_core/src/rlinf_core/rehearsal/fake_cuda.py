@@ -148,6 +148,7 @@ def _patches() -> Iterator[Any]:
     yield mock.patch.dict(fake._DISPATCH_META_HANDLERS, answers)  # What C++ gets.
     yield mock.patch.object(fake, "init_gpu_context", _nothing)
     yield mock.patch.object(fake.FakeTensor, "is_cuda", property(lambda one: one.device.type == "cuda"), create=True)
+    yield mock.patch.object(fake.FakeTensor, "is_meta", property(lambda one: one.device.type == "meta"), create=True)
     yield mock.patch.object(DTensor, "device", property(lambda one: one._local_tensor.device), create=True)
     yield mock.patch.object(DTensor, "is_cuda", property(lambda one: one._local_tensor.is_cuda), create=True)
     stand_ins: dict[str, Any] = {
