@@ -24,7 +24,6 @@ from rlinf_core.training.state.blocks import Checkpointing, Compilation, prepare
 from rlinf_core.training.state.ema import Ema
 from rlinf_core.training.state.fsdp import derived_seed, layout, materialize, ranks_mesh, shard, unused_parameters
 from rlinf_core.training.state.optim import Optimizer, decays
-from rlinf_core.training.topology import count_machines
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
