@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -55,7 +55,7 @@ class RemotePolicy:
         self._data = format or (opened.data if opened else None)
         self._open = ExitStack()
         self._clients: list[PolicyClient] = []
-        self._connect = lambda: PolicyClient(
+        self._connect: Callable[[], PolicyClient] = lambda: PolicyClient(
             address, api_key=api_key, wait=WAIT if wait is None else wait, timeout=SECONDS
         )
         self.metadata = dict(self._client(0).metadata)
