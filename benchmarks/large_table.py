@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from reporting.result_line import ResultLine
 
 PER_FILE, LENGTH, WIDTH, FPS = 100_000, 300, 7, 15
-"""Rows of a file, frames of an episode (a file holds whole ones but for its ends), numbers of a vector, and the rate."""
+"""Rows of a file (whole episodes, so a few less), frames of an episode, numbers of a vector, frames per second."""
 
 
 def write_table(root: Path, rows: int) -> None:
@@ -134,7 +134,8 @@ def main() -> None:
     parser.add_argument("--part", choices=("open", "rank"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part:
-        return {"open": _open, "rank": _rank}[options.part](options.folder)
+        {"open": _open, "rank": _rank}[options.part](options.folder)
+        return
     line = ResultLine("large_table", wanted=options.json)
     with tempfile.TemporaryDirectory() as scratch:
         root = options.folder or Path(scratch) / "table"
@@ -159,12 +160,13 @@ def main() -> None:
         "cold_cpu_seconds": cold["cpu_seconds"],
         "cold_peak_gb": cold["peak"] / 1e9,
         "warm_seconds": warm["seconds"],
+        "warm_cpu_seconds": warm["cpu_seconds"],
         "columns_gb": shared / 1e9,
         "pss_of_6_processes_gb": memory / 1e9,
     }
     text = (
-        f"{cold['rows']} rows: {cold['seconds']:.1f} s at first, {warm['seconds']:.1f} s later; {memory / 1e9:.1f} GB in "
-        f"six processes together, for {shared / 1e9:.1f} GB of columns"
+        f"{cold['rows']} rows: {cold['seconds']:.1f} s at first, {warm['seconds']:.1f} s later; "
+        f"{memory / 1e9:.1f} GB in six processes together, for {shared / 1e9:.1f} GB of columns"
     )
     line.write(results, text, settings={key: str(value) for key, value in vars(options).items()})
 

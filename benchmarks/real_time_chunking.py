@@ -2,73 +2,114 @@
 
     uv run python benchmarks/real_time_chunking.py --json
 
-Two small π0 learn the course in this process (`real_time/training.py`), on one thread: one as usual, one with
-`policy.rtc_training_max_delay`. Each plays the same episodes under several delays. `wait`: the robot idles until the
-chunk is there; `switch`: it goes on with the last chunk and switches to the next; `guided`: real-time chunking of the
-usual policy; `trained`: of the other. Everything follows from the seed, so that load changes nothing but the time.
+A small π0 learns the course in this process (`real_time/training.py`), on one thread, with
+`policy.rtc_training_max_delay`: it acts without a delay as well, so that one policy plays all. `wait`: the robot idles
+until the chunk is there; `switch`: it goes on with the last chunk and switches to the next; `guided` and `trained`:
+real-time chunking. All play the same episodes with the same noise. Everything follows from the seed, so that load
+changes nothing but the time.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
-from real_time.course import HZ, CourseConfig
+from real_time.course import HZ, Course, CourseConfig
 from real_time.training import HORIZON, train
 from reporting.result_line import ResultLine
 
 from rlinf_core.inference import LoadedPolicy
 from rlinf_core.results import wilson_interval
-from rlinf_core.rollout.config import RolloutSettings
 from rlinf_core.rollout.delay import Chunks, DelayedAgent, Latency
-from rlinf_core.rollout.episodes import Result, plan_episodes
-from rlinf_core.rollout.play import play
+from rlinf_core.rollout.episodes import Episode, plan_episodes
+from rlinf_core.rollout.pool import Asking
+from rlinf_core.rollout.worker import Jerk
 
 WAYS: tuple[Chunks, ...] = ("wait", "switch", "guided", "trained")
 
 
-def agents_of(usual: LoadedPolicy, trained: LoadedPolicy, delays: list[int], replan: int) -> dict[str, DelayedAgent]:
-    """`WAY at DELAY` -> who plays it; without a delay, only what does not wait for anything."""
-    agents = {}
+@dataclass(eq=False)
+class Played:
+    """An episode that is being played in this process."""
+
+    episode: Episode
+    generator: np.random.Generator
+    course: Course = field(default_factory=Course)
+    jerk: Jerk = field(default_factory=Jerk)
+    steps: int = 0
+    success: bool = False
+    over: bool = False
+
+    def execute(self, actions: np.ndarray) -> None:
+        """Execute actions until they or the episode end."""
+        for action in actions:
+            if self.over:
+                return
+            self.jerk.add(np.asarray(action, np.float32))
+            outcome = self.course.step(action)
+            self.steps += 1
+            self.success = bool(outcome.success)
+            self.over = self.success or outcome.ended or self.steps >= self.episode.task.horizon
+
+
+def play_together(agent: DelayedAgent, episodes: Sequence[Episode]) -> list[Played]:
+    """Play episodes in step, as one batch."""
+    played = [Played(one, np.random.default_rng([one.start.seed, one.number])) for one in episodes]
+    for one in played:
+        one.course.reset(one.episode.start)
+    while left := [one for one in played if not one.over]:
+        asking = [
+            Asking(one.episode, one.course.observe(), one.course.actions, one.steps, one.generator) for one in left
+        ]
+        for one, actions in zip(left, agent(asking), strict=True):
+            one.execute(actions)
+    return played
+
+
+def play_all(policy: LoadedPolicy, delays: Sequence[int], replan: int, episodes: int) -> dict[str, list[Played]]:
+    """`WAY at DELAY` -> its episodes."""
+    planned = plan_episodes(["policy"], CourseConfig().tasks(), episodes, 100_000)
+    found = {}
     for delay in delays:
         for way in WAYS:
-            if delay == 0 and way == "switch":  # The same as waiting.
-                continue
-            latency = Latency(delay=delay, chunks=way)
-            policy = trained if way == "trained" else usual
-            agents[f"{way} at {delay}"] = DelayedAgent(policy.act, latency, latency.executed(replan, HORIZON))
-        latency = Latency(delay=delay, chunks="switch")
-        agents[f"trained, switch at {delay}"] = DelayedAgent(trained.act, latency, latency.executed(replan, HORIZON))
-    return agents
+            if delay or way != "switch":  # Without a delay the same as waiting.
+                latency = Latency(delay=delay, chunks=way)
+                agent = DelayedAgent(policy.act, latency, latency.executed(replan, HORIZON))
+                found[f"{way} at {delay}"] = play_together(agent, planned)
+    return found
 
 
-def table(results: dict[str, list[Result]]) -> str:
-    """A row for each agent, in Markdown."""
+def table(results: Mapping[str, Sequence[Played]]) -> str:
+    """A row for each way and delay, in Markdown."""
     lines = ["| chunks | delay, ms | successes | 95 % interval | jerk | steps |", "|---|---:|---:|---|---:|---:|"]
     for name, own in results.items():
         way, _, delay = name.rpartition(" at ")
-        solved = sum(one.ever for one in own)
+        solved = sum(one.success for one in own)
         rate = wilson_interval(solved, len(own))
-        jerk = sum(one.jerk or 0.0 for one in own) / len(own)
-        steps = sum(one.steps for one in own) / len(own)
         cells = [way, str(1000 * int(delay) // HZ), f"{solved} of {len(own)}"]
-        cells += [f"{rate.low:.2f} to {rate.high:.2f}", f"{jerk:.3f}", f"{steps:.1f}"]
-        lines.append(f"| {' | '.join(cells)} |")
+        cells += [f"{rate.low:.2f} to {rate.high:.2f}", f"{jerk_of(own):.3f}"]
+        lines.append(f"| {' | '.join(cells)} | {np.mean([one.steps for one in own]):.1f} |")
     return "\n".join(lines)
+
+
+def jerk_of(played: Sequence[Played]) -> float:
+    """The mean over episodes."""
+    return float(np.mean([one.jerk.mean() or 0.0 for one in played]))
 
 
 def main() -> None:
     """Train, play, and print the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1500, help="optimizer steps of each policy")
+    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps")
     parser.add_argument("--demonstrations", type=int, default=300)
     parser.add_argument("--episodes", type=int, default=200)
     parser.add_argument("--delays", default="0,2,4", help=f"in actions of {1000 // HZ} ms; at most {HORIZON // 2}")
     parser.add_argument("--replan", type=int, default=2, help="actions between observations, at least the delay")
-    parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table")
@@ -76,29 +117,19 @@ def main() -> None:
     line = ResultLine("real_time_chunking", wanted=options.json)
     torch.set_num_threads(1)
     delays = [int(one) for one in options.delays.split(",")]
-
-    def log(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-
-    sizes = {"steps": options.steps, "episodes": options.demonstrations, "seed": options.seed}
-    usual = train(max_delay=0, log=log, **sizes)
-    trained = train(max_delay=max(*delays, 1), log=log, **sizes)
-    agents = agents_of(usual, trained, delays, options.replan)
-    settings = RolloutSettings(
-        env=CourseConfig(replan=options.replan), episodes=options.episodes, processes=options.processes, videos=0
+    policy = train(
+        max_delay=HORIZON // 2,
+        steps=options.steps,
+        episodes=options.demonstrations,
+        seed=options.seed,
+        log=lambda text: print(text, file=sys.stderr, flush=True),
     )
-    results: dict[str, list[Result]] = {name: [] for name in agents}
-    start = time.monotonic()
-    episodes = plan_episodes(agents, settings.chosen_tasks(), settings.episodes, settings.seed)
-    play(settings, episodes, agents, finished=lambda result: results[result.agent].append(result))
-    log(f"{len(episodes)} episodes in {time.monotonic() - start:.0f} s")
+    results = play_all(policy, delays, options.replan, options.episodes)
     text = table(results)
     if options.markdown:
         options.markdown.write_text(text + "\n", encoding="utf-8")
-    numbers = {}
-    for name, own in results.items():
-        numbers[f"success {name}"] = sum(one.ever for one in own) / len(own)
-        numbers[f"jerk {name}"] = sum(one.jerk or 0.0 for one in own) / len(own)
+    numbers = {f"success {name}": float(np.mean([one.success for one in own])) for name, own in results.items()}
+    numbers |= {f"jerk {name}": jerk_of(own) for name, own in results.items()}
     line.write(numbers, text, settings={key: str(value) for key, value in vars(options).items()})
 
 

@@ -21,10 +21,10 @@ from rlinf_core.data.transforms import Transform
 HZ = 20
 STEP = 0.035
 """Way in a control step at the largest command; the course is 1 long."""
-DISK, RADIUS = np.array([0.6, 0.0]), 0.2
-WIDTH = 0.2
+DISK, RADIUS = np.array([0.6, 0.0]), 0.14
+WIDTH = 0.13
 """How early demonstrations turn aside."""
-WIND = 0.003
+WIND = 0.006
 """Standard deviation of what moves the point besides the command, per step."""
 TASK = "pass the disk"
 HORIZON = 60

@@ -69,7 +69,7 @@ def train(*, max_delay: int, steps: int, episodes: int, seed: int, log: Callable
     initial = torch.Generator().manual_seed(seed)
     materialize(module, torch.device("cpu"), lambda name, shape: module.initial_value(name, shape, initial))
     average = copy.deepcopy(module)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=LARGEST, betas=(0.9, 0.95), weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=LARGEST, betas=(0.9, 0.95), weight_decay=1e-4, fused=True)
     generator = np.random.default_rng(seed)
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -84,7 +84,7 @@ def train(*, max_delay: int, steps: int, episodes: int, seed: int, log: Callable
         optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1 - DECAY)
-        if (step + 1) % 500 == 0:
+        if (step + 1) % 200 == 0:
             log(f"max_delay {max_delay}: step {step + 1} of {steps}, loss {loss.item():.4f}")
     return _loaded(config, data, pipeline, average)
 

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -256,6 +258,20 @@ def test_secrets_are_found_and_not_repeated(hub, push, exported, name, text):
     assert not hub.repos
 
 
+def test_a_vocabulary_is_no_secret_and_a_key_named_after_one_is(hub, push, exported):
+    table = json.loads((exported / "rlinf.json").read_text())
+    for name, content in (("tokenizer.json", {"vocab": {"password": 7, "api_key": 8}, "eos_token": "<|im_end|>"}),):
+        (exported / name).write_text(json.dumps(content, indent=1))
+        table["sha256"][name] = hashlib.sha256((exported / name).read_bytes()).hexdigest()
+    (exported / "rlinf.json").write_text(json.dumps(table))
+    code, said = push()
+    assert code == 0, said
+    (exported / "rlinf.json").write_text(json.dumps(table | {"logger": {"wandb_api_key": "0123456789abcdef0123"}}))
+    code, said = push()
+    assert (code, "rlinf.json has a secret, the key 'wandb_api_key'" in said) == (2, True)
+    assert "0123456789abcdef0123" not in said
+
+
 def test_what_would_be_public_of_this_machine_is_said(hub, push, exported):
     table = json.loads((exported / "rlinf.json").read_text())
     table["data"]["repo_id"] = "/home/alice/data/pick"
@@ -284,3 +300,9 @@ def test_names_are_checked_before_anything_is_sent(hub, push):
         assert (code, "is not a repository, owner/name" in said) == (2, True), said
     assert push("--yes", repository="others/arm")[0] == 2
     assert not hub.repos
+
+
+def test_the_command_leaves_torch_unloaded():
+    modules = "rlinf_core.commands.push, rlinf_core.publish.folder, rlinf_core.publish.repository"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

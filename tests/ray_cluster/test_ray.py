@@ -89,6 +89,9 @@ def cluster(tmp_path_factory):
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}"]
     command += ["--node-ip-address=127.0.0.1", "--num-cpus=2", "--include-dashboard=false", "--disable-usage-stats"]
     environment = os.environ | {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+    environment["RAY_memory_monitor_refresh_ms"] = (
+        "0"  # Else it kills workers when other jobs of the machine need memory.
+    )
     log = (folder / "ray.txt").open("w")
     with subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True) as process:
         end = time.monotonic() + 120

@@ -148,7 +148,9 @@ def test_another_number_of_ranks_than_the_batch_allows_is_refused(capsys):
     assert "not a multiple of 3 ranks" in capsys.readouterr().err
 
 
-def test_another_trainer_is_refused():
+def test_what_cannot_be_rehearsed_is_refused():
+    with pytest.raises(UserError, match=r"trainer\.cpu_offload cannot be rehearsed"):
+        rehearse(loaded("trainer.cpu_offload=true"), repository_plugins(), 2)
     run = loaded()
     with pytest.raises(UserError, match=r"supports only core's trainer .* trainer\.type is 'mine'"):
         rehearse(run.model_copy(update={"trainer": TrainerConfig(type="mine")}), repository_plugins(), 2)
@@ -165,7 +167,8 @@ VARIANTS = {
 }
 
 
-@pytest.mark.slow  # Seconds each.
+@pytest.mark.timeout(900)  # Of a busy machine; 10 s of CPU time each.
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_settings_are_planned_as_they_are_rehearsed(name):
     ranks, overrides = VARIANTS[name]

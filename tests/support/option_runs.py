@@ -42,7 +42,7 @@ def train(run, plugins, group, folder):
     trainer = run.trainer.build(run, start=Start(), group=group, plugins=plugins)
     parts = {"start": whole(trainer.policy.named_parameters())}
     # Counting costs a Python call an operation, and turns compilation off: only where a test asks for the counts.
-    counted = run.trainer.activation_checkpointing == "none" or run.trainer.num_replicas > 1
+    counted = run.trainer.activation_checkpointing == "none" or run.trainer.num_replicas not in ("auto", 1)
     asked = counted and not run.trainer.compile
     sent = Sent()
     with sent if asked else contextlib.nullcontext():

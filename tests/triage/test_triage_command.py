@@ -22,6 +22,7 @@ from rlinf_core.serving.server import PolicyServer
 from rlinf_core.testing import triage as planting
 from rlinf_core.testing.plants import PLANTS, Settings
 from rlinf_core.testing.triage import plant
+from rlinf_core.testing.triage_corpus import main as corpus
 from rlinf_core.training.distributed.processes import processes
 from rlinf_core.training.run_folder import prepare_folder
 from rlinf_core.triage.chain import registered_tests, run_tests
@@ -313,6 +314,19 @@ def test_a_mistake_of_the_site_can_be_planted_and_read(one, run, plugins, tmp_pa
     first, other = (source.__getitems__([min(last, len(source) - 1)])[0] for source in rows)
     assert [key for key in first if not np.array_equal(first[key], other[key])]
     assert f"--dataset {planted.dataset}" in planted.command
+
+
+@pytest.mark.slow
+def test_the_table_of_mistakes_is_printed(run, plugins, monkeypatch, capsys):
+    monkeypatch.setattr("rlinf_core.testing.triage_corpus.get_plugins", lambda: plugins)
+    assert corpus([str(run), "--plant", "half-loaded", "empty-prompt", "--episodes", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(
+        r"^\| half-loaded \| half of the tensors are random \| yes \(`weights`\) \|", printed, re.MULTILINE
+    )
+    assert re.search(r"^\| empty-prompt \| the prompt is empty \| yes \(`prompts`\) \|", printed, re.MULTILINE)
+    assert printed.endswith("2 of 2 named first\n")
+    assert corpus([str(run), "--plant", "half-loadd"]) == 2
 
 
 def test_planting_has_settings_and_refuses_what_is_not_there(run, plugins, tmp_path):

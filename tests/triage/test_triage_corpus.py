@@ -5,7 +5,6 @@ two cores; `RLINF_TRIAGE_RUN` names the folder of a run that is kept between cal
 """
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from time import process_time
 
@@ -15,13 +14,12 @@ from distributions import entry_point, repository_entry_points
 
 from rlinf_core.config.load import load_config
 from rlinf_core.plugins.registry import DATASET_GROUP, PLUGIN_GROUP, Plugins
-from rlinf_core.testing.plants import PLANTS
 from rlinf_core.testing.triage import plant
+from rlinf_core.testing.triage_corpus import HEAD, Lab, Named, plant_all
 from rlinf_core.training.distributed.processes import processes
 from rlinf_core.training.run_folder import prepare_folder
-from rlinf_core.triage.chain import Triage, run_tests
+from rlinf_core.triage.chain import run_tests
 from rlinf_core.triage.opening import open_scene
-from rlinf_core.triage.scene import Execution
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -78,51 +76,20 @@ def run(tmp_path_factory, plugins):
     return folder / "runs/arm"
 
 
-class Lab:
-    """The run, and what its tests found that do not look at a site: they find the same beside every site."""
-
-    SHARED = ("pipeline", "names", "wide", "likeness", "stand_in", "baseline", "action_spread", "on_training")
-
-    def __init__(self, run, plugins):
-        self.run, self.plugins = run, plugins
-        self.scene = open_scene(run, plugins=plugins)
-        self.found = run_tests(self.scene, plugins)
-
-    def at(self, dataset):
-        """What `rlinf triage` finds at a site."""
-        site = open_scene(self.run, plugins=self.plugins, dataset=str(dataset)).site
-        scene = replace(self.scene, site=site)
-        vars(scene).update({name: value for name, value in vars(self.scene).items() if name in self.SHARED})
-        findings = [
-            replace(one, outcome=one.test().run(scene)) if one.test.needs_site else one for one in self.found.findings
-        ]
-        return Triage(tuple(findings))
-
-    def of(self, planted):
-        """What is found for a planted mistake."""
-        if planted.dataset:
-            return self.at(planted.dataset)
-        execution = Execution(int(planted.arguments[1])) if planted.arguments else None
-        return run_tests(open_scene(planted.policy, plugins=self.plugins, execution=execution), self.plugins)
-
-
 @pytest.fixture(scope="module")
 def lab(run, plugins):
     return Lab(run, plugins)
 
 
 def test_planted_mistakes_are_named_first(lab, tmp_path):
-    lines, right = [], 0
-    for one in PLANTS:
-        found = lab.of(plant(one.name, lab.run, tmp_path / one.name, plugins=lab.plugins))
-        name = found.cause.test.name if found.cause else ""
-        right += name == one.test
-        said = found.cause.outcome.sentence if found.cause else "no cause"
-        lines.append(f"| {one.name} | {one.what} | {'yes' if name == one.test else name or 'no'} | {said} |")
-        print(lines[-1], flush=True)
-    print("\n| mistake | what is planted | named first | what triage says |\n|---|---|---|---|", *lines, sep="\n")
-    print(f"{right} of {len(PLANTS)} named first")
-    assert right >= MUST * len(PLANTS)
+    rows, right = [], 0
+    for _, found in plant_all(lab, tmp_path):
+        assert isinstance(found, Named), found
+        rows.append(found.row)
+        right += found.right
+        print(found.row, flush=True)
+    print("", HEAD, *rows, f"{right} of {len(rows)} named first", sep="\n")
+    assert right >= MUST * len(rows)
 
 
 def test_sound_sites_have_no_cause_and_at_most_one_suspicion(lab, tmp_path):

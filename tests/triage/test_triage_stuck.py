@@ -11,6 +11,8 @@ from test_triage_mistakes import Likeness, episodes
 from rlinf_core.triage.mistakes.images import gamma, zoom
 from rlinf_core.triage.mistakes.rows import SIDE, shrink
 from rlinf_core.triage.mistakes.stuck import still_numbers, stuck_cameras
+from rlinf_core.triage.scene import Acted
+from rlinf_core.triage.tests.learned import _unlearned
 from rlinf_core.triage.tests.site import ActionTest, StateTest, _spelled_otherwise
 
 
@@ -23,7 +25,8 @@ def training():
 def stuck(training, change):
     reference, stand_in, _ = training
     site = episodes(1, 4, first=100)
-    return dict(stuck_cameras(replace(site, images={"front": change(site.images["front"], site)}), reference, stand_in))
+    changed = replace(site, images={"front": change(site.images["front"], site)})
+    return {camera: text for camera, text, _ in stuck_cameras(changed, reference, stand_in)}
 
 
 STUCK = {
@@ -115,3 +118,20 @@ def test_a_site_with_other_widths_is_a_cause():
     found = ActionTest().run(scene)
     assert found.verdict == "cause"
     assert "actions of the site have 7 numbers, of training 14" in found.sentence
+
+
+def test_a_number_of_the_action_that_was_not_learned_is_named():
+    generator = np.random.default_rng(0)
+    recorded = generator.normal(0, 1, (40, 4, 3))
+    predicted = recorded + generator.normal(0, 0.2, recorded.shape)
+    rows = np.arange(40)
+    scene = SimpleNamespace(
+        on_training=Acted(rows, rows // 4, predicted, recorded, np.ones((40, 4), np.bool_)),
+        wide=SimpleNamespace(actions=recorded),
+        baseline=recorded[:, 0].mean(0),
+        action_spread=np.ones(3),
+        names={"actions": ("x", "y", "gripper")},
+    )
+    assert _unlearned(scene) is None
+    predicted[..., 2] = generator.normal(0, 0.3, (40, 4))
+    assert "but not action [2: gripper]" in _unlearned(scene).sentence

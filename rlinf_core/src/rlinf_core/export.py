@@ -12,6 +12,7 @@ import shutil
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -128,26 +129,33 @@ def export_run(
         raise UserError(f"{folder} has no adapters to merge: leave out --merge")
     for note in (*notes, which, *_left_out(run, choice)):
         log(note)
+    with _whole_or_absent(output) as aside:
+        if choice.format != NATIVE:
+            run.policy.export(choice.format, tensors, aside, exported.sources)
+            write_digests(aside)
+        else:
+            if adapters:
+                adapters.write(aside, base_of(run), choice.dtype)
+            else:
+                run.policy.save_weights(tensors, aside)
+            _describe(exported, {file: one[0] for file, one in found.items() if one}, aside, choice, adapters)
+        write_card(aside, exported)
+    return checkpoint
+
+
+@contextmanager
+def _whole_or_absent(output: Path) -> Iterator[Path]:
+    """A temporary folder to write to, which becomes `output` unless writing fails."""
     aside = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with writing(output, NAME_OUTPUT):
             aside.mkdir(parents=True)
-            if choice.format == NATIVE:
-                if adapters:
-                    adapters.write(aside, base_of(run), choice.dtype)
-                else:
-                    run.policy.save_weights(tensors, aside)
-                _describe(exported, {file: one[0] for file, one in found.items() if one}, aside, choice, adapters)
-            else:
-                run.policy.export(choice.format, tensors, aside, exported.sources)
-                write_digests(aside)
-            write_card(aside, exported)
+            yield aside
             if output.exists():
                 output.rmdir()
             aside.rename(output)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return checkpoint
 
 
 def _check_choice(run: RunConfig, choice: Choice, output: Path) -> None:

@@ -20,6 +20,7 @@ from torch.distributed import (  # type: ignore[attr-defined]  # torch's stubs l
     HashStore,
     PrefixStore,
     Store,
+    TCPStore,
     rendezvous,
 )
 from torch.distributed.checkpoint.api import CheckpointException
@@ -41,6 +42,7 @@ __all__ = [
     "HashStore",
     "PrefixStore",
     "Store",
+    "TCPStore",
     "rendezvous",
     "set_gloo_timeout",
     # The files of a checkpoint: `training.checkpoint`, `export`.
@@ -248,14 +250,14 @@ def fake_store() -> Any:
     """The store of the process group `fake`, whose collectives return at once."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    return FakeStore()  # type: ignore[no-untyped-call]
+    return FakeStore()
 
 
 def forget_meshes() -> None:
     """Drop results of DTensor operations that the process remembers, with the device meshes that they are on."""
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
-    _clear_sharding_prop_cache()
+    _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
 
 
 def memory_tracker() -> Any:

@@ -15,6 +15,7 @@ from rlinf_core.config.load import load_config
 from rlinf_core.data.normalize import NormStats, load_norm_stats
 from rlinf_core.data.transforms import SliceActions
 from rlinf_core.inference import load_policy
+from rlinf_core.publish.folder import check_folder
 from rlinf_core.training.distributed.processes import processes
 from rlinf_plugins_openpi.export import lerobot as lerobot_export
 from rlinf_plugins_openpi.inputs.tokenizer import BOS, GEMMA_ENTRIES, SMALL_MODEL, load_processor
@@ -279,7 +280,12 @@ def test_a_tokenizer_other_than_paligemmas_is_refused(saved, monkeypatch):
 
 def test_what_no_file_of_lerobots_says_stands_in_the_readme(saved, export):
     run = saved("data.default_prompt=fold", "data.prompt_from_task=false", "data.stride=2")
-    page = (export(run, "--format", "lerobot")[1] / "README.md").read_text()
+    folder = export(run, "--format", "lerobot")[1]
+    checked = check_folder(folder)
+    assert (checked.problems, checked.card["library_name"]) == ([], "lerobot")
+    assert {"lerobot", "robotics"} <= set(checked.card["tags"])
+    page = (folder / "README.md").read_text()
+    assert f"from lerobot.policies.{run.policy.type} import" in page
     assert f"`observation.images.left_wrist_0_rgb` is the training data's column `{WRIST}`" in page
     assert "`task` was always `fold`" in page
     assert "2 frames of the training data apart" in page

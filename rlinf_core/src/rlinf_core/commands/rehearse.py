@@ -119,6 +119,9 @@ def _facts(found: Rehearsal, options: argparse.Namespace) -> dict[str, str]:
     }
 
 
+PAYLOADS = {"all_gather": "weights", "reduce_scatter": "gradients", "all_reduce": "gradients of the copies"}
+
+
 def _exchanges(found: Rehearsal) -> list[list[str]]:
     from rlinf_core.rehearsal.compare import field_of
 
@@ -126,9 +129,9 @@ def _exchanges(found: Rehearsal) -> list[list[str]]:
     planned, counted = asdict(found.plan.traffic), asdict(found.traffic)
     groups: dict[tuple[str, str], list[Collective]] = {}
     for one in step:
-        what = {"all_gather": "weights", "reduce_scatter": "gradients", "all_reduce": "gradients of the copies"}
-        groups.setdefault((one.kind, what[name] if (name := field_of(one)) else one.where), []).append(one)
-    rows = []
+        name = field_of(one)
+        groups.setdefault((one.kind, PAYLOADS[name] if name else one.where), []).append(one)
+    rows: list[list[str]] = []
     for (kind, what), ones in groups.items():
         name = field_of(ones[0])
         received = counted[name] if name else sum(one.received for one in ones)

@@ -172,7 +172,7 @@ def rlinf_configure(run: RunConfig) -> None:
 
 
 @hookspec
-def rlinf_launcher_names() -> Sequence[str]:
+def rlinf_launcher_names() -> Sequence[str]:  # type: ignore[empty-body]
     """Name the values of `cluster.launcher` that this plugin's `rlinf_launch` knows, so that others are refused early.
 
     Without it, no config can be checked for a misspelt launcher while the plugin is installed.

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 OTHERS_KEPT = (".gitattributes",)
 """Files that the hub itself writes."""
+LISTED = 8
+"""Names in a message."""
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN, with a token that may write"
 
 
@@ -127,9 +129,10 @@ def plan_changes(checked: Checked, there: Repository, *, public: bool, replace: 
     if there.private and public:
         problems.append(f"{there.name} is private, and a push does not change that: leave out --public")
     if others and not replace:
+        listed = ", ".join(others[:LISTED]) + ", ..." * (len(others) > LISTED)
         problems.append(
-            f"{there.name} has other files, {', '.join(others[:8])}{', ...' * (len(others) > 8)}: name another "
-            "repository or --revision, or delete them with --replace"
+            f"{there.name} has other files, {listed}: name another repository, or delete them by --replace; git keeps "
+            "them"
         )
     if README in replaced and there.edited_card and not replace:
         problems.append(

@@ -68,7 +68,7 @@ class Listening(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @contextmanager
     def labelled(self) -> Iterator[None]:
         """Learn unit and phase from the labels that FSDP and the trainer set for profilers, while the body runs."""
-        label = torch.profiler.record_function
+        label: Any = torch.profiler.record_function
         entered, left = label.__enter__, label.__exit__
 
         def enter(one: Any) -> Any:

@@ -124,6 +124,11 @@ def rehearse(run: RunConfig, plugins: Plugins, ranks: int) -> Rehearsal:
             f'rlinf rehearse supports only core\'s trainer "fsdp2", whose steps it computes, but trainer.type is '
             f"{run.trainer.type!r}"
         )
+    if run.trainer.cpu_offload:
+        raise UserError(
+            "trainer.cpu_offload cannot be rehearsed: its copies between CPU and GPU are not followed. Rehearse with "
+            "trainer.cpu_offload=false, with which ranks exchange the same"
+        )
     notes = list(_notes(run))
     trainer = run.trainer.model_copy(update={"compile": False, "device": "auto"})
     run = run.model_copy(update={"trainer": trainer})

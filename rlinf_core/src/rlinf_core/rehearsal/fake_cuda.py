@@ -13,6 +13,7 @@ import sys
 import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
@@ -33,7 +34,8 @@ from rlinf_core.torch_names import (
     outside_fake_tensors,
     tree_map,
 )
-from rlinf_core.training.state import build
+from rlinf_core.training.state import build, ema
+from rlinf_core.training.state.fsdp import ranks_mesh
 
 CUDA = torch.device("cuda", 0)
 _CPU = torch.device("cpu")
@@ -146,6 +148,7 @@ def _patches() -> Iterator[Any]:
     yield mock.patch.dict(fake._DISPATCH_META_HANDLERS, answers)  # What C++ gets.
     yield mock.patch.object(fake, "init_gpu_context", _nothing)
     yield mock.patch.object(fake.FakeTensor, "is_cuda", property(lambda one: one.device.type == "cuda"), create=True)
+    yield mock.patch.object(fake.FakeTensor, "is_meta", property(lambda one: one.device.type == "meta"), create=True)
     yield mock.patch.object(DTensor, "device", property(lambda one: one._local_tensor.device), create=True)
     yield mock.patch.object(DTensor, "is_cuda", property(lambda one: one._local_tensor.is_cuda), create=True)
     stand_ins: dict[str, Any] = {
@@ -159,9 +162,11 @@ def _patches() -> Iterator[Any]:
         "synchronize": _nothing,
         "manual_seed": _nothing,
     }
+    yield mock.patch.object(torch.Tensor, "record_stream", _nothing)
     for name, stand_in in stand_ins.items():
         yield mock.patch.object(torch.cuda, name, stand_in)
-    yield mock.patch.object(build, "ranks_mesh", _with_values(build.ranks_mesh))
+    yield mock.patch.object(ema, "ThreadPoolExecutor", InTurn)  # Another thread would not be in these contexts.
+    yield mock.patch.object(build, "ranks_mesh", _with_values(ranks_mesh))
 
 
 def _with_values(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -176,6 +181,18 @@ def _with_values(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _nothing(*_: Any, **__: Any) -> None:
     """Takes anything and does nothing."""
+
+
+class InTurn:
+    """A pool of threads that does at once what it is given."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def submit(self, function: Callable[[], Any]) -> Future[Any]:
+        """Call the function; returns its result."""
+        done: Future[Any] = Future()
+        done.set_result(function())
+        return done
 
 
 class Stream:

@@ -19,7 +19,6 @@ from rlinf_core.training.checkpoint.load import load
 from rlinf_core.training.checkpoint.manager import Checkpoints
 from rlinf_core.training.checkpoint.state import Position, step_name
 from rlinf_core.training.data import RunData, check_batching
-from rlinf_core.training.distributed.topology import count_machines
 from rlinf_core.training.evaluation import Evaluations, cut_back
 from rlinf_core.training.first_batch import save_first_batch
 from rlinf_core.training.monitor.errors import explain
@@ -28,6 +27,7 @@ from rlinf_core.training.settings import Fsdp2Settings
 from rlinf_core.training.state.build import build_state, open_weights
 from rlinf_core.training.step import TrainStep
 from rlinf_core.training.stopping import Best, StopSignal, compared_metric, seconds_from_now, stop_signals
+from rlinf_core.training.topology import count_machines
 
 
 class Fsdp2Trainer:

@@ -252,7 +252,8 @@ def _joined(metadata: Metadata, names: Sequence[str], parts: Sequence[Part]) -> 
     def derived(name: str) -> NDArray[Any]:
         counted = np.arange(len(episode))
         if name == "index":
-            return counted + np.repeat(metadata.firsts[place] - starts, lengths)
+            indices: NDArray[Any] = counted + np.repeat(metadata.firsts[place] - starts, lengths)
+            return indices
         frame = counted - np.repeat(starts, lengths)
         return frame if name == "frame_index" else (frame / metadata.fps).astype(np.float32)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -110,7 +111,7 @@ def open_lerobot(dataset: LeRobotDatasetConfig, chunk_length: int, split: Split)
     )
 
 
-def _rows_of(rows: Rows, episodes: set[int]) -> NDArray[np.bool_]:
+def _rows_of(rows: Rows, episodes: AbstractSet[int]) -> NDArray[np.bool_]:
     """[N], which rows are of some episodes."""
     chosen = np.isin(rows.metadata.episodes[rows.places], sorted(episodes))
     return np.repeat(chosen, rows.metadata.lengths[rows.places])
@@ -122,7 +123,7 @@ def _on_demand(dataset: LeRobotDatasetConfig, folder: DatasetFolder) -> bool:
 
 
 def _provide_videos(
-    dataset: LeRobotDatasetConfig, folder: DatasetFolder, metadata: Metadata, match: FrameMatch, used: set[int]
+    dataset: LeRobotDatasetConfig, folder: DatasetFolder, metadata: Metadata, match: FrameMatch, used: AbstractSet[int]
 ) -> None:
     """Download and check the videos of some episodes; those that are downloaded on demand are checked when they are."""
     videos = metadata.videos(dataset.images.values(), used)
@@ -398,8 +399,8 @@ class LeRobotSource:
                 seconds = (self._match.seconds(column, path, at[places]) for (column, path), places in some)
                 requests = [(path, times.tolist()) for ((_, path), _), times in zip(some, seconds, strict=True)]
                 found += self._videos.frames_of_files(requests, tolerance=0.5 / meta.fps)
-        for ((column, _), places), some in zip(wanted.items(), found, strict=True):
-            for place, frame in zip(places, some, strict=True):
+        for ((column, _), places), read in zip(wanted.items(), found, strict=True):
+            for place, frame in zip(places, read, strict=True):
                 frames[column][place] = frame
         return frames
 

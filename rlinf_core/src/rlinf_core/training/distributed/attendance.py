@@ -16,9 +16,7 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import TCPStore
-
-from rlinf_core.torch_names import PrefixStore, Store
+from rlinf_core.torch_names import PrefixStore, Store, TCPStore
 from rlinf_core.training.distributed.network import answers
 from rlinf_core.untrusted.text import printable
 

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -156,7 +157,7 @@ def _describe(run: RunConfig, group: ProcessGroup, token_seconds: float) -> Mach
     devices = f"CPU, {os.cpu_count()} cores"
     if group.device.type == "cuda":
         devices = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(group.device)}"
-        versions |= {"CUDA": str(torch.version.cuda), "NCCL": ".".join(map(str, torch.cuda.nccl.version()))}
+        versions |= {"CUDA": str(torch.version.cuda), "NCCL": _nccl()}
     free = math.nan
     with suppress(OSError):
         free = shutil.disk_usage(run.folder).free / 1e9
@@ -170,6 +171,11 @@ def _describe(run: RunConfig, group: ProcessGroup, token_seconds: float) -> Mach
         free_gb=free,
         token_seconds=token_seconds,
     )
+
+
+def _nccl() -> str:
+    version: Any = torch.cuda.nccl.version  # Untyped.
+    return ".".join(map(str, version()))
 
 
 def _driver() -> str:

@@ -18,7 +18,6 @@ from rlinf_core.contract.run import LoadedPlugins, RunConfig
 from rlinf_core.errors import UserError
 from rlinf_core.lora.apply import WithTrainedModules
 from rlinf_core.lora.files import AdapterFiles, check_base
-from rlinf_core.training.distributed.topology import count_machines
 from rlinf_core.training.settings import Fsdp2Settings
 from rlinf_core.training.state.adapters import Adapters, Original, find_adapters
 from rlinf_core.training.state.blocks import Checkpointing, Compilation, prepare_block
@@ -148,7 +147,7 @@ def build_policy(
     prepare_blocks(run, policy, config.activation_checkpointing, compilation, wanted=config.asks_for_blocks)
     shard(
         policy,
-        ranks_mesh(group.device.type, group.size, replicas_of(config, group)),
+        ranks_mesh(group.device.type, group.size, config.replicas(group.size, 1)),
         compute_dtype=DTYPES[config.param_dtype],
         reshard_after_forward=config.reshard_after_forward,
         min_unit_size=config.min_unit_size,
@@ -166,12 +165,6 @@ def build_policy(
     materialize(policy, home, value if filled else None, buffers_on=group.device)
     adapters.rebuild_buffers()
     return policy, adapters
-
-
-def replicas_of(config: Fsdp2Settings, group: ProcessGroup) -> int:
-    """Number of copies of the model on the machines of this run. Called on every rank."""
-    machines = count_machines(group) if config.num_replicas == "auto" else 1
-    return config.replicas(group.size, machines)
 
 
 def finite_tensor(weights: WeightSource, name: str, config: PolicyConfig) -> torch.Tensor:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+from rlinf_core.triage.mistakes.changes import Named
 from rlinf_core.triage.mistakes.corrections import Correction
 from rlinf_core.triage.mistakes.images import image_corrections
 from rlinf_core.triage.mistakes.likeness import Likeness
 from rlinf_core.triage.mistakes.rows import Rows
 from rlinf_core.triage.mistakes.search import Comparison, Explanation, explain
-from rlinf_core.triage.mistakes.vectors import Named, action_corrections, state_corrections
+from rlinf_core.triage.mistakes.vectors import action_corrections, state_corrections
 
 LAGS = (-3, -2, -1, 1, 2, 3)
 """Steps by which observations may be late (above 0) or early."""

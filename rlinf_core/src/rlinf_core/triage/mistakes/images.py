@@ -226,14 +226,13 @@ def _moved(cameras: Sequence[str], reference: Rows, site: Rows) -> Iterator[Corr
                 if known.mean() > 0.3:
                     found.append((float(np.square(moved[known] - wanted[known]).mean()), factor, down, right))
     for _, factor, down, right in sorted(found)[:REGISTERED]:
-        view = {"vertical": factor, "horizontal": factor, "down": down, "right": right}
         size = "" if factor == 1 else f" and {'larger' if factor < 1 else 'smaller'}"
         yield _correct(
             cameras,
             f"show another part of the scene than in training: theirs is moved{size} (cropped elsewhere, or the camera "
             "was moved)",
             f"zooming {{}} by {factor:.3g}, moved by {down:+.0%} of the height and {right:+.0%} of the width",
-            partial(zoom, **view),
+            partial(zoom, vertical=factor, horizontal=factor, down=down, right=right),
             2.0,
             "Crop the images as the training data were, and put the camera where it was",
         )
@@ -279,8 +278,8 @@ def _brightness(camera: str, there: Images, here: Images) -> Iterator[Correction
 def balance(images: Images, gains: NDArray[np.floating]) -> Images:
     """Scale the channels."""
     if images.dtype == np.uint8:
-        return np.clip(images * gains, 0, 255).astype(np.uint8)
-    return np.clip(images * gains, 0, 1).astype(np.float32)
+        return np.asarray(np.clip(images * gains, 0, 255).astype(np.uint8))
+    return np.asarray(np.clip(images * gains, 0, 1).astype(np.float32))
 
 
 def _inverted(images: Images) -> Images:

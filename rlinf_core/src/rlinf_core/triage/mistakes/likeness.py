@@ -177,7 +177,8 @@ class Likeness:
         shift, spread = scale.mean[number], scale.spread[number] * np.sqrt(scale.usual[number])
         here, there = (np.clip((one[:, number] - shift) / spread, -1e6, 1e6) for one in (x, reference))
         apart = np.square(here.astype(np.float32)[:, None] - there.astype(np.float32)[None])
-        return np.log1p(np.minimum(apart, np.float32(FAR), out=apart), out=apart)
+        cost: NDArray[np.float32] = np.log1p(np.minimum(apart, np.float32(FAR), out=apart), out=apart)
+        return cost
 
     def vector_cost(self, scale: Scale, x: Vectors, reference: Vectors) -> Vectors:
         """[M, N], the cost of vectors beside those of each reference row: the mean over their numbers."""

@@ -27,7 +27,7 @@ STILL = 1e-3
 """A number that varies by less, in standard deviations of training, does not change."""
 
 
-def stuck_cameras(site: Rows, reference: Rows, stand_in: Rows) -> Iterator[tuple[str, str]]:
+def stuck_cameras(site: Rows, reference: Rows, stand_in: Rows) -> Iterator[tuple[str, str, float]]:
     """Cameras that show less at the site than in training.
 
     Args:
@@ -36,14 +36,14 @@ def stuck_cameras(site: Rows, reference: Rows, stand_in: Rows) -> Iterator[tuple
         stand_in: Runs of consecutive training rows.
 
     Yields:
-        The camera, and what is wrong with its images.
+        The camera, what is wrong with its images, and the share of them.
     """
     for camera, images in site.images.items():
         there = reference.images.get(camera)
         if there is not None and len(images) and (how := _stuck(camera, images, there, site, stand_in)):
-            yield camera, how
+            yield camera, how, _stale(site, camera) if " the frame before " in how else 1.0
     for camera in sorted(reference.images.keys() - site.images.keys()):
-        yield camera, f"camera {camera!r} is missing"
+        yield camera, f"camera {camera!r} is missing", 1.0
 
 
 def _stuck(camera: str, images: NDArray[np.float32], there: NDArray[np.float32], site: Rows, stand_in: Rows) -> str:
@@ -64,7 +64,7 @@ def _stuck(camera: str, images: NDArray[np.float32], there: NDArray[np.float32],
 
 
 def _stale(rows: Rows, camera: str) -> float:
-    """Of the steps in which the state or another camera changes, the share in which the image stays the same."""
+    """The share of steps in which the image stays the same, though the state or another camera changes."""
     if camera not in rows.images:
         return 0.0
     step = (rows.runs[1:] == rows.runs[:-1]) & (rows.indices[1:] == rows.indices[:-1] + 1)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rlinf_core.triage.mistakes.changes import Change, Named, affine, said, times, turned
 from rlinf_core.triage.mistakes.corrections import Correction
@@ -137,7 +138,7 @@ def _units(named: Named, scale: Scale, site: Vectors) -> Iterator[tuple[Correcti
     yield from _scales(named, ratios[0], scale.moves[:width])
 
 
-def _scales(named: Named, ratios: Vectors, moves: Vectors) -> Iterator[tuple[Correction, Change]]:
+def _scales(named: Named, ratios: Vectors, moves: NDArray[np.bool_]) -> Iterator[tuple[Correction, Change]]:
     """A common factor of all numbers, or of neighbouring ones, that is no known unit's."""
     width = len(ratios)
     blocks = {tuple(np.flatnonzero(moves).tolist())}

@@ -22,7 +22,7 @@ from rlinf_core.triage.scene import Scene, Simulator
 LONGER = 1.5
 """The horizon is played so many times as long, to see what it cuts off."""
 SETTLE = 20
-"""Control steps to let the scene settle, if the configured ones are none."""
+"""Control steps to let the scene settle, if no others are configured."""
 CHANCE = 0.02
 """Probability that a setting is better on the same episodes by chance."""
 LOST, LOW = 0.25, 0.5
@@ -85,7 +85,7 @@ class ClosedLoopTest(TriageTest):
 
 
 def _variants(scene: Scene, simulator: Simulator) -> Iterator[Variant]:
-    """Ways to evaluate, the most telling first."""
+    """Ways to evaluate, those that matter most first."""
     settings, act, chunk = simulator.settings, scene.policy.act, scene.policy.config.chunk_length()
     env = settings.env
     executed = min(env.replan or chunk, chunk)

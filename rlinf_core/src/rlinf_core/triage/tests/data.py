@@ -13,7 +13,7 @@ from rlinf_core.triage.mistakes.rows import Rows, Vectors
 from rlinf_core.triage.scene import Scene
 
 IDLE, STILL = 0.3, 0.02
-"""Share of idle rows that is suspicious; a change of less than this share of the usual one is none."""
+"""Share of idle rows that is suspicious; a smaller share of the usual change does not count."""
 
 
 class DataTest(TriageTest):

@@ -81,16 +81,7 @@ class LearnedTest(TriageTest):
                 tables=tables,
             )
         if unlearned := _unlearned(scene):
-            named = Named("action", scene.names.get("actions", ()), len(scene.action_spread))(unlearned)
-            return TriageOutcome(
-                "suspicious",
-                f"the policy has learned its actions, but not {named}: there it is no better than always the mean, on "
-                "its own training rows",
-                "Look at these numbers in the data: a command that follows what no camera or state shows, that comes "
-                "late, or that is too rare, as a gripper's, cannot be learned",
-                strength=0.4,
-                tables=tables,
-            )
+            return replace(unlearned, tables=tables)
         text = " and ".join(f"{one.value:.2f} on {name}" for name, one in relative.items())
         return TriageOutcome(
             "fine", f"its squared action error is, relative to the better baseline, {text}", tables=tables
@@ -148,14 +139,24 @@ def _number_table(scene: Scene, acted: Acted) -> ResultTable:
     )
 
 
-def _unlearned(scene: Scene) -> list[int]:
-    """Numbers of the action that vary, and that the policy knows no better than their mean."""
+def _unlearned(scene: Scene) -> TriageOutcome | None:
+    """A suspicion if numbers of the action vary, and the policy knows them no better than their mean."""
     acted, varies = scene.on_training, np.ptp(scene.wide.actions[:, 0], axis=0) > 1e-6
     guessed = replace(acted, predicted=np.broadcast_to(scene.baseline, acted.recorded.shape))
     own, mean = (np.square(one.by_number(scene.action_spread)) for one in (acted, guessed))
     # Noise of teleoperation is not learned either: only numbers that vary as much as others do count.
     found = varies & (own > UNLEARNED * mean) & (mean > 0.5)
-    return [int(i) for i in np.flatnonzero(found)] if not found.all() else []
+    if not found.any() or found.all():
+        return None
+    named = Named("action", scene.names.get("actions", ()), len(scene.action_spread))(np.flatnonzero(found).tolist())
+    return TriageOutcome(
+        "suspicious",
+        f"the policy has learned its actions, but not {named}: there it is no better than always the mean, on its own "
+        "training rows",
+        "Look at these numbers in the data: a command that follows what no camera or state shows, that comes late, or "
+        "that is too rare, as a gripper's, cannot be learned",
+        strength=0.4,
+    )
 
 
 def _unused(scene: Scene) -> ResultTable:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -41,9 +42,9 @@ class CameraTest(TriageTest):
         if stuck := list(stuck_cameras(site, reference, scene.stand_in)):
             return TriageOutcome(
                 "cause",
-                " and ".join(text for _, text in stuck),
+                " and ".join(text for _, text, _ in stuck),
                 "Give the policy current images of all cameras that it was trained with: RGB, uint8 from 0 to 255",
-                strength=1.0,
+                strength=max(share for *_, share in stuck),
                 images=camera_images(reference, site, None),
             )
         return _judged(scene, "cameras", "images", "image ")
@@ -64,7 +65,7 @@ class StateTest(TriageTest):
             return TriageOutcome("skipped", "the data have no state")
         if scene.wide.state is not None and (still := still_numbers(scene.at_site.state, scene.wide.state)):
             named = Named("state", scene.names.get("state", ()), scene.wide.state.shape[1])(still)
-            value = ", ".join(f"{one:.3g}" for one in scene.at_site.state[0, still][:4])
+            value = ", ".join(f"{one + 0.0:.3g}" for one in scene.at_site.state[0, still][:4])
             return TriageOutcome(
                 "cause",
                 f"{named} never {'changes' if len(still) == 1 else 'change'} at the site ({value}), and "
@@ -167,7 +168,8 @@ class PromptTest(TriageTest):
 
 def _other_width(scene: Scene, key: str) -> TriageOutcome | None:
     """A cause if the site has more or fewer numbers than training."""
-    rows = [scene.pipeline.target(source.without_images([0])[0]) for source in (scene.site, scene.trained) if source]
+    sources = [source for source in (scene.site, scene.trained) if source]
+    rows: list[Mapping[str, Any]] = [scene.pipeline.target(source.without_images([0])[0]) for source in sources]
     here, there = (np.shape(row[key])[-1] if key in row else 0 for row in rows)
     if here == there:
         return None

@@ -10,11 +10,12 @@ import numpy as np
 
 from rlinf_core.contract.triage import TriageOutcome, TriageTest
 from rlinf_core.data.normalize import KEYS, Normalize, NormStats, Stats, load_norm_stats
+from rlinf_core.data.pipeline import Pipeline
 from rlinf_core.data.statistics.compute import ROWS_WITH_IMAGES, compute_norm_stats, outputs
 from rlinf_core.errors import UserError
 from rlinf_core.results import Cell, ResultTable
+from rlinf_core.triage.mistakes.changes import Named
 from rlinf_core.triage.mistakes.rows import Vectors
-from rlinf_core.triage.mistakes.vectors import Named
 from rlinf_core.triage.scene import Scene
 
 OTHER = 0.1
@@ -34,14 +35,7 @@ class StatisticsTest(TriageTest):
         normalize = scene.policy.pipeline.normalize
         if normalize is None:
             return TriageOutcome("skipped", "the policy does not normalise")
-        data = scene.policy.data
-        transforms = [data.repack(), *data.transforms()]
-        images = data.stats_need_images
-        own = compute_norm_stats(
-            scene.trained, transforms, read_images=images, rows=ROWS_WITH_IMAGES if images else None
-        )
-        if data.norm_floor:
-            own = {key: one.floored(data.norm_floor) for key, one in own.items()}
+        data, own = scene.policy.data, _own_statistics(scene)
         table = _statistics_table(normalize, own)
         apart = {key: _apart(normalize, key, own[key]) for key in KEYS if key in own and key in normalize.stats}
         wrong = {key: np.flatnonzero(one > OTHER) for key, one in apart.items()}
@@ -77,6 +71,26 @@ class StatisticsTest(TriageTest):
             strength=float(np.clip(max(falls, 0.5), 0, 1)) if proof else 0.2,
             tables=[table],
         )
+
+
+def _own_statistics(scene: Scene) -> Stats:
+    """The statistics of the training data."""
+    data = scene.policy.data
+    transforms, images = [data.repack(), *data.transforms()], data.stats_need_images
+    own = compute_norm_stats(scene.trained, transforms, read_images=images, rows=ROWS_WITH_IMAGES if images else None)
+    return {key: one.floored(data.norm_floor) for key, one in own.items()} if data.norm_floor else own
+
+
+def with_own_statistics(scene: Scene) -> Pipeline | None:
+    """The policy's pipeline with the statistics of the training data; None if it has them."""
+    normalize = scene.pipeline.normalize
+    if normalize is None or scene.training is None:
+        return None
+    own = _own_statistics(scene)
+    shared = [key for key in KEYS if key in own and key in normalize.stats]
+    if not any((_apart(normalize, key, own[key]) > OTHER).any() for key in shared):
+        return None
+    return replace(scene.pipeline, normalize=Normalize({**normalize.stats, **own}, normalize.mode))
 
 
 def _errors_with(scene: Scene, normalize: Normalize, own: Stats) -> tuple[float, float]:
@@ -118,14 +132,6 @@ def _run_statistics(scene: Scene) -> Stats | None:
         return load_norm_stats(run / "norm_stats.json")
     except (UserError, OSError):
         return None
-
-
-def statistics_differ(scene: Scene) -> bool:
-    """Whether the folder's statistics were changed, which raises the error as well."""
-    used = _run_statistics(scene)
-    normalize = scene.policy.pipeline.normalize
-    changed = bool(scene.subject.changed_files("norm_stats"))
-    return changed or (used is not None and normalize is not None and _differ(normalize, used))
 
 
 def _recognized(scene: Scene, normalize: Normalize, own: Stats, wrong: Mapping[str, Any]) -> str:

@@ -10,8 +10,8 @@ from distributions import install
 from rlinf_core.errors import UserError
 from rlinf_core.training.distributed import open_files
 from rlinf_core.training.distributed.open_files import allow_open_files, count_open_files, count_sockets
-from rlinf_core.training.distributed.topology import count_machines
 from rlinf_core.training.settings import Fsdp2Settings
+from rlinf_core.training.topology import count_machines
 
 
 def group_of(monkeypatch, machines):
