@@ -71,7 +71,9 @@ def play_together(agent: DelayedAgent, episodes: Sequence[Episode]) -> list[Play
     return played
 
 
-def play_all(policy: LoadedPolicy, delays: Sequence[int], replan: int, episodes: int) -> dict[str, list[Played]]:
+def play_all(
+    policy: LoadedPolicy, delays: Sequence[int], replan: int, episodes: int, chunk: int = HORIZON
+) -> dict[str, list[Played]]:
     """`WAY at DELAY` -> its episodes."""
     planned = plan_episodes(["policy"], CourseConfig().tasks(), episodes, 100_000)
     found = {}
@@ -79,7 +81,7 @@ def play_all(policy: LoadedPolicy, delays: Sequence[int], replan: int, episodes:
         for way in WAYS:
             if delay or way != "switch":  # Without a delay the same as waiting.
                 latency = Latency(delay=delay, chunks=way)
-                agent = DelayedAgent(policy.act, latency, latency.executed(replan, HORIZON))
+                agent = DelayedAgent(policy.act, latency, latency.executed(replan, chunk))
                 found[f"{way} at {delay}"] = play_together(agent, planned)
     return found
 
@@ -108,7 +110,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000, help="optimizer steps")
     parser.add_argument("--demonstrations", type=int, default=300)
     parser.add_argument("--episodes", type=int, default=200)
-    parser.add_argument("--delays", default="0,2,4", help=f"in actions of {1000 // HZ} ms; at most {HORIZON // 2}")
+    parser.add_argument("--delays", default="0,2,4", help=f"in actions of {1000 // HZ} ms; at most half a chunk")
+    parser.add_argument("--chunk", type=int, default=HORIZON, help="actions in a chunk")
     parser.add_argument("--replan", type=int, default=2, help="actions between observations, at least the delay")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
@@ -118,13 +121,14 @@ def main() -> None:
     torch.set_num_threads(1)
     delays = [int(one) for one in options.delays.split(",")]
     policy = train(
-        max_delay=HORIZON // 2,
+        max_delay=options.chunk // 2,
+        chunk=options.chunk,
         steps=options.steps,
         episodes=options.demonstrations,
         seed=options.seed,
         log=lambda text: print(text, file=sys.stderr, flush=True),
     )
-    results = play_all(policy, delays, options.replan, options.episodes)
+    results = play_all(policy, delays, options.replan, options.episodes, options.chunk)
     text = table(results)
     if options.markdown:
         options.markdown.write_text(text + "\n", encoding="utf-8")

@@ -26,18 +26,22 @@ def statistics(values: NDArray[np.float32]) -> NormStats:
     return NormStats(values.mean(0), values.std(0), *np.quantile(values, [0.01, 0.99], axis=0))
 
 
-def demonstrations(count: int, seed: int) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:
+def demonstrations(
+    count: int, seed: int, chunk: int = HORIZON
+) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:
     """States [N, 2] and chunks [N, H, 2] of each demonstration; after its end, the last action is repeated."""
     generator = np.random.default_rng(seed)
     found = []
     for _ in range(count):
         states, actions = demonstrate(generator)
-        steps = np.minimum(np.arange(len(actions))[:, None] + np.arange(HORIZON), len(actions) - 1)
+        steps = np.minimum(np.arange(len(actions))[:, None] + np.arange(chunk), len(actions) - 1)
         found.append((states, actions[steps]))
     return found
 
 
-def train(*, max_delay: int, steps: int, episodes: int, seed: int, log: Callable[[str], object]) -> LoadedPolicy:
+def train(
+    *, max_delay: int, steps: int, episodes: int, seed: int, log: Callable[[str], object], chunk: int = HORIZON
+) -> LoadedPolicy:
     """Train a policy from scratch; returns its averaged weights, ready to act.
 
     Args:
@@ -46,17 +50,18 @@ def train(*, max_delay: int, steps: int, episodes: int, seed: int, log: Callable
         episodes: Demonstrations.
         seed: Of demonstrations, initial values, order and draws.
         log: Called with the loss, now and then.
+        chunk: `policy.action_horizon`.
     """
     config = Pi0Config(
         variant="dummy",
         weights="random",
         action_dim=2,
-        action_horizon=HORIZON,
+        action_horizon=chunk,
         augment=False,
         rtc_training_max_delay=max_delay,
     )
     data = CourseData(config_name="course")
-    recorded = demonstrations(episodes, seed)
+    recorded = demonstrations(episodes, seed, chunk)
     states, chunks = (np.concatenate([one[part] for one in recorded]) for part in (0, 1))
     stats = {"state": statistics(states), "actions": statistics(chunks[:, 0])}
     pipeline = build_pipeline(data, config, stats)
