@@ -49,6 +49,7 @@ def test_an_exported_folder_knows_what_it_was_trained_for(folder, tmp_path):
     assert np.isfinite(chunk).all()
 
 
+@pytest.mark.slow  # Ten seconds: three runs.
 def test_a_run_that_continues_is_the_same_to_the_bit(folder, tmp_path):
     """Delays belong to the samples: stopped after the first step, the second has those of the run that was not."""
     again = trained(tmp_path / "runs", 1)

@@ -148,13 +148,16 @@ def test_two_ranks_divide_the_episodes_and_give_the_same(tmp_path, start_ranks, 
     result = start_ranks("simulator_ranks:main", 2, tmp_path / "two", config, *options)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     alone = train_toy(*options).run.folder
-    found = []
+    found, jerks = [], []
     for folder in (alone, tmp_path / "two"):
         lines = (folder / "evaluations/simulator/step_000000002/episodes.jsonl").read_text().splitlines()[1:]
         results = [Result.model_validate_json(line) for line in lines]
-        found.append([one.model_copy(update={"seconds": 0.0, "video": "", "best_reward": 0.0}) for one in results])
+        plain = {"seconds": 0.0, "video": "", "best_reward": 0.0, "jerk": 0.0}
+        found.append([one.model_copy(update=plain) for one in results])
+        jerks.append([one.jerk for one in results])
     assert len(found[0]) == 3 + 3
     assert found[0] == found[1]
+    assert jerks[0] == pytest.approx(jerks[1], rel=1e-4)  # Batches of other sizes round differently.
 
 
 def test_a_run_without_actions_cannot_be_simulated(configure_toy, monkeypatch):

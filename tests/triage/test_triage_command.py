@@ -136,6 +136,7 @@ def test_the_site_is_compared_and_json_has_every_test(run, triage, plugins, tmp_
 )
 def test_mistakes_of_users_are_one_message(arguments, message, run, triage, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("rlinf_core.triage.served.WAIT", 0.2)
     arguments = [run if one == "RUN" else one for one in arguments]
     if arguments[1:2] == ["--execute-steps"]:  # Other tests still answer.
         assert message in triage(*arguments, "--json")

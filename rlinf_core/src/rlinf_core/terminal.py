@@ -26,6 +26,8 @@ LINES_APART = 60.0
 """Seconds between two lines of progress where there is no terminal."""
 _ASCII = {
     "π": "pi",
+    "β": "beta",
+    "τ": "tau",
     "…": "...",
     "·": "-",
     "±": "+-",

@@ -89,7 +89,7 @@ def test_a_link_has_the_speed_of_its_faster_end(monkeypatch):
     assert [speeds[0] / speeds[rank] for rank in (2, 4, 6)] == pytest.approx([10.0, 1.0, 1.0])
 
 
-@pytest.mark.parametrize(("preflight", "made"), [("auto", False), ("always", True)])
+@pytest.mark.parametrize(("preflight", "made"), [pytest.param("auto", False, marks=pytest.mark.slow), ("always", True)])
 def test_one_machine_makes_the_table_if_asked(preflight, made, toy_site, tmp_path, start_ranks):
     arguments = [str(toy_site / "toy.toml"), f"runner.output_dir={tmp_path}", "runner.name=run", "runner.max_steps=1"]
     ended = start_ranks("rlinf_core.train:main", 2, *arguments, f"cluster.preflight={preflight}", paths=[toy_site])

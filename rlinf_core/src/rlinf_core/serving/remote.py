@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -55,8 +56,8 @@ class RemotePolicy:
         self._data = format or (opened.data if opened else None)
         self._open = ExitStack()
         self._clients: list[PolicyClient] = []
-        self._connect: Callable[[], PolicyClient] = lambda: PolicyClient(
-            address, api_key=api_key, wait=WAIT if wait is None else wait, timeout=SECONDS
+        self._connect = partial(
+            PolicyClient, address, api_key=api_key, wait=WAIT if wait is None else wait, timeout=SECONDS
         )
         self.metadata = dict(self._client(0).metadata)
         accepts = self.metadata.get("accepts")
@@ -93,7 +94,7 @@ class RemotePolicy:
         if len(work) == 1:
             return [self._ask(*work[0])]
         with ThreadPoolExecutor(len(work)) as threads:
-            return list(threads.map(lambda one: self._ask(*one), work))
+            return list(threads.map(self._ask, *zip(*work, strict=True)))
 
     def _client(self, number: int) -> PolicyClient:
         try:

@@ -61,9 +61,10 @@ def _misfit(own: Any, default: Any) -> str:
     if not callable(default):
         return ""
     signature = inspect.signature(own)
-    given = list(inspect.signature(default).parameters)[1:]
+    asked = list(inspect.signature(default).parameters.values())[1:]
+    by_name = {one.name: None for one in asked if one.kind is one.KEYWORD_ONLY}
     try:
-        signature.bind(*given)
+        signature.bind(*(one.name for one in asked if one.name not in by_name), **by_name)
     except TypeError:
         return str(signature.replace(return_annotation=inspect.Signature.empty))
     return ""
@@ -71,4 +72,7 @@ def _misfit(own: Any, default: Any) -> str:
 
 def _form(default: Any) -> str:
     """The arguments that core gives to a method, without annotations."""
-    return f"({', '.join(list(inspect.signature(default).parameters)[1:])})" if callable(default) else ", a value,"
+    if not callable(default):
+        return ", a value,"
+    asked = list(inspect.signature(default).parameters.values())[1:]
+    return f"({', '.join(f'{one.name}=' if one.kind is one.KEYWORD_ONLY else one.name for one in asked)})"

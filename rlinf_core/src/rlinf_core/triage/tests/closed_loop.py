@@ -150,7 +150,7 @@ def _judged(
         sentence = f"{text}, but {lost} of {successes} successes are lost until the end: success ever is not success"
         way_out = "Say which of both is meant; env.after_success sets how long an episode goes on"
         return TriageOutcome("suspicious", sentence, way_out, strength=0.3, tables=[table])
-    if rates[variants[0].name].high < LOW:
+    if rates[variants[0].name].high < LOW or not any(in_time.values()):
         return TriageOutcome("suspicious", text, "Look at the other tests", 0.3, symptom=True, tables=[table])
     return TriageOutcome("fine", f"{text}, and no other setting is better", tables=[table])
 
