@@ -82,6 +82,14 @@ def test_torchruns_names_are_there():
     assert callable(ChildFailedError.get_first_failure)
 
 
+def test_fsdp_asks_only_for_some_of_the_shards_that_it_cuts():
+    """A rehearsal cuts those that are asked for: all would take minutes for a thousand ranks."""
+    fsdp = torch_names.fsdp_parameters()
+    assert list(inspect.signature(fsdp._chunk_with_empty).parameters) == ["tensor", "num_chunks", "dim"]
+    uses = re.findall(r"\bchunks\b(?! = )(\[.+?\])?", inspect.getsource(fsdp))
+    assert set(uses) == {"[shard_rank]", "[0]", "[mesh_info.shard_mesh_rank]"}
+
+
 def test_the_cached_plans_of_a_planner_are_forgotten():
     planner = shards.Planner()
     caches = torch_names.plan_caches()
@@ -133,6 +141,13 @@ def test_operations_say_what_they_are():
     assert names.seen["aten.t"]
     assert names.seen["aten.add_"]
     assert not names.seen["aten.mm"]
+    changing = [
+        torch.ops.aten.add_.Tensor,
+        torch.ops.aten.add.out,
+        torch.ops.aten.add.Tensor,
+        torch.ops.aten.view.default,
+    ]
+    assert [torch_names.changes_arguments(one) for one in changing] == [True, True, False, False]
     assert torch_names.packet_of(torch.ops.aten.mm.default) in torch_names.flop_registry
     storages = x.untyped_storage(), x.t().untyped_storage(), y.untyped_storage()
     one, same, other = map(torch_names.storage_address, storages)

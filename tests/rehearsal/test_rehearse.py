@@ -13,9 +13,10 @@ from rlinf_core.contract.run import TrainerConfig
 from rlinf_core.errors import UserError
 from rlinf_core.plan.step import plan
 from rlinf_core.rehearsal.collectives import Collective, first_difference
-from rlinf_core.rehearsal.compare import check, rehearse, uneven_of
-from rlinf_core.rehearsal.fake_cuda import CUDA, fake_cuda
+from rlinf_core.rehearsal.compare import check, rehearse, traffic_of, uneven_of
+from rlinf_core.rehearsal.fake_cuda import CUDA, Shards, fake_cuda
 from rlinf_core.rehearsal.rank import RehearsalGroup, rehearse_rank
+from rlinf_core.torch_names import fake_tensors, fsdp_parameters
 from rlinf_plugins_openpi.model.pi0 import Pi0
 
 QUICKSTART = "examples/quickstart.toml"
@@ -60,6 +61,41 @@ def test_torch_believes_in_a_cuda_device_and_then_no_longer():
         pass
 
 
+def test_integers_of_the_batch_are_known_until_something_changes_them():
+    batch = {"lengths": torch.tensor([3, 4]), "mask": torch.tensor([True, False])}
+    with fake_cuda(0, 2) as values:
+        lengths, mask = (one.to(CUDA) for one in batch.values())
+        ends = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+        assert ends.tolist() == [0, 3, 7]
+        assert sum(values.waits.values()) == 1  # One copy, however many numbers.
+        assert (int(lengths.max()), bool(mask.any()), bool(mask.all())) == (4, True, False)
+        assert sum(values.waits.values()) == 4
+        view = lengths.view(2, 1)
+        assert view.tolist() == [[3], [4]]
+        lengths += 1
+        unknown = [view, lengths, torch.randint(5, (2,), device=CUDA), torch.ones(2, device=CUDA).argsort()]
+        for one in unknown:
+            with pytest.raises(fake_tensors().DataDependentOutputException):
+                one.tolist()
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (1, 3), (7, 3), (8, 3), (1152, 3)])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7, 8, 1024])
+def test_shards_are_those_that_torch_would_cut(shape, ranks):
+    whole = torch.arange(shape[0] * shape[1]).view(shape)
+    expected, shards = fsdp_parameters()._chunk_with_empty(whole, ranks, 0), Shards(whole, ranks, 0)
+    assert len(shards) == len(expected) == ranks
+    for ours, theirs in zip(shards, expected, strict=True):
+        assert ours.shape == theirs.shape
+        assert torch.equal(ours, theirs)
+    assert torch.equal(shards[-1], expected[-1])
+    assert shards[0].data_ptr() == expected[0].data_ptr()
+    with pytest.raises(IndexError):
+        shards[ranks]
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.slow
 def test_a_rehearsal_agrees_with_the_plan(capsys):
     """Bytes to the last; memory nearly, as the plan counts all gradients of a single unit at the activations' peak."""
     arguments = [QUICKSTART, *NOT_HERE, "--nodes", "2", "--gpus", "1", "--json"]
@@ -110,6 +146,7 @@ def test_ranks_that_exchange_something_else_are_named(planned, monkeypatch):
 
     monkeypatch.setattr(Pi0, "forward", uneven)
     ranks = [on_rank(planned, rank) for rank in (0, 1)]
+    assert traffic_of(ranks[0].steps[-1]) == planned.traffic  # To the byte.
     found = first_difference([(one.rank, one.collectives) for one in ranks])
     assert (found.rank, found.other_rank) == (0, 1)
     assert (found.collective.kind, found.collective.where) == ("all-gather", "the root")
@@ -176,3 +213,28 @@ def test_settings_are_planned_as_they_are_rehearsed(name):
     check(found)
     assert found.bytes_over_formula == pytest.approx(1, abs=1e-12)
     assert 0.9 < found.memory_over_plan <= 1.05
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_text_is_planned_as_it_is_rehearsed(dtype):
+    """In float32 no kernel attends within documents: each layer asks the host where they begin."""
+    pytest.importorskip("transformers")
+    plugins = repository_plugins()
+    found = rehearse(load_config("examples/text_sft.toml", [f"trainer.param_dtype={dtype}"], plugins), plugins, 2)
+    check(found)
+    assert found.bytes_over_formula == pytest.approx(1, abs=1e-12)
+    assert 0.9 < found.memory_over_plan <= 1.05
+    assert list(found.measured.waits.values()) == ([4] if dtype == "fp32" else [])
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.slow
+def test_a_thousand_shards_are_planned_as_they_are_rehearsed():
+    size = ["trainer.global_batch_size=1024", "trainer.micro_batch_size=1", "trainer.num_replicas=1"]
+    found = rehearse(loaded("trainer.param_dtype=bf16", *size), repository_plugins(), 1024)
+    check(found)
+    assert [one.rank for one in found.ranks] == [0, 512, 1023]
+    assert found.bytes_over_formula == pytest.approx(1, abs=1e-12)
+    assert any(one.without for one in found.uneven)

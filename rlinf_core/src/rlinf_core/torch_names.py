@@ -75,6 +75,7 @@ __all__ = [
     "VARLEN",
     "VARLEN_BACKWARD",
     "attention_spelt_out",
+    "changes_arguments",
     "flash_attention",
     "flop_registry",
     "implemented",
@@ -88,6 +89,7 @@ __all__ = [
     "fake_store",
     "fake_tensors",
     "forget_meshes",
+    "fsdp_parameters",
     "group_size_of",
     "in_backward",
     "memory_tracker",
@@ -152,6 +154,11 @@ def shares_memory(operation: Any) -> bool:
     """Whether a dispatched operation returns views of its arguments or changes them in place."""
     schema = operation._schema
     return any(one.alias_info for one in (*schema.arguments, *schema.returns))
+
+
+def changes_arguments(operation: Any) -> bool:
+    """Whether a dispatched operation changes arguments in place."""
+    return bool(operation._schema.is_mutable)
 
 
 def storage_address(storage: Any) -> int:
@@ -258,6 +265,13 @@ def forget_meshes() -> None:
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
+
+
+def fsdp_parameters() -> Any:
+    """Torch's module that shards parameters; it cuts them with its `_chunk_with_empty(tensor, num_chunks, dim)`."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_param
+
+    return _fsdp_param
 
 
 def memory_tracker() -> Any:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 import sysconfig
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -27,11 +27,14 @@ from torch.distributed.tensor import DTensor
 from rlinf_core.errors import UserError
 from rlinf_core.torch_names import (
     TorchDispatchMode,
+    changes_arguments,
     fake_store,
     fake_tensors,
     forget_meshes,
+    fsdp_parameters,
     in_backward,
     outside_fake_tensors,
+    tree_leaves,
     tree_map,
 )
 from rlinf_core.training.state import build, ema
@@ -40,6 +43,10 @@ from rlinf_core.training.state.fsdp import ranks_mesh
 CUDA = torch.device("cuda", 0)
 _CPU = torch.device("cpu")
 _TRUTH = "truth_of_zeros"
+_KNOWN = "known"
+_FEW = 1 << 16
+"""Largest number of integers that are kept; a batch's images have more."""
+_UNBIND = torch.ops.aten.unbind.int
 _READ = torch.ops.aten._local_scalar_dense.default
 _FRAMEWORK = (Path(torch.__file__).parent, Path(__file__).parent)
 _STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))
@@ -62,14 +69,17 @@ def fake_cuda(rank: int, ranks: int) -> Iterator[Values]:
         stack.callback(forget_meshes)  # An equal mesh of another rank has other groups.
         stack.callback(dist.destroy_process_group)
         stack.enter_context(fake_tensors().FakeTensorMode(allow_non_fake_inputs=True))
-        yield stack.enter_context(Values())
+        values, fake = stack.enter_context(Values()), fake_tensors().FakeTensor
+        stack.enter_context(mock.patch.object(fake, "tolist", values.counting_once(fake.tolist)))
+        yield values
 
 
 class Values(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Answers when code reads a number on the host, and counts the lines that do: there, it would wait for a device.
 
     As no tensor has values, every floating-point number is 0, and a truth value is what follows from that: 0 is finite,
-    not NaN and not below 0. Integers have no answer, as sizes would follow from them.
+    not NaN and not below 0. Integers and truth values that follow from those of the batch are what they are: where
+    documents begin, for example. Other integers have no answer, as sizes would follow from them.
     """
 
     def __init__(self) -> None:
@@ -77,11 +87,25 @@ class Values(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.waits: Counter[str] = Counter()
         """`.item()` and the like on CUDA tensors, by the line that asks."""
 
+    def counting_once(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that reads many numbers in one copy, such as `tolist`: the host waits once, not for each."""
+
+        def call(*args: Any) -> Any:
+            before = self.waits.copy()
+            out = function(*args)
+            self.waits = before + Counter(dict.fromkeys(self.waits - before, 1))
+            return out
+
+        return call
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is _READ and isinstance(args[0], fake_tensors().FakeTensor):
             if args[0].device.type == "cuda":
                 self.waits[place()] += 1
+            if (known := _known(args[0])) is not None:
+                with outside_fake_tensors():
+                    return known.item()
             if args[0].dtype == torch.bool:
                 return getattr(args[0], _TRUTH, False)
             if args[0].is_floating_point():
@@ -93,24 +117,62 @@ class Values(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **kwargs)
         if isinstance(out, torch.Tensor) and out.dtype == torch.bool:
             setattr(out, _TRUTH, _of_zeros(func, args, kwargs))
+        if isinstance(out, fake_tensors().FakeTensor) or func is _UNBIND:
+            _keep(out, func, args, kwargs)
         return out
+
+
+def _known(tensor: torch.Tensor) -> torch.Tensor | None:
+    """A tensor's integers or truth values, on the host; None if it has others, or they follow from what has none."""
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.numel() > _FEW:
+        return None
+    if type(tensor) is torch.Tensor:
+        return tensor if tensor.device == _CPU else None
+    value, version = getattr(tensor, _KNOWN, (None, 0))
+    return value if value is not None and tensor._version == version else None  # Not if changed in place since.
+
+
+def _keep(out: Any, func: Any, args: Any, kwargs: Any) -> None:
+    """Compute an operation's integers or truth values on the host, if all that it takes is known there."""
+    results = [out] if isinstance(out, torch.Tensor) else list(out)
+    random = torch.Tag.nondeterministic_seeded in func.tags
+    if random or changes_arguments(func) or any(one.is_floating_point() for one in results):
+        return
+    taken = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
+    known = {id(one): _known(one) for one in taken}
+    if not known or any(value is None for value in known.values()):
+        return
+    try:
+        values = _on_host(func, args, kwargs, lambda one: known[id(one)])
+    except Exception:  # An operation that the host does not have: its result stays unknown.
+        return
+    for one, value in zip(results, [values] if isinstance(out, torch.Tensor) else values, strict=True):
+        setattr(one, _KNOWN, (value, one._version))
 
 
 def _of_zeros(func: Any, args: Any, kwargs: Any) -> bool:
     """The truth value of an operation, if every number were 0; False if that cannot be said."""
 
-    def zero(one: Any) -> Any:
-        if not isinstance(one, torch.Tensor):
-            return one
+    def zero(one: torch.Tensor) -> torch.Tensor:
         return torch.full((), getattr(one, _TRUTH, 0), dtype=one.dtype, device="cpu")
+
+    try:
+        with outside_fake_tensors():
+            return bool(_on_host(func, args, kwargs, zero))
+    except Exception:
+        return False
+
+
+def _on_host(func: Any, args: Any, kwargs: Any, value: Callable[[torch.Tensor], Any]) -> Any:
+    """An operation's result for other tensors, on the host."""
+
+    def swap(one: Any) -> Any:
+        return value(one) if isinstance(one, torch.Tensor) else one
 
     if "device" in kwargs:
         kwargs = {**kwargs, "device": _CPU}
-    try:
-        with outside_fake_tensors():
-            return bool(func(*tree_map(zero, args), **tree_map(zero, kwargs)))
-    except Exception:
-        return False
+    with outside_fake_tensors():
+        return func(*tree_map(swap, args), **tree_map(swap, kwargs))
 
 
 def place(start: FrameType | None = None) -> str:
@@ -165,6 +227,7 @@ def _patches() -> Iterator[Any]:
     yield mock.patch.object(torch.Tensor, "record_stream", _nothing)
     for name, stand_in in stand_ins.items():
         yield mock.patch.object(torch.cuda, name, stand_in)
+    yield mock.patch.object(fsdp_parameters(), "_chunk_with_empty", Shards)
     yield mock.patch.object(ema, "ThreadPoolExecutor", InTurn)  # Another thread would not be in these contexts.
     yield mock.patch.object(build, "ranks_mesh", _with_values(ranks_mesh))
 
@@ -181,6 +244,30 @@ def _with_values(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _nothing(*_: Any, **__: Any) -> None:
     """Takes anything and does nothing."""
+
+
+class Shards(Sequence[torch.Tensor]):
+    """A parameter in as many shards as there are ranks, as FSDP cuts it; one is cut only when asked for.
+
+    FSDP asks for the first and the rank's own, and would cut a thousand of each parameter for a thousand ranks, which
+    takes a rehearsal minutes.
+    """
+
+    def __init__(self, tensor: torch.Tensor, num_chunks: int, dim: int) -> None:
+        self._tensor, self._shards, self._dim = tensor, num_chunks, dim
+
+    def __len__(self) -> int:
+        return self._shards
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[one] for one in range(*index.indices(len(self)))]
+        size = self._tensor.size(self._dim)
+        length = -(-size // self._shards)
+        start = range(self._shards)[index] * length
+        if start >= size > 0:
+            return self._tensor.new_empty(0)
+        return self._tensor.narrow(self._dim, start, min(length, size - start))
 
 
 class InTurn:
