@@ -100,6 +100,7 @@ def test_json_is_one_line_and_the_last(name, tmp_path):
     assert result_of(stdout, name)["results"].keys() >= EXPECTED[name]
 
 
+@pytest.mark.slow
 def test_the_table_of_a_gpu_has_the_same_line_and_still_writes_its_files(tmp_path):
     arguments = ("--json", "--table", "--device=cpu", "--size=minimal", "--samples=1", "--micro-batch=1", "--steps=1")
     stdout = run("training_step", (*arguments, "--eager", "--rows=MetaWorld", "--output=found"), tmp_path)

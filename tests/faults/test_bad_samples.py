@@ -49,6 +49,7 @@ def test_bad_samples_are_skipped_alike_on_all_ranks_and_after_a_resume(runs, dam
     assert_same(other.folder, runs.folder, 18)
 
 
+@pytest.mark.slow
 def test_too_many_bad_samples_end_the_run_with_all_of_them(runs, damaged):
     ended = runs.start(18, damaged, 'data.on_bad_sample="skip"', "data.max_bad_samples=1")
     assert ended.returncode == 2

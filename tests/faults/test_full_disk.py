@@ -56,6 +56,7 @@ def test_a_disk_that_is_full_for_a_while_costs_one_checkpoint(small_disk, faulty
     assert_same(runs.folder, left_alone(12), 12)
 
 
+@pytest.mark.slow
 def test_where_even_the_end_does_not_fit_it_is_told(small_disk, faulty_site, start_ranks, left_alone):
     """The whole disk is full from step 5 on, `exit.json` and rows of the metrics included."""
     runs = Runs(faulty_site, small_disk, start_ranks)

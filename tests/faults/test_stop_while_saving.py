@@ -29,6 +29,7 @@ def test_a_signal_during_a_save_loses_nothing(runs, left_alone, number, code, re
     assert_same(runs.folder, left_alone(18), 18)
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_leaves_at_once_and_the_checkpoint_before_counts(runs, left_alone):
     fault, first = runs.when("save", rank=0, step=6, delay=0.1, to=[0, 1], number=signal.SIGINT, seconds=15.0)
     second = first | {"delay": AGAIN + 1.0}

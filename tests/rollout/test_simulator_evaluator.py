@@ -139,6 +139,7 @@ def test_mistakes_are_found_before_the_first_step(configure_toy, override, messa
         configure_toy(*simulated(), override)
 
 
+@pytest.mark.slow
 def test_two_ranks_divide_the_episodes_and_give_the_same(tmp_path, start_ranks, train_toy):
     """One rank gets fewer episodes, and computes along with the other until both have finished."""
     config = tmp_path / "toy.toml"

@@ -371,6 +371,7 @@ def test_the_example_of_the_docs_is_short_and_made_of_public_names():
     ]
 
 
+@pytest.mark.slow
 def test_the_example_of_the_docs_measures_the_same_on_any_number_of_ranks(toy_site, tmp_path, start_ranks):
     """Installed as users do, on two ranks of which one has a filler batch, and on one."""
     install(tmp_path / "site", "errors", plugins={"errors": "action_errors"}, action_errors=example())

@@ -152,6 +152,7 @@ def rlinf_train_finished():
 """
 
 
+@pytest.mark.slow
 def test_several_ranks_reduce_metrics_together_and_return_the_same(toy_site, tmp_path, start_ranks):
     distributions.install(tmp_path / "site", "acme", plugins={"acme": "acme"}, acme=MEASURES)
     settings = (toy_site / "toy.toml", f"runner.output_dir={tmp_path}", STEPS)

@@ -101,6 +101,7 @@ def test_ctrl_c_reaches_workers_too_and_the_run_saves_all_the_same(site, tmp_pat
     assert "Traceback" not in stopped.stderr
 
 
+@pytest.mark.slow
 def test_a_schedulers_signal_to_every_process_leaves_the_workers_at_work(site, tmp_path):
     """SIGTERM to the group in the third of ten micro batches, which workers have yet to bring."""
     micro = ("trainer.micro_batch_size=2", "data.num_workers=1")

@@ -67,7 +67,8 @@ def test_sharding_in_words(wanted, said):
     assert Fsdp2Settings(type="fsdp2", num_replicas=wanted).describe_replicas(16, 2) == said
 
 
-@pytest.mark.parametrize("copies", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("copies", [1, 2])
 def test_sockets_of_a_run_of_four_ranks_are_those_of_the_formula(copies, toy_site, tmp_path, start_ranks):
     install(tmp_path, "counting", plugins={"counting": "open_files_of_ranks"})
     arguments = [str(toy_site / "toy.toml"), f"runner.output_dir={tmp_path}", "runner.max_steps=2"]

@@ -181,6 +181,7 @@ def test_an_interrupted_conversion_goes_on_where_it_was(video_dataset, tmp_path)
     same_rows(cached(with_cache).__getitems__(range(29)), open_lerobot(data, 0, "train").__getitems__(range(29)))
 
 
+@pytest.mark.slow
 def test_worker_processes_make_the_same_files(video_dataset, tmp_path):
     data = config(video_dataset.root)
     one, _ = make(data, tmp_path / "one")

@@ -155,7 +155,8 @@ def test_the_cache_stays_within_its_limit_and_every_image_is_right(bucket, tmp_p
         seen += batch["index"].tolist()
         most = max(most, used_bytes(tmp_path))
     assert sorted(seen) == sorted([*range(288)] * 2)
-    assert whole - videos < most <= limit
+    # Files come and go while they are counted: one that was removed and the one in its place may both be in the sum.
+    assert whole - videos < most <= limit + max(path.stat().st_size for path in root.rglob("*.mp4"))
     assert len([name for name in served.got if name.endswith("mp4")]) > EPISODES  # Some twice, as not all have room.
     assert len(source.__getitems__(range(0, 288, 7))) == 42
     for index in range(0, 288, 31):
