@@ -30,6 +30,7 @@ def bad(runs):
     return [row for row in rows if row["kind"] == "bad_sample"]
 
 
+@pytest.mark.slow
 def test_bad_samples_are_skipped_alike_on_all_ranks_and_after_a_resume(runs, damaged):
     skip = (damaged, 'data.on_bad_sample="skip"')
     ended = runs.start(18, *skip)

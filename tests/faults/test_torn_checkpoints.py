@@ -65,6 +65,7 @@ def test_damage_of_any_file_is_found_and_the_checkpoint_before_is_used(faulty_si
         shutil.rmtree(run.folder)
 
 
+@pytest.mark.slow
 def test_a_run_whose_newest_two_are_damaged_ends_as_if_nothing_had_happened(runs, left_alone):
     shutil.copytree(left_alone(12), runs.folder)
     flip(checkpoint(runs.folder, 12) / "__1_0.distcp")
