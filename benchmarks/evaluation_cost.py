@@ -4,10 +4,12 @@
 
 Two ranks train the toy policy of the tests, each step of which takes 50 ms on every rank, with the toy simulator as
 evaluator twice in the run, and without it, in turns. The episodes of an evaluation take `--seconds` of simulated steps.
-On each rank the clock runs over the whole training loop, and over each call of the evaluator. `other_seconds` is what
-is left of the difference between both runs after the evaluations, `over_training` that as a share of the training
-without them, for the rank that it costs most; `apart` is the largest difference between the ranks' clocks of one
-evaluation: what one rank waits longer than the other.
+On each rank the clock runs over the whole training loop, over each of its steps and over each call of the evaluator.
+`other_seconds` is what the loop with evaluations takes besides these, less what the loop without takes besides its
+steps, for the rank that it costs most, and `over_training` that as a share of the training without evaluations.
+`steps_ratio` are the steps of both runs, most of which is the same sleep. `apart` is the largest difference between the
+ranks' clocks of one evaluation: what one rank waits longer than the other. Each rank computes with one thread, as under
+torchrun.
 """
 
 from __future__ import annotations
@@ -69,6 +71,7 @@ def train(folder: Path, *, simulated: bool, seconds_a_step: float) -> list[dict[
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    group["OMP_NUM_THREADS"] = "1"
     ranks = [
         subprocess.Popen(
             [sys.executable, __file__, "--rank", str(folder / "run"), str(config)],
@@ -81,6 +84,11 @@ def train(folder: Path, *, simulated: bool, seconds_a_step: float) -> list[dict[
     return [json.loads(one.communicate(timeout=300)[0].splitlines()[-1]) for one in ranks]
 
 
+def _besides(clocks: dict[str, list[float]]) -> float:
+    """Seconds of the training loop outside its steps and evaluations."""
+    return clocks["training"][0] - sum(clocks["steps"]) - sum(clocks["evaluations"])
+
+
 def _rank(folder: str, config: str) -> None:
     """One rank: train with the clocks around."""
     import simulator_ranks
@@ -89,7 +97,7 @@ def _rank(folder: str, config: str) -> None:
     from rlinf_core.evaluators.rollouts import Rollouts
     from rlinf_core.training.trainer import Fsdp2Trainer
 
-    clocks: dict[str, list[float]] = {"training": [], "evaluations": []}
+    clocks: dict[str, list[float]] = {"training": [], "steps": [], "evaluations": []}
 
     def timed(owner: Any, name: str, clock: str) -> None:
         inner = getattr(owner, name)
@@ -106,6 +114,7 @@ def _rank(folder: str, config: str) -> None:
     forward = toy_policy.ToyModule.forward
     toy_policy.ToyModule.forward = lambda self, batch: time.sleep(SECONDS_A_STEP) or forward(self, batch)
     timed(Rollouts, "evaluate", "evaluations")
+    timed(Fsdp2Trainer, "_train_step", "steps")
     timed(Fsdp2Trainer, "train", "training")
     simulator_ranks.main([folder, config])
     print(json.dumps(clocks), flush=True)
@@ -132,10 +141,7 @@ def main() -> None:
                 for simulated in ((True, False) if number % 2 else (False, True))
             }
             rounds.append([(found[True][rank], found[False][rank]) for rank in range(2)])
-    other = [
-        max(with_["training"][0] - sum(with_["evaluations"]) - without["training"][0] for with_, without in ranks)
-        for ranks in rounds
-    ]
+    other = [max(_besides(with_) - _besides(without) for with_, without in ranks) for ranks in rounds]
     plain = statistics.median(without["training"][0] for ranks in rounds for _, without in ranks)
     pairs = [zip(*(with_["evaluations"] for with_, _ in ranks), strict=True) for ranks in rounds]
     results = {
@@ -143,6 +149,7 @@ def main() -> None:
         "evaluation_seconds": statistics.median(sum(with_["evaluations"]) for ranks in rounds for with_, _ in ranks),
         "other_seconds": statistics.median(other),
         "over_training": statistics.median(other) / plain,
+        "steps_ratio": statistics.median(sum(w["steps"]) / sum(wo["steps"]) for ranks in rounds for w, wo in ranks),
         "apart_seconds": max(abs(one - two) for both in pairs for one, two in both),
     }
     text = (

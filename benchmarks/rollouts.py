@@ -3,15 +3,17 @@
     uv run --group simulators python benchmarks/rollouts.py --json
 
 The policy looks every second action and computes nothing, so that the processes are what is measured. One and two
-processes take turns; the result is the median of the rounds' ratios. Starting a process, building its environment and
-the first reset are not counted: a round's clock starts once all processes ask for their first actions. `serial_share`
-limits any number of processes, whatever else the machine does: the CPU time of the process that hands out actions and
-receives images, per second, beside one process of the environment.
+processes take turns; the result is the median of the rounds' ratios. Each renders with one thread (`LP_NUM_THREADS`);
+`steps_per_second_alone` is one process that renders with a thread per core, as a single one does by default. Starting a
+process, building its environment and the first reset are not counted: a round's clock starts once all processes ask for
+their first actions. `serial_share` limits any number of processes, whatever else the machine does: the CPU time of the
+process that hands out actions and receives images, per second, beside one process of the environment.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 from importlib import metadata
@@ -27,8 +29,15 @@ CHUNK = np.array([[0.1, 0.05, 0.0, 0.0], [-0.1, -0.05, 0.0, 0.0]], np.float32)
 """Stays where it is, and never solves the task."""
 
 
-def steps_per_second(settings: RolloutSettings, processes: int) -> tuple[float, float]:
-    """Control steps per second of all processes together, and of that time the share of this process's CPU time."""
+def steps_per_second(settings: RolloutSettings, processes: int, threads: int) -> tuple[float, float]:
+    """Control steps per second of all processes together, and of that time the share of this process's CPU time.
+
+    Args:
+        settings: What is played.
+        processes: Processes of the environment.
+        threads: Threads with which Mesa renders in each.
+    """
+    os.environ["LP_NUM_THREADS"] = str(threads)
     settings = settings.model_copy(update={"processes": processes})
     episodes = plan_episodes(["policy"], settings.chosen_tasks(), settings.episodes * processes, settings.seed)
     steps = 0
@@ -66,14 +75,15 @@ def main() -> None:
     settings = RolloutSettings(env=env, tasks=("reach-v3",), episodes=options.episodes, videos=0)
     rounds, shares = [], []
     for number in range(options.rounds):
-        order = (1, 2) if number % 2 == 0 else (2, 1)
-        found = {count: steps_per_second(settings, count) for count in order}
-        rounds.append((found[1][0], found[2][0]))
-        shares.append(found[1][1])
-    ratio = statistics.median(two / one for one, two in rounds)
+        ways = [(1, 1), (2, 1), (1, os.cpu_count() or 1)]  # Processes, threads of each.
+        found = {way: steps_per_second(settings, *way) for way in (ways if number % 2 == 0 else ways[::-1])}
+        rounds.append([found[way][0] for way in ways])
+        shares.append(found[1, 1][1])
+    ratio = statistics.median(two / one for one, two, _ in rounds)
     results = {
-        "steps_per_second_1": statistics.median(one for one, _ in rounds),
-        "steps_per_second_2": statistics.median(two for _, two in rounds),
+        "steps_per_second_1": statistics.median(one for one, _, _ in rounds),
+        "steps_per_second_2": statistics.median(two for _, two, _ in rounds),
+        "steps_per_second_alone": statistics.median(alone for _, _, alone in rounds),
         "two_over_one": ratio,
         "serial_share": statistics.median(shares),
     }

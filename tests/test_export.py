@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import tomllib
 import warnings
 
 import numpy as np
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from rlinf_core import UserError, cli, open_rows
 from rlinf_core.config.load import load_config
+from rlinf_core.config.toml import write_toml
 from rlinf_core.data.loading.sampling import validation_generator
 from rlinf_core.data.normalize import load_norm_stats
 from rlinf_core.evaluators.action_error import ActionComparison
@@ -130,6 +132,21 @@ def test_an_exported_folder_is_weights_to_start_from(trained, export):
         folder = export("--format", kind, name=kind)[1]
         policy = trainer.run.policy.model_copy(update={"weights": str(folder)})
         assert policy.contradictions(trainer.run.data, stats) == ()
+
+
+def test_a_run_is_exported_without_the_simulators_and_trackers_of_its_training(trained, tmp_path):
+    shutil.copytree(trained[0].run.folder, run := tmp_path / "elsewhere")
+    config = tomllib.loads((run / "config.toml").read_text())
+    config["runner"] |= {"loggers": ["far_away"], "evaluators": ["simulator"]}
+    config["evaluators"] = {"simulator": {"env": {"type": "no_longer_installed"}}}
+    config["loggers"] = {"far_away": {"project": "arm"}}
+    (run / "config.toml").write_text(write_toml(config))
+    with pytest.raises(UserError, match=r"2 mistakes .*(?s:.*)far_away(?s:.*)no_longer_installed"):
+        load_config(run / "config.toml")
+    assert cli.main(["export", str(run), "--output", str(tmp_path / "folder")]) == 0
+    assert load_policy(tmp_path / "folder").data.config_name == trained[0].run.data.config_name
+    described = json.loads((tmp_path / "folder" / "rlinf.json").read_text())
+    assert described["simulator"] == {"env": {"type": "no_longer_installed"}}
 
 
 def test_openpi_finds_weights_and_statistics_where_it_looks(trained, export):

@@ -28,7 +28,7 @@ HOMES = {
     "rlinf_core/testing/lerobot.py": re.compile(r"lerobot\."),
 }
 ATTRIBUTES = re.compile(
-    r"\._(cdata|schema|overloadpacket|destroy|spec|cached_\w+|scaled_dot_product\w*|flash_attention\w*|varlen_attn)\b"
+    r"\._(cdata|schema|overloadpacket|destroy|spec|cached_\w+|scaled_dot_product\w*|use_count|flash_attention\w*|varlen_attn)\b"
 )
 """Attributes of torch's objects."""
 PROJECTS = ("rlinf_core", "rlinf_plugins_openpi", "plugins")
@@ -119,6 +119,15 @@ def test_a_shard_can_live_elsewhere_than_its_mesh():
         assert copy.to_local().tolist() == [2.0] * 6
     finally:
         dist.destroy_process_group()
+
+
+def test_references_to_a_tensor_are_counted():
+    tensor = torch.zeros(1)
+    assert torch_names.holders_of(tensor) == 1
+    view = tensor[0]  # Holds what it is a view of.
+    assert torch_names.holders_of(tensor) == 2
+    del view
+    assert torch_names.holders_of(tensor) == 1
 
 
 class Names(torch_names.TorchDispatchMode):

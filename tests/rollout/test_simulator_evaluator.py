@@ -84,7 +84,7 @@ def test_an_evaluation_leaves_no_process_and_no_trace_in_training(train_toy, mon
     """It costs a run its own time and nothing else: the same weights to the bit, and nothing that still computes."""
     started = []
     start = pool._start_process
-    monkeypatch.setattr(pool, "_start_process", lambda: started.append(start()) or started[-1])
+    monkeypatch.setattr(pool, "_start_process", lambda count: started.append(start(count)) or started[-1])
 
     def weights(*overrides):
         trainer = train_toy(*overrides)
@@ -95,6 +95,18 @@ def test_an_evaluation_leaves_no_process_and_no_trace_in_training(train_toy, mon
     simulated_too = weights(*simulated(), "evaluators.simulator.baselines=[]", "runner.name=simulated")
     assert len(started) == 4  # Two evaluations with two processes.
     assert all(torch.equal(one, other) for one, other in zip(plain, simulated_too, strict=True))
+
+
+def test_processes_that_render_in_software_share_the_cores(monkeypatch):
+    """Mesa would start a thread per core in each."""
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.delenv("LP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert [pool._environment_variables(count)["LP_NUM_THREADS"] for count in (1, 3, 16)] == ["8", "2", "1"]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert pool._environment_variables(2)["LP_NUM_THREADS"] == "2"
+    monkeypatch.setenv("LP_NUM_THREADS", "5")
+    assert pool._environment_variables(2)["LP_NUM_THREADS"] == "5"
 
 
 def test_a_fault_in_the_simulator_ends_the_run_with_its_name(train_toy):

@@ -76,7 +76,7 @@ def build(**settings):
 def test_without_the_simulator_one_message_says_what_to_install(monkeypatch):
     monkeypatch.setattr(module.util, "find_spec", lambda name: None)
     for call in (ManiskillConfig().tasks, lambda: ManiskillConfig().build(None)):
-        with pytest.raises(UserError, match=r"mani_skill and sapien is not installed: pip install 'rlinf-plugins-mani"):
+        with pytest.raises(UserError, match=r"not installed: mani_skill, sapien. Use: pip install 'rlinf-plugins-mani"):
             call()
 
 

@@ -38,7 +38,7 @@ def test_the_settings_need_no_simulator(monkeypatch):
     from rlinf_plugins_metaworld import config
 
     monkeypatch.setattr(config.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"metaworld and mujoco is not installed: pip install 'rlinf-plugins-metaworld"):
+    with pytest.raises(UserError, match=r"not installed: metaworld, mujoco. Use: pip install 'rlinf-plugins-metaworld"):
         MetaworldConfig().tasks()
     with pytest.raises(ValueError, match="MetaWorld has no task 'reach-v2'"):
         MetaworldConfig(prompts={"reach-v2": "Reach"})

@@ -19,7 +19,8 @@ from typing import Any, Literal
 
 import torch
 
-from rlinf_core.config.load import load_config
+from rlinf_core.config.load import load_saved_config
+from rlinf_core.config.toml import read_toml
 from rlinf_core.contract.policy import TrainedOn
 from rlinf_core.contract.run import RunConfig, RunSource
 from rlinf_core.contract.weights.origin import STATISTICS
@@ -113,7 +114,7 @@ def export_run(
             cannot be written.
     """
     check_run(folder)
-    run = load_config(folder / "config.toml", plugins=plugins)
+    run = load_saved_config(folder, plugins)
     sources = (run.source(choice.source),) if choice.source else run.sources
     _check_choice(run, choice, output)
     checkpoint = find_checkpoint(folder, run.runner.checkpoints_of(folder), choice, log)
@@ -498,17 +499,18 @@ def _describe(
         "coverage": _coverage(exported.folder, choice.source),
         "validation": validated(exported.folder, whole, exported.step),
         **belonging,
-        **_simulator(run),
+        **_simulator(exported.folder),
     }
     write_description(run, output, facts)
 
 
-def _simulator(run: RunConfig) -> dict[str, Any]:
-    """The simulator in which the run was evaluated, so that `rlinf eval --env` plays by the same settings."""
-    config = run.evaluators.get(SIMULATOR)
-    if config is None or SIMULATOR not in run.runner.evaluators:
+def _simulator(folder: Path) -> dict[str, Any]:
+    """The simulator in which a run was evaluated, so that `rlinf eval --env` plays by the same settings."""
+    saved = read_toml(folder / "config.toml")
+    settings = saved.get("evaluators", {}).get(SIMULATOR)
+    if settings is None or SIMULATOR not in saved["runner"].get("evaluators", ()):
         return {}
-    return {SIMULATOR: config.model_dump(mode="json", include={"env", "tasks"}, exclude_none=True)}
+    return {SIMULATOR: {key: settings[key] for key in ("env", "tasks") if key in settings}}
 
 
 def _coverage(folder: Path, source: str) -> dict[str, Any]:

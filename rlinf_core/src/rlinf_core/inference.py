@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rlinf_core.config.load import load_config
+from rlinf_core.config.load import load_saved_config
 from rlinf_core.contract.continuation import Continuation
 from rlinf_core.contract.datasets import DatasetConfig
 from rlinf_core.contract.module import Policy
@@ -390,7 +390,7 @@ def load_run(
     """
     device, known = _known_device(device), _known_dtype(dtype)
     check_run(folder)
-    run = load_config(folder / "config.toml", plugins=plugins)
+    run = load_saved_config(folder, plugins)
     given = run.source(source)
     notes: list[str] = []
     checkpoint = find_checkpoint(folder, run.runner.checkpoints_of(folder), choice, notes.append)

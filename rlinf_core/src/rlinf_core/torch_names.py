@@ -43,6 +43,7 @@ __all__ = [
     "PrefixStore",
     "Store",
     "TCPStore",
+    "holders_of",
     "rendezvous",
     "set_gloo_timeout",
     # The files of a checkpoint: `training.checkpoint`, `export`.
@@ -124,6 +125,11 @@ def set_gloo_timeout(timeout: timedelta) -> None:
     backend = group._get_backend(torch.device("cpu"))
     if backend.name() == "gloo":
         backend._set_default_timeout(timeout)
+
+
+def holders_of(tensor: torch.Tensor) -> int:
+    """How many references to a tensor there are, those of torch's own threads included."""
+    return int(tensor._use_count())
 
 
 def flash_attention(

@@ -455,3 +455,9 @@ def test_copies_in_other_processes_read_the_listing_from_the_cache(bucket):
     with pytest.raises(RunError, match="was removed or damaged"):
         _ = pickle.loads(data).files
     assert str(StorageError(5, "no answer")) == "no answer"
+
+
+def test_a_limit_without_downloads_is_a_mistake():
+    with pytest.raises(ValueError, match=r"download_limit_gb is for datasets in object storage .*: leave it out"):
+        LeRobotDatasetConfig(repo_id="someone/dataset", download_limit_gb=10.0)
+    assert LeRobotDatasetConfig(repo_id="s3://bucket/dataset", download_limit_gb=10.0).download_limit_gb == 10.0

@@ -72,4 +72,4 @@ class ManiskillConfig(EnvironmentConfig):
 def check_installed() -> None:
     """Raise `UserError` if the simulator is not installed."""
     if missing := [name for name in ("mani_skill", "sapien") if util.find_spec(name) is None]:
-        raise UserError(f"{' and '.join(missing)} is not installed: {INSTALL}")
+        raise UserError(f"not installed: {', '.join(missing)}. Use: {INSTALL}")

@@ -62,4 +62,4 @@ def check_installed() -> None:
     """Raise `UserError` if the simulator is not installed."""
     missing = [name for name in ("metaworld", "mujoco") if util.find_spec(name) is None]
     if missing:
-        raise UserError(f"{' and '.join(missing)} is not installed: pip install 'rlinf-plugins-metaworld[simulator]'")
+        raise UserError(f"not installed: {', '.join(missing)}. Use: pip install 'rlinf-plugins-metaworld[simulator]'")

@@ -73,9 +73,9 @@ def load_evaluated(options: argparse.Namespace, plugins: Plugins) -> tuple[Loade
     policy, checkpoint, notes = load_run(
         folder, choice, device=device, dtype=options.dtype, plugins=plugins, source=options.source, steps=steps
     )
-    from rlinf_core.config.load import load_config
+    from rlinf_core.config.load import load_saved_config
 
-    seed = load_config(folder / "config.toml", plugins=plugins).seed if options.seed is None else options.seed
+    seed = load_saved_config(folder, plugins).seed if options.seed is None else options.seed
     ema = any(note.startswith("weights: the moving average") for note in notes)
     step = int(checkpoint.name.removeprefix("step_"))
     return policy, {

@@ -86,6 +86,25 @@ def load_config(
     return draft.validate()
 
 
+def load_saved_config(folder: Path, plugins: Plugins) -> RunConfig:
+    """Load the config of a run from its folder, to read what it has trained. Leaves torch unloaded.
+
+    Loggers and evaluators are left out: they only matter to a run that goes on, and a simulator or tracker that it was
+    trained beside need not be installed where its policy is exported or acts.
+
+    Args:
+        folder: The run's folder, `runs/<name>`.
+        plugins: Source of the dataset, policy and trainer classes.
+
+    Raises:
+        UserError: One message that names every mistake.
+    """
+    plugins.raise_if_strict()
+    draft = _Draft(folder / "config.toml", (), plugins)
+    draft.choose_classes(running=False)
+    return draft.validate(running=False)
+
+
 def find_tables(path: str | os.PathLike[str], overrides: Sequence[str] = (), plugins: Plugins | None = None) -> Tables:
     """The fields of a config's tables by key path, for completion: of all whose class is known, whatever the mistakes.
 
@@ -167,8 +186,12 @@ class _Draft:
         self._undecided_optim: dict[str, str] = {}
         """Keys of `[optim]` for which datasets of a mixture set different values, and what to say of them."""
 
-    def choose_classes(self) -> None:
-        """Find the classes of the tables, and add their defaults below the user's layers."""
+    def choose_classes(self, *, running: bool = True) -> None:
+        """Find the classes of the tables, and add their defaults below the user's layers.
+
+        Args:
+            running: Also those of loggers and evaluators, which a run that only is read does not need.
+        """
         datasets = self._choose_datasets()
         found = {place: chosen.model for place, chosen in datasets.items() if chosen}
         fits = not [place for place, model in found.items() if not self._check_policy_fits(place, model)]
@@ -186,11 +209,12 @@ class _Draft:
         trainer = self._choose(("trainer", "type"), partial(self._find, "trainer"), "is required")
         self._chosen = {**datasets, ("policy",): policy, ("optim",): self._choose_optim(), ("trainer",): trainer}
         self._choose_named("plugins", "options")
-        self._choose_running("loggers", "logger", ALWAYS_ON)
-        self._choose_running("evaluators", "evaluator", (HELD_OUT,))
+        if running:
+            self._choose_running("loggers", "logger", ALWAYS_ON)
+            self._choose_running("evaluators", "evaluator", (HELD_OUT,))
 
-    def validate(self) -> RunConfig:
-        """Validate every table with its class, then the rules between tables."""
+    def validate(self, *, running: bool = True) -> RunConfig:
+        """Validate every table with its class, then the rules between tables; see `choose_classes`."""
         self._refuse_secrets()
         fields: dict[str, Any] = {name: (info.annotation, info) for name, info in RunConfig.model_fields.items()}
         fields |= {str(place[0]): (Any, None) for place in (*self._chosen, *((name,) for name in NAMED))}
@@ -206,7 +230,7 @@ class _Draft:
                 above = tables[str(place[0])] if len(place) > 1 else tables
                 above[str(place[-1])] = self._try(chosen.model, self._values(place), place, chosen.owner)
         run = None if self._mistakes else self._try(RunConfig, tables)
-        if run is not None and run.runner.val_check_interval:
+        if running and run is not None and run.runner.val_check_interval:
             self._check_evaluators(run)
         if run is None or self._mistakes:
             count = f"{len(self._mistakes)} mistake{'s' if len(self._mistakes) > 1 else ''}"

@@ -445,6 +445,11 @@ class LeRobotDatasetConfig(DatasetConfig):
                 if self.cache_quality != 95 and self.cache != "jpeg"
                 else []
             ),
+            *(
+                ['download_limit_gb is for datasets in object storage (repo_id = "s3://..."): leave it out']
+                if self.download_limit_gb != DOWNLOAD_LIMIT and "://" not in self.repo_id
+                else []
+            ),
             *self._wrong_subset(),
         ]
 

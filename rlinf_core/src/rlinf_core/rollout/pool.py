@@ -102,7 +102,7 @@ class Pool:
     def __enter__(self) -> Self:
         try:
             for _ in range(min(self._settings.processes, len(self._waiting))):
-                self._processes.append(_start_process())
+                self._processes.append(_start_process(self._settings.processes))
             for one in self._processes:
                 self._next(one)
         except BaseException:
@@ -309,8 +309,8 @@ class Pool:
         )
 
 
-def _start_process() -> _Process:
-    """Start a process in a session of its own, which Ctrl-C does not reach."""
+def _start_process(processes: int) -> _Process:
+    """Start one of several processes, in a session of its own, which Ctrl-C does not reach."""
     ours, theirs = socket.socketpair()
     output = tempfile.TemporaryFile()  # noqa: SIM115  Closed with the process.
     with theirs:
@@ -322,16 +322,22 @@ def _start_process() -> _Process:
             stdout=output,
             stderr=output,
             start_new_session=True,
-            env=_environment_variables(),
+            env=_environment_variables(processes),
         )
     connection = Connection(ours.detach())
     connection.send(sys.path)
     return _Process(process, connection, output)
 
 
-def _environment_variables() -> dict[str, str]:
-    """One thread per process: several environments share the cores with the policy."""
-    return {"OMP_NUM_THREADS": "1", **os.environ}
+def _environment_variables(processes: int) -> dict[str, str]:
+    """What starts no more threads than there are cores: environments share them with each other and the policy.
+
+    Mesa renders in software with a thread per core in every process (`LP_NUM_THREADS`), and two such processes get in
+    each other's way. What the user has set stays.
+    """
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # In a run, each plays in as many processes.
+    threads = max(1, (os.cpu_count() or 1) // (processes * ranks))
+    return {"OMP_NUM_THREADS": "1", "LP_NUM_THREADS": str(threads), **os.environ}
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

@@ -85,7 +85,10 @@ def plant(
     if chosen.arguments is not None:
         policy, _, _ = load_run(run, Choice(), device="cpu", dtype="fp32", plugins=plugins)
         return Planted(chosen, run, arguments=tuple(chosen.arguments(policy.config.chunk_length())))
-    export_run(run, output, Choice(ema=not chosen.live and _has_ema(run, plugins)), plugins, lambda text: None)
+    averaged = _has_ema(run, plugins)
+    if chosen.live and not averaged:
+        raise UserError(f"{name} needs a run that averages its weights (optim.ema_decay)")
+    export_run(run, output, Choice(ema=averaged and not chosen.live), plugins, lambda text: None)
     if chosen.folder is not None:
         chosen.folder(output, settings)
     elif chosen.name == "min-max":
@@ -115,9 +118,9 @@ def _episodes_of(policy: LoadedPolicy, dataset: str, plugins: Plugins) -> Sample
 
 
 def _has_ema(run: Path, plugins: Plugins) -> bool:
-    from rlinf_core.config.load import load_config
+    from rlinf_core.config.load import load_saved_config
 
-    config = load_config(run / "config.toml", plugins=plugins)
+    config = load_saved_config(run, plugins)
     checkpoint = find_checkpoint(run, config.runner.checkpoints_of(run), Choice(), lambda text: None)
     try:
         choose_weights(checkpoint, Choice(ema=True))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from rlinf_core.config.load import load_config
+from rlinf_core.config.load import load_saved_config
 from rlinf_core.contract.datasets import SampleSource
 from rlinf_core.contract.weights.origin import DESCRIPTION
 from rlinf_core.data.splits import open_rows_of
@@ -107,7 +107,7 @@ def _executed(simulator: RolloutSettings | None) -> Execution:
 
 
 def _of_run(folder: Path, checkpoint: Path, notes: Sequence[str], plugins: Plugins) -> Subject:
-    config = load_config(folder / "config.toml", plugins=plugins)
+    config = load_saved_config(folder, plugins)
     step = int(checkpoint.name.removeprefix("step_"))
     averaged = any(note.startswith("weights: the moving average") for note in notes)
     facts = {"validation": validated(folder, config, step)}

@@ -199,8 +199,9 @@ class Pi0(nn.Module):
         if self.compiled is not None:
             step = self.compiled
             x_t, shared = filled_up(x_t, shared)
-        size = noise.new_tensor(-1.0 / steps)
-        for moment in self.moments(noise.new_tensor(euler_times(steps))):
+        # Filled on the device: numbers of a list would be copied to it, for which the host waits.
+        size = noise.new_full((), -1.0 / steps)
+        for moment in self.moments(torch.stack([noise.new_full((), time) for time in euler_times(steps)])):
             x_t = step(x_t, moment, shared, size)
         return x_t[: len(noise)]
 
@@ -254,11 +255,11 @@ class Pi0(nn.Module):
         return Suffix(torch.cat((state_token, self._mix(actions, features)), dim=1), None)
 
     def _condition(self, features: torch.Tensor) -> torch.Tensor:
-        """The condition [B, E] of π0.5's adaptive norms from time features [B, E]."""
+        """The condition [..., E] of π0.5's adaptive norms from time features [..., E]."""
         return F.silu(self.time_mlp_out(F.silu(_linear(self.time_mlp_in, features))))
 
     def _mix(self, actions: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        """Mix time features [B or 1, E] into π0's action tokens [B, H, E]."""
+        """Mix time features, [B or 1, E], or [B, H, E] if actions differ in time, into action tokens [B, H, E]."""
         features = features.to(actions.dtype).view(len(features), -1, actions.shape[-1]).expand_as(actions)
         hidden = F.silu(self.action_time_mlp_in(torch.cat((actions, features), dim=-1)))
         mixed: torch.Tensor = self.action_time_mlp_out(hidden)

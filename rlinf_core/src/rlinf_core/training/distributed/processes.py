@@ -6,6 +6,7 @@ Works under torchrun and alone (`python -m rlinf_core.train`), where the process
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,7 +18,7 @@ import torch.distributed as dist
 
 from rlinf_core.errors import UserError
 from rlinf_core.process.watchdog import watchdog
-from rlinf_core.torch_names import HashStore, PrefixStore, set_gloo_timeout
+from rlinf_core.torch_names import HashStore, PrefixStore, holders_of, set_gloo_timeout
 from rlinf_core.training.distributed.network import choose_interface
 from rlinf_core.training.distributed.open_files import allow_open_files, count_open_files
 from rlinf_core.training.distributed.rendezvous import rendezvous
@@ -29,6 +30,7 @@ SETUP_TIMEOUT = timedelta(hours=12)
 """How long ranks wait for one that prepares data, as long as its watchdog (`process.watchdog`) sees it work."""
 FEW_WORKERS = 32
 """Workers of the data loader for which there should be open files; `rlinf validate` knows how many there are."""
+SECONDS_TO_LEAVE = 5.0
 TIMEOUT = 600.0
 """The default of `trainer.timeout_seconds`."""
 
@@ -139,6 +141,20 @@ class Processes:
         with self._patiently():
             dist.all_reduce(torch.zeros(1))  # Not a barrier: NCCL would compute that of a group that has both.
 
+    def leave(self) -> None:
+        """Wait for the other ranks, and end the group.
+
+        gloo's thread may let go of a collective's tensor only after the collective has ended. If Python exits in that
+        moment, the thread aborts the process (pytorch #179291), and a run that had finished would count as failed.
+        """
+        last = torch.zeros(1)
+        with self._patiently():
+            dist.all_reduce(last)
+        until = time.monotonic() + SECONDS_TO_LEAVE
+        while holders_of(last) > 1 and time.monotonic() < until:
+            time.sleep(0.001)
+        dist.destroy_process_group()
+
     @contextmanager
     def _patiently(self) -> Iterator[None]:
         """The body waits for other ranks for up to `SETUP_TIMEOUT`."""
@@ -194,5 +210,4 @@ def processes(
         if group.size == 1:
             dist.destroy_process_group()
         raise
-    group.wait()
-    dist.destroy_process_group()
+    group.leave()

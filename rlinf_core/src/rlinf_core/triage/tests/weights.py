@@ -88,11 +88,11 @@ def _compare_with_run(scene: Scene) -> TriageOutcome | None:
     subject = scene.subject
     if not subject.exported or subject.run is None or subject.step is None:
         return None
-    from rlinf_core.config.load import load_config
+    from rlinf_core.config.load import load_saved_config
     from rlinf_core.training.checkpoint.state import read_position
 
     try:
-        run = load_config(subject.run / "config.toml", plugins=scene.plugins)
+        run = load_saved_config(subject.run, scene.plugins)
         choice = Choice(subject.step, ema=subject.ema)
         checkpoint = find_checkpoint(subject.run, run.runner.checkpoints_of(subject.run), choice, lambda text: None)
         run = run.model_copy(update={"policy": run.policy.with_data_layout(read_position(checkpoint).data_layout)})
