@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from real_time.course import HZ, Course, CourseConfig
-from real_time.training import HORIZON, train
+from real_time.course import HZ, Conditions, Course, CourseConfig
+from real_time.training import train
 from reporting.result_line import ResultLine
 
 from rlinf_core.inference import LoadedPolicy
@@ -39,7 +39,7 @@ class Played:
 
     episode: Episode
     generator: np.random.Generator
-    course: Course = field(default_factory=Course)
+    course: Course
     jerk: Jerk = field(default_factory=Jerk)
     steps: int = 0
     success: bool = False
@@ -57,9 +57,9 @@ class Played:
             self.over = self.success or outcome.ended or self.steps >= self.episode.task.horizon
 
 
-def play_together(agent: DelayedAgent, episodes: Sequence[Episode]) -> list[Played]:
+def play_together(agent: DelayedAgent, episodes: Sequence[Episode], conditions: Conditions) -> list[Played]:
     """Play episodes in step, as one batch."""
-    played = [Played(one, np.random.default_rng([one.start.seed, one.number])) for one in episodes]
+    played = [Played(one, np.random.default_rng([one.start.seed, one.number]), Course(conditions)) for one in episodes]
     for one in played:
         one.course.reset(one.episode.start)
     while left := [one for one in played if not one.over]:
@@ -72,7 +72,7 @@ def play_together(agent: DelayedAgent, episodes: Sequence[Episode]) -> list[Play
 
 
 def play_all(
-    policy: LoadedPolicy, delays: Sequence[int], replan: int, episodes: int, chunk: int = HORIZON
+    policy: LoadedPolicy, delays: Sequence[int], replan: int, episodes: int, chunk: int, conditions: Conditions
 ) -> dict[str, list[Played]]:
     """`WAY at DELAY` -> its episodes."""
     planned = plan_episodes(["policy"], CourseConfig().tasks(), episodes, 100_000)
@@ -82,7 +82,7 @@ def play_all(
             if delay or way != "switch":  # Without a delay the same as waiting.
                 latency = Latency(delay=delay, chunks=way)
                 agent = DelayedAgent(policy.act, latency, latency.executed(replan, chunk))
-                found[f"{way} at {delay}"] = play_together(agent, planned)
+                found[f"{way} at {delay}"] = play_together(agent, planned, conditions)
     return found
 
 
@@ -107,11 +107,13 @@ def jerk_of(played: Sequence[Played]) -> float:
 def main() -> None:
     """Train, play, and print the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=2000, help="optimizer steps")
     parser.add_argument("--demonstrations", type=int, default=300)
     parser.add_argument("--episodes", type=int, default=200)
     parser.add_argument("--delays", default="0,2,4", help=f"in actions of {1000 // HZ} ms; at most half a chunk")
-    parser.add_argument("--chunk", type=int, default=HORIZON, help="actions in a chunk")
+    parser.add_argument("--chunk", type=int, default=16, help="actions in a chunk")
+    parser.add_argument("--radius", type=float, default=Conditions.radius, help="of the disk; the course is 1 long")
+    parser.add_argument("--wind", type=float, default=Conditions.wind, help="standard deviation per step")
     parser.add_argument("--replan", type=int, default=2, help="actions between observations, at least the delay")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
@@ -120,7 +122,9 @@ def main() -> None:
     line = ResultLine("real_time_chunking", wanted=options.json)
     torch.set_num_threads(1)
     delays = [int(one) for one in options.delays.split(",")]
+    conditions = Conditions(options.radius, options.wind)
     policy = train(
+        conditions=conditions,
         max_delay=options.chunk // 2,
         chunk=options.chunk,
         steps=options.steps,
@@ -128,7 +132,7 @@ def main() -> None:
         seed=options.seed,
         log=lambda text: print(text, file=sys.stderr, flush=True),
     )
-    results = play_all(policy, delays, options.replan, options.episodes, options.chunk)
+    results = play_all(policy, delays, options.replan, options.episodes, options.chunk, conditions)
     text = table(results)
     if options.markdown:
         options.markdown.write_text(text + "\n", encoding="utf-8")

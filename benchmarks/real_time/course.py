@@ -3,12 +3,17 @@
 Demonstrations pass it above or below, at random. While the point is before the disk and in the middle, both are right,
 so that two chunks of a good policy may choose different sides (arXiv 2506.07339, figure 2). A robot that goes on with
 one chunk and then switches to the middle of the other runs into the disk. The state is the position alone, without
-images, so that a small policy learns it in minutes on one thread. Processes of the environment import this module.
+images, so that a small policy learns it in minutes on one thread.
+
+Two things decide what a delay costs. Without `wind`, and with room around a small disk, nothing that happens during the
+delay matters, and only chunks that contradict each other fail: coherence. With wind and a large disk, the policy must
+react, and a late reaction fails however chunks are joined.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -21,13 +26,21 @@ from rlinf_core.data.transforms import Transform
 HZ = 20
 STEP = 0.035
 """Way in a control step at the largest command; the course is 1 long."""
-DISK, RADIUS = np.array([0.6, 0.0]), 0.14
+DISK = np.array([0.6, 0.0])
 WIDTH = 0.13
 """How early demonstrations turn aside."""
-WIND = 0.006
-"""Standard deviation of what moves the point besides the command, per step."""
 TASK = "pass the disk"
 HORIZON = 60
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """How hard the course is."""
+
+    radius: float = 0.1
+    """Of the disk."""
+    wind: float = 0.001
+    """Standard deviation of what moves the point besides the command, per step."""
 
 
 def start_of(generator: np.random.Generator) -> NDArray[np.float64]:
@@ -35,13 +48,17 @@ def start_of(generator: np.random.Generator) -> NDArray[np.float64]:
     return np.array([0.0, generator.uniform(-0.03, 0.03)])
 
 
-def move(point: NDArray[np.float64], command: NDArray[Any], generator: np.random.Generator) -> NDArray[np.float64]:
+def move(
+    point: NDArray[np.float64], command: NDArray[Any], conditions: Conditions, generator: np.random.Generator
+) -> NDArray[np.float64]:
     """The point after a control step; commands are velocities from -1 to 1."""
-    moved: NDArray[np.float64] = point + STEP * np.clip(command, -1, 1) + WIND * generator.standard_normal(2)
+    moved: NDArray[np.float64] = point + STEP * np.clip(command, -1, 1) + conditions.wind * generator.standard_normal(2)
     return moved
 
 
-def demonstrate(generator: np.random.Generator) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def demonstrate(
+    conditions: Conditions, generator: np.random.Generator
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """States and actions, [N, 2] each, of one demonstration that passes the disk."""
     while True:
         point, states, actions = start_of(generator), [], []
@@ -52,8 +69,8 @@ def demonstrate(generator: np.random.Generator) -> tuple[NDArray[np.float32], ND
             command = 0.9 * aim / np.linalg.norm(aim) + 0.03 * generator.standard_normal(2)
             states.append(point.astype(np.float32))
             actions.append(command.astype(np.float32))
-            point = move(point, command, generator)
-            if np.linalg.norm(point - DISK) < RADIUS:
+            point = move(point, command, conditions, generator)
+            if np.linalg.norm(point - DISK) < conditions.radius:
                 break
         else:
             return np.stack(states), np.stack(actions)
@@ -86,6 +103,9 @@ class Course:
     control_hz = float(HZ)
     actions = ActionSpace(low=np.full(2, -1, np.float32), high=np.full(2, 1, np.float32), idle=np.zeros(2, np.float32))
 
+    def __init__(self, conditions: Conditions) -> None:
+        self._conditions = conditions
+
     def reset(self, start: Start) -> None:
         """Start and wind follow from the seed."""
         self._generator = np.random.default_rng(start.seed)
@@ -97,8 +117,9 @@ class Course:
 
     def step(self, action: NDArray[np.float32]) -> Outcome:
         """Move; touching the disk ends the episode."""
-        self._point = move(self._point, action, self._generator)
-        return Outcome(self._point[0] >= 1.0, bool(np.linalg.norm(self._point - DISK) < RADIUS))
+        self._point = move(self._point, action, self._conditions, self._generator)
+        touched = bool(np.linalg.norm(self._point - DISK) < self._conditions.radius)
+        return Outcome(self._point[0] >= 1.0, touched)
 
     def frame(self) -> NDArray[np.uint8]:
         """Nothing to see: no videos are kept."""
@@ -120,4 +141,4 @@ class CourseConfig(EnvironmentConfig):
 
     def build(self, task: EnvironmentTask) -> Course:
         """The task."""
-        return Course()
+        return Course(Conditions())

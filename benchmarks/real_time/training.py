@@ -10,14 +10,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from real_time.course import CourseData, demonstrate
+from real_time.course import Conditions, CourseData, demonstrate
 from rlinf_core.data.normalize import NormStats
 from rlinf_core.data.pipeline import Pipeline, build_pipeline
 from rlinf_core.inference import LoadedPolicy
 from rlinf_core.training.state.fsdp import materialize
 from rlinf_plugins_openpi import Pi0Config
 
-HORIZON = 8
 BATCH, WARM_UP, LARGEST, SMALLEST, DECAY = 64, 50, 1e-3, 5e-5, 0.995
 
 
@@ -27,20 +26,27 @@ def statistics(values: NDArray[np.float32]) -> NormStats:
 
 
 def demonstrations(
-    count: int, seed: int, chunk: int = HORIZON
+    count: int, seed: int, chunk: int, conditions: Conditions
 ) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:
     """States [N, 2] and chunks [N, H, 2] of each demonstration; after its end, the last action is repeated."""
     generator = np.random.default_rng(seed)
     found = []
     for _ in range(count):
-        states, actions = demonstrate(generator)
+        states, actions = demonstrate(conditions, generator)
         steps = np.minimum(np.arange(len(actions))[:, None] + np.arange(chunk), len(actions) - 1)
         found.append((states, actions[steps]))
     return found
 
 
 def train(
-    *, max_delay: int, steps: int, episodes: int, seed: int, log: Callable[[str], object], chunk: int = HORIZON
+    *,
+    max_delay: int,
+    steps: int,
+    episodes: int,
+    seed: int,
+    log: Callable[[str], object],
+    chunk: int,
+    conditions: Conditions,
 ) -> LoadedPolicy:
     """Train a policy from scratch; returns its averaged weights, ready to act.
 
@@ -51,6 +57,7 @@ def train(
         seed: Of demonstrations, initial values, order and draws.
         log: Called with the loss, now and then.
         chunk: `policy.action_horizon`.
+        conditions: Of the course on which demonstrations are made.
     """
     config = Pi0Config(
         variant="dummy",
@@ -61,7 +68,7 @@ def train(
         rtc_training_max_delay=max_delay,
     )
     data = CourseData(config_name="course")
-    recorded = demonstrations(episodes, seed, chunk)
+    recorded = demonstrations(episodes, seed, chunk, conditions)
     states, chunks = (np.concatenate([one[part] for one in recorded]) for part in (0, 1))
     stats = {"state": statistics(states), "actions": statistics(chunks[:, 0])}
     pipeline = build_pipeline(data, config, stats)

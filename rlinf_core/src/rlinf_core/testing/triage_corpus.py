@@ -52,7 +52,9 @@ class Lab:
         if planted.dataset:
             return self.at(planted.dataset)
         execution = Execution(int(planted.arguments[1])) if planted.arguments else None
-        return run_tests(open_scene(planted.policy, plugins=self.plugins, execution=execution), self.plugins)
+        origin = None if planted.policy == self.run else self.run
+        scene = open_scene(planted.policy, plugins=self.plugins, run=origin, execution=execution)
+        return run_tests(scene, self.plugins)
 
 
 @dataclass(frozen=True)

@@ -217,9 +217,11 @@ def _moved(cameras: Sequence[str], reference: Rows, site: Rows) -> Iterator[Corr
     mean = np.stack([site.images[camera].mean(0) for camera in cameras])
     found = []
     for factor in CROPS:
-        for down in OFFSETS:
-            for right in OFFSETS:
-                if not (down or right) or max(abs(down), abs(right)) > max(0.5 * abs(1 - 1 / factor), 0.125) + 1e-3:
+        edge = 0.5 * abs(1 - 1 / factor)  # Where a crop has an edge in common with the whole image.
+        offsets = sorted({*OFFSETS, edge, -edge})
+        for down in offsets:
+            for right in offsets:
+                if not (down or right) or max(abs(down), abs(right)) > max(edge, 0.125) + 1e-3:
                     continue
                 moved = zoom(mean, factor, factor, down, right)
                 known = ~np.isnan(moved)

@@ -139,26 +139,28 @@ def _units(named: Named, scale: Scale, site: Vectors) -> Iterator[tuple[Correcti
 
 
 def _scales(named: Named, ratios: Vectors, moves: NDArray[np.bool_]) -> Iterator[tuple[Correction, Change]]:
-    """A common factor of all numbers, or of neighbouring ones, that is no known unit's."""
+    """A common factor of all numbers, or of neighbouring ones, that is no known unit's.
+
+    Half and double are always tried: spreads of a few episodes differ too much to show a factor so small.
+    """
     width = len(ratios)
     blocks = {tuple(np.flatnonzero(moves).tolist())}
     blocks |= {tuple(range(start, start + size)) for size in (3, 6, 7) for start in range(width - size + 1)}
     for block in sorted(blocks):
         numbers = [number for number in block if moves[number]]
         common = float(np.median(ratios[numbers])) if numbers else 0.0
-        if abs(common) < 0.4 or np.abs(ratios[numbers] - common).max() > CLOSE:
-            continue
-        factor = float(np.exp(common))
-        factors = np.ones(width)
-        factors[numbers] = factor
-        yield (
-            said(
-                f"{named(numbers)} {'is' if len(numbers) == 1 else 'are'} scaled by {1 / factor:.3g}",
-                f"multiplying {named(numbers)} by {factor:.3g}",
-                1.5,
-            ),
-            times(factors),
-        )
+        shown = abs(common) >= 0.4 and bool(np.abs(ratios[numbers] - common).max() <= CLOSE)
+        for factor in (float(np.exp(common)),) * shown + (2.0, 0.5) * bool(numbers):
+            factors = np.ones(width)
+            factors[numbers] = factor
+            yield (
+                said(
+                    f"{named(numbers)} {'is' if len(numbers) == 1 else 'are'} scaled by {1 / factor:.3g}",
+                    f"multiplying {named(numbers)} by {factor:.3g}",
+                    1.5,
+                ),
+                times(factors),
+            )
 
 
 def _groups(numbers: list[int], width: int) -> Iterator[list[int]]:
