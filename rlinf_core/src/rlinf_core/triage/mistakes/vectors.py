@@ -141,7 +141,8 @@ def _units(named: Named, scale: Scale, site: Vectors) -> Iterator[tuple[Correcti
 def _scales(named: Named, ratios: Vectors, moves: NDArray[np.bool_]) -> Iterator[tuple[Correction, Change]]:
     """A common factor of all numbers, or of neighbouring ones, that is no known unit's.
 
-    Half and double are always tried: spreads of a few episodes differ too much to show a factor so small.
+    Half or double is tried where spreads are closer to training's afterwards, even if they do not agree on a factor:
+    those of a few episodes differ by much.
     """
     width = len(ratios)
     blocks = {tuple(np.flatnonzero(moves).tolist())}
@@ -150,7 +151,8 @@ def _scales(named: Named, ratios: Vectors, moves: NDArray[np.bool_]) -> Iterator
         numbers = [number for number in block if moves[number]]
         common = float(np.median(ratios[numbers])) if numbers else 0.0
         shown = abs(common) >= 0.4 and bool(np.abs(ratios[numbers] - common).max() <= CLOSE)
-        for factor in (float(np.exp(common)),) * shown + (2.0, 0.5) * bool(numbers):
+        near = [factor for factor in (2.0, 0.5) if abs(common - np.log(factor)) < abs(common)]
+        for factor in (float(np.exp(common)),) * shown + tuple(near):
             factors = np.ones(width)
             factors[numbers] = factor
             yield (
