@@ -114,6 +114,7 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=16, help="actions in a chunk")
     parser.add_argument("--radius", type=float, default=Conditions.radius, help="of the disk; the course is 1 long")
     parser.add_argument("--wind", type=float, default=Conditions.wind, help="standard deviation per step")
+    parser.add_argument("--demonstrated-wind", type=float, default=0.006, help="the same, while demonstrating")
     parser.add_argument("--replan", type=int, default=2, help="actions between observations, at least the delay")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
@@ -124,7 +125,7 @@ def main() -> None:
     delays = [int(one) for one in options.delays.split(",")]
     conditions = Conditions(options.radius, options.wind)
     policy = train(
-        conditions=conditions,
+        conditions=Conditions(options.radius, options.demonstrated_wind),
         max_delay=options.chunk // 2,
         chunk=options.chunk,
         steps=options.steps,

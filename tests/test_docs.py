@@ -151,7 +151,7 @@ def test_toml_blocks_are_configs_that_load(page, tmp_path):
         try:
             load_config(path, completion_of(tables), plugins)
         except UserError as error:  # Simulators are in groups of their own; `tests/simulators`.
-            if "is not installed: pip install 'rlinf-plugins-" not in str(error):
+            if "Use: pip install 'rlinf-plugins-" not in str(error):
                 raise
 
 

@@ -114,9 +114,8 @@ def test_a_step_of_a_text_model_waits_for_nothing(packing):
     assert losses.isfinite().all()
 
 
-@pytest.mark.parametrize(
-    "family", [pytest.param(one, marks=() if one == "qwen3_vl" else pytest.mark.slow) for one in FAMILIES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_step_of_a_vision_language_model_waits_only_in_transformers_image_code(tmp_path, family):
     """It reads the sizes of images on the host; nothing of ours does. docs/vlm.md says so."""
     settings, path = vision_policy(model_folder(tmp_path / "model", family)), photo(tmp_path / "a.png").name

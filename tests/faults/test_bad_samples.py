@@ -61,6 +61,7 @@ def test_too_many_bad_samples_end_the_run_with_all_of_them(runs, damaged):
     assert again.returncode == 0, again.stderr
 
 
+@pytest.mark.slow
 def test_a_run_that_a_bad_sample_has_stopped_goes_on_without_its_episode(runs, damaged):
     stopped = runs.start(18, damaged, "runner.save_interval=1")
     assert stopped.returncode == 2

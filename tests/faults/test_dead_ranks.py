@@ -10,7 +10,7 @@ SOON = 60
 """Seconds within which the others end, even on a busy machine; without detection they would wait ten minutes."""
 
 
-@pytest.mark.parametrize("kind", ["step", "save"])
+@pytest.mark.parametrize("kind", [pytest.param("step", marks=pytest.mark.slow), "save"])
 def test_the_others_end_with_one_message(runs, left_alone, kind):
     """While the checkpoint of step 6 is being written, or in step 5, after that of step 3 was saved."""
     waiting = ["runner.async_save=false"] if kind == "step" else []

@@ -25,6 +25,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_a_disk_that_stays_full_ends_the_run_at_the_save_after(runs, left_alone):
     """Files of rank 1 may not grow beyond 100 bytes from step 5 on; saves are due after 3, 6 and 9."""
     ended = runs.start(12, WAITING, faults=[{"kind": "limit", "rank": 1, "step": 5, "size": 100}])

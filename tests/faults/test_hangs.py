@@ -72,7 +72,7 @@ def hanging(tmp_path):
             *("build", 0, "sleep", "rank 0 hangs (building the policy with its initial values): nothing happened for"),
             marks=pytest.mark.slow,
         ),
-        ("save", 1, "sleep", "rank 1 hangs (saving "),
+        pytest.param("save", 1, "sleep", "rank 1 hangs (saving ", marks=pytest.mark.slow),
         pytest.param(
             *("end", 1, "sleep", "rank 1 hangs (closing evaluators, loggers and plugins): nothing happened for"),
             marks=pytest.mark.slow,

@@ -7,7 +7,7 @@ from collections import Counter
 
 from faulty import assert_same, lines
 
-KILLS, KILLS_LONG = 4, 20
+KILLS, KILLS_LONG = 3, 20
 """Kills a seed, and with `--long`."""
 STEPS = 60
 FURTHEST = 15

@@ -3,6 +3,7 @@
 import json
 from itertools import accumulate
 
+import pytest
 from faulty import assert_same, numbers
 
 LENGTHS = (9, 7, 12, 8)
@@ -16,6 +17,7 @@ def where(row):
     return f"episode {episode}, frame {row - starts[episode]}"
 
 
+@pytest.mark.slow
 def test_samples_that_are_not_numbers_skip_one_step_on_all_ranks_and_are_named(runs):
     """Only rank 1 reads them. Weights that differed between ranks would show in every loss after that."""
     broken = {"kind": "nan", "rank": 1, "step": 4, "number": 0}

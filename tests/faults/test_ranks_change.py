@@ -21,6 +21,7 @@ def weights(folder, step):
     return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
 
 
+@pytest.mark.slow
 def test_two_ranks_then_one_then_three(runs, left_alone):
     for ranks, steps in ((2, 5), (1, 11), (3, STEPS)):
         ended = runs.start(steps, KEEP, ranks=ranks)

@@ -85,6 +85,7 @@ def test_how_frozen_weights_are_held_changes_nothing_in_bf16(folder, peft):
     assert losses == peft[1]
 
 
+@pytest.mark.slow
 def test_ranks_change_nothing_beyond_rounding(folder, openpi, start_ranks):
     """Frozen weights in bfloat16 and trained ones in float32 are gathered together."""
     given = [*SETTINGS, *OPENPI, f"policy.weights={folder / 'model.safetensors'}"]

@@ -24,6 +24,7 @@ def compute():
 """
 
 
+@pytest.mark.slow
 def test_a_rank_that_computes_longer_is_named_once_an_interval(toy_site, tmp_path, start_ranks):
     distributions.install(tmp_path / "site", "busy", plugins={"busy": "busy"}, busy=BUSY)
     settings = (toy_site / "toy.toml", f"runner.output_dir={tmp_path}", "runner.max_steps=9")

@@ -26,6 +26,8 @@ AGREE = 0.05
 """Differences below this share of the actions' spread are rounding, that of bf16 too."""
 EXPLAINS = 0.3
 """A change explains a difference of which it leaves at most this share."""
+CLOSER = 0.01
+"""A change is better than those before it if it leaves less by at least this share."""
 SIMPLE = 1.0
 """Complexity of the changes that are tried: a flip, a sign."""
 MOST = 80
@@ -103,7 +105,7 @@ def _explained(scene: Scene, served: Served, here: Acted, there: Vectors, apart:
     best, doing = apart, ""
     for one, text in _acting_alike(scene, here, there):
         left = _apart(scene, one, there)
-        if left < best:
+        if left < best - CLOSER * apart:  # Simple changes come first, and rounding does not decide.
             best, doing = left, text
     sentence = f"the server's actions differ from the policy's by {apart:.2g} standard deviations on training rows"
     if doing and best < max(least, EXPLAINS * apart):
