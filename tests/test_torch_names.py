@@ -218,6 +218,7 @@ def test_a_fused_optimizer_divides_gradients_and_skips_steps():
     assert stepped(16.0, 1.0) == (1.0, 0.0)
 
 
+@pytest.mark.slow
 def test_core_trains_on_a_lerobot_dataset_without_lerobot(tmp_path):
     """Reading, statistics, training, export."""
     code = (

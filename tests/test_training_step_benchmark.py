@@ -73,6 +73,7 @@ def plain_files(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_row_is_measured_from_plain_files(plain_files):
     first, *others = rows("minimal", "cpu", 2, 1, steps=1)
     found = measure(

@@ -275,6 +275,7 @@ def test_a_mistake_in_a_worker_is_one_message(tmp_path):
     assert "torch.distributed" not in result.stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_reaches_the_workers_which_save(toy, tmp_path):
     command, environment = toy
     command += ["cluster.component_placement.actor=0"]

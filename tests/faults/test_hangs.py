@@ -64,19 +64,14 @@ def hanging(tmp_path):
     return tmp_path / "site"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "rank", "how", "said"),
     [
         ("build", 1, "stop", "rank 1 has given no sign of life for"),
-        pytest.param(
-            *("build", 0, "sleep", "rank 0 hangs (building the policy with its initial values): nothing happened for"),
-            marks=pytest.mark.slow,
-        ),
-        pytest.param("save", 1, "sleep", "rank 1 hangs (saving ", marks=pytest.mark.slow),
-        pytest.param(
-            *("end", 1, "sleep", "rank 1 hangs (closing evaluators, loggers and plugins): nothing happened for"),
-            marks=pytest.mark.slow,
-        ),
+        ("build", 0, "sleep", "rank 0 hangs (building the policy with its initial values): nothing happened for"),
+        ("save", 1, "sleep", "rank 1 hangs (saving "),
+        ("end", 1, "sleep", "rank 1 hangs (closing evaluators, loggers and plugins): nothing happened for"),
     ],
 )
 def test_a_rank_that_hangs_anywhere_ends_the_run(toy_site, hanging, tmp_path, start_ranks, place, rank, how, said):

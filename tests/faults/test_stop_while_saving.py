@@ -8,12 +8,9 @@ from faulty import assert_same
 from rlinf_core.training.stopping import AGAIN
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "code", "reason"),
-    [
-        (signal.SIGTERM, 0, "preempted"),
-        pytest.param(signal.SIGINT, 130, "interrupted", marks=pytest.mark.slow),  # The same way but for its name.
-    ],
+    ("number", "code", "reason"), [(signal.SIGTERM, 0, "preempted"), (signal.SIGINT, 130, "interrupted")]
 )
 def test_a_signal_during_a_save_loses_nothing(runs, left_alone, number, code, reason):
     fault, stop = runs.when("save", rank=1, step=3, delay=0.1, to=[0, 1], number=number, seconds=0.5)

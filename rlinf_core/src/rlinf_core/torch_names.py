@@ -129,7 +129,7 @@ def set_gloo_timeout(timeout: timedelta) -> None:
 
 def holders_of(tensor: torch.Tensor) -> int:
     """How many references to a tensor there are, those of torch's own threads included."""
-    return int(tensor._use_count())
+    return int(tensor._use_count())  # type: ignore[attr-defined]  # torch's stubs
 
 
 def flash_attention(
