@@ -109,9 +109,14 @@ class Attendance:
                 if not complete and time.monotonic() >= due:
                     complete = len({name for name, _ in _read(store).values()}) >= self._machines
                     due = time.monotonic() + AGAIN
-                    if not complete and not self._over.is_set():
-                        self._report(f"waiting for the other machines; {self.present()}")
+                    if not complete:  # In a thread: others must see this machine's signs of life meanwhile.
+                        threading.Thread(target=self._say_who_is_there, name="waiting", daemon=True).start()
                 self._over.wait(BEAT)
+
+    def _say_who_is_there(self) -> None:
+        said = f"waiting for the other machines; {self.present()}"
+        if not self._over.is_set():
+            self._report(said)
 
 
 def _alive(store: Store, own: int) -> list[str]:
